@@ -1,0 +1,25 @@
+"""On-policy distillation of language models with trust-region behavior blending.
+
+The package root re-exports the trainer lazily: importing `trb.blend` or `trb.losses` alone must not
+pay for TRL, and importing anything here must not touch the network.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["TRBConfig", "TRBTrainer", "__version__"]
+
+if TYPE_CHECKING:
+    from trb.trainer import TRBConfig, TRBTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("TRBConfig", "TRBTrainer"):
+        from trb import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,348 @@
+"""The trust-region blend: the policy closest to the teacher inside a KL ball around the student.
+
+At one prefix, with budget ε ≥ 0, the behavior policy is `argmin_μ KL(μ || teacher)` subject to
+`KL(μ || student) ≤ ε`. The solution is the geometric path `μ ∝ student^(1-β) teacher^β` at the largest
+feasible teacher weight β (paper, section 2); `solve` finds it.
+
+Numerics. With r = log teacher - log student, A(β) = log Σ student · e^{βr} and moments under μ:
+KL(μ||student) = βA' - A, and its derivative in β is β·Var[r]. `sqrt(2 KL)` is almost linear in β, so Newton on
+it, kept inside a bracket, usually needs two or three passes over the vocabulary. Centring r at its student mean
+and summing `expm1` leaves no cancellation, which is what makes float32 enough for small budgets. Rows whose
+log-probabilities lie too far apart for that (one-hot rows, say) are solved in float64 in log space.
+
+Left out on purpose: schedules of the budget (`schedule`), end-of-sequence and head alignment (`vocab`), and
+drawing tokens (`sampling`).
+
+Shape suffixes: N rows (flattened prefixes), V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["BlendResult", "solve"]
+
+# Accepted shortfall below the budget, relative to it. Newton aims at the middle of this window, so that landing
+# a little to either side still ends the search without ever exceeding the budget.
+_WINDOW = 8e-4
+_MAX_EVALUATIONS = 90
+# Newton has converged by then on ordinary rows; bisection afterwards guarantees the end on the others.
+_NEWTON_EVALUATIONS = 8
+# Above this, every student probability and every e^{βr} is a normal float32 number (r ≤ -log student ≤ 85).
+_FLOAT32_LOG_PROB_FLOOR = -85.0
+# Below this budget, rounding of float32 log-probabilities reaches a thousandth of the divergence.
+_FLOAT32_BUDGET_FLOOR = 5e-4
+# Rows are solved in blocks of about this many elements, which bounds temporary memory.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class BlendResult:
+    """The blended policy at each prefix; leading dimensions are those of the logits given to `solve`.
+
+    Attributes:
+        log_probs: `[..., V]` log μ, normalised; float64 for float64 logits, otherwise float32.
+        teacher_weight: `[...]` float64, the largest feasible β in [0, 1].
+        kl_student: `[...]` float64, KL(μ || student) in nats, at most the budget.
+        kl_teacher: `[...]` float64, KL(μ || teacher) in nats.
+        passes: `[...]` int64, sweeps over the vocabulary spent on the row: one to normalise both models, one for
+            the moments at both ends of the path, one for each trial teacher weight, one to write `log_probs`.
+    """
+
+    log_probs: Tensor
+    teacher_weight: Tensor
+    kl_student: Tensor
+    kl_teacher: Tensor
+    passes: Tensor
+
+
+def solve(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Tensor) -> BlendResult:
+    """Blend the student towards the teacher as far as the KL budget allows (paper, section 2).
+
+    Budget 0 returns the student exactly, a feasible teacher the teacher exactly. Where the two supports differ,
+    μ lives on the tokens that both models allow; if that restriction alone costs more than the budget, μ is the
+    student. `-inf` (or a dtype's most negative number, a common mask) means probability zero.
+
+    Args:
+        student_logits: `[..., V]`, any float dtype; solved in float32, or float64 if either input is float64.
+        teacher_logits: `[..., V]`, over the same events as the student's (see `trb.vocab.align`).
+        kl_budget: ε in nats per token, a number or a tensor that broadcasts to `[...]`; may be infinite.
+
+    Raises:
+        ValueError: the shapes differ, or a budget is negative or NaN.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student and teacher logits differ in shape, {tuple(student_logits.shape)} and "
+            f"{tuple(teacher_logits.shape)}: align them first with trb.vocab.align"
+        )
+    leading, vocabulary = student_logits.shape[:-1], student_logits.shape[-1]
+    budget_N = _checked_budget(kl_budget, leading, student_logits.device).reshape(-1)
+    student_NV, teacher_NV = student_logits.reshape(-1, vocabulary), teacher_logits.reshape(-1, vocabulary)
+    dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+
+    result = _empty_result(student_NV, dtype)
+    block = max(1, _BLOCK_ELEMENTS // max(1, vocabulary))
+    for start in range(0, student_NV.shape[0], block):
+        rows = slice(start, start + block)
+        _store(result, rows, _solve_rows(student_NV[rows], teacher_NV[rows], budget_N[rows], dtype))
+    return BlendResult(
+        result.log_probs.reshape(student_logits.shape),
+        result.teacher_weight.reshape(leading),
+        result.kl_student.reshape(leading),
+        result.kl_teacher.reshape(leading),
+        result.passes.reshape(leading),
+    )
+
+
+def _checked_budget(kl_budget: float | Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+    budget = torch.as_tensor(kl_budget, dtype=torch.float64, device=device)
+    invalid = ~(budget >= 0)
+    if invalid.any():
+        value = budget[invalid].reshape(-1)[0].item()
+        raise ValueError(f"kl_budget must be a non-negative number of nats, got {value}")
+    return budget.expand(leading)
+
+
+def _empty_result(like_NV: Tensor, dtype: torch.dtype) -> BlendResult:
+    rows, device = like_NV.shape[0], like_NV.device
+    scalar = {"dtype": torch.float64, "device": device}
+    return BlendResult(
+        torch.empty(like_NV.shape, dtype=dtype, device=device),
+        torch.empty(rows, **scalar),
+        torch.empty(rows, **scalar),
+        torch.empty(rows, **scalar),
+        torch.empty(rows, dtype=torch.int64, device=device),
+    )
+
+
+def _store(result: BlendResult, rows: slice | Tensor, part: BlendResult) -> None:
+    for name in ("log_probs", "teacher_weight", "kl_student", "kl_teacher", "passes"):
+        target = getattr(result, name)
+        target[rows] = getattr(part, name).to(target.dtype)
+
+
+def _solve_rows(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, dtype: torch.dtype) -> BlendResult:
+    """Solve in `dtype`, sending rows that float32 cannot represent well through float64."""
+    log_student_NV, log_teacher_NV = _log_softmax(student_NV, dtype), _log_softmax(teacher_NV, dtype)
+    hard_N = _lowest(log_student_NV, log_teacher_NV) < _FLOAT32_LOG_PROB_FLOOR
+    hard_N |= (budget_N > 0) & (budget_N < _FLOAT32_BUDGET_FLOOR)
+    if dtype == torch.float64 or not hard_N.any():
+        return _solve_log_probs(log_student_NV, log_teacher_NV, budget_N)
+    result = _empty_result(student_NV, dtype)
+    easy_N = ~hard_N
+    _store(result, easy_N, _solve_log_probs(log_student_NV[easy_N], log_teacher_NV[easy_N], budget_N[easy_N]))
+    hard_student_NV = _log_softmax(student_NV[hard_N], torch.float64)
+    hard_teacher_NV = _log_softmax(teacher_NV[hard_N], torch.float64)
+    _store(result, hard_N, _solve_log_probs(hard_student_NV, hard_teacher_NV, budget_N[hard_N]))
+    return result
+
+
+def _log_softmax(logits_NV: Tensor, dtype: torch.dtype) -> Tensor:
+    masked_NV = logits_NV <= torch.finfo(logits_NV.dtype).min / 2
+    return torch.log_softmax(logits_NV.to(dtype).masked_fill(masked_NV, -math.inf), dim=-1)
+
+
+def _lowest(*log_probs: Tensor) -> Tensor:
+    lowest = [torch.where(log_probs_NV.isneginf(), 0.0, log_probs_NV).amin(-1) for log_probs_NV in log_probs]
+    return torch.stack(lowest).amin(0)
+
+
+def _solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: Tensor) -> BlendResult:
+    shared_NV = log_student_NV.isfinite() & log_teacher_NV.isfinite()
+    kept_student_N = _log_mass_kept(log_student_NV, shared_NV)
+    kept_teacher_N = _log_mass_kept(log_teacher_NV, shared_NV)
+    path = _Path.between(log_student_NV, log_teacher_NV, shared_NV)
+    # KL(μ || student) = KL(μ || student on the shared support) - log student(shared support): the budget shrinks.
+    room_N = budget_N + kept_student_N
+    stays_N = (budget_N == 0) | ~(room_N >= 0) | ~shared_NV.any(-1)
+    reaches_N = ~stays_N & (path.kl_end_N <= room_N)
+    searched_N = ~stays_N & ~reaches_N
+
+    point = _Point.at_student(path)
+    if searched_N.any():
+        slack_N = _WINDOW * budget_N[searched_N]
+        point.put(searched_N, _search(path.rows(searched_N), room_N[searched_N], slack_N))
+    point.put(reaches_N, _Point.at_teacher(path.rows(reaches_N)))
+
+    kl_student_N = (point.kl_N - kept_student_N).masked_fill(stays_N, 0.0)
+    kl_teacher_N = (point.weight_N - 1) * point.mean_N - point.log_norm_N - kept_teacher_N
+    kl_teacher_N = kl_teacher_N.clamp_min(0).masked_fill(stays_N & (kept_student_N < 0), math.inf)
+    log_probs_NV = path.log_probs(point)
+    log_probs_NV[reaches_N] = (log_teacher_NV - kept_teacher_N[:, None].to(log_teacher_NV.dtype))[reaches_N]
+    log_probs_NV.masked_fill_(~shared_NV, -math.inf)
+    log_probs_NV[stays_N] = log_student_NV[stays_N]
+    return BlendResult(log_probs_NV, point.weight_N, kl_student_N, kl_teacher_N, point.evaluations_N + 3)
+
+
+def _log_mass_kept(log_probs_NV: Tensor, shared_NV: Tensor) -> Tensor:
+    """Log of the mass on the shared support, computed from the mass off it: exactly 0 when nothing is lost."""
+    lost_N = log_probs_NV.exp().masked_fill_(shared_NV, 0.0).sum(-1, dtype=torch.float64)
+    return torch.log1p(-lost_N.clamp_max(1.0))
+
+
+class _Path(NamedTuple):
+    """The geometric path of N rows on the support both models share, each renormalised there.
+
+    In float32 `ratio_NV` is centred at its student mean; in float64 it is left as it is.
+    """
+
+    log_student_NV: Tensor  # -inf off the shared support
+    weight_NV: Tensor  # student probabilities, 0 off the shared support
+    ratio_NV: Tensor  # log teacher - log student (minus shift_N), 0 off the shared support
+    shift_N: Tensor  # what was subtracted from the ratio
+    mean_N: Tensor  # E_student[log teacher - log student] = -KL(student || teacher)
+    variance_N: Tensor  # of the ratio under the student
+    third_N: Tensor  # its third central moment under the student
+    kl_end_N: Tensor  # KL(teacher || student): the divergence at the end of the path
+
+    @classmethod
+    def between(cls, log_student_NV: Tensor, log_teacher_NV: Tensor, shared_NV: Tensor) -> "_Path":
+        off_NV = ~shared_NV
+        log_student_NV, weight_NV = _renormalise(log_student_NV, off_NV)
+        log_teacher_NV, teacher_NV = _renormalise(log_teacher_NV, off_NV)
+        ratio_NV = (log_teacher_NV - log_student_NV).masked_fill_(off_NV, 0.0)
+        kl_end_N = (teacher_NV * ratio_NV).sum(-1)
+        mean_N = (weight_NV * ratio_NV).sum(-1)
+        centred_NV = (ratio_NV - mean_N[:, None]).masked_fill_(off_NV, 0.0)
+        squared_NV = weight_NV * centred_NV.square()
+        centre = ratio_NV.dtype == torch.float32
+        return cls(
+            log_student_NV,
+            weight_NV,
+            centred_NV if centre else ratio_NV,
+            (mean_N if centre else torch.zeros_like(mean_N)).double(),
+            mean_N.double(),
+            squared_NV.sum(-1).double(),
+            (squared_NV * centred_NV).sum(-1).double(),
+            kl_end_N.double().clamp_min(0),
+        )
+
+    def rows(self, chosen_N: Tensor) -> "_Path":
+        return self if chosen_N.all() else _Path(*(value[chosen_N] for value in self))
+
+    def log_probs(self, point: "_Point") -> Tensor:
+        dtype = self.ratio_NV.dtype
+        log_norm_N = point.log_norm_N - point.weight_N * self.shift_N
+        return (self.log_student_NV - log_norm_N[:, None].to(dtype)).addcmul_(
+            point.weight_N[:, None].to(dtype), self.ratio_NV
+        )
+
+    def evaluate(self, weight_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One pass over the vocabulary: (KL(μ||student), Var_μ[r], A(β), E_μ[r]) at teacher weights `weight_N`."""
+        scaled_NV = weight_N[:, None].to(self.ratio_NV.dtype) * self.ratio_NV
+        if self.ratio_NV.dtype == torch.float32:
+            return self._evaluate_centred(weight_N, scaled_NV.expm1_().mul_(self.weight_NV))
+        return self._evaluate_log_space(weight_N, scaled_NV.add_(self.log_student_NV))
+
+    def _evaluate_centred(self, weight_N: Tensor, change_NV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # change = student · (e^{βr} - 1), so its sums are the *changes* of the student's moments: no cancellation.
+        growth_N = change_NV.sum(-1).double()
+        change_NV.mul_(self.ratio_NV)
+        first_N = change_NV.sum(-1).double()
+        second_N = change_NV.mul_(self.ratio_NV).sum(-1).double()
+        mean_N = first_N / (1 + growth_N)
+        variance_N = (self.variance_N + second_N) / (1 + growth_N) - mean_N.square()
+        log_norm_N = growth_N.log1p()
+        kl_N = (weight_N * mean_N - log_norm_N).clamp_min(0)
+        return kl_N, variance_N, log_norm_N + weight_N * self.shift_N, mean_N + self.shift_N
+
+    def _evaluate_log_space(self, weight_N: Tensor, log_blend_NV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log_norm_N = log_blend_NV.logsumexp(-1)
+        blend_NV = log_blend_NV.sub_(log_norm_N[:, None]).exp_()
+        mean_N = (blend_NV * self.ratio_NV).sum(-1)
+        variance_N = (blend_NV * (self.ratio_NV - mean_N[:, None]).square()).sum(-1)
+        return (weight_N * mean_N - log_norm_N).clamp_min(0), variance_N, log_norm_N, mean_N
+
+
+def _renormalise(log_probs_NV: Tensor, off_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities on the shared support. `log_softmax` is short by up to 1e-5 at V = 150k."""
+    probs_NV = log_probs_NV.exp().masked_fill_(off_NV, 0.0)
+    total_N = probs_NV.sum(-1, keepdim=True)
+    return (log_probs_NV - total_N.log()).masked_fill_(off_NV, -math.inf), probs_NV / total_N
+
+
+@dataclass
+class _Point:
+    """Where each row stands on its path, with what the pass there found."""
+
+    weight_N: Tensor
+    kl_N: Tensor
+    log_norm_N: Tensor
+    mean_N: Tensor
+    evaluations_N: Tensor
+
+    @classmethod
+    def at_student(cls, path: _Path) -> "_Point":
+        zero_N = torch.zeros_like(path.mean_N)
+        return cls(zero_N, zero_N.clone(), zero_N.clone(), path.mean_N.clone(), zero_N.long())
+
+    @classmethod
+    def at_teacher(cls, path: _Path) -> "_Point":
+        zero_N = torch.zeros_like(path.mean_N)
+        return cls(zero_N + 1, path.kl_end_N.clone(), zero_N, path.kl_end_N.clone(), zero_N.long())
+
+    def put(self, rows: Tensor, other: "_Point") -> None:
+        for name in ("weight_N", "kl_N", "log_norm_N", "mean_N", "evaluations_N"):
+            getattr(self, name)[rows] = getattr(other, name)
+
+
+def _search(path: _Path, room_N: Tensor, slack_N: Tensor) -> _Point:
+    """The largest feasible teacher weight of rows whose teacher is out of reach: bracketed, safeguarded Newton.
+
+    Returns the last feasible point of each row, with KL within `slack_N` below `room_N` (or the best that the
+    arithmetic resolves).
+    """
+    best = _Point.at_student(path)
+    aim_N = torch.maximum(room_N - slack_N / 2, room_N / 2)
+    low_N, high_N = torch.zeros_like(room_N), torch.ones_like(room_N)
+    weight_N = _first_guess(path, aim_N)
+    rows_N = torch.arange(room_N.numel(), device=room_N.device)
+    for evaluation in range(_MAX_EVALUATIONS):
+        kl_N, variance_N, log_norm_N, mean_N = path.evaluate(weight_N)
+        best.evaluations_N[rows_N] += 1
+        feasible_N = kl_N <= room_N
+        low_N, high_N = torch.where(feasible_N, weight_N, low_N), torch.where(feasible_N, high_N, weight_N)
+        found = _Point(weight_N, kl_N, log_norm_N, mean_N, best.evaluations_N[rows_N])
+        _keep_feasible(best, rows_N, feasible_N, found)
+
+        middle_N = _representable((low_N + high_N) / 2, path)
+        newton_N = _representable(_newton(weight_N, kl_N, variance_N, aim_N), path)
+        usable_N = (newton_N > low_N) & (newton_N < high_N) & (evaluation < _NEWTON_EVALUATIONS)
+        next_N = torch.where(usable_N, newton_N, middle_N)
+        met_N = feasible_N & (kl_N >= room_N - slack_N)
+        exhausted_N = (next_N <= low_N) | (next_N >= high_N)
+        open_N = ~(met_N | exhausted_N)
+        if not open_N.any():
+            break
+        path, weight_N, rows_N = path.rows(open_N), next_N[open_N], rows_N[open_N]
+        room_N, slack_N, aim_N = room_N[open_N], slack_N[open_N], aim_N[open_N]
+        low_N, high_N = low_N[open_N], high_N[open_N]
+    return best
+
+
+def _keep_feasible(best: _Point, rows_N: Tensor, feasible_N: Tensor, found: _Point) -> None:
+    chosen = _Point(*(getattr(found, name)[feasible_N] for name in _Point.__dataclass_fields__))
+    best.put(rows_N[feasible_N], chosen)
+
+
+def _first_guess(path: _Path, aim_N: Tensor) -> Tensor:
+    """β from the cumulants at the student, KL ≈ κ₂β²/2 + κ₃β³/3, or from the far end where that overshoots."""
+    small_N = (2 * aim_N / path.variance_N.clamp_min(1e-300)).sqrt()
+    skew_N = (path.third_N / (3 * path.variance_N.clamp_min(1e-300)) * small_N).clamp(-0.5, 0.5)
+    chord_N = (aim_N / path.kl_end_N).sqrt()
+    guess_N = small_N * (1 - skew_N)
+    return _representable(torch.where(guess_N < 1, guess_N, chord_N).clamp(1e-12, 1 - 1e-7), path)
+
+
+def _newton(weight_N: Tensor, kl_N: Tensor, variance_N: Tensor, aim_N: Tensor) -> Tensor:
+    root_N = (2 * kl_N).sqrt()
+    return weight_N - (root_N - (2 * aim_N).sqrt()) * root_N / (weight_N * variance_N)
+
+
+def _representable(weight_N: Tensor, path: _Path) -> Tensor:
+    """Round to the dtype the pass computes in, so that the weight reported is the weight that was evaluated."""
+    return weight_N.to(path.ratio_NV.dtype).double()

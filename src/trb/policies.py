@@ -1,0 +1,172 @@
+"""Behavior policies: from which law each completion token is drawn.
+
+A policy turns the student's and the teacher's log-probabilities at N prefixes into a `Target`: the law μ, and how
+much of it a student draft may keep. The sampler drafts x from the student, keeps it with probability
+`overlap(x) / student(x)`, and otherwise draws from the normalised `μ - overlap`; for any `overlap ≤ min(student, μ)`
+that is an exact draw from μ. One policy object serves every sampler.
+
+Fixed-budget blending is `TrustRegionPolicy` under a constant schedule. SFT warm-up samples from `TeacherPolicy`;
+Veto changes the loss and samples from `StudentPolicy`. Schedules live in `schedule`, drawing in `sampling`.
+
+Shape suffixes: N prefixes, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from trb.blend import solve
+
+__all__ = [
+    "BehaviorPolicy",
+    "SKDPolicy",
+    "StudentPolicy",
+    "Target",
+    "TeacherPolicy",
+    "TemperaturePolicy",
+    "TrustRegionPolicy",
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The behavior law at N prefixes and what it costs.
+
+    Attributes:
+        log_probs: `[N, V]` log μ.
+        overlap: `[N, V]` probability that a token is drafted from the student *and* kept; None for the largest
+            possible, `min(student, μ)`.
+        teacher_weight: `[N]` share of the teacher: β for the blend; for SKD the probability of a replacement.
+        kl_student: `[N]` KL(μ || student), nats.
+        kl_teacher: `[N]` KL(μ || teacher), nats; None where no teacher takes part.
+    """
+
+    log_probs: Tensor
+    overlap: Tensor | None
+    teacher_weight: Tensor
+    kl_student: Tensor
+    kl_teacher: Tensor | None
+
+
+class BehaviorPolicy(Protocol):
+    """What a sampler needs of a policy."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the law depends on the teacher at all."""
+
+    def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
+        """The law at N prefixes from `[N, V]` log-probabilities over shared events."""
+
+
+@dataclass(frozen=True)
+class StudentPolicy:
+    """Plain on-policy sampling: μ is the student."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None = None) -> Target:
+        zero_N = student_log_probs.new_zeros(student_log_probs.shape[0])
+        kl_teacher_N = None if teacher_log_probs is None else _kl(student_log_probs, teacher_log_probs)
+        return Target(student_log_probs, None, zero_N, zero_N, kl_teacher_N)
+
+
+@dataclass(frozen=True)
+class TemperaturePolicy:
+    """The student at another temperature (paper, section 6: temperature warm-up). 1 is the student itself."""
+
+    temperature: float
+    needs_teacher: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+
+    def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None = None) -> Target:
+        if self.temperature == 1:
+            return StudentPolicy().target(student_log_probs, teacher_log_probs)
+        law_NV = torch.log_softmax(student_log_probs / self.temperature, dim=-1)
+        kl_teacher_N = None if teacher_log_probs is None else _kl(law_NV, teacher_log_probs)
+        weight_N = law_NV.new_zeros(law_NV.shape[0])
+        return Target(law_NV, None, weight_N, _kl(law_NV, student_log_probs), kl_teacher_N)
+
+
+@dataclass(frozen=True)
+class TrustRegionPolicy:
+    """The policy closest to the teacher with KL(μ || student) ≤ `kl_budget` at every prefix (paper, section 2)."""
+
+    kl_budget: float
+
+    def __post_init__(self) -> None:
+        if not self.kl_budget >= 0:
+            raise ValueError(f"kl_budget must be a non-negative number of nats, got {self.kl_budget}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kl_budget > 0
+
+    def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
+        if not self.needs_teacher:
+            return StudentPolicy().target(student_log_probs, teacher_log_probs)
+        blend = solve(student_log_probs, _present(teacher_log_probs, self), self.kl_budget)
+        return Target(blend.log_probs, None, blend.teacher_weight, blend.kl_student, blend.kl_teacher)
+
+
+@dataclass(frozen=True)
+class SKDPolicy:
+    """Interleaved teacher injection (paper, section 6: SKD).
+
+    A student token outside the teacher's `teacher_top_k` is replaced by a teacher sample at `teacher_temperature`.
+    """
+
+    teacher_top_k: int
+    teacher_temperature: float
+    needs_teacher: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.teacher_top_k < 1:
+            raise ValueError(f"teacher_top_k must be at least 1, got {self.teacher_top_k}")
+        _check_temperature(self.teacher_temperature)
+
+    def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
+        teacher_NV = _present(teacher_log_probs, self)
+        trusted_NV = torch.zeros_like(teacher_NV, dtype=torch.bool)
+        top = teacher_NV.topk(min(self.teacher_top_k, teacher_NV.shape[-1]), dim=-1).indices
+        trusted_NV.scatter_(-1, top, True)
+        student_NV = student_log_probs.exp()
+        kept_NV = student_NV.masked_fill(~trusted_NV, 0.0)
+        replaced_N = student_NV.masked_fill(trusted_NV, 0.0).sum(-1)
+        replacement_NV = torch.softmax(teacher_NV / self.teacher_temperature, dim=-1)
+        law_NV = (kept_NV + replaced_N[:, None] * replacement_NV).log()
+        return Target(law_NV, kept_NV, replaced_N, _kl(law_NV, student_log_probs), _kl(law_NV, teacher_NV))
+
+
+@dataclass(frozen=True)
+class TeacherPolicy:
+    """Teacher completions (SFT warm-up, and the far end of the blend): μ is the teacher."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
+        teacher_NV = _present(teacher_log_probs, self)
+        one_N = teacher_NV.new_ones(teacher_NV.shape[0])
+        return Target(teacher_NV, None, one_N, _kl(teacher_NV, student_log_probs), torch.zeros_like(one_N))
+
+
+def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p || q) per row, with 0 log 0 = 0."""
+    terms_NV = log_p_NV.exp() * (log_p_NV - log_q_NV)
+    return terms_NV.masked_fill_(log_p_NV.isneginf(), 0.0).sum(-1).clamp_min(0)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def _present(teacher_log_probs: Tensor | None, policy: object) -> Tensor:
+    if teacher_log_probs is None:
+        raise ValueError(f"{policy!r} needs teacher log-probabilities, got None")
+    return teacher_log_probs

@@ -1,0 +1,82 @@
+"""What a training run leaves on disk beside its checkpoints: metrics and a few rollouts, as JSON lines.
+
+`trb report` reads these files. A resumed run drops the lines after the checkpoint it starts from, so the file of a
+killed and resumed run holds the same steps as that of an uninterrupted one. Logging services (W&B, TensorBoard,
+Trackio) stay with `transformers`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+__all__ = ["RunRecorder", "append_jsonl", "drop_after_step"]
+
+
+class RunRecorder(TrainerCallback):
+    """Writes `metrics.jsonl` (one object per logged step) and `rollouts.jsonl` in the output directory."""
+
+    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
+        self.directory = Path(output_dir)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            drop_after_step(self.directory / "metrics.jsonl", state.global_step)
+            # Rollouts are drawn before their step's update, so a resumed run draws those of `global_step` again.
+            drop_after_step(self.directory / "rollouts.jsonl", state.global_step - 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            append_jsonl(self.directory / "metrics.jsonl", [{"step": state.global_step, **logs}])
+
+    def write_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rollout records; call on the main process only."""
+        append_jsonl(self.directory / "rollouts.jsonl", rows)
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append one JSON object per line; NaN and infinities become null."""
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+
+
+def drop_after_step(path: Path, step: int) -> None:
+    """Rewrite `path` without objects whose `"step"` exceeds `step`, and without a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a killed run may leave half a line; nothing valid follows it
+        if record["step"] <= step:
+            kept.append(line)
+    replacement = path.with_suffix(path.suffix + ".new")
+    replacement.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    replacement.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,227 @@
+"""What the charts show: which quantity, from which key, as which series. Pure data, drawn by `svg` and `figures`.
+
+A quantity that no run recorded gives no panel; a null or NaN point stays None, a gap. Values are never changed here:
+smoothing (`smoothed`) and thinning (`thinned`) are separate, and say so on the page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trb.report.reading import REFERENCES, Run, Source, number
+from trb.report.style import Format, label, style_indices
+
+Values = tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One chart's subject. `smooth` is for noisy quantities only: smoothing one that follows the schedule would
+    draw a warm-up that ends where it does not. `bound` is the key of an upper bound drawn beside it."""
+
+    key: str
+    title: str
+    unit: str
+    caption: str
+    format: Format = "number"
+    smooth: bool = False
+    bound: str | None = None
+    bound_name: str = ""
+
+
+PASS_AT_1 = Quantity(
+    "pass_at_1", "pass@1", "", "Share of samples that are right, with its 95% interval", format="percent"
+)
+
+OUTCOME = (
+    Quantity("trb/reward", "Reward", "", "Mean over the step's rollouts; logged, never trained on", smooth=True),
+    Quantity(
+        "trb/teacher_log_prob", "Teacher log-probability", "nats", "Mean over visited tokens", smooth=True
+    ),
+    Quantity(
+        "trb/teacher_entropy", "Teacher entropy", "nats", "Mean over visited prefixes", smooth=True
+    ),
+    Quantity(
+        "trb/completion_length", "Completion length", "tokens", "Mean, stop token included", smooth=True
+    ),
+    Quantity(
+        "trb/stop_rate", "Stop rate", "", "Completions that ended by themselves", format="percent", smooth=True
+    ),
+)
+BEHAVIOR = (
+    Quantity("trb/kl_budget", "KL budget ε", "nats", "Allowed KL(μ ‖ student) at a prefix"),
+    Quantity("trb/teacher_weight", "Teacher weight β", "", "Mean over visited tokens; 0 student, 1 teacher"),
+    Quantity(
+        "trb/kl_student",
+        "KL(μ ‖ student)",
+        "nats",
+        "Mean over visited prefixes",
+        bound="trb/kl_budget",
+        bound_name="budget",
+    ),
+    Quantity("trb/kl_teacher", "KL(μ ‖ teacher)", "nats", "Mean over visited prefixes"),
+    Quantity(
+        "trb/sequence_kl",
+        "Sequence KL",
+        "nats",
+        "Sum over a completion",
+        bound="trb/sequence_kl_bound",
+        bound_name="bound T·ε",
+    ),
+    Quantity("trb/accept_rate", "Accept rate", "", "Student drafts kept by the sampler", format="percent"),
+)
+OPTIMIZER = (
+    Quantity("loss", "Loss", "", "Training loss, token mean", smooth=True),
+    Quantity("grad_norm", "Gradient norm", "", "Before clipping", smooth=True),
+    Quantity("learning_rate", "Learning rate", "", "As scheduled"),
+    Quantity("step_time", "Step time", "seconds", "Wall clock of one optimizer step", smooth=True),
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method's line: `x` steps, `y` values (None: a gap); `low`, `high`, `bound` parallel to `y` or empty."""
+
+    method: str
+    label: str
+    style: int
+    x: tuple[int, ...]
+    y: Values
+    low: Values = ()
+    high: Values = ()
+    bound: Values = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart. `id` is a slug, unique on the page; `levels` are named horizontal reference lines."""
+
+    id: str
+    quantity: Quantity
+    series: tuple[Series, ...]
+    levels: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Panels under one heading."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+def groups(source: Source) -> tuple[Group, ...]:
+    """Every chart of a source, grouped; quantities without a single number, and empty groups, are left out."""
+    styles = style_indices([run.name for run in source.runs])
+    found = (
+        ("Outcome", (*_pass_at_1(source, styles), *_panels(source.runs, OUTCOME, styles))),
+        ("Behavior policy", _panels(source.runs, BEHAVIOR, styles)),
+        ("Optimizer", _panels(source.runs, OPTIMIZER, styles)),
+    )
+    return tuple(Group(title, panels) for title, panels in found if panels)
+
+
+def smoothed(values: Sequence[float | None], window: int) -> Values:
+    """Centred moving mean over `window` points; gaps stay gaps and are not averaged over.
+
+    Near the ends the window shrinks on both sides alike, so that the line does not lag or lead.
+    """
+    result: list[float | None] = []
+    for index, value in enumerate(values):
+        reach = min(window // 2, index, len(values) - 1 - index)
+        near = [v for v in values[index - reach : index + reach + 1] if v is not None]
+        result.append(None if value is None else sum(near) / len(near))
+    return tuple(result)
+
+
+def thinned(values: Sequence[float | None], limit: int) -> list[int]:
+    """Indices of at most `limit` points that keep the shape: the lowest and the highest of each bin, gaps kept.
+
+    Every kept point is a recorded one, so that a spike of one step survives.
+    """
+    if len(values) <= limit:
+        return list(range(len(values)))
+    bins = max(1, (limit - 2) // 3)
+    kept = {0, len(values) - 1}
+    for index in range(bins):
+        inside = range(index * len(values) // bins, (index + 1) * len(values) // bins)
+        numbers = {i: v for i in inside if (v := values[i]) is not None}
+        if numbers:
+            kept |= {min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)}
+        kept |= set([i for i in inside if values[i] is None][:1])
+    return sorted(kept)
+
+
+def _panels(
+    runs: Sequence[Run], quantities: Sequence[Quantity], styles: dict[str, int]
+) -> tuple[Panel, ...]:
+    panels = (_panel(runs, quantity, styles) for quantity in quantities)
+    return tuple(panel for panel in panels if panel.series)
+
+
+def _panel(runs: Sequence[Run], quantity: Quantity, styles: dict[str, int]) -> Panel:
+    series = []
+    for run in runs:
+        values = _column(run, quantity.key)
+        if not any(value is not None for value in values):
+            continue
+        bound = _column(run, quantity.bound) if quantity.bound else ()
+        series.append(
+            Series(
+                method=run.name,
+                label=label(run.name),
+                style=styles[run.name],
+                x=tuple(record.step for record in run.metrics),
+                y=values,
+                bound=bound if any(value is not None for value in bound) else (),
+            )
+        )
+    return Panel(_slug(quantity.key.removeprefix("trb/")), quantity, tuple(series))
+
+
+def _column(run: Run, key: str) -> Values:
+    return tuple(number(record.values, key, record.where) for record in run.metrics)
+
+
+def _pass_at_1(source: Source, styles: dict[str, int]) -> tuple[Panel, ...]:
+    names = list(dict.fromkeys(score.name for run in source.runs for score in run.evals))
+    several = len(names) > 1
+    panels = []
+    for index, name in enumerate(names):
+        series = tuple(s for run in source.runs if (s := _eval_series(run, name, styles[run.name])))
+        levels = tuple(
+            (role, score.pass_at_1)
+            for role in REFERENCES
+            if (score := source.scores.get(role)) and score.pass_at_1 is not None and (score.name == name or not several)
+        )
+        if series:
+            title = f"pass@1, {name or 'unnamed'}" if several else "pass@1"
+            quantity = Quantity(
+                PASS_AT_1.key, title, PASS_AT_1.unit, PASS_AT_1.caption, format=PASS_AT_1.format
+            )
+            suffix = f"-{index + 1}-{_slug(name)}".rstrip("-") if several else ""
+            panels.append(Panel(PASS_AT_1.key + suffix, quantity, series, levels))
+    return tuple(panels)
+
+
+def _eval_series(run: Run, name: str, style: int) -> Series | None:
+    evals = [score for score in run.evals if score.name == name]
+    if not any(score.pass_at_1 is not None for score in evals):
+        return None
+    intervals = [score.interval or (None, None) for score in evals]
+    return Series(
+        method=run.name,
+        label=label(run.name),
+        style=style,
+        x=tuple(score.step or 0 for score in evals),
+        y=tuple(score.pass_at_1 for score in evals),
+        low=tuple(low for low, _ in intervals),
+        high=tuple(high for _, high in intervals),
+    )
+
+
+def _slug(text: str) -> str:
+    """Lower-case letters, digits, - and _ only: safe as an element id and as a file name."""
+    return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")[:40]

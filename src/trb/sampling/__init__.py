@@ -1,0 +1,146 @@
+"""Exact sampling from behavior policies: `sample` takes two models and prompts and returns a `Rollout`.
+
+Every sampler draws from the same law, with the same randomness; `method` chooses how the work is laid out.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trb.modeling import without_adapters
+from trb.policies import BehaviorPolicy
+from trb.sampling.lockstep import sample_lockstep
+from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.uniforms import prompt_key, stream_seed
+from trb.vocab import SharedVocabulary, head_rows
+
+__all__ = ["METHODS", "Rollout", "RolloutStats", "prompt_key", "sample", "stream_seed"]
+
+METHODS = {"lockstep": sample_lockstep}
+
+
+def sample(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    prompts: Sequence[Sequence[int]],
+    policy: BehaviorPolicy,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int],
+    teacher_eos_token_id: int | Sequence[int] | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    method: str = "lockstep",
+    prompt_keys: Sequence[int] | None = None,
+    rollout_index: Sequence[int] | None = None,
+    vocab_size: int | None = None,
+    max_rows: int | None = None,
+) -> Rollout:
+    """Draw one completion per prompt, exactly from the policy's law at every prefix.
+
+    A row's completion is a function of (models, policy, seed, prompt, prompt key, rollout index) alone: not of the
+    other rows, of `max_rows`, or of earlier calls (up to floating-point rounding of batched matrix products).
+
+    Args:
+        student: any Hugging Face causal LM; drafts every token.
+        teacher: the same, with the student's tokenizer; may be None when `policy.needs_teacher` is False.
+        prompts: token ids of each row, not padded, not empty.
+        policy: one of `trb.policies`.
+        max_new_tokens: the longest completion, stop token included.
+        eos_token_id: the id, or ids, that end a completion; the first is the one emitted.
+        teacher_eos_token_id: the teacher's stop ids; None means the student's.
+        temperature: divides both models' logits before anything else.
+        seed: 64-bit seed of the call's random stream.
+        method: `"lockstep"`, both models token by token.
+        prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
+        rollout_index: which rollout of its prompt each row is; by default 0.
+        vocab_size: sample from the first so many head rows only; by default all rows the given models share.
+        max_rows: rows in flight at once, to bound memory; by default all.
+
+    Raises:
+        ValueError: names the offending argument: an empty prompt, an id outside the heads, a missing teacher, keys
+            of another length than the prompts, prompts too long for the model, an unknown method.
+    """
+    rows = [list(map(int, prompt)) for prompt in prompts]
+    keys = list(range(len(rows))) if prompt_keys is None else list(prompt_keys)
+    index = [0] * len(rows) if rollout_index is None else list(rollout_index)
+    student = without_adapters(student)
+    models = [student] if teacher is None else [student, teacher]
+    sizes = [head_rows(model) for model in models] + ([] if vocab_size is None else [vocab_size])
+    vocabulary = SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id)
+    _check(models, rows, policy, max_new_tokens, temperature, keys, index, method, vocabulary)
+
+    rollout = Rollout()
+    step = max_rows or max(1, len(rows))
+    with torch.no_grad(), _evaluation_mode(*models):
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            rollout.extend(
+                METHODS[method](
+                    student,
+                    teacher,
+                    rows[part],
+                    policy,
+                    vocabulary=vocabulary,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    prompt_keys=keys[part],
+                    rollout_index=index[part],
+                )
+            )
+    return rollout
+
+
+def _check(
+    models: list[PreTrainedModel],
+    prompts: list[list[int]],
+    policy: BehaviorPolicy,
+    max_new_tokens: int,
+    temperature: float,
+    keys: list[int],
+    index: list[int],
+    method: str,
+    vocabulary: SharedVocabulary,
+) -> None:
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown sampling method {method!r}; choose one of {', '.join(METHODS)}{hint}")
+    if policy.needs_teacher and len(models) < 2:
+        raise ValueError(f"{policy!r} needs a teacher, got teacher=None")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    for name, values in (("prompt_keys", keys), ("rollout_index", index)):
+        if len(values) != len(prompts):
+            raise ValueError(f"{name} has {len(values)} entries for {len(prompts)} prompts")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row} is empty; a prompt needs at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary.size:
+            bad = next(token for token in prompt if not 0 <= token < vocabulary.size)
+            raise ValueError(f"prompt {row} contains token id {bad}, outside the {vocabulary.size} shared head rows")
+    longest = max(map(len, prompts), default=0)
+    for model in models:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest + max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens plus max_new_tokens={max_new_tokens} exceeds the {limit} positions of "
+                f"{type(model).__name__}; shorten the prompts or lower max_new_tokens"
+            )
+
+
+@contextmanager
+def _evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Dropout off (and gradient checkpointing, which would drop the KV cache) while sampling; restored after."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(model.train, model.training)
+            model.eval()
+        yield

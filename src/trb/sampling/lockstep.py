@@ -1,0 +1,128 @@
+"""Token-by-token sampling from a behavior policy: the reference every faster sampler is held to.
+
+Both models read every token, one KV cache each; each position draws exactly once from μ. Clarity first: the only
+optimisation is that finished rows leave the batch. Block-wise drafting is another module's job.
+
+Shape suffixes: R rows in flight, V shared vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trb.policies import BehaviorPolicy, Target
+from trb.sampling.cache import CachedReader
+from trb.sampling.draw import accept_or_replace, inverse_cdf
+from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.uniforms import as_int64, uniforms
+from trb.vocab import SharedVocabulary
+
+__all__ = ["sample_lockstep"]
+
+# Copying the KV cache costs about one step's memory traffic, so rows leave in groups of this share of the batch.
+_DROP_SHARE = 0.25
+
+
+def sample_lockstep(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    prompts: Sequence[Sequence[int]],
+    policy: BehaviorPolicy,
+    *,
+    vocabulary: SharedVocabulary,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    prompt_keys: Sequence[int],
+    rollout_index: Sequence[int],
+) -> Rollout:
+    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated."""
+    device = student.device
+    readers = [CachedReader(student)]
+    if policy.needs_teacher:
+        assert teacher is not None
+        readers.append(CachedReader(teacher))
+    keys_R = as_int64(prompt_keys, device)
+    index_R = torch.tensor(list(rollout_index), device=device)
+    rows_R = torch.arange(len(prompts), device=device)
+    open_R = torch.ones_like(rows_R, dtype=torch.bool)
+    trace = _Trace(len(prompts), max_new_tokens, device)
+
+    logits = [reader.read_prompts(prompts) for reader in readers]
+    for position in range(max_new_tokens):
+        uniform_R3 = uniforms(seed, keys_R, index_R, torch.full_like(index_R, position))
+        log_probs = [_log_probs(model_logits, vocabulary, temperature, device) for model_logits in logits]
+        token_R, accepted_R, target = _draw(policy, log_probs, uniform_R3)
+        trace.write(position, rows_R[open_R], token_R[open_R], accepted_R[open_R], target, open_R)
+        open_R = open_R & (token_R != vocabulary.stop_id)
+        still_open = int(open_R.sum())
+        if not still_open or position + 1 == max_new_tokens:
+            break
+        if still_open <= (1 - _DROP_SHARE) * len(open_R):
+            kept = open_R.nonzero().squeeze(-1)
+            for reader in readers:
+                reader.keep(kept.to(reader.model.device))
+            token_R, rows_R, keys_R, index_R = token_R[kept], rows_R[kept], keys_R[kept], index_R[kept]
+            open_R = torch.ones_like(rows_R, dtype=torch.bool)
+        logits = [reader.read_tokens(token_R.to(reader.model.device)) for reader in readers]
+
+    calls = [reader.calls for reader in readers]
+    return trace.rollout(prompts, vocabulary.stop_id, calls[0], sum(calls[1:]))
+
+
+def _log_probs(logits_RV: Tensor, vocabulary: SharedVocabulary, temperature: float, device: torch.device) -> Tensor:
+    shared_RV = vocabulary.fold(logits_RV)
+    wide = shared_RV.dtype if shared_RV.dtype == torch.float64 else torch.float32
+    return torch.log_softmax(shared_RV.to(device=device, dtype=wide) / temperature, dim=-1)
+
+
+def _draw(policy: BehaviorPolicy, log_probs: list[Tensor], uniform_R3: Tensor) -> tuple[Tensor, Tensor, Target]:
+    draft_uniform_R, accept_R, residual_R = uniform_R3.unbind(-1)
+    student_RV = log_probs[0].exp()
+    draft_R = inverse_cdf(student_RV, draft_uniform_R)
+    target = policy.target(log_probs[0], log_probs[1] if len(log_probs) > 1 else None)
+    token_R, accepted_R = accept_or_replace(target, student_RV, draft_R, accept_R, residual_R)
+    return token_R, accepted_R, target
+
+
+class _Trace:
+    """What was drawn, kept on the device until the end: reading it back token by token would stall the models."""
+
+    _COLUMNS = ("teacher_weight", "kl_student", "kl_teacher", "accepted")
+
+    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+        self.tokens_RT = torch.full((rows, length), -1, dtype=torch.long, device=device)
+        self.numbers = {name: torch.zeros(rows, length, device=device) for name in self._COLUMNS}
+        self.has_teacher = False
+
+    def write(
+        self, position: int, rows: Tensor, token: Tensor, accepted: Tensor, target: Target, open_R: Tensor
+    ) -> None:
+        self.tokens_RT[rows, position] = token
+        self.has_teacher = target.kl_teacher is not None
+        values = {
+            "teacher_weight": target.teacher_weight[open_R],
+            "kl_student": target.kl_student[open_R],
+            "accepted": accepted,
+        }
+        if target.kl_teacher is not None:
+            values["kl_teacher"] = target.kl_teacher[open_R]
+        for name, value in values.items():
+            self.numbers[name][rows, position] = value.float()
+
+    def rollout(
+        self, prompts: Sequence[Sequence[int]], stop_id: int, student_calls: int, teacher_calls: int
+    ) -> Rollout:
+        completions = [[token for token in row if token >= 0] for row in self.tokens_RT.tolist()]
+        stats = RolloutStats()
+        for name in self._COLUMNS:
+            present = name != "kl_teacher" or self.has_teacher
+            ragged = [
+                row[: len(completion)] if present else []
+                for row, completion in zip(self.numbers[name].tolist(), completions, strict=True)
+            ]
+            setattr(stats, name, ragged)
+        stopped = [bool(completion) and completion[-1] == stop_id for completion in completions]
+        return Rollout(list(map(list, prompts)), completions, stopped, stats, teacher_calls, student_calls)

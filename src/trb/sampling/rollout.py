@@ -1,0 +1,55 @@
+"""The record of one sampling call: completions and what the sampler saw at every token."""
+
+from dataclasses import dataclass, field
+
+__all__ = ["Rollout", "RolloutStats"]
+
+
+@dataclass
+class RolloutStats:
+    """Per-token numbers, each a list per row, parallel to `Rollout.completions`.
+
+    Attributes:
+        teacher_weight: share of the teacher in the law the token came from (see `trb.policies.Target`).
+        kl_student: KL(μ || student) at the token's prefix, nats.
+        kl_teacher: KL(μ || teacher) there, nats; empty lists where no teacher took part.
+        accepted: 1.0 where the student's draft was kept, 0.0 where it was replaced.
+    """
+
+    teacher_weight: list[list[float]] = field(default_factory=list)
+    kl_student: list[list[float]] = field(default_factory=list)
+    kl_teacher: list[list[float]] = field(default_factory=list)
+    accepted: list[list[float]] = field(default_factory=list)
+
+    def extend(self, other: "RolloutStats") -> None:
+        for name in self.__dataclass_fields__:
+            getattr(self, name).extend(getattr(other, name))
+
+
+@dataclass
+class Rollout:
+    """Completions of a batch of prompts.
+
+    Attributes:
+        prompts: token ids as given.
+        completions: token ids per row, the stop token included where one was drawn.
+        stopped: whether the row ended with a stop token (rather than at `max_new_tokens`).
+        stats: per-token numbers.
+        teacher_calls: forward passes of the teacher (a batch counts once).
+        student_calls: forward passes of the student.
+    """
+
+    prompts: list[list[int]] = field(default_factory=list)
+    completions: list[list[int]] = field(default_factory=list)
+    stopped: list[bool] = field(default_factory=list)
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    teacher_calls: int = 0
+    student_calls: int = 0
+
+    def extend(self, other: "Rollout") -> None:
+        """Append another call's rows and add its passes."""
+        for name in ("prompts", "completions", "stopped"):
+            getattr(self, name).extend(getattr(other, name))
+        self.stats.extend(other.stats)
+        self.teacher_calls += other.teacher_calls
+        self.student_calls += other.student_calls

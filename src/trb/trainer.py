@@ -1,0 +1,518 @@
+"""`TRBTrainer`: TRL's `DistillationTrainer` with two things replaced, how completions are sampled and the loss.
+
+While the behavior policy needs the teacher, completions come from `trb.sampling.sample`; afterwards from plain
+student sampling (TRL's own vLLM path with `use_vllm=True`). The loss is the reverse KL on the student's top-k.
+Everything else (loop, sharding, PEFT, resume, logging, hub) is TRL's and transformers'.
+
+TRL internals this module relies on, checked by a contract test against the installed version:
+- `DistillationTrainer.__init__` accepts `teacher_model=None` and then leaves `self.teacher_model = None` to us
+  (we prepare the teacher ourselves because TRL refuses heads padded to different sizes);
+- `_generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)` returns completion ids, stop token
+  included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
+- `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
+  inside the student's wrapper; `_forward_redirection` does the same for the teacher's;
+- `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; `log` averages `_metrics`.
+
+Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DistillationConfig, DistillationTrainer
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import RepeatSampler, create_model_from_path
+
+from trb.losses import TokenMetrics, chunked_reverse_kl
+from trb.modeling import OutputHead, hidden_states, without_adapters
+from trb.policies import (
+    BehaviorPolicy,
+    SKDPolicy,
+    StudentPolicy,
+    TeacherPolicy,
+    TemperaturePolicy,
+    TrustRegionPolicy,
+)
+from trb.recording import RunRecorder
+from trb.sampling import METHODS as SAMPLERS
+from trb.sampling import Rollout, prompt_key, sample, stream_seed
+from trb.schedule import KINDS, kl_budget, ramp
+from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
+
+__all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
+
+# What each method changes with respect to plain on-policy distillation (paper, section 6).
+TRAINING_METHODS = {
+    "trb": "trust-region behavior blending: the budget shrinks from initial_kl_budget to 0",
+    "opd": "plain on-policy distillation: student rollouts throughout",
+    "fixed": "fixed-budget blending: initial_kl_budget, never annealed",
+    "skd": "a student token outside the teacher's top-k is replaced by a teacher sample",
+    "temperature": "student rollouts at a temperature that rises to 1",
+    "sft": "the first updates are supervised on teacher completions of the same prompts",
+    "veto": "the loss matches softmax(log teacher + strength * log student), strength falling to 0",
+}
+
+# Options of TRL that would change the sampled law or the loss, with the only value this trainer supports.
+_UNSUPPORTED = {
+    "beta": (1.0, "the loss is the reverse KL"),
+    "top_p": (1.0, "completions are drawn from the exact law; truncating it is not supported"),
+    "top_k": (0, "completions are drawn from the exact law; for the loss's support set loss_top_k"),
+    "min_p": (None, "completions are drawn from the exact law; truncating it is not supported"),
+    "repetition_penalty": (1.0, "completions are drawn from the exact law"),
+    "generation_kwargs": (None, "trb's samplers take no generation options"),
+    "cache_implementation": (None, "trb's samplers manage their own caches"),
+}
+
+# What the vocabulary projection of the supervised loss holds at once, in vocabulary entries.
+_SFT_VOCABULARY_CHUNK = 8192
+
+RewardFunction = Callable[[list[str], Sequence[Mapping[str, Any]]], list[float]]
+
+
+@dataclass
+class TRBConfig(DistillationConfig):
+    """Every knob of `TRBTrainer`, on top of TRL's `DistillationConfig`. Defaults are the paper's (section 6)."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Dropout off in training: the loss's support is chosen from the same model."}
+    )
+    method: str = field(
+        default="trb", metadata={"help": "; ".join(f"{name}: {text}" for name, text in TRAINING_METHODS.items())}
+    )
+    num_generations: int = field(default=4, metadata={"help": "Rollouts per prompt in an optimizer step."})
+    initial_kl_budget: float = field(
+        default=0.01, metadata={"help": "ε0 of trb and fixed: KL(behavior || student) per token, in nats."}
+    )
+    blend_warmup_steps: int = field(
+        default=25, metadata={"help": "K of trb: optimizer steps until the budget is 0 and the teacher stops sampling."}
+    )
+    budget_schedule: str = field(
+        default="linear", metadata={"help": "How trb's budget falls: linear (paper), cosine or constant."}
+    )
+    skd_teacher_top_k: int = field(default=25, metadata={"help": "skd: student tokens inside it are kept."})
+    skd_teacher_temperature: float = field(
+        default=0.6, metadata={"help": "skd: temperature of the teacher sample that replaces a token."}
+    )
+    initial_temperature: float = field(
+        default=0.9, metadata={"help": "temperature: rollout temperature at step 0, relative to `temperature`."}
+    )
+    temperature_warmup_steps: int = field(
+        default=25, metadata={"help": "temperature: optimizer steps until the rollout temperature is 1."}
+    )
+    sft_warmup_steps: int = field(
+        default=25, metadata={"help": "sft: supervised updates on teacher completions before distillation."}
+    )
+    veto_strength: float = field(default=0.4, metadata={"help": "veto: b at step 0."})
+    veto_steps: int | None = field(
+        default=None, metadata={"help": "veto: optimizer steps until b is 0; None for the whole training."}
+    )
+    loss_top_k: int = field(
+        default=16, metadata={"help": "Support of the loss: the student's k likeliest tokens; 0 for the vocabulary."}
+    )
+    loss_chunk_tokens: int = field(
+        default=1024, metadata={"help": "Tokens projected to the vocabulary at once in the loss: bounds its memory."}
+    )
+    sampler: str = field(default="lockstep", metadata={"help": f"How rollouts are computed: {', '.join(SAMPLERS)}."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows sampled at once per process, to bound KV-cache memory; None for all."}
+    )
+    recorded_rollouts: int = field(
+        default=4, metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("method", self.method, TRAINING_METHODS)
+        _check_choice("budget_schedule", self.budget_schedule, KINDS)
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        for name, (supported, why) in _UNSUPPORTED.items():
+            if getattr(self, name) != supported:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
+        for name in ("num_generations", "loss_chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("loss_top_k", "sft_warmup_steps", "veto_strength", "recorded_rollouts"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        kl_budget(0, self.initial_kl_budget, self.blend_warmup_steps, self.budget_schedule)
+        ramp(0, 1.0, 1.0, self.temperature_warmup_steps)
+        TemperaturePolicy(self.initial_temperature)
+        SKDPolicy(self.skd_teacher_top_k, self.skd_teacher_temperature)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str] | Mapping[str, Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+
+
+class TRBTrainer(DistillationTrainer):
+    """On-policy distillation with trust-region behavior blending, and every baseline of the paper.
+
+    ```python
+    trainer = TRBTrainer(
+        model="Qwen/Qwen3-0.6B-Base",
+        teacher_model="Qwen/Qwen3-4B",
+        args=TRBConfig("runs/qwen3", initial_kl_budget=0.01, blend_warmup_steps=25),
+        train_dataset=dataset,  # a "prompt" column, plain text or messages
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model: student; a path or hub id, or a loaded causal LM.
+        teacher_model: teacher; the same. It must share the student's tokenizer; the head may be padded differently
+            and the end-of-sequence id may differ.
+        args: a `TRBConfig`.
+        train_dataset: map-style dataset with a `"prompt"` column.
+        eval_dataset: prompts on which `evaluate` reports the loss on student rollouts.
+        processing_class: the tokenizer, padding on the left; loaded with the student when None.
+        teacher_processing_class: the teacher's tokenizer, only to check that it is the same; loaded when
+            `teacher_model` is a path or hub id.
+        reward_fn: `(completions, rows) -> rewards`, logged and never trained on.
+        callbacks, optimizers, quantization_config, peft_config: as in `DistillationTrainer`.
+
+    Raises:
+        ValueError: different tokenizers, a head without rows for ids in use, an unsupported option, or a batch that
+            `num_generations` does not divide.
+    """
+
+    _tag_names = ("trl", "trb")
+    _name = "TRB"
+    _paper: dict[str, str] = {  # noqa: RUF012
+        "title": "Trust-Region behavior Blending for On-Policy Distillation",
+        "id": "2605.31159",
+    }
+
+    args: TRBConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel,
+        args: TRBConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        reward_fn: RewardFunction | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(train_dataset, IterableDataset):
+            raise ValueError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
+        if kwargs.get("tools"):
+            raise ValueError("TRBTrainer samples single turns; tools are not supported")
+        super().__init__(
+            model=model,
+            teacher_model=None,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self._is_vlm:
+            raise ValueError(f"TRBTrainer handles text models only, got {type(self.model).__name__}")
+        if self._global_batch() % args.num_generations:
+            raise ValueError(
+                f"the batch of one optimizer step is {self._global_batch()} completions (per_device_train_batch_size "
+                f"x processes x gradient_accumulation_steps), which num_generations={args.num_generations} does not "
+                "divide; change one of them"
+            )
+        if isinstance(teacher_model, str):
+            if teacher_processing_class is None:
+                teacher_processing_class = _load_tokenizer(teacher_model, args)
+            teacher_model = _load_teacher(teacher_model, args)
+        if teacher_processing_class is not None:
+            check_same_tokenizer(self._tokenizer, teacher_processing_class)
+        self.teacher_model = self._prepared_teacher(teacher_model)
+        self.vocabulary = self._shared_vocabulary(teacher_model, teacher_processing_class)
+        self._student_head = OutputHead.check(self.model)
+        self._teacher_head = OutputHead.check(teacher_model)
+        self.reward_fn = reward_fn
+        self.recorder = RunRecorder(args.output_dir)
+        self.add_callback(self.recorder)
+        self._totals: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
+        self._counts: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
+        self._rollout: Rollout | None = None
+
+    # ---- set-up ----
+
+    def _prepared_teacher(self, teacher: PreTrainedModel) -> nn.Module:
+        teacher.requires_grad_(False)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _shared_vocabulary(
+        self, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase | None
+    ) -> SharedVocabulary:
+        student_rows, teacher_rows = head_rows(without_adapters(self.model)), head_rows(teacher)
+        check_heads(student_rows, teacher_rows, max(self._tokenizer.get_vocab().values()) + 1)
+        teacher_eos = stop_token_ids(teacher, teacher_tokenizer)
+        return SharedVocabulary.of((student_rows, teacher_rows), self.eos_token_ids, teacher_eos)
+
+    def _global_batch(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return RepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.args.num_generations,
+            batch_size=self._global_batch() // self.args.num_generations,
+            repeat_count=self.args.gradient_accumulation_steps,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine unless a hub name was given."""
+
+    # ---- schedules ----
+
+    def behavior_policy(self, step: int) -> BehaviorPolicy:
+        """The policy that completions of optimizer step `step` (from 0) are drawn from."""
+        args = self.args
+        if args.method in ("trb", "fixed"):
+            return TrustRegionPolicy(self.kl_budget(step))
+        if args.method == "skd":
+            return SKDPolicy(args.skd_teacher_top_k, args.skd_teacher_temperature)
+        if args.method == "temperature":
+            return TemperaturePolicy(ramp(step, args.initial_temperature, 1.0, args.temperature_warmup_steps))
+        if self._is_supervised(step):
+            return TeacherPolicy()
+        return StudentPolicy()
+
+    def kl_budget(self, step: int) -> float:
+        """ε of optimizer step `step`: nats per token; 0 for methods without a budget."""
+        args = self.args
+        if args.method not in ("trb", "fixed"):
+            return 0.0
+        kind = "constant" if args.method == "fixed" else args.budget_schedule
+        return kl_budget(step, args.initial_kl_budget, args.blend_warmup_steps, kind)
+
+    def veto_strength(self, step: int) -> float:
+        """b of Veto's target at optimizer step `step`; 0 for other methods."""
+        if self.args.method != "veto":
+            return 0.0
+        steps = self.state.max_steps if self.args.veto_steps is None else self.args.veto_steps
+        return ramp(step, self.args.veto_strength, 0.0, steps)
+
+    def _is_supervised(self, step: int) -> bool:
+        return self.args.method == "sft" and step < self.args.sft_warmup_steps
+
+    # ---- replaced: how completions are sampled ----
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, has_tool_images: bool = False
+    ) -> list[list[int]]:
+        training = self.model.training
+        step = self.state.global_step
+        policy = self.behavior_policy(step) if training else StudentPolicy()
+        if self.use_vllm and isinstance(policy, StudentPolicy | TrustRegionPolicy) and not policy.needs_teacher:
+            self._rollout = None
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+        keys = [prompt_key(ids) for ids in prompt_ids]
+        with self.compute_loss_context_manager():
+            self._rollout = sample(
+                self.accelerator.unwrap_model(self.model_wrapped),
+                self.accelerator.unwrap_model(self.teacher_model) if policy.needs_teacher else None,
+                prompt_ids,
+                policy,
+                max_new_tokens=self.max_completion_length,
+                eos_token_id=[self.vocabulary.stop_id, *self.vocabulary.folded_ids],
+                vocab_size=self.vocabulary.size,
+                temperature=self.temperature,
+                seed=stream_seed(self.args.seed, "train" if training else "eval", step),
+                method=self.args.sampler,
+                prompt_keys=keys,
+                rollout_index=self._rollout_index(keys),
+                max_rows=self.args.rollout_batch_size,
+            )
+        return self._rollout.completions
+
+    def _rollout_index(self, keys: list[int]) -> list[int]:
+        """How often each row's prompt has occurred before it in the global batch, over all processes in order."""
+        halves = torch.tensor([[key >> 32, key & 0xFFFFFFFF] for key in keys], device=self.accelerator.device)
+        everywhere = [tuple(pair) for pair in self.accelerator.gather(halves).tolist()]
+        seen: Counter[tuple[int, ...]] = Counter()
+        index = []
+        for pair in everywhere:
+            index.append(seen[pair])
+            seen[pair] += 1
+        first = self.accelerator.process_index * len(keys)
+        return index[first : first + len(keys)]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        completions = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
+        ]
+        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        rewards = None if self.reward_fn is None else self.reward_fn(texts, inputs)
+        if rewards is not None:
+            self._add(mode, "reward", sum(rewards), len(rewards))
+        self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
+        stop_ids = {self.vocabulary.stop_id, *self.vocabulary.folded_ids}
+        stopped = sum(bool(ids) and ids[-1] in stop_ids for ids in completions)
+        self._add(mode, "stop_rate", stopped, len(completions))
+        if self._rollout is not None:
+            self._add_rollout(mode, self._rollout)
+            if mode == "train" and self.accelerator.is_main_process:
+                self._record(inputs, texts, rewards)
+        return output
+
+    def _add_rollout(self, mode: str, rollout: Rollout) -> None:
+        stats, budget = rollout.stats, self.kl_budget(self.state.global_step) if mode == "train" else 0.0
+        tokens = sum(map(len, rollout.completions))
+        for name, rows in (
+            ("teacher_weight", stats.teacher_weight),
+            ("kl_student", stats.kl_student),
+            ("kl_teacher", stats.kl_teacher),
+            ("accept_rate", stats.accepted),
+        ):
+            if any(rows):
+                self._add(mode, name, sum(map(sum, rows)), tokens)
+        self._add(mode, "sequence_kl", sum(map(sum, stats.kl_student)), len(rollout.completions))
+        if math.isfinite(budget):
+            self._add(mode, "kl_budget", budget, 1)
+        if budget > 0 and math.isfinite(budget):
+            self._add(mode, "sequence_kl_bound", budget * tokens, len(rollout.completions))
+        self._add(mode, "teacher_calls", rollout.teacher_calls, 1)
+        self._add(mode, "student_calls", rollout.student_calls, 1)
+
+    def _record(self, inputs: list[dict[str, Any]], texts: list[str], rewards: list[float] | None) -> None:
+        if self._rollout is None or self.state.global_step % max(1, self.state.logging_steps):
+            return
+        stats = self._rollout.stats
+        self.recorder.write_rollouts(
+            {
+                "step": self.state.global_step,
+                "prompt": self._tokenizer.decode(self._rollout.prompts[row], skip_special_tokens=False),
+                "completion": texts[row],
+                "tokens": [self._tokenizer.decode([token]) for token in self._rollout.completions[row]],
+                "reward": None if rewards is None else rewards[row],
+                "teacher_weight": stats.teacher_weight[row],
+                "kl_student": stats.kl_student[row],
+                "accepted": stats.accepted[row],
+            }
+            for row in range(min(self.args.recorded_rollouts, len(texts)))
+        )
+
+    # ---- replaced: the loss ----
+
+    def _compute_loss(
+        self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask_BL = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        completion_BT, mask_BT = inputs["completion_ids"], inputs["completion_mask"]
+        student_BTH = hidden_states(unwrapped_student, ids_BL, mask_BL, completion_BT.shape[1])
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with torch.no_grad():
+            teacher_BTH = self._forward_redirection(
+                self.teacher_model, teacher, hidden_states, teacher, ids_BL, mask_BL, completion_BT.shape[1]
+            )
+        step = self.state.global_step
+        loss, metrics = chunked_reverse_kl(
+            student_BTH,
+            teacher_BTH,
+            self._student_head,
+            self._teacher_head,
+            completion_BT,
+            mask_BT,
+            k=self.args.loss_top_k,
+            vocabulary=self.vocabulary,
+            temperature=self.temperature,
+            veto_strength=self.veto_strength(step) if self.model.training else 0.0,
+            normaliser=num_items_in_batch,
+            chunk_tokens=self.args.loss_chunk_tokens,
+        )
+        self._add_token_metrics(metrics)
+        if self.model.training and self._is_supervised(step):
+            loss = self._supervised_loss(student_BTH, completion_BT, mask_BT, num_items_in_batch)
+        return loss, metrics.student_entropy.sum(), mask_BT.sum()
+
+    def _supervised_loss(
+        self, student_BTH: Tensor, completion_BT: Tensor, mask_BT: Tensor, num_items_in_batch: Tensor | None
+    ) -> Tensor:
+        """TRL's own supervised loss on the completion, for SFT warm-up."""
+        chosen_BT = mask_BT.bool()
+        head = self._student_head
+        log_probs, *_ = ChunkedLogProbFunction.apply(
+            student_BTH[chosen_BT],
+            head.projection.weight,
+            getattr(head.projection, "bias", None),
+            completion_BT[chosen_BT],
+            1.0,
+            _SFT_VOCABULARY_CHUNK,
+            head.soft_cap,
+            head.scale,
+            (),
+        )
+        return -log_probs.sum() / (mask_BT.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    # ---- logging ----
+
+    def _add(self, mode: str, name: str, total: float, count: int) -> None:
+        self._totals[mode][name] += total
+        self._counts[mode][name] += count
+
+    def _add_token_metrics(self, metrics: TokenMetrics) -> None:
+        mode = "train" if self.model.training else "eval"
+        tokens = metrics.reverse_kl.numel()
+        for name in ("reverse_kl", "teacher_entropy", "teacher_log_prob"):
+            self._add(mode, name, getattr(metrics, name).sum().item(), tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in self._averages(mode).items():
+            self._metrics[mode][f"trb/{name}"] = [value]
+        super().log(logs, start_time)
+
+    def _averages(self, mode: str) -> dict[str, float]:
+        """Averages over everything since the last log, on all processes: token means are weighted by tokens."""
+        totals, counts = self._totals[mode], self._counts[mode]
+        names = sorted(totals)
+        self._totals[mode], self._counts[mode] = Counter(), Counter()
+        if not names:
+            return {}
+        sums = torch.tensor([[totals[name], counts[name]] for name in names], dtype=torch.float64)
+        sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").cpu()
+        averages = {name: (total / count) for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+        # A pure student rollout is its own behavior policy: its divergence to the teacher is the loss's reverse KL.
+        averages.setdefault("kl_teacher", averages.get("reverse_kl", math.nan))
+        return averages
+
+
+def _load_teacher(name: str, args: TRBConfig) -> PreTrainedModel:
+    options = dict(args.teacher_model_init_kwargs or {})
+    if args.teacher_model_revision is not None:
+        options.setdefault("revision", args.teacher_model_revision)
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(name, **options)
+
+
+def _load_tokenizer(name: str, args: TRBConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+    )

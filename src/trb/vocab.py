@@ -1,0 +1,157 @@
+"""One event space for two models: end-of-sequence canonicalisation, padded heads, and the same-tokenizer check.
+
+A student and a teacher of one family often stop with different token ids and carry heads padded to different
+sizes. Everything downstream (blend, losses, sampling) needs the two distributions over the same events.
+Models with different tokenizers are refused: cross-tokenizer distillation is another problem.
+
+Shape suffixes: V vocabulary (shared rows).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SharedVocabulary", "align", "check_heads", "check_same_tokenizer", "head_rows", "stop_token_ids"]
+
+
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """The events two models share: the first `size` head rows, with every stop id folded into `stop_id`."""
+
+    size: int
+    stop_id: int
+    folded_ids: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, sizes: Sequence[int], student_eos: int | Sequence[int], teacher_eos: int | Sequence[int] | None = None
+    ) -> "SharedVocabulary":
+        """The shared events of models with heads of `sizes` rows.
+
+        Raises:
+            ValueError: no end-of-sequence id, or one that lies outside the shared rows.
+        """
+        student_ids = _as_ids(student_eos)
+        if not student_ids:
+            raise ValueError("the student needs at least one end-of-sequence id; pass eos_token_id=")
+        size = min(sizes)
+        every_id = dict.fromkeys([*student_ids, *_as_ids(teacher_eos)])
+        for token_id in every_id:
+            if not 0 <= token_id < size:
+                raise ValueError(
+                    f"end-of-sequence id {token_id} lies outside the {size} head rows that the models share "
+                    f"(heads: {', '.join(map(str, sizes))} rows)"
+                )
+        return cls(size, student_ids[0], tuple(token_id for token_id in every_id if token_id != student_ids[0]))
+
+    def fold(self, logits: Tensor) -> Tensor:
+        """`[..., rows]` logits on the shared events `[..., V]`; a new tensor, probability conserved."""
+        shared = logits[..., : self.size].clone()
+        if self.folded_ids:
+            stop_ids = [self.stop_id, *self.folded_ids]
+            shared[..., self.stop_id] = shared[..., stop_ids].double().logsumexp(-1).to(shared.dtype)
+            shared[..., list(self.folded_ids)] = -math.inf
+        return shared
+
+
+def align(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_eos: int | Sequence[int],
+    teacher_eos: int | Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Put both models on shared events (paper, section 4); returns new `[..., V]` tensors.
+
+    Heads are cut to the rows both have. In each model the probability of *every* stop id of either model moves to
+    the student's first one (so none is lost), and the other stop ids become `-inf`.
+
+    Args:
+        student_logits: `[..., V_student]`.
+        teacher_logits: `[..., V_teacher]`.
+        student_eos: the student's end-of-sequence id, or ids with the one to emit first.
+        teacher_eos: the teacher's end-of-sequence id or ids.
+
+    Raises:
+        ValueError: an end-of-sequence id lies outside the shared rows.
+    """
+    shared = SharedVocabulary.of(
+        (student_logits.shape[-1], teacher_logits.shape[-1]), student_eos, teacher_eos
+    )
+    return shared.fold(student_logits), shared.fold(teacher_logits)
+
+
+def check_same_tokenizer(
+    student_tokenizer: "PreTrainedTokenizerBase", teacher_tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Refuse a pair whose tokenizers disagree on any token that both know, or on the student's ordinary tokens.
+
+    Special tokens that only one side added are allowed: their rows exist in both heads or are cut.
+
+    Raises:
+        ValueError: names a token and the two ids.
+    """
+    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    remedy = "trb needs one tokenizer for both models; choose a teacher of the student's family"
+    for token, student_id in student.items():
+        teacher_id = teacher.get(token)
+        if teacher_id is not None and teacher_id != student_id:
+            raise ValueError(
+                f"different tokenizers: token {token!r} is id {student_id} for the student and {teacher_id} for the "
+                f"teacher. {remedy}"
+            )
+    added = student_tokenizer.get_added_vocab()
+    missing = [token for token in student if token not in teacher and token not in added]
+    if missing:
+        raise ValueError(
+            f"different tokenizers: {len(missing)} of the student's tokens are unknown to the teacher, such as "
+            f"{missing[0]!r} (id {student[missing[0]]}). {remedy}"
+        )
+
+
+def check_heads(student_rows: int, teacher_rows: int, used_ids: int) -> None:
+    """Refuse a head that lacks rows for ids the student's tokenizer uses (`used_ids` = highest id + 1).
+
+    Raises:
+        ValueError: names the smaller head and the ids it lacks.
+    """
+    for owner, rows in (("teacher", teacher_rows), ("student", student_rows)):
+        if rows < used_ids:
+            raise ValueError(
+                f"the {owner}'s head has {rows} rows but the tokenizer uses ids up to {used_ids - 1}: ids "
+                f"{rows}..{used_ids - 1} would have no {owner} probability. Use a {owner} with at least {used_ids} rows"
+            )
+
+
+def head_rows(model: "PreTrainedModel") -> int:
+    """Rows of the model's output head (its logits' last dimension)."""
+    head = model.get_output_embeddings()
+    return model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+
+
+def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> list[int]:
+    """Every id that ends a completion of `model`, the one to emit first.
+
+    The generation config's (or else the config's), then the tokenizer's end-of-sequence token where given.
+
+    Raises:
+        ValueError: nothing names a stop id.
+    """
+    generation = getattr(model, "generation_config", None)
+    ids = _as_ids(getattr(generation, "eos_token_id", None)) or _as_ids(model.config.get_text_config().eos_token_id)
+    if tokenizer is not None:
+        ids = list(dict.fromkeys([*ids, *_as_ids(tokenizer.eos_token_id)]))
+    if not ids:
+        raise ValueError("no end-of-sequence id in the model's generation config, its config or the tokenizer")
+    return ids
+
+
+def _as_ids(eos: int | Sequence[int] | None) -> list[int]:
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else [int(token_id) for token_id in eos]

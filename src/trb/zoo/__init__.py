@@ -1,0 +1,36 @@
+"""The embedded pair: a tiny student and teacher that ship inside the package, and the task they are made for.
+
+They make every command runnable in seconds, offline and on one core, and they reproduce the awkward parts of real
+pairs: the two models stop with different ids, their output heads are padded to different sizes, and the student
+pads with its own end-of-sequence token. Retrain both with `python -m trb.zoo.train`.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trb.zoo.chains import problems
+
+__all__ = ["NAMES", "load", "path", "problems"]
+
+NAMES = ("student", "teacher")
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def path(name: str) -> Path:
+    """Directory of a shipped model and its tokenizer. Raises ValueError for a name that is not in NAMES."""
+    if name not in NAMES:
+        raise ValueError(f"unknown zoo model {name!r}; choose one of {', '.join(NAMES)}")
+    return _WEIGHTS / name
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A shipped model in float32 and eval mode, with its own tokenizer; never touches the network.
+
+    Raises ValueError for a name that is not in NAMES.
+    """
+    directory = path(name)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -1,0 +1,298 @@
+"""Train the zoo's student and teacher from scratch: plain supervised learning on worked solutions.
+
+    python -m trb.zoo.train --out DIR
+
+The teacher learns clean solutions until it solves nearly every problem. The student learns, for about as long but
+with a smaller model, solutions whose steps go wrong or drift off-task: it knows the format and the arithmetic, but
+its own samples rarely survive to a right answer. That is the situation on-policy distillation starts from.
+
+Deliberately not here: distillation itself, and any dependence on the samplers this pair exists to test.
+"""
+
+import argparse
+import json
+import platform
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from trb.zoo import chains
+from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, build_tokenizer
+
+MAX_NEW_TOKENS = 64
+OPERANDS = 4
+_IGNORED = -100  # label of positions that carry no loss (prompt and padding)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that distinguishes one model of the pair from the other."""
+
+    name: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    head_rows: int
+    """Rows of the output head; padded beyond the vocabulary, differently in the two models."""
+    tied: bool
+    eos_token: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    wrong_step: float
+    """Probability that a step's result is wrong in a training solution."""
+    drift: float
+    """Probability that a training solution leaves the task at a step."""
+
+
+RECIPES = (
+    Recipe(
+        name="student",
+        layers=2,
+        hidden_size=96,
+        intermediate_size=256,
+        head_rows=64,
+        tied=True,
+        eos_token=END_OF_TEXT,
+        steps=900,
+        batch_size=64,
+        learning_rate=2e-3,
+        wrong_step=0.2,
+        drift=0.2,
+    ),
+    Recipe(
+        name="teacher",
+        layers=3,
+        hidden_size=128,
+        intermediate_size=384,
+        head_rows=80,
+        tied=False,
+        eos_token=END_OF_TURN,
+        steps=1000,
+        batch_size=64,
+        learning_rate=2e-3,
+        wrong_step=0.0,
+        drift=0.0,
+    ),
+)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A freshly initialised model whose configuration names the tokenizer's stop and padding ids."""
+    config = Qwen3Config(
+        vocab_size=recipe.head_rows,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=recipe.hidden_size // 4,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=recipe.tied,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    # Plain sampling from the model's own distribution, whoever calls generate().
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    return model
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, expression: str) -> list[int]:
+    """Token ids of the chat prompt that asks for an expression."""
+    messages = [{"role": "user", "content": expression}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def supervised_batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, both [batch_size, longest]; only completions, stop token included, are labelled."""
+    rows, labels = [], []
+    for _ in range(recipe.batch_size):
+        expression = chains.draw_expression(rng, OPERANDS, "train")
+        text = chains.corrupted_solution(expression, rng, wrong_step=recipe.wrong_step, drift=recipe.drift)
+        prompt = prompt_ids(tokenizer, expression)
+        completion = tokenizer.encode(text + recipe.eos_token)
+        rows.append(torch.tensor(prompt + completion))
+        labels.append(torch.tensor([_IGNORED] * len(prompt) + completion))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return (
+        pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad(labels, batch_first=True, padding_value=_IGNORED),
+    )
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first 5 % of the steps, then linear decay to zero."""
+    warmup = max(1, steps // 20)
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def train(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int
+) -> Iterator[tuple[Qwen3ForCausalLM, float]]:
+    """Train a fresh model, yielding it with the loss after every step."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"{recipe.name}:{seed}")
+    model = build_model(recipe, tokenizer).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(step, steps)
+        ids, labels = supervised_batch(tokenizer, rng, recipe)
+        # Right padding: causal attention already keeps completions from seeing it.
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield model, loss.item()
+
+
+@torch.no_grad()
+def measure(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict], *, seed: int
+) -> dict[str, float]:
+    """Sample one completion per problem at temperature 1 and grade its last boxed answer.
+
+    Returns pass_at_1, the mean completion length in tokens (stop token included) and the share that stopped.
+    """
+    prompts = torch.tensor([prompt_ids(tokenizer, row["prompt"][0]["content"]) for row in rows])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        out = model.eval().generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MAX_NEW_TOKENS
+        )
+    right, stopped, tokens = 0, 0, 0
+    for ids, row in zip(out[:, prompts.shape[1] :].tolist(), rows, strict=True):
+        stops = tokenizer.eos_token_id in ids
+        length = ids.index(tokenizer.eos_token_id) + 1 if stops else len(ids)
+        right += chains.boxed_answer(tokenizer.decode(ids[:length])) == row["answer"]
+        stopped += stops
+        tokens += length
+    n = len(rows)
+    return {"pass_at_1": right / n, "mean_length": tokens / n, "stop_rate": stopped / n}
+
+
+def train_and_save(
+    recipe: Recipe, out: Path, progress: Progress, *, steps: int, seed: int, eval_problems: int
+) -> dict:
+    """Train one model, write it to `out`/<name> in bfloat16, and measure what was written."""
+    pad_token = END_OF_TEXT  # which is also what the student stops with
+    tokenizer = build_tokenizer(eos_token=recipe.eos_token, pad_token=pad_token)
+    task = progress.add_task(recipe.name, total=steps, loss=float("nan"))
+    started = time.monotonic()
+    for trained, loss in train(recipe, tokenizer, steps=steps, seed=seed):
+        model = trained
+        progress.update(task, advance=1, loss=loss)
+    seconds = time.monotonic() - started
+    directory = out / recipe.name
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    rows = chains.problems(eval_problems, seed=seed, split="test", operands=OPERANDS)
+    measured = measure(model.float(), tokenizer, rows, seed=seed)
+    return {
+        **measured,
+        "n_problems": eval_problems,
+        "final_loss": loss,
+        "train_seconds": round(seconds, 1),
+        "parameters": model.num_parameters(),
+        "recipe": asdict(recipe) | {"steps": steps},
+    }
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line of `python -m trb.zoo.train`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trb.zoo.train",
+        description="Train the embedded student/teacher pair from scratch (a few minutes on one CPU core). "
+        "Writes DIR/student and DIR/teacher, each a model and tokenizer that transformers can load, and "
+        "DIR/training.json with the accuracies measured on held-out problems.",
+        epilog="Example, a quick look at whether everything runs: "
+        "python -m trb.zoo.train --out /tmp/zoo --steps-scale 0.01 --eval-problems 50",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; created if absent")
+    parser.add_argument(
+        "--steps-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="multiply both models' training steps by X (default 1: "
+        + ", ".join(f"{recipe.name} {recipe.steps}" for recipe in RECIPES)
+        + "); at least one step is always taken",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seeds weights, training problems and evaluation (default 0)"
+    )
+    parser.add_argument(
+        "--eval-problems",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="held-out problems to measure each model on, one sample each (default 2000)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="torch threads (default 1; results are reproducible for one machine and one thread count)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.steps_scale <= 0:
+        parser.error(f"--steps-scale must be positive, got {arguments.steps_scale}")
+    if arguments.eval_problems < 1:
+        parser.error(f"--eval-problems must be at least 1, got {arguments.eval_problems}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train both models and write the record of the run."""
+    arguments = parse_arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    record: dict = {
+        "command": shlex.join(["python", "-m", "trb.zoo.train", *(sys.argv[1:] if argv is None else argv)]),
+        "seed": arguments.seed,
+        "task": {"operands": OPERANDS, "split": "test", "max_new_tokens": MAX_NEW_TOKENS, "temperature": 1.0},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {"platform": platform.platform(), "threads": arguments.threads},
+        "models": {},
+    }
+    columns = (TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn()) as progress:
+        for recipe in RECIPES:
+            steps = max(1, round(recipe.steps * arguments.steps_scale))
+            record["models"][recipe.name] = measured = train_and_save(
+                recipe,
+                arguments.out,
+                progress,
+                steps=steps,
+                seed=arguments.seed,
+                eval_problems=arguments.eval_problems,
+            )
+            progress.console.print(
+                f"{recipe.name}: pass@1 {measured['pass_at_1']:.1%} on {measured['n_problems']} held-out problems"
+            )
+    (arguments.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Shared events: stop probability is moved, never lost, split or invented; different tokenizers are refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from reference.distributions import shared_events
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from conftest import TinyPair
+from trb.blend import solve
+from trb.vocab import SharedVocabulary, align, check_heads, check_same_tokenizer, head_rows, stop_token_ids
+
+Eos = int | list[int]
+
+
+def probabilities(logits: Tensor) -> np.ndarray:
+    return torch.softmax(logits.double(), -1).numpy()
+
+
+def random_logits(*shape: int, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("student_eos", "teacher_eos"),
+    [(0, 0), (0, 4), (5, 1), ([3, 1], 4), (2, [2, 4]), ([1, 1], [1]), ([4, 2], [2, 5, 0]), (0, [1, 2, 3, 4, 5])],
+)
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(6, 6), (6, 9), (8, 6)])
+def test_both_models_on_the_shared_events(
+    student_rows: int, teacher_rows: int, student_eos: Eos, teacher_eos: Eos
+) -> None:
+    student, teacher = random_logits(3, 2, student_rows), random_logits(3, 2, teacher_rows, seed=1)
+    expected = shared_events(student.numpy(), teacher.numpy(), student_eos, teacher_eos)
+    for ours, theirs in zip(align(student, teacher, student_eos, teacher_eos), expected, strict=True):
+        assert ours.shape == (3, 2, 6)
+        assert probabilities(ours) == pytest.approx(theirs, abs=1e-6)
+        assert ((ours == -math.inf).numpy() == (theirs == 0)).all()
+
+
+def test_one_stop_id_for_both_leaves_the_logits_alone() -> None:
+    student, teacher = random_logits(4, 6), random_logits(4, 6, seed=1)
+    aligned = align(student, teacher, 3, 3)
+    assert torch.equal(aligned[0], student)
+    assert torch.equal(aligned[1], teacher)
+
+
+def test_inputs_are_not_modified() -> None:
+    student, teacher = random_logits(4, 6), random_logits(4, 7, seed=1)
+    before = student.clone(), teacher.clone()
+    for eos in ((0, 4), (3, 3)):
+        for aligned in align(student, teacher, *eos):
+            aligned.zero_()
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
+    student, teacher = random_logits(4, 6).to(dtype), random_logits(4, 6, seed=1).to(dtype)
+    for ours, theirs in zip(
+        align(student, teacher, 0, 4), shared_events(student.double(), teacher.double(), 0, 4), strict=True
+    ):
+        assert ours.dtype == dtype
+        assert probabilities(ours) == pytest.approx(theirs, abs=2 * torch.finfo(dtype).eps)
+
+
+def test_stop_ids_may_be_impossible() -> None:
+    student, teacher = random_logits(2, 5), random_logits(2, 5, seed=1)
+    student[0, 0], teacher[0, 3] = -math.inf, -math.inf
+    student[1, [0, 3]] = -math.inf
+    aligned = align(student, teacher, 0, 3)
+    expected = shared_events(student.numpy(), teacher.numpy(), 0, 3)
+    for ours, theirs in zip(aligned, expected, strict=True):
+        assert probabilities(ours) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_gradients_reach_every_stop_id() -> None:
+    """The stop event's gradient splits over its ids in proportion to their probability."""
+    student = random_logits(1, 6).double().requires_grad_()
+    aligned, _ = align(student, random_logits(1, 6, seed=1), 0, 4)
+    torch.log_softmax(aligned, -1)[0, 0].backward()
+    p = probabilities(student.detach())[0]
+    stop = p[0] + p[4]
+    expected = -p
+    expected[[0, 4]] += p[[0, 4]] / stop
+    assert student.grad is not None
+    assert student.grad[0].numpy() == pytest.approx(expected)
+
+
+def test_gradients_stay_finite_when_every_stop_id_is_impossible() -> None:
+    student = random_logits(1, 6)
+    student[0, [0, 4]] = -math.inf
+    student.requires_grad_()
+    aligned, _ = align(student, random_logits(1, 6, seed=1), 0, 4)
+    torch.log_softmax(aligned, -1)[0, 1].backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+def test_without_alignment_the_blend_splits_the_stop_event() -> None:
+    """Why this module exists: two models that agree on stopping, under two ids, do not blend to stopping."""
+    student, teacher = torch.zeros(3), torch.zeros(3)
+    student[0], teacher[1] = 5.0, 5.0
+    budget = 0.5
+    naive = solve(student, teacher, budget).log_probs.exp()
+    blended = solve(*align(student, teacher, 0, 1), budget).log_probs.exp()
+    sure = float(torch.softmax(student, -1)[:2].sum())
+    assert float(blended[0]) == pytest.approx(sure, abs=1e-6)
+    assert float(naive[0]) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("student_eos", "teacher_eos", "named"), [(6, 0, "6"), (0, [1, 7], "7"), (-1, 0, "-1"), (0, -100, "-100")]
+)
+def test_stop_ids_outside_the_shared_rows_are_refused(student_eos: Eos, teacher_eos: Eos, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"{named}\b.*6"):
+        align(torch.zeros(2, 6), torch.zeros(2, 8), student_eos, teacher_eos)
+
+
+def test_a_student_that_never_stops_is_refused() -> None:
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        align(torch.zeros(2, 6), torch.zeros(2, 6), [], 0)
+
+
+def test_shared_vocabulary_of_several_heads() -> None:
+    shared = SharedVocabulary.of([8, 6, 7], [2, 5], 1)
+    assert (shared.size, shared.stop_id) == (6, 2)
+    logits = random_logits(4, 8)
+    assert probabilities(shared.fold(logits)) == pytest.approx(
+        shared_events(logits[:, :6].numpy(), logits[:, :6].numpy(), [2, 5], 1)[0], abs=1e-6
+    )
+
+
+# --- tokenizers, heads, stop ids ----------------------------------------------------------------
+
+
+def tokenizer(words: dict[str, int], **special: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="a")), **special)
+
+
+def test_equal_tokenizers_pass_and_so_do_extra_special_tokens() -> None:
+    plain = tokenizer({"a": 0, "b": 1, "c": 2})
+    check_same_tokenizer(plain, tokenizer({"a": 0, "b": 1, "c": 2}))
+    check_same_tokenizer(plain, tokenizer({"a": 0, "b": 1, "c": 2}, eos_token="<end>"))
+    check_same_tokenizer(tokenizer({"a": 0, "b": 1, "c": 2}, pad_token="<pad>"), plain)
+
+
+def test_a_token_with_two_ids_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'b'.*1.*2|'c'.*2.*1"):
+        check_same_tokenizer(tokenizer({"a": 0, "b": 1, "c": 2}), tokenizer({"a": 0, "b": 2, "c": 1}))
+
+
+def test_a_token_the_teacher_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match="'c'"):
+        check_same_tokenizer(tokenizer({"a": 0, "b": 1, "c": 2}), tokenizer({"a": 0, "b": 1, "d": 2}))
+
+
+def test_heads_must_cover_the_tokenizer() -> None:
+    check_heads(152_064, 151_936, 151_669)
+    with pytest.raises(ValueError, match=r"teacher.*\b5\b"):
+        check_heads(8, 5, 6)
+    with pytest.raises(ValueError, match=r"student.*\b5\b"):
+        check_heads(5, 8, 6)
+
+
+def test_head_rows_and_stop_ids_of_a_model(tiny_pair: TinyPair) -> None:
+    model = tiny_pair.teacher
+    assert head_rows(model) == 8
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        stop_token_ids(model)
+    words = tokenizer({"a": 0, "b": 1, "c": 2, "<end>": 3}, eos_token="<end>")
+    assert stop_token_ids(model, words) == [3]
+    original = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(eos_token_id=[5, 2])
+        assert stop_token_ids(model) == [5, 2]
+        assert stop_token_ids(model, words) == [5, 2, 3]
+    finally:
+        model.generation_config = original
