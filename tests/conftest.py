@@ -14,7 +14,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 torch.set_num_threads(1)
 
@@ -35,27 +44,71 @@ class TinyPair:
     rows: int = STUDENT_ROWS
 
 
-def tiny_llama(rows: int, seed: int, *, hidden: int = 16, spread: float = 0.6) -> LlamaForCausalLM:
-    """A one-layer Llama, random but far from uniform, in float64."""
+def random_model(kind: type[PreTrainedModel], config: PretrainedConfig, seed: int, spread: float) -> PreTrainedModel:
+    """Weights normal with deviation `spread`, so that the distributions are far from uniform; in float64."""
+    model = kind(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and "ln_" not in name:
+            torch.nn.init.normal_(parameter, std=spread, generator=generator)
+    return model.double().eval().requires_grad_(False)
+
+
+def tiny_llama(rows: int, seed: int, *, spread: float = 0.35, dropout: float = 0.0) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=rows,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        hidden_size=16,
+        intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=spread,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    return model.double().eval().requires_grad_(False)
+    return random_model(LlamaForCausalLM, config, seed, spread)
+
+
+def tiny_qwen3(rows: int, seed: int, *, spread: float = 0.35) -> PreTrainedModel:
+    config = Qwen3Config(
+        vocab_size=rows,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=32,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return random_model(Qwen3ForCausalLM, config, seed, spread)
+
+
+def tiny_gpt2(rows: int, seed: int, *, spread: float = 0.35) -> PreTrainedModel:
+    """Learned absolute positions: unlike rotary ones, a row shifted by its padding gives another distribution."""
+    config = GPT2Config(
+        vocab_size=rows,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return random_model(GPT2LMHeadModel, config, seed, spread)
 
 
 @pytest.fixture(scope="session")
 def tiny_pair() -> TinyPair:
-    return TinyPair(student=tiny_llama(STUDENT_ROWS, seed=11), teacher=tiny_llama(TEACHER_ROWS, seed=12))
+    """Two architectures, so that neither is sampled by accident in place of the other."""
+    return TinyPair(student=tiny_llama(STUDENT_ROWS, seed=11), teacher=tiny_qwen3(TEACHER_ROWS, seed=12))
+
+
+@pytest.fixture(scope="session")
+def gpt2_pair() -> TinyPair:
+    return TinyPair(student=tiny_gpt2(STUDENT_ROWS, seed=13), teacher=tiny_gpt2(TEACHER_ROWS, seed=14))

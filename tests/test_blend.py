@@ -97,6 +97,15 @@ def two_spikes(rng: np.random.Generator, n: int, v: int) -> Pair:
     return student, teacher
 
 
+def cornered(rng: np.random.Generator, n: int, v: int) -> Pair:
+    """The student's only tokens are ones the teacher thinks next to impossible: conditioning it is delicate."""
+    student, teacher = rng.normal(size=(2, n, v))
+    half = max(1, v // 2)
+    student[:, half:] = -np.inf
+    teacher[:, :half] -= rng.uniform(5.0, 60.0, size=(n, 1))
+    return student, teacher
+
+
 LOWEST = -1e300  # stands for the most negative number of whatever dtype the row is cast to
 
 FAMILIES: dict[str, Family] = {
@@ -123,12 +132,13 @@ FAMILIES: dict[str, Family] = {
     "lowest_student": masked(LOWEST, 0.4, 0),
     "lowest_teacher": masked(LOWEST, 0.4, 1),
     "lowest_both": masked(LOWEST, 0.4, 0, 1),
+    "cornered_student": cornered,
     "one_hot_student": one_hot(0),
     "one_hot_teacher": one_hot(1),
     "one_hot_both": one_hot(0, 1),
 }
 SIZES = (2, 3, 5, 8, 17, 40, 128)
-ROWS = 60  # 26 families x 7 sizes x 60 rows = 10,920 rows for each dtype
+ROWS = 60  # 27 families x 7 sizes x 60 rows = 11,340 rows for each dtype
 
 
 def cast(logits: Array, dtype: torch.dtype) -> Tensor:
@@ -194,8 +204,7 @@ def assert_log_probs_follow_the_weight(
     # float32 log-probabilities near -16 are 1e-6 apart: a normaliser rounded to them is off by as much.
     assert np.abs(np.log(np.exp(log_mu).sum(-1))).max() <= 5e-6
     weight = as_numpy(result.teacher_weight)
-    expected = oracle.path(log_s, log_t, weight)
-    expected = np.where(np.isposinf(budget)[..., None], log_t, expected)
+    expected = oracle.law_of(log_s, log_t, weight, budget)
     assert (np.exp(log_mu[expected == -np.inf]) == 0).all()
     visible = expected > -80.0
     error = np.abs(np.where(visible, log_mu, 0.0) - np.where(visible, expected, 0.0))
@@ -247,7 +256,7 @@ def test_number_of_passes() -> None:
     assert passes.min() >= 1
     assert np.median(passes) <= 6
     assert np.median(interior) <= 6
-    assert passes.max() <= 40
+    assert passes.max() <= 100  # a bracketed method at its worst
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

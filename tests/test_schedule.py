@@ -11,7 +11,8 @@ from trb.schedule import kl_budget, ramp
 
 
 @pytest.mark.parametrize(
-    ("step", "expected"), [(0, 0.02), (1, 0.0192), (5, 0.016), (24, 0.0008), (25, 0.0), (26, 0.0), (10**9, 0.0)]
+    ("step", "expected"),
+    [(0, 0.02), (1, 0.0192), (5, 0.016), (24, 0.0008), (25, 0.0), (26, 0.0), (10**9, 0.0)],
 )
 def test_linear_schedule_of_the_paper(step: int, expected: float) -> None:
     assert kl_budget(step, 0.02, 25) == pytest.approx(expected, rel=1e-12, abs=0.0)
@@ -21,7 +22,11 @@ def test_linear_schedule_of_the_paper(step: int, expected: float) -> None:
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_after_the_warm_up_the_budget_is_exactly_zero(kind: str) -> None:
     for steps in (0, 1, 15, 50):
-        assert [kl_budget(step, 0.05, steps, kind=kind) for step in range(steps, steps + 3)] == [0.0, 0.0, 0.0]
+        assert [kl_budget(step, 0.05, steps, kind=kind) for step in range(steps, steps + 3)] == [
+            0.0,
+            0.0,
+            0.0,
+        ]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -1,17 +1,17 @@
-"""Shared events: stop probability is moved, never lost, split or invented; different tokenizers are refused."""
+"""Shared events: stop probability is moved, never lost or split; different tokenizers are refused."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import TinyPair
 from reference.distributions import shared_events
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from conftest import TinyPair
 from trb.blend import solve
 from trb.vocab import SharedVocabulary, align, check_heads, check_same_tokenizer, head_rows, stop_token_ids
 
@@ -28,7 +28,16 @@ def random_logits(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(
     ("student_eos", "teacher_eos"),
-    [(0, 0), (0, 4), (5, 1), ([3, 1], 4), (2, [2, 4]), ([1, 1], [1]), ([4, 2], [2, 5, 0]), (0, [1, 2, 3, 4, 5])],
+    [
+        (0, 0),
+        (0, 4),
+        (5, 1),
+        ([3, 1], 4),
+        (2, [2, 4]),
+        ([1, 1], [1]),
+        ([4, 2], [2, 5, 0]),
+        (0, [1, 2, 3, 4, 5]),
+    ],
 )
 @pytest.mark.parametrize(("student_rows", "teacher_rows"), [(6, 6), (6, 9), (8, 6)])
 def test_both_models_on_the_shared_events(

@@ -109,12 +109,12 @@ def _checked_budget(kl_budget: float | Tensor, leading: torch.Size, device: torc
 
 def _empty_result(like_NV: Tensor, dtype: torch.dtype) -> BlendResult:
     rows, device = like_NV.shape[0], like_NV.device
-    scalar = {"dtype": torch.float64, "device": device}
+    weight_N, kl_student_N, kl_teacher_N = torch.empty(3, rows, dtype=torch.float64, device=device)
     return BlendResult(
         torch.empty(like_NV.shape, dtype=dtype, device=device),
-        torch.empty(rows, **scalar),
-        torch.empty(rows, **scalar),
-        torch.empty(rows, **scalar),
+        weight_N,
+        kl_student_N,
+        kl_teacher_N,
         torch.empty(rows, dtype=torch.int64, device=device),
     )
 

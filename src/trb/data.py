@@ -80,7 +80,7 @@ def load_prompts(
     source order (hub datasets are often sorted by topic); of a generated source, the number generated (1000
     by default). `system_prompt` replaces the row's own. Columns are guessed from common names unless given.
     An assistant turn at the end is not part of the prompt; where there is no answer column, the answer is the
-    last \\boxed{} of that turn. Rows without an answer get `answer == ""`: good for training, not for scoring.
+    last \\boxed{} of that turn. Rows without an answer get `answer == ""`: good to train on, not to score.
     A source with a `verifier` column (this function's own output, saved) keeps it and its `metadata`.
 
     Raises ValueError (FileNotFoundError for a missing file, ImportError for a missing extra) naming the
@@ -210,9 +210,7 @@ def import_reasoning_gym() -> ModuleType:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ImportError(
-            f"reasoning-gym tasks need the extra package ({error}): pip install 'trb[tasks]'"
-        ) from error
+        raise ImportError(f"reasoning-gym tasks need the extra package ({error}): pip install 'trb[tasks]'") from error
     return reasoning_gym
 
 
@@ -283,9 +281,7 @@ def _from_file(path: Path) -> _Table:
             table = pq.read_table(path)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-        return _Table(
-            table.column_names, table.num_rows, lambda indices: table.take(list(indices)).to_pylist()
-        )
+        return _Table(table.column_names, table.num_rows, lambda indices: table.take(list(indices)).to_pylist())
     rows = _read_json(path)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return _Table(columns, len(rows), lambda indices: [rows[index] for index in indices])
@@ -354,9 +350,7 @@ def _from_hub(spec: str, split: str, revision: str | None) -> _Table:
 
 
 def _from_dataset(dataset: "Dataset") -> _Table:
-    return _Table(
-        dataset.column_names, len(dataset), lambda indices: [dict(row) for row in dataset.select(indices)]
-    )
+    return _Table(dataset.column_names, len(dataset), lambda indices: [dict(row) for row in dataset.select(indices)])
 
 
 def _subset(n_rows: int, limit: int | None, seed: int) -> Sequence[int]:
@@ -411,9 +405,7 @@ def _scoring(raw: Row, place: str) -> dict[str, str]:
     """The `verifier` and `metadata` that a source states for a row itself."""
     verifier, metadata = raw.get("verifier"), raw.get("metadata") or "{}"
     if verifier not in ("math", "exact") and not str(verifier).startswith(REASONING_GYM):
-        raise ValueError(
-            f"column 'verifier' of {place} is {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'"
-        )
+        raise ValueError(f"column 'verifier' of {place} is {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
     if not isinstance(metadata, str):
         raise ValueError(f"column 'metadata' of {place} is {_kind(metadata)}; it must be JSON as text")
     return {"verifier": str(verifier), "metadata": metadata}

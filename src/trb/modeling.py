@@ -30,9 +30,7 @@ def hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep: int) 
     """
     inner = without_adapters(model)
     position_BL = (mask_BL.cumsum(-1) - 1).clamp_min(0)
-    output = inner.base_model(
-        input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, use_cache=False
-    )
+    output = inner.base_model(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, use_cache=False)
     return output.last_hidden_state[:, -keep - 1 : -1]
 
 
@@ -54,7 +52,11 @@ class OutputHead:
     def of(cls, model: nn.Module) -> "OutputHead":
         inner = without_adapters(model)
         config = inner.config.get_text_config()
-        return cls(inner.get_output_embeddings(), _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+        return cls(
+            inner.get_output_embeddings(),
+            _logit_scale(config),
+            getattr(config, "final_logit_softcapping", None),
+        )
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[..., H]` to `[..., V]`."""

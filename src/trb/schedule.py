@@ -11,9 +11,7 @@ __all__ = ["KINDS", "kl_budget", "ramp"]
 KINDS = ("linear", "cosine", "constant")
 
 
-def kl_budget(
-    step: int, initial_kl_budget: float, blend_warmup_steps: int, kind: str = "linear"
-) -> float:
+def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind: str = "linear") -> float:
     """The budget ε_k of optimizer step `step`, counted from 0 (paper, section 3).
 
     Args:

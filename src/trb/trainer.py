@@ -18,9 +18,9 @@ Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import IterableDataset
@@ -85,17 +85,20 @@ class TRBConfig(DistillationConfig):
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Dropout off in training: the loss's support is chosen from the same model."}
+        default=True,
+        metadata={"help": "Dropout off in training: the loss's support is chosen from the same model."},
     )
     method: str = field(
-        default="trb", metadata={"help": "; ".join(f"{name}: {text}" for name, text in TRAINING_METHODS.items())}
+        default="trb",
+        metadata={"help": "; ".join(f"{name}: {text}" for name, text in TRAINING_METHODS.items())},
     )
     num_generations: int = field(default=4, metadata={"help": "Rollouts per prompt in an optimizer step."})
     initial_kl_budget: float = field(
         default=0.01, metadata={"help": "ε0 of trb and fixed: KL(behavior || student) per token, in nats."}
     )
     blend_warmup_steps: int = field(
-        default=25, metadata={"help": "K of trb: optimizer steps until the budget is 0 and the teacher stops sampling."}
+        default=25,
+        metadata={"help": "K of trb: optimizer steps until the budget is 0 and the teacher stops sampling."},
     )
     budget_schedule: str = field(
         default="linear", metadata={"help": "How trb's budget falls: linear (paper), cosine or constant."}
@@ -105,7 +108,8 @@ class TRBConfig(DistillationConfig):
         default=0.6, metadata={"help": "skd: temperature of the teacher sample that replaces a token."}
     )
     initial_temperature: float = field(
-        default=0.9, metadata={"help": "temperature: rollout temperature at step 0, relative to `temperature`."}
+        default=0.9,
+        metadata={"help": "temperature: rollout temperature at step 0, relative to `temperature`."},
     )
     temperature_warmup_steps: int = field(
         default=25, metadata={"help": "temperature: optimizer steps until the rollout temperature is 1."}
@@ -118,20 +122,29 @@ class TRBConfig(DistillationConfig):
         default=None, metadata={"help": "veto: optimizer steps until b is 0; None for the whole training."}
     )
     loss_top_k: int = field(
-        default=16, metadata={"help": "Support of the loss: the student's k likeliest tokens; 0 for the vocabulary."}
+        default=16,
+        metadata={"help": "Support of the loss: the student's k likeliest tokens; 0 for the vocabulary."},
     )
     loss_chunk_tokens: int = field(
-        default=1024, metadata={"help": "Tokens projected to the vocabulary at once in the loss: bounds its memory."}
+        default=1024,
+        metadata={"help": "Tokens projected to the vocabulary at once in the loss: bounds its memory."},
     )
     sampler: str = field(default="lockstep", metadata={"help": f"How rollouts are computed: {', '.join(SAMPLERS)}."})
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows sampled at once per process, to bound KV-cache memory; None for all."}
+        default=None,
+        metadata={"help": "Rows sampled at once per process, to bound KV-cache memory; None for all."},
     )
     recorded_rollouts: int = field(
-        default=4, metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."}
+        default=4,
+        metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."},
     )
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            # On a machine with only a CPU the defaults of TRL (bf16, pinned memory) fail or warn at every run.
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+            self.dataloader_pin_memory = False
         super().__post_init__()
         _check_choice("method", self.method, TRAINING_METHODS)
         _check_choice("budget_schedule", self.budget_schedule, KINDS)
@@ -189,7 +202,7 @@ class TRBTrainer(DistillationTrainer):
             `num_generations` does not divide.
     """
 
-    _tag_names = ("trl", "trb")
+    _tag_names = ["trl", "trb"]  # noqa: RUF012
     _name = "TRB"
     _paper: dict[str, str] = {  # noqa: RUF012
         "title": "Trust-Region behavior Blending for On-Policy Distillation",
@@ -197,6 +210,7 @@ class TRBTrainer(DistillationTrainer):
     }
 
     args: TRBConfig
+    model: Any  # transformers declares it optional; it never is after construction
 
     def __init__(
         self,
@@ -237,15 +251,15 @@ class TRBTrainer(DistillationTrainer):
             teacher_model = _load_teacher(teacher_model, args)
         if teacher_processing_class is not None:
             check_same_tokenizer(self._tokenizer, teacher_processing_class)
-        self.teacher_model = self._prepared_teacher(teacher_model)
         self.vocabulary = self._shared_vocabulary(teacher_model, teacher_processing_class)
+        # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
         self._teacher_head = OutputHead.check(teacher_model)
+        self.teacher_model = self._prepared_teacher(teacher_model)
         self.reward_fn = reward_fn
-        self.recorder = RunRecorder(args.output_dir)
+        self.recorder = RunRecorder(str(args.output_dir))
         self.add_callback(self.recorder)
-        self._totals: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
-        self._counts: dict[str, Counter[str]] = {"train": Counter(), "eval": Counter()}
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._rollout: Rollout | None = None
 
     # ---- set-up ----
@@ -270,11 +284,11 @@ class TRBTrainer(DistillationTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return RepeatSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
+            data_source=cast(Sized, self.train_dataset if dataset is None else dataset),
             mini_repeat_count=self.args.num_generations,
             batch_size=self._global_batch() // self.args.num_generations,
             repeat_count=self.args.gradient_accumulation_steps,
-            shuffle=self.shuffle_dataset,
+            shuffle=bool(self.shuffle_dataset),
             seed=self.args.seed,
         )
 
@@ -332,7 +346,7 @@ class TRBTrainer(DistillationTrainer):
                 self.accelerator.unwrap_model(self.teacher_model) if policy.needs_teacher else None,
                 prompt_ids,
                 policy,
-                max_new_tokens=self.max_completion_length,
+                max_new_tokens=cast(int, self.max_completion_length),
                 eos_token_id=[self.vocabulary.stop_id, *self.vocabulary.folded_ids],
                 vocab_size=self.vocabulary.size,
                 temperature=self.temperature,
@@ -469,9 +483,9 @@ class TRBTrainer(DistillationTrainer):
 
     # ---- logging ----
 
-    def _add(self, mode: str, name: str, total: float, count: int) -> None:
-        self._totals[mode][name] += total
-        self._counts[mode][name] += count
+    def _add(self, mode: str, name: str, total: float | Tensor, count: int) -> None:
+        pair = torch.stack([torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (total, count)])
+        self._sums[mode][name] = self._sums[mode].get(name, torch.zeros(2, dtype=torch.float64)) + pair
 
     def _add_token_metrics(self, metrics: TokenMetrics) -> None:
         mode = "train" if self.model.training else "eval"
@@ -487,21 +501,20 @@ class TRBTrainer(DistillationTrainer):
 
     def _averages(self, mode: str) -> dict[str, float]:
         """Averages over everything since the last log, on all processes: token means are weighted by tokens."""
-        totals, counts = self._totals[mode], self._counts[mode]
-        names = sorted(totals)
-        self._totals[mode], self._counts[mode] = Counter(), Counter()
-        if not names:
+        sums, self._sums[mode] = self._sums[mode], {}
+        if not sums:
             return {}
-        sums = torch.tensor([[totals[name], counts[name]] for name in names], dtype=torch.float64)
-        sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").cpu()
-        averages = {name: (total / count) for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+        names = sorted(sums)
+        table = torch.stack([sums[name] for name in names]).to(self.accelerator.device)
+        table = self.accelerator.reduce(table, reduction="sum").tolist()
+        averages = {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
         # A pure student rollout is its own behavior policy: its divergence to the teacher is the loss's reverse KL.
         averages.setdefault("kl_teacher", averages.get("reverse_kl", math.nan))
         return averages
 
 
 def _load_teacher(name: str, args: TRBConfig) -> PreTrainedModel:
-    options = dict(args.teacher_model_init_kwargs or {})
+    options: dict[str, Any] = dict(cast(dict, args.teacher_model_init_kwargs) or {})
     if args.teacher_model_revision is not None:
         options.setdefault("revision", args.teacher_model_revision)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):

@@ -30,7 +30,10 @@ class SharedVocabulary:
 
     @classmethod
     def of(
-        cls, sizes: Sequence[int], student_eos: int | Sequence[int], teacher_eos: int | Sequence[int] | None = None
+        cls,
+        sizes: Sequence[int],
+        student_eos: int | Sequence[int],
+        teacher_eos: int | Sequence[int] | None = None,
     ) -> "SharedVocabulary":
         """The shared events of models with heads of `sizes` rows.
 
@@ -80,9 +83,7 @@ def align(
     Raises:
         ValueError: an end-of-sequence id lies outside the shared rows.
     """
-    shared = SharedVocabulary.of(
-        (student_logits.shape[-1], teacher_logits.shape[-1]), student_eos, teacher_eos
-    )
+    shared = SharedVocabulary.of((student_logits.shape[-1], teacher_logits.shape[-1]), student_eos, teacher_eos)
     return shared.fold(student_logits), shared.fold(teacher_logits)
 
 

@@ -65,7 +65,14 @@ def largest_weight(log_student: ArrayLike, log_teacher: ArrayLike, budget: Array
 
 def behavior(log_student: ArrayLike, log_teacher: ArrayLike, budget: ArrayLike) -> Array:
     """Log-probabilities of the trust-region behavior policy; exactly the teacher for an infinite budget."""
-    weight = largest_weight(log_student, log_teacher, budget)
-    mu = path(log_student, log_teacher, weight)
-    everything = np.broadcast_to(np.isposinf(np.asarray(budget, np.float64)), weight.shape)
-    return np.where(everything[..., None], np.asarray(log_teacher, np.float64), mu)
+    return law_of(log_student, log_teacher, largest_weight(log_student, log_teacher, budget), budget)
+
+
+def law_of(log_student: ArrayLike, log_teacher: ArrayLike, weight: ArrayLike, budget: ArrayLike) -> Array:
+    """The behavior policy that a solver which settled on `weight` must return.
+
+    That is the path at `weight`, except that nothing is left to keep an infinite budget from the teacher,
+    whatever the student calls impossible.
+    """
+    unconstrained = np.broadcast_to(np.isposinf(np.asarray(budget, np.float64)), np.shape(weight))
+    return np.where(unconstrained[..., None], log_teacher, path(log_student, log_teacher, weight))

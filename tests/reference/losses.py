@@ -59,7 +59,7 @@ def reverse_kl(student_logits: ArrayLike, teacher_logits: ArrayLike, mask: Array
 
 def central_difference(function: Callable[[Array], float], at: ArrayLike, step: float = 1e-5) -> Array:
     """Gradient of a scalar function, one coordinate at a time; error about step^2 + 1e-16 / step."""
-    at = np.array(at, dtype=np.float64)
+    at = np.asarray(at, np.float64)
     gradient = np.zeros_like(at)
     for index in np.ndindex(at.shape):
         up, down = at.copy(), at.copy()

@@ -21,9 +21,7 @@ def mpmath_weight(student: list[float], teacher: list[float], budget: float) -> 
         def cost(weight: mpmath.mpf) -> mpmath.mpf:
             mixed = [mpmath.exp((1 - weight) * a + weight * b) for a, b in zip(log_s, log_t, strict=True)]
             total = mpmath.fsum(mixed)
-            return mpmath.fsum(
-                m / total * (mpmath.log(m / total) - a) for m, a in zip(mixed, log_s, strict=True)
-            )
+            return mpmath.fsum(m / total * (mpmath.log(m / total) - a) for m, a in zip(mixed, log_s, strict=True))
 
         if cost(mpmath.mpf(1)) <= eps:
             return mpmath.mpf(1)
@@ -62,9 +60,7 @@ def test_blend_optimum_beats_every_feasible_distribution_of_a_dense_simplex() ->
 def test_blend_on_two_events_by_hand() -> None:
     log_s, log_t = np.log([0.5, 0.5]), np.log([0.9, 0.1])
     assert np.exp(blend.path(log_s, log_t, 0.5)) == pytest.approx([0.75, 0.25])  # sqrt(9) : sqrt(1)
-    assert float(blend.path_cost(log_s, log_t, 0.5)) == pytest.approx(
-        0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    )
+    assert float(blend.path_cost(log_s, log_t, 0.5)) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 
 
 def test_blend_with_different_supports() -> None:

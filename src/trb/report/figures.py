@@ -1,7 +1,8 @@
 """The page's curves as files for papers: one figure per quantity, drawn with matplotlib without a display.
 
-Same panels, colours, dashes and markers as the page; values are drawn as recorded, with the smoothed line over faint
-raw points only where the page does so too. No titles inside the figure: a paper has its own caption.
+Same panels, colours, dashes and markers as the page; values are drawn as recorded, with the smoothed line
+over faint raw points only where the page does so too. No titles inside the figure: a paper has its own
+caption.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -23,7 +25,8 @@ from trb.report.svg import FEW_POINTS, smoothing_window
 
 _MARKERS = dict(zip(MARKERS, ("o", "s", "^", "D", "x", "+", "v", "|"), strict=True))
 _SIZE_INCHES = (3.4, 2.3)
-_STYLE = {
+# Typed loosely: the stubs of rc_context list every key.
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -76,7 +79,13 @@ def draw(panel: Panel) -> Figure:
     for name, value in panel.levels:
         axes.axhline(value, color="0.45", linewidth=0.8, linestyle=(0, (1, 2)))
         axes.annotate(
-            name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.35", size=7
+            name,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color="0.35",
+            size=7,
         )
     quantity = panel.quantity
     axes.set_xlabel("step")

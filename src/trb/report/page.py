@@ -1,8 +1,9 @@
-"""Puts the page together: one HTML file with its style, script and data inside, and no way to load anything else.
+"""Puts the page together: one HTML file with its style, script and data inside, and no way to load anything
+else.
 
-The policy in the page allows exactly this style and this script (by hash), no requests, and no text parsed as markup.
-Data go in as JSON with `<`, `>`, `&` and everything outside ASCII escaped, so that no string in them can end the
-element that holds them.
+The policy in the page allows exactly this style and this script (by hash), no requests, and no text parsed as
+markup. Data go in as JSON with `<`, `>`, `&` and everything outside ASCII escaped, so that no string in them
+can end the element that holds them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -31,27 +33,31 @@ def render(source: Source) -> str:
     chosen = rollouts.collect(source.runs)
     rows = summary.rows(source)
     axis, bars = svg.interval_bars([row.score for row in rows])
-    return _environment().get_template("report.html").render(
-        source=source,
-        title=summary.title(source),
-        headline=summary.headline(source),
-        context=summary.context(source),
-        facts=_facts(source),
-        provenance=summary.provenance(source),
-        rows=list(zip(rows, bars, strict=True)),
-        axis=axis,
-        methods=_methods(source),
-        charts=charts,
-        config=summary.config_table(source),
-        has_rollouts=bool(chosen.rows),
-        notes=_notes(source, groups, chosen),
-        size=svg,
-        dashes=DASHES,
-        version=trb.__version__,
-        policy=_policy(css, js),
-        css=Markup(css),
-        js=Markup(js),
-        data=embed(_page_data(source, charts, chosen)),
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            source=source,
+            title=summary.title(source),
+            headline=summary.headline(source),
+            context=summary.context(source),
+            facts=_facts(source),
+            provenance=summary.provenance(source),
+            rows=list(zip(rows, bars, strict=True)),
+            axis=axis,
+            methods=_methods(source),
+            charts=charts,
+            config=summary.config_table(source),
+            has_rollouts=bool(chosen.rows),
+            notes=_notes(source, groups, chosen),
+            size=svg,
+            dashes=DASHES,
+            version=trb.__version__,
+            policy=_policy(css, js),
+            css=Markup(css),
+            js=Markup(js),
+            data=embed(_page_data(source, charts, chosen)),
+        )
     )
 
 
@@ -117,12 +123,14 @@ def _facts(source: Source) -> list[str]:
     found = []
     steps = [run.last_step for run in source.runs if run.last_step is not None]
     if steps:
-        found.append(f"{max(steps):,} steps" if len(set(steps)) == 1 else f"{min(steps):,} to {max(steps):,} steps")
+        found.append(
+            f"{max(steps):,} steps" if len(set(steps)) == 1 else f"{min(steps):,} to {max(steps):,} steps"
+        )
     record = source.provenance
     if record.get("commit"):
         found.append(f"commit {str(record['commit'])[:10]}" + (", modified" if record.get("dirty") else ""))
     if record.get("time"):
-        found.append(str(record["time"]))
+        found.append(re.sub(r"T(\d\d:\d\d)\S*?(?:\+00:00|Z)$", r" \1 UTC", str(record["time"])))
     return found
 
 
@@ -131,8 +139,8 @@ def _notes(source: Source, groups: tuple[panels.Group, ...], chosen: rollouts.Ro
     longest = max((len(s.y) for g in groups for p in g.panels for s in p.series), default=0)
     if longest > svg.MAX_POINTS:
         notes.append(
-            f"Curves of more than {svg.MAX_POINTS} points ({longest:,} here) are thinned to the lowest and highest "
-            "point of each stretch."
+            f"Curves of more than {svg.MAX_POINTS} points ({longest:,} here) are thinned to the lowest and "
+            "highest point of each stretch."
         )
     return list(dict.fromkeys(notes))
 

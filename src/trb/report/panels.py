@@ -1,7 +1,8 @@
-"""What the charts show: which quantity, from which key, as which series. Pure data, drawn by `svg` and `figures`.
+"""What the charts show: which quantity, from which key, as which series. Pure data, drawn by `svg` and
+`figures`.
 
-A quantity that no run recorded gives no panel; a null or NaN point stays None, a gap. Values are never changed here:
-smoothing (`smoothed`) and thinning (`thinned`) are separate, and say so on the page.
+A quantity that no run recorded gives no panel; a null or NaN point stays None, a gap. Values are never
+changed here: smoothing (`smoothed`) and thinning (`thinned`) are separate, and say so on the page.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ Values = tuple[float | None, ...]
 
 @dataclass(frozen=True)
 class Quantity:
-    """One chart's subject. `smooth` is for noisy quantities only: smoothing one that follows the schedule would
-    draw a warm-up that ends where it does not. `bound` is the key of an upper bound drawn beside it."""
+    """One chart's subject. `smooth` is for noisy quantities only: smoothing one that follows the schedule
+    would draw a warm-up that ends where it does not. `bound` is the key of an upper bound drawn beside it."""
 
     key: str
     title: str
@@ -36,18 +37,23 @@ PASS_AT_1 = Quantity(
 )
 
 OUTCOME = (
-    Quantity("trb/reward", "Reward", "", "Mean over the step's rollouts; logged, never trained on", smooth=True),
+    Quantity(
+        "trb/reward", "Reward", "", "Mean over the step's rollouts; logged, never trained on", smooth=True
+    ),
     Quantity(
         "trb/teacher_log_prob", "Teacher log-probability", "nats", "Mean over visited tokens", smooth=True
     ),
-    Quantity(
-        "trb/teacher_entropy", "Teacher entropy", "nats", "Mean over visited prefixes", smooth=True
-    ),
+    Quantity("trb/teacher_entropy", "Teacher entropy", "nats", "Mean over visited prefixes", smooth=True),
     Quantity(
         "trb/completion_length", "Completion length", "tokens", "Mean, stop token included", smooth=True
     ),
     Quantity(
-        "trb/stop_rate", "Stop rate", "", "Completions that ended by themselves", format="percent", smooth=True
+        "trb/stop_rate",
+        "Stop rate",
+        "",
+        "Completions that ended by themselves",
+        format="percent",
+        smooth=True,
     ),
 )
 BEHAVIOR = (
@@ -57,7 +63,7 @@ BEHAVIOR = (
         "trb/kl_student",
         "KL(μ ‖ student)",
         "nats",
-        "Mean over visited prefixes",
+        "Mean over visited prefixes; dotted: the budget",
         bound="trb/kl_budget",
         bound_name="budget",
     ),
@@ -66,9 +72,9 @@ BEHAVIOR = (
         "trb/sequence_kl",
         "Sequence KL",
         "nats",
-        "Sum over a completion",
+        "Sum over a completion; dotted: its bound T·ε",
         bound="trb/sequence_kl_bound",
-        bound_name="bound T·ε",
+        bound_name="bound",
     ),
     Quantity("trb/accept_rate", "Accept rate", "", "Student drafts kept by the sampler", format="percent"),
 )
@@ -76,13 +82,14 @@ OPTIMIZER = (
     Quantity("loss", "Loss", "", "Training loss, token mean", smooth=True),
     Quantity("grad_norm", "Gradient norm", "", "Before clipping", smooth=True),
     Quantity("learning_rate", "Learning rate", "", "As scheduled"),
-    Quantity("step_time", "Step time", "seconds", "Wall clock of one optimizer step", smooth=True),
+    Quantity("step_time", "Step time", "seconds", "Wall clock of one optimizer step"),
 )
 
 
 @dataclass(frozen=True)
 class Series:
-    """One method's line: `x` steps, `y` values (None: a gap); `low`, `high`, `bound` parallel to `y` or empty."""
+    """One method's line: `x` steps, `y` values (None: a gap); `low`, `high`, `bound` parallel to `y` or
+    empty."""
 
     method: str
     label: str
@@ -113,7 +120,8 @@ class Group:
 
 
 def groups(source: Source) -> tuple[Group, ...]:
-    """Every chart of a source, grouped; quantities without a single number, and empty groups, are left out."""
+    """Every chart of a source, grouped; quantities without a single number, and empty groups, are left
+    out."""
     styles = style_indices([run.name for run in source.runs])
     found = (
         ("Outcome", (*_pass_at_1(source, styles), *_panels(source.runs, OUTCOME, styles))),
@@ -124,20 +132,37 @@ def groups(source: Source) -> tuple[Group, ...]:
 
 
 def smoothed(values: Sequence[float | None], window: int) -> Values:
-    """Centred moving mean over `window` points; gaps stay gaps and are not averaged over.
+    """Smooth by a straight line fitted to the nearest `window` points; gaps stay gaps and carry no weight.
 
-    Near the ends the window shrinks on both sides alike, so that the line does not lag or lead.
+    In the interior this is nearly a centred moving mean; at the ends, unlike one, it neither lags nor
+    flattens.
     """
+    reach = window // 2
     result: list[float | None] = []
     for index, value in enumerate(values):
-        reach = min(window // 2, index, len(values) - 1 - index)
-        near = [v for v in values[index - reach : index + reach + 1] if v is not None]
-        result.append(None if value is None else sum(near) / len(near))
+        start = max(0, min(index - reach, len(values) - 2 * reach - 1))
+        near = [
+            (i - index, v)
+            for i, v in enumerate(values[start : start + 2 * reach + 1], start)
+            if v is not None
+        ]
+        result.append(None if value is None else _line_at_zero(near))
     return tuple(result)
 
 
+def _line_at_zero(points: Sequence[tuple[int, float]]) -> float:
+    """The least-squares line through (offset, value) points, at offset 0; their mean if they share one
+    offset."""
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    return mean_y - slope * mean_x
+
+
 def thinned(values: Sequence[float | None], limit: int) -> list[int]:
-    """Indices of at most `limit` points that keep the shape: the lowest and the highest of each bin, gaps kept.
+    """Indices of at most `limit` points that keep the shape: the lowest and the highest of each bin, gaps
+    kept.
 
     Every kept point is a recorded one, so that a spike of one step survives.
     """
@@ -154,9 +179,7 @@ def thinned(values: Sequence[float | None], limit: int) -> list[int]:
     return sorted(kept)
 
 
-def _panels(
-    runs: Sequence[Run], quantities: Sequence[Quantity], styles: dict[str, int]
-) -> tuple[Panel, ...]:
+def _panels(runs: Sequence[Run], quantities: Sequence[Quantity], styles: dict[str, int]) -> tuple[Panel, ...]:
     panels = (_panel(runs, quantity, styles) for quantity in quantities)
     return tuple(panel for panel in panels if panel.series)
 
@@ -194,7 +217,9 @@ def _pass_at_1(source: Source, styles: dict[str, int]) -> tuple[Panel, ...]:
         levels = tuple(
             (role, score.pass_at_1)
             for role in REFERENCES
-            if (score := source.scores.get(role)) and score.pass_at_1 is not None and (score.name == name or not several)
+            if (score := source.scores.get(role))
+            and score.pass_at_1 is not None
+            and (score.name == name or not several)
         )
         if series:
             title = f"pass@1, {name or 'unnamed'}" if several else "pass@1"

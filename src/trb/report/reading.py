@@ -1,9 +1,10 @@
 """Reads a run directory or a comparison directory into plain records.
 
-A run directory holds config.yaml, provenance.json, metrics.jsonl, evals.jsonl, rollouts.jsonl and results.json; a
-comparison directory holds one run directory per method and its own results.json. Files that a young run has not
-written yet are allowed to be missing. This module checks shapes and says where a file is wrong; it draws nothing,
-averages nothing, and leaves rollouts on disk, because those files can be larger than memory.
+A run directory holds config.yaml, provenance.json, metrics.jsonl, evals.jsonl, rollouts.jsonl and
+results.json; a comparison directory holds one run directory per method and its own results.json. Files that a
+young run has not written yet are allowed to be missing. This module checks shapes and says where a file is
+wrong; it draws nothing, averages nothing, and leaves rollouts on disk, because those files can be larger than
+memory.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Source:
-    """Everything read from one directory. `scores` follows results.json: student, teacher and method names."""
+    """Everything read from one directory. `scores` follows results.json: student, teacher and method
+    names."""
 
     directory: Path
     kind: Literal["run", "comparison"]
@@ -103,8 +105,8 @@ def read(directory: str | Path) -> Source:
 def records(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, object) for each line of a .jsonl file; `where` names file and line for messages.
 
-    A last line that was cut off while being written (no line end, not valid JSON) is left out and added to `notes`.
-    Raises ReportError for any other malformed line.
+    A last line that was cut off while being written (no line end, not valid JSON) is left out and added to
+    `notes`. Raises ReportError for any other malformed line.
     """
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -115,23 +117,26 @@ def records(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]
                 record = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
-                    notes.append(
-                        f"{path.parent.name}/{path.name}: line {number} was cut off in writing and is left out."
-                    )
+                    name = f"{path.parent.name}/{path.name}"
+                    notes.append(f"{name}: line {number} was cut off in writing and is left out.")
                     return
-                raise ReportError(f"{where}: not valid JSON ({error}). Repair or remove that line.") from error
+                raise ReportError(
+                    f"{where}: not valid JSON ({error}). Repair or remove that line."
+                ) from error
             if not isinstance(record, dict):
                 raise ReportError(f"{where}: expected a JSON object, found {type(record).__name__}.")
             yield where, record
 
 
 def number(record: Mapping[str, Any], key: str, where: str) -> float | None:
-    """A finite number, or None where the key is missing, null, NaN or infinite. Other types raise ReportError."""
+    """A finite number, or None where the key is missing, null, NaN or infinite. Other types raise
+    ReportError."""
     return finite(record.get(key), f"{where}: {key}")
 
 
 def finite(value: Any, where: str) -> float | None:
-    """`value` if it is a finite number, None if it is null, NaN or infinite; other types raise ReportError."""
+    """`value` if it is a finite number, None if it is null, NaN or infinite; other types raise
+    ReportError."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -191,7 +196,9 @@ def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[st
         scores = _scores_from_evals(runs, notes)
     for name in scores:
         if name not in REFERENCES and name not in {run.name for run in runs}:
-            notes.append(f"results.json lists {name}, but there is no run directory {name}/: it has no curves.")
+            notes.append(
+                f"results.json lists {name}, but there is no run directory {name}/: it has no curves."
+            )
     provenance = _mapping(results.get("provenance")) or runs[0].provenance
     commits = sorted({str(run.provenance["commit"]) for run in runs if run.provenance.get("commit")})
     if len(commits) > 1:
@@ -216,7 +223,8 @@ def _read_run(directory: Path, notes: list[str], name: str | None = None) -> Run
 def _method(config: Mapping[str, Any]) -> str | None:
     """The method named in a resolved config: `method` at the top, or inside one of its sections.
 
-    Inside a section only a known method counts: other sections have a `method` of their own (of sampling, say).
+    Inside a section only a known method counts: other sections have a `method` of their own (of sampling,
+    say).
     """
     top = config.get("method")
     if isinstance(top, str) and top:
@@ -237,7 +245,8 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[Step, ...]:
         by_step[step] = Step(step, where, record)
     if repeated:
         notes.append(
-            f"{path.parent.name}/{path.name}: {repeated} steps were recorded again after a resume; the later record is shown."
+            f"{path.parent.name}/{path.name}: {repeated} steps were recorded twice (a resumed run); "
+            "the later record is shown."
         )
     return tuple(by_step[step] for step in sorted(by_step))
 
@@ -258,7 +267,9 @@ def _scores(results: Mapping[str, Any], path: Path) -> dict[str, Score]:
         if name == "provenance" or (name not in REFERENCES and not isinstance(value, Mapping)):
             continue
         if not isinstance(value, Mapping):
-            raise ReportError(f"{path}: {name} is {value!r:.80}, expected an object with pass_at_1 and interval.")
+            raise ReportError(
+                f"{path}: {name} is {value!r:.80}, expected an object with pass_at_1 and interval."
+            )
         if "pass_at_1" in value:
             scores[name] = _score(value, f"{path}: {name}")
     return scores

@@ -1,8 +1,8 @@
 """Chooses the rollouts that go into the page, and cuts them to a bounded size.
 
-A page stays small however long the run was: at most MAX_ROLLOUTS rows over all runs and MAX_TOKENS tokens each. Whole
-steps are kept, spread evenly from the first to the last, and what was cut is reported in words. Files are streamed
-twice (steps first, then the chosen rows), never held in memory.
+A page stays small however long the run was: at most MAX_ROLLOUTS rows over all runs and MAX_TOKENS tokens
+each. Whole steps are kept, spread evenly from the first to the last, and what was cut is reported in words.
+Files are streamed twice (steps first, then the chosen rows), never held in memory.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ def _per_token(record: dict[str, Any], key: str, where: str) -> list[float | Non
     values = record[key]
     if not isinstance(values, list):
         raise ReportError(f"{where}: {key} is {values!r:.80}, expected a list with one number per token.")
-    numbers = (
-        float(v) if isinstance(v, bool) else finite(v, f"{where}: {key}") for v in values[:MAX_TOKENS]
-    )
+    numbers = (float(v) if isinstance(v, bool) else finite(v, f"{where}: {key}") for v in values[:MAX_TOKENS])
     return [None if v is None else float(f"{v:.4g}") for v in numbers]
 
 

@@ -1,8 +1,8 @@
 """How methods and numbers look, shared by the page and the figures: names, colours, dashes, markers, formats.
 
-Colours are Okabe and Ito's, darkened on light paper and lightened on dark so that thin lines keep their contrast;
-every series also has its own dash and marker, so that no chart depends on colour. The page's stylesheet repeats the
-light and dark values as custom properties; a test holds the two together.
+Colours are Okabe and Ito's, darkened on light paper and lightened on dark so that thin lines keep their
+contrast; every series also has its own dash and marker, so that no chart depends on colour. The page's
+stylesheet repeats the light and dark values as custom properties; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Format = Literal["number", "percent", "count"]
 LABELS = {
     "trb": "TRB",
     "opd": "OPD",
-    "fixed": "Fixed ε",
+    "fixed": "Fixed\N{NO-BREAK SPACE}ε",
     "skd": "SKD",
     "temperature": "Temperature",
     "sft": "SFT warm-up",
@@ -33,12 +33,12 @@ def label(name: str) -> str:
 def style_indices(names: list[str]) -> dict[str, int]:
     """An index into COLOURS, DASHES and MARKERS for each name.
 
-    A known method keeps its index in every report, so that reports can be laid side by side; other names take the
-    free ones in order, and start over when all are taken.
+    A known method keeps its index in every report, so that reports can be laid side by side; other names take
+    the free ones in order, and start over when all are taken.
     """
     fixed = {name: index for index, name in enumerate(LABELS) if name in names}
     free = [index for index in range(len(COLOURS)) if index not in fixed.values()]
-    # With no known method and more names than styles, `free` is every index; it is never empty (7 labels, 8 styles).
+    # Never empty: there are fewer labels than styles.
     others = [name for name in names if name not in fixed]
     return fixed | {name: free[rank % len(free)] for rank, name in enumerate(others)}
 

@@ -1,7 +1,8 @@
 """The sentences and tables at the top and the end of the page: headline, scores, configuration, provenance.
 
-The headline claims a difference between two scores only if their 95% intervals do not touch, and says so when they do.
-That rule is conservative: a paired comparison on the same problems can resolve more, and is not attempted here.
+The headline claims a difference between two scores only if their 95% intervals do not touch, and says so when
+they do. That rule is conservative: a paired comparison on the same problems can resolve more, and is not
+attempted here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Row:
 
 @dataclass(frozen=True)
 class ConfigTable:
-    """Flattened options: `differing` and `shared` are (dotted key, one text per run); `columns` names the runs."""
+    """Flattened options: `differing` and `shared` are (dotted key, one text per run); `columns` names the
+    runs."""
 
     columns: tuple[str, ...]
     differing: tuple[tuple[str, tuple[str, ...]], ...]
@@ -109,8 +111,8 @@ def context(source: Source) -> str:
 
 
 def config_table(source: Source) -> ConfigTable:
-    """The resolved configurations, flattened to dotted keys; secrets are hidden, and in comparisons the options that
-    differ come apart from those all runs share."""
+    """The resolved configurations, flattened to dotted keys; secrets are hidden, and in comparisons the
+    options that differ come apart from those all runs share."""
     runs = [run for run in source.runs if run.config]
     flat = [dict(flatten(run.config)) for run in runs]
     keys = list(dict.fromkeys(key for config in flat for key in config))

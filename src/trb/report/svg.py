@@ -1,7 +1,8 @@
-"""Geometry of the page's charts: panels and scores become SVG path data, ticks and a sentence for screen readers.
+"""Geometry of the page's charts: panels and scores become SVG path data, ticks and a sentence for screen
+readers.
 
-Only numbers and path strings leave this module; the template writes the elements and the stylesheet gives them colour.
-Coordinates are in the chart's own units (WIDTH x HEIGHT), rounded to a tenth.
+Only numbers and path strings leave this module; the template writes the elements and the stylesheet gives
+them colour. Coordinates are in the chart's own units (WIDTH x HEIGHT), rounded to a tenth.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class Line:
-    """One series as SVG path data; empty strings where there is nothing to draw. `raw` is always as recorded."""
+    """One series as SVG path data; empty strings where there is nothing to draw. `raw` is always as
+    recorded."""
 
     method: str
     style: int
@@ -90,11 +92,13 @@ def draw(panel: Panel, steps: tuple[int, int]) -> Chart:
     kind = panel.quantity.format
     y = Scale(*_y_domain(panel), HEIGHT - BOTTOM, TOP)
     kept = {series.method: thinned(series.y, MAX_POINTS) for series in panel.series}
-    lines = [_line(s, kept[s.method], x, y, panel.quantity.smooth, rank) for rank, s in enumerate(panel.series)]
+    lines = [
+        _line(s, kept[s.method], x, y, panel.quantity.smooth, rank) for rank, s in enumerate(panel.series)
+    ]
     return Chart(
         panel=panel,
         x_ticks=tuple(Tick(round(x(v), 1), f"{v:,.0f}") for v in ticks(x.low, x.high, 5) if v == int(v) >= 0),
-        y_ticks=tuple(Tick(round(y(v), 1), text) for v, text in _labelled(y.low, y.high, 4, kind)),
+        y_ticks=tuple(Tick(round(y(v), 1), text) for v, text in _labelled(y.low, y.high, 3, kind)),
         lines=tuple(lines),
         levels=tuple(Tick(round(y(value), 1), name) for name, value in panel.levels),
         description=" ".join(_describe(series, kind) for series in panel.series),
@@ -123,7 +127,7 @@ def interval_bars(scores: Sequence[Score]) -> tuple[tuple[Tick, ...], tuple[Inte
         return None if value is None else round(scale(value), 1)
 
     bars = (IntervalBar(at(s.pass_at_1), *map(at, s.interval or (None, None))) for s in scores)
-    axis = tuple(Tick(round(scale(v), 1), text) for v, text in _labelled(low, high, 5, "percent"))
+    axis = tuple(Tick(round(scale(v), 1), text) for v, text in _labelled(low, high, 4, "percent"))
     return axis, tuple(bars)
 
 
@@ -132,12 +136,14 @@ def smoothing_window(values: Values) -> int:
     return len(values) // _SMOOTH_SHARE if len(values) >= 2 * FEW_POINTS else 0
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round values (1, 2 or 5 times a power of ten apart) inside [low, high]."""
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    gap = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    first, last = math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9)
+def ticks(low: float, high: float, least: int) -> list[float]:
+    """Round values inside [low, high], the widest gap of 1, 2 or 5 times a power of ten that gives
+    `least`."""
+    power = 10.0 ** math.floor(math.log10(high - low))
+    for gap in (m * power * scale for scale in (1, 0.1, 0.01) for m in (5, 2, 1)):
+        first, last = math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9)
+        if last - first + 1 >= least:
+            break
     return [index * gap for index in range(first, last + 1)]
 
 
@@ -233,7 +239,8 @@ def _y_domain(panel: Panel) -> tuple[float, float]:
 
 
 def _domain(values: Sequence[float], *, share: float, floor: float, ceiling: float) -> tuple[float, float]:
-    """The values' range, widened by `share` inside [floor, ceiling] and reaching `floor` where that is near."""
+    """The values' range, widened by `share` inside [floor, ceiling] and reaching `floor` where that is
+    near."""
     low, high = min(values), max(values)
     if 0 <= low <= 0.4 * high and floor == 0:
         low = 0.0
@@ -244,16 +251,14 @@ def _domain(values: Sequence[float], *, share: float, floor: float, ceiling: flo
     return max(low - margin, floor), min(high + margin, ceiling)
 
 
-def _labelled(low: float, high: float, count: int, kind: Format) -> list[tuple[float, str]]:
-    values = ticks(low, high, count)
-    gap = values[1] - values[0] if len(values) > 1 else abs(values[0]) or 1.0
-    if kind == "percent":
-        digits = max(0, -math.floor(math.log10(gap * 100) + 1e-9))
-        return [(v, f"{100 * v:.{digits}f}%") for v in values]
-    if gap < 1e-4:
-        return [(v, show(v)) for v in values]
-    digits = max(0, -math.floor(math.log10(gap) + 1e-9))
-    return [(v, f"{v:,.{digits}f}") for v in values]
+def _labelled(low: float, high: float, least: int, kind: Format) -> list[tuple[float, str]]:
+    values = ticks(low, high, least)
+    gap = values[1] - values[0]
+    if kind != "percent" and gap < 1e-4:
+        return [(v, f"{v:g}".replace("e-0", "e-")) for v in values]
+    unit, sign = (100, "%") if kind == "percent" else (1, "")
+    digits = max(0, -math.floor(math.log10(gap * unit) + 1e-9))
+    return [(v, f"{v * unit:,.{digits}f}{sign}".replace("-", "\N{MINUS SIGN}")) for v in values]
 
 
 def _describe(series: Series, kind: Format) -> str:

@@ -10,7 +10,22 @@ import random
 import re
 
 SPLITS = ("train", "test")
-DRIFT_WORDS = ("so", "the", "sum", "is", "then", "we", "go", "on", "and", "maybe", "look", "again", "well", "now")
+DRIFT_WORDS = (
+    "so",
+    "the",
+    "sum",
+    "is",
+    "then",
+    "we",
+    "go",
+    "on",
+    "and",
+    "maybe",
+    "look",
+    "again",
+    "well",
+    "now",
+)
 
 _TEST_SHARE = 10  # one expression in ten belongs to the test split
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -94,7 +109,7 @@ def problems(n: int, *, seed: int, split: str = "train", operands: int = 4) -> l
     """`n` different problems as rows {"prompt": [{"role": "user", "content": expression}], "answer": str}.
 
     The rows are a function of the arguments alone; rows of "train" and "test" never share an expression, whatever
-    their seeds. The shipped pair was trained on "train" chains of 4 operands. Raises ValueError for an unknown
+    their seeds. The shipped pair was trained on "train" chains of 2 to 8 operands. Raises ValueError for an unknown
     split, for fewer than 2 operands, and where `n` exceeds half of what the split is expected to hold.
     """
     if split not in SPLITS:

@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trb.zoo import chains
 from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, build_tokenizer
 
-MAX_NEW_TOKENS = 64
-OPERANDS = 4
+MAX_NEW_TOKENS = 96
+TRAINED_OPERANDS = (2, 8)  # shortest and longest chain in the training data
+MEASURED_OPERANDS = (4, 6, 8)  # the first is the headline number
 _IGNORED = -100  # label of positions that carry no loss (prompt and padding)
 
 
@@ -121,7 +122,7 @@ def supervised_batch(
     """Token ids and labels, both [batch_size, longest]; only completions, stop token included, are labelled."""
     rows, labels = [], []
     for _ in range(recipe.batch_size):
-        expression = chains.draw_expression(rng, OPERANDS, "train")
+        expression = chains.draw_expression(rng, rng.randint(*TRAINED_OPERANDS), "train")
         text = chains.corrupted_solution(expression, rng, wrong_step=recipe.wrong_step, drift=recipe.drift)
         prompt = prompt_ids(tokenizer, expression)
         completion = tokenizer.encode(text + recipe.eos_token)
@@ -185,15 +186,18 @@ def measure(
         stopped += stops
         tokens += length
     n = len(rows)
-    return {"pass_at_1": right / n, "mean_length": tokens / n, "stop_rate": stopped / n}
+    return {"n_problems": n, "pass_at_1": right / n, "mean_length": tokens / n, "stop_rate": stopped / n}
 
 
 def train_and_save(
-    recipe: Recipe, out: Path, progress: Progress, *, steps: int, seed: int, eval_problems: int
+    recipe: Recipe, out: Path, progress: Progress, problems: dict[int, list[dict]], *, steps: int, seed: int
 ) -> dict:
-    """Train one model, write it to `out`/<name> in bfloat16, and measure what was written."""
-    pad_token = END_OF_TEXT  # which is also what the student stops with
-    tokenizer = build_tokenizer(eos_token=recipe.eos_token, pad_token=pad_token)
+    """Train one model, write it to `out`/<name> in bfloat16, and measure what was written.
+
+    `problems` maps a chain length to the held-out problems of that length.
+    """
+    # One padding token for both: distinct from the teacher's stop token, identical with the student's.
+    tokenizer = build_tokenizer(eos_token=recipe.eos_token, pad_token=END_OF_TEXT)
     task = progress.add_task(recipe.name, total=steps, loss=float("nan"))
     started = time.monotonic()
     for trained, loss in train(recipe, tokenizer, steps=steps, seed=seed):
@@ -203,14 +207,12 @@ def train_and_save(
     directory = out / recipe.name
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    rows = chains.problems(eval_problems, seed=seed, split="test", operands=OPERANDS)
-    measured = measure(model.float(), tokenizer, rows, seed=seed)
+    model.float()
     return {
-        **measured,
-        "n_problems": eval_problems,
+        "parameters": model.num_parameters(),
         "final_loss": loss,
         "train_seconds": round(seconds, 1),
-        "parameters": model.num_parameters(),
+        "by_operands": {n: measure(model, tokenizer, rows, seed=seed) for n, rows in problems.items()},
         "recipe": asdict(recipe) | {"steps": steps},
     }
 
@@ -225,7 +227,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Example, a quick look at whether everything runs: "
         "python -m trb.zoo.train --out /tmp/zoo --steps-scale 0.01 --eval-problems 50",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; created if absent")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory to write; created if absent"
+    )
     parser.add_argument(
         "--steps-scale",
         type=float,
@@ -243,7 +247,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=2000,
         metavar="N",
-        help="held-out problems to measure each model on, one sample each (default 2000)",
+        help="held-out problems of each chain length to measure the models on, one sample each (default 2000)",
     )
     parser.add_argument(
         "--threads",
@@ -254,8 +258,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.steps_scale <= 0:
         parser.error(f"--steps-scale must be positive, got {arguments.steps_scale}")
-    if arguments.eval_problems < 1:
-        parser.error(f"--eval-problems must be at least 1, got {arguments.eval_problems}")
+    for option in ("eval_problems", "threads"):
+        if (value := getattr(arguments, option)) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     return arguments
 
 
@@ -263,34 +268,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train both models and write the record of the run."""
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
+    problems = {
+        n: chains.problems(arguments.eval_problems, seed=arguments.seed, split="test", operands=n)
+        for n in MEASURED_OPERANDS
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    record: dict = {
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+    )
+    models = {}
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn()) as progress:
+        for recipe in RECIPES:
+            steps = max(1, round(recipe.steps * arguments.steps_scale))
+            models[recipe.name] = result = train_and_save(
+                recipe, arguments.out, progress, problems, steps=steps, seed=arguments.seed
+            )
+            for n, measured in result["by_operands"].items():
+                progress.console.print(
+                    f"{recipe.name}: pass@1 {measured['pass_at_1']:.1%} on {measured['n_problems']} held-out "
+                    f"chains of {n} operands"
+                )
+    record = {
         "command": shlex.join(["python", "-m", "trb.zoo.train", *(sys.argv[1:] if argv is None else argv)]),
         "seed": arguments.seed,
-        "task": {"operands": OPERANDS, "split": "test", "max_new_tokens": MAX_NEW_TOKENS, "temperature": 1.0},
+        "evaluation": {"split": "test", "temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
         "machine": {"platform": platform.platform(), "threads": arguments.threads},
-        "models": {},
+        "models": models,
     }
-    columns = (TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn()) as progress:
-        for recipe in RECIPES:
-            steps = max(1, round(recipe.steps * arguments.steps_scale))
-            record["models"][recipe.name] = measured = train_and_save(
-                recipe,
-                arguments.out,
-                progress,
-                steps=steps,
-                seed=arguments.seed,
-                eval_problems=arguments.eval_problems,
-            )
-            progress.console.print(
-                f"{recipe.name}: pass@1 {measured['pass_at_1']:.1%} on {measured['n_problems']} held-out problems"
-            )
     (arguments.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

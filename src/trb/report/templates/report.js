@@ -27,11 +27,11 @@
     return node;
   }
 
-  function show(value, format) {
+  function show(value, format, digits = 4) {
     if (value === null || value === undefined) return "–";
     if (format === "percent") return `${(100 * value).toFixed(1)}%`;
     if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(2);
-    return Number(value.toPrecision(4)).toLocaleString("en-US", { maximumFractionDigits: 10 });
+    return Number(value.toPrecision(digits)).toLocaleString("en-US", { maximumFractionDigits: 10 });
   }
 
   // Control, zero-width and direction-changing characters are named instead of being obeyed.
@@ -170,7 +170,7 @@
         const place = (px(step) / plot.width) * svg.clientWidth;
         const beside = place + 14 + tip.offsetWidth <= svg.clientWidth ? place + 14 : place - 14 - tip.offsetWidth;
         tip.style.left = `${clamp(beside, 0, Math.max(0, svg.clientWidth - tip.offsetWidth))}px`;
-        tip.style.top = `${svg.offsetTop + 4}px`;
+        tip.style.top = `${figure.querySelector("figcaption").offsetHeight + 4}px`;
       },
       clear() {
         cursor.setAttribute("hidden", "");
@@ -308,7 +308,7 @@
 
     function rowButton(row) {
       const facts = [row.length === null ? "length unknown" : `${row.length} tokens`];
-      if (row.teacher_weight) facts.push(`weight ${show(mean(row.teacher_weight))}`);
+      if (row.teacher_weight) facts.push(`weight ${show(mean(row.teacher_weight), "number", 2)}`);
       if (row.accepted) facts.push(`${rejectedIn(row)} rejected`);
       const button = element("button", { type: "button" },
         element("span", { class: "excerpt" }, visible(row.prompt).replace(/\s+/g, " ") || "(empty prompt)"),
@@ -391,7 +391,7 @@
     }
 
     function reading(row, index) {
-      const text = visible(row.tokens[index]).replace(/\n/g, "↵");
+      const text = visible(row.tokens[index]).replace(/\n/g, "↵").replace(/^ +$/, (spaces) => "␣".repeat(spaces.length));
       const entries = [[`Token ${index + 1}`, element("code", {}, text)]];
       if (row.teacher_weight) entries.push(["Teacher weight", show(row.teacher_weight[index])]);
       if (row.kl_student) entries.push(["KL to student", show(row.kl_student[index])]);
@@ -402,8 +402,8 @@
 
     function overview(row) {
       const entries = [["Reward", show(row.reward)]];
-      if (row.teacher_weight) entries.push(["Mean teacher weight", show(mean(row.teacher_weight))]);
-      if (row.kl_student) entries.push(["Mean KL to student", show(mean(row.kl_student))]);
+      if (row.teacher_weight) entries.push(["Mean teacher weight", show(mean(row.teacher_weight), "number", 3)]);
+      if (row.kl_student) entries.push(["Mean KL to student", show(mean(row.kl_student), "number", 3)]);
       if (row.accepted) entries.push(["Drafts rejected", `${rejectedIn(row)} of ${row.accepted.length}`]);
       return pairs(entries);
     }

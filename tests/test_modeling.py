@@ -1,0 +1,92 @@
+"""Hidden states and output heads, against each model's own logits computed one unpadded row at a time."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from trb.modeling import OutputHead, hidden_states
+
+SIZES = {
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+}
+ARCHITECTURES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gpt2 (learned positions)": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=19, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    ),
+    "gemma2 (soft-capped logits)": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=0.5)),
+    "cohere (scaled logits)": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
+    "granite (divided logits)": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return ARCHITECTURES[name]().double().eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_head_of_hidden_states_gives_the_models_own_logits_whatever_the_padding(name: str) -> None:
+    model = build(name)
+    rows = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15]]
+    ids, mask = torch.zeros(3, 6, dtype=torch.long), torch.zeros(3, 6, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, -len(row) :], mask[index, -len(row) :] = torch.tensor(row), 1
+    head = OutputHead.check(model)
+    with torch.no_grad():
+        ours = head(hidden_states(model, ids, mask, keep=2))
+        for index, row in enumerate(rows):
+            own = model(input_ids=torch.tensor([row])).logits[0, -3:-1]
+            torch.testing.assert_close(ours[index], own, atol=1e-9, rtol=1e-9)
+
+
+def test_a_head_that_differs_from_the_model_is_refused_by_name() -> None:
+    model = build("gemma2 (soft-capped logits)")
+    model.config.final_logit_softcapping = 5.0  # the module keeps reading the config, so it changes too
+    OutputHead.check(model)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * (2.0 if output.dim() == 3 else 1.0))
+    original = OutputHead.__call__
+    try:
+        OutputHead.__call__ = lambda self, hidden: original(self, hidden) * 1.01  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="Gemma2ForCausalLM"):
+            OutputHead.check(model)
+    finally:
+        OutputHead.__call__ = original  # type: ignore[method-assign]
+
+
+def test_checking_leaves_training_mode_as_it_was() -> None:
+    model = build("llama").train()
+    OutputHead.check(model)
+    assert model.training
+
+
+def test_adapters_take_part_in_the_hidden_states() -> None:
+    model = build("llama")
+    ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4, dtype=torch.long)
+    before = hidden_states(model, ids, mask, keep=2)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    after = hidden_states(adapted, ids, mask, keep=2)
+    assert (before - after).abs().max() > 1e-4

@@ -1,0 +1,202 @@
+"""Each policy's one-step law against its definition, and the part of it that a student draft may keep."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from reference import policies as laws
+from reference.distributions import kl
+from reference.policies import Law
+from torch import Tensor
+
+from trb.policies import (
+    BehaviorPolicy,
+    SKDPolicy,
+    StudentPolicy,
+    TeacherPolicy,
+    TemperaturePolicy,
+    TrustRegionPolicy,
+)
+
+CASES: dict[str, tuple[BehaviorPolicy, Law]] = {
+    "student": (StudentPolicy(), laws.student()),
+    "teacher": (TeacherPolicy(), laws.teacher()),
+    "temperature 0.8": (TemperaturePolicy(0.8), laws.temperature(0.8)),
+    "temperature 1": (TemperaturePolicy(1.0), laws.student()),
+    "temperature 1.7": (TemperaturePolicy(1.7), laws.temperature(1.7)),
+    "budget 0": (TrustRegionPolicy(0.0), laws.student()),
+    "budget 0.001": (TrustRegionPolicy(0.001), laws.trust_region(0.001)),
+    "budget 0.05": (TrustRegionPolicy(0.05), laws.trust_region(0.05)),
+    "budget 0.5": (TrustRegionPolicy(0.5), laws.trust_region(0.5)),
+    "budget inf": (TrustRegionPolicy(math.inf), laws.teacher()),
+    "skd 1": (SKDPolicy(1, 1.0), laws.skd(1, 1.0)),
+    "skd 3, cool": (SKDPolicy(3, 0.2), laws.skd(3, 0.2)),
+    "skd 5": (SKDPolicy(5, 0.6), laws.skd(5, 0.6)),
+    "skd everything": (SKDPolicy(12, 0.6), laws.student()),
+}
+ROWS, SIZE = 40, 12
+
+
+def log_probs(seed: int, dtype: torch.dtype = torch.float64, scale: float = 2.0) -> Tensor:
+    logits = scale * torch.randn(
+        ROWS, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return torch.log_softmax(logits, -1).to(dtype)
+
+
+def expected_law(law: Law, student: Tensor, teacher: Tensor) -> np.ndarray:
+    pairs = zip(student.double().exp().numpy(), teacher.double().exp().numpy(), strict=True)
+    return np.stack([law(p_student, p_teacher) for p_student, p_teacher in pairs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_the_law_is_the_definition(name: str, dtype: torch.dtype) -> None:
+    policy, law = CASES[name]
+    student, teacher = log_probs(0, dtype), log_probs(1, dtype)
+    mu = policy.target(student, teacher).log_probs
+    assert mu.shape == (ROWS, SIZE)
+    # The blend is solved to 1e-3 of its budget, which moves a probability by less than 1e-3 of itself.
+    relative = 2e-3 if "budget" in name else 1e-5
+    expected = expected_law(law, student, teacher)
+    assert mu.double().exp().numpy() == pytest.approx(expected, abs=1e-6, rel=relative)
+    assert mu.double().logsumexp(-1).numpy() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_draft_kept_with_overlap_then_replaced_by_the_residual_has_the_law(name: str) -> None:
+    """overlap <= min(student, mu): acceptance and residual are probabilities, and they add up."""
+    policy, law = CASES[name]
+    student, teacher = log_probs(2), log_probs(3)
+    target = policy.target(student, teacher)
+    mu, p = target.log_probs.exp().numpy(), student.exp().numpy()
+    overlap = np.minimum(mu, p) if target.overlap is None else target.overlap.numpy()
+    assert overlap.shape == mu.shape
+    assert (overlap >= 0).all()
+    assert (overlap <= p + 1e-15).all()
+    assert (overlap <= mu + 1e-15).all()
+    kept = p * (overlap / p)
+    missing = 1 - kept.sum(-1, keepdims=True)
+    residual = np.clip(mu - overlap, 0, None)
+    mass = residual.sum(-1, keepdims=True)
+    drawn = kept + np.where(mass > 0, missing * residual / np.where(mass > 0, mass, 1), 0.0)
+    assert drawn == pytest.approx(expected_law(law, student, teacher), abs=1e-9, rel=2e-3)
+
+
+def test_skd_keeps_exactly_the_drafts_in_the_teachers_top_k() -> None:
+    """Its overlap is smaller than min(student, mu): a draft outside the top-k is always replaced."""
+    student, teacher = log_probs(4), log_probs(5)
+    target = SKDPolicy(3, 0.6).target(student, teacher)
+    kept = np.zeros((ROWS, SIZE))
+    for row, ids in enumerate(np.argsort(-teacher.numpy(), -1)[:, :3]):
+        kept[row, ids] = student.exp().numpy()[row, ids]
+    assert target.overlap is not None
+    assert target.overlap.numpy() == pytest.approx(kept)
+    assert target.teacher_weight.numpy() == pytest.approx(1 - kept.sum(-1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_costs_are_the_divergences_of_the_law(name: str) -> None:
+    policy, _ = CASES[name]
+    student, teacher = log_probs(6), log_probs(7)
+    target = policy.target(student, teacher)
+    mu = target.log_probs.numpy()
+    assert target.kl_student.shape == target.teacher_weight.shape == (ROWS,)
+    assert target.kl_student.numpy() == pytest.approx(kl(mu, student.numpy()), abs=1e-9, rel=1e-3)
+    if target.kl_teacher is not None:
+        assert target.kl_teacher.numpy() == pytest.approx(kl(mu, teacher.numpy()), abs=1e-9, rel=1e-3)
+    else:
+        assert not policy.needs_teacher
+    assert ((target.teacher_weight >= 0) & (target.teacher_weight <= 1)).all()
+
+
+def test_teacher_weight_at_the_ends() -> None:
+    student, teacher = log_probs(8), log_probs(9)
+    for policy, weight in (
+        (StudentPolicy(), 0.0),
+        (TemperaturePolicy(0.8), 0.0),
+        (TrustRegionPolicy(0.0), 0.0),
+        (TrustRegionPolicy(math.inf), 1.0),
+        (TeacherPolicy(), 1.0),
+    ):
+        assert (policy.target(student, teacher).teacher_weight == weight).all()
+
+
+@pytest.mark.parametrize("policy", [StudentPolicy(), TrustRegionPolicy(0.0)], ids=str)
+def test_student_sampling_is_the_student_to_the_last_bit(policy: BehaviorPolicy) -> None:
+    student = log_probs(10, torch.float32)
+    assert torch.equal(policy.target(student, log_probs(11, torch.float32)).log_probs, student)
+    assert torch.equal(policy.target(student, None).log_probs, student)
+
+
+def test_who_needs_a_teacher() -> None:
+    needy: list[BehaviorPolicy] = [TrustRegionPolicy(1e-6), TrustRegionPolicy(math.inf)]
+    needy += [SKDPolicy(5, 1.0), TeacherPolicy()]
+    alone: list[BehaviorPolicy] = [StudentPolicy(), TemperaturePolicy(0.9)]
+    alone += [TrustRegionPolicy(0.0), TrustRegionPolicy(0)]
+    assert all(policy.needs_teacher for policy in needy)
+    assert not any(policy.needs_teacher for policy in alone)
+    student = log_probs(12)
+    for policy in alone:
+        assert policy.target(student, None).kl_teacher is None
+    for policy in needy:
+        with pytest.raises(ValueError, match="teacher"):
+            policy.target(student, None)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("skd")])
+def test_impossible_tokens(name: str) -> None:
+    """-inf for either model gives no NaN, and no token outside the student's support unless the law says so."""
+    policy, law = CASES[name]
+    student, teacher = log_probs(13), log_probs(14)
+    student[:, 1], teacher[:, 2], student[:, 3], teacher[:, 3] = (-math.inf,) * 4
+    student, teacher = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    target = policy.target(student, teacher)
+    assert not target.log_probs.isnan().any()
+    assert target.log_probs.exp().numpy() == pytest.approx(
+        expected_law(law, student, teacher), abs=1e-9, rel=2e-3
+    )
+    for scalar in (target.kl_student, target.teacher_weight):
+        assert not scalar.isnan().any()
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_skd_with_impossible_tokens(temperature: float) -> None:
+    student, teacher = log_probs(15), log_probs(16)
+    student[:, 1], teacher[:, 2] = -math.inf, -math.inf
+    student, teacher = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    target = SKDPolicy(4, temperature).target(student, teacher)
+    expected = expected_law(laws.skd(4, temperature), student, teacher)
+    assert target.log_probs.exp().numpy() == pytest.approx(expected, abs=1e-12, rel=1e-9)
+    assert not target.kl_student.isnan().any()
+
+
+def test_policies_are_values() -> None:
+    assert TrustRegionPolicy(0.02) == TrustRegionPolicy(0.02) != TrustRegionPolicy(0.03)
+    assert SKDPolicy(teacher_top_k=25, teacher_temperature=0.6) == SKDPolicy(25, 0.6)
+    assert len({StudentPolicy(), StudentPolicy(), TeacherPolicy(), TemperaturePolicy(temperature=0.8)}) == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrustRegionPolicy(0.02).kl_budget = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: TemperaturePolicy(0.0), r"0\.0"),
+        (lambda: TemperaturePolicy(-0.5), r"-0\.5"),
+        (lambda: TemperaturePolicy(math.nan), "nan"),
+        (lambda: TemperaturePolicy(math.inf), "inf"),
+        (lambda: TrustRegionPolicy(-0.02), r"-0\.02"),
+        (lambda: TrustRegionPolicy(math.nan), "nan"),
+        (lambda: SKDPolicy(0, 1.0), r"\b0\b"),
+        (lambda: SKDPolicy(-4, 1.0), "-4"),
+        (lambda: SKDPolicy(5, 0.0), r"0\.0"),
+        (lambda: SKDPolicy(5, -0.6), r"-0\.6"),
+        (lambda: SKDPolicy(5, math.nan), "nan"),
+    ],
+)
+def test_bad_parameters_are_named(make: type, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        make()

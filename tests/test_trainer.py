@@ -1,0 +1,476 @@
+"""`TRBTrainer` held to plain torch, to TRL, and to itself under another batch layout or a restart."""
+
+import inspect
+import json
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import DistillationTrainer, SFTConfig, SFTTrainer
+
+from trb import TRBConfig, TRBTrainer, zoo
+from trb.losses import topk_reverse_kl
+from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
+from trb.sampling import sample
+from trb.vocab import align
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(directory: Path, **changes: Any) -> TRBConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(directory),
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-4,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "constant",
+        "max_completion_length": 24,
+        "initial_kl_budget": 0.5,
+        "blend_warmup_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return TRBConfig(**{**settings, **changes})
+
+
+def build(directory: Path, *, student: Any = None, teacher: Any = None, **changes: Any) -> TRBTrainer:
+    passed_on = {name: changes.pop(name) for name in ("reward_fn", "peft_config", "callbacks") if name in changes}
+    own_student, tokenizer = zoo.load("student")
+    own_teacher, teacher_tokenizer = zoo.load("teacher")
+    trainer = TRBTrainer(
+        own_student if student is None else student,
+        own_teacher if teacher is None else teacher,
+        config(directory, **changes),
+        train_dataset=Dataset.from_list(zoo.problems(64, seed=0, split="train")),
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        **passed_on,
+    )
+    trainer.model.train()  # as `train` does; some tests below call single steps of it
+    return trainer
+
+
+def losses(trainer: TRBTrainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def logged(trainer: TRBTrainer, name: str) -> list[float]:
+    return [row[f"trb/{name}"] for row in trainer.state.log_history if "loss" in row]
+
+
+def weights(trainer: TRBTrainer) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+class Completions(TrainerCallback):
+    """Collects what the trainer sampled, in sampling order."""
+
+    def __init__(self) -> None:
+        self.per_step: list[list[list[int]]] = []
+
+    def watch(self, trainer: TRBTrainer) -> None:
+        generate = trainer._generate_single_turn
+
+        def recorded(*args: Any, **kwargs: Any) -> list[list[int]]:
+            completions = generate(*args, **kwargs)
+            self.per_step.append([list(ids) for ids in completions])
+            return completions
+
+        trainer._generate_single_turn = recorded  # type: ignore[method-assign]
+
+
+# ---- the seams of TRL that the trainer stands on ----
+
+
+def test_trl_still_has_the_seams_that_are_overridden() -> None:
+    expected = {
+        "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
+        "_generate_and_score_completions": ["self", "inputs"],
+        "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
+        "_get_train_sampler": ["self", "dataset"],
+        "log": ["self", "logs", "start_time"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(DistillationTrainer, name)).parameters) == parameters, name
+    assert inspect.signature(DistillationTrainer.__init__).parameters["teacher_model"].default is None
+
+
+# ---- the method ----
+
+
+def test_trainer_takes_the_same_first_steps_as_the_minimal_loop(tmp_path: Path) -> None:
+    loop = runpy.run_path(str(ROOT / "examples" / "minimal_loop.py"))
+    trainer = build(tmp_path)
+    seen = Completions()
+    seen.watch(trainer)
+    trainer.train()
+
+    order = list(trainer._get_train_sampler())
+    student, tokenizer = zoo.load("student")
+    settings = loop["Settings"](initial_kl_budget=0.5, blend_warmup_steps=4, max_new_tokens=24, seed=trainer.args.seed)
+    run = loop["Distillation"](student, zoo.load("teacher")[0], settings)
+    for step in range(2):
+        rows = [trainer.train_dataset[i]["prompt"] for i in order[step * 8 : (step + 1) * 8]]
+        prompts = [tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False) for row in rows]
+        result = run.step(prompts, step)
+        assert result["completions"] == seen.per_step[step]
+        assert logged(trainer, "kl_budget")[step] == pytest.approx(result["budget"])
+    for (name, ours), theirs in zip(weights(trainer).items(), student.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_loss_is_the_mean_over_completion_tokens_of_unpadded_rows_at_the_sampling_temperature(
+    tmp_path: Path,
+) -> None:
+    # Catches slicing by the widest prompt, prompts in the loss, an off-by-one at the first completion token, an
+    # erased stop token (this student pads with its end-of-sequence id), and a loss at another temperature.
+    trainer = build(tmp_path, temperature=0.7)
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
+    loss, _, count = trainer._compute_loss(trainer.model, inputs, None)
+
+    student, teacher = zoo.load("student")[0], zoo.load("teacher")[0]
+    stop = student.generation_config.eos_token_id
+    total, tokens, stops = 0.0, 0, 0
+    for row in range(8):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist()
+        completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()].tolist()
+        ids = torch.tensor([prompt + completion])
+        pair = align(
+            student(input_ids=ids).logits,
+            teacher(input_ids=ids).logits,
+            stop,
+            teacher.generation_config.eos_token_id,
+        )
+        predicting = [logits[0, len(prompt) - 1 : -1] / 0.7 for logits in pair]
+        mask = torch.ones(len(completion))
+        total += topk_reverse_kl(*predicting, mask).item() * len(completion)
+        tokens += len(completion)
+        stops += completion[-1] == stop
+        assert stop not in completion[:-1]
+    assert stops > 0
+    assert trainer._tokenizer.pad_token_id == stop
+    assert count.item() == tokens
+    assert loss.item() == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_completions_are_those_of_the_public_sampler(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    prompts = [[5, 6, 7], [5, 6, 7], [8, 9]]
+    drawn = trainer._generate_single_turn(prompts, None, {})
+    assert drawn[0] != drawn[1]  # two rollouts of one prompt
+    student, teacher = zoo.load("student")[0], zoo.load("teacher")[0]
+    from trb.sampling import prompt_key, stream_seed
+
+    for row, (prompt, index) in enumerate(zip(prompts, (0, 1, 0), strict=True)):
+        alone = sample(
+            student,
+            teacher,
+            [prompt],
+            TrustRegionPolicy(0.5),
+            max_new_tokens=24,
+            eos_token_id=student.generation_config.eos_token_id,
+            teacher_eos_token_id=teacher.generation_config.eos_token_id,
+            seed=stream_seed(trainer.args.seed, "train", 0),
+            prompt_keys=[prompt_key(prompt)],
+            rollout_index=[index],
+        )
+        assert alone.completions == [drawn[row]]
+
+
+def test_budget_falls_every_optimizer_step_and_the_teacher_leaves_the_sampler(tmp_path: Path) -> None:
+    trainer = build(
+        tmp_path,
+        max_steps=5,
+        blend_warmup_steps=3,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+    )
+    trainer.train()
+    assert logged(trainer, "kl_budget") == pytest.approx([0.5, 1 / 3, 1 / 6, 0, 0], abs=1e-4)
+    assert [calls > 0 for calls in logged(trainer, "teacher_calls")] == [True, True, True, False, False]
+    assert logged(trainer, "teacher_weight")[3:] == [0, 0]
+    assert logged(trainer, "kl_student")[3:] == [0, 0]
+    for name in (
+        "kl_teacher",
+        "teacher_log_prob",
+        "teacher_entropy",
+        "completion_length",
+        "stop_rate",
+        "reverse_kl",
+    ):
+        assert all(value is not None for value in logged(trainer, name)), name
+    within = zip(
+        logged(trainer, "sequence_kl")[:3],
+        [row["trb/sequence_kl_bound"] for row in trainer.state.log_history if "trb/sequence_kl_bound" in row],
+        strict=True,
+    )
+    assert all(0 < spent <= bound for spent, bound in within)
+
+
+def test_each_prompt_is_rolled_out_num_generations_times(tmp_path: Path) -> None:
+    trainer = build(tmp_path, num_generations=2)
+    order = list(trainer._get_train_sampler())[:8]
+    assert order[0::2] == order[1::2]
+    assert len(set(order)) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "at_start", "at_end"),
+    [
+        ("opd", StudentPolicy(), StudentPolicy()),
+        ("veto", StudentPolicy(), StudentPolicy()),
+        ("trb", TrustRegionPolicy(0.5), TrustRegionPolicy(0.0)),
+        ("fixed", TrustRegionPolicy(0.5), TrustRegionPolicy(0.5)),
+        ("skd", SKDPolicy(25, 0.6), SKDPolicy(25, 0.6)),
+        ("temperature", TemperaturePolicy(0.9), TemperaturePolicy(1.0)),
+        ("sft", TeacherPolicy(), StudentPolicy()),
+    ],
+)
+def test_each_method_samples_from_its_policy_and_trains(
+    tmp_path: Path, method: str, at_start: object, at_end: object
+) -> None:
+    trainer = build(tmp_path, method=method, max_steps=2, temperature_warmup_steps=1, sft_warmup_steps=1)
+    assert trainer.behavior_policy(0) == at_start
+    assert trainer.behavior_policy(1000) == at_end
+    before = weights(trainer)
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+def test_trb_with_budget_zero_is_plain_distillation_bit_for_bit(tmp_path: Path) -> None:
+    plain = build(tmp_path / "opd", method="opd")
+    plain.train()
+    blended = build(tmp_path / "trb", method="trb", initial_kl_budget=0.0)
+    blended.train()
+    assert losses(plain) == losses(blended)
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(blended).values(), strict=True))
+
+
+def test_veto_changes_the_target_and_its_strength_falls_to_zero(tmp_path: Path) -> None:
+    trainer = build(tmp_path, method="veto", veto_strength=0.8, max_steps=2)
+    trainer.state.max_steps = 2
+    assert [trainer.veto_strength(step) for step in (0, 1, 2)] == pytest.approx([0.8, 0.4, 0.0])
+    inputs = trainer._prepare_inputs([trainer.train_dataset[0]] * 8)
+    with_veto, *_ = trainer._compute_loss(trainer.model, inputs, None)
+    trainer.args.veto_strength = 0.0
+    without, *_ = trainer._compute_loss(trainer.model, inputs, None)
+    assert with_veto.item() < without.item()  # a target nearer the student
+
+
+def test_supervised_warm_up_is_trls_sft_loss_on_teacher_completions(tmp_path: Path) -> None:
+    trainer = build(tmp_path / "sft", method="sft", sft_warmup_steps=5)
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
+    ours, *_ = trainer._compute_loss(trainer.model, inputs, None)
+
+    rows = []
+    for row in range(8):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist()
+        completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()].tolist()
+        ids = prompt + completion
+        rows.append({"input_ids": ids, "completion_mask": [0] * len(prompt) + [1] * len(completion)})
+    student, tokenizer = zoo.load("student")
+    arguments = SFTConfig(
+        str(tmp_path / "trl"), per_device_train_batch_size=8, bf16=False, gradient_checkpointing=False,
+        report_to=[], dataloader_pin_memory=False, max_length=None, completion_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": False},
+    )  # fmt: skip
+    reference = SFTTrainer(student, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    batch = next(iter(reference.get_train_dataloader()))
+    theirs = reference.compute_loss(reference.model, batch)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+# ---- invariants of the loop ----
+
+
+def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    whole.train()
+    parts = build(tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    parts.train()
+    assert losses(whole) == pytest.approx(losses(parts), rel=2e-4)
+    for (name, one), other in zip(weights(whole).items(), weights(parts).values(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=name)
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
+    settings = {"max_steps": 6, "blend_warmup_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight = build(tmp_path / "straight", **settings)
+    straight.train()
+    killed = build(tmp_path / "killed", callbacks=[Kill(5)], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = build(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(straight)
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(resumed).values(), strict=True))
+
+    def recorded(name: str, directory: str) -> list[tuple[int, Any]]:
+        lines = (tmp_path / directory / name).read_text().splitlines()
+        return [(row["step"], row.get("loss", row.get("completion"))) for row in map(json.loads, lines)]
+
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert recorded(name, "killed") == recorded(name, "straight")
+
+
+def test_only_adapters_change_under_lora(tmp_path: Path) -> None:
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = build(tmp_path, peft_config=adapter)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(before[name], value)}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_bf16_and_gradient_checkpointing_train_and_keep_the_sampler_cached(tmp_path: Path) -> None:
+    trainer = build(tmp_path, bf16=True, gradient_checkpointing=True)
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+    # One pass per drawn token, and none longer: the KV cache was in use.
+    longest = max(row["completions/max_length"] for row in trainer.state.log_history if "loss" in row)
+    assert max(logged(trainer, "student_calls")) <= longest
+
+
+def test_dropout_is_off_while_training(tmp_path: Path) -> None:
+    student, _ = zoo.load("student")
+    student.config.attention_dropout = 0.5
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    noisy = torch.nn.Dropout(0.9)
+    layer = student.model.layers[0]
+    layer.mlp = torch.nn.Sequential(layer.mlp, noisy)
+    build(tmp_path, student=student)
+    assert noisy.p == 0
+    assert TRBConfig(str(tmp_path), bf16=False).disable_dropout
+
+
+def test_rewards_are_logged_and_never_trained_on(tmp_path: Path) -> None:
+    calls = []
+
+    def reward(texts: list[str], rows: Any) -> list[float]:
+        calls.append((len(texts), [row["answer"] for row in rows]))
+        return [1.0, 0.0] * (len(texts) // 2)
+
+    with_reward = build(tmp_path / "a", reward_fn=reward)
+    with_reward.train()
+    without = build(tmp_path / "b")
+    without.train()
+    assert logged(with_reward, "reward") == [0.5, 0.5]
+    assert calls[0][0] == len(calls[0][1]) == 8
+    assert losses(with_reward) == losses(without)
+
+
+def test_vllm_takes_over_once_the_teacher_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(tmp_path, blend_warmup_steps=1)
+    trainer.use_vllm = True
+    handed_over = []
+    monkeypatch.setattr(
+        DistillationTrainer,
+        "_generate_single_turn",
+        lambda self, ids, *rest: handed_over.append(ids) or [[1]] * len(ids),
+    )
+    trainer._generate_single_turn([[5, 6]], None, {})
+    assert not handed_over
+    trainer.state.global_step = 1
+    assert trainer._generate_single_turn([[5, 6]], None, {}) == [[1]]
+    assert handed_over == [[[5, 6]]]
+
+
+def test_evaluation_reports_the_loss_on_student_rollouts(tmp_path: Path) -> None:
+    trainer = build(tmp_path, per_device_eval_batch_size=4)
+    result = trainer.evaluate(Dataset.from_list(zoo.problems(4, seed=1, split="test")))
+    assert result["eval_loss"] > 0
+    assert result["eval_trb/teacher_calls"] == 0
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initial_kl_budget": -0.1}, "-0.1"),
+        ({"initial_kl_budget": float("nan")}, "nan"),
+        ({"blend_warmup_steps": -1}, "-1"),
+        ({"method": "tbr"}, "tbr"),
+        ({"budget_schedule": "square"}, "square"),
+        ({"sampler": "fast"}, "fast"),
+        ({"top_p": 0.9}, "top_p"),
+        ({"beta": 0.5}, "beta"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs"),
+        ({"num_generations": 0}, "num_generations"),
+        ({"loss_top_k": -1}, "loss_top_k"),
+        ({"skd_teacher_top_k": 0}, "teacher_top_k"),
+        ({"initial_temperature": 0.0}, "temperature"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
+
+
+def test_a_batch_that_rollouts_do_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_generations=3"):
+        build(tmp_path, num_generations=3)
+
+
+def test_a_teacher_without_rows_for_ids_in_use_is_refused(tmp_path: Path) -> None:
+    teacher, _ = zoo.load("teacher")
+    teacher.resize_token_embeddings(12)
+    with pytest.raises(ValueError, match="teacher's head has 12 rows"):
+        build(tmp_path, teacher=teacher)
+
+
+def test_different_tokenizers_are_refused(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("student")
+    teacher, other = zoo.load("teacher")
+    moved = other.get_vocab()
+    first, second = sorted(moved, key=moved.get)[-2:]  # type: ignore[arg-type]
+    state = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    with pytest.raises(ValueError, match="different tokenizers"):
+        TRBTrainer(
+            student,
+            teacher,
+            config(tmp_path),
+            train_dataset=Dataset.from_list(zoo.problems(8, seed=0, split="train")),
+            processing_class=tokenizer,
+            teacher_processing_class=swapped,
+        )
+
+
+def test_nothing_is_sent_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    sent = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **kwargs: sent.append(args))
+    build(tmp_path)
+    assert not sent
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
