@@ -106,9 +106,9 @@ def tiny_gpt2(rows: int, seed: int, *, spread: float = 0.35) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def tiny_pair() -> TinyPair:
     """Two architectures, so that neither is sampled by accident in place of the other."""
-    return TinyPair(student=tiny_llama(STUDENT_ROWS, seed=11), teacher=tiny_qwen3(TEACHER_ROWS, seed=12))
+    return TinyPair(student=tiny_llama(STUDENT_ROWS, seed=41), teacher=tiny_qwen3(TEACHER_ROWS, seed=69))
 
 
 @pytest.fixture(scope="session")
 def gpt2_pair() -> TinyPair:
-    return TinyPair(student=tiny_gpt2(STUDENT_ROWS, seed=13), teacher=tiny_gpt2(TEACHER_ROWS, seed=14))
+    return TinyPair(student=tiny_gpt2(STUDENT_ROWS, seed=25), teacher=tiny_gpt2(TEACHER_ROWS, seed=46))

@@ -7,7 +7,7 @@ from trb.recording import append_jsonl, drop_after_step
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def test_numbers_json_cannot_hold_become_null(tmp_path: Path) -> None:
@@ -30,3 +30,11 @@ def test_lines_after_the_checkpoint_are_dropped_and_so_is_a_torn_last_line(tmp_p
 def test_a_missing_file_is_left_missing(tmp_path: Path) -> None:
     drop_after_step(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_text_with_line_separators_and_lone_surrogates_survives(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    texts = ["a\u2028b", "\x85", "\ud800", "plain"]
+    append_jsonl(path, [{"step": 1, "completion": text} for text in texts])
+    drop_after_step(path, 1)
+    assert [row["completion"] for row in read(path)] == texts

@@ -139,7 +139,7 @@ def write_comparison(directory: Path, scores: dict[str, dict[str, Any]] | None =
     return directory
 
 
-# ---- reading a page back ------------------------------------------------------------------------------------
+# ---- reading a page back -------------------------------------------------------------------------------
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 # SVG elements may close themselves; of HTML elements, only void ones may.
@@ -221,16 +221,11 @@ def comparison_page(comparison: Path) -> Page:
     return page_of(comparison)
 
 
-# ---- the page as a document ---------------------------------------------------------------------------------
+# ---- the page as a document ----------------------------------------------------------------------------
 
 
 def test_page_is_one_file_that_loads_nothing(comparison_page: Page) -> None:
-    links = [
-        a[name] or ""
-        for _, a in comparison_page.tags
-        for name in ("src", "href", "action", "data")
-        if name in a
-    ]
+    links = [a[name] or "" for _, a in comparison_page.tags for name in ("src", "href", "action", "data") if name in a]
     assert links and all(link.startswith("#") or link == "data:," for link in links)
     assert not {"img", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in comparison_page.tags}
     style = comparison_page.text_of["style"][0]
@@ -250,9 +245,7 @@ def test_policy_allows_exactly_the_inline_style_and_script(comparison_page: Page
         digest = hashlib.sha256(comparison_page.text_of[tag][0].encode()).digest()
         assert directives[name] == f"'sha256-{base64.b64encode(digest).decode()}'"
     assert directives["default-src"] == "'none'" and "unsafe" not in policy
-    handlers = [
-        name for _, a in comparison_page.tags for name in a if name.startswith("on") or name == "style"
-    ]
+    handlers = [name for _, a in comparison_page.tags for name in a if name.startswith("on") or name == "style"]
     assert handlers == []  # the policy would block them
 
 
@@ -275,7 +268,7 @@ def test_an_existing_report_is_replaced(tmp_path: Path) -> None:
     assert not list(run.glob(".*"))
 
 
-# ---- numbers ------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------------
 
 
 def test_summary_shows_the_numbers_of_results_json(comparison_page: Page) -> None:
@@ -314,9 +307,7 @@ def test_curve_data_equal_the_files(comparison_page: Page, comparison: Path) -> 
     assert accuracy["y"] == pytest.approx([e["pass_at_1"] for e in evals], rel=1e-5)
     assert accuracy["low"] == pytest.approx([e["interval"][0] for e in evals], rel=1e-5)
     assert charts["sequence_kl"]["series"][0]["bound"][0] == pytest.approx(
-        json.loads((comparison / "trb" / "metrics.jsonl").read_text().splitlines()[0])[
-            "trb/sequence_kl_bound"
-        ],
+        json.loads((comparison / "trb" / "metrics.jsonl").read_text().splitlines()[0])["trb/sequence_kl_bound"],
         rel=1e-5,
     )
 
@@ -327,12 +318,8 @@ def test_drawn_line_reads_back_through_the_axis_labels() -> None:
     drawn = svg.draw(panel, (1, 5))
     (y0, v0), (y1, v1) = [(tick.at, float(tick.label)) for tick in drawn.y_ticks[:2]]
     (x0, s0), (x1, s1) = [(tick.at, float(tick.label)) for tick in drawn.x_ticks[:2]]
-    points = [
-        tuple(map(float, pair.split())) for pair in re.findall(r"[ML]([\d.]+ [\d.]+)", drawn.lines[0].raw)
-    ]
-    read = {
-        round(s0 + (x - x0) * (s1 - s0) / (x1 - x0)): v0 + (y - y0) * (v1 - v0) / (y1 - y0) for x, y in points
-    }
+    points = [tuple(map(float, pair.split())) for pair in re.findall(r"[ML]([\d.]+ [\d.]+)", drawn.lines[0].raw)]
+    read = {round(s0 + (x - x0) * (s1 - s0) / (x1 - x0)): v0 + (y - y0) * (v1 - v0) / (y1 - y0) for x, y in points}
     assert read == pytest.approx({1: 0.05, 2: 0.031, 4: 0.012, 5: 0.0}, abs=2e-4)
     assert drawn.lines[0].raw.count("M") == 2  # the gap at step 3 is not bridged
 
@@ -343,9 +330,7 @@ def test_rollouts_on_the_page_equal_the_file(comparison_page: Page, comparison: 
     assert [row["tokens"] for row in shown] == [row["tokens"] for row in written]
     for row, original in zip(shown, written, strict=True):
         assert row["teacher_weight"] == pytest.approx(original["teacher_weight"], rel=1e-3)
-        assert (row["step"], row["prompt"], row["reward"]) == tuple(
-            original[k] for k in ("step", "prompt", "reward")
-        )
+        assert (row["step"], row["prompt"], row["reward"]) == tuple(original[k] for k in ("step", "prompt", "reward"))
 
 
 def test_configuration_puts_what_differs_first_and_hides_secrets(comparison_page: Page) -> None:
@@ -362,32 +347,50 @@ def test_configuration_puts_what_differs_first_and_hides_secrets(comparison_page
 def test_options_that_only_sound_secret_are_shown() -> None:
     options = {"max_new_tokens": 64, "eos_token": "<|end|>", "nested": {"api_key": "abc", "password": None}}
     assert dict(summary.flatten(options)) == {
-        "max_new_tokens": "64", "eos_token": "<|end|>", "nested.api_key": "(hidden)", "nested.password": "null",
-    }  # fmt: skip
+        "max_new_tokens": "64",
+        "eos_token": "<|end|>",
+        "nested.api_key": "(hidden)",
+        "nested.password": "null",
+    }
 
 
 @pytest.mark.parametrize(
     ("value", "kind", "text"),
-    [(0.4125, "percent", "41.2%"), (1234.5678, "number", "1,235"), (-0.61234, "number", "-0.6123"), (0.0, "number", "0"),
-     (0.00001234, "number", "1.23e-5"), (12800, "count", "12,800"), (None, "percent", "–"), (1.0, "percent", "100.0%")],
-)  # fmt: skip
+    [
+        (0.4125, "percent", "41.2%"),
+        (1.0, "percent", "100.0%"),
+        (None, "percent", "–"),
+        (1234.5678, "number", "1,235"),
+        (-0.61234, "number", "-0.6123"),
+        (0.0, "number", "0"),
+        (0.00001234, "number", "1.23e-5"),
+        (12800, "count", "12,800"),
+    ],
+)
 def test_shown_numbers(value: float | None, kind: Any, text: str) -> None:
     assert style.show(value, kind) == text
 
 
-# ---- the headline -------------------------------------------------------------------------------------------
+# ---- the headline --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("other", "resolved"),
-    [((0.30, (0.25, 0.35)), True), ((0.38, (0.33, 0.43)), False), ((0.35, (0.30, 0.40)), False), ((0.45, (0.40, 0.5)), False)],
+    [
+        ((0.30, (0.25, 0.35)), True),
+        ((0.38, (0.33, 0.43)), False),
+        ((0.35, (0.30, 0.40)), False),
+        ((0.45, (0.40, 0.50)), False),
+    ],
     ids=["apart", "overlapping", "touching", "equal"],
-)  # fmt: skip
+)
 def test_two_methods_are_told_apart_only_by_disjoint_intervals(other: Any, resolved: bool) -> None:
     text = summary.headline(source_with(trb=(0.45, (0.40, 0.50)), opd=other))
     assert ("TRB is ahead" in text) is resolved
     assert ("the difference is not resolved" in text) is not resolved
-    assert "45.0% (95% interval 40.0 to 50.0)" in text
+    low, high = (100 * end for end in other[1])
+    assert text.startswith("TRB scores 45.0% pass@1 (95% interval 40.0 to 50.0) and OPD ")
+    assert f"{100 * other[0]:.1f}% ({low:.1f} to {high:.1f})" in text
 
 
 def test_the_better_method_is_named_whatever_the_order() -> None:
@@ -434,7 +437,7 @@ def test_methods_no_better_than_the_student_are_named() -> None:
     assert "Not resolved from the student itself: TRB." in text and "Below the student: OPD." in text
 
 
-# ---- what a directory may lack ------------------------------------------------------------------------------
+# ---- what a directory may lack -------------------------------------------------------------------------
 
 
 def test_run_directory_makes_a_page_from_its_evaluations(tmp_path: Path) -> None:
@@ -457,17 +460,13 @@ def test_comparison_in_progress_uses_the_latest_evaluations(tmp_path: Path) -> N
     directory = write_comparison(tmp_path / "comparison")
     (directory / "results.json").unlink()
     page = page_of(directory)
-    assert page.row("TRB")[1] == "46.0%" and any(
-        "results.json has no evaluation" in t for t in page.text_of["li"]
-    )
+    assert page.row("TRB")[1] == "46.0%" and any("results.json has no evaluation" in t for t in page.text_of["li"])
 
 
 def test_missing_keys_leave_their_charts_out_and_nulls_leave_gaps(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    rows: list[dict[str, Any]] = [
-        {"step": step, "loss": 1 / step, "trb/reward": None} for step in range(1, 6)
-    ]
+    rows: list[dict[str, Any]] = [{"step": step, "loss": 1 / step, "trb/reward": None} for step in range(1, 6)]
     rows[2]["loss"] = math.nan
     rows[3].pop("loss")
     write_jsonl(run / "metrics.jsonl", rows)
@@ -488,9 +487,7 @@ def test_empty_run_makes_a_page_that_says_so(tmp_path: Path) -> None:
 
 def test_run_with_steps_but_no_evaluation_says_how_far_it_is(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "metrics.jsonl", [{"step": 7, "loss": 1.0}])
-    assert (
-        "Training has reached step 7; no evaluation has been recorded yet." in page_of(tmp_path).text_of["p"]
-    )
+    assert "Training has reached step 7; no evaluation has been recorded yet." in page_of(tmp_path).text_of["p"]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evals.jsonl", "rollouts.jsonl"])
@@ -515,9 +512,7 @@ def test_repeated_steps_of_a_resumed_run_show_the_later_record(tmp_path: Path) -
 
 
 def test_several_evaluations_get_a_chart_each(tmp_path: Path) -> None:
-    rows = [
-        {"step": s, **score(0.2 + s / 100), "name": name} for s in (0, 20) for name in ("GSM 8k", "math500")
-    ]
+    rows = [{"step": s, **score(0.2 + s / 100), "name": name} for s in (0, 20) for name in ("GSM 8k", "math500")]
     write_jsonl(tmp_path / "evals.jsonl", rows)
     page = page_of(tmp_path)
     assert page.chart_ids == ["pass_at_1-1-gsm-8k", "pass_at_1-2-math500"]
@@ -532,7 +527,7 @@ def test_several_evaluations_get_a_chart_each(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl, line 1: step is None"),
         ("metrics.jsonl", '{"step": 1.5}\n', r"metrics\.jsonl, line 1: step is 1\.5"),
         ("metrics.jsonl", '{"step": 1, "loss": "low"}\n', r"metrics\.jsonl, line 1: loss is 'low'"),
-        ("evals.jsonl", '{"step": 1, "pass_at_1": 0.5, "interval": 3}\n', r"evals\.jsonl, line 1: interval is 3"),
+        ("evals.jsonl", '{"step": 1, "interval": 3}\n', r"evals\.jsonl, line 1: interval is 3"),
         ("rollouts.jsonl", '{"step": 1, "tokens": "abc"}\n', r"rollouts\.jsonl, line 1: tokens is 'abc'"),
         ("rollouts.jsonl", '{"step": 1, "prompt": []}\n', r"rollouts\.jsonl, line 1: prompt is \[\]"),
         ("results.json", '{\n"trb": }', r"results\.json, line 2: not valid JSON"),
@@ -542,9 +537,7 @@ def test_several_evaluations_get_a_chart_each(tmp_path: Path) -> None:
         ("config.yaml", "- 1\n", r"config\.yaml: expected a mapping"),
     ],
 )  # fmt: skip
-def test_malformed_files_are_named_with_their_line(
-    tmp_path: Path, name: str, text: str, message: str
-) -> None:
+def test_malformed_files_are_named_with_their_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     run = write_run(tmp_path / "run", steps=3)
     (run / name).write_text(text)
     with pytest.raises(ReportError, match=message):
@@ -555,28 +548,22 @@ def test_malformed_files_are_named_with_their_line(
 def test_a_directory_that_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     for directory in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(
-            ReportError, match=rf"{re.escape(str(directory))}.*run directory .*metrics\.jsonl"
-        ):
+        with pytest.raises(ReportError, match=rf"{re.escape(str(directory))}.*run directory .*metrics\.jsonl"):
             write_report(directory)
 
 
 def test_runs_from_different_commits_are_noted(tmp_path: Path) -> None:
     directory = write_comparison(tmp_path / "comparison")
     (directory / "opd" / "provenance.json").write_text(json.dumps({**PROVENANCE, "commit": "0badc0de"}))
-    assert any(
-        "different commits: 0badc0de, 3f9c2ab17d5e" in text for text in page_of(directory).text_of["li"]
-    )
+    assert any("different commits: 0badc0de, 3f9c2ab17d5e" in text for text in page_of(directory).text_of["li"])
 
 
-# ---- size ---------------------------------------------------------------------------------------------------
+# ---- size ----------------------------------------------------------------------------------------------
 
 
 def test_long_runs_give_bounded_pages_that_say_what_was_cut(tmp_path: Path) -> None:
     steps = 3000
-    write_jsonl(
-        tmp_path / "metrics.jsonl", [{"step": s, "loss": 9.0 if s == 1234 else 1.0} for s in range(1, steps)]
-    )
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": s, "loss": 9.0 if s == 1234 else 1.0} for s in range(1, steps)])
     tokens = ["tok"] * 450
     row = {"prompt": "p" * 9000, "completion": "tok" * 450, "tokens": tokens, "kl_student": [0.01] * 450}
     write_jsonl(tmp_path / "rollouts.jsonl", [{"step": s, **row} for s in range(0, 400) for _ in range(2)])
@@ -584,9 +571,7 @@ def test_long_runs_give_bounded_pages_that_say_what_was_cut(tmp_path: Path) -> N
     rows = page.data["rollouts"]
     assert len(rows) == rollouts.MAX_ROLLOUTS
     assert {len(r["tokens"]) for r in rows} == {len(r["kl_student"]) for r in rows} == {rollouts.MAX_TOKENS}
-    assert (
-        rows[0]["length"] == 450 and min(r["step"] for r in rows) == 0 and max(r["step"] for r in rows) == 399
-    )
+    assert rows[0]["length"] == 450 and min(r["step"] for r in rows) == 0 and max(r["step"] for r in rows) == 399
     loss = page.data["charts"][0]["series"][0]
     assert len(loss["y"]) <= svg.MAX_POINTS and loss["y"][loss["x"].index(1234)] == 9.0
     assert (tmp_path / "report.html").stat().st_size < 2_500_000
@@ -638,9 +623,7 @@ def test_ticks_are_evenly_spaced_inside_the_range(low: float, width: float, leas
     values = svg.ticks(low, high, least)
     gap = values[1] - values[0]
     assert least <= len(values) <= 6 * least
-    assert values[0] >= low - 1e-6 * gap - 1e-9 * abs(low) and values[-1] <= high + 1e-6 * gap + 1e-9 * abs(
-        high
-    )
+    assert values[0] >= low - 1e-6 * gap - 1e-9 * abs(low) and values[-1] <= high + 1e-6 * gap + 1e-9 * abs(high)
 
 
 @given(st.lists(st.none() | st.floats(-1e200, 1e200), min_size=1, max_size=60))
@@ -651,15 +634,13 @@ def test_any_finite_values_can_be_drawn(values: list[float | None]) -> None:
     if all(v is None for v in values):
         return
     series = Series("m", "m", 0, tuple(range(len(values))), tuple(values))
-    drawn = svg.draw(
-        Panel("x", Quantity("x", "x", "", "", smooth=True), (series,)), (0, max(1, len(values) - 1))
-    )
+    drawn = svg.draw(Panel("x", Quantity("x", "x", "", "", smooth=True), (series,)), (0, max(1, len(values) - 1)))
     numbers = [float(n) for n in re.findall(r"-?\d+\.\d", drawn.lines[0].raw)]
     assert numbers and all(-1 <= n <= svg.WIDTH + 1 for n in numbers)
     assert len({tick.label for tick in drawn.y_ticks}) == len(drawn.y_ticks)
 
 
-# ---- hostile content ----------------------------------------------------------------------------------------
+# ---- hostile content -----------------------------------------------------------------------------------
 
 HOSTILE = [
     "</script><script>window.hacked=1;alert(1)</script>",
@@ -678,9 +659,7 @@ def write_hostile(directory: Path) -> Path:
     names = {"trb": 0.4, 'x"><img src=x onerror=window.hacked=1>': 0.3}
     for name in names:
         run = write_run(directory / name, name, steps=30)
-        (run / "config.yaml").write_text(
-            json.dumps({"method": name, HOSTILE[1]: HOSTILE[0], "list": HOSTILE})
-        )
+        (run / "config.yaml").write_text(json.dumps({"method": name, HOSTILE[1]: HOSTILE[0], "list": HOSTILE}))
         row = {"step": 1, "prompt": " ".join(HOSTILE), "completion": HOSTILE[0], "reward": 1.0}
         stats = {"teacher_weight": [0.5] * len(HOSTILE), "kl_student": [0.1] * len(HOSTILE)}
         write_jsonl(run / "rollouts.jsonl", [{**row, "tokens": HOSTILE, **stats}, row])
@@ -708,7 +687,7 @@ def test_embedded_json_has_no_markup_characters_and_no_nan() -> None:
         page_module.embed([math.nan])
 
 
-# ---- figures ------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------------
 
 
 def test_figures_are_written_for_every_chart(comparison: Path, comparison_page: Page) -> None:
@@ -741,13 +720,11 @@ def test_figure_formats_and_empty_runs(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_neither_torch_nor_matplotlib() -> None:
-    code = (
-        "import sys, trb.report; sys.exit(bool({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import sys, trb.report; sys.exit(bool({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---- in a browser -------------------------------------------------------------------------------------------
+# ---- in a browser --------------------------------------------------------------------------------------
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -778,7 +755,8 @@ def test_hostile_page_from_disk_does_nothing(tmp_path: Path) -> None:
 
 
 # Runs in a page that frames the report from the same server, plays a reader, and writes down what it saw.
-READER = """<!doctype html><iframe id="report" src="/report.html" width="1200" height="900"></iframe><pre id="seen"></pre>
+READER = """<!doctype html>
+<iframe id="report" src="/report.html" width="1200" height="900"></iframe><pre id="seen"></pre>
 <script>
 document.getElementById("report").onload = ({ target }) => {
   const view = target.contentWindow, page = view.document, seen = {};
@@ -788,7 +766,8 @@ document.getElementById("report").onload = ({ target }) => {
 
   const figure = page.getElementById("figure-kl_student"), svg = figure.querySelector("svg");
   const box = svg.getBoundingClientRect();
-  svg.dispatchEvent(new view.PointerEvent("pointermove", { clientX: box.left + 44 * box.width / 360, clientY: box.top + 9, bubbles: true }));
+  const start = { clientX: box.left + 44 * box.width / 360, clientY: box.top + 9, bubbles: true };
+  svg.dispatchEvent(new view.PointerEvent("pointermove", start));
   seen.tip = text(".tip:not([hidden]) div");
   seen.cursors = all(".cursor:not([hidden])").length;
   svg.dispatchEvent(new view.PointerEvent("pointerleave"));

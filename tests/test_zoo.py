@@ -1,5 +1,6 @@
 """The embedded pair: what ships, how its two models differ, and whether the task's answers are right."""
 
+import itertools
 import json
 import random
 import re
@@ -39,7 +40,7 @@ def accuracy(tokenizer, rows, completions):
     """Graded by hand: the text inside the last box must be the value Python gives the expression."""
     right = 0
     for row, ids in zip(rows, completions, strict=True):
-        head, box, tail = tokenizer.decode(ids, skip_special_tokens=True).rpartition("\\boxed{")
+        _, box, tail = tokenizer.decode(ids, skip_special_tokens=True).rpartition("\\boxed{")
         right += bool(box) and tail.split("}")[0] == str(eval(row["prompt"][0]["content"]))
     return right / len(rows)
 
@@ -83,7 +84,7 @@ def test_teacher_is_good_and_student_is_not(pair, graded):
 
 
 def test_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'tutor'.*student, teacher"):
+    with pytest.raises(ValueError, match=r"'tutor'.*student, teacher"):
         zoo.load("tutor")
 
 
@@ -93,14 +94,8 @@ def test_tokenizer_round_trip_and_unknown_characters(pair):
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
             assert tokenizer.unk_token_id not in ids
-        assert tokenizer.encode("1é2") == [
-            *tokenizer.encode("1"),
-            tokenizer.unk_token_id,
-            *tokenizer.encode("2"),
-        ]
-        assert [tokenizer.decode([token]) for token in tokenizer.encode("12\\boxed{-3}")] == list("12") + [
-            "\\boxed{", "-", "3", "}",
-        ]  # fmt: skip
+        assert tokenizer.encode("1é2")[1] == tokenizer.unk_token_id
+        assert tokenizer.tokenize("12\\boxed{-3}") == ["1", "2", "\\boxed{", "-", "3", "}"]
 
 
 def test_chat_template_opens_the_assistants_turn_alike_for_both(pair):
@@ -143,11 +138,7 @@ def test_problems_are_right_distinct_and_deterministic(operands):
 
 def test_splits_share_no_expression():
     seen = {
-        split: {
-            row["prompt"][0]["content"]
-            for seed in range(3)
-            for row in zoo.problems(3000, seed=seed, split=split)
-        }
+        split: {row["prompt"][0]["content"] for seed in range(3) for row in zoo.problems(3000, seed=seed, split=split)}
         for split in ("train", "test")
     }
     assert len(seen["test"]) > 4000  # different seeds do draw different problems
@@ -174,7 +165,7 @@ def test_clean_solution_is_a_chain_of_true_equations():
         sides = [step.split("=") for step in steps]
         assert len(steps) == 3
         assert all(str(eval(left)) == right for left, right in sides)
-        assert all(left.startswith(before) for (_, before), (left, _) in zip(sides, sides[1:], strict=False))
+        assert all(left.startswith(before) for (_, before), (left, _) in itertools.pairwise(sides))
         assert box == f"\\boxed{{{row['answer']}}}"
 
 
@@ -225,9 +216,7 @@ def test_readme_quotes_the_record():
 
 
 def test_short_training_run_writes_a_loadable_pair(tmp_path, monkeypatch, pair):
-    shorter = tuple(
-        zoo_train.Recipe(**{**vars(recipe), "steps": 5, "batch_size": 8}) for recipe in zoo_train.RECIPES
-    )
+    shorter = tuple(zoo_train.Recipe(**{**vars(recipe), "steps": 5, "batch_size": 8}) for recipe in zoo_train.RECIPES)
     monkeypatch.setattr(zoo_train, "RECIPES", shorter)
     monkeypatch.setattr(zoo_train, "MAX_NEW_TOKENS", 8)
     zoo_train.main(["--out", str(tmp_path), "--eval-problems", "4", "--seed", "3"])

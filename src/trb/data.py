@@ -75,13 +75,15 @@ def load_prompts(
     - an existing local folder (parquet or JSONL files, or one written by `Dataset.save_to_disk`);
     - anything else: a hub name, `owner/name` or `owner/name:config` (the only case that uses the network).
 
-    `split` selects a split of a folder or hub dataset, and disjoint problems of a generated source; a single
-    file is one split, and read whole. `limit` keeps that many rows: a random subset drawn with `seed`, in
+    `split` selects a split of a folder or hub dataset, and other problems of a generated source; a single file
+    is one split, and read whole. `limit` keeps that many rows: a random subset drawn with `seed`, in
     source order (hub datasets are often sorted by topic); of a generated source, the number generated (1000
     by default). `system_prompt` replaces the row's own. Columns are guessed from common names unless given.
     An assistant turn at the end is not part of the prompt; where there is no answer column, the answer is the
     last \\boxed{} of that turn. Rows without an answer get `answer == ""`: good to train on, not to score.
     A source with a `verifier` column (this function's own output, saved) keeps it and its `metadata`.
+    A few reasoning-gym tasks (word_ladder, ransom_note, ...) draw from sets, and repeat themselves in another
+    process only under the same PYTHONHASHSEED; save such rows to a file to share them.
 
     Raises ValueError (FileNotFoundError for a missing file, ImportError for a missing extra) naming the
     offending row, column or name and the remedy. Rows and lines are counted from 1.

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
@@ -158,9 +158,7 @@ def _check_directory(path: Path) -> None:
     if not (path / "config.json").is_file() and not _is_adapter(path):
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
         if checkpoints:
-            raise FileNotFoundError(
-                f"{path} holds checkpoints, not a model: name one, such as {checkpoints[-1]}"
-            )
+            raise FileNotFoundError(f"{path} holds checkpoints, not a model: name one, such as {checkpoints[-1]}")
         raise FileNotFoundError(f"{path} holds no model: it has neither config.json nor adapter_config.json")
     if not any(path.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
@@ -197,9 +195,7 @@ def _unavailable(source: Path | str, what: str) -> OSError:
 # Weights
 
 
-def _load_weights(
-    source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None
-) -> PreTrainedModel:
+def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None) -> PreTrainedModel:
     # Without attn_implementation transformers takes scaled-dot-product attention where the model has it.
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -210,7 +206,7 @@ def _load_weights(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, SafetensorError) as error:
         raise _unavailable(source, "model") from error
     model, info = loaded
     # Left alone, a missing weight is drawn at random and only logged.
@@ -248,9 +244,7 @@ def _adapter_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _load_adapter(
-    directory: Path, dtype: str, trust_remote_code: bool, keep_layers: int | None
-) -> PreTrainedModel:
+def _load_adapter(directory: Path, dtype: str, trust_remote_code: bool, keep_layers: int | None) -> PreTrainedModel:
     """The base model of a LoRA checkpoint with the adapter merged into its weights."""
     from peft import PeftModel
 
@@ -435,9 +429,7 @@ def kept_layers(total: int, keep: int) -> list[int]:
     Raises ValueError unless 2 <= keep <= total.
     """
     if not 2 <= keep <= total:
-        raise ValueError(
-            f"keep_layers={keep} is out of range: the model has {total} layers, so use 2 to {total}"
-        )
+        raise ValueError(f"keep_layers={keep} is out of range: the model has {total} layers, so use 2 to {total}")
     front = min(keep - 1, round(0.6 * keep))
     return [*range(front), *range(total - keep + front, total)]
 

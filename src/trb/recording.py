@@ -52,7 +52,7 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append one JSON object per line; NaN and infinities become null."""
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+            file.write(json.dumps(_finite(row)) + "\n")
 
 
 def drop_after_step(path: Path, step: int) -> None:
@@ -60,7 +60,9 @@ def drop_after_step(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -112,9 +112,8 @@ def _step_range(groups: tuple[panels.Group, ...]) -> tuple[int, int]:
 def _methods(source: Source) -> list[dict[str, Any]]:
     styles = style_indices([run.name for run in source.runs])
     return [
-        {"name": name, "label": label(name), "style": style, "dash": DASHES[style]}
+        {"name": name, "label": label(name), "style": styles[name], "dash": DASHES[styles[name]]}
         for name in (run.name for run in source.runs)
-        for style in (styles[name],)
     ]
 
 
@@ -123,9 +122,7 @@ def _facts(source: Source) -> list[str]:
     found = []
     steps = [run.last_step for run in source.runs if run.last_step is not None]
     if steps:
-        found.append(
-            f"{max(steps):,} steps" if len(set(steps)) == 1 else f"{min(steps):,} to {max(steps):,} steps"
-        )
+        found.append(f"{max(steps):,} steps" if len(set(steps)) == 1 else f"{min(steps):,} to {max(steps):,} steps")
     record = source.provenance
     if record.get("commit"):
         found.append(f"commit {str(record['commit'])[:10]}" + (", modified" if record.get("dirty") else ""))
@@ -145,9 +142,7 @@ def _notes(source: Source, groups: tuple[panels.Group, ...], chosen: rollouts.Ro
     return list(dict.fromkeys(notes))
 
 
-def _page_data(
-    source: Source, charts: list[tuple[str, list[svg.Chart]]], chosen: rollouts.Rollouts
-) -> dict[str, Any]:
+def _page_data(source: Source, charts: list[tuple[str, list[svg.Chart]]], chosen: rollouts.Rollouts) -> dict[str, Any]:
     return {
         "plot": {
             "width": svg.WIDTH,

@@ -37,16 +37,10 @@ PASS_AT_1 = Quantity(
 )
 
 OUTCOME = (
-    Quantity(
-        "trb/reward", "Reward", "", "Mean over the step's rollouts; logged, never trained on", smooth=True
-    ),
-    Quantity(
-        "trb/teacher_log_prob", "Teacher log-probability", "nats", "Mean over visited tokens", smooth=True
-    ),
+    Quantity("trb/reward", "Reward", "", "Mean over the step's rollouts; logged, never trained on", smooth=True),
+    Quantity("trb/teacher_log_prob", "Teacher log-probability", "nats", "Mean over visited tokens", smooth=True),
     Quantity("trb/teacher_entropy", "Teacher entropy", "nats", "Mean over visited prefixes", smooth=True),
-    Quantity(
-        "trb/completion_length", "Completion length", "tokens", "Mean, stop token included", smooth=True
-    ),
+    Quantity("trb/completion_length", "Completion length", "tokens", "Mean, stop token included", smooth=True),
     Quantity(
         "trb/stop_rate",
         "Stop rate",
@@ -141,11 +135,7 @@ def smoothed(values: Sequence[float | None], window: int) -> Values:
     result: list[float | None] = []
     for index, value in enumerate(values):
         start = max(0, min(index - reach, len(values) - 2 * reach - 1))
-        near = [
-            (i - index, v)
-            for i, v in enumerate(values[start : start + 2 * reach + 1], start)
-            if v is not None
-        ]
+        near = [(i - index, v) for i, v in enumerate(values[start : start + 2 * reach + 1], start) if v is not None]
         result.append(None if value is None else _line_at_zero(near))
     return tuple(result)
 
@@ -223,9 +213,7 @@ def _pass_at_1(source: Source, styles: dict[str, int]) -> tuple[Panel, ...]:
         )
         if series:
             title = f"pass@1, {name or 'unnamed'}" if several else "pass@1"
-            quantity = Quantity(
-                PASS_AT_1.key, title, PASS_AT_1.unit, PASS_AT_1.caption, format=PASS_AT_1.format
-            )
+            quantity = Quantity(PASS_AT_1.key, title, PASS_AT_1.unit, PASS_AT_1.caption, format=PASS_AT_1.format)
             suffix = f"-{index + 1}-{_slug(name)}".rstrip("-") if several else ""
             panels.append(Panel(PASS_AT_1.key + suffix, quantity, series, levels))
     return tuple(panels)

@@ -120,9 +120,7 @@ def records(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]
                     name = f"{path.parent.name}/{path.name}"
                     notes.append(f"{name}: line {number} was cut off in writing and is left out.")
                     return
-                raise ReportError(
-                    f"{where}: not valid JSON ({error}). Repair or remove that line."
-                ) from error
+                raise ReportError(f"{where}: not valid JSON ({error}). Repair or remove that line.") from error
             if not isinstance(record, dict):
                 raise ReportError(f"{where}: expected a JSON object, found {type(record).__name__}.")
             yield where, record
@@ -196,9 +194,7 @@ def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[st
         scores = _scores_from_evals(runs, notes)
     for name in scores:
         if name not in REFERENCES and name not in {run.name for run in runs}:
-            notes.append(
-                f"results.json lists {name}, but there is no run directory {name}/: it has no curves."
-            )
+            notes.append(f"results.json lists {name}, but there is no run directory {name}/: it has no curves.")
     provenance = _mapping(results.get("provenance")) or runs[0].provenance
     commits = sorted({str(run.provenance["commit"]) for run in runs if run.provenance.get("commit")})
     if len(commits) > 1:
@@ -267,9 +263,7 @@ def _scores(results: Mapping[str, Any], path: Path) -> dict[str, Score]:
         if name == "provenance" or (name not in REFERENCES and not isinstance(value, Mapping)):
             continue
         if not isinstance(value, Mapping):
-            raise ReportError(
-                f"{path}: {name} is {value!r:.80}, expected an object with pass_at_1 and interval."
-            )
+            raise ReportError(f"{path}: {name} is {value!r:.80}, expected an object with pass_at_1 and interval.")
         if "pass_at_1" in value:
             scores[name] = _score(value, f"{path}: {name}")
     return scores

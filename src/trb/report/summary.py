@@ -61,8 +61,7 @@ def compare(first: Score, second: Score) -> Verdict:
 
 def title(source: Source) -> str:
     """What the page is about: the methods compared, or the run's method."""
-    names = [label(run.name) for run in source.runs]
-    return _join(names) if len(names) != 2 else f"{names[0]} and {names[1]}"
+    return _join([label(run.name) for run in source.runs])
 
 
 def rows(source: Source) -> tuple[Row, ...]:
@@ -157,10 +156,10 @@ def _progress(source: Source) -> str:
 
 
 def _against_student(name: str, score: Score, student: Score | None) -> str:
-    result = f"{name} reaches {_with_interval(score)} pass@1"
+    result = f"{name} reaches {_pass_at_1(score)}"
     if student is None or student.pass_at_1 is None:
         return f"{result}; there is no evaluation of the student before training to compare with."
-    before = f"the student's {_with_interval(student)} before training"
+    before = f"the student's {_again(student, score)} before training"
     verdict = compare(score, student)
     if verdict == "unknown":
         return f"{result} against {before}; without both intervals the difference cannot be judged."
@@ -171,7 +170,7 @@ def _against_student(name: str, score: Score, student: Score | None) -> str:
 
 def _between_two(best: tuple[str, Score], other: tuple[str, Score]) -> str:
     (name, score), (other_name, other_score) = best, other
-    both = f"{name} scores {_with_interval(score)} pass@1 and {other_name} {_with_interval(other_score)}"
+    both = f"{name} scores {_pass_at_1(score)} and {other_name} {_again(other_score, score)}"
     verdict = compare(score, other_score)
     if verdict == "unknown":
         return f"{both}; without both intervals the difference cannot be judged."
@@ -186,7 +185,7 @@ def _between_many(best: tuple[str, Score], others: Sequence[tuple[str, Score]]) 
     above = [other for other, verdict in verdicts.items() if verdict == "above"]
     close = [other for other, verdict in verdicts.items() if verdict == "unresolved"]
     unknown = [other for other, verdict in verdicts.items() if verdict == "unknown"]
-    start = f"Of {len(others) + 1} methods {name} has the highest pass@1, {_with_interval(score)}"
+    start = f"Of {len(others) + 1} methods {name} is highest with {_pass_at_1(score)}"
     if len(above) == len(others):
         return f"{start}, and its interval overlaps no other."
     if len(close) == len(others):
@@ -201,12 +200,20 @@ def _between_many(best: tuple[str, Score], others: Sequence[tuple[str, Score]]) 
     return f"{start}: {'; '.join(parts)}."
 
 
-def _with_interval(score: Score) -> str:
-    value = show(score.pass_at_1, "percent")
+def _pass_at_1(score: Score) -> str:
+    return f"{show(score.pass_at_1, 'percent')} pass@1{_interval(score, '95% interval ')}"
+
+
+def _again(score: Score, first: Score) -> str:
+    """A second score in a sentence: what its brackets mean was said with the first, if that had an interval."""
+    return show(score.pass_at_1, "percent") + _interval(score, "" if first.interval else "95% interval ")
+
+
+def _interval(score: Score, name: str) -> str:
     if score.interval is None:
-        return value
+        return ""
     low, high = (f"{100 * end:.1f}" for end in score.interval)
-    return f"{value} (95% interval {low} to {high})"
+    return f" ({name}{low} to {high})"
 
 
 def _join(names: Sequence[str]) -> str:

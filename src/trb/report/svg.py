@@ -92,9 +92,7 @@ def draw(panel: Panel, steps: tuple[int, int]) -> Chart:
     kind = panel.quantity.format
     y = Scale(*_y_domain(panel), HEIGHT - BOTTOM, TOP)
     kept = {series.method: thinned(series.y, MAX_POINTS) for series in panel.series}
-    lines = [
-        _line(s, kept[s.method], x, y, panel.quantity.smooth, rank) for rank, s in enumerate(panel.series)
-    ]
+    lines = [_line(s, kept[s.method], x, y, panel.quantity.smooth, rank) for rank, s in enumerate(panel.series)]
     return Chart(
         panel=panel,
         x_ticks=tuple(Tick(round(x(v), 1), f"{v:,.0f}") for v in ticks(x.low, x.high, 5) if v == int(v) >= 0),

@@ -1,8 +1,9 @@
 """The embedded pair: a tiny student and teacher that ship inside the package, and the task they are made for.
 
-They make every command runnable in seconds, offline and on one core, and they reproduce the awkward parts of real
-pairs: the two models stop with different ids, their output heads are padded to different sizes, and the student
-pads with its own end-of-sequence token. Retrain both with `python -m trb.zoo.train`.
+They make every command runnable in seconds, offline and on one core, and they reproduce the awkward parts
+of real pairs: the two models stop with different ids, their output heads are padded to different sizes, and
+the student pads with its own end-of-sequence token. Sampling and training live elsewhere, except for the
+script that made the pair: `python -m trb.zoo.train`.
 """
 
 from pathlib import Path

@@ -10,22 +10,7 @@ import random
 import re
 
 SPLITS = ("train", "test")
-DRIFT_WORDS = (
-    "so",
-    "the",
-    "sum",
-    "is",
-    "then",
-    "we",
-    "go",
-    "on",
-    "and",
-    "maybe",
-    "look",
-    "again",
-    "well",
-    "now",
-)
+DRIFT_WORDS = ("so", "the", "sum", "is", "then", "we", "go", "on", "maybe", "look", "again", "well")
 
 _TEST_SHARE = 10  # one expression in ten belongs to the test split
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -76,8 +61,8 @@ def solution(expression: str) -> str:
 def corrupted_solution(expression: str, rng: random.Random, *, wrong_step: float, drift: float) -> str:
     """A worked solution in which every step may go wrong.
 
-    With probability `drift` the step and all that follows is off-task text (no box is reached); otherwise with
-    probability `wrong_step` its result is off by 1 to 9, and the chain goes on from the wrong value.
+    With probability `drift` the step and all that follows is off-task text (no box is reached); otherwise
+    with probability `wrong_step` its result is off by 1 to 9, and the chain goes on from the wrong value.
     """
     value, rest = operations(expression)
     steps: list[str] = []
@@ -108,9 +93,10 @@ def boxed_answer(completion: str) -> str | None:
 def problems(n: int, *, seed: int, split: str = "train", operands: int = 4) -> list[dict]:
     """`n` different problems as rows {"prompt": [{"role": "user", "content": expression}], "answer": str}.
 
-    The rows are a function of the arguments alone; rows of "train" and "test" never share an expression, whatever
-    their seeds. The shipped pair was trained on "train" chains of 2 to 8 operands. Raises ValueError for an unknown
-    split, for fewer than 2 operands, and where `n` exceeds half of what the split is expected to hold.
+    The rows are a function of the arguments alone; rows of "train" and "test" never share an expression,
+    whatever their seeds. The shipped pair was trained on "train" chains of 2 to 8 operands. Raises ValueError
+    for an unknown split, for fewer than 2 operands, and where `n` exceeds half of what the split is expected
+    to hold.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -120,8 +106,8 @@ def problems(n: int, *, seed: int, split: str = "train", operands: int = 4) -> l
     limit = 10**operands * 2 ** (operands - 1) * share // (2 * _TEST_SHARE)
     if not 0 <= n <= limit:
         raise ValueError(
-            f"n={n} is outside 0..{limit}, the number of different {split} problems this draws from chains of "
-            f"{operands} operands; ask for fewer, or for longer chains"
+            f"n={n} is outside 0..{limit}, the number of different {split} problems this draws from chains "
+            f"of {operands} operands; ask for fewer, or for longer chains"
         )
     rng = random.Random(f"{split}:{operands}:{seed}")
     expressions: dict[str, None] = {}

@@ -1,7 +1,7 @@
 """The zoo's tokenizer: one token per character, plus a few whole words of the chat format.
 
-Student and teacher share the vocabulary token for token; they differ only in which token ends a completion and
-which one pads, as base and chat models of one family do. Characters outside the vocabulary become `<unk>`.
+Student and teacher share the vocabulary token for token; they differ only in which token ends a completion,
+as base and chat models of one family do. Characters outside the vocabulary become `<unk>`.
 """
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

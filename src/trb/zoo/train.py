@@ -2,9 +2,9 @@
 
     python -m trb.zoo.train --out DIR
 
-The teacher learns clean solutions until it solves nearly every problem. The student learns, for about as long but
-with a smaller model, solutions whose steps go wrong or drift off-task: it knows the format and the arithmetic, but
-its own samples rarely survive to a right answer. That is the situation on-policy distillation starts from.
+The teacher learns clean solutions until it solves nearly every problem. The student, a smaller model, learns
+solutions whose steps go wrong or drift off-task: it knows the format and some arithmetic, but its own samples
+rarely survive to a right answer. That is the situation on-policy distillation starts from.
 
 Deliberately not here: distillation itself, and any dependence on the samplers this pair exists to test.
 """
@@ -113,13 +113,11 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, expression: str) -> list[int]:
     """Token ids of the chat prompt that asks for an expression."""
     messages = [{"role": "user", "content": expression}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
-def supervised_batch(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe
-) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both [batch_size, longest]; only completions, stop token included, are labelled."""
+def supervised_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, both [batch_size, longest]; completions are labelled, stop token included."""
     rows, labels = [], []
     for _ in range(recipe.batch_size):
         expression = chains.draw_expression(rng, rng.randint(*TRAINED_OPERANDS), "train")
@@ -148,9 +146,7 @@ def train(
     torch.manual_seed(seed)
     rng = random.Random(f"{recipe.name}:{seed}")
     model = build_model(recipe, tokenizer).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(step, steps)
         ids, labels = supervised_batch(tokenizer, rng, recipe)
@@ -175,14 +171,12 @@ def measure(
     prompts = torch.tensor([prompt_ids(tokenizer, row["prompt"][0]["content"]) for row in rows])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        out = model.eval().generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MAX_NEW_TOKENS
-        )
+        out = model.eval().generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MAX_NEW_TOKENS)
     right, stopped, tokens = 0, 0, 0
     for ids, row in zip(out[:, prompts.shape[1] :].tolist(), rows, strict=True):
         stops = tokenizer.eos_token_id in ids
         length = ids.index(tokenizer.eos_token_id) + 1 if stops else len(ids)
-        right += chains.boxed_answer(tokenizer.decode(ids[:length])) == row["answer"]
+        right += chains.boxed_answer(str(tokenizer.decode(ids[:length]))) == row["answer"]
         stopped += stops
         tokens += length
     n = len(rows)
@@ -205,7 +199,7 @@ def train_and_save(
         progress.update(task, advance=1, loss=loss)
     seconds = time.monotonic() - started
     directory = out / recipe.name
-    model.to(torch.bfloat16).save_pretrained(directory)
+    model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     model.float()
     return {
@@ -227,9 +221,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Example, a quick look at whether everything runs: "
         "python -m trb.zoo.train --out /tmp/zoo --steps-scale 0.01 --eval-problems 50",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory to write; created if absent"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; created if absent")
     parser.add_argument(
         "--steps-scale",
         type=float,
@@ -247,7 +239,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=2000,
         metavar="N",
-        help="held-out problems of each chain length to measure the models on, one sample each (default 2000)",
+        help="held-out problems per chain length to measure the models on, one sample each (default 2000)",
     )
     parser.add_argument(
         "--threads",
@@ -276,10 +268,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = (
         TextColumn("{task.description:8}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps"),
+        TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
     )
     models = {}
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn()) as progress:
+    with Progress(*columns) as progress:
         for recipe in RECIPES:
             steps = max(1, round(recipe.steps * arguments.steps_scale))
             models[recipe.name] = result = train_and_save(

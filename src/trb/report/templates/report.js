@@ -34,12 +34,13 @@
     return Number(value.toPrecision(digits)).toLocaleString("en-US", { maximumFractionDigits: 10 });
   }
 
-  // Control, zero-width and direction-changing characters are named instead of being obeyed.
+  // Control, zero-width and direction-changing characters and lone surrogates are named instead of being obeyed.
   function visible(text) {
+    const name = (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
     return text
       .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
-      .replace(/[\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, (c) =>
-        `⟨U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+      .replace(/[\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, name)
+      .replace(/\p{Surrogate}/gu, name);
   }
 
   // ---- theme ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,758 @@
+"""Experiments: train one method, or several from the same start, and leave everything on disk that a reader needs.
+
+A run directory holds config.yaml (a recipe with every default filled in), provenance.json, metrics.jsonl, evals.jsonl,
+rollouts.jsonl, checkpoints, evaluations/ (results per problem), model/ and, once finished, results.json. A comparison
+directory holds recipe.yaml, evaluations/ of the student and the teacher, one run directory per method, and
+results.json. Calling again continues: finished parts are kept, an interrupted run starts from its last complete
+checkpoint, and another configuration in the same directory is refused.
+
+Methods of a comparison start from the same weights, see the same prompts in the same order and, because every draw is
+a function of (seed, prompt, rollout, position), share their noise: paired comparisons have less variance.
+
+Left out on purpose: sweeps over settings and seeds, machines other than this one, and drawing (`trb.report`).
+"""
+
+import errno
+import gc
+import json
+import math
+import os
+import random
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
+
+from trb import provenance
+from trb.config import ConfigError, Recipe, RunConfig
+from trb.data import check_lengths, load_prompts
+from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
+from trb.loading import load_model, load_tokenizer, memory_estimate
+from trb.recording import append_jsonl, drop_after_step
+from trb.rewards import Verifier
+from trb.trainer import TRBConfig, TRBTrainer
+from trb.vocab import check_heads, check_same_tokenizer, head_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "DiskFullError",
+    "Listener",
+    "RunDirectoryError",
+    "compare",
+    "evaluate_suites",
+    "last_checkpoint",
+    "load_pair",
+    "load_tokenizers",
+    "mean_of_suites",
+    "problem_sets",
+    "train",
+]
+
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
+
+# What may differ when a run is continued: how long it is, and what it leaves behind, not what it computes.
+_MAY_CHANGE = {
+    "max_steps",
+    "num_train_epochs",
+    "eval_every",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "save_final_model",
+    "resume_from_checkpoint",
+    "report_to",
+    "run_name",
+}
+_RUN_FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl", "results.json")
+_CPU_CACHE_BYTES = 2 << 30
+_MOST_ROWS = 512
+
+
+class RunDirectoryError(ValueError):
+    """An output directory that cannot be used for this run; the message says why and what to do."""
+
+
+class DiskFullError(OSError):
+    """The disk filled up while saving; the message says what is intact and how to go on."""
+
+
+class Listener:
+    """Hears what an experiment is doing. This one is silent; a display overrides what it needs."""
+
+    def plan(self, runs: Mapping[str, int]) -> None:
+        """The runs to come, by name, with the optimizer steps of each."""
+
+    def stage(self, text: str) -> None:
+        """What happens from now on, in a few words."""
+
+    def run(self, name: str, done: int, steps: int) -> None:
+        """A run begins to train, at step `done` of `steps`."""
+
+    def step(self, step: int, logs: Mapping[str, Any]) -> None:
+        """An optimizer step has been taken; `logs` holds the latest metrics."""
+
+    def finished(self, name: str) -> None:
+        """A run is complete."""
+
+
+def train(
+    recipe: Recipe, output_dir: str | os.PathLike[str], *, overwrite: bool = False, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Train one student, evaluating it before, during and after; returns what results.json holds.
+
+    Args:
+        recipe: a checked recipe (`trb.config.load_recipe`).
+        output_dir: the run directory. A finished run with this recipe is returned as it is; an interrupted one goes on
+            from its last complete checkpoint.
+        overwrite: remove the run that the directory holds, and start over.
+        listener: hears about progress.
+
+    Raises:
+        ConfigError: the trainer refuses a value.
+        RunDirectoryError: the directory holds another run, cannot be written, or its disk lacks the space.
+        DiskFullError: the disk filled up while saving. Earlier checkpoints and metrics are intact.
+        ValueError, OSError: models or data cannot be loaded, or do not go together.
+    """
+    listener = listener or Listener()
+    name = recipe.training_config(output_dir).method
+    listener.plan({name: max(0, recipe.training_config(output_dir).max_steps)})
+    return _train(recipe, Path(output_dir), name, None, overwrite, listener)
+
+
+def compare(
+    recipe: Recipe, output_dir: str | os.PathLike[str], *, overwrite: bool = False, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Train every entry of `methods` from the same student; returns what results.json holds.
+
+    The student and the teacher are evaluated once, and each method has a run directory of its name. What is finished
+    is not repeated. Arguments and errors are those of `train`; ConfigError also for a recipe without methods or
+    evaluation data.
+    """
+    listener, directory = listener or Listener(), Path(output_dir)
+    for needed in ("methods", "eval_data"):
+        if not getattr(recipe.run, needed):
+            raise ConfigError(f"{recipe.source}: {needed} is empty; a comparison needs at least one entry")
+    recipes = {name: recipe.for_method(name) for name in recipe.run.methods}
+    args = recipe.training_config(directory)
+    if overwrite and args.process_index == 0:
+        _clear_comparison(directory, recipe)
+    _check_shared_recipe(directory, recipe)
+    for name, variant in recipes.items():
+        _check_claim(directory / name, variant)
+    listener.plan({name: max(0, variant.training_config(directory).max_steps) for name, variant in recipes.items()})
+    if args.process_index == 0:
+        _require_writable(directory)
+        _write(directory / "recipe.yaml", recipe.to_yaml())
+    with _explained_disk_errors(directory):
+        initial = _initial_scores(recipe, args, directory / "evaluations", listener)
+        results = {"student": mean_of_suites(initial["student"])}
+        for name, variant in recipes.items():
+            finished = _train(variant, directory / name, name, initial["student"], False, listener)
+            results[name] = finished[name]
+            complete = {**results, "teacher": mean_of_suites(initial["teacher"]), "provenance": provenance.describe()}
+            if args.process_index == 0:
+                _write_json(directory / "results.json", complete)
+    return complete
+
+
+# ---- one run ----
+
+
+def _train(
+    recipe: Recipe, directory: Path, name: str, before: list[dict[str, Any]] | None, overwrite: bool, listener: Listener
+) -> dict[str, Any]:
+    """`train` under a name, with the initial student's scores where they are known already."""
+    run, args = recipe.run, recipe.training_config(directory)
+    main = args.process_index == 0
+    if overwrite and main:
+        _clear(directory)
+    args.distributed_state.wait_for_everyone()
+    checkpoint = _check_claim(directory, recipe)
+    if _finished(directory, recipe):
+        listener.finished(name)
+        return json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
+    if main:
+        _require_writable(directory)
+        (directory / "results.json").unlink(missing_ok=True)
+        _write(directory / "config.yaml", recipe.to_yaml())
+        provenance.write(directory)
+        if checkpoint is None:
+            _clear_measurements(directory)
+
+    listener.stage(f"{name}: loading models and data")
+    tokenizer, teacher_tokenizer = load_tokenizers(run)
+    prompts = _training_prompts(run, args, tokenizer)
+    problems = problem_sets(run)
+    set_seed(args.seed)  # before adapters are initialised
+    student, teacher = load_pair(run)
+    check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
+    _require_space(directory, student, run, args)
+    with Verifier(run.reward_timeout_s) as verifier, _explained_disk_errors(directory):
+        score = partial(evaluate_suites, tokenizer=tokenizer, problems=problems, run=run, args=args, verifier=verifier)
+        observer = _Observer(directory, name, run.eval_every if problems else 0, score, listener)
+        trainer = TRBTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=prompts,
+            processing_class=tokenizer,
+            teacher_processing_class=teacher_tokenizer,
+            reward_fn=verifier.score,
+            peft_config=_lora(run),
+            callbacks=[observer],
+        )
+        observer.trainer = trainer
+        for printing in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printing)
+        if before is not None:
+            observer.keep(0, before)
+        elif observer.scores_at(0) is None:
+            observer.measure(0)
+        start = time.monotonic()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.monotonic() - start
+        steps = trainer.state.global_step
+        if run.save_final_model:
+            listener.stage(f"{name}: saving the model")
+            _save_model(trainer, directory)
+        observer.measure(steps)
+    results = {
+        "student": mean_of_suites(observer.scores_at(0) or []),
+        name: mean_of_suites(observer.scores_at(steps) or []) | {"steps": steps, "train_seconds": round(seconds, 1)},
+        "provenance": provenance.describe(),
+    }
+    if main:
+        _write_json(directory / "results.json", results)
+    listener.finished(name)
+    del trainer, observer, student, teacher, score
+    _free_memory()
+    return results
+
+
+class _Observer(TrainerCallback):
+    """Evaluates during training, keeps evals.jsonl in step with the checkpoints, and tells the listener."""
+
+    trainer: TRBTrainer
+
+    def __init__(self, directory: Path, name: str, every: int, score: Any, listener: Listener) -> None:
+        self.directory, self.name, self.every, self.score, self.listener = directory, name, every, score, listener
+        self.path = directory / "evals.jsonl"
+        self._logs: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            drop_after_step(self.path, state.global_step)
+        self.listener.run(self.name, state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self._logs = dict(logs or {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.listener.step(state.global_step, self._logs)
+        # The last evaluation comes after training, when the model has been saved.
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.measure(state.global_step)
+            self.listener.run(self.name, state.global_step, state.max_steps)
+
+    def measure(self, step: int) -> None:
+        """Evaluate the student as it is now and record the scores under `step`."""
+        trainer = self.trainer
+        student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        folder = self.directory / "evaluations" / f"step-{step:06d}"
+        self.keep(step, self.score(student, folder=folder, label=f"{self.name}: step {step}", listener=self.listener))
+
+    def keep(self, step: int, scores: list[dict[str, Any]]) -> None:
+        """Record scores under `step`, in place of any that are there."""
+        if self.trainer.args.process_index == 0:
+            drop_after_step(self.path, step - 1)
+            append_jsonl(self.path, [{"step": step, **score} for score in scores])
+        self.trainer.accelerator.wait_for_everyone()
+
+    def scores_at(self, step: int) -> list[dict[str, Any]] | None:
+        """The recorded scores of `step`, or None."""
+        if not self.path.exists():
+            return None
+        records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        found = [{key: record[key] for key in record if key != "step"} for record in records if record["step"] == step]
+        return found or None
+
+
+def _lora(run: RunConfig) -> Any:
+    if not run.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=run.lora_rank,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=run.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _save_model(trainer: TRBTrainer, directory: Path) -> None:
+    """Write model/ so that it is never seen half written."""
+    partial_copy, target = directory / "model.partial", directory / "model"
+    trainer.save_model(str(partial_copy))
+    if trainer.args.process_index == 0:
+        (partial_copy / "training_args.bin").unlink(missing_ok=True)  # config.yaml says it, and no code in it
+        shutil.rmtree(target, ignore_errors=True)
+        partial_copy.rename(target)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---- models and data ----
+
+
+def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The student's tokenizer, with the recipe's chat template, and the teacher's.
+
+    Raises:
+        ValueError: the two are different tokenizers.
+    """
+    student = load_tokenizer(
+        run.student, trust_remote_code=run.student_trust_remote_code, revision=run.student_revision
+    )
+    teacher = load_tokenizer(
+        run.teacher, trust_remote_code=run.teacher_trust_remote_code, revision=run.teacher_revision
+    )
+    check_same_tokenizer(student, teacher)
+    if run.chat_template is not None:
+        student.chat_template = _template(run.chat_template)
+    return student, teacher
+
+
+def _template(name: str) -> str:
+    if name == "plain":
+        return PLAIN_TEMPLATE
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"chat_template is {name!r}, neither plain nor a readable file: {error.strerror}") from error
+
+
+def load_pair(run: RunConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The student, pruned where the recipe says so, and the teacher."""
+    student = load_model(
+        run.student,
+        dtype=run.student_dtype,
+        trust_remote_code=run.student_trust_remote_code,
+        revision=run.student_revision,
+        keep_layers=run.student_keep_layers,
+    )
+    teacher = load_model(
+        run.teacher,
+        dtype=run.teacher_dtype,
+        trust_remote_code=run.teacher_trust_remote_code,
+        revision=run.teacher_revision,
+    )
+    return student, teacher
+
+
+def _training_prompts(run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase) -> "Dataset":
+    prompts = load_prompts(
+        run.train_data,
+        split=run.train_split,
+        limit=run.train_limit,
+        seed=run.train_seed,
+        system_prompt=run.system_message,
+        prompt_column=run.train_prompt_column,
+        answer_column=run.train_answer_column,
+        revision=run.train_revision,
+    )
+    prompts = check_lengths(prompts, tokenizer, run.max_prompt_length, run.overlong_prompts, **_template_options(args))
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if len(prompts) < batch // args.num_generations:
+        raise ConfigError(
+            f"{run.train_data} has {len(prompts)} prompts, fewer than the {batch // args.num_generations} of one "
+            "optimizer step; add prompts, or lower prompts_per_step or per_device_train_batch_size"
+        )
+    return prompts
+
+
+def problem_sets(run: RunConfig) -> dict[str, "Dataset"]:
+    """The problems of every entry of `eval_data`, by its name."""
+    return {name: _problems(name, run) for name in run.eval_data}
+
+
+def _problems(name: str, run: RunConfig) -> "Dataset":
+    benchmark, _, path = name.partition("=")
+    if benchmark not in BENCHMARKS:
+        return load_prompts(
+            name, split=run.eval_split, limit=run.eval_limit, seed=run.eval_seed, system_prompt=run.system_message
+        )
+    problems = load_benchmark(benchmark, path or None)
+    if run.eval_limit is None or run.eval_limit >= len(problems):
+        return problems
+    return problems.select(sorted(random.Random(run.eval_seed).sample(range(len(problems)), run.eval_limit)))
+
+
+# ---- evaluation ----
+
+
+def evaluate_suites(
+    model: PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Mapping[str, "Dataset"],
+    run: RunConfig,
+    args: TRBConfig,
+    verifier: Verifier,
+    folder: Path | None = None,
+    label: str = "",
+    listener: Listener | None = None,
+) -> list[dict[str, Any]]:
+    """pass@1 of `model` on every problem set, as the lines of evals.jsonl without their step.
+
+    Sampling runs in the precision of training. Every process evaluates all of it, because a sharded model needs them
+    all; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
+    """
+    longest = run.eval_max_new_tokens or int(args.max_completion_length or 0)
+    scores = []
+    for name, rows in problems.items():
+        (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
+        with _precision(args):
+            result = evaluate(
+                model.to(args.device),  # type: ignore[arg-type]
+                _with_template_options(tokenizer, _template_options(args)),
+                rows,
+                n=run.samples_of(name),
+                max_new_tokens=longest,
+                temperature=run.eval_temperature,
+                seed=run.eval_seed,
+                max_rows=run.eval_max_rows or _rows_in_flight(model, run.max_prompt_length + longest, args.device),
+                results_path=folder / f"{_slug(name)}.jsonl" if folder and args.process_index == 0 else None,
+                verifier=verifier,
+                name=name,
+                progress=False,
+            )
+        scores.append(result.to_dict())
+    return scores
+
+
+def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """One score from those of several problem sets: the unweighted mean of pass@1 (paper, section 6).
+
+    The interval combines theirs as independent ones: the distances from each estimate to its bound add in squares
+    (MOVER; Zou and Donner, 2008). The single scores stay under "suites". Without scores, pass_at_1 is None.
+    """
+    if not scores:
+        return {"name": "", "pass_at_1": None, "interval": None}
+    if len(scores) == 1:
+        return dict(scores[0])
+    count, samples = len(scores), sum(score["n_samples"] for score in scores)
+    mean = math.fsum(score["pass_at_1"] for score in scores) / count
+    low, high = (
+        math.hypot(*(score["pass_at_1"] - score["interval"][end] for score in scores)) / count for end in (0, 1)
+    )
+    weighted = {
+        key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples
+        for key in ("mean_length", "stop_rate")
+    }
+    return {
+        "name": "mean of " + ", ".join(score["name"] for score in scores),
+        "pass_at_1": mean,
+        "interval": [max(0.0, mean - low), min(1.0, mean + high)],
+        "n_problems": sum(score["n_problems"] for score in scores),
+        "n_samples": samples,
+        **weighted,
+        "suites": {score["name"]: score for score in scores},
+    }
+
+
+def _initial_scores(
+    recipe: Recipe, args: TRBConfig, folder: Path, listener: Listener
+) -> dict[str, list[dict[str, Any]]]:
+    """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read."""
+    paths = {name: folder / f"{name}.json" for name in ("student", "teacher")}
+    if not all(path.exists() for path in paths.values()):
+        run = recipe.run
+        listener.stage("loading models and data")
+        tokenizer, _ = load_tokenizers(run)
+        problems = problem_sets(run)
+        _training_prompts(run, args, tokenizer)  # a bad prompt file should not wait for the evaluation to end
+        student, teacher = load_pair(run)
+        check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
+        with Verifier(run.reward_timeout_s) as verifier:
+            for name, model in (("student", student), ("teacher", teacher)):
+                scores = evaluate_suites(
+                    model,
+                    tokenizer=tokenizer,
+                    problems=problems,
+                    run=run,
+                    args=args,
+                    verifier=verifier,
+                    folder=folder / name,
+                    label=f"{name} before training" if name == "student" else name,
+                    listener=listener,
+                )
+                if args.process_index == 0:
+                    _write_json(paths[name], scores)
+        del student, teacher, model
+        _free_memory()
+        args.distributed_state.wait_for_everyone()
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+
+
+def _precision(args: TRBConfig) -> AbstractContextManager[Any]:
+    """The autocast context that training runs in."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype=dtype)
+
+
+def _template_options(args: TRBConfig) -> dict[str, Any]:
+    return dict(args.chat_template_kwargs or {})  # a JSON string has been parsed by now
+
+
+def _with_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """A tokenizer whose chat template gets `options`, as the trainer's does."""
+    if not options:
+        return tokenizer
+    tokenizer = copy(tokenizer)
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **options)  # type: ignore[method-assign]
+    return tokenizer
+
+
+def _rows_in_flight(model: PreTrainedModel, tokens: int, device: torch.device) -> int:
+    """How many completions keep their KV cache within 2 GiB, or a quarter of a GPU's memory."""
+    budget = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else _CPU_CACHE_BYTES
+    row = memory_estimate(model, batch=1, sequence_length=tokens, training=False, dtype="auto")["kv_cache"]
+    return max(1, min(_MOST_ROWS, budget // max(1, row)))
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "eval"
+
+
+# ---- directories ----
+
+
+@dataclass(frozen=True)
+class _Difference:
+    key: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.there!r} there and {self.here!r} here"
+
+
+def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset()) -> list[_Difference]:
+    """What a written configuration says otherwise than `recipe`; nothing if there is none."""
+    if not path.exists():
+        return []
+    try:
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        there = None
+    if not isinstance(there, dict):
+        raise RunDirectoryError(f"{path} is damaged; use --overwrite to start over, or another output directory")
+    # As it would be read back: through YAML, so that tuples and numbers compare alike.
+    here = yaml.safe_load(recipe.to_yaml())
+    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore]
+    return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
+
+
+def _check_claim(directory: Path, recipe: Recipe) -> Path | None:
+    """The checkpoint to go on from, if any. Raises RunDirectoryError if the directory holds another run."""
+    checkpoint = last_checkpoint(directory)
+    if checkpoint is not None and not (directory / "config.yaml").exists():
+        raise RunDirectoryError(
+            f"{directory} holds checkpoints but no config.yaml, so it is unknown what they are; "
+            "use another output directory"
+        )
+    found = _differences(directory / "config.yaml", recipe)
+    # A longer run may go on from a checkpoint; without one it would silently start over.
+    refused = [difference for difference in found if difference.key not in _MAY_CHANGE or checkpoint is None]
+    if refused:
+        _refuse(directory, refused)
+    return checkpoint
+
+
+def _check_shared_recipe(directory: Path, recipe: Recipe) -> None:
+    ignore = frozenset({"methods", *_MAY_CHANGE})
+    differences = _differences(directory / "recipe.yaml", recipe, ignore)
+    if differences:
+        _refuse(directory, differences)
+
+
+def _refuse(directory: Path, differences: list[_Difference]) -> None:
+    more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
+    raise RunDirectoryError(
+        f"{directory} holds another configuration: {'; '.join(map(str, differences[:5]))}{more}. "
+        "Use another output directory, or --overwrite to remove what is there"
+    )
+
+
+def _finished(directory: Path, recipe: Recipe) -> bool:
+    return (directory / "results.json").exists() and not _differences(directory / "config.yaml", recipe)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what a run writes, and nothing else."""
+    for name in (*_RUN_FILES, "report.html"):
+        (directory / name).unlink(missing_ok=True)
+    for path in (*directory.glob("checkpoint-*"), *(directory / name for name in ("model", "model.partial"))):
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(directory / "evaluations", ignore_errors=True)
+
+
+def _clear_measurements(directory: Path) -> None:
+    """What an interrupted run without a checkpoint left behind would not belong to the new one."""
+    for name in ("metrics.jsonl", "evals.jsonl", "rollouts.jsonl"):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / "evaluations", ignore_errors=True)
+
+
+def _clear_comparison(directory: Path, recipe: Recipe) -> None:
+    names = set(recipe.run.methods)
+    written = directory / "recipe.yaml"
+    if written.exists():
+        there = yaml.safe_load(written.read_text(encoding="utf-8"))
+        names |= set((there.get("methods") or {}) if isinstance(there, dict) else ())
+    for name in names:
+        _clear(directory / name)
+    _clear(directory)
+    written.unlink(missing_ok=True)
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The latest checkpoint that was written to its end, or None."""
+    numbered = {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in directory.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    }
+    return next((numbered[step] for step in sorted(numbered, reverse=True) if _is_complete(numbered[step])), None)
+
+
+def _named_checkpoint(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint is {name!r}, and there is no such directory")
+    if not _is_complete(path):
+        raise RunDirectoryError(f"resume_from_checkpoint is {name!r}, which is no complete checkpoint")
+    return path
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the file that is written last is whole, and no other is cut off."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt"))
+
+
+# ---- disks ----
+
+
+def _require_writable(directory: Path) -> None:
+    """Make the directory, and fail now rather than after an hour of training if nothing can be written there."""
+    probe = directory / ".trb-probe"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        probe.unlink(missing_ok=True) if directory.is_dir() else None
+        raise RunDirectoryError(
+            f"cannot write to {directory}: {error.strerror}; choose another --output-dir"
+        ) from error
+
+
+def _require_space(directory: Path, student: PreTrainedModel, run: RunConfig, args: TRBConfig) -> None:
+    """Refuse to start a run whose first checkpoint or final model cannot fit on the disk."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
+    checkpoint = 0 if args.save_strategy == "no" else weights * (1 if args.save_only_model else 3)
+    if run.lora_rank:
+        weights, checkpoint = weights // 20, checkpoint // 20
+    needed = checkpoint + (weights if run.save_final_model else 0)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise RunDirectoryError(
+            f"the disk of {directory} has {free / 1e9:.1f} GB free, and a checkpoint and the final model take about "
+            f"{needed / 1e9:.1f} GB; free some space, choose another --output-dir, or set save_strategy: no"
+        )
+
+
+@contextmanager
+def _explained_disk_errors(directory: Path) -> Iterator[None]:
+    """Turn a full disk, whichever library met it, into one error that says what is intact and how to go on."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        for torn in (path for path in directory.glob("checkpoint-*") if not _is_complete(path)):
+            shutil.rmtree(torn, ignore_errors=True)
+        shutil.rmtree(directory / "model.partial", ignore_errors=True)
+        checkpoint = last_checkpoint(directory)
+        resume = f"continue from {checkpoint.name}" if checkpoint else "start over (no checkpoint was complete yet)"
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"the disk of {directory} is full: what was being written is lost, and everything saved before is intact. "
+            f"Free some space and run the same command again to {resume}; save_total_limit: 1 keeps fewer checkpoints",
+        ) from error
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors and torch.save report it in words only.
+        if re.search(r"No space left on device|os error 28\b|PytorchStreamWriter failed writing", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file at once, never leaving it half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,178 @@
+"""The package's own rules about imports: one direction between layers, none of them slow or with side effects."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import trb
+
+PACKAGE = Path(trb.__file__).parent
+# Each may import only from those before it. A package counts as one layer: its inner order is its own affair.
+LAYERS = (
+    "blend",
+    "schedule",
+    "vocab",
+    "policies",
+    "modeling",
+    "losses",
+    "sampling",
+    "zoo",
+    "loading",
+    "data",
+    "rewards",
+    "provenance",
+    "evaluation",
+    "recording",
+    "trainer",
+    "config",
+    "experiments",
+    "diagnostics",
+    "report",
+    "cli",
+)
+
+
+def module_files(package: Path) -> Iterator[tuple[str, Path]]:
+    """(layer, file) of every module in a package, without the package root: it re-exports lazily."""
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts not in (("__init__",), ("__main__",)):
+            yield parts[0], path
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    if not isinstance(node, ast.If):
+        return False
+    return ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import under a node, inside functions too; what only a type checker reads is left out."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield node
+    children = node.orelse if is_type_checking(node) else ast.iter_child_nodes(node)  # type: ignore[attr-defined]
+    for child in children:
+        yield from imports(child)
+
+
+def imported_layers(path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """(line, layer) of every layer that a file imports; relative and absolute spellings alike."""
+    name = package.name
+    here = [name, *path.relative_to(package).parts[:-1]]
+    for node in imports(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            base = here[: len(here) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            modules = [f"{source}.{alias.name}" for alias in node.names]
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == name and len(parts) > 1 and is_module(package, parts[1]):
+                yield node.lineno, parts[1]
+
+
+def is_module(package: Path, name: str) -> bool:
+    return (package / f"{name}.py").is_file() or (package / name).is_dir()
+
+
+def violations(package: Path, layers: tuple[str, ...] = LAYERS) -> list[str]:
+    order = {layer: rank for rank, layer in enumerate(layers)}
+    found = []
+    for layer, path in module_files(package):
+        if layer not in order:
+            found.append(f"{path.relative_to(package)}: {layer} is no known layer")
+            continue
+        for line, target in imported_layers(path, package):
+            if order.get(target, len(order)) > order[layer]:
+                found.append(f"{path.relative_to(package)}:{line}: {layer} imports {target}, a later layer")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("from pkg import high", "imports high"),
+        ("from pkg.high import f", "imports high"),
+        ("import pkg.high.deep as d", "imports high"),
+        ("def f():\n    from pkg.high import g", "imports high"),
+        ("class A:\n    def f(self):\n        if True:\n            import pkg.high", "imports high"),
+        ("from . import high", "imports high"),
+        ("from .high import f", "imports high"),
+        ("try:\n    import pkg.high\nexcept ImportError:\n    pass", "imports high"),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import pkg.high", "imports high"),
+        ("from pkg import stray", "imports stray"),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pkg.high import f", ""),
+        ("from pkg import __version__", ""),
+        ("import highs, pkg", ""),
+        ("from pkg.low import f", ""),
+    ],
+)
+def test_the_check_sees_every_kind_of_import(tmp_path: Path, source: str, complaint: str) -> None:
+    package = tmp_path / "pkg"
+    (package / "high").mkdir(parents=True)
+    (package / "__init__.py").write_text("def f():\n    from pkg import high\n")
+    (package / "high" / "__init__.py").write_text("from pkg import low\nfrom . import deep\n")
+    (package / "high" / "deep.py").write_text("from ..low import f\nfrom .deeper import g\n")
+    (package / "low.py").write_text(source)
+    if complaint == "imports stray":
+        (package / "stray.py").write_text("")
+    found = [line for line in violations(package, ("low", "high")) if line.startswith("low.py")]
+    assert (len(found) == 1 and complaint in found[0]) if complaint else not found
+
+
+def test_the_check_reports_a_module_of_no_layer(tmp_path: Path) -> None:
+    package = tmp_path / "pkg"
+    package.mkdir()
+    (package / "stray.py").write_text("")
+    assert violations(package, ("low",)) == ["stray.py: stray is no known layer"]
+
+
+def run_isolated(code: str) -> None:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+NO_SOCKETS = """
+import socket, sys, time
+class Refused(socket.socket):
+    def __init__(self, *args, **kwargs):
+        raise AssertionError("opened a socket")
+def refuse(*args, **kwargs):
+    raise AssertionError("looked up a name or opened a connection")
+socket.socket = Refused
+socket.create_connection = socket.getaddrinfo = refuse
+start = time.process_time()
+"""
+
+
+def test_the_socket_guard_works() -> None:
+    with pytest.raises(AssertionError, match="opened a socket"):
+        run_isolated(NO_SOCKETS + "socket.socket()")
+
+
+@pytest.mark.parametrize("statement", ["import trb", "from trb import TRBConfig, TRBTrainer"])
+def test_importing_opens_no_socket_and_is_quick(statement: str) -> None:
+    # Processor time, so that a busy machine does not fail it; the trainer takes about 5 s on one slow core.
+    limit = "assert time.process_time() - start < 20, time.process_time() - start"
+    run_isolated(f"{NO_SOCKETS}{statement}\n{limit}")
+
+
+@pytest.mark.parametrize("module", ["trb", "trb.blend", "trb.schedule", "trb.policies"])
+def test_the_mathematics_needs_neither_trl_nor_transformers(module: str) -> None:
+    heavy = "{'trl', 'transformers', 'accelerate', 'datasets'} & sys.modules.keys()"
+    run_isolated(f"import sys, {module}\nloaded = {heavy}\nassert not loaded, loaded")
+
+
+def test_the_package_root_offers_the_trainer_and_nothing_unknown() -> None:
+    assert {"TRBConfig", "TRBTrainer", "__version__"} == set(dir(trb))
+    with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
+        _ = trb.Nonsense

@@ -1,0 +1,416 @@
+"""Grading: right answers are right, wrong ones wrong, and no answer can hang, kill or exhaust the run."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+
+import psutil
+import pytest
+
+import trb.rewards
+from trb.data import load_prompts
+from trb.rewards import Verifier
+
+TOWER = r"\boxed{9^{9^{9^{9}}}}"
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier(timeout_s=30.0) as shared:
+        yield shared
+
+
+def math_rows(*answers: str) -> list[dict[str, str]]:
+    return [{"answer": answer, "verifier": "math"} for answer in answers]
+
+
+# --- what counts as right --------------------------------------------------------------------------------
+
+EQUAL = [
+    (r"\frac{1}{2}", r"\dfrac{1}{2}"),
+    (r"\frac{1}{2}", r"\tfrac12"),
+    (r"\frac{1}{2}", "1/2"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{1}{2}", ".5"),
+    ("1/2", r"\frac{2}{4}"),
+    ("0.5", r"\frac{1}{2}\text{ hours}"),
+    ("1.5", r"1\frac{1}{2}"),
+    (r"-\frac{1}{3}", r"\frac{-1}{3}"),
+    (r"-\frac{1}{3}", r"\frac{1}{-3}"),
+    ("-3", "-3.0"),
+    ("-3", "−3"),
+    ("42", "042"),
+    ("042", "42"),
+    ("007", "7"),
+    ("142.0", "142"),
+    ("42", "42."),
+    ("42", " 42 "),
+    ("42", r"\text{42}"),
+    ("42", r"\textbf{42}"),
+    ("42", "$42$"),
+    ("42", "**42**"),
+    ("42", "x = 42"),
+    ("x=5", "5"),
+    ("5", r"\approx 5"),
+    ("1000", "1,000"),
+    ("1,000", "1000"),
+    ("1000", "1{,}000"),
+    ("1000000", r"1\,000\,000"),
+    ("1000", "1 000"),
+    (r"\$18", "18"),
+    ("18", r"\$18.00"),
+    ("18", "$18"),
+    ("5", r"5\$"),
+    ("50", "50 dollars"),
+    ("50 dollars", "50"),
+    ("50", r"50\text{ dollars}"),
+    ("5", r"5\text{ cm}"),
+    ("5", r"5\,\mathrm{cm}"),
+    ("15", r"15\text{ cm}^2"),
+    ("15 \\mbox{ cm}^2", "15"),
+    ("60", r"60^\circ"),
+    (r"60^{\circ}", "60"),
+    ("60", r"60\degree"),
+    ("60", "60°"),
+    ("60", r"60\text{ degrees}"),
+    (r"10\%", "10"),
+    ("10", r"10\%"),
+    (r"10\%", "0.1"),
+    ("1024", "2^{10}"),
+    ("1024", "2^10"),
+    ("1024", "2**10"),
+    ("3628800", "10!"),
+    (r"3\times 10^5", "300000"),
+    ("1000", "1e3"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"2\sqrt2", "2√2"),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
+    (r"\frac{\pi}{4}", r"\frac14\pi"),
+    ("2\\pi", "2π"),
+    (r"\log_2 8", "3"),
+    (r"\ln 4", r"2\ln 2"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("2x+3", "3+2x"),
+    ("n^2", "n²"),
+    ("y=2x+3", "y = 3+2x"),
+    ("2x-y+3=0", "y=2x+3"),
+    ("3+4i", "4i+3"),
+    ("(1,2)", "(1, 2)"),
+    (r"(\frac{1}{2}, 3)", "(0.5, 3)"),
+    ("[1,2)", "[1, 2)"),
+    (r"(-\infty, 3]", r"(-\infty,3]"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"),
+    ("1 < x < 2", "(1,2)"),
+    (r"(3,\infty)", "x > 3"),
+    (r"[-1,1]", r"x\in[-1,1]"),
+    (r"\{1,2,3\}", r"\{3, 1, 2\}"),
+    ("1, 2, 3", "3,2,1"),
+    (r"\{1,2\}", "1,2"),
+    (r"11\text{ and }13", "11, 13"),
+    ("2, -2", r"\pm 2"),
+    (r"\emptyset", r"\varnothing"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    (r"\text{Evelyn}", "Evelyn"),
+    (r"\text{June 20}", "June 20"),
+    (r"\text{True}", "true"),
+    ("B", r"\text{(B)}"),
+    ("C", r"\textbf{(C)}\ 12"),
+    ("12", r"\textbf{(C)}\ 12"),
+    (r"2516_8", "2516"),
+    ("27", r"\underline{27}"),
+]
+DIFFERENT = [
+    ("42", "43"),
+    ("42", "-42"),
+    ("42", "4.2"),
+    ("42", "142"),
+    ("100", "1,00"),
+    ("1/3", "0.33"),
+    ("1/3", "0.3334"),
+    (r"\pi", "3.14"),
+    (r"\frac{1}{2}", r"\frac{2}{1}"),
+    ("1.5", r"\frac{11}{2}"),
+    ("(1,2)", "(2,1)"),
+    ("(5,2)", "(7,3)"),
+    ("[1,2)", "(1,2)"),
+    ("[1,2)", "[1,3)"),
+    (r"\{1,2,3\}", r"\{1,2\}"),
+    ("2", r"2\text{ or }3"),
+    ("2, -2", "2"),
+    ("x^2+2x+1", "(x+2)^2"),
+    ("x=5", "y=5"),
+    ("y=2x+3", "y=2x-3"),
+    (r"90^\circ", r"\frac{\pi}{2}"),
+    ("3+4i", "3-4i"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\text{east}", r"\text{west}"),
+    ("B", r"\textbf{(C)}\ 12"),
+    ("13", r"\textbf{(C)}\ 12"),
+    ("5", "5 million"),
+    ("0.5", "0.50001"),
+    ("1000000", "1000001"),
+    ("12:30", "12:31"),
+    ("42", ""),
+    ("42", r"\frac{"),
+    ("42", r"\frac{1}{0}"),
+]
+
+
+def test_table_of_answers(verifier: Verifier) -> None:
+    table = [(gold, answer, 1.0) for gold, answer in EQUAL] + [(gold, answer, 0.0) for gold, answer in DIFFERENT]
+    completions = [f"First \\boxed{{0}}? No.\n\nSo it is $\\boxed{{{answer}}}$." for _, answer, _ in table]
+    scores = verifier.score(completions, math_rows(*(gold for gold, _, _ in table)))
+    wrong = [(*entry, score) for entry, score in zip(table, scores, strict=True) if entry[2] != score]
+    assert wrong == []
+    assert verifier.timeouts == verifier.crashes == 0
+
+
+def spellings(rng: random.Random, value: Fraction) -> str:
+    top, bottom = value.numerator, value.denominator
+    factor = rng.choice([1, 2, 3, 7])
+    a, b = top * factor, bottom * factor
+    forms = [f"{a}/{b}", f"\\frac{{{a}}}{{{b}}}", f"\\dfrac{{{-a}}}{{{-b}}}", f"-\\frac{{{-a}}}{{{b}}}"]
+    if 1000 % bottom == 0:
+        forms += [f"{float(value)}", f"{float(value):.4f}"]
+    if bottom == 1:
+        forms += [f"{top:,}", f"{top}.0", f"{top}^1"]
+    return rng.choice(forms)
+
+
+def test_random_rationals_against_exact_arithmetic(verifier: Verifier) -> None:
+    rng = random.Random(7)
+    pairs = []
+    for _ in range(150):
+        value = Fraction(rng.randint(-4000, 4000), rng.choice([1, 1, 2, 5, 8, 9, 100]))
+        other = value if rng.random() < 0.5 else value + Fraction(rng.randint(-9, 9), rng.choice([1, 3, 10]))
+        pairs.append((value, other))
+    completions = [f"\\boxed{{{spellings(rng, other)}}}" for _, other in pairs]
+    rows = math_rows(*(spellings(rng, value) for value, _ in pairs))
+    scores = verifier.score(completions, rows)
+    for (value, other), completion, row, score in zip(pairs, completions, rows, scores, strict=True):
+        assert score == float(value == other), (row["answer"], completion)
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "expected"),
+    [
+        ("2", r"\boxed{1}, wait: \boxed{2}", 1.0),
+        ("1", r"\boxed{1}, wait: \boxed{2}", 0.0),
+        ("1, 2", r"The roots are $\boxed{1}$ and $\boxed{2}$.", 1.0),
+        ("1, 2", r"We try \boxed{1}, and much later find \boxed{2}", 0.0),
+        ("7", r"\boxed{\boxed{7}}", 1.0),
+        ("7", r"\boxed{6} and then it was cut off: \boxed{7", 0.0),
+        (r"so \boxed{7}", r"\boxed{7}", 1.0),
+        ("7", "The final answer is $7$.", 1.0),
+        ("7", "The final answer is 7. I hope it is correct.", 1.0),
+        ("7", "The final answer is $8$.", 0.0),
+        ("7", "We know 3 + 4 = 7 and so", 0.0),
+        ("7", "", 0.0),
+    ],
+)
+def test_where_the_answer_is_read(verifier: Verifier, answer: str, completion: str, expected: float) -> None:
+    assert verifier.score([completion], math_rows(answer)) == [expected]
+
+
+def test_exact_compares_text_and_needs_no_worker() -> None:
+    rows = [{"answer": "a  b", "verifier": "exact"}] * 5
+    completions = [
+        r"\boxed{ a b }",
+        r"\boxed{a\nb}".replace("\\n", "\n"),
+        r"\boxed{ab}",
+        "a b",
+        r"\boxed{a b} \boxed{c}",
+    ]
+    with Verifier() as verifier:
+        assert verifier.score(completions, rows) == [1.0, 1.0, 0.0, 0.0, 0.0]
+        assert verifier.score([r"\boxed{0.5}"], [{"answer": "1/2", "verifier": "exact"}]) == [0.0]
+        assert verifier._worker is None
+
+
+def test_rows_without_an_answer_have_no_score(verifier: Verifier) -> None:
+    first, second, third = verifier.score([r"\boxed{1}"] * 3, math_rows("", "1", "2"))
+    assert math.isnan(first) and (second, third) == (1.0, 0.0)
+    assert verifier.score([], []) == []
+
+
+def test_bad_arguments(verifier: Verifier) -> None:
+    with pytest.raises(ValueError, match="2 completions for 1 rows"):
+        verifier.score(["a", "b"], math_rows("1"))
+    with pytest.raises(ValueError, match="unknown verifier 'maths'"):
+        verifier.score(["a"], [{"answer": "1", "verifier": "maths"}])
+    with pytest.raises(ValueError, match="timeout_s is 0"):
+        Verifier(timeout_s=0)
+
+
+# --- reasoning-gym ---------------------------------------------------------------------------------------
+
+# rearc compares grids of tuples; countdown accepts any expression with the right value; the others are plain.
+TASKS = ["chain_sum", "countdown", "rearc", "word_sorting", "knights_knaves", "mini_sudoku", "propositional_logic"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_reasoning_gym_scores_like_its_own_dataset(verifier: Verifier, task: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    rows = load_prompts(f"reasoning-gym:{task}", limit=3).to_list()
+    if task == "propositional_logic":  # has no reference answer; any valid conclusion counts
+        completions = ["<answer>nonsense</answer>"] * 3
+        assert verifier.score(completions, rows) == [0.0] * 3
+        return
+    right = [f"<answer>0</answer> no:\n<answer>\n{row['answer']}\n</answer>" for row in rows]
+    assert verifier.score(right, rows) == [1.0] * 3
+    assert verifier.score([f"\\boxed{{{row['answer']}}}" for row in rows[:1]], rows[:1]) == [1.0]
+    assert verifier.score(["<answer>wrong</answer>", row_answer_without_tags(rows[1]), ""], rows) == [0.0] * 3
+
+
+def row_answer_without_tags(row: dict) -> str:
+    return f"It is {row['answer']}."
+
+
+def test_reasoning_gym_the_last_mark_counts_and_partial_credit_does_not(verifier: Verifier) -> None:
+    pytest.importorskip("reasoning_gym")
+    row = load_prompts("reasoning-gym:chain_sum?min_terms=3&max_terms=3", limit=1).to_list()[0]
+    good = row["answer"]
+    cases = {
+        f"\\boxed{{1.5}} <answer>{good}</answer>": 1.0,
+        f"<answer>{good}</answer> \\boxed{{1.5}}": 0.0,
+        f"\\boxed{{\\text{{{good}}}}}": 1.0,
+        f"<answer>{good} or something else</answer>": 0.0,  # the task itself gives this a part of a point
+        "</answer><answer>": 0.0,
+        f"<answer>{'9' * 10**6}</answer>": 0.0,
+    }
+    assert verifier.score(list(cases), [row] * len(cases)) == list(cases.values())
+
+
+def test_reasoning_gym_unusable_metadata_is_an_error(verifier: Verifier) -> None:
+    pytest.importorskip("reasoning_gym")
+    row = {"answer": "1", "verifier": "reasoning-gym:chain_sum", "metadata": "{}"}
+    with pytest.raises(ValueError, match="reasoning-gym:chain_sum.*unusable metadata"):
+        verifier.score([r"\boxed{1}", r"\boxed{2}"], [row, row])
+    assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]  # no stale reply is read
+
+
+# --- hostile answers -------------------------------------------------------------------------------------
+
+
+def test_hostile_answers_neither_hang_nor_shift_the_others() -> None:
+    hostile = [
+        TOWER,
+        r"\boxed{(10^{9})!}",
+        "\\boxed{" + "9" * 10**6 + "}",
+        "\\boxed{" + "1+" * 500_000 + "1}",
+        "\\boxed{" * 100_000,
+        "\\boxed{" * 50_000 + "}" * 50_000,
+        "x" * 10**6,
+        "the answer is " * 70_000,
+    ]
+    completions, rows, expected = [], [], []
+    for index, text in enumerate(hostile):
+        completions += [f"\\boxed{{{index}+x}}", text]
+        rows += math_rows(f"x+{index}", "5")
+        expected += [1.0, 0.0]
+    started = time.monotonic()
+    with Verifier(timeout_s=1.0) as verifier:
+        assert verifier.score(completions, rows) == expected
+        assert 2 <= verifier.timeouts <= len(hostile)
+        assert verifier.crashes == 0
+    assert time.monotonic() - started < 55
+
+
+BOOT_WITH_TRAPS = """
+import json, os, sys
+path, *limits = json.loads(sys.argv[1]); sys.path[:] = path
+import trb.rewards as rewards
+answer_job = rewards._answer_job
+def trapped(job):
+    if "die" in job[2][0]: os._exit(7)
+    if "allocate" in job[2][0]: bytearray(3 * 2**30)
+    print("noise on stdout")
+    return answer_job(job)
+rewards._answer_job = trapped
+rewards._serve(*limits)
+"""
+
+
+def test_a_crash_costs_only_the_answer_that_caused_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trb.rewards, "_BOOT", BOOT_WITH_TRAPS)
+    answers = ["x+1", "die", "x+2", "die", "die", "x+3"]
+    with Verifier(timeout_s=30) as verifier:
+        scores = verifier.score([f"\\boxed{{{a}}}" for a in answers], math_rows("1+x", "1", "2+x", "1", "1", "3+x"))
+        assert scores == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+        assert (verifier.crashes, verifier.timeouts) == (3, 0)
+
+
+def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resource")
+    monkeypatch.setattr(trb.rewards, "_BOOT", BOOT_WITH_TRAPS)
+    with Verifier(timeout_s=30, memory_limit_mb=1024) as verifier:
+        assert verifier.score([r"\boxed{allocate}", r"\boxed{x+1}"], math_rows("1", "1+x")) == [0.0, 1.0]
+        assert verifier.crashes == 1
+
+
+def test_a_worker_that_died_between_calls_is_replaced(verifier: Verifier) -> None:
+    assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]
+    os.kill(verifier._worker._process.pid, signal.SIGKILL)
+    verifier._worker._process.wait()
+    assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]
+    assert verifier.crashes == 0
+
+
+def test_closing_ends_the_worker_and_use_after_closing_starts_another() -> None:
+    verifier = Verifier()
+    assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]
+    first = verifier._worker._process.pid
+    verifier.close()
+    verifier.close()
+    assert not psutil.pid_exists(first)
+    assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]
+    second = verifier._worker._process.pid
+    del verifier
+    assert not psutil.pid_exists(second)
+
+
+def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trb.rewards, "_BOOT", "raise SystemExit('no sympy today')")
+    with Verifier() as verifier, pytest.raises(RuntimeError, match="did not start: no sympy today"):
+        verifier.score([r"\boxed{x+1}"], math_rows("1"))
+
+
+SCRIPT = """
+import sys
+from trb.rewards import Verifier
+assert not {"torch", "datasets", "transformers"} & set(sys.modules), "heavy import"
+verifier = Verifier(timeout_s=%s)
+verifier.score([r"\\boxed{x+1}"], [{"answer": "1+x"}])
+print(verifier._worker._process.pid, flush=True)
+print(verifier.score([%r], [{"answer": "5"}]), flush=True)
+"""
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_script_without_main_guard_and_without_close_leaves_nothing_behind() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT % (20, r"\boxed{6}")], capture_output=True, text=True, check=True, timeout=100
+    )
+    pid, scores = done.stdout.split("\n")[:2]
+    assert scores == "[0.0]" and done.stderr == ""
+    assert gone(int(pid))
+
+
+def test_a_killed_caller_does_not_leave_a_busy_worker() -> None:
+    with subprocess.Popen([sys.executable, "-c", SCRIPT % (1, TOWER)], stdout=subprocess.PIPE, text=True) as caller:
+        pid = int(caller.stdout.readline())
+        time.sleep(0.3)
+        caller.kill()
+    deadline = time.monotonic() + 20
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert gone(pid)

@@ -1,0 +1,455 @@
+"""Samples against the exact law: every completion of tiny models enumerated, chi-square goodness of fit.
+
+The exact law is built from plain full forward passes, one prefix at a time, without cache or padding, and from
+there in numpy. Prompts of different lengths share every batch. Seeds are fixed, so these tests pass or fail for
+good; had they been drawn at random, a correct sampler would fail this file with probability below 1e-3
+(`LEVEL` times fewer than 60 chi-square tests, plus 5-sigma bounds of 6e-7 each).
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyPair, tiny_llama
+from reference import blend as oracle
+from reference import policies as laws
+from reference.distributions import Array, shared_events
+from reference.policies import Law
+from reference.sequences import Completion, Prefix, enumerate_completions
+from reference.statistics import goodness_of_fit
+
+from trb.policies import (
+    BehaviorPolicy,
+    SKDPolicy,
+    StudentPolicy,
+    TeacherPolicy,
+    TemperaturePolicy,
+    TrustRegionPolicy,
+)
+from trb.sampling import Rollout, sample
+
+LEVEL = 1.5e-5
+SIGMAS = 5.0
+METHODS = ["lockstep"]
+PROMPTS = ((1,), (2, 3, 1), (3, 5, 2, 2, 1))
+HORIZON = 4
+N = 5_000
+
+POLICIES: dict[str, tuple[BehaviorPolicy, Law]] = {
+    "student": (StudentPolicy(), laws.student()),
+    "temperature 0.8": (TemperaturePolicy(0.8), laws.temperature(0.8)),
+    "budget 0": (TrustRegionPolicy(0.0), laws.student()),
+    "budget 0.02": (TrustRegionPolicy(0.02), laws.trust_region(0.02)),
+    "budget 0.5": (TrustRegionPolicy(0.5), laws.trust_region(0.5)),
+    "budget inf": (TrustRegionPolicy(math.inf), laws.teacher()),
+    "skd": (SKDPolicy(2, 0.6), laws.skd(2, 0.6)),
+    "teacher": (TeacherPolicy(), laws.teacher()),
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+every_prompt = pytest.mark.parametrize("prompt", range(len(PROMPTS)))
+
+
+@cache
+def next_token_logits(pair: TinyPair, tokens: tuple[int, ...]) -> tuple[Array, Array]:
+    row = torch.tensor([tokens])
+    with torch.no_grad():
+        student, teacher = (model(input_ids=row).logits[0, -1] for model in (pair.student, pair.teacher))
+    return student.double().numpy(), teacher.double().numpy()
+
+
+def conditionals(
+    pair: TinyPair, prompt: tuple[int, ...], temperature: float = 1.0
+) -> tuple[Callable[[Prefix], Array], Callable[[Prefix], Array]]:
+    """The two models' probabilities of the next event after a prefix of the completion."""
+
+    @cache
+    def both(prefix: Prefix) -> tuple[Array, Array]:
+        student, teacher = next_token_logits(pair, prompt + prefix)
+        student, teacher = student[: pair.rows] / temperature, teacher[: pair.rows] / temperature
+        return shared_events(student, teacher, pair.student_eos, pair.teacher_eos)
+
+    return (lambda prefix: both(prefix)[0]), (lambda prefix: both(prefix)[1])
+
+
+@cache
+def exact_law(pair: TinyPair, prompt: tuple[int, ...], law: Law, temperature: float = 1.0) -> dict[Completion, float]:
+    student, teacher = conditionals(pair, prompt, temperature)
+    return enumerate_completions(student, teacher, law, max_new_tokens=HORIZON, stop=pair.student_eos)
+
+
+def rollouts(pair: TinyPair, policy: BehaviorPolicy, n: int, **options: Any) -> Rollout:
+    """n rollouts of each prompt, interleaved so that every batch is ragged."""
+    arguments = {
+        "max_new_tokens": HORIZON,
+        "eos_token_id": pair.student_eos,
+        "teacher_eos_token_id": pair.teacher_eos,
+        "seed": 7,
+        "prompt_keys": [10, 11, 12] * n,
+        "rollout_index": [index for index in range(n) for _ in PROMPTS],
+    }
+    prompts = [list(prompt) for _ in range(n) for prompt in PROMPTS]
+    return sample(pair.student, pair.teacher, prompts, policy, **{**arguments, **options})
+
+
+def of_prompt(rollout: Rollout, prompt: int) -> list[Completion]:
+    return [tuple(completion) for completion in rollout.completions[prompt :: len(PROMPTS)]]
+
+
+@cache
+def drawn(pair: TinyPair, name: str, method: str) -> Rollout:
+    return rollouts(pair, POLICIES[name][0], N, method=method)
+
+
+# --- the law ------------------------------------------------------------------------------------
+
+
+@every_method
+@every_prompt
+@pytest.mark.parametrize("name", POLICIES)
+def test_completions_have_the_exact_law(tiny_pair: TinyPair, name: str, prompt: int, method: str) -> None:
+    law = exact_law(tiny_pair, PROMPTS[prompt], POLICIES[name][1])
+    assert sum(law.values()) == pytest.approx(1.0)
+    assert len(law) == 341  # 1 + 4 + 16 + 64 that stop, 256 that do not
+    assert goodness_of_fit(of_prompt(drawn(tiny_pair, name, method), prompt), law) > LEVEL
+
+
+@every_prompt
+def test_the_chi_square_tells_any_two_policies_apart(tiny_pair: TinyPair, prompt: int) -> None:
+    """Power: samples of one policy are rejected under the law of every other."""
+    same = ({"student", "budget 0"}, {"teacher", "budget inf"})
+    compared = 0
+    for sampled, assumed in permutations(POLICIES, 2):
+        if {sampled, assumed} in same:
+            continue
+        law = exact_law(tiny_pair, PROMPTS[prompt], POLICIES[assumed][1])
+        assert goodness_of_fit(of_prompt(drawn(tiny_pair, sampled, METHODS[0]), prompt), law) < LEVEL
+        compared += 1
+    assert compared == 52
+
+
+@every_prompt
+def test_the_chi_square_sees_small_mistakes(tiny_pair: TinyPair, prompt: int) -> None:
+    """Power: a budget a third too large, a split stop event and a student one token behind are rejected."""
+    samples = of_prompt(drawn(tiny_pair, "budget 0.5", METHODS[0]), prompt)
+    tokens = PROMPTS[prompt]
+    student, teacher = conditionals(tiny_pair, tokens)
+    options: dict[str, Any] = {"max_new_tokens": HORIZON, "stop": tiny_pair.student_eos}
+    larger_budget = exact_law(tiny_pair, tokens, laws.trust_region(0.66))
+    stale = enumerate_completions(lambda p: student(p[:-1]), lambda p: teacher(p), laws.trust_region(0.5), **options)
+
+    @cache
+    def unaligned(side: int, prefix: Prefix) -> Array:
+        logits = next_token_logits(tiny_pair, tokens + prefix)[side][: tiny_pair.rows]
+        return shared_events(logits, logits, tiny_pair.student_eos, tiny_pair.student_eos)[0]
+
+    split_stop = enumerate_completions(
+        lambda p: unaligned(0, p), lambda p: unaligned(1, p), laws.trust_region(0.5), **options
+    )
+    for wrong in (larger_budget, stale, split_stop):
+        assert goodness_of_fit(samples, wrong) < LEVEL
+
+
+@every_method
+def test_temperature_applies_to_both_models_before_the_stop_ids_are_merged(tiny_pair: TinyPair, method: str) -> None:
+    """Merged first, a stop event split evenly over two ids would lose to a token as likely as both together."""
+    out = rollouts(tiny_pair, TrustRegionPolicy(0.1), N, method=method, temperature=0.5)
+    blend = laws.trust_region(0.1)
+
+    def merged_first(p: Array, q: Array) -> Array:
+        return blend(*(laws.temperature(0.5)(x, x) for x in (p, q)))
+
+    for prompt, tokens in enumerate(PROMPTS):
+        samples = of_prompt(out, prompt)
+        assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, blend, temperature=0.5)) > LEVEL
+        assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, merged_first)) < LEVEL
+
+
+@every_method
+@pytest.mark.parametrize("name", ["student", "budget 0.5", "skd"])
+def test_learned_positions_count_from_the_first_prompt_token(gpt2_pair: TinyPair, name: str, method: str) -> None:
+    out = drawn(gpt2_pair, name, method)
+    for prompt, tokens in enumerate(PROMPTS):
+        assert goodness_of_fit(of_prompt(out, prompt), exact_law(gpt2_pair, tokens, POLICIES[name][1])) > LEVEL
+
+
+@every_method
+def test_float32_models(tiny_pair: TinyPair, method: str) -> None:
+    single = TinyPair(tiny_llama(6, seed=41).float(), tiny_pair.teacher)
+    out = rollouts(single, TrustRegionPolicy(0.05), N, method=method)
+    for prompt, tokens in enumerate(PROMPTS):
+        law = exact_law(tiny_pair, tokens, laws.trust_region(0.05))
+        assert goodness_of_fit(of_prompt(out, prompt), law) > LEVEL
+
+
+@every_method
+@pytest.mark.parametrize("varied", ["prompt_keys", "seed"])
+def test_other_sources_of_independence(tiny_pair: TinyPair, varied: str, method: str) -> None:
+    """Rows that differ only in their prompt key, and calls that differ only in their seed, are independent."""
+    policy, law = POLICIES["budget 0.02"]
+    if varied == "prompt_keys":
+        keys = list(range(3 * N))
+        outs = [rollouts(tiny_pair, policy, N, method=method, prompt_keys=keys, rollout_index=[0] * 3 * N)]
+    else:
+        outs = [rollouts(tiny_pair, policy, 100, method=method, seed=seed) for seed in range(N // 100)]
+    for prompt, tokens in enumerate(PROMPTS):
+        samples = [completion for out in outs for completion in of_prompt(out, prompt)]
+        assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, law)) > LEVEL
+
+
+# --- what the record says about them ------------------------------------------------------------
+
+
+@every_method
+@pytest.mark.parametrize("name", POLICIES)
+def test_completions_end_with_the_students_stop_id_or_at_the_limit(tiny_pair: TinyPair, name: str, method: str) -> None:
+    out = drawn(tiny_pair, name, method)
+    stop = tiny_pair.student_eos
+    for completion, stopped in zip(out.completions, out.stopped, strict=True):
+        assert 1 <= len(completion) <= HORIZON
+        assert stop not in completion[:-1]
+        assert stopped == (completion[-1] == stop)
+        assert stopped or len(completion) == HORIZON
+        assert all(0 <= token < tiny_pair.rows and token != tiny_pair.teacher_eos for token in completion)
+    assert any(out.stopped)
+    assert not all(out.stopped)
+    for field in ("teacher_weight", "kl_student", "accepted"):
+        assert [len(row) for row in getattr(out.stats, field)] == [len(row) for row in out.completions]
+
+
+@every_method
+def test_recorded_weights_and_divergences_are_those_of_the_prefix(tiny_pair: TinyPair, method: str) -> None:
+    budget = 0.02
+    out = drawn(tiny_pair, "budget 0.02", method)
+    for prompt, tokens in enumerate(PROMPTS):
+        student, teacher = conditionals(tiny_pair, tokens)
+        for row in range(prompt, 90, len(PROMPTS)):
+            completion = tuple(out.completions[row])
+            for t in range(len(completion)):
+                with np.errstate(divide="ignore"):
+                    log_s, log_t = np.log(student(completion[:t])), np.log(teacher(completion[:t]))
+                exact = float(oracle.largest_weight(log_s, log_t, budget))
+                assert out.stats.teacher_weight[row][t] == pytest.approx(exact, rel=2e-3)
+                assert budget * (1 - 1e-3) <= out.stats.kl_student[row][t] <= budget + 1e-6
+
+
+def within_sigmas(values: Array, expected: float) -> bool:
+    return bool(abs(values.mean() - expected) <= SIGMAS * values.std() / math.sqrt(len(values)))
+
+
+@every_method
+@pytest.mark.parametrize("name", ["budget 0.02", "budget 0.5", "skd", "temperature 0.8"])
+def test_sequence_divergence_is_the_sum_over_tokens(tiny_pair: TinyPair, name: str, method: str) -> None:
+    """The chain rule: the mean recorded sum of KL(mu_t || student_t) is KL(P_mu || P_student), at most T budgets."""
+    out = drawn(tiny_pair, name, method)
+    for prompt, tokens in enumerate(PROMPTS):
+        law, student = (exact_law(tiny_pair, tokens, x) for x in (POLICIES[name][1], laws.student()))
+        exact = sum(p * math.log(p / student[completion]) for completion, p in law.items())
+        sums = np.array([sum(row) for row in out.stats.kl_student[prompt :: len(PROMPTS)]])
+        # The blend uses its budget to within 1e-3, so its sum is off by at most as much.
+        assert within_sigmas(sums, exact) or sums.mean() == pytest.approx(exact, rel=1e-3)
+        policy = POLICIES[name][0]
+        if isinstance(policy, TrustRegionPolicy):
+            assert exact <= HORIZON * policy.kl_budget
+
+
+@every_method
+def test_drafts_are_kept_as_often_as_the_overlap_says(tiny_pair: TinyPair, method: str) -> None:
+    """1 - TV(mu, student) for the blend; for SKD the student's mass on the teacher's top-k."""
+    for prompt, tokens in enumerate(PROMPTS):
+        student, teacher = (side(()) for side in conditionals(tiny_pair, tokens))
+        for name in ("budget 0.02", "budget 0.5", "teacher"):
+            mu = POLICIES[name][1](student, teacher)
+            kept = np.array([row[0] for row in drawn(tiny_pair, name, method).stats.accepted[prompt::3]])
+            assert set(kept.tolist()) == {0.0, 1.0}
+            assert within_sigmas(kept, float(np.minimum(mu, student).sum()))
+        kept = np.array([row[0] for row in drawn(tiny_pair, "skd", method).stats.accepted[prompt::3]])
+        assert within_sigmas(kept, float(student[np.argsort(-teacher)[:2]].sum()))
+
+
+@every_method
+def test_the_teacher_is_called_only_when_needed(tiny_pair: TinyPair, method: str) -> None:
+    for name, (policy, _) in POLICIES.items():
+        calls = drawn(tiny_pair, name, method).teacher_calls
+        assert (calls > 0) == policy.needs_teacher
+    for policy in (StudentPolicy(), TrustRegionPolicy(0.0), TemperaturePolicy(0.8)):
+        options: dict[str, Any] = {
+            "max_new_tokens": HORIZON,
+            "eos_token_id": 0,
+            "teacher_eos_token_id": 4,
+            "method": method,
+        }
+        prompts = [list(prompt) for prompt in PROMPTS]
+        alone = sample(tiny_pair.student, None, prompts, policy, **options)
+        assert alone == sample(tiny_pair.student, tiny_pair.teacher, prompts, policy, **options)
+
+
+# --- determinism --------------------------------------------------------------------------------
+
+
+@every_method
+def test_budget_zero_is_student_sampling_to_the_last_bit(tiny_pair: TinyPair, method: str) -> None:
+    ours, theirs = drawn(tiny_pair, "budget 0", method), drawn(tiny_pair, "student", method)
+    assert ours.completions == theirs.completions
+    assert ours.stats == theirs.stats
+
+
+@every_method
+def test_common_random_numbers(tiny_pair: TinyPair, method: str) -> None:
+    """Two policies with one seed share their drafts: a completion whose drafts were all kept is the student's own."""
+    blended, student = drawn(tiny_pair, "budget 0.02", method), drawn(tiny_pair, "student", method)
+    pairs = zip(blended.completions, student.completions, blended.stats.accepted, strict=True)
+    kept = [(ours, theirs) for ours, theirs, accepted in pairs if all(accepted)]
+    assert len(kept) > 0.6 * len(blended.completions)
+    assert all(ours == theirs for ours, theirs in kept)
+    rejected = zip(blended.completions, student.completions, blended.stats.accepted, strict=True)
+    # A replaced first token never equals the draft: where the draft is too likely the residual is zero.
+    assert all(ours[0] != theirs[0] for ours, theirs, accepted in rejected if not accepted[0])
+
+
+def mixed_rows(pair: TinyPair, rows: list[int], policy: BehaviorPolicy, **options: Any) -> Rollout:
+    """The rows with the given numbers, each with its own prompt, key and rollout index."""
+    defaults = {
+        "max_new_tokens": HORIZON,
+        "eos_token_id": pair.student_eos,
+        "teacher_eos_token_id": pair.teacher_eos,
+        "seed": 3,
+        "prompt_keys": [(row % 3) + (2**64 - 3) for row in rows],
+        "rollout_index": [row // 3 for row in rows],
+    }
+    prompts = [list(PROMPTS[row % 3]) for row in rows]
+    return sample(pair.student, pair.teacher, prompts, policy, **{**defaults, **options})
+
+
+ROWS = list(range(40))
+MIXED_POLICIES = [StudentPolicy(), TrustRegionPolicy(0.3), SKDPolicy(2, 0.6), TeacherPolicy(), TemperaturePolicy(0.8)]
+each_mixed_policy = pytest.mark.parametrize("policy", MIXED_POLICIES, ids=lambda p: type(p).__name__)
+
+
+@every_method
+@each_mixed_policy
+def test_a_row_does_not_depend_on_its_batch(tiny_pair: TinyPair, policy: BehaviorPolicy, method: str) -> None:
+    together = mixed_rows(tiny_pair, ROWS, policy, method=method)
+    for row in ROWS[:12]:
+        alone = mixed_rows(tiny_pair, [row], policy, method=method)
+        assert alone.completions == [together.completions[row]]
+        assert alone.stopped == [together.stopped[row]]
+        for field in ("teacher_weight", "kl_student", "accepted"):
+            assert getattr(alone.stats, field)[0] == pytest.approx(getattr(together.stats, field)[row], abs=1e-6)
+    order = np.random.default_rng(0).permutation(ROWS).tolist()
+    shuffled = mixed_rows(tiny_pair, order, policy, method=method)
+    assert shuffled.completions == [together.completions[row] for row in order]
+
+
+@every_method
+@each_mixed_policy
+def test_rows_in_flight_change_nothing(tiny_pair: TinyPair, policy: BehaviorPolicy, method: str) -> None:
+    whole = mixed_rows(tiny_pair, ROWS, policy, method=method)
+    for max_rows in (1, 7, 1000):
+        parts = mixed_rows(tiny_pair, ROWS, policy, method=method, max_rows=max_rows)
+        assert parts.completions == whole.completions
+        assert parts.stopped == whole.stopped
+        assert parts.prompts == whole.prompts
+
+
+@every_method
+def test_a_shorter_limit_gives_a_prefix(tiny_pair: TinyPair, method: str) -> None:
+    long = mixed_rows(tiny_pair, ROWS, TrustRegionPolicy(0.3), method=method)
+    for limit in (1, 2, 3):
+        short = mixed_rows(tiny_pair, ROWS, TrustRegionPolicy(0.3), method=method, max_new_tokens=limit)
+        assert short.completions == [completion[:limit] for completion in long.completions]
+
+
+@every_method
+def test_global_random_state_is_neither_read_nor_written(tiny_pair: TinyPair, method: str) -> None:
+    outs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        outs.append(mixed_rows(tiny_pair, ROWS, TrustRegionPolicy(0.3), method=method))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert outs[0] == outs[1]
+    other = mixed_rows(tiny_pair, ROWS, TrustRegionPolicy(0.3), method=method, seed=4)
+    assert other.completions != outs[0].completions
+
+
+@every_method
+def test_keys_and_rollout_indices_default_to_the_row_and_zero(tiny_pair: TinyPair, method: str) -> None:
+    options: dict[str, Any] = {
+        "max_new_tokens": HORIZON,
+        "eos_token_id": 0,
+        "teacher_eos_token_id": 4,
+        "method": method,
+    }
+    prompts = [[2, 3, 1]] * 30
+    default = sample(tiny_pair.student, tiny_pair.teacher, prompts, StudentPolicy(), **options)
+    explicit = sample(
+        tiny_pair.student,
+        tiny_pair.teacher,
+        prompts,
+        StudentPolicy(),
+        prompt_keys=list(range(30)),
+        rollout_index=[0] * 30,
+        **options,
+    )
+    assert default.completions == explicit.completions
+    assert len({tuple(completion) for completion in default.completions}) > 5
+
+
+@every_method
+def test_dropout_is_off_and_the_mode_is_restored(tiny_pair: TinyPair, method: str) -> None:
+    noisy = tiny_llama(6, seed=41, dropout=0.9)
+    noisy.train()
+    trained = mixed_rows(TinyPair(noisy, tiny_pair.teacher), ROWS, TrustRegionPolicy(0.3), method=method)
+    assert noisy.training
+    assert not tiny_pair.teacher.training
+    assert trained.completions == mixed_rows(tiny_pair, ROWS, TrustRegionPolicy(0.3), method=method).completions
+
+
+@every_method
+def test_sampling_from_the_first_head_rows_only(tiny_pair: TinyPair, method: str) -> None:
+    """Head rows that no token uses are never drawn, and the law is that of the rest."""
+    narrow = TinyPair(tiny_pair.student, tiny_pair.teacher, teacher_eos=3, rows=5)
+    policy, law = POLICIES["budget 0.02"]
+    out = sample(
+        narrow.student,
+        narrow.teacher,
+        [[2, 1]] * N,
+        policy,
+        max_new_tokens=HORIZON,
+        eos_token_id=narrow.student_eos,
+        teacher_eos_token_id=narrow.teacher_eos,
+        rollout_index=list(range(N)),
+        prompt_keys=[5] * N,
+        vocab_size=5,
+        method=method,
+    )
+    samples = [tuple(completion) for completion in out.completions]
+    assert max(map(max, samples)) < 5
+    assert goodness_of_fit(samples, exact_law(narrow, (2, 1), law)) > LEVEL
+
+
+def test_refusals(tiny_pair: TinyPair) -> None:
+    student, teacher = tiny_pair.student, tiny_pair.teacher
+    options: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": 0, "teacher_eos_token_id": 4}
+    cases = [
+        ((student, None, [[1]], TrustRegionPolicy(0.1)), {}, "teacher"),
+        ((student, teacher, [[1], []], StudentPolicy()), {}, "prompt 1"),
+        ((student, teacher, [[1, 6]], StudentPolicy()), {}, r"\b6\b"),
+        ((student, teacher, [[1]], StudentPolicy()), {"method": "lokstep"}, "'lokstep'.*'lockstep'"),
+        ((student, teacher, [[1]], StudentPolicy()), {"max_new_tokens": 0}, r"max_new_tokens.*0"),
+        ((student, teacher, [[1]], StudentPolicy()), {"temperature": 0.0}, r"temperature.*0\.0"),
+        ((student, teacher, [[1]], StudentPolicy()), {"prompt_keys": [1, 2]}, "prompt_keys.*2.*1"),
+        ((student, teacher, [[1]], StudentPolicy()), {"rollout_index": [-1]}, "-1"),
+        ((student, teacher, [[1]], StudentPolicy()), {"rollout_index": [2**24]}, str(2**24)),
+        ((student, teacher, [[1]], StudentPolicy()), {"eos_token_id": 9}, r"\b9\b"),
+        ((student, teacher, [[1]], StudentPolicy()), {"teacher_eos_token_id": 7}, r"\b7\b"),
+        ((student, teacher, [[1] * 30], StudentPolicy()), {}, "32"),
+    ]
+    for arguments, changed, named in cases:
+        with pytest.raises(ValueError, match=named):
+            sample(*arguments, **{**options, **changed})
