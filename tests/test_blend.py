@@ -197,12 +197,11 @@ def assert_within_promise(log_s: Array, log_t: Array, budget: Array, result: Ble
     assert (weight[~finite] == 1).all()
 
 
-def assert_log_probs_follow_the_weight(
-    log_s: Array, log_t: Array, budget: Array, result: BlendResult
-) -> None:
+def assert_log_probs_follow_the_weight(log_s: Array, log_t: Array, budget: Array, result: BlendResult) -> None:
     log_mu = as_numpy(result.log_probs)
-    # float32 log-probabilities near -16 are 1e-6 apart: a normaliser rounded to them is off by as much.
-    assert np.abs(np.log(np.exp(log_mu).sum(-1))).max() <= 5e-6
+    # float32 log-probabilities near -16 are 1e-6 apart, and torch's own log_softmax of 151,936 of them is off by
+    # 6e-6; nearly all of a float32 normaliser's error is this rounding.
+    assert np.abs(np.log(np.exp(log_mu).sum(-1))).max() <= 1e-5
     weight = as_numpy(result.teacher_weight)
     expected = oracle.law_of(log_s, log_t, weight, budget)
     assert (np.exp(log_mu[expected == -np.inf]) == 0).all()
@@ -367,9 +366,7 @@ def test_leading_shapes_and_budget_broadcasting() -> None:
             alone = solve(student[i, j], teacher[i, j], float(per_row[i]))
             assert alone.log_probs.shape == (7,)
             assert alone.teacher_weight.shape == ()
-            assert float(alone.teacher_weight) == pytest.approx(
-                float(broadcast.teacher_weight[i, j]), rel=1e-4
-            )
+            assert float(alone.teacher_weight) == pytest.approx(float(broadcast.teacher_weight[i, j]), rel=1e-4)
     full = solve(student, teacher, per_row.expand(3, 4))
     assert torch.equal(full.log_probs, broadcast.log_probs)
 
@@ -392,9 +389,7 @@ def test_inputs_are_left_alone() -> None:
     assert torch.equal(teacher, before[1])
 
 
-@pytest.mark.parametrize(
-    "budget", [-0.25, math.nan, torch.tensor([0.1, -0.25]), torch.tensor([math.nan, 0.1])]
-)
+@pytest.mark.parametrize("budget", [-0.25, math.nan, torch.tensor([0.1, -0.25]), torch.tensor([math.nan, 0.1])])
 def test_bad_budgets_are_named(budget: float | Tensor) -> None:
     logits = torch.zeros(2, 3)
     name = "nan" if math.isnan(float(torch.as_tensor(budget).sum())) else "-0.25"
@@ -492,9 +487,7 @@ def test_property_a_row_does_not_depend_on_its_batch(budgets: list[float], seed:
 
 @COMMON
 @given(rows(), BUDGET)
-def test_property_drafts_are_accepted_as_often_as_pinsker_promises(
-    pair: tuple[Tensor, Tensor], budget: float
-) -> None:
+def test_property_drafts_are_accepted_as_often_as_pinsker_promises(pair: tuple[Tensor, Tensor], budget: float) -> None:
     mu = as_numpy(solve(*pair, budget).log_probs.exp())
     student = np.exp(log_normalise(as_numpy(pair[0])))
     assert np.minimum(mu, student).sum() >= 1 - math.sqrt((budget + ABSOLUTE_SLACK) / 2) - 1e-6

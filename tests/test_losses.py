@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import losses as reference
-from reference.distributions import entropy, kl, log_normalise, shared_events
+from reference.distributions import entropy, kl, log_normalise, shared_events, temper
 from torch import Tensor, nn
 
 from trb.losses import chunked_reverse_kl, full_reverse_kl, topk_reverse_kl, veto_target
@@ -399,17 +399,18 @@ def learnable(problem: dict) -> list[Tensor]:
 def event_logits(problem: dict, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Both models' log-probabilities on shared events, from the reference alone."""
     with torch.no_grad():
-        student = problem["student_head"](problem["student_hidden"]) / temperature
-        teacher = problem["teacher_head"](problem["teacher_hidden"]) / temperature
+        student = problem["student_head"](problem["student_hidden"])
+        teacher = problem["teacher_head"](problem["teacher_hidden"])
     with np.errstate(divide="ignore"):
-        return tuple(np.log(p) for p in shared_events(student.numpy(), teacher.numpy(), 2, [5, 7]))  # type: ignore[return-value]
+        p, q = shared_events(student.numpy(), teacher.numpy(), 2, [5, 7])
+        return temper(np.log(p), temperature), temper(np.log(q), temperature)
 
 
 def plain_loss(problem: dict, k: int, temperature: float, veto_strength: float) -> Tensor:
-    """The unchunked loss on materialised logits; tempered before stop ids are folded, as in sampling."""
+    """The unchunked loss on materialised logits; stop ids are folded, then tempered, as in sampling."""
     vocabulary = problem["vocabulary"]
-    student = vocabulary.fold(problem["student_head"](problem["student_hidden"]) / temperature)
-    teacher = vocabulary.fold(problem["teacher_head"](problem["teacher_hidden"]) / temperature)
+    student = vocabulary.fold(problem["student_head"](problem["student_hidden"])) / temperature
+    teacher = vocabulary.fold(problem["teacher_head"](problem["teacher_hidden"])) / temperature
     target = veto_target(student, teacher, veto_strength)
     return topk_reverse_kl(student, target, problem["mask"], k)
 

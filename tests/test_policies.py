@@ -40,9 +40,7 @@ ROWS, SIZE = 40, 12
 
 
 def log_probs(seed: int, dtype: torch.dtype = torch.float64, scale: float = 2.0) -> Tensor:
-    logits = scale * torch.randn(
-        ROWS, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    logits = scale * torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.log_softmax(logits, -1).to(dtype)
 
 
@@ -155,9 +153,7 @@ def test_impossible_tokens(name: str) -> None:
     student, teacher = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
     target = policy.target(student, teacher)
     assert not target.log_probs.isnan().any()
-    assert target.log_probs.exp().numpy() == pytest.approx(
-        expected_law(law, student, teacher), abs=1e-9, rel=2e-3
-    )
+    assert target.log_probs.exp().numpy() == pytest.approx(expected_law(law, student, teacher), abs=1e-9, rel=2e-3)
     for scalar in (target.kl_student, target.teacher_weight):
         assert not scalar.isnan().any()
 

@@ -476,6 +476,18 @@ def test_missing_keys_leave_their_charts_out_and_nulls_leave_gaps(tmp_path: Path
     assert any("config.yaml is missing" in text for text in page.text_of["li"])
 
 
+def test_held_out_measurements_are_drawn_at_their_own_steps(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", steps=6)
+    rows = [{"step": step, "loss": 0.5 / step, "trb/teacher_log_prob": -1.0 / step} for step in (2, 4, 6)]
+    write_jsonl(directory / "held_out.jsonl", rows)
+    drawn = {panel.id: panel for group in panels.groups(read(directory)) for panel in group.panels}
+    (series,) = drawn["held-out-teacher_log_prob"].series
+    assert series.x == (2, 4, 6)
+    assert series.y == (-0.5, -0.25, pytest.approx(-1 / 6))
+    assert drawn["held-out-loss"].series[0].y[0] == 0.25
+    assert len(drawn["loss"].series[0].x) == 6
+
+
 def test_empty_run_makes_a_page_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("method: trb\n")
     (tmp_path / "metrics.jsonl").touch()

@@ -220,13 +220,7 @@ def test_where_the_answer_is_read(verifier: Verifier, answer: str, completion: s
 
 def test_exact_compares_text_and_needs_no_worker() -> None:
     rows = [{"answer": "a  b", "verifier": "exact"}] * 5
-    completions = [
-        r"\boxed{ a b }",
-        r"\boxed{a\nb}".replace("\\n", "\n"),
-        r"\boxed{ab}",
-        "a b",
-        r"\boxed{a b} \boxed{c}",
-    ]
+    completions = ["\\boxed{ a b }", "\\boxed{a\nb}", "\\boxed{ab}", "a b", "\\boxed{a b} \\boxed{c}"]
     with Verifier() as verifier:
         assert verifier.score(completions, rows) == [1.0, 1.0, 0.0, 0.0, 0.0]
         assert verifier.score([r"\boxed{0.5}"], [{"answer": "1/2", "verifier": "exact"}]) == [0.0]
@@ -265,11 +259,8 @@ def test_reasoning_gym_scores_like_its_own_dataset(verifier: Verifier, task: str
     right = [f"<answer>0</answer> no:\n<answer>\n{row['answer']}\n</answer>" for row in rows]
     assert verifier.score(right, rows) == [1.0] * 3
     assert verifier.score([f"\\boxed{{{row['answer']}}}" for row in rows[:1]], rows[:1]) == [1.0]
-    assert verifier.score(["<answer>wrong</answer>", row_answer_without_tags(rows[1]), ""], rows) == [0.0] * 3
-
-
-def row_answer_without_tags(row: dict) -> str:
-    return f"It is {row['answer']}."
+    unmarked = f"It is {rows[1]['answer']}."
+    assert verifier.score(["<answer>wrong</answer>", unmarked, ""], rows) == [0.0] * 3
 
 
 def test_reasoning_gym_the_last_mark_counts_and_partial_credit_does_not(verifier: Verifier) -> None:
@@ -290,7 +281,7 @@ def test_reasoning_gym_the_last_mark_counts_and_partial_credit_does_not(verifier
 def test_reasoning_gym_unusable_metadata_is_an_error(verifier: Verifier) -> None:
     pytest.importorskip("reasoning_gym")
     row = {"answer": "1", "verifier": "reasoning-gym:chain_sum", "metadata": "{}"}
-    with pytest.raises(ValueError, match="reasoning-gym:chain_sum.*unusable metadata"):
+    with pytest.raises(ValueError, match=r"reasoning-gym:chain_sum.*unusable metadata"):
         verifier.score([r"\boxed{1}", r"\boxed{2}"], [row, row])
     assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]  # no stale reply is read
 

@@ -66,12 +66,14 @@ def conditionals(
     pair: TinyPair, prompt: tuple[int, ...], temperature: float = 1.0
 ) -> tuple[Callable[[Prefix], Array], Callable[[Prefix], Array]]:
     """The two models' probabilities of the next event after a prefix of the completion."""
+    temper = laws.temperature(temperature)
 
     @cache
     def both(prefix: Prefix) -> tuple[Array, Array]:
         student, teacher = next_token_logits(pair, prompt + prefix)
-        student, teacher = student[: pair.rows] / temperature, teacher[: pair.rows] / temperature
-        return shared_events(student, teacher, pair.student_eos, pair.teacher_eos)
+        student, teacher = student[: pair.rows], teacher[: pair.rows]
+        p_student, p_teacher = shared_events(student, teacher, pair.student_eos, pair.teacher_eos)
+        return temper(p_student, p_student), temper(p_teacher, p_teacher)
 
     return (lambda prefix: both(prefix)[0]), (lambda prefix: both(prefix)[1])
 
@@ -155,18 +157,18 @@ def test_the_chi_square_sees_small_mistakes(tiny_pair: TinyPair, prompt: int) ->
 
 
 @every_method
-def test_temperature_applies_to_both_models_before_the_stop_ids_are_merged(tiny_pair: TinyPair, method: str) -> None:
-    """Merged first, a stop event split evenly over two ids would lose to a token as likely as both together."""
-    out = rollouts(tiny_pair, TrustRegionPolicy(0.1), N, method=method, temperature=0.5)
-    blend = laws.trust_region(0.1)
+def test_temperature_sharpens_the_events_of_both_models(tiny_pair: TinyPair, method: str) -> None:
+    """Stop ids are merged before the temperature applies: one temperature, on one event space, as in the loss."""
+    out = rollouts(tiny_pair, TrustRegionPolicy(1.0), N, method=method, temperature=0.5)
+    blend = laws.trust_region(1.0)
 
-    def merged_first(p: Array, q: Array) -> Array:
-        return blend(*(laws.temperature(0.5)(x, x) for x in (p, q)))
+    def of_the_student_only(p: Array, q: Array) -> Array:
+        return blend(laws.temperature(0.5)(p, p), q)
 
     for prompt, tokens in enumerate(PROMPTS):
         samples = of_prompt(out, prompt)
         assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, blend, temperature=0.5)) > LEVEL
-        assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, merged_first)) < LEVEL
+        assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, of_the_student_only)) < LEVEL
 
 
 @every_method
@@ -433,23 +435,39 @@ def test_sampling_from_the_first_head_rows_only(tiny_pair: TinyPair, method: str
     assert goodness_of_fit(samples, exact_law(narrow, (2, 1), law)) > LEVEL
 
 
-def test_refusals(tiny_pair: TinyPair) -> None:
-    student, teacher = tiny_pair.student, tiny_pair.teacher
-    options: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": 0, "teacher_eos_token_id": 4}
-    cases = [
-        ((student, None, [[1]], TrustRegionPolicy(0.1)), {}, "teacher"),
-        ((student, teacher, [[1], []], StudentPolicy()), {}, "prompt 1"),
-        ((student, teacher, [[1, 6]], StudentPolicy()), {}, r"\b6\b"),
-        ((student, teacher, [[1]], StudentPolicy()), {"method": "lokstep"}, "'lokstep'.*'lockstep'"),
-        ((student, teacher, [[1]], StudentPolicy()), {"max_new_tokens": 0}, r"max_new_tokens.*0"),
-        ((student, teacher, [[1]], StudentPolicy()), {"temperature": 0.0}, r"temperature.*0\.0"),
-        ((student, teacher, [[1]], StudentPolicy()), {"prompt_keys": [1, 2]}, "prompt_keys.*2.*1"),
-        ((student, teacher, [[1]], StudentPolicy()), {"rollout_index": [-1]}, "-1"),
-        ((student, teacher, [[1]], StudentPolicy()), {"rollout_index": [2**24]}, str(2**24)),
-        ((student, teacher, [[1]], StudentPolicy()), {"eos_token_id": 9}, r"\b9\b"),
-        ((student, teacher, [[1]], StudentPolicy()), {"teacher_eos_token_id": 7}, r"\b7\b"),
-        ((student, teacher, [[1] * 30], StudentPolicy()), {}, "32"),
-    ]
-    for arguments, changed, named in cases:
-        with pytest.raises(ValueError, match=named):
-            sample(*arguments, **{**options, **changed})
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"teacher": None, "policy": TrustRegionPolicy(0.1)}, "teacher"),
+        ({"prompts": [[1], []], "prompt_keys": None, "rollout_index": None}, "prompt 1"),
+        ({"prompts": [[1, 6]]}, r"\b6\b"),
+        ({"prompts": [[1] * 30]}, "32"),
+        ({"method": "lokstep"}, "'lokstep'.*'lockstep'"),
+        ({"max_new_tokens": 0}, r"max_new_tokens.*\b0\b"),
+        ({"temperature": 0.0}, r"temperature.*0\.0"),
+        ({"prompt_keys": [1, 2]}, r"prompt_keys.*2.*1"),
+        ({"prompt_keys": [-1]}, r"-1"),
+        ({"prompt_keys": [2**64]}, str(2**64)),
+        ({"rollout_index": [1, 2]}, r"rollout_index.*2.*1"),
+        ({"rollout_index": [-1]}, r"-1"),
+        ({"rollout_index": [2**24]}, str(2**24)),
+        ({"max_rows": 0}, r"max_rows.*\b0\b"),
+        ({"max_rows": -1}, r"max_rows.*-1"),
+        ({"eos_token_id": 9}, r"\b9\b"),
+        ({"teacher_eos_token_id": 7}, r"\b7\b"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_refusals(tiny_pair: TinyPair, changed: dict[str, Any], named: str) -> None:
+    arguments: dict[str, Any] = {
+        "student": tiny_pair.student,
+        "teacher": tiny_pair.teacher,
+        "prompts": [[1]],
+        "policy": StudentPolicy(),
+        "max_new_tokens": 4,
+        "eos_token_id": 0,
+        "teacher_eos_token_id": 4,
+    }
+    sample(**arguments)
+    with pytest.raises(ValueError, match=named):
+        sample(**{**arguments, **changed})

@@ -404,6 +404,9 @@ def test_evaluation_reports_the_loss_on_student_rollouts(tmp_path: Path) -> None
     result = trainer.evaluate(Dataset.from_list(zoo.problems(4, seed=1, split="test")))
     assert result["eval_loss"] > 0
     assert result["eval_trb/teacher_calls"] == 0
+    (line,) = (tmp_path / "held_out.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] == pytest.approx(result["eval_loss"])
+    assert json.loads(line)["trb/teacher_log_prob"] < 0
 
 
 # ---- bad input ----

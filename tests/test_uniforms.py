@@ -30,9 +30,7 @@ KNOWN_ANSWERS = [
 ]
 
 
-def draw(
-    seed: int = 1, key: int | Tensor = 17, rollout: int | Tensor = 3, position: int | Tensor = 5
-) -> np.ndarray:
+def draw(seed: int = 1, key: int | Tensor = 17, rollout: int | Tensor = 3, position: int | Tensor = 5) -> np.ndarray:
     """Uniforms of N rows that differ in whatever is given as a tensor."""
     columns = torch.broadcast_tensors(*(torch.as_tensor(x) for x in (key, rollout, position)))
     return uniforms(seed, *(column.reshape(-1).contiguous() for column in columns)).numpy()

@@ -62,9 +62,10 @@ class BlendResult:
 def solve(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Tensor) -> BlendResult:
     """Blend the student towards the teacher as far as the KL budget allows (paper, section 2).
 
-    Budget 0 returns the student exactly, a feasible teacher the teacher exactly. Where the two supports differ,
-    μ lives on the tokens that both models allow; if that restriction alone costs more than the budget, μ is the
-    student. `-inf` (or a dtype's most negative number, a common mask) means probability zero.
+    Budget 0 returns the student exactly; an infinite budget or a feasible teacher, the teacher exactly. Where the
+    two supports differ and the budget is finite, μ lives on the tokens that both models allow; if that restriction
+    alone costs more than the budget, μ is the student. `-inf` (or a dtype's most negative number, a common mask)
+    means probability zero.
 
     Args:
         student_logits: `[..., V]`, any float dtype; solved in float32, or float64 if either input is float64.
@@ -158,8 +159,9 @@ def _solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: T
     path = _Path.between(log_student_NV, log_teacher_NV, shared_NV)
     # KL(μ || student) = KL(μ || student on the shared support) - log student(shared support): the budget shrinks.
     room_N = budget_N + kept_student_N
-    stays_N = (budget_N == 0) | ~(room_N >= 0) | ~shared_NV.any(-1)
-    reaches_N = ~stays_N & (path.kl_end_N <= room_N)
+    unbounded_N = budget_N.isposinf()
+    stays_N = ~unbounded_N & ((budget_N == 0) | ~(room_N >= 0) | ~shared_NV.any(-1))
+    reaches_N = unbounded_N | (~stays_N & (path.kl_end_N <= room_N))
     searched_N = ~stays_N & ~reaches_N
 
     point = _Point.at_student(path)
@@ -175,13 +177,22 @@ def _solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: T
     log_probs_NV[reaches_N] = (log_teacher_NV - kept_teacher_N[:, None].to(log_teacher_NV.dtype))[reaches_N]
     log_probs_NV.masked_fill_(~shared_NV, -math.inf)
     log_probs_NV[stays_N] = log_student_NV[stays_N]
+    if unbounded_N.any():  # the teacher itself, even where it allows what the student does not
+        log_probs_NV[unbounded_N] = log_teacher_NV[unbounded_N]
+        kl_teacher_N = kl_teacher_N.masked_fill(unbounded_N, 0.0)
+        kl_student_N = kl_student_N.masked_fill(unbounded_N & (kept_teacher_N < 0), math.inf)
     return BlendResult(log_probs_NV, point.weight_N, kl_student_N, kl_teacher_N, point.evaluations_N + 3)
 
 
 def _log_mass_kept(log_probs_NV: Tensor, shared_NV: Tensor) -> Tensor:
-    """Log of the mass on the shared support, computed from the mass off it: exactly 0 when nothing is lost."""
+    """Log of the mass on the shared support: exactly 0 when nothing is lost, accurate when almost all of it is."""
     lost_N = log_probs_NV.exp().masked_fill_(shared_NV, 0.0).sum(-1, dtype=torch.float64)
-    return torch.log1p(-lost_N.clamp_max(1.0))
+    kept_N = torch.log1p(-lost_N.clamp_max(1.0))
+    mostly_lost_N = lost_N > 0.5
+    if mostly_lost_N.any():
+        rest_NV = log_probs_NV[mostly_lost_N].double().masked_fill(~shared_NV[mostly_lost_N], -math.inf)
+        kept_N[mostly_lost_N] = rest_NV.logsumexp(-1)
+    return kept_N
 
 
 class _Path(NamedTuple):
@@ -252,7 +263,10 @@ class _Path(NamedTuple):
 
     def _evaluate_log_space(self, weight_N: Tensor, log_blend_NV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_norm_N = log_blend_NV.logsumexp(-1)
+        # At |A| = 2e4 the normaliser is off by 4e-12, which |r| = 4e4 would magnify: divide by the sum as well.
         blend_NV = log_blend_NV.sub_(log_norm_N[:, None]).exp_()
+        total_N = blend_NV.sum(-1)
+        blend_NV, log_norm_N = blend_NV.div_(total_N[:, None]), log_norm_N + total_N.log()
         mean_N = (blend_NV * self.ratio_NV).sum(-1)
         variance_N = (blend_NV * (self.ratio_NV - mean_N[:, None]).square()).sum(-1)
         return (weight_N * mean_N - log_norm_N).clamp_min(0), variance_N, log_norm_N, mean_N
@@ -260,9 +274,10 @@ class _Path(NamedTuple):
 
 def _renormalise(log_probs_NV: Tensor, off_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and probabilities on the shared support. `log_softmax` is short by up to 1e-5 at V = 150k."""
-    probs_NV = log_probs_NV.exp().masked_fill_(off_NV, 0.0)
-    total_N = probs_NV.sum(-1, keepdim=True)
-    return (log_probs_NV - total_N.log()).masked_fill_(off_NV, -math.inf), probs_NV / total_N
+    log_probs_NV = log_probs_NV.masked_fill(off_NV, -math.inf)
+    total_N = log_probs_NV.logsumexp(-1, keepdim=True)
+    log_probs_NV = (log_probs_NV - torch.where(total_N.isfinite(), total_N, 0.0)).masked_fill_(off_NV, -math.inf)
+    return log_probs_NV, log_probs_NV.exp()
 
 
 @dataclass

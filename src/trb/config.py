@@ -29,7 +29,16 @@ from trb.data import MATH_SYSTEM_PROMPT
 from trb.loading import DTYPES
 from trb.trainer import TRAINING_METHODS, TRBConfig
 
-__all__ = ["ConfigError", "Recipe", "RunConfig", "load_recipe", "make_recipe", "parse_overrides", "valid_keys"]
+__all__ = [
+    "ConfigError",
+    "Recipe",
+    "RunConfig",
+    "describe_keys",
+    "load_recipe",
+    "make_recipe",
+    "parse_overrides",
+    "valid_keys",
+]
 
 # Options of the trainer that mean nothing here, or that another key replaces: silence would be a lie.
 _REPLACED = {
@@ -274,6 +283,11 @@ def make_recipe(
     methods = checked.get("methods", {})
     for name, entry in methods.items():
         methods[name] = _method_entry(name, entry, source)
+        for key in set(overrides or {}) & set(methods[name]) - {"method"}:
+            raise ConfigError(
+                f"option --{key.replace('_', '-')} would do nothing: the recipe sets {key} for {name} itself; "
+                f"pass --methods.{name}.{key} instead"
+            )
     try:
         run = RunConfig(**{key: value for key, value in checked.items() if key in run_keys})
     except ConfigError as error:
@@ -368,6 +382,30 @@ def _override(checked: dict[str, Any], key: str, value: Any) -> None:
 def valid_keys() -> list[str]:
     """Every key a recipe may have, `RunConfig`'s first."""
     return [*_run_fields(), *(name for name in _training_fields() if name not in _REPLACED)]
+
+
+def describe_keys() -> dict[str, list[tuple[str, str, str, str]]]:
+    """Every key as (name, type in words, default, help), by group: ours first, then TRL's and transformers'."""
+    own = {name for name in TRBConfig.__annotations__ if name in _training_fields()}
+    groups: dict[str, list[tuple[str, str, str, str]]] = {
+        "Models, data and evaluation": [],
+        "Method and loss": [],
+        "Training (TRL and transformers)": [],
+    }
+    first, second, third = groups.values()
+    for key in valid_keys():
+        item = _run_fields().get(key) or _training_fields()[key]
+        default = _default(item)
+        shown = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
+        text = " ".join(str(item.metadata.get("help", "")).split())
+        entry = (key, _words(_hints()[key]), shown, text)
+        (first if key in _run_fields() else second if key in own else third).append(entry)
+    return groups
+
+
+def _shown(value: Any) -> str:
+    value = _plain(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 
 @cache

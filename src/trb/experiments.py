@@ -268,9 +268,12 @@ class _Observer(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._logs = dict(logs or {})
+        if "loss" in self._logs:
+            self.listener.step(state.global_step, self._logs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.listener.step(state.global_step, self._logs)
+        if not control.should_log:
+            self.listener.step(state.global_step, self._logs)
         # The last evaluation comes after training, when the model has been saved.
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.measure(state.global_step)
@@ -530,7 +533,8 @@ def _precision(args: TRBConfig) -> AbstractContextManager[Any]:
 
 
 def _template_options(args: TRBConfig) -> dict[str, Any]:
-    return dict(args.chat_template_kwargs or {})  # a JSON string has been parsed by now
+    options = args.chat_template_kwargs or {}
+    return dict(options) if isinstance(options, dict) else json.loads(options)
 
 
 def _with_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -1,8 +1,10 @@
 """What a training run leaves on disk beside its checkpoints: metrics and a few rollouts, as JSON lines.
 
-`trb report` reads these files. A resumed run drops the lines after the checkpoint it starts from, so the file of a
-killed and resumed run holds the same steps as that of an uninterrupted one. Logging services (W&B, TensorBoard,
-Trackio) stay with `transformers`.
+metrics.jsonl has one object per logged optimizer step; held_out.jsonl one per evaluation of the loss, on the student's
+own rollouts for held-out prompts (the behavior policy plays no part there); rollouts.jsonl a few rollouts with
+per-token numbers. `trb report` reads these files. A resumed run drops the lines after the checkpoint it starts from,
+so the files of a killed and resumed run hold the same steps as those of an uninterrupted one. Logging services (W&B,
+TensorBoard, Trackio) stay with `transformers`.
 """
 
 import json
@@ -18,7 +20,7 @@ __all__ = ["RunRecorder", "append_jsonl", "drop_after_step"]
 
 
 class RunRecorder(TrainerCallback):
-    """Writes `metrics.jsonl` (one object per logged step) and `rollouts.jsonl` in the output directory."""
+    """Writes metrics.jsonl, held_out.jsonl and rollouts.jsonl in the output directory."""
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
         self.directory = Path(output_dir)
@@ -28,7 +30,8 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            drop_after_step(self.directory / "metrics.jsonl", state.global_step)
+            for name in ("metrics.jsonl", "held_out.jsonl"):
+                drop_after_step(self.directory / name, state.global_step)
             # Rollouts are drawn before their step's update, so a resumed run draws those of `global_step` again.
             drop_after_step(self.directory / "rollouts.jsonl", state.global_step - 1)
 
@@ -40,8 +43,13 @@ class RunRecorder(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
             append_jsonl(self.directory / "metrics.jsonl", [{"step": state.global_step, **logs}])
+        if "eval_loss" in logs:
+            held_out = {name.removeprefix("eval_"): value for name, value in logs.items()}
+            append_jsonl(self.directory / "held_out.jsonl", [{"step": state.global_step, **held_out}])
 
     def write_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollout records; call on the main process only."""

@@ -240,13 +240,15 @@ class _Worker:
         self._pump.start()
         try:
             self.reply(STARTUP_LIMIT_S)
-        except (TimeoutError, EOFError) as error:
+        except BaseException as error:
             self._process.kill()
             self._process.wait()
             self._errors.seek(0)
-            trace = self._errors.read()[-2000:].decode(errors="replace")
+            trace = self._errors.read()[-2000:].decode(errors="replace").strip()
             self.stop()
-            raise RuntimeError(f"the answer-checking worker did not start: {trace or error!r}") from error
+            if not isinstance(error, TimeoutError | EOFError):
+                raise
+            raise RuntimeError(f"the answer-checking worker did not start: {trace or error}") from error
 
     def alive(self) -> bool:
         return self._process.poll() is None

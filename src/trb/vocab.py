@@ -58,7 +58,7 @@ class SharedVocabulary:
         shared = logits[..., : self.size].clone()
         if self.folded_ids:
             stop_ids = [self.stop_id, *self.folded_ids]
-            shared[..., self.stop_id] = shared[..., stop_ids].double().logsumexp(-1).to(shared.dtype)
+            shared[..., self.stop_id] = _log_sum_exp(shared[..., stop_ids]).to(shared.dtype)
             shared[..., list(self.folded_ids)] = -math.inf
         return shared
 
@@ -156,3 +156,9 @@ def _as_ids(eos: int | Sequence[int] | None) -> list[int]:
     if eos is None:
         return []
     return [eos] if isinstance(eos, int) else [int(token_id) for token_id in eos]
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """`logsumexp` whose gradient is 0, not NaN, where every entry is -inf."""
+    dead = logits.isneginf().all(-1)
+    return logits.double().masked_fill(dead[..., None], 0.0).logsumexp(-1).masked_fill(dead, -math.inf)

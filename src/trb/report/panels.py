@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trb.report.reading import REFERENCES, Run, Source, number
+from trb.report.reading import REFERENCES, Run, Source, Step, number
 from trb.report.style import Format, label, style_indices
 
 Values = tuple[float | None, ...]
@@ -20,7 +20,8 @@ Values = tuple[float | None, ...]
 @dataclass(frozen=True)
 class Quantity:
     """One chart's subject. `smooth` is for noisy quantities only: smoothing one that follows the schedule
-    would draw a warm-up that ends where it does not. `bound` is the key of an upper bound drawn beside it."""
+    would draw a warm-up that ends where it does not.
+    `held_out` reads held_out.jsonl instead of metrics.jsonl. `bound` is the key of an upper bound drawn beside it."""
 
     key: str
     title: str
@@ -28,6 +29,7 @@ class Quantity:
     caption: str
     format: Format = "number"
     smooth: bool = False
+    held_out: bool = False
     bound: str | None = None
     bound_name: str = ""
 
@@ -71,6 +73,16 @@ BEHAVIOR = (
         bound_name="bound",
     ),
     Quantity("trb/accept_rate", "Accept rate", "", "Student drafts kept by the sampler", format="percent"),
+)
+HELD_OUT = (
+    Quantity("loss", "Held-out loss", "", "Reverse KL on student rollouts for held-out prompts", held_out=True),
+    Quantity(
+        "trb/teacher_log_prob",
+        "Held-out teacher log-probability",
+        "nats",
+        "Of the student's own tokens on held-out prompts",
+        held_out=True,
+    ),
 )
 OPTIMIZER = (
     Quantity("loss", "Loss", "", "Training loss, token mean", smooth=True),
@@ -119,6 +131,7 @@ def groups(source: Source) -> tuple[Group, ...]:
     styles = style_indices([run.name for run in source.runs])
     found = (
         ("Outcome", (*_pass_at_1(source, styles), *_panels(source.runs, OUTCOME, styles))),
+        ("Held-out prompts", _panels(source.runs, HELD_OUT, styles)),
         ("Behavior policy", _panels(source.runs, BEHAVIOR, styles)),
         ("Optimizer", _panels(source.runs, OPTIMIZER, styles)),
     )
@@ -177,25 +190,27 @@ def _panels(runs: Sequence[Run], quantities: Sequence[Quantity], styles: dict[st
 def _panel(runs: Sequence[Run], quantity: Quantity, styles: dict[str, int]) -> Panel:
     series = []
     for run in runs:
-        values = _column(run, quantity.key)
+        records = run.held_out if quantity.held_out else run.metrics
+        values = _column(records, quantity.key)
         if not any(value is not None for value in values):
             continue
-        bound = _column(run, quantity.bound) if quantity.bound else ()
+        bound = _column(records, quantity.bound) if quantity.bound else ()
         series.append(
             Series(
                 method=run.name,
                 label=label(run.name),
                 style=styles[run.name],
-                x=tuple(record.step for record in run.metrics),
+                x=tuple(record.step for record in records),
                 y=values,
                 bound=bound if any(value is not None for value in bound) else (),
             )
         )
-    return Panel(_slug(quantity.key.removeprefix("trb/")), quantity, tuple(series))
+    prefix = "held-out-" if quantity.held_out else ""
+    return Panel(prefix + _slug(quantity.key.removeprefix("trb/")), quantity, tuple(series))
 
 
-def _column(run: Run, key: str) -> Values:
-    return tuple(number(record.values, key, record.where) for record in run.metrics)
+def _column(records: Sequence[Step], key: str) -> Values:
+    return tuple(number(record.values, key, record.where) for record in records)
 
 
 def _pass_at_1(source: Source, styles: dict[str, int]) -> tuple[Panel, ...]:

@@ -1,6 +1,6 @@
 """Reads a run directory or a comparison directory into plain records.
 
-A run directory holds config.yaml, provenance.json, metrics.jsonl, evals.jsonl, rollouts.jsonl and
+A run directory holds config.yaml, provenance.json, metrics.jsonl, held_out.jsonl, evals.jsonl, rollouts.jsonl and
 results.json; a comparison directory holds one run directory per method and its own results.json. Files that a
 young run has not written yet are allowed to be missing. This module checks shapes and says where a file is
 wrong; it draws nothing, averages nothing, and leaves rollouts on disk, because those files can be larger than
@@ -19,7 +19,7 @@ import yaml
 
 from trb.report.style import LABELS
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
 REFERENCES = ("student", "teacher")
 _LARGEST = 1e300
 
@@ -44,7 +44,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Step:
-    """One line of metrics.jsonl; `where` names file and line for messages about `values`."""
+    """One line of metrics.jsonl or held_out.jsonl; `where` names file and line for messages about `values`."""
 
     step: int
     where: str
@@ -60,6 +60,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[Step, ...] = ()
+    held_out: tuple[Step, ...] = ()
     evals: tuple[Score, ...] = ()
 
     @property
@@ -212,6 +213,7 @@ def _read_run(directory: Path, notes: list[str], name: str | None = None) -> Run
         config=config,
         provenance=_read_json(directory / "provenance.json"),
         metrics=_read_metrics(directory / "metrics.jsonl", notes),
+        held_out=_read_metrics(directory / "held_out.jsonl", notes),
         evals=_read_evals(directory / "evals.jsonl", notes),
     )
 

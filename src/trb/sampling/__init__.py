@@ -15,7 +15,7 @@ from trb.modeling import without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.lockstep import sample_lockstep
 from trb.sampling.rollout import Rollout, RolloutStats
-from trb.sampling.uniforms import prompt_key, stream_seed
+from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
 from trb.vocab import SharedVocabulary, head_rows
 
 __all__ = ["METHODS", "Rollout", "RolloutStats", "prompt_key", "sample", "stream_seed"]
@@ -53,11 +53,11 @@ def sample(
         max_new_tokens: the longest completion, stop token included.
         eos_token_id: the id, or ids, that end a completion; the first is the one emitted.
         teacher_eos_token_id: the teacher's stop ids; None means the student's.
-        temperature: divides both models' logits before anything else.
+        temperature: divides both models' logits, after stop ids are folded into one.
         seed: 64-bit seed of the call's random stream.
         method: `"lockstep"`, both models token by token.
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
-        rollout_index: which rollout of its prompt each row is; by default 0.
+        rollout_index: which rollout of its prompt each row is, in [0, 2**24); by default 0.
         vocab_size: sample from the first so many head rows only; by default all rows the given models share.
         max_rows: rows in flight at once, to bound memory; by default all.
 
@@ -72,7 +72,9 @@ def sample(
     models = [student] if teacher is None else [student, teacher]
     sizes = [head_rows(model) for model in models] + ([] if vocab_size is None else [vocab_size])
     vocabulary = SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id)
-    _check(models, rows, policy, max_new_tokens, temperature, keys, index, method, vocabulary)
+    _check_options(policy, len(models), max_new_tokens, temperature, method, max_rows)
+    _check_rows(rows, keys, index, vocabulary.size)
+    _check_positions(models, rows, max_new_tokens)
 
     rollout = Rollout()
     step = max_rows or max(1, len(rows))
@@ -96,36 +98,40 @@ def sample(
     return rollout
 
 
-def _check(
-    models: list[PreTrainedModel],
-    prompts: list[list[int]],
-    policy: BehaviorPolicy,
-    max_new_tokens: int,
-    temperature: float,
-    keys: list[int],
-    index: list[int],
-    method: str,
-    vocabulary: SharedVocabulary,
+def _check_options(
+    policy: BehaviorPolicy, models: int, max_new_tokens: int, temperature: float, method: str, max_rows: int | None
 ) -> None:
     if method not in METHODS:
         near = difflib.get_close_matches(str(method), METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown sampling method {method!r}; choose one of {', '.join(METHODS)}{hint}")
-    if policy.needs_teacher and len(models) < 2:
+    if policy.needs_teacher and models < 2:
         raise ValueError(f"{policy!r} needs a teacher, got teacher=None")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    for name, values in (("prompt_keys", keys), ("rollout_index", index)):
+
+
+def _check_rows(prompts: list[list[int]], keys: list[int], index: list[int], vocabulary_size: int) -> None:
+    for name, values, end in (("prompt_keys", keys, 1 << 64), ("rollout_index", index, MAX_ROLLOUTS)):
         if len(values) != len(prompts):
             raise ValueError(f"{name} has {len(values)} entries for {len(prompts)} prompts")
+        outside = [value for value in values if not 0 <= value < end]
+        if outside:
+            raise ValueError(f"{name} must lie in [0, {end}), got {outside[0]}")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} is empty; a prompt needs at least one token")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary.size:
-            bad = next(token for token in prompt if not 0 <= token < vocabulary.size)
-            raise ValueError(f"prompt {row} contains token id {bad}, outside the {vocabulary.size} shared head rows")
+        outside = [token for token in prompt if not 0 <= token < vocabulary_size]
+        if outside:
+            raise ValueError(
+                f"prompt {row} contains token id {outside[0]}, outside the {vocabulary_size} shared head rows"
+            )
+
+
+def _check_positions(models: list[PreTrainedModel], prompts: list[list[int]], max_new_tokens: int) -> None:
     longest = max(map(len, prompts), default=0)
     for model in models:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -22,8 +22,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_MAX_POSITION = _MASK
-_MAX_ROLLOUT_INDEX = (1 << 24) - 1
+# Rollout indices share a counter word with the purpose.
+MAX_ROLLOUTS = 1 << 24
 
 
 def uniforms(seed: int, prompt_keys_N: Tensor, rollout_index_N: Tensor, position_N: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def uniforms(seed: int, prompt_keys_N: Tensor, rollout_index_N: Tensor, position
     for purpose in range(len(PURPOSES)):
         counter = (
             position_N,
-            rollout_index_N | (purpose << 24),
+            rollout_index_N | (purpose * MAX_ROLLOUTS),
             prompt_keys_N & _MASK,
             (prompt_keys_N >> 32) & _MASK,
         )

@@ -1,0 +1,81 @@
+"""The wheel: built from the sources as a user's pip would, it holds every data file and works from anywhere."""
+
+import importlib.metadata
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "src")
+
+
+def has_build_backend() -> bool:
+    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
+        return False
+    return Version(importlib.metadata.version("setuptools")) >= Version("77")
+
+
+pytestmark = pytest.mark.skipif(not has_build_backend(), reason="needs pip and setuptools>=77 to build a wheel")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout, built in a copy: building in place leaves files behind."""
+    source = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in BUILD_INPUTS:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=ignore)
+        else:
+            shutil.copy(path, source / name)
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    result = subprocess.run(
+        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return next(target.glob("trb-*.whl"))
+
+
+def test_it_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
+    package = ROOT / "src" / "trb"
+    files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    expected = {path.relative_to(package.parent).as_posix() for path in files}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == expected
+    assert any(name.endswith(".safetensors") for name in packed)
+
+
+def test_its_metadata_names_the_command_the_licence_and_the_python(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+    assert "trb = trb.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
+    metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+
+
+def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import trb; from trb.loading import load_model, load_tokenizer\n"
+        f"assert trb.__file__.startswith({str(tmp_path)!r}), trb.__file__\n"
+        "model, tokenizer = load_model('zoo:student'), load_tokenizer('zoo:student')\n"
+        "assert tokenizer.eos_token_id is not None\n"
+        "from trb import provenance\n"
+        "assert provenance.describe()['commit'] is None\n"
+    )
+    # -I: neither the working directory nor PYTHONPATH may lend a hand.
+    command = [sys.executable, "-I", "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
