@@ -370,6 +370,7 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, victim: str, damage: str, caplo
         loading.smollm2_directory()
     assert "is damaged: converting" in caplog.text
     assert (directory / "model.safetensors").read_bytes() == intact
+    assert [path.name for path in cache.iterdir()] == [directory.name]
 
 
 def test_a_failed_conversion_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,7 +372,7 @@ def test_rewards_are_logged_and_never_trained_on(tmp_path: Path) -> None:
 
     def reward(texts: list[str], rows: Any) -> list[float]:
         calls.append((len(texts), [row["answer"] for row in rows]))
-        return [1.0, 0.0] * (len(texts) // 2)
+        return [1.0, 0.0, float("nan"), 0.5] * (len(texts) // 4)  # nan: a row without an answer
 
     with_reward = build(tmp_path / "a", reward_fn=reward)
     with_reward.train()

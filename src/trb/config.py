@@ -48,11 +48,10 @@ _REPLACED = {
     "teacher_model_name_or_path": "use teacher",
     "teacher_model_revision": "use teacher_revision",
     "teacher_model_init_kwargs": "use teacher_dtype",
-    "eval_strategy": "use eval_every",
-    "eval_steps": "use eval_every",
-    "eval_delay": "use eval_every",
+    "eval_strategy": "use eval_every (pass@1) and held_out_every (loss)",
+    "eval_steps": "use eval_every (pass@1) and held_out_every (loss)",
+    "eval_delay": "use eval_every (pass@1) and held_out_every (loss)",
     "eval_on_start": "leave it out: the student is always evaluated before training",
-    "per_device_eval_batch_size": "use eval_max_rows",
     "load_best_model_at_end": "leave it out: choose a checkpoint from evals.jsonl",
     "do_train": "leave it out",
     "do_eval": "use eval_data",
@@ -119,6 +118,8 @@ class RunConfig:
     prompts_per_step: int | None = _option(
         None, "Prompts in an optimizer step, over all processes; sets gradient_accumulation_steps."
     )
+    held_out_prompts: int = _option(0, "Prompts set aside from train_data, for the loss on the student's own rollouts.")
+    held_out_every: int = _option(10, "Optimizer steps between measurements of that loss.")
     reward_timeout_s: float = _option(5.0, "Seconds the grader may spend on one answer (rewards and evaluation).")
 
     eval_data: str | list[str] = field(
@@ -195,6 +196,8 @@ _SMALLEST = {
     "train_limit": 1,
     "max_prompt_length": 1,
     "prompts_per_step": 1,
+    "held_out_prompts": 0,
+    "held_out_every": 1,
     "eval_limit": 1,
     "eval_max_new_tokens": 1,
     "eval_every": 0,
@@ -216,6 +219,8 @@ class Recipe:
         try:
             if self.run.prompts_per_step is not None:
                 options["gradient_accumulation_steps"] = self._accumulation_steps()
+            if self.run.held_out_prompts:
+                options |= {"eval_strategy": "steps", "eval_steps": self.run.held_out_every}
             args = TRBConfig(output_dir=str(output_dir), disable_tqdm=True, **options)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ConfigError(f"{self.source}: {error}") from error

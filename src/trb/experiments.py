@@ -1,10 +1,10 @@
 """Experiments: train one method, or several from the same start, and leave everything on disk that a reader needs.
 
 A run directory holds config.yaml (a recipe with every default filled in), provenance.json, metrics.jsonl, evals.jsonl,
-rollouts.jsonl, checkpoints, evaluations/ (results per problem), model/ and, once finished, results.json. A comparison
-directory holds recipe.yaml, evaluations/ of the student and the teacher, one run directory per method, and
-results.json. Calling again continues: finished parts are kept, an interrupted run starts from its last complete
-checkpoint, and another configuration in the same directory is refused.
+held_out.jsonl, rollouts.jsonl, checkpoints, evaluations/ (results per problem), model/ and, once finished,
+results.json. A comparison directory holds recipe.yaml, evaluations/ of the student and the teacher, one run directory
+per method, and results.json. Calling again continues: finished parts are kept, an interrupted run starts from its last
+complete checkpoint, and another configuration in the same directory is refused.
 
 Methods of a comparison start from the same weights, see the same prompts in the same order and, because every draw is
 a function of (seed, prompt, rollout, position), share their noise: paired comparisons have less variance.
@@ -84,7 +84,8 @@ _MAY_CHANGE = {
     "report_to",
     "run_name",
 }
-_RUN_FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl", "results.json")
+_MEASUREMENTS = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
+_RUN_FILES = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "report.html")
 _CPU_CACHE_BYTES = 2 << 30
 _MOST_ROWS = 512
 
@@ -163,9 +164,8 @@ def compare(
     listener.plan({name: max(0, variant.training_config(directory).max_steps) for name, variant in recipes.items()})
     if args.process_index == 0:
         _require_writable(directory)
-        _write(directory / "recipe.yaml", recipe.to_yaml())
     with _explained_disk_errors(directory):
-        initial = _initial_scores(recipe, args, directory / "evaluations", listener)
+        initial = _initial_scores(recipe, args, directory, listener)
         results = {"student": mean_of_suites(initial["student"])}
         for name, variant in recipes.items():
             finished = _train(variant, directory / name, name, initial["student"], False, listener)
@@ -195,20 +195,19 @@ def _train(
     checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
     if main:
         _require_writable(directory)
-        (directory / "results.json").unlink(missing_ok=True)
-        _write(directory / "config.yaml", recipe.to_yaml())
-        provenance.write(directory)
-        if checkpoint is None:
-            _clear_measurements(directory)
 
     listener.stage(f"{name}: loading models and data")
     tokenizer, teacher_tokenizer = load_tokenizers(run)
-    prompts = _training_prompts(run, args, tokenizer)
+    prompts, held_out = _training_prompts(run, args, tokenizer)
     problems = problem_sets(run)
     set_seed(args.seed)  # before adapters are initialised
     student, teacher = load_pair(run)
     check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
     _require_space(directory, student, run, args)
+    if main:
+        # Not before: a run that could not load must not claim the directory.
+        _begin(directory, recipe, afresh=checkpoint is None)
+    args.eval_on_start = bool(held_out) and checkpoint is None
     with Verifier(run.reward_timeout_s) as verifier, _explained_disk_errors(directory):
         score = partial(evaluate_suites, tokenizer=tokenizer, problems=problems, run=run, args=args, verifier=verifier)
         observer = _Observer(directory, name, run.eval_every if problems else 0, score, listener)
@@ -217,6 +216,7 @@ def _train(
             teacher_model=teacher,
             args=args,
             train_dataset=prompts,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             teacher_processing_class=teacher_tokenizer,
             reward_fn=verifier.score,
@@ -381,7 +381,10 @@ def load_pair(run: RunConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
     return student, teacher
 
 
-def _training_prompts(run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase) -> "Dataset":
+def _training_prompts(
+    run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple["Dataset", "Dataset | None"]:
+    """The prompts to train on, and those held out to measure the loss on."""
     prompts = load_prompts(
         run.train_data,
         split=run.train_split,
@@ -394,12 +397,19 @@ def _training_prompts(run: RunConfig, args: TRBConfig, tokenizer: PreTrainedToke
     )
     prompts = check_lengths(prompts, tokenizer, run.max_prompt_length, run.overlong_prompts, **_template_options(args))
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    if len(prompts) < batch // args.num_generations:
+    needed = batch // args.num_generations
+    if len(prompts) - run.held_out_prompts < needed:
         raise ConfigError(
-            f"{run.train_data} has {len(prompts)} prompts, fewer than the {batch // args.num_generations} of one "
-            "optimizer step; add prompts, or lower prompts_per_step or per_device_train_batch_size"
+            f"{run.train_data} has {len(prompts)} prompts, {run.held_out_prompts} of them held out: fewer than the "
+            f"{needed} of one optimizer step are left; add prompts, or lower prompts_per_step or held_out_prompts"
         )
-    return prompts
+    if not run.held_out_prompts:
+        return prompts, None
+    held_out = set(random.Random(run.train_seed).sample(range(len(prompts)), run.held_out_prompts))
+    return (
+        prompts.select([index for index in range(len(prompts)) if index not in held_out]),
+        prompts.select(sorted(held_out)),
+    )
 
 
 def problem_sets(run: RunConfig) -> dict[str, "Dataset"]:
@@ -493,9 +503,10 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _initial_scores(
-    recipe: Recipe, args: TRBConfig, folder: Path, listener: Listener
+    recipe: Recipe, args: TRBConfig, directory: Path, listener: Listener
 ) -> dict[str, list[dict[str, Any]]]:
     """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read."""
+    folder = directory / "evaluations"
     paths = {name: folder / f"{name}.json" for name in ("student", "teacher")}
     if not all(path.exists() for path in paths.values()):
         run = recipe.run
@@ -505,6 +516,8 @@ def _initial_scores(
         _training_prompts(run, args, tokenizer)  # a bad prompt file should not wait for the evaluation to end
         student, teacher = load_pair(run)
         check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
+        if args.process_index == 0:
+            _write(directory / "recipe.yaml", recipe.to_yaml())
         with Verifier(run.reward_timeout_s) as verifier:
             for name, model in (("student", student), ("teacher", teacher)):
                 scores = evaluate_suites(
@@ -523,6 +536,8 @@ def _initial_scores(
         del student, teacher, model
         _free_memory()
         args.distributed_state.wait_for_everyone()
+    elif args.process_index == 0:
+        _write(directory / "recipe.yaml", recipe.to_yaml())  # methods may have joined
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
 
 
@@ -623,18 +638,22 @@ def _finished(directory: Path, recipe: Recipe) -> bool:
 
 def _clear(directory: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    for name in (*_RUN_FILES, "report.html"):
+    for name in _RUN_FILES:
         (directory / name).unlink(missing_ok=True)
     for path in (*directory.glob("checkpoint-*"), *(directory / name for name in ("model", "model.partial"))):
         shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(directory / "evaluations", ignore_errors=True)
 
 
-def _clear_measurements(directory: Path) -> None:
-    """What an interrupted run without a checkpoint left behind would not belong to the new one."""
-    for name in ("metrics.jsonl", "evals.jsonl", "rollouts.jsonl"):
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / "evaluations", ignore_errors=True)
+def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
+    """Claim the directory for a run; without a checkpoint, drop what an interrupted one measured."""
+    (directory / "results.json").unlink(missing_ok=True)
+    if afresh:
+        for name in _MEASUREMENTS:
+            (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(directory / "evaluations", ignore_errors=True)
+    _write(directory / "config.yaml", recipe.to_yaml())
+    provenance.write(directory)
 
 
 def _clear_comparison(directory: Path, recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ Left out on purpose: device placement and sharding (Accelerate's work), quantise
 tokenizers agree (`trb.vocab`).
 """
 
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -293,7 +294,9 @@ def smollm2_directory() -> Path:
     directory = _cache_root() / SMOLLM2 / f"{digest[:16]}-{_CONVERSION}"
     if directory.is_dir() and not _intact(directory):
         logger.warning("the converted model in %s is damaged: converting %s again", directory, gguf)
-        shutil.rmtree(directory)
+        # Moved first, as another process may be about to do the same: only one of them gets to delete it.
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(directory.rename(directory.with_name(f".{directory.name}-damaged-{os.getpid()}")))
     if not directory.is_dir():
         logger.info("converting %s to safetensors in %s", gguf, directory)
         _build_atomically(gguf, digest, directory)

@@ -379,8 +379,8 @@ class TRBTrainer(DistillationTrainer):
         ]
         texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
         rewards = None if self.reward_fn is None else self.reward_fn(texts, inputs)
-        if rewards is not None:
-            self._add(mode, "reward", sum(rewards), len(rewards))
+        known = [reward for reward in rewards or [] if not math.isnan(reward)]  # nan: the row has no answer
+        self._add(mode, "reward", sum(known), len(known))
         self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
         stop_ids = {self.vocabulary.stop_id, *self.vocabulary.folded_ids}
         stopped = sum(bool(ids) and ids[-1] in stop_ids for ids in completions)
