@@ -183,7 +183,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, complaint: str) -> 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words\n"])
 def test_a_recipe_is_a_mapping(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="recipe.yaml must hold a mapping"):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml must hold a mapping"):
         load_recipe(tmp_path / "recipe.yaml")
 
 

@@ -33,10 +33,12 @@ _MAX_EVALUATIONS = 90
 _NEWTON_EVALUATIONS = 8
 # Above this, every student probability and every e^{βr} is a normal float32 number (r ≤ -log student ≤ 85).
 _FLOAT32_LOG_PROB_FLOOR = -85.0
+# Below this, a log-probability may stem from a mask written as the dtype's minimum (-65504 in float16).
+_POSSIBLE_MASK = -1e4
 # Below this budget, rounding of float32 log-probabilities reaches a thousandth of the divergence.
 _FLOAT32_BUDGET_FLOOR = 5e-4
-# Rows are solved in blocks of about this many elements, which bounds temporary memory.
-_BLOCK_ELEMENTS = 1 << 20
+# Rows are solved in blocks of about this many elements: temporaries of a megabyte stay in cache.
+_BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -128,39 +130,44 @@ def _store(result: BlendResult, rows: slice | Tensor, part: BlendResult) -> None
 
 def _solve_rows(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, dtype: torch.dtype) -> BlendResult:
     """Solve in `dtype`, sending rows that float32 cannot represent well through float64."""
-    log_student_NV, log_teacher_NV = _log_softmax(student_NV, dtype), _log_softmax(teacher_NV, dtype)
-    hard_N = _lowest(log_student_NV, log_teacher_NV) < _FLOAT32_LOG_PROB_FLOOR
+    log_student_NV, lowest_student_N = _log_softmax(student_NV, dtype)
+    log_teacher_NV, lowest_teacher_N = _log_softmax(teacher_NV, dtype)
+    hard_N = torch.minimum(lowest_student_N, lowest_teacher_N) < _FLOAT32_LOG_PROB_FLOOR
     hard_N |= (budget_N > 0) & (budget_N < _FLOAT32_BUDGET_FLOOR)
     if dtype == torch.float64 or not hard_N.any():
         return _solve_log_probs(log_student_NV, log_teacher_NV, budget_N)
     result = _empty_result(student_NV, dtype)
     easy_N = ~hard_N
     _store(result, easy_N, _solve_log_probs(log_student_NV[easy_N], log_teacher_NV[easy_N], budget_N[easy_N]))
-    hard_student_NV = _log_softmax(student_NV[hard_N], torch.float64)
-    hard_teacher_NV = _log_softmax(teacher_NV[hard_N], torch.float64)
+    hard_student_NV, _ = _log_softmax(student_NV[hard_N], torch.float64)
+    hard_teacher_NV, _ = _log_softmax(teacher_NV[hard_N], torch.float64)
     _store(result, hard_N, _solve_log_probs(hard_student_NV, hard_teacher_NV, budget_N[hard_N]))
     return result
 
 
-def _log_softmax(logits_NV: Tensor, dtype: torch.dtype) -> Tensor:
-    masked_NV = logits_NV <= torch.finfo(logits_NV.dtype).min / 2
-    return torch.log_softmax(logits_NV.to(dtype).masked_fill(masked_NV, -math.inf), dim=-1)
+def _log_softmax(logits_NV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and the lowest finite one of each row; a dtype's most negative number counts as -inf."""
+    log_probs_NV = torch.log_softmax(logits_NV, dim=-1, dtype=dtype)
+    lowest_N = _lowest_finite(log_probs_NV)
+    if (lowest_N < _POSSIBLE_MASK).any():
+        masked_NV = logits_NV <= torch.finfo(logits_NV.dtype).min / 2
+        log_probs_NV = torch.log_softmax(logits_NV.to(dtype).masked_fill(masked_NV, -math.inf), dim=-1)
+        lowest_N = _lowest_finite(log_probs_NV)
+    return log_probs_NV, lowest_N
 
 
-def _lowest(*log_probs: Tensor) -> Tensor:
-    lowest = [torch.where(log_probs_NV.isneginf(), 0.0, log_probs_NV).amin(-1) for log_probs_NV in log_probs]
-    return torch.stack(lowest).amin(0)
+def _lowest_finite(log_probs_NV: Tensor) -> Tensor:
+    return torch.nan_to_num(log_probs_NV, nan=0.0, neginf=0.0).amin(-1)
 
 
 def _solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: Tensor) -> BlendResult:
-    shared_NV = log_student_NV.isfinite() & log_teacher_NV.isfinite()
-    kept_student_N = _log_mass_kept(log_student_NV, shared_NV)
-    kept_teacher_N = _log_mass_kept(log_teacher_NV, shared_NV)
-    path = _Path.between(log_student_NV, log_teacher_NV, shared_NV)
+    shared = _shared_support(log_student_NV, log_teacher_NV)
+    kept_student_N, kept_teacher_N = shared.kept_student_N, shared.kept_teacher_N
+    path = _Path.between(shared)
     # KL(μ || student) = KL(μ || student on the shared support) - log student(shared support): the budget shrinks.
     room_N = budget_N + kept_student_N
     unbounded_N = budget_N.isposinf()
-    stays_N = ~unbounded_N & ((budget_N == 0) | ~(room_N >= 0) | ~shared_NV.any(-1))
+    stays_N = ~unbounded_N & ((budget_N == 0) | ~(room_N >= 0))
     reaches_N = unbounded_N | (~stays_N & (path.kl_end_N <= room_N))
     searched_N = ~stays_N & ~reaches_N
 
@@ -168,15 +175,17 @@ def _solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: T
     if searched_N.any():
         slack_N = _WINDOW * budget_N[searched_N]
         point.put(searched_N, _search(path.rows(searched_N), room_N[searched_N], slack_N))
-    point.put(reaches_N, _Point.at_teacher(path.rows(reaches_N)))
+    if reaches_N.any():
+        point.put(reaches_N, _Point.at_teacher(path.rows(reaches_N)))
 
     kl_student_N = (point.kl_N - kept_student_N).masked_fill(stays_N, 0.0)
     kl_teacher_N = (point.weight_N - 1) * point.mean_N - point.log_norm_N - kept_teacher_N
     kl_teacher_N = kl_teacher_N.clamp_min(0).masked_fill(stays_N & (kept_student_N < 0), math.inf)
     log_probs_NV = path.log_probs(point)
-    log_probs_NV[reaches_N] = (log_teacher_NV - kept_teacher_N[:, None].to(log_teacher_NV.dtype))[reaches_N]
-    log_probs_NV.masked_fill_(~shared_NV, -math.inf)
-    log_probs_NV[stays_N] = log_student_NV[stays_N]
+    if reaches_N.any():
+        log_probs_NV[reaches_N] = shared.log_teacher_NV[reaches_N]
+    if stays_N.any():
+        log_probs_NV[stays_N] = log_student_NV[stays_N]
     if unbounded_N.any():  # the teacher itself, even where it allows what the student does not
         log_probs_NV[unbounded_N] = log_teacher_NV[unbounded_N]
         kl_teacher_N = kl_teacher_N.masked_fill(unbounded_N, 0.0)
@@ -184,15 +193,37 @@ def _solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: T
     return BlendResult(log_probs_NV, point.weight_N, kl_student_N, kl_teacher_N, point.evaluations_N + 3)
 
 
-def _log_mass_kept(log_probs_NV: Tensor, shared_NV: Tensor) -> Tensor:
-    """Log of the mass on the shared support: exactly 0 when nothing is lost, accurate when almost all of it is."""
-    lost_N = log_probs_NV.exp().masked_fill_(shared_NV, 0.0).sum(-1, dtype=torch.float64)
-    kept_N = torch.log1p(-lost_N.clamp_max(1.0))
-    mostly_lost_N = lost_N > 0.5
-    if mostly_lost_N.any():
-        rest_NV = log_probs_NV[mostly_lost_N].double().masked_fill(~shared_NV[mostly_lost_N], -math.inf)
-        kept_N[mostly_lost_N] = rest_NV.logsumexp(-1)
-    return kept_N
+class _Shared(NamedTuple):
+    """Both models on the tokens that both allow; -inf elsewhere."""
+
+    log_student_NV: Tensor
+    log_teacher_NV: Tensor
+    ratio_NV: Tensor  # log teacher - log student, 0 off the support
+    kept_student_N: Tensor  # log of the student's mass on the support
+    kept_teacher_N: Tensor
+
+
+def _shared_support(log_student_NV: Tensor, log_teacher_NV: Tensor) -> _Shared:
+    """Restrict rows whose supports differ. Masking is an order dearer than arithmetic on a CPU, so others are left."""
+    ratio_NV = (log_teacher_NV - log_student_NV).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    differ_N = ratio_NV.amax(-1).isinf() | ratio_NV.amin(-1).isinf()
+    kept_student_N, kept_teacher_N = torch.zeros(2, len(ratio_NV), dtype=torch.float64, device=ratio_NV.device)
+    if differ_N.any():
+        off_NV = ratio_NV.isinf()
+        log_student_NV, kept_student_N = _restrict(log_student_NV, off_NV)
+        log_teacher_NV, kept_teacher_N = _restrict(log_teacher_NV, off_NV)
+        ratio_NV = (log_teacher_NV - log_student_NV).nan_to_num_(nan=0.0)
+    return _Shared(log_student_NV, log_teacher_NV, ratio_NV, kept_student_N, kept_teacher_N)
+
+
+def _restrict(log_probs_NV: Tensor, off_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities renormalised on the support, and the log of their mass there: 0 where nothing is lost."""
+    lost_N = log_probs_NV.exp().masked_fill_(~off_NV, 0.0).sum(-1, dtype=torch.float64)
+    rest_NV = log_probs_NV.masked_fill(off_NV, -math.inf)
+    # Through the lost mass while it is small, through the rest where little remains: each is exact where it is used.
+    kept_N = torch.where(lost_N < 0.5, torch.log1p(-lost_N.clamp_max(1.0)), rest_NV.double().logsumexp(-1))
+    shift_N = torch.where(kept_N.isfinite(), kept_N, 0.0)
+    return rest_NV - shift_N[:, None].to(rest_NV.dtype), kept_N
 
 
 class _Path(NamedTuple):
@@ -203,7 +234,7 @@ class _Path(NamedTuple):
 
     log_student_NV: Tensor  # -inf off the shared support
     weight_NV: Tensor  # student probabilities, 0 off the shared support
-    ratio_NV: Tensor  # log teacher - log student (minus shift_N), 0 off the shared support
+    ratio_NV: Tensor  # log teacher - log student, minus shift_N; finite off the shared support
     shift_N: Tensor  # what was subtracted from the ratio
     mean_N: Tensor  # E_student[log teacher - log student] = -KL(student || teacher)
     variance_N: Tensor  # of the ratio under the student
@@ -211,15 +242,19 @@ class _Path(NamedTuple):
     kl_end_N: Tensor  # KL(teacher || student): the divergence at the end of the path
 
     @classmethod
-    def between(cls, log_student_NV: Tensor, log_teacher_NV: Tensor, shared_NV: Tensor) -> "_Path":
-        off_NV = ~shared_NV
-        log_student_NV, weight_NV = _renormalise(log_student_NV, off_NV)
-        log_teacher_NV, teacher_NV = _renormalise(log_teacher_NV, off_NV)
-        ratio_NV = (log_teacher_NV - log_student_NV).masked_fill_(off_NV, 0.0)
-        kl_end_N = (teacher_NV * ratio_NV).sum(-1)
-        mean_N = (weight_NV * ratio_NV).sum(-1)
-        centred_NV = (ratio_NV - mean_N[:, None]).masked_fill_(off_NV, 0.0)
-        squared_NV = weight_NV * centred_NV.square()
+    def between(cls, shared: _Shared) -> "_Path":
+        # `log_softmax` in float32 is short of 1 by up to 1e-5 at V = 150,000; the sums below must not be.
+        weight_NV, teacher_NV = shared.log_student_NV.exp(), shared.log_teacher_NV.exp()
+        total_N, teacher_total_N = weight_NV.sum(-1, keepdim=True), teacher_NV.sum(-1, keepdim=True)
+        weight_NV /= total_N
+        log_student_NV = shared.log_student_NV - total_N.log()
+        ratio_NV = shared.ratio_NV.add_((total_N / teacher_total_N).log())
+        kl_end_N = teacher_NV.mul_(ratio_NV).sum(-1) / teacher_total_N.squeeze(-1)
+        mean_N = torch.mul(weight_NV, ratio_NV, out=teacher_NV).sum(-1)
+        centred_NV = ratio_NV - mean_N[:, None]
+        moment_NV = torch.mul(weight_NV, centred_NV, out=teacher_NV).mul_(centred_NV)
+        variance_N = moment_NV.sum(-1)
+        third_N = moment_NV.mul_(centred_NV).sum(-1)
         centre = ratio_NV.dtype == torch.float32
         return cls(
             log_student_NV,
@@ -227,8 +262,8 @@ class _Path(NamedTuple):
             centred_NV if centre else ratio_NV,
             (mean_N if centre else torch.zeros_like(mean_N)).double(),
             mean_N.double(),
-            squared_NV.sum(-1).double(),
-            (squared_NV * centred_NV).sum(-1).double(),
+            variance_N.double(),
+            third_N.double(),
             kl_end_N.double().clamp_min(0),
         )
 
@@ -270,14 +305,6 @@ class _Path(NamedTuple):
         mean_N = (blend_NV * self.ratio_NV).sum(-1)
         variance_N = (blend_NV * (self.ratio_NV - mean_N[:, None]).square()).sum(-1)
         return (weight_N * mean_N - log_norm_N).clamp_min(0), variance_N, log_norm_N, mean_N
-
-
-def _renormalise(log_probs_NV: Tensor, off_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and probabilities on the shared support. `log_softmax` is short by up to 1e-5 at V = 150k."""
-    log_probs_NV = log_probs_NV.masked_fill(off_NV, -math.inf)
-    total_N = log_probs_NV.logsumexp(-1, keepdim=True)
-    log_probs_NV = (log_probs_NV - torch.where(total_N.isfinite(), total_N, 0.0)).masked_fill_(off_NV, -math.inf)
-    return log_probs_NV, log_probs_NV.exp()
 
 
 @dataclass

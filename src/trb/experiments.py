@@ -47,6 +47,7 @@ from trb.config import ConfigError, Recipe, RunConfig
 from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
 from trb.loading import load_model, load_tokenizer, memory_estimate
+from trb.modeling import without_adapters
 from trb.recording import append_jsonl, drop_after_step
 from trb.rewards import Verifier
 from trb.trainer import TRBConfig, TRBTrainer
@@ -565,7 +566,9 @@ def _with_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str
 def _rows_in_flight(model: PreTrainedModel, tokens: int, device: torch.device) -> int:
     """How many completions keep their KV cache within 2 GiB, or a quarter of a GPU's memory."""
     budget = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else _CPU_CACHE_BYTES
-    row = memory_estimate(model, batch=1, sequence_length=tokens, training=False, dtype="auto")["kv_cache"]
+    row = memory_estimate(without_adapters(model), batch=1, sequence_length=tokens, training=False, dtype="auto")[
+        "kv_cache"
+    ]
     return max(1, min(_MOST_ROWS, budget // max(1, row)))
 
 

@@ -1,0 +1,562 @@
+"""Runs and comparisons on the embedded pair: what they write, and what a kill, a full disk or a re-run does to it."""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from trb import experiments, zoo
+from trb.config import ConfigError, Recipe, load_recipe, make_recipe
+from trb.experiments import DiskFullError, Listener, RunDirectoryError, compare, last_checkpoint, mean_of_suites, train
+from trb.loading import load_model, load_tokenizer
+from trb.trainer import TRBTrainer
+
+SMALL: dict[str, Any] = {
+    "student": "zoo:student",
+    "teacher": "zoo:teacher",
+    "train_data": "zoo:chains",
+    "train_limit": 40,
+    "max_prompt_length": 32,
+    "max_steps": 6,
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 8,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "initial_kl_budget": 0.3,
+    "blend_warmup_steps": 4,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "eval_data": "zoo:chains",
+    "eval_limit": 4,
+    "eval_every": 2,
+}
+# Clocks, and a counter of TRL's that starts at 0 again after a resume.
+UNREPEATABLE = {"step_time", "num_tokens", "runtime", "samples_per_second", "steps_per_second"}
+
+
+def small(**changes: Any) -> Recipe:
+    return make_recipe({**SMALL, **changes})
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def repeatable(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in UNREPEATABLE} for row in records(path)]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model" / "model.safetensors")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    for name in ("metrics.jsonl", "evals.jsonl", "rollouts.jsonl"):
+        assert repeatable(first / name) == repeatable(second / name), name
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `small(save_strategy="steps", save_steps=2)`, never interrupted. Read it, change nothing."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    train(small(save_strategy="steps", save_steps=2), directory)
+    return directory
+
+
+# ---- what a run leaves ----
+
+
+def test_a_run_leaves_what_the_report_reads(finished: Path) -> None:
+    assert [row["step"] for row in records(finished / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in records(finished / "evals.jsonl")] == [0, 2, 4, 6]
+    assert records(finished / "evals.jsonl")[0].keys() == {
+        "step", "name", "pass_at_1", "interval", "n_problems", "n_samples", "mean_length", "stop_rate"
+    }  # fmt: skip
+    results = json.loads((finished / "results.json").read_text())
+    assert results.keys() == {"student", "trb", "provenance"}
+    assert results["trb"]["steps"] == 6
+    first, last = records(finished / "evals.jsonl")[0], records(finished / "evals.jsonl")[-1]
+    assert results["student"]["interval"] == first["interval"]
+    assert results["trb"]["pass_at_1"] == last["pass_at_1"]
+    assert results["provenance"]["versions"]["torch"]
+    assert json.loads((finished / "provenance.json").read_text())["python"]
+    assert not list(finished.rglob("*partial*"))
+    assert not list((finished / "model").glob("*.bin")), "the final model holds no pickles"
+
+
+def test_its_config_is_a_recipe_for_the_same_run(finished: Path) -> None:
+    again = load_recipe(finished / "config.yaml")
+    assert again.resolved() == small(save_strategy="steps", save_steps=2).resolved()
+    assert yaml.safe_load((finished / "config.yaml").read_text())["method"] == "trb"
+
+
+def test_its_model_is_the_trained_student(finished: Path) -> None:
+    trained, start = weights(finished), zoo.load("student")[0].state_dict()
+    assert any(not torch.equal(trained[name], start[name]) for name in trained)
+    last = load_file(finished / "checkpoint-6" / "model.safetensors")
+    assert all(torch.equal(trained[name], last[name]) for name in trained)
+    load_model(str(finished / "model"))
+    assert load_tokenizer(str(finished / "model")).chat_template
+
+
+def test_a_finished_run_is_not_repeated(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "TRBTrainer", None)
+    monkeypatch.setattr(experiments, "load_model", None)
+    results = train(small(save_strategy="steps", save_steps=2), finished)
+    assert results == json.loads((finished / "results.json").read_text())
+
+
+def test_a_run_without_evaluation_data_has_results_without_a_score(tmp_path: Path) -> None:
+    results = train(small(max_steps=1, eval_data=[], save_final_model=False), tmp_path)
+    assert results["trb"]["pass_at_1"] is None
+    assert not (tmp_path / "evals.jsonl").exists()
+    assert not (tmp_path / "model").exists()
+
+
+# ---- interruptions ----
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+
+
+def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killer(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step > step:
+                raise Killed
+
+    class Doomed(TRBTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(Killer())
+
+    monkeypatch.setattr(experiments, "TRBTrainer", Doomed)
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["with checkpoints", "without"])
+def test_a_killed_run_ends_like_one_that_was_not(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    recipe = small(save_strategy="steps", save_steps=2) if saved else small()
+    with monkeypatch.context() as patch:
+        kill_after(4, patch)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    assert len(records(tmp_path / "metrics.jsonl")) == 4
+    steps = []
+
+    class Watch(Listener):
+        def step(self, step: int, logs: Any) -> None:
+            steps.append(step)
+
+    train(recipe, tmp_path, listener=Watch())
+    assert steps == ([5, 6] if saved else [1, 2, 3, 4, 5, 6])
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_run_killed_in_its_last_evaluation_only_evaluates(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(save_strategy="steps", save_steps=2)
+    with monkeypatch.context() as patch:
+        evaluate = experiments.evaluate
+
+        def killed_after_training(*args: Any, **kwargs: Any) -> Any:
+            if "step-000006" in str(kwargs["results_path"]):
+                raise Killed
+            return evaluate(*args, **kwargs)
+
+        patch.setattr(experiments, "evaluate", killed_after_training)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    train(recipe, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert_same_run(tmp_path, finished)
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+        lambda checkpoint: torn(checkpoint / "trainer_state.json"),
+        lambda checkpoint: torn(checkpoint / "model.safetensors"),
+        lambda checkpoint: torn(checkpoint / "optimizer.pt"),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over(finished: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    for step in (4, 6):
+        target = tmp_path / f"checkpoint-{step}"
+        target.mkdir()
+        for path in (finished / target.name).iterdir():
+            (target / path.name).write_bytes(path.read_bytes())
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    damage(tmp_path / "checkpoint-6")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert last_checkpoint(tmp_path / "checkpoint-4") is None
+
+
+def test_a_named_checkpoint_must_be_one(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint is '.*missing', and there is no such"):
+        train(small(resume_from_checkpoint=str(tmp_path / "missing")), tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunDirectoryError, match="no complete checkpoint"):
+        train(small(resume_from_checkpoint=str(tmp_path / "empty")), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    train(small(resume_from_checkpoint=str(finished / "checkpoint-4"), save_strategy="no"), tmp_path / "run")
+    assert [row["step"] for row in records(tmp_path / "run" / "metrics.jsonl")] == [5, 6]
+
+
+# ---- directories ----
+
+
+def test_another_configuration_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    train(small(max_steps=1, eval_every=0), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(RunDirectoryError, match=r"learning_rate is 0\.001 there and 0\.002 here.*--overwrite"):
+        train(small(max_steps=1, eval_every=0, learning_rate=2e-3), tmp_path)
+    with pytest.raises(RunDirectoryError, match="max_steps is 1 there and 2 here"):  # no checkpoint to go on from
+        train(small(max_steps=2, eval_every=0), tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    results = train(small(max_steps=2, eval_every=0), tmp_path, overwrite=True)
+    assert results["trb"]["steps"] == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_can_be_made_longer(finished: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    train(small(save_strategy="steps", save_steps=2, max_steps=4), directory)
+    train(small(save_strategy="steps", save_steps=2), directory)
+    assert_same_run(directory, finished)
+
+
+def test_a_run_that_cannot_load_does_not_claim_its_directory(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        train(small(teacher=str(tmp_path / "nowhere")), tmp_path / "run")
+    with pytest.raises(ConfigError, match="has 3 prompts, 2 of them held out: fewer than the 2"):
+        train(small(train_limit=3, held_out_prompts=2), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"chat_template is 'no\.jinja', neither plain nor a readable file"):
+        train(small(chat_template="no.jinja"), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == []
+
+
+def test_checkpoints_of_unknown_origin_are_refused(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4").symlink_to(finished / "checkpoint-4")
+    with pytest.raises(RunDirectoryError, match=r"checkpoints but no config\.yaml"):
+        train(small(), tmp_path)
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("[")
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml is damaged"):
+        train(small(), tmp_path)
+
+
+# ---- disks ----
+
+
+def test_an_unwritable_directory_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "load_tokenizer", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"cannot write to .*file/run: Not a directory; choose another"):
+        train(small(), tmp_path / "file" / "run")
+
+
+def test_too_small_a_disk_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "TRBTrainer", None)
+    monkeypatch.setattr(experiments.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RunDirectoryError, match=r"has 0\.0 GB free, and a checkpoint and the final model take about"):
+        train(small(save_strategy="steps"), tmp_path)
+
+
+ENOSPC = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ENOSPC,
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/3"),
+    ],
+)
+def test_a_full_disk_is_recognised_in_every_library_s_words(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match="is full") as caught, experiments._explained_disk_errors(tmp_path):
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("while saving") from cause
+    assert "start over" in str(caught.value)
+
+
+def test_other_errors_stay_themselves(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), experiments._explained_disk_errors(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_a_disk_that_fills_up_costs_the_step_and_nothing_else(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(save_strategy="steps", save_steps=2)
+    with monkeypatch.context() as patch:
+
+        def fills_up(trainer: TRBTrainer, output_dir: str) -> None:
+            if output_dir.endswith("checkpoint-4"):
+                (Path(output_dir) / "optimizer.pt").write_bytes(b"half")
+                raise ENOSPC
+            save(trainer, output_dir)
+
+        save = TRBTrainer._save_optimizer_and_scheduler
+        patch.setattr(TRBTrainer, "_save_optimizer_and_scheduler", fills_up)
+        with pytest.raises(
+            DiskFullError, match=r"Free some space and run the same command again to continue from"
+        ) as e:
+            train(recipe, tmp_path)
+    assert "checkpoint-2" in str(e.value)
+    assert str(tmp_path) in str(e.value)
+    assert not (tmp_path / "checkpoint-4").exists(), "half a checkpoint only takes space"
+    assert [row["step"] for row in records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    train(recipe, tmp_path)
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_disk_that_fills_up_while_the_final_model_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fills_up(trainer: TRBTrainer, path: str, **options: Any) -> None:
+        Path(path).mkdir()
+        (Path(path) / "model.safetensors").write_bytes(b"half")
+        raise ENOSPC
+
+    monkeypatch.setattr(TRBTrainer, "save_model", fills_up)
+    with pytest.raises(DiskFullError):
+        train(small(max_steps=1, eval_every=0), tmp_path)
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "model.partial").exists()
+    assert len(records(tmp_path / "metrics.jsonl")) == 1
+
+
+# ---- comparisons ----
+
+METHODS: dict[str, Any] = {"opd": {}, "trb": {"initial_kl_budget": 0.3}}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("compared") / "runs"
+    compare(
+        small(max_steps=2, eval_every=0, methods=METHODS | {"free": {"method": "trb", "initial_kl_budget": 0}}),
+        directory,
+    )
+    return directory
+
+
+def test_a_comparison_leaves_one_run_per_method_and_shared_scores(compared: Path) -> None:
+    results = json.loads((compared / "results.json").read_text())
+    assert list(results) == ["student", "opd", "trb", "free", "teacher", "provenance"]
+    for name in ("student", "opd", "trb", "free", "teacher"):
+        assert results[name]["n_problems"] == 4
+        low, high = results[name]["interval"]
+        assert 0 <= low <= results[name]["pass_at_1"] <= high <= 1
+    for name in ("opd", "trb", "free"):
+        start = records(compared / name / "evals.jsonl")[0]
+        assert {key: start[key] for key in results["student"]} == results["student"]
+        assert not (compared / name / "evaluations" / "step-000000").exists(), "measured once, for all"
+        assert json.loads((compared / name / "results.json").read_text())[name] == results[name]
+    assert {path.name for path in compared.iterdir() if path.is_dir()} == {"opd", "trb", "free", "evaluations"}
+
+
+def test_methods_are_paired(compared: Path) -> None:
+    """Same weights, prompts, order and noise: TRB without a budget is on-policy distillation, bit for bit."""
+    opd, free, trb = (compared / name for name in ("opd", "free", "trb"))
+    assert_same_run(opd, free)
+    prompts = [[row["prompt"] for row in records(path / "rollouts.jsonl")] for path in (opd, trb)]
+    assert prompts[0] == prompts[1]
+    assert repeatable(opd / "metrics.jsonl") != repeatable(trb / "metrics.jsonl")
+
+
+def test_a_comparison_run_again_only_does_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small(max_steps=1, eval_every=0, methods={"opd": {}})
+    first = compare(recipe, tmp_path)
+    built, evaluated, finished = [], [], []
+
+    class Counted(TRBTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            built.append(kwargs["args"].method)
+            super().__init__(*args, **kwargs)
+
+    class Watch(Listener):
+        def plan(self, runs: Any) -> None:
+            assert runs == {"opd": 1, "veto": 1}
+
+        def finished(self, name: str) -> None:
+            finished.append(name)
+
+    evaluate = experiments.evaluate
+    monkeypatch.setattr(experiments, "TRBTrainer", Counted)
+    monkeypatch.setattr(experiments, "evaluate", lambda *a, **k: evaluated.append(k["name"]) or evaluate(*a, **k))
+    wider = small(max_steps=1, eval_every=0, methods={"opd": {}, "veto": {}})
+    second = compare(wider, tmp_path, listener=Watch())
+    assert built == ["veto"]
+    assert finished == ["opd", "veto"]
+    assert len(evaluated) == 1
+    assert second["opd"] == first["opd"]
+    assert second["student"] == first["student"]
+    compare(wider, tmp_path)
+    assert built == ["veto"]
+
+    with pytest.raises(RunDirectoryError, match="seed is 42 there and 1 here"):
+        compare(small(max_steps=1, eval_every=0, seed=1, methods={"opd": {}}), tmp_path)
+    with pytest.raises(RunDirectoryError, match=r"opd holds another configuration: loss_top_k is 16 there and 8 here"):
+        compare(small(max_steps=1, eval_every=0, methods={"veto": {}, "opd": {"loss_top_k": 8}}), tmp_path)
+    again = compare(small(max_steps=1, eval_every=0, seed=1, methods={"opd": {}}), tmp_path, overwrite=True)
+    assert built == ["veto", "opd"]
+    assert list(again) == ["student", "opd", "teacher", "provenance"]
+    assert not (tmp_path / "veto" / "config.yaml").exists(), "methods of the old comparison go with it"
+
+
+def test_a_comparison_needs_methods_and_problems(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="methods is empty"):
+        compare(small(), tmp_path)
+    with pytest.raises(ConfigError, match="eval_data is empty"):
+        compare(small(eval_data=[], methods=METHODS), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- options ----
+
+
+def test_lora_trains_adapters_that_load_again(tmp_path: Path) -> None:
+    train(small(max_steps=2, eval_every=0, lora_rank=2, lora_target_modules=["q_proj", "v_proj"]), tmp_path)
+    assert json.loads((tmp_path / "model" / "adapter_config.json").read_text())["r"] == 2
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    merged, start = load_model(str(tmp_path / "model")).state_dict(), zoo.load("student")[0].state_dict()
+    changed = {name for name in start if not torch.allclose(merged[name], start[name])}
+    assert changed
+    assert all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Watched(TRBTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            seen.update(kwargs)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(experiments, "TRBTrainer", Watched)
+    recipe = small(max_steps=4, eval_data=[], held_out_prompts=5, held_out_every=2, save_strategy="steps", save_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_place(patch, Watched, 3)
+        train(recipe, tmp_path)
+    train(recipe, tmp_path)
+    trained, held_out = (
+        {row["prompt"][-1]["content"] for row in seen[f"{part}_dataset"]} for part in ("train", "eval")
+    )
+    assert (len(trained), len(held_out)) == (35, 5)
+    assert not trained & held_out
+    assert [row["step"] for row in records(tmp_path / "held_out.jsonl")] == [0, 2, 4]
+    assert all(math.isfinite(row["loss"]) for row in records(tmp_path / "held_out.jsonl"))
+
+
+def kill_in_place(patch: pytest.MonkeyPatch, trainer: type[TRBTrainer], step: int) -> None:
+    sample = trainer.behavior_policy
+
+    def dies(self: TRBTrainer, at: int) -> Any:
+        if at == step:
+            raise Killed
+        return sample(self, at)
+
+    patch.setattr(trainer, "behavior_policy", dies)
+
+
+def test_template_options_reach_training_and_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = tmp_path / "brief.jinja"
+    template.write_text("{% if brief %}b{% else %}l{% endif %}{{ messages[-1]['content'] }}=")
+    rendered: list[list[int]] = []
+    evaluate = experiments.evaluate
+
+    def watch(model: Any, tokenizer: Any, problems: Any, **options: Any) -> Any:
+        rendered.append(tokenizer.apply_chat_template(problems[0]["prompt"], return_dict=False))
+        return evaluate(model, tokenizer, problems, **options)
+
+    monkeypatch.setattr(experiments, "evaluate", watch)
+    options = {"chat_template": str(template), "chat_template_kwargs": {"brief": True}}
+    train(small(max_steps=1, eval_every=0, **options), tmp_path / "run")
+    tokenizer = zoo.load("student")[1]
+    assert tokenizer.decode(rendered[0]).startswith("b")
+    assert all(row["prompt"].startswith("b") for row in records(tmp_path / "run" / "rollouts.jsonl"))
+
+
+def test_messages_without_a_template_are_joined_by_blank_lines(tmp_path: Path) -> None:
+    train(small(max_steps=1, eval_data=[], chat_template="plain", system_prompt="so"), tmp_path)
+    first = records(tmp_path / "rollouts.jsonl")[0]["prompt"]
+    assert "so" in first
+    assert "user" not in first
+
+
+def test_problem_sets_have_their_names_and_limits(tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"{n}+1", "answer": f"#### {n + 1}"}) for n in range(9)]
+    (tmp_path / "g.jsonl").write_text("\n".join(lines))
+    name = f"gsm8k={tmp_path / 'g.jsonl'}"
+    sets = experiments.problem_sets(small(eval_data=[name, "zoo:chains"], eval_limit=5).run)
+    assert list(sets) == [name, "zoo:chains"]
+    assert [len(rows) for rows in sets.values()] == [5, 5]
+    everything = experiments.problem_sets(small(eval_data=[name], eval_limit=None).run)[name]
+    assert sets[name]["answer"] == [answer for answer in everything["answer"] if answer in sets[name]["answer"]]
+    other = experiments.problem_sets(small(eval_data=[name], eval_limit=5, eval_seed=1).run)[name]
+    assert other["answer"] != sets[name]["answer"]
+    test, training = (row["prompt"][-1]["content"] for row in (sets["zoo:chains"][0], zoo.problems(1, seed=0)[0]))
+    assert zoo.chains.split_of(test) == "test" != zoo.chains.split_of(training)
+
+
+def test_the_mean_over_suites() -> None:
+    def score(name: str, value: float, low: float, high: float, samples: int) -> dict[str, Any]:
+        counts = {"n_problems": 10, "n_samples": samples, "mean_length": 5.0 * samples, "stop_rate": 1.0}
+        return {"name": name, "pass_at_1": value, "interval": [low, high], **counts}
+
+    one, two = score("a", 0.5, 0.4, 0.6, 10), score("b", 0.1, 0.1 - 0.075, 0.1 + 0.24, 30)
+    mean = mean_of_suites([one, two])
+    assert mean["pass_at_1"] == pytest.approx(0.3)  # suites count alike, whatever their size
+    assert mean["interval"] == pytest.approx([0.3 - 0.125 / 2, 0.3 + 0.26 / 2])  # 3-4-5 and 5-12-13 triangles
+    assert (mean["n_problems"], mean["n_samples"]) == (20, 40)
+    assert mean["mean_length"] == pytest.approx((10 * 50 + 30 * 150) / 40)
+    assert mean["suites"] == {"a": one, "b": two}
+    assert mean_of_suites([one]) == one
+    assert mean_of_suites([])["pass_at_1"] is None
+
+
+def test_rows_in_flight_keep_the_cache_within_its_budget() -> None:
+    model = zoo.load("student")[0]
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    rows = experiments._rows_in_flight(model, 1 << 20, torch.device("cpu"))
+    assert rows * per_token * (1 << 20) <= 2 << 30 < (rows + 1) * per_token * (1 << 20)
+    assert experiments._rows_in_flight(model, 1 << 30, torch.device("cpu")) == 1
+    assert experiments._rows_in_flight(model, 16, torch.device("cpu")) == 512

@@ -1,0 +1,336 @@
+"""The YAML files under recipes/: each loads, no key of it is ignored, and the paper's values are the paper's."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers.optimization import get_scheduler
+
+from trb import experiments, zoo
+from trb.config import Recipe, RunConfig, load_recipe, make_recipe
+from trb.data import MATH_SYSTEM_PROMPT
+from trb.evaluation import EvalResult
+from trb.trainer import TRAINING_METHODS, TRBConfig
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# accelerate/ holds launcher settings, which are no recipes.
+FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+BASELINES = {path.stem: path for path in (RECIPES / "baselines").glob("*.yaml")}
+
+
+def named(path: Path) -> str:
+    return path.relative_to(RECIPES).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_every_recipe_loads_and_says_what_it_is_for(path: Path) -> None:
+    recipe = load_recipe(path)
+    for variant in (recipe, *(recipe.for_method(name) for name in recipe.run.methods)):
+        assert isinstance(variant.training_config("unused"), TRBConfig)
+    text = path.read_text()
+    head = text[: text.index("\n\n")]
+    assert head.startswith("# ")
+    assert f"--config recipes/{named(path)}" in head
+    assert any(word in head for word in ("paper", "arXiv")), "the source of the values"
+
+
+def test_there_is_a_recipe_for_every_purpose() -> None:
+    assert {named(path) for path in FILES} >= {
+        "quickstart.yaml",
+        "smollm2.yaml",
+        "qwen3-1.7b-from-8b.yaml",
+        "qwen3-0.6b-from-4b.yaml",
+    }
+    assert BASELINES.keys() == TRAINING_METHODS.keys()
+    assert load_recipe(RECIPES / "quickstart.yaml").run.methods.keys() == {"opd", "trb"}
+
+
+# ---- the paper's values ----
+
+# Typed from the protocol (paper, section 6), not from the recipes.
+PAPER = {
+    "train_data": "open-thoughts/OpenThoughts3-1.2M",
+    "train_limit": 25600,
+    "num_train_epochs": 1.0,
+    "max_prompt_length": 1024,
+    "max_completion_length": 7168,
+    "temperature": 1.0,
+    "prompts_per_step": 64,
+    "num_generations": 4,
+    "loss_top_k": 16,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "learning_rate": 1e-5,
+    "warmup_steps": 15,
+    "bf16": True,
+    "method": "trb",
+    "budget_schedule": "linear",
+    "eval_every": 20,
+    "eval_temperature": 1.0,
+    "eval_max_new_tokens": 8192,
+}
+PAIRS = {
+    "qwen3-1.7b-from-8b": (
+        "Qwen/Qwen3-1.7B-Base",
+        "Qwen/Qwen3-8B",
+        {"math500": 64, "olympiadbench": 64, "amc": 512, "aime24": 512, "aime25": 512},
+    ),
+    "qwen3-0.6b-from-4b": (
+        "Qwen/Qwen3-0.6B-Base",
+        "Qwen/Qwen3-4B",
+        {"gsm8k": 32, "math500": 64, "olympiadbench": 64, "amc": 512},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_paper_pairs_have_the_values_of_the_paper(name: str) -> None:
+    student, teacher, suites = PAIRS[name]
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    values = recipe.resolved()
+    assert {key: values[key] for key in PAPER} == PAPER
+    assert (values["student"], values["teacher"]) == (student, teacher)
+    assert values["eval_data"] == list(suites)
+    assert values["eval_samples"] == suites
+    assert values["eval_limit"] is None
+    assert recipe.run.system_message == MATH_SYSTEM_PROMPT
+    assert "boxed" in MATH_SYSTEM_PROMPT
+    assert values["initial_kl_budget"] in (0.001, 0.005, 0.01, 0.02, 0.05)
+    assert values["blend_warmup_steps"] in (15, 25, 50)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_paper_pairs_take_256_completions_a_step_on_eight_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert 8 * recipe.training["per_device_train_batch_size"] * recipe._accumulation_steps() == 256
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_their_learning_rate_rises_by_a_cosine_in_15_steps_and_stays(name: str) -> None:
+    args = load_recipe(RECIPES / f"{name}.yaml").training_config("unused")
+    steps = 25600 // 64
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    quarter_wave = [math.sin(math.pi * step / 30) ** 2 for step in range(15)]  # = (1 - cos(pi step / 15)) / 2
+    assert rates[:15] == pytest.approx([1e-5 * height for height in quarter_wave])
+    assert rates[15:] == pytest.approx([1e-5] * (steps - 15))
+
+
+# ---- the baselines ----
+
+KNOBS = {
+    "trb": {"initial_kl_budget", "blend_warmup_steps"},
+    "opd": set(),
+    "fixed": {"initial_kl_budget"},
+    "skd": {"skd_teacher_top_k", "skd_teacher_temperature"},
+    "temperature": {"initial_temperature", "temperature_warmup_steps"},
+    "sft": {"sft_warmup_steps"},
+    "veto": {"veto_strength", "veto_steps"},
+}
+SWEPT = {
+    "trb": ["0.001, 0.005, 0.01, 0.02, 0.05", "15, 25, 50"],
+    "opd": [],
+    "fixed": ["0.001, 0.005, 0.01, 0.02, 0.05"],
+    "skd": ["15, 25, 50", "0.2, 0.6, 1.0"],
+    "temperature": ["0.8, 0.9, 0.95", "15, 25"],
+    "sft": ["15, 25, 50"],
+    "veto": ["0.2, 0.4, 0.6, 0.8"],
+}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_baseline_differs_from_trb_in_its_knob_only(name: str) -> None:
+    recipe, reference = load_recipe(BASELINES[name]), load_recipe(BASELINES["trb"])
+    assert recipe.run == reference.run
+    given, of_trb = dict(recipe.training), dict(reference.training)
+    assert given.pop("method") == name
+    of_trb.pop("method")
+    different = {key for key in given.keys() | of_trb.keys() if given.get(key) != of_trb.get(key)}
+    assert different <= KNOBS[name] | KNOBS["trb"]
+    assert KNOBS[name] <= recipe.training.keys()
+    assert not (KNOBS["trb"] - KNOBS[name]) & recipe.training.keys(), "a knob of another method would do nothing"
+    text = BASELINES[name].read_text()
+    assert [grid for grid in SWEPT[name] if grid not in text] == []
+
+
+# ---- no key is parsed and never forwarded ----
+
+
+class Spy:
+    """Stands in for what a run is built from, and keeps the arguments of every call by the callee's name."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[dict[str, Any]]] = {}
+
+    def stand_in(self, name: str, result: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.setdefault(name, []).append({**dict(enumerate(args)), **kwargs})
+            return result(*args, **kwargs)
+
+        return call
+
+    def all(self, name: str, key: Any) -> list[Any]:
+        return [call.get(key) for call in self.calls.get(name, [])]
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    """`trb.experiments` with every builder replaced: nothing is loaded, trained or sampled."""
+    spy = Spy()
+    model, tokenizer = zoo.load("student")
+    score = EvalResult("x", 0.5, (0.4, 0.6), 2, 2, 3.0, 1.0)
+    rows = Dataset.from_list(zoo.problems(40, seed=0))
+
+    def trainer(**kwargs: Any) -> Any:
+        fake = SimpleNamespace(
+            args=kwargs["args"],
+            model_wrapped=model,
+            accelerator=SimpleNamespace(unwrap_model=lambda model: model, wait_for_everyone=lambda: None),
+            state=SimpleNamespace(global_step=3, max_steps=3, is_world_process_zero=True),
+            remove_callback=lambda callback: None,
+        )
+        fake.train = lambda **options: [
+            kwargs["callbacks"][0].on_step_end(
+                fake.args, SimpleNamespace(global_step=step, max_steps=3), SimpleNamespace(should_log=True)
+            )
+            for step in (1, 2, 3)
+        ]
+        fake.save_model = lambda path: Path(path).mkdir(parents=True)
+        return fake
+
+    for name, result in (
+        ("load_tokenizer", lambda *a, **k: SimpleNamespace(chat_template="own", get_vocab=tokenizer.get_vocab)),
+        ("load_model", lambda *a, **k: model),
+        ("check_same_tokenizer", lambda *a: None),
+        ("load_prompts", lambda *a, **k: rows),
+        ("load_benchmark", lambda *a, **k: rows),
+        ("check_lengths", lambda data, *a, **k: data),
+        ("evaluate", lambda *a, **k: score),
+        ("Verifier", lambda *a, **k: nullcontext(SimpleNamespace(score=None))),
+        ("TRBTrainer", trainer),
+    ):
+        monkeypatch.setattr(experiments, name, spy.stand_in(name, result))
+    return spy
+
+
+# One value for every field of RunConfig that is not its default, and where it must be seen.
+PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
+    "student": ("my/student", lambda spy, _: spy.all("load_model", 0)[0]),
+    "teacher": ("my/teacher", lambda spy, _: spy.all("load_model", 0)[1]),
+    "student_revision": ("r1", lambda spy, _: {*spy.all("load_model", "revision")[:1], *revisions(spy)[:1]}),
+    "teacher_revision": ("r2", lambda spy, _: {*spy.all("load_model", "revision")[1:], *revisions(spy)[1:]}),
+    "student_keep_layers": (2, lambda spy, _: spy.all("load_model", "keep_layers")[0]),
+    "student_dtype": ("bfloat16", lambda spy, _: spy.all("load_model", "dtype")[0]),
+    "teacher_dtype": ("float16", lambda spy, _: spy.all("load_model", "dtype")[1]),
+    "student_trust_remote_code": (True, lambda spy, _: {*trusted(spy, 0)}),
+    "teacher_trust_remote_code": (True, lambda spy, _: {*trusted(spy, 1)}),
+    "chat_template": ("plain", lambda spy, _: spy.all("TRBTrainer", "processing_class")[0].chat_template),
+    "lora_rank": (3, lambda spy, _: lora(spy).r),
+    "lora_alpha": (7, lambda spy, _: lora(spy).lora_alpha),
+    "lora_target_modules": (["q_proj"], lambda spy, _: lora(spy).target_modules),
+    "train_data": ("my.jsonl", lambda spy, _: spy.all("load_prompts", 0)[0]),
+    "train_split": ("s1", lambda spy, _: spy.all("load_prompts", "split")[0]),
+    "train_revision": ("r3", lambda spy, _: spy.all("load_prompts", "revision")[0]),
+    "train_limit": (17, lambda spy, _: spy.all("load_prompts", "limit")[0]),
+    "train_seed": (5, lambda spy, _: spy.all("load_prompts", "seed")[0]),
+    "train_prompt_column": ("p", lambda spy, _: spy.all("load_prompts", "prompt_column")[0]),
+    "train_answer_column": ("a", lambda spy, _: spy.all("load_prompts", "answer_column")[0]),
+    "system_prompt": ("Think.", lambda spy, _: {*spy.all("load_prompts", "system_prompt")}),
+    "max_prompt_length": (99, lambda spy, _: spy.all("check_lengths", 2)[0]),
+    "overlong_prompts": ("drop", lambda spy, _: spy.all("check_lengths", 3)[0]),
+    "prompts_per_step": (6, lambda spy, _: spy.all("TRBTrainer", "args")[0].gradient_accumulation_steps),
+    "held_out_prompts": (4, lambda spy, _: len(spy.all("TRBTrainer", "eval_dataset")[0])),
+    "held_out_every": (2, lambda spy, _: spy.all("TRBTrainer", "args")[0].eval_steps),
+    "reward_timeout_s": (1.5, lambda spy, _: spy.all("Verifier", 0)[0]),
+    "eval_data": (["zoo:chains", "gsm8k=f.jsonl"], lambda spy, _: list(dict.fromkeys(spy.all("evaluate", "name")))),
+    "eval_split": ("s2", lambda spy, _: spy.all("load_prompts", "split")[1]),
+    "eval_limit": (11, lambda spy, _: spy.all("load_prompts", "limit")[1]),
+    "eval_samples": (3, lambda spy, _: {*spy.all("evaluate", "n")}),
+    "eval_max_new_tokens": (21, lambda spy, _: {*spy.all("evaluate", "max_new_tokens")}),
+    "eval_temperature": (0.7, lambda spy, _: {*spy.all("evaluate", "temperature")}),
+    "eval_every": (2, lambda spy, _: len(spy.calls["evaluate"]) // 2),  # steps 0, 2, 3; two problem sets
+    "eval_seed": (9, lambda spy, _: {*spy.all("evaluate", "seed"), spy.all("load_prompts", "seed")[1]}),
+    "eval_max_rows": (13, lambda spy, _: {*spy.all("evaluate", "max_rows")}),
+    "save_final_model": (False, lambda _, directory: (directory / "model").exists()),
+    "methods": ({}, lambda *_: {}),  # read by compare and by the command line; see test_experiments and test_cli
+}
+SEEN = {
+    "student_revision": {"r1"},
+    "teacher_revision": {"r2"},
+    "student_trust_remote_code": {True},
+    "teacher_trust_remote_code": {True},
+    "chat_template": experiments.PLAIN_TEMPLATE,
+    "lora_target_modules": {"q_proj"},
+    "system_prompt": {"Think."},
+    "prompts_per_step": 3,
+    "eval_samples": {3},
+    "eval_max_new_tokens": {21},
+    "eval_temperature": {0.7},
+    "eval_every": 3,
+    "eval_seed": {9},
+    "eval_max_rows": {13},
+}
+
+
+def revisions(spy: Spy) -> list[Any]:
+    return spy.all("load_tokenizer", "revision")
+
+
+def trusted(spy: Spy, which: int) -> list[Any]:
+    return [spy.all(name, "trust_remote_code")[which] for name in ("load_tokenizer", "load_model")]
+
+
+def lora(spy: Spy) -> Any:
+    return spy.all("TRBTrainer", "peft_config")[0]
+
+
+def test_every_field_of_a_run_reaches_what_it_is_for(spied: Spy, tmp_path: Path) -> None:
+    assert PROBES.keys() == {field.name for field in dataclasses.fields(RunConfig)}
+    values = {key: value for key, (value, _) in PROBES.items()}
+    defaults = RunConfig("", "", "")
+    assert [key for key in values if key != "methods" and getattr(defaults, key) == values[key]] == []
+    recipe = make_recipe({**values, "per_device_train_batch_size": 8, "gradient_checkpointing": False})
+    experiments.train(recipe, tmp_path)
+    assert spied.all("load_benchmark", 0) == ["gsm8k"]
+    assert spied.all("load_benchmark", 1) == ["f.jsonl"]
+    for key, (value, probe) in PROBES.items():
+        assert probe(spied, tmp_path) == SEEN.get(key, value), key
+
+
+def test_every_key_of_training_reaches_the_trainer_as_given() -> None:
+    given = {
+        "method": "skd",
+        "skd_teacher_top_k": 3,
+        "num_generations": 2,
+        "loss_top_k": 5,
+        "sampler": "lockstep",
+        "recorded_rollouts": 1,
+        "adam_beta2": 0.95,
+        "warmup_steps": 4,
+        "seed": 11,
+    }
+    recipe: Recipe = make_recipe({"student": "a", "teacher": "b", "train_data": "c", **given})
+    args = recipe.training_config("somewhere")
+    assert {key: getattr(args, key) for key in given} == given
+    assert args.output_dir == "somewhere"
