@@ -47,6 +47,26 @@ def test_every_method_and_its_knobs_are_in_the_method_page() -> None:
     page = text(ROOT / "docs" / "method.md")
     known = {field.name for field in fields(TRBConfig)}
     rows = {row[0]: row[1] for row in re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", page, re.M)}
+    rows.pop("method")  # the table's header
     assert set(rows) == set(TRAINING_METHODS)
     for knobs in rows.values():
         assert set(re.findall(r"`(\w+)`", knobs)) <= known
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", text(ROOT / "README.md"), re.S), ids=range(3))
+def test_python_blocks_of_the_readme_run(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_recipes_and_flags_of_the_readme_exist() -> None:
+    from trb.cli import main
+
+    for recipe in re.findall(r"--config (\S+)", text(ROOT / "README.md")):
+        assert (ROOT / recipe).exists(), recipe
+    for command in sorted(set(re.findall(r"^trb (\w+)", text(ROOT / "README.md"), re.M))):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0

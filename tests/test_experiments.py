@@ -173,10 +173,12 @@ def test_a_killed_run_ends_like_one_that_was_not(
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.parametrize("epochs", [False, True], ids=["counted in steps", "counted in epochs"])
 def test_a_run_killed_in_its_last_evaluation_only_evaluates(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: bool
 ) -> None:
-    recipe = small(save_strategy="steps", save_steps=2)
+    length = {"max_steps": -1, "num_train_epochs": 1, "train_limit": 12} if epochs else {}
+    recipe = small(save_strategy="steps", save_steps=2, **length)
     with monkeypatch.context() as patch:
         evaluate = experiments.evaluate
 
@@ -191,7 +193,9 @@ def test_a_run_killed_in_its_last_evaluation_only_evaluates(
     before = (tmp_path / "metrics.jsonl").read_text()
     train(recipe, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    assert_same_run(tmp_path, finished)
+    assert records(tmp_path / "metrics.jsonl")[-1]["step"] == records(tmp_path / "evals.jsonl")[-1]["step"] == 6
+    if not epochs:
+        assert_same_run(tmp_path, finished)
 
 
 def torn(path: Path) -> None:

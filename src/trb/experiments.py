@@ -39,6 +39,7 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
 
@@ -230,7 +231,12 @@ def _train(
         if observer.scores_at(0) is None:
             observer.measure(0) if before is None else observer.keep(0, before)
         start = time.monotonic()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and _is_last(checkpoint, args):
+            # transformers would take one more step than asked for.
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = _state_of(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.monotonic() - start
         steps = trainer.state.global_step
         if run.save_final_model:
@@ -290,7 +296,7 @@ class _Observer(TrainerCallback):
 
     def keep(self, step: int, scores: list[dict[str, Any]]) -> None:
         """Record scores under `step`, in place of any that are there."""
-        if self.trainer.args.process_index == 0:
+        if scores and self.trainer.args.process_index == 0:
             drop_after_step(self.path, step - 1)
             append_jsonl(self.path, [{"step": step, **score} for score in scores])
         self.trainer.accelerator.wait_for_everyone()
@@ -691,6 +697,18 @@ def _named_checkpoint(name: str | None) -> Path | None:
     if not _is_complete(path):
         raise RunDirectoryError(f"resume_from_checkpoint is {name!r}, which is no complete checkpoint")
     return path
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _is_last(checkpoint: Path, args: TRBConfig) -> bool:
+    """Whether nothing is left to train after a checkpoint."""
+    state = _state_of(checkpoint)
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
 
 
 def _is_complete(checkpoint: Path) -> bool:

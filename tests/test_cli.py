@@ -1,0 +1,477 @@
+"""The command line: exit codes, what errors say, and what is shown."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from trb import cli, experiments, zoo
+from trb.cli import main
+
+SMALL = """\
+student: zoo:student
+teacher: zoo:teacher
+train_data: zoo:chains
+train_limit: 40
+max_prompt_length: 32
+max_steps: 2
+prompts_per_step: 2
+num_generations: 2
+per_device_train_batch_size: 4
+max_completion_length: 8
+gradient_checkpointing: false
+save_strategy: no
+logging_steps: 1
+eval_data: zoo:chains
+eval_limit: 4
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture
+def comparison(recipe: Path) -> Path:
+    recipe.write_text(SMALL + "methods: {opd: {}, trb: {initial_kl_budget: 0.3}}\n")
+    return recipe
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """What the command says when it exits with 2: one line, no traceback."""
+    assert main([str(argument) for argument in arguments]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("command", ["", "train", "compare", "eval", "report", "doctor"])
+def test_every_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([*([command] if command else []), "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert f"trb {command}".strip() in text.partition("examples:")[2]
+
+
+def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom trb.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'rich', 'pydantic', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - start < 5  # a second, on a machine with nothing else to do
+
+
+def test_python_m_trb_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "trb", "--version"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "trb 0.1.0\n")
+
+
+def test_help_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help-keys"]) == 0
+    text = capsys.readouterr().out
+    assert "  initial_kl_budget  (a number; default 0.01)" in text
+    assert "  student  (text; required)" in text
+    assert "output_dir" not in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["report"], ["report", "a", "b"], ["eval", "--model", "x"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert "usage: trb" in capsys.readouterr().err
+
+
+# ---- errors that users can cause ----
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--learing-rate", "1"], "unknown key 'learing_rate'; did you mean 'learning_rate'?"),
+        (["--max-steps", "2.5"], "max_steps is 2.5; expected a whole number"),
+        (["--initial-kl-budget", "-1"], "initial_kl_budget must be a non-negative number of nats, got -1.0"),
+        (["--initial-kl-budget", "nan"], "initial_kl_budget is not a number (nan)"),
+        (["--blend-warmup-steps", "-5"], "-5"),
+        (["--teacher", "{tmp}/nowhere"], "no model at '{tmp}/nowhere'"),
+        (["--teacher", "zoo:techer"], "did you mean 'zoo:teacher'?"),
+        (["--resume-from-checkpoint", "{tmp}/checkpoint-7"], "'{tmp}/checkpoint-7', and there is no such directory"),
+        (["--train-data", "{tmp}/none.jsonl"], "there is no file {tmp}/none.jsonl"),
+        (["--train-data", "{tmp}/empty.jsonl"], "empty.jsonl is empty"),
+        (["--train-data", "{tmp}/malformed.jsonl"], "line 2 of {tmp}/malformed.jsonl is not valid JSON"),
+        (["--max-prompt-length", "5"], "more than the limit of 5"),
+        (["--per-device-train-batch-size", "3"], "4 completions, which 3 at once"),
+        (["--num-generations", "0"], "num_generations must be at least 1"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--output-dir", "{tmp}/small.yaml/x"], "cannot write to"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(
+    recipe: Path, tmp_path: Path, options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "malformed.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+\n')
+    options = [option.format(tmp=tmp_path) for option in options]
+    message = refused(capsys, "train", "--config", recipe, "--output-dir", tmp_path / "run", *options)
+    assert complaint.format(tmp=tmp_path) in message
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_missing_recipes(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config is missing" in refused(capsys, "train")
+    assert "did you mean 'small.yaml'" in refused(capsys, "train", "--config", tmp_path / "smal.yaml")
+
+
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teachers that do not fit the zoo's student: another tokenizer, and too few head rows."""
+    root = tmp_path_factory.mktemp("misfits")
+    other = root / "other"
+    shutil.copytree(zoo.path("teacher"), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    narrow = root / "narrow"
+    config = Qwen3Config(
+        vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8,
+        num_key_value_heads=1, eos_token_id=2, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        Qwen3ForCausalLM(config).save_pretrained(narrow)
+    for path in zoo.path("teacher").iterdir():
+        if "token" in path.name or "template" in path.name:
+            shutil.copy(path, narrow)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("teacher", "complaint"),
+    [
+        ("other", "different tokenizers: token '"),
+        ("narrow", "the teacher's head has 40 rows but the tokenizer uses ids up to 56"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_pairs_that_do_not_fit(
+    comparison: Path, misfits: Path, tmp_path: Path, command: str, teacher: str, complaint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options = ["--teacher", misfits / teacher, "--output-dir", tmp_path / "run"]
+    method = ["--method", "trb"] if command == "train" else []
+    assert complaint in refused(capsys, command, "--config", comparison, *options, *method)
+
+
+def test_errors_show_no_control_characters(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = refused(capsys, "train", "--config", tmp_path / "\x1b[31mred.yaml")
+    assert "\x1b" not in message
+    assert "?[31mred.yaml" in message
+
+
+def test_the_traceback_is_shown_on_request(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRB_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown key"):
+        main(["train", "--config", str(recipe), "--learing-rate", "1"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape"), ValueError("from below"), KeyError("x")])
+def test_bugs_are_not_dressed_up_as_user_errors(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def breaks(*args: Any, **kwargs: Any) -> None:
+        raise error  # in this module, which is not part of the package
+
+    monkeypatch.setattr(experiments, "load_pair", breaks)
+    with pytest.raises(type(error)):
+        main(["train", "--config", str(recipe), "--output-dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [("train", "continue from the last complete checkpoint"), ("compare", "finished methods are kept")],
+)
+def test_ctrl_c_says_how_to_go_on(
+    comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str,
+    hint: str,
+) -> None:  # fmt: skip
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "load_pair", interrupted)
+    method = ["--method", "trb"] if command == "train" else []
+    assert main([command, "--config", str(comparison), "--output-dir", str(tmp_path / "run"), *method]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("interrupted. Run the same command again")
+    assert hint in last
+
+
+def test_a_full_disk_exits_with_2(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fills_up(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(experiments, "_save_model", fills_up)
+    message = refused(capsys, "train", "--config", recipe, "--output-dir", tmp_path / "run", "--eval-data", "[]")
+    assert f"error: the disk of {tmp_path / 'run'} is full" in message
+
+
+# ---- commands ----
+
+
+def test_train(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(recipe), "--output-dir", str(out), "--seed=3", "--method", "opd"]) == 0
+    shown = capsys.readouterr()
+    assert "student before" in shown.out
+    assert "│ opd " in shown.out
+    assert f"report: {out}/report.html" in shown.out
+    assert "opd: step 2 of 2  loss " in shown.err
+    assert "{" not in shown.out + shown.err, "no raw dictionaries"
+    assert "Loading weights" not in shown.err
+    assert (out / "report.html").exists()
+    assert "seed: 3\n" in (out / "config.yaml").read_text()
+    assert "holds another configuration: seed is 3 there and 4 here" in refused(
+        capsys, "train", "--config", recipe, "--output-dir", out, "--seed", "4", "--method", "opd"
+    )
+    assert (
+        main(["train", "--config", str(recipe), "--output-dir", str(out), "--max-steps=1", "--overwrite", "--quiet"])
+        == 0
+    )
+    assert capsys.readouterr().err == ""
+
+
+def test_compare_shows_every_score_and_writes_the_report(
+    comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--config", str(comparison), "--max-steps", "1"]) == 0
+    out = Path("runs/small")  # after the recipe
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split("│")[1:-1] for line in lines if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == ["student before", "opd", "trb", "teacher"]
+    results = json.loads((out / "results.json").read_text())
+    for row, name in zip(rows, ("student", "opd", "trb", "teacher"), strict=True):
+        score = results[name]
+        assert float(row[1]) == pytest.approx(100 * score["pass_at_1"], abs=0.051)
+        low, high = (float(end) for end in row[2].split(" to "))
+        assert (low, high) == pytest.approx([100 * end for end in score["interval"]], abs=0.051)
+    gain = 100 * (results["trb"]["pass_at_1"] - results["student"]["pass_at_1"])
+    assert float(rows[2][3]) == pytest.approx(gain, abs=0.051)
+    assert rows[0][3].strip() == rows[3][3].strip() == ""
+    assert (out / "report.html").stat().st_size > 10_000
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"opd", "trb", "evaluations"}
+
+
+def test_a_recipe_of_methods_trains_the_one_that_is_chosen(
+    comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "compares opd, trb: use `trb compare`, or choose one" in refused(capsys, "train", "--config", comparison)
+    assert "method means nothing" in refused(capsys, "compare", "--config", comparison, "--method", "opd")
+    options = ["--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--quiet"]
+    assert main(["train", "--config", str(comparison), "--method", "trb", *options]) == 0
+    assert "initial_kl_budget: 0.3\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_eval(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scores"
+    command = ["eval", "--model", "zoo:teacher", "--data", "zoo:chains", "--limit", "8", "--samples", "2"]
+    command += ["--max-new-tokens", "40", "--output-dir", str(out)]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    results = json.loads((out / "results.json").read_text())
+    score = results["zoo:chains"]
+    assert (score["n_problems"], score["n_samples"]) == (8, 16)
+    assert score["pass_at_1"] > 0.9
+    assert f"{100 * score['pass_at_1']:.1f}" in shown.out
+    assert results["provenance"]["versions"]
+    assert len((out / "evaluations" / "zoo-chains.jsonl").read_text().splitlines()) == 9
+
+    sampled = []
+    evaluate = experiments.evaluate
+    monkeypatch.setattr(
+        experiments, "evaluate", lambda *a, **k: sampled.append(k["results_path"].exists()) or evaluate(*a, **k)
+    )
+    assert main([*command, "--resume", "--quiet"]) == 0
+    assert main([*command, "--quiet"]) == 0
+    assert sampled == [True, False], "results of another model would be taken for this one's without --resume"
+
+
+def test_eval_reads_runs_and_averages_suites(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "two.jsonl").write_text('{"prompt": "1+1+1+1", "answer": "4"}\n{"prompt": "2+2+2+2", "answer": "8"}\n')
+    run = tmp_path / "run"
+    assert main(["train", "--config", str(recipe), "--output-dir", str(run), "--max-steps=1", "--quiet"]) == 0
+    data = ["--data", "zoo:chains", str(tmp_path / "two.jsonl"), "--limit", "2", "--max-new-tokens", "40"]
+    capsys.readouterr()
+    assert main(["eval", "--model", str(run), *data, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "mean" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["model"] == str(run / "model")
+    assert results["mean"]["n_problems"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--model", "zoo:foo", "--data", "zoo:chains"], "cannot read the model spec 'zoo:foo'"),
+        (["--model", "zoo:student", "--data", "zoo:chain"], "unknown task 'zoo:chain'"),
+        (["--model", "zoo:student", "--data", "zoo:chains", "--samples", "0"], "eval_samples is 0"),
+        (["--model", "zoo:student", "--data", "zoo:chains", "--dtype", "bf16"], "student_dtype is 'bf16'"),
+        (["--model", "zoo:student", "--data", "zoo:chains", "--limit", "4"], "exceeds the 512 positions"),
+    ],
+)
+def test_eval_refuses(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert complaint in refused(capsys, "eval", *options, "--quiet")
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert "not a directory" in refused(capsys, "report", tmp_path / "nowhere")
+
+
+# ---- doctor ----
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[str, tuple[str, str]]]:
+    """The exit code, and subject -> (status, text) of every line."""
+    code = main(["doctor", *map(str, arguments)])
+    lines = capsys.readouterr().out.splitlines()
+    split = [(line[:4].strip(), *line[5:].split(": ", 1)) for line in lines]
+    return code, {subject: (status, text) for status, subject, text in split}
+
+
+def test_doctor_on_a_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    code, checks = doctor(capsys)
+    assert code == 0
+    assert checks["python"] == ("ok", ".".join(map(str, sys.version_info[:3])))
+    assert checks["torch"][1] == torch.__version__
+    assert {"transformers", "trl", "cpu", "memory", "disk", "trb"} <= checks.keys()
+    assert {status for status, _ in checks.values()} <= {"ok", "warn"}
+
+
+def test_doctor_on_the_zoo_pair(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, checks = doctor(capsys, "--student", "zoo:student", "--teacher", "zoo:teacher")
+    assert code == 0
+    assert checks["tokenizer"] == ("ok", "the same for both, 57 tokens")
+    assert checks["heads"] == (
+        "ok",
+        "student 64 rows, teacher 80, tokenizer uses 57: blended and scored on the 64 both have",
+    )
+    assert checks["end of sequence"][1] == "student stops with 0, teacher with 2; 0 is emitted, 2 folded onto it"
+    assert "memory estimate" not in checks
+
+    code, checks = doctor(capsys, "--config", recipe)
+    assert code == 0
+    assert checks["lengths"] == ("ok", "up to 40 tokens fit both models")
+    assert checks["memory estimate"][0] == "ok"
+
+    code, checks = doctor(capsys, "--config", recipe, "--max-completion-length", "500")
+    assert code == 1
+    assert checks["lengths"][0] == "fail"
+    assert "532 tokens, and the student has 512 positions. Lower max_prompt_length" in checks["lengths"][1]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "subject", "complaint"),
+    [
+        ("other", "tokenizer", "different tokenizers"),
+        ("narrow", "models", "the teacher's head has 40 rows"),
+        ("nowhere", "tokenizer", "no model at"),
+    ],
+)
+def test_doctor_on_pairs_that_do_not_fit(
+    misfits: Path, teacher: str, subject: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, checks = doctor(capsys, "--student", "zoo:student", "--teacher", misfits / teacher)
+    assert code == 1
+    assert checks[subject][0] == "fail"
+    assert complaint in checks[subject][1]
+
+
+def test_doctor_on_too_little_memory(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, teacher = (sum(p.numel() for p in zoo.load(name)[0].parameters()) for name in zoo.NAMES)
+    resident = 4 * (4 * student + teacher)  # weights, gradients and two moments; weights
+    monkeypatch.setattr(cli, "_memory_bytes", lambda: resident)
+    code, checks = doctor(capsys, "--config", recipe)
+    assert code == 1
+    assert checks["memory estimate"][0] == "fail"
+    assert "Lower per_device_train_batch_size" in checks["memory estimate"][1]
+    monkeypatch.setattr(cli, "_memory_bytes", lambda: 2 * resident)
+    assert doctor(capsys, "--config", recipe)[1]["memory estimate"][0] == "ok"
+
+
+def test_doctor_needs_both_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "teacher is missing" in refused(capsys, "doctor", "--student", "zoo:student")
+    assert "unexpected argument" in refused(capsys, "doctor", "zoo:student")
+
+
+def test_doctor_names_a_package_outside_its_range(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.metadata
+
+    ranges = ["torch>=2.13", "trl>=99", "no-such-package-xyz>=1", "scipy>=99; extra == 'test'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ranges)
+    code, checks = doctor(capsys)
+    assert code == 1
+    assert checks["torch"][0] == "ok"
+    assert checks["trl"][0] == "fail"
+    assert "supported: >=99. pip install 'trl>=99'" in checks["trl"][1]
+    assert checks["no-such-package-xyz"] == ("fail", "missing. pip install 'no-such-package-xyz>=1'")
+    assert "scipy" not in checks
+
+
+# ---- progress ----
+
+
+def test_live_progress_shows_numbers_and_only_printable_text(tmp_path: Path) -> None:
+    with (tmp_path / "terminal").open("w") as stream:
+        console = Console(file=stream, force_terminal=True, width=160, color_system=None)
+        with cli._live_display(console) as display:
+            display.plan({"opd": 4, "trb": 4})
+            display.stage("student: \x07 [bold]problems")
+            display.progress.refresh()
+            display.run("opd", 0, 4)
+            display.step(3, {"loss": 0.25, "trb/reward": 0.5, "trb/kl_budget": 0.125})
+            display.progress.refresh()
+            display.finished("opd")
+            display.progress.refresh()
+    shown = (tmp_path / "terminal").read_text()
+    assert "student: ? [bold]problems" in shown
+    assert "opd: training" in shown
+    assert "3/4" in shown
+    assert "loss 0.250  reward 0.50  budget 0.125" in shown
+    assert "methods 0 of 2" in shown
+    assert "methods 1 of 2" in shown
+    assert "4/8" in shown
