@@ -37,8 +37,10 @@ _FLOAT32_LOG_PROB_FLOOR = -85.0
 _POSSIBLE_MASK = -1e4
 # Below this budget, rounding of float32 log-probabilities reaches a thousandth of the divergence.
 _FLOAT32_BUDGET_FLOOR = 5e-4
-# Rows are solved in blocks of about this many elements: temporaries of a megabyte stay in cache.
-_BLOCK_ELEMENTS = 1 << 18
+# Rows are solved in blocks of about this many elements. On a CPU, temporaries of a megabyte stay in cache; an
+# accelerator wants few large kernels, and the block only bounds memory.
+_BLOCK_ELEMENTS_CPU = 1 << 18
+_BLOCK_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,14 @@ class BlendResult:
     passes: Tensor
 
 
+@torch.no_grad()
 def solve(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Tensor) -> BlendResult:
     """Blend the student towards the teacher as far as the KL budget allows (paper, section 2).
 
     Budget 0 returns the student exactly; an infinite budget or a feasible teacher, the teacher exactly. Where the
     two supports differ and the budget is finite, μ lives on the tokens that both models allow; if that restriction
     alone costs more than the budget, μ is the student. `-inf` (or a dtype's most negative number, a common mask)
-    means probability zero.
+    means probability zero. No gradient flows through the blend.
 
     Args:
         student_logits: `[..., V]`, any float dtype; solved in float32, or float64 if either input is float64.
@@ -88,7 +91,8 @@ def solve(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Ten
     dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
 
     result = _empty_result(student_NV, dtype)
-    block = max(1, _BLOCK_ELEMENTS // max(1, vocabulary))
+    elements = _BLOCK_ELEMENTS_CPU if student_NV.device.type == "cpu" else _BLOCK_ELEMENTS
+    block = max(1, elements // max(1, vocabulary))
     for start in range(0, student_NV.shape[0], block):
         rows = slice(start, start + block)
         _store(result, rows, _solve_rows(student_NV[rows], teacher_NV[rows], budget_N[rows], dtype))

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments, rest)
     except KeyboardInterrupt:
-        _say(f"interrupted. {arguments.resume}")
+        _say(f"interrupted. {arguments.hint}")
         return 130
     except Exception as error:
         if os.environ.get("TRB_DEBUG") == "1" or not _is_explained(error):
@@ -143,20 +143,20 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(command=function, takes_overrides=overrides, resume="Run the same command again.")
+    parser.set_defaults(command=function, takes_overrides=overrides, hint="Run the same command again.")
     return parser
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_run_arguments(parser)
     parser.add_argument("--help-keys", action="store_true", help="list every key of a recipe, and exit")
-    parser.set_defaults(resume="Run the same command again to continue from the last complete checkpoint.")
+    parser.set_defaults(hint="Run the same command again to continue from the last complete checkpoint.")
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     _add_run_arguments(parser)
     parser.set_defaults(
-        resume="Run the same command again: finished methods are kept, and the rest continues from checkpoints."
+        hint="Run the same command again: finished methods are kept, and the rest continues from checkpoints."
     )
 
 
@@ -189,6 +189,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", metavar="DIR", help="write results.json and the results of every problem there")
     add("--resume", action="store_true", help="continue an interrupted evaluation of the same model in --output-dir")
     add("--quiet", action="store_true", help="no progress, only the result")
+    parser.set_defaults(hint="With --output-dir, add --resume to go on from there.")
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -389,7 +390,7 @@ def _print_keys() -> None:
     for title, entries in describe_keys().items():
         print(f"\n{title}\n")
         for key, kind, default, text in entries:
-            print(f"  {key}  ({kind}; {default})")
+            print(textwrap.fill(f"{key}  ({kind}; {default})", 100, initial_indent="  ", subsequent_indent="    "))
             print(textwrap.fill(text, 100, initial_indent="      ", subsequent_indent="      "))
 
 
