@@ -360,7 +360,7 @@ def _score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
 
     names = {"student": "student before", "teacher": "teacher"}
     table = Table(caption_justify="left")
-    for heading in ("", "pass@1 %", "95% interval", *(["gain, points"] if gain else []), "tokens", "stopped %"):
+    for heading in ("", "pass@1 %", "95% interval", *(["gain"] if gain else []), "tokens", "stop %"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     start = results.get("student", {}).get("pass_at_1")
     for name, score in results.items():
