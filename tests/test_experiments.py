@@ -479,7 +479,7 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_place(patch, Watched, 3)
         train(recipe, tmp_path)
-    train(recipe, tmp_path)
+    results = train(recipe, tmp_path)
     trained, held_out = (
         {row["prompt"][-1]["content"] for row in seen[f"{part}_dataset"]} for part in ("train", "eval")
     )
@@ -487,6 +487,9 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
     assert not trained & held_out
     assert [row["step"] for row in records(tmp_path / "held_out.jsonl")] == [0, 2, 4]
     assert all(math.isfinite(row["loss"]) for row in records(tmp_path / "held_out.jsonl"))
+    ends = results["trb"]["held_out"]
+    assert (ends["before"]["step"], ends["after"]["step"]) == (0, 4)
+    assert ends["after"]["loss"] == records(tmp_path / "held_out.jsonl")[-1]["loss"]
 
 
 def kill_in_place(patch: pytest.MonkeyPatch, trainer: type[TRBTrainer], step: int) -> None:

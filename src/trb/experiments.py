@@ -160,6 +160,7 @@ def compare(
     args = recipe.training_config(directory)
     if overwrite and args.process_index == 0:
         _clear_comparison(directory, recipe)
+    args.distributed_state.wait_for_everyone()
     _check_shared_recipe(directory, recipe)
     for name, variant in recipes.items():
         _check_claim(directory / name, variant)
@@ -243,9 +244,10 @@ def _train(
             listener.stage(f"{name}: saving the model")
             _save_model(trainer, directory)
         observer.measure(steps)
+    facts = {"steps": steps, "train_seconds": round(seconds, 1)} | _held_out_summary(directory)
     results = {
         "student": mean_of_suites(observer.scores_at(0) or []),
-        name: mean_of_suites(observer.scores_at(steps) or []) | {"steps": steps, "train_seconds": round(seconds, 1)},
+        name: mean_of_suites(observer.scores_at(steps) or []) | facts,
         "provenance": provenance.describe(),
     }
     if main:
@@ -308,6 +310,17 @@ class _Observer(TrainerCallback):
         records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         found = [{key: record[key] for key in record if key != "step"} for record in records if record["step"] == step]
         return found or None
+
+
+def _held_out_summary(directory: Path) -> dict[str, Any]:
+    """The first and the last measurement on held-out prompts: the student's own rollouts, whatever the sampler was."""
+    path = directory / "held_out.jsonl"
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    ends = zip(("before", "after"), (records[0], records[-1]), strict=True)
+    keys = ("step", "loss", "trb/teacher_log_prob")
+    return {"held_out": {name: {key: record.get(key) for key in keys} for name, record in ends}}
 
 
 def _lora(run: RunConfig) -> Any:
@@ -516,7 +529,9 @@ def _initial_scores(
     """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read."""
     folder = directory / "evaluations"
     paths = {name: folder / f"{name}.json" for name in ("student", "teacher")}
-    if not all(path.exists() for path in paths.values()):
+    missing = not all(path.exists() for path in paths.values())
+    args.distributed_state.wait_for_everyone()  # nobody looks after somebody has written
+    if missing:
         run = recipe.run
         listener.stage("loading models and data")
         tokenizer, _ = load_tokenizers(run)

@@ -147,9 +147,11 @@ def chunked_reverse_kl(
         log_student_CV = _project(student_head, student_CH, vocabulary, temperature)
         with torch.no_grad():
             log_teacher_CV = _project(teacher_head, teacher_CH, vocabulary, temperature)
-            metrics = _token_metrics(log_student_CV.detach(), log_teacher_CV, token_C)
             target_CV = veto_target(log_student_CV, log_teacher_CV, veto_strength)
-        return _reverse_kl_terms(log_student_CV, target_CV, k).sum(), *metrics
+        loss = _reverse_kl_terms(log_student_CV, target_CV, k).sum()
+        # Last, because recomputation in the backward pass stops once the loss's own tensors are back.
+        with torch.no_grad():
+            return loss, *_token_metrics(log_student_CV, log_teacher_CV, token_C)
 
     if not chosen.numel():
         empty_N = student_NH.new_zeros(0)
