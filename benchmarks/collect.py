@@ -16,9 +16,11 @@ FILES = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl")
 
 
 def collect(directory: Path) -> dict[str, Any]:
-    """Everything to keep of `directory`; FileNotFoundError if it holds no finished run."""
-    record: dict[str, Any] = {"results": read_json(directory / "results.json")}
-    record["provenance"] = record["results"].pop("provenance")
+    """Everything to keep of `directory`; FileNotFoundError if it holds no run. A run cut short has no results."""
+    finished = (directory / "results.json").exists()
+    results = read_json(directory / "results.json") if finished else {}
+    provenance = results.pop("provenance", None) or read_json(directory / "provenance.json")
+    record: dict[str, Any] = {"finished": finished, "results": results, "provenance": provenance}
     runs = [path.parent for path in sorted(directory.glob("*/metrics.jsonl"))]
     if runs:
         record["runs"] = {run.name: read_run(run) for run in runs}
@@ -43,7 +45,7 @@ def rounded(value: Any) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: has the run finished?")
+        raise FileNotFoundError(f"{path} is missing: is {path.parent} a run directory?")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

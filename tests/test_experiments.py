@@ -162,6 +162,9 @@ def test_a_killed_run_ends_like_one_that_was_not(
             train(recipe, tmp_path)
     assert not (tmp_path / "results.json").exists()
     assert len(records(tmp_path / "metrics.jsonl")) == 4
+    for name in ("metrics.jsonl", "evals.jsonl", "rollouts.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 5, "lo')  # as a kill leaves it
     steps = []
 
     class Watch(Listener):
@@ -295,7 +298,7 @@ def test_an_unwritable_directory_is_refused_before_anything_is_loaded(
 def test_too_small_a_disk_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments, "TRBTrainer", None)
     monkeypatch.setattr(experiments.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(RunDirectoryError, match=r"has 0\.0 GB free, and a checkpoint and the final model take about"):
+    with pytest.raises(RunDirectoryError, match=r"has 0\.0 MB free, and a checkpoint and the final model take about"):
         train(small(save_strategy="steps"), tmp_path)
 
 
@@ -308,7 +311,8 @@ ENOSPC = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ENOSPC,
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
         SafetensorError("I/O error: No space left on device (os error 28)"),
-        RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/3"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 672192 vs 672084"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
 )
 def test_a_full_disk_is_recognised_in_every_library_s_words(error: Exception, tmp_path: Path) -> None:
@@ -318,6 +322,12 @@ def test_a_full_disk_is_recognised_in_every_library_s_words(error: Exception, tm
         except Exception as cause:
             raise RuntimeError("while saving") from cause
     assert "start over" in str(caught.value)
+
+
+def test_any_error_on_a_disk_without_space_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    with pytest.raises(DiskFullError), experiments._explained_disk_errors(tmp_path / "not" / "made"):
+        raise RuntimeError("words of a library nobody has read")
 
 
 def test_other_errors_stay_themselves(tmp_path: Path) -> None:
@@ -446,6 +456,8 @@ def test_a_comparison_run_again_only_does_what_is_missing(tmp_path: Path, monkey
 
 
 def test_a_comparison_needs_methods_and_problems(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has methods: choose one"):
+        train(small(methods=METHODS), tmp_path)
     with pytest.raises(ConfigError, match="methods is empty"):
         compare(small(), tmp_path)
     with pytest.raises(ConfigError, match="eval_data is empty"):

@@ -207,6 +207,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
             args=kwargs["args"],
             model_wrapped=model,
             accelerator=SimpleNamespace(unwrap_model=lambda model: model, wait_for_everyone=lambda: None),
+            eval_dataset=kwargs["eval_dataset"],
             state=SimpleNamespace(global_step=3, max_steps=3, is_world_process_zero=True),
             remove_callback=lambda callback: None,
         )
@@ -273,7 +274,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "eval_seed": (9, lambda spy, _: {*spy.all("evaluate", "seed"), spy.all("load_prompts", "seed")[1]}),
     "eval_max_rows": (13, lambda spy, _: {*spy.all("evaluate", "max_rows")}),
     "save_final_model": (False, lambda _, directory: (directory / "model").exists()),
-    "methods": ({}, lambda *_: {}),  # read by compare and by the command line; see test_experiments and test_cli
+    "methods": ({}, lambda *_: {}),  # what compare reads: tests/test_experiments.py
 }
 SEEN = {
     "student_revision": {"r1"},

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import os
 import runpy
 from pathlib import Path
@@ -291,6 +292,21 @@ def test_supervised_warm_up_is_trls_sft_loss_on_teacher_completions(tmp_path: Pa
     batch = next(iter(reference.get_train_dataloader()))
     theirs = reference.compute_loss(reference.model, batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_a_support_that_misses_most_of_the_student_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("trb"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    build(tmp_path / "sharp", max_steps=1).train()
+    assert "loss_top_k" not in caplog.text
+    student, _ = zoo.load("student")
+    student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach() * 0.01)  # nearly uniform
+    flat = build(tmp_path / "flat", student=student, max_steps=1, loss_top_k=4)
+    flat.train()
+    assert logged(flat, "support_mass")[0] < 0.2
+    assert "set loss_top_k=0" in caplog.text.lower()
 
 
 # ---- invariants of the loop ----

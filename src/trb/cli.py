@@ -8,6 +8,7 @@ Nothing a model wrote is ever printed: a completion can hold terminal escape seq
 """
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -61,6 +62,10 @@ _EXAMPLES = {
 }
 
 
+# What the machine refuses needs no traceback, whoever asked for it.
+_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # Threads that spin while they wait slow each other down wherever cores are shared; set before torch is imported.
@@ -83,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_explained(error: Exception) -> bool:
     """Whether the message was written for the user: raised by this package about its input, not a bug below it."""
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+        return True
     if not isinstance(error, ValueError | OSError | ImportError):
         return False
     trace = error.__traceback__

@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,7 @@ _MAY_CHANGE = {
 _MEASUREMENTS = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
 _RUN_FILES = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "report.html")
 _CPU_CACHE_BYTES = 2 << 30
+_FULL_BYTES = 1 << 20
 _MOST_ROWS = 512
 
 
@@ -137,10 +139,11 @@ def train(
         DiskFullError: the disk filled up while saving. Earlier checkpoints and metrics are intact.
         ValueError, OSError: models or data cannot be loaded, or do not go together.
     """
-    listener = listener or Listener()
-    name = recipe.training_config(output_dir).method
-    listener.plan({name: max(0, recipe.training_config(output_dir).max_steps)})
-    return _train(recipe, Path(output_dir), name, None, overwrite, listener)
+    if recipe.run.methods:
+        raise ConfigError(f"{recipe.source} has methods: choose one with for_method, or use compare")
+    listener, args = listener or Listener(), recipe.training_config(output_dir)
+    listener.plan({args.method: max(0, args.max_steps)})
+    return _train(recipe, Path(output_dir), args.method, None, overwrite, listener)
 
 
 def compare(
@@ -165,8 +168,7 @@ def compare(
     for name, variant in recipes.items():
         _check_claim(directory / name, variant)
     listener.plan({name: max(0, variant.training_config(directory).max_steps) for name, variant in recipes.items()})
-    if args.process_index == 0:
-        _require_writable(directory)
+    _require_writable(directory)
     with _explained_disk_errors(directory):
         initial = _initial_scores(recipe, args, directory, listener)
         results = {"student": mean_of_suites(initial["student"])}
@@ -187,8 +189,7 @@ def _train(
 ) -> dict[str, Any]:
     """`train` under a name, with the initial student's scores where they are known already."""
     run, args = recipe.run, recipe.training_config(directory)
-    main = args.process_index == 0
-    if overwrite and main:
+    if overwrite and args.process_index == 0:
         _clear(directory)
     args.distributed_state.wait_for_everyone()
     checkpoint = _check_claim(directory, recipe)
@@ -196,66 +197,82 @@ def _train(
         listener.finished(name)
         return json.loads((directory / "results.json").read_text(encoding="utf-8"))
     checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
-    if main:
-        _require_writable(directory)
+    _require_writable(directory)
 
     listener.stage(f"{name}: loading models and data")
-    tokenizer, teacher_tokenizer = load_tokenizers(run)
-    prompts, held_out = _training_prompts(run, args, tokenizer)
-    problems = problem_sets(run)
-    set_seed(args.seed)  # before adapters are initialised
-    student, teacher = load_pair(run)
-    check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
-    _require_space(directory, student, run, args)
-    if main:
-        # Not before: a run that could not load must not claim the directory.
-        _begin(directory, recipe, afresh=checkpoint is None)
-    args.eval_on_start = bool(held_out) and checkpoint is None
+    material = _load(run, args)
+    _require_space(directory, material.student, run, args)
     with Verifier(run.reward_timeout_s) as verifier, _explained_disk_errors(directory):
-        score = partial(evaluate_suites, tokenizer=tokenizer, problems=problems, run=run, args=args, verifier=verifier)
-        observer = _Observer(directory, name, run.eval_every if problems else 0, score, listener)
-        trainer = TRBTrainer(
-            model=student,
-            teacher_model=teacher,
+        if args.process_index == 0:
+            # Not before: a run that could not load must not claim the directory.
+            _begin(directory, recipe, afresh=checkpoint is None)
+        args.distributed_state.wait_for_everyone()
+        score = partial(
+            evaluate_suites,
+            tokenizer=material.tokenizer,
+            problems=material.problems,
+            run=run,
             args=args,
-            train_dataset=prompts,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            teacher_processing_class=teacher_tokenizer,
-            reward_fn=verifier.score,
-            peft_config=_lora(run),
-            callbacks=[observer],
+            verifier=verifier,
         )
-        observer.trainer = trainer
-        for printing in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(printing)
+        observer = _Observer(directory, name, run.eval_every if material.problems else 0, score, listener)
+        trainer = observer.trainer = _trainer(material, run, args, verifier, observer)
         if observer.scores_at(0) is None:
             observer.measure(0) if before is None else observer.keep(0, before)
         start = time.monotonic()
-        if checkpoint is not None and _is_last(checkpoint, args):
-            # transformers would take one more step than asked for.
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = _state_of(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        seconds = time.monotonic() - start
+        _take_steps(trainer, checkpoint)
+        seconds = round(time.monotonic() - start, 1)
         steps = trainer.state.global_step
         if run.save_final_model:
             listener.stage(f"{name}: saving the model")
             _save_model(trainer, directory)
         observer.measure(steps)
-    facts = {"steps": steps, "train_seconds": round(seconds, 1)} | _held_out_summary(directory)
-    results = {
-        "student": mean_of_suites(observer.scores_at(0) or []),
-        name: mean_of_suites(observer.scores_at(steps) or []) | facts,
-        "provenance": provenance.describe(),
-    }
-    if main:
-        _write_json(directory / "results.json", results)
+        trained = mean_of_suites(observer.scores_at(steps) or []) | {"steps": steps, "train_seconds": seconds}
+        results = {
+            "student": mean_of_suites(observer.scores_at(0) or []),
+            name: trained | _held_out_summary(directory),
+            "provenance": provenance.describe(),
+        }
+        if args.process_index == 0:
+            _write_json(directory / "results.json", results)
     listener.finished(name)
-    del trainer, observer, student, teacher, score
+    del trainer, observer, material, score
     _free_memory()
     return results
+
+
+def _trainer(
+    material: "_Material", run: RunConfig, args: TRBConfig, verifier: Verifier, observer: "_Observer"
+) -> TRBTrainer:
+    set_seed(args.seed)  # before adapters are initialised
+    trainer = TRBTrainer(
+        model=material.student,
+        teacher_model=material.teacher,
+        args=args,
+        train_dataset=material.prompts,
+        eval_dataset=material.held_out,
+        processing_class=material.tokenizer,
+        teacher_processing_class=material.teacher_tokenizer,
+        reward_fn=verifier.score,
+        peft_config=_lora(run),
+        callbacks=[observer],
+    )
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    return trainer
+
+
+def _take_steps(trainer: TRBTrainer, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint where there is one."""
+    if checkpoint is None:
+        trainer.args.eval_on_start = trainer.eval_dataset is not None
+        trainer.train()
+    elif _is_last(checkpoint, trainer.args):
+        # transformers would take one more step than asked for.
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = _state_of(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 class _Observer(TrainerCallback):
@@ -402,6 +419,29 @@ def load_pair(run: RunConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
     return student, teacher
 
 
+@dataclass
+class _Material:
+    """What a run is made of, checked against each other."""
+
+    tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase
+    prompts: "Dataset"
+    held_out: "Dataset | None"
+    problems: dict[str, "Dataset"]
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+
+
+def _load(run: RunConfig, args: TRBConfig) -> _Material:
+    """Load everything, what is cheap to find wrong first."""
+    tokenizer, teacher_tokenizer = load_tokenizers(run)
+    prompts, held_out = _training_prompts(run, args, tokenizer)
+    problems = problem_sets(run)
+    student, teacher = load_pair(run)
+    check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
+    return _Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher)
+
+
 def _training_prompts(
     run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple["Dataset", "Dataset | None"]:
@@ -532,22 +572,17 @@ def _initial_scores(
     missing = not all(path.exists() for path in paths.values())
     args.distributed_state.wait_for_everyone()  # nobody looks after somebody has written
     if missing:
-        run = recipe.run
         listener.stage("loading models and data")
-        tokenizer, _ = load_tokenizers(run)
-        problems = problem_sets(run)
-        _training_prompts(run, args, tokenizer)  # a bad prompt file should not wait for the evaluation to end
-        student, teacher = load_pair(run)
-        check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
+        material = _load(recipe.run, args)
         if args.process_index == 0:
             _write(directory / "recipe.yaml", recipe.to_yaml())
-        with Verifier(run.reward_timeout_s) as verifier:
-            for name, model in (("student", student), ("teacher", teacher)):
+        with Verifier(recipe.run.reward_timeout_s) as verifier:
+            for name in paths:
                 scores = evaluate_suites(
-                    model,
-                    tokenizer=tokenizer,
-                    problems=problems,
-                    run=run,
+                    getattr(material, name),
+                    tokenizer=material.tokenizer,
+                    problems=material.problems,
+                    run=recipe.run,
                     args=args,
                     verifier=verifier,
                     folder=folder / name,
@@ -556,7 +591,7 @@ def _initial_scores(
                 )
                 if args.process_index == 0:
                     _write_json(paths[name], scores)
-        del student, teacher, model
+        del material
         _free_memory()
         args.distributed_state.wait_for_everyone()
     elif args.process_index == 0:
@@ -677,6 +712,8 @@ def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
         for name in _MEASUREMENTS:
             (directory / name).unlink(missing_ok=True)
         shutil.rmtree(directory / "evaluations", ignore_errors=True)
+    for name in _MEASUREMENTS:
+        drop_after_step(directory / name, sys.maxsize)  # a kill may have cut the last line off
     _write(directory / "config.yaml", recipe.to_yaml())
     provenance.write(directory)
 
@@ -743,7 +780,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _require_writable(directory: Path) -> None:
     """Make the directory, and fail now rather than after an hour of training if nothing can be written there."""
-    probe = directory / ".trb-probe"
+    probe = directory / f".trb-probe-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
@@ -762,11 +799,11 @@ def _require_space(directory: Path, student: PreTrainedModel, run: RunConfig, ar
     if run.lora_rank:
         weights, checkpoint = weights // 20, checkpoint // 20
     needed = checkpoint + (weights if run.save_final_model else 0)
-    free = shutil.disk_usage(directory).free
+    free = _free_bytes(directory)
     if free < needed:
         raise RunDirectoryError(
-            f"the disk of {directory} has {free / 1e9:.1f} GB free, and a checkpoint and the final model take about "
-            f"{needed / 1e9:.1f} GB; free some space, choose another --output-dir, or set save_strategy: no"
+            f"the disk of {directory} has {_size(free)} free, and a checkpoint and the final model take about "
+            f"{_size(needed)}; free some space, choose another --output-dir, or set save_strategy: no"
         )
 
 
@@ -778,7 +815,7 @@ def _explained_disk_errors(directory: Path) -> Iterator[None]:
     except DiskFullError:
         raise
     except Exception as error:
-        if not _is_disk_full(error):
+        if not (_is_disk_full(error) or _free_bytes(directory) < _FULL_BYTES):
             raise
         for torn in (path for path in directory.glob("checkpoint-*") if not _is_complete(path)):
             shutil.rmtree(torn, ignore_errors=True)
@@ -792,12 +829,21 @@ def _explained_disk_errors(directory: Path) -> Iterator[None]:
         ) from error
 
 
+def _free_bytes(directory: Path) -> int:
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def _is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         # safetensors and torch.save report it in words only.
-        if re.search(r"No space left on device|os error 28\b|PytorchStreamWriter failed writing", str(error)):
+        if re.search(r"No space left on device|os error 28\b|inline_container\.cc|iostream error", str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -17,7 +17,7 @@ Shape suffixes: N tokens, K support, V vocabulary, H hidden size, C tokens of on
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor
     student_NV = student_logits.reshape(-1, student_logits.shape[-1])[chosen]
     teacher_NV = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])[chosen]
     log_student_NV, log_teacher_NV = _log_softmax(student_NV), _log_softmax(teacher_NV)
-    return _reverse_kl_terms(log_student_NV, log_teacher_NV, k).sum() / max(1, student_NV.shape[0])
+    loss_N, _ = _reverse_kl_terms(log_student_NV, log_teacher_NV, k)
+    return loss_N.sum() / max(1, student_NV.shape[0])
 
 
 def full_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
@@ -94,12 +95,14 @@ class TokenMetrics:
         student_entropy: entropy of the student's distribution.
         teacher_entropy: entropy of the teacher's.
         teacher_log_prob: log πT of the token itself.
+        support_mass: student probability of the loss's support; far below 1, the truncated loss is a poor guide.
     """
 
     reverse_kl: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
     teacher_log_prob: Tensor
+    support_mass: Tensor
 
 
 def chunked_reverse_kl(
@@ -148,14 +151,15 @@ def chunked_reverse_kl(
         with torch.no_grad():
             log_teacher_CV = _project(teacher_head, teacher_CH, vocabulary, temperature)
             target_CV = veto_target(log_student_CV, log_teacher_CV, veto_strength)
-        loss = _reverse_kl_terms(log_student_CV, target_CV, k).sum()
+        loss_C, support_mass_C = _reverse_kl_terms(log_student_CV, target_CV, k)
+        loss = loss_C.sum()
         # Last, because recomputation in the backward pass stops once the loss's own tensors are back.
         with torch.no_grad():
-            return loss, *_token_metrics(log_student_CV, log_teacher_CV, token_C)
+            return loss, *_token_metrics(log_student_CV, log_teacher_CV, token_C), support_mass_C
 
     if not chosen.numel():
         empty_N = student_NH.new_zeros(0)
-        return student_hidden.sum() * 0.0, TokenMetrics(empty_N, empty_N, empty_N, empty_N)
+        return student_hidden.sum() * 0.0, TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
     losses, metrics = [], []
     for rows in torch.arange(chosen.numel(), device=chosen.device).split(chunk_tokens):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -178,8 +182,8 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=dtype)
 
 
-def _reverse_kl_terms(log_student_NV: Tensor, log_target_NV: Tensor, k: int) -> Tensor:
-    """`[N]` loss per token, from log-probabilities normalised over the full vocabulary."""
+def _reverse_kl_terms(log_student_NV: Tensor, log_target_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`[N]` loss and support mass per token, from log-probabilities normalised over the full vocabulary."""
     if k < 0:
         raise ValueError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
     if 0 < k < log_student_NV.shape[-1]:
@@ -191,7 +195,7 @@ def _reverse_kl_terms(log_student_NV: Tensor, log_target_NV: Tensor, k: int) -> 
     possible_NK = student_NK > 0
     log_ratio_NK = torch.where(possible_NK, log_student_NV, 0.0) - torch.where(possible_NK, log_target_NV, 0.0)
     support_mass_N = student_NK.detach().sum(-1)
-    return (student_NK * log_ratio_NK - student_NK + target_NK).sum(-1) / support_mass_N
+    return (student_NK * log_ratio_NK - student_NK + target_NK).sum(-1) / support_mass_N, support_mass_N
 
 
 def _token_metrics(log_student_CV: Tensor, log_teacher_CV: Tensor, token_C: Tensor) -> tuple[Tensor, ...]:

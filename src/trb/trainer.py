@@ -27,6 +27,7 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models import prepare_deepspeed
@@ -49,6 +50,8 @@ from trb.schedule import KINDS, kl_budget, ramp
 from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
 
 __all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
+
+logger = logging.get_logger(__name__)
 
 # What each method changes with respect to plain on-policy distillation (paper, section 6).
 TRAINING_METHODS = {
@@ -74,6 +77,9 @@ _UNSUPPORTED = {
 
 # What the vocabulary projection of the supervised loss holds at once, in vocabulary entries.
 _SFT_VOCABULARY_CHUNK = 8192
+
+# Below this share of the student's probability, a top-k loss was seen to make the student worse (docs/experiments.md).
+_THIN_SUPPORT = 0.5
 
 RewardFunction = Callable[[list[str], Sequence[Mapping[str, Any]]], list[float]]
 
@@ -490,8 +496,14 @@ class TRBTrainer(DistillationTrainer):
     def _add_token_metrics(self, metrics: TokenMetrics) -> None:
         mode = "train" if self.model.training else "eval"
         tokens = metrics.reverse_kl.numel()
-        for name in ("reverse_kl", "teacher_entropy", "teacher_log_prob"):
+        for name in ("reverse_kl", "teacher_entropy", "teacher_log_prob", "support_mass"):
             self._add(mode, name, getattr(metrics, name).sum().item(), tokens)
+        if tokens and metrics.support_mass.mean() < _THIN_SUPPORT:
+            logger.warning_once(
+                f"the student's top {self.args.loss_top_k} tokens hold only {metrics.support_mass.mean():.0%} of its "
+                "probability: the truncated loss can then drive probability into the tail. Set loss_top_k=0 (the full "
+                "vocabulary), or a larger one, until the student is sharper"
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -86,6 +86,9 @@ HELD_OUT = (
 )
 OPTIMIZER = (
     Quantity("loss", "Loss", "", "Training loss, token mean", smooth=True),
+    Quantity(
+        "trb/support_mass", "Support mass", "", "Student probability of the loss's top-k", format="percent", smooth=True
+    ),
     Quantity("grad_norm", "Gradient norm", "", "Before clipping", smooth=True),
     Quantity("learning_rate", "Learning rate", "", "As scheduled"),
     Quantity("step_time", "Step time", "seconds", "Wall clock of one optimizer step"),
