@@ -524,7 +524,7 @@ def _plain(value: Any) -> Any:
 class _Loader(yaml.SafeLoader):
     """Safe YAML with two repairs: duplicate keys are errors, and plain scalars are read by YAML 1.2's rules."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML declares it as an attribute of instances)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []  # a key of YAML may be unhashable
