@@ -147,6 +147,13 @@ def test_ordinary_arguments_stay_as_they_are(arguments: list[str]) -> None:
     assert shlex.split(provenance.redact(arguments)) == arguments
 
 
+def test_the_program_is_named_without_the_place_it_is_installed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/someone/.venv/bin/trb", "compare", "--config", "recipes/quickstart.yaml"])
+    assert provenance.describe()["command"] == "trb compare --config recipes/quickstart.yaml"
+    monkeypatch.setattr(sys, "argv", ["/home/someone/src/trb/__main__.py", "train"])
+    assert provenance.describe()["command"] == "python -m trb train"
+
+
 def test_the_command_is_the_one_that_started_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["trb", "train", "--hub-token", "plain", "a b"])
     assert provenance.describe()["command"] == "trb train --hub-token '[redacted]' 'a b'"

@@ -49,7 +49,7 @@ def describe() -> dict[str, Any]:
     """
     commit, dirty = _git_state(Path(trb.__file__).parent)
     return {
-        "command": redact(sys.argv),
+        "command": f"{_program(sys.argv[0])} {redact(sys.argv[1:])}".rstrip(),
         "commit": commit,
         "dirty": dirty,
         "versions": {"trb": trb.__version__} | {name: _version(name) for name in _PACKAGES},
@@ -68,6 +68,12 @@ def write(directory: str | Path) -> Path:
     partial.write_text(json.dumps(describe(), indent=2) + "\n")
     partial.replace(target)
     return target
+
+
+def _program(path: str) -> str:
+    """How a reader would start the program: where it is installed on this machine says nothing."""
+    program = Path(path)
+    return f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
 
 
 def redact(arguments: list[str]) -> str:
