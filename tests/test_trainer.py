@@ -399,8 +399,11 @@ def test_rewards_are_logged_and_never_trained_on(tmp_path: Path) -> None:
     assert losses(with_reward) == losses(without)
 
 
-def test_vllm_takes_over_once_the_teacher_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = build(tmp_path, blend_warmup_steps=1)
+@pytest.mark.parametrize("method", ["trb", "temperature", "sft"])
+def test_vllm_takes_over_once_rollouts_are_the_students_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    trainer = build(tmp_path, method=method, blend_warmup_steps=1, temperature_warmup_steps=1, sft_warmup_steps=1)
     trainer.use_vllm = True
     handed_over = []
     monkeypatch.setattr(

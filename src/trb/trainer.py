@@ -64,6 +64,9 @@ TRAINING_METHODS = {
     "veto": "the loss matches softmax(log teacher + strength * log student), strength falling to 0",
 }
 
+# Policies at the end of their warm-up: plain student sampling, which TRL's vLLM path can do as well.
+_STUDENT_LAWS = (StudentPolicy(), TrustRegionPolicy(0.0), TemperaturePolicy(1.0))
+
 # Options of TRL that would change the sampled law or the loss, with the only value this trainer supports.
 _UNSUPPORTED = {
     "beta": (1.0, "the loss is the reverse KL"),
@@ -342,7 +345,7 @@ class TRBTrainer(DistillationTrainer):
         training = self.model.training
         step = self.state.global_step
         policy = self.behavior_policy(step) if training else StudentPolicy()
-        if self.use_vllm and isinstance(policy, StudentPolicy | TrustRegionPolicy) and not policy.needs_teacher:
+        if self.use_vllm and policy in _STUDENT_LAWS:
             self._rollout = None
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         keys = [prompt_key(ids) for ids in prompt_ids]
@@ -394,7 +397,7 @@ class TRBTrainer(DistillationTrainer):
         if self._rollout is not None:
             self._add_rollout(mode, self._rollout)
             if mode == "train" and self.accelerator.is_main_process:
-                self._record(inputs, texts, rewards)
+                self._record(texts, rewards)
         return output
 
     def _add_rollout(self, mode: str, rollout: Rollout) -> None:
@@ -416,7 +419,7 @@ class TRBTrainer(DistillationTrainer):
         self._add(mode, "teacher_calls", rollout.teacher_calls, 1)
         self._add(mode, "student_calls", rollout.student_calls, 1)
 
-    def _record(self, inputs: list[dict[str, Any]], texts: list[str], rewards: list[float] | None) -> None:
+    def _record(self, texts: list[str], rewards: list[float] | None) -> None:
         if self._rollout is None or self.state.global_step % max(1, self.state.logging_steps):
             return
         stats = self._rollout.stats
