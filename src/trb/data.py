@@ -161,7 +161,11 @@ def check_lengths(
         return dataset
     if overlong == "error" or not kept:
         row = next(index for index, length in enumerate(lengths) if length > max_prompt_length)
-        remedy = "" if overlong == "drop" else ', or drop such rows with overlong="drop"'
+        remedy = (
+            ""
+            if overlong == "drop"
+            else ', or drop such rows with overlong="drop" (in recipes, overlong_prompts: drop)'
+        )
         raise ValueError(
             f"the prompt of row {row + 1} has {lengths[row]} tokens, more than the limit of "
             f"{max_prompt_length} ({dropped} of {len(lengths)} rows are); raise max_prompt_length{remedy}"

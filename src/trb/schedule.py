@@ -25,6 +25,8 @@ def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind
     """
     if not initial_kl_budget >= 0:
         raise ValueError(f"initial_kl_budget must be a non-negative number of nats, got {initial_kl_budget}")
+    if blend_warmup_steps < 0:
+        raise ValueError(f"blend_warmup_steps must be at least 0, got {blend_warmup_steps}")
     if kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
