@@ -54,37 +54,26 @@ def random_model(kind: type[PreTrainedModel], config: PretrainedConfig, seed: in
     return model.double().eval().requires_grad_(False)
 
 
+# No special ids: each test says itself what stops a completion.
+NO_SPECIAL_IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    **NO_SPECIAL_IDS,
+}
+
+
 def tiny_llama(rows: int, seed: int, *, spread: float = 0.35, dropout: float = 0.0) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=rows,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        attention_dropout=dropout,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = LlamaConfig(vocab_size=rows, attention_dropout=dropout, **TINY)
     return random_model(LlamaForCausalLM, config, seed, spread)
 
 
 def tiny_qwen3(rows: int, seed: int, *, spread: float = 0.35) -> PreTrainedModel:
-    config = Qwen3Config(
-        vocab_size=rows,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=32,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = Qwen3Config(vocab_size=rows, head_dim=8, **TINY)
     return random_model(Qwen3ForCausalLM, config, seed, spread)
 
 
@@ -96,9 +85,7 @@ def tiny_gpt2(rows: int, seed: int, *, spread: float = 0.35) -> PreTrainedModel:
         n_layer=1,
         n_head=2,
         n_positions=32,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
+        **NO_SPECIAL_IDS,
     )
     return random_model(GPT2LMHeadModel, config, seed, spread)
 

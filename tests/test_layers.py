@@ -13,6 +13,7 @@ import trb
 PACKAGE = Path(trb.__file__).parent
 # Each may import only from those before it. A package counts as one layer: its inner order is its own affair.
 LAYERS = (
+    "choices",
     "blend",
     "schedule",
     "vocab",

@@ -269,8 +269,7 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb import provenance
     from trb.config import make_recipe
-    from trb.experiments import evaluate_suites, load_tokenizers, mean_of_suites, problem_sets
-    from trb.loading import load_model
+    from trb.experiments import evaluate_suites, load_student, load_tokenizers, mean_of_suites, problem_sets
     from trb.rewards import Verifier
 
     _quiet_libraries()
@@ -284,13 +283,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
         listener.stage("loading the model and problems")
         problems = problem_sets(run)
         tokenizer, _ = load_tokenizers(run)
-        model = load_model(
-            run.student,
-            dtype=run.student_dtype,
-            trust_remote_code=run.student_trust_remote_code,
-            revision=run.student_revision,
-            keep_layers=run.student_keep_layers,
-        )
+        model = load_student(run)
         scores = evaluate_suites(
             model,
             tokenizer=tokenizer,
@@ -678,18 +671,14 @@ def _outline(run: "RunConfig", role: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from trb import zoo
-    from trb.loading import BUILT_IN, load_model, prune_depth, smollm2_directory
+    from trb.loading import load_model, prune_depth, resolve
 
     spec, revision = getattr(run, role), getattr(run, f"{role}_revision")
     trust = getattr(run, f"{role}_trust_remote_code")
     keep = run.student_keep_layers if role == "student" else None
     if (Path(spec).expanduser() / "adapter_config.json").is_file():
         return load_model(spec, trust_remote_code=trust, keep_layers=keep)
-    if spec in BUILT_IN:
-        source = zoo.path(spec.removeprefix("zoo:")) if spec.startswith("zoo:") else smollm2_directory()
-    else:
-        source = Path(spec).expanduser() if Path(spec).expanduser().is_dir() else spec
+    source = resolve(spec, revision)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)

@@ -9,7 +9,6 @@ Left out on purpose: several files that include each other, and variables. A rec
 """
 
 import dataclasses
-import difflib
 import enum
 import math
 import os
@@ -18,13 +17,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from trb.choices import did_you_mean
 from trb.data import MATH_SYSTEM_PROMPT
 from trb.loading import DTYPES
 from trb.trainer import TRAINING_METHODS, TRBConfig
@@ -39,6 +39,9 @@ __all__ = [
     "parse_overrides",
     "valid_keys",
 ]
+
+# Keys are made of a few words; half of one in common is worth a hint.
+_nearest = partial(did_you_mean, cutoff=0.5)
 
 # Options of the trainer that mean nothing here, or that another key replaces: silence would be a lie.
 _REPLACED = {
@@ -500,11 +503,6 @@ def _words(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return f"one of {', '.join(str(member.value) for member in annotation)}"
     return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _nearest(name: str, candidates: Any) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _plain(value: Any) -> Any:

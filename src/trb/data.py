@@ -10,7 +10,6 @@ specification is a hub name. `datasets` is imported inside functions so that `tr
 process it starts, can use the text helpers at the end of this file without paying for it.
 """
 
-import difflib
 import hashlib
 import json
 import logging
@@ -19,10 +18,13 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
+
+from trb.choices import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +43,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# Names are made of a few words; half of one in common is worth a hint.
+_nearest = partial(did_you_mean, cutoff=0.5)
 
 MATH_SYSTEM_PROMPT = "Reason step by step, and put the final answer in \\boxed{}."
 
@@ -478,11 +483,6 @@ def _to_dataset(rows: list[Row]) -> "Dataset":
 
 def _kind(value: Any) -> str:
     return "missing (null)" if value is None else f"of type {type(value).__name__} ({str(value)[:40]!r})"
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def _nearest_path(path: Path) -> str:

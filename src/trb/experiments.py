@@ -66,6 +66,7 @@ __all__ = [
     "evaluate_suites",
     "last_checkpoint",
     "load_pair",
+    "load_student",
     "load_tokenizers",
     "mean_of_suites",
     "problem_sets",
@@ -401,15 +402,20 @@ def _template(name: str) -> str:
         raise ConfigError(f"chat_template is {name!r}, neither plain nor a readable file: {error.strerror}") from error
 
 
-def load_pair(run: RunConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student, pruned where the recipe says so, and the teacher."""
-    student = load_model(
+def load_student(run: RunConfig) -> PreTrainedModel:
+    """The student, pruned where the recipe says so."""
+    return load_model(
         run.student,
         dtype=run.student_dtype,
         trust_remote_code=run.student_trust_remote_code,
         revision=run.student_revision,
         keep_layers=run.student_keep_layers,
     )
+
+
+def load_pair(run: RunConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The student and the teacher."""
+    student = load_student(run)
     teacher = load_model(
         run.teacher,
         dtype=run.teacher_dtype,

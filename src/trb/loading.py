@@ -10,7 +10,6 @@ tokenizers agree (`trb.vocab`).
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -19,7 +18,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from transformers import (
 )
 
 from trb import zoo
+from trb.choices import did_you_mean
 
 __all__ = [
     "BUILT_IN",
@@ -149,7 +148,7 @@ def _local_directory(spec: str) -> Path | None:
     if spec.startswith((".", "/", "~")) or spec.count(os.sep) > 1:
         raise FileNotFoundError(f"no model at {spec!r}{_nearest_path(path)}")
     if not _HUB_ID.fullmatch(spec):
-        hint = _did_you_mean(spec, BUILT_IN)
+        hint = did_you_mean(spec, BUILT_IN)
         choices = f"{', '.join(BUILT_IN)}, a directory, or a hub id (owner/name)"
         raise ValueError(f"cannot read the model spec {spec!r}: use one of {choices}{hint}")
     return None
@@ -175,19 +174,14 @@ def _nearest_path(path: Path) -> str:
     while not missing.parent.exists():
         missing = missing.parent
     siblings = [str(p) for p in missing.parent.iterdir() if p.is_dir()]
-    return _did_you_mean(str(missing), siblings) or f"; {missing.parent} has no directory {missing.name!r}"
-
-
-def _did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return did_you_mean(str(missing), siblings) or f"; {missing.parent} has no directory {missing.name!r}"
 
 
 def _unavailable(source: Path | str, what: str) -> OSError:
     if isinstance(source, Path):
         return OSError(f"cannot read the {what} in {source}: it is incomplete or damaged; save it again")
     nearby = [str(p) for p in Path(source).parent.glob("*") if p.is_dir()]
-    hint = _did_you_mean(source, [*BUILT_IN, *nearby])
+    hint = did_you_mean(source, [*BUILT_IN, *nearby])
     if is_offline_mode():
         remedy = hint or "; download it once with `hf download`, or unset HF_HUB_OFFLINE"
         return OSError(f"the {what} of {source!r} is not in the hub cache and HF_HUB_OFFLINE is set{remedy}")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trb.vocab import SharedVocabulary
+from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = [
     "TokenMetrics",
@@ -56,7 +56,7 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor
     chosen = mask.reshape(-1) != 0
     student_NV = student_logits.reshape(-1, student_logits.shape[-1])[chosen]
     teacher_NV = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])[chosen]
-    log_student_NV, log_teacher_NV = _log_softmax(student_NV), _log_softmax(teacher_NV)
+    log_student_NV, log_teacher_NV = log_probs(student_NV), log_probs(teacher_NV)
     loss_N, _ = _reverse_kl_terms(log_student_NV, log_teacher_NV, k)
     return loss_N.sum() / max(1, student_NV.shape[0])
 
@@ -79,10 +79,10 @@ def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float)
     """
     if not strength >= 0:
         raise ValueError(f"Veto strength must be at least 0, got {strength}")
-    log_teacher = _log_softmax(teacher_logits.detach())
+    log_teacher = log_probs(teacher_logits.detach())
     if strength == 0:
         return log_teacher
-    log_student = _log_softmax(student_logits.detach())
+    log_student = log_probs(student_logits.detach())
     return torch.log_softmax(log_teacher + strength * log_student, dim=-1)
 
 
@@ -161,8 +161,8 @@ def chunked_reverse_kl(
         empty_N = student_NH.new_zeros(0)
         return student_hidden.sum() * 0.0, TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
     losses, metrics = [], []
-    for rows in torch.arange(chosen.numel(), device=chosen.device).split(chunk_tokens):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, chosen.numel(), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
         loss, *seen = checkpoint(chunk_loss, student_NH[part], teacher_NH[part], token_N[part], use_reentrant=False)
         losses.append(loss)
         metrics.append(seen)
@@ -174,12 +174,7 @@ def _project(head: Head, hidden_CH: Tensor, vocabulary: SharedVocabulary | None,
     logits_CV = head(hidden_CH)
     if vocabulary is not None:
         logits_CV = vocabulary.fold(logits_CV)
-    return _log_softmax(logits_CV if temperature == 1.0 else logits_CV / temperature)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.log_softmax(logits, dim=-1, dtype=dtype)
+    return log_probs(logits_CV, temperature)
 
 
 def _reverse_kl_terms(log_student_NV: Tensor, log_target_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 Pure functions of the step: a resumed run computes the same value. Left out: schedules driven by training signals.
 """
 
-import difflib
 import math
+
+from trb.choices import did_you_mean
 
 __all__ = ["KINDS", "kl_budget", "ramp"]
 
@@ -28,8 +29,7 @@ def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind
     if blend_warmup_steps < 0:
         raise ValueError(f"blend_warmup_steps must be at least 0, got {blend_warmup_steps}")
     if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(kind), KINDS)
         raise ValueError(f"unknown budget schedule {kind!r}; choose one of {', '.join(KINDS)}{hint}")
     remaining = 1 - _progress(step, blend_warmup_steps)
     if kind == "constant":

@@ -356,7 +356,7 @@ class TRBTrainer(DistillationTrainer):
                 prompt_ids,
                 policy,
                 max_new_tokens=cast(int, self.max_completion_length),
-                eos_token_id=[self.vocabulary.stop_id, *self.vocabulary.folded_ids],
+                eos_token_id=self.vocabulary.stop_ids,
                 vocab_size=self.vocabulary.size,
                 temperature=self.temperature,
                 seed=stream_seed(self.args.seed, "train" if training else "eval", step),
@@ -391,8 +391,7 @@ class TRBTrainer(DistillationTrainer):
         known = [reward for reward in rewards or [] if not math.isnan(reward)]  # nan: the row has no answer
         self._add(mode, "reward", sum(known), len(known))
         self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
-        stop_ids = {self.vocabulary.stop_id, *self.vocabulary.folded_ids}
-        stopped = sum(bool(ids) and ids[-1] in stop_ids for ids in completions)
+        stopped = sum(bool(ids) and ids[-1] in self.vocabulary.stop_ids for ids in completions)
         self._add(mode, "stop_rate", stopped, len(completions))
         if self._rollout is not None:
             self._add_rollout(mode, self._rollout)

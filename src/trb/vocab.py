@@ -12,12 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SharedVocabulary", "align", "check_heads", "check_same_tokenizer", "head_rows", "stop_token_ids"]
+__all__ = [
+    "SharedVocabulary",
+    "align",
+    "check_heads",
+    "check_same_tokenizer",
+    "head_rows",
+    "log_probs",
+    "stop_token_ids",
+]
 
 
 @dataclass(frozen=True)
@@ -53,14 +62,26 @@ class SharedVocabulary:
                 )
         return cls(size, student_ids[0], tuple(token_id for token_id in every_id if token_id != student_ids[0]))
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every id that means stop, the one to emit first."""
+        return [self.stop_id, *self.folded_ids]
+
     def fold(self, logits: Tensor) -> Tensor:
         """`[..., rows]` logits on the shared events `[..., V]`; a new tensor, probability conserved."""
         shared = logits[..., : self.size].clone()
         if self.folded_ids:
-            stop_ids = [self.stop_id, *self.folded_ids]
-            shared[..., self.stop_id] = _log_sum_exp(shared[..., stop_ids]).to(shared.dtype)
+            shared[..., self.stop_id] = _log_sum_exp(shared[..., self.stop_ids]).to(shared.dtype)
             shared[..., list(self.folded_ids)] = -math.inf
         return shared
+
+
+def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`[..., V]` log-probabilities at a temperature, in float64 for float64 logits and in float32 for all others."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if temperature != 1.0:
+        logits = logits.to(wide) / temperature
+    return torch.log_softmax(logits, dim=-1, dtype=wide)
 
 
 def align(

@@ -3,7 +3,6 @@
 Every sampler draws from the same law, with the same randomness; `method` chooses how the work is laid out.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from trb.choices import did_you_mean
 from trb.modeling import without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.lockstep import sample_lockstep
@@ -102,8 +102,7 @@ def _check_options(
     policy: BehaviorPolicy, models: int, max_new_tokens: int, temperature: float, method: str, max_rows: int | None
 ) -> None:
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(method), METHODS)
         raise ValueError(f"unknown sampling method {method!r}; choose one of {', '.join(METHODS)}{hint}")
     if policy.needs_teacher and models < 2:
         raise ValueError(f"{policy!r} needs a teacher, got teacher=None")

@@ -17,7 +17,7 @@ from trb.sampling.cache import CachedReader
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import Rollout, RolloutStats
 from trb.sampling.uniforms import as_int64, uniforms
-from trb.vocab import SharedVocabulary
+from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = ["sample_lockstep"]
 
@@ -53,8 +53,8 @@ def sample_lockstep(
     logits = [reader.read_prompts(prompts) for reader in readers]
     for position in range(max_new_tokens):
         uniform_R3 = uniforms(seed, keys_R, index_R, torch.full_like(index_R, position))
-        log_probs = [_log_probs(model_logits, vocabulary, temperature, device) for model_logits in logits]
-        token_R, accepted_R, target = _draw(policy, log_probs, uniform_R3)
+        student_and_teacher = [log_probs(vocabulary.fold(rows).to(device), temperature) for rows in logits]
+        token_R, accepted_R, target = _draw(policy, student_and_teacher, uniform_R3)
         trace.write(position, rows_R[open_R], token_R[open_R], accepted_R[open_R], target, open_R)
         open_R = open_R & (token_R != vocabulary.stop_id)
         still_open = int(open_R.sum())
@@ -72,17 +72,14 @@ def sample_lockstep(
     return trace.rollout(prompts, vocabulary.stop_id, calls[0], sum(calls[1:]))
 
 
-def _log_probs(logits_RV: Tensor, vocabulary: SharedVocabulary, temperature: float, device: torch.device) -> Tensor:
-    shared_RV = vocabulary.fold(logits_RV)
-    wide = shared_RV.dtype if shared_RV.dtype == torch.float64 else torch.float32
-    return torch.log_softmax(shared_RV.to(device=device, dtype=wide) / temperature, dim=-1)
-
-
-def _draw(policy: BehaviorPolicy, log_probs: list[Tensor], uniform_R3: Tensor) -> tuple[Tensor, Tensor, Target]:
+def _draw(
+    policy: BehaviorPolicy, student_and_teacher: list[Tensor], uniform_R3: Tensor
+) -> tuple[Tensor, Tensor, Target]:
+    log_student_RV, *log_teacher = student_and_teacher
     draft_uniform_R, accept_R, residual_R = uniform_R3.unbind(-1)
-    student_RV = log_probs[0].exp()
+    student_RV = log_student_RV.exp()
     draft_R = inverse_cdf(student_RV, draft_uniform_R)
-    target = policy.target(log_probs[0], log_probs[1] if len(log_probs) > 1 else None)
+    target = policy.target(log_student_RV, log_teacher[0] if log_teacher else None)
     token_R, accepted_R = accept_or_replace(target, student_RV, draft_R, accept_R, residual_R)
     return token_R, accepted_R, target
 
