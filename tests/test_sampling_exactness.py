@@ -35,7 +35,7 @@ from trb.sampling import Rollout, sample
 
 LEVEL = 1.5e-5
 SIGMAS = 5.0
-METHODS = ["lockstep"]
+METHODS = ["lockstep", "speculative"]
 PROMPTS = ((1,), (2, 3, 1), (3, 5, 2, 2, 1))
 HORIZON = 4
 N = 5_000

@@ -3,24 +3,31 @@
 Every sampler draws from the same law, with the same randomness; `method` chooses how the work is laid out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from trb.choices import did_you_mean
 from trb.modeling import without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.lockstep import sample_lockstep
 from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.slots import supports_slots
+from trb.sampling.speculative import sample_speculative
 from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
 from trb.vocab import SharedVocabulary, head_rows
 
-__all__ = ["METHODS", "Rollout", "RolloutStats", "prompt_key", "sample", "stream_seed"]
+__all__ = ["BLOCK_SIZES", "METHODS", "Rollout", "RolloutStats", "prompt_key", "sample", "stream_seed"]
 
-METHODS = {"lockstep": sample_lockstep}
+logger = logging.get_logger(__name__)
+
+METHODS = {"speculative": sample_speculative, "lockstep": sample_lockstep}
+BLOCK_SIZES = ("measured", "planned")
 
 
 def sample(
@@ -34,11 +41,13 @@ def sample(
     teacher_eos_token_id: int | Sequence[int] | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-    method: str = "lockstep",
+    method: str = "speculative",
+    block_size: int | str = "measured",
     prompt_keys: Sequence[int] | None = None,
     rollout_index: Sequence[int] | None = None,
     vocab_size: int | None = None,
     max_rows: int | None = None,
+    keep_teacher_hidden: bool = False,
 ) -> Rollout:
     """Draw one completion per prompt, exactly from the policy's law at every prefix.
 
@@ -55,11 +64,17 @@ def sample(
         teacher_eos_token_id: the teacher's stop ids; None means the student's.
         temperature: divides both models' logits, after stop ids are folded into one.
         seed: 64-bit seed of the call's random stream.
-        method: `"lockstep"`, both models token by token.
+        method: `"speculative"`, blocks drafted by the student and read by the teacher in one pass; or `"lockstep"`,
+            both models token by token, the reference. Models with recurrent layers are sampled in lockstep.
+        block_size: speculative only: tokens drafted before the teacher reads them. `"measured"` adapts it to acceptance
+            and to the clock, `"planned"` to acceptance and the models' shapes, which repeats from run to run.
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
         rollout_index: which rollout of its prompt each row is, in [0, 2**24); by default 0.
         vocab_size: sample from the first so many head rows only; by default all rows the given models share.
-        max_rows: rows in flight at once, to bound memory; by default all.
+        max_rows: rows in flight at once, to bound memory; by default all. The speculative sampler gives the place of
+            a finished row to the next prompt.
+        keep_teacher_hidden: speculative only: return `Rollout.teacher_hidden`, with which the loss needs no second
+            teacher pass.
 
     Raises:
         ValueError: names the offending argument: an empty prompt, an id outside the heads, a missing teacher, keys
@@ -73,29 +88,31 @@ def sample(
     sizes = [head_rows(model) for model in models] + ([] if vocab_size is None else [vocab_size])
     vocabulary = SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id)
     _check_options(policy, len(models), max_new_tokens, temperature, method, max_rows)
+    _check_block_size(block_size)
     _check_rows(rows, keys, index, vocabulary.size)
     _check_positions(models, rows, max_new_tokens)
 
-    rollout = Rollout()
-    step = max_rows or max(1, len(rows))
+    if not rows:
+        return Rollout()
+    options: dict[str, Any] = {"vocabulary": vocabulary, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    options |= {"seed": seed, "prompt_keys": keys, "rollout_index": index, "max_rows": max_rows}
+    if method == "speculative" and _in_slots(models):
+        options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
+        sampler: Callable[..., Rollout] = sample_speculative
+    else:
+        sampler = sample_lockstep
     with torch.no_grad(), _evaluation_mode(*models):
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            rollout.extend(
-                METHODS[method](
-                    student,
-                    teacher,
-                    rows[part],
-                    policy,
-                    vocabulary=vocabulary,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=seed,
-                    prompt_keys=keys[part],
-                    rollout_index=index[part],
-                )
+        return sampler(student, teacher, rows, policy, **options)
+
+
+def _in_slots(models: list[PreTrainedModel]) -> bool:
+    for model in models:
+        if not supports_slots(model):
+            logger.warning_once(
+                f"{type(model).__name__} keeps a recurrent state that cannot be taken back: sampling in lockstep"
             )
-    return rollout
+            return False
+    return True
 
 
 def _check_options(
@@ -111,6 +128,17 @@ def _check_options(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _check_block_size(block_size: int | str) -> None:
+    if isinstance(block_size, str):
+        if block_size not in BLOCK_SIZES:
+            hint = did_you_mean(block_size, BLOCK_SIZES)
+            raise ValueError(
+                f"block_size must be a number or one of {', '.join(BLOCK_SIZES)}, got {block_size!r}{hint}"
+            )
+    elif block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
 
 
 def _check_rows(prompts: list[list[int]], keys: list[int], index: list[int], vocabulary_size: int) -> None:

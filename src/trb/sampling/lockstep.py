@@ -7,6 +7,7 @@ Shape suffixes: R rows in flight, V shared vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,29 @@ def sample_lockstep(
     prompts: Sequence[Sequence[int]],
     policy: BehaviorPolicy,
     *,
+    max_rows: int | None,
+    prompt_keys: Sequence[int],
+    rollout_index: Sequence[int],
+    **options: Any,
+) -> Rollout:
+    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated."""
+    rollout = Rollout()
+    step = max_rows or max(1, len(prompts))
+    for start in range(0, len(prompts), step):
+        part = slice(start, start + step)
+        keys, index = prompt_keys[part], rollout_index[part]
+        rollout.extend(
+            _sample_batch(student, teacher, prompts[part], policy, prompt_keys=keys, rollout_index=index, **options)
+        )
+    return rollout
+
+
+def _sample_batch(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    prompts: Sequence[Sequence[int]],
+    policy: BehaviorPolicy,
+    *,
     vocabulary: SharedVocabulary,
     max_new_tokens: int,
     temperature: float,
@@ -38,7 +62,6 @@ def sample_lockstep(
     prompt_keys: Sequence[int],
     rollout_index: Sequence[int],
 ) -> Rollout:
-    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated."""
     device = student.device
     readers = [CachedReader(student)]
     if policy.needs_teacher:

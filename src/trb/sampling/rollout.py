@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 __all__ = ["Rollout", "RolloutStats"]
 
 
@@ -37,6 +39,8 @@ class Rollout:
         stats: per-token numbers.
         teacher_calls: forward passes of the teacher (a batch counts once).
         student_calls: forward passes of the student.
+        teacher_hidden: one `[tokens, hidden size]` tensor per row, what the teacher's output head read at each
+            completion token; None unless asked for.
     """
 
     prompts: list[list[int]] = field(default_factory=list)
@@ -45,6 +49,7 @@ class Rollout:
     stats: RolloutStats = field(default_factory=RolloutStats)
     teacher_calls: int = 0
     student_calls: int = 0
+    teacher_hidden: list[Tensor] | None = None
 
     def extend(self, other: "Rollout") -> None:
         """Append another call's rows and add its passes."""

@@ -1,0 +1,278 @@
+"""Block-wise sampling from a behavior policy: the default sampler.
+
+A round drafts a block of tokens with the student, reads the block with the teacher in one pass, and decides position
+by position against μ: a draft x is kept with probability overlap(x) / student(x), the first that is not is replaced
+by a draw from the rest of μ, and what was drafted after it is dropped (paper.md, section 7). There is no bonus token:
+after the last draft the student has not spoken yet. Each position owns its random numbers, so the tokens are those of
+the lockstep sampler, whatever the block size, the batch or the order of the rows.
+
+Rows advance independently in slots of a KV cache; a finished row's slot goes to the next waiting prompt. A policy
+that needs no teacher is sampled by the same loop with blocks of one.
+
+Shape suffixes: R rows in flight, K block, V shared vocabulary.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trb.policies import BehaviorPolicy
+from trb.sampling.blocks import BlockChooser, MeasuredCosts, PlannedCosts, synchronize
+from trb.sampling.draw import accept_or_replace, inverse_cdf
+from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.slots import SlotReader, attention_through_slots
+from trb.sampling.uniforms import as_int64, uniforms
+from trb.vocab import SharedVocabulary, log_probs
+
+__all__ = ["sample_speculative"]
+
+# Waiting prompts are admitted once this share of the slots is free: one wide prompt pass instead of several narrow.
+_ADMIT_SHARE = 0.125
+_COLUMNS = tuple(RolloutStats.__dataclass_fields__)
+
+
+@dataclass
+class _Row:
+    """One prompt on its way: the caches hold every token but the newest."""
+
+    number: int
+    key: int
+    index: int
+    cached: int
+    newest: int
+    completion: list[int] = field(default_factory=list)
+    stats: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
+    hidden: list[Tensor] = field(default_factory=list)
+
+
+def sample_speculative(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    prompts: Sequence[Sequence[int]],
+    policy: BehaviorPolicy,
+    *,
+    vocabulary: SharedVocabulary,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    prompt_keys: Sequence[int],
+    rollout_index: Sequence[int],
+    max_rows: int | None = None,
+    block_size: int | str = "measured",
+    keep_teacher_hidden: bool = False,
+) -> Rollout:
+    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated."""
+    rows = [
+        _Row(number, key, index, len(prompt) - 1, prompt[-1])
+        for number, (prompt, key, index) in enumerate(zip(prompts, prompt_keys, rollout_index, strict=True))
+    ]
+    slots = max(1, min(max_rows or len(rows), len(rows)))
+    taught = teacher if policy.needs_teacher else None
+    sampler = _Sampler(
+        SlotReader(student, slots),
+        None if taught is None else SlotReader(taught, slots, keep_hidden=keep_teacher_hidden),
+        policy,
+        vocabulary,
+        max_new_tokens,
+        temperature,
+        seed,
+        _chooser(student, taught, vocabulary, block_size),
+    )
+    with attention_through_slots(*[student] if taught is None else [student, taught]):
+        sampler.run(prompts, rows, slots)
+    return sampler.rollout(prompts, rows)
+
+
+def _chooser(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, vocabulary: SharedVocabulary, block_size: int | str
+) -> BlockChooser:
+    if teacher is None:
+        return BlockChooser(PlannedCosts(student, student, vocabulary.size), fixed=1)
+    planned = PlannedCosts(student, teacher, vocabulary.size)
+    if block_size == "measured":
+        return BlockChooser(MeasuredCosts(planned))
+    return BlockChooser(planned, fixed=None if block_size == "planned" else int(block_size))
+
+
+@dataclass
+class _Sampler:
+    student: SlotReader
+    teacher: SlotReader | None
+    policy: BehaviorPolicy
+    vocabulary: SharedVocabulary
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    chooser: BlockChooser
+
+    @property
+    def _readers(self) -> list[SlotReader]:
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.student.model.device
+
+    def run(self, prompts: Sequence[Sequence[int]], rows: list[_Row], slots: int) -> None:
+        """Sample every row to its end; row `i` of those in flight sits in slot `i`."""
+        waiting, flying = deque(rows), list[_Row]()
+        while waiting or flying:
+            free = slots - len(flying)
+            if waiting and (not flying or free >= max(1, _ADMIT_SHARE * slots)):
+                self._admit(prompts, flying, [waiting.popleft() for _ in range(min(free, len(waiting)))])
+            finished = self._round(flying)
+            for slot in sorted(finished, reverse=True):
+                self._leave(flying, slot)
+
+    def _admit(self, prompts: Sequence[Sequence[int]], flying: list[_Row], rows: list[_Row]) -> None:
+        slots = range(len(flying), len(flying) + len(rows))
+        flying.extend(rows)
+        for reader in self._readers:
+            reader.admit([prompts[row.number][:-1] for row in rows], slots)
+
+    def _leave(self, flying: list[_Row], slot: int) -> None:
+        """The last row in flight takes the slot, so that those in use stay the first ones."""
+        last = flying.pop()
+        if slot < len(flying):
+            flying[slot] = last
+            for reader in self._readers:
+                reader.move(len(flying), slot, last.cached)
+
+    def _round(self, flying: list[_Row]) -> list[int]:
+        """Draft, read and decide one block; the slots of the rows that finished."""
+        remaining = max(self.max_new_tokens - len(row.completion) for row in flying)
+        block = self.chooser.choose(len(flying), remaining)
+        uniform_RK3 = self._uniforms(flying, block)
+        position_RK = torch.tensor([row.cached for row in flying])[:, None] + torch.arange(block)
+        longest = max(row.cached for row in flying) + block
+        read_RK, log_student_K = self._draft(flying, uniform_RK3[..., 0], position_RK, longest)
+        logits_RKV = None
+        if self.teacher is not None:
+            with self._timed("teacher", len(flying) * block):
+                logits_RKV = self.teacher.read(read_RK[:, :-1], position_RK, longest)
+        return self._settle(flying, self._verify(flying, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
+
+    def _uniforms(self, flying: list[_Row], block: int) -> Tensor:
+        keys_R = as_int64([row.key for row in flying], self._device)
+        index_R = torch.tensor([row.index for row in flying], device=self._device)
+        start_R = torch.tensor([len(row.completion) for row in flying], device=self._device)
+        position_RK = start_R[:, None] + torch.arange(block, device=self._device)
+        shape = position_RK.shape
+        flat = uniforms(
+            self.seed,
+            keys_R[:, None].expand(shape).reshape(-1),
+            index_R[:, None].expand(shape).reshape(-1),
+            position_RK.reshape(-1),
+        )
+        return flat.view(*shape, 3)
+
+    def _draft(
+        self, flying: list[_Row], uniform_RK: Tensor, position_RK: Tensor, longest: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`[R, 1 + K]` newest tokens and drafts, and the student's log-probabilities at each drafted position."""
+        token_R = torch.tensor([row.newest for row in flying], device=self._device)
+        read, log_student_K = [token_R], []
+        for drafted in range(position_RK.shape[1]):
+            with self._timed("student", len(flying)):
+                logits_RV = self.student.read(read[-1][:, None], position_RK[:, drafted : drafted + 1], longest)[:, 0]
+                log_student_K.append(log_probs(self.vocabulary.fold(logits_RV), self.temperature))
+                read.append(inverse_cdf(log_student_K[-1].exp(), uniform_RK[:, drafted]))
+        return torch.stack(read, dim=1), log_student_K
+
+    def _verify(
+        self,
+        flying: list[_Row],
+        draft_RK: Tensor,
+        log_student_K: list[Tensor],
+        logits_RKV: Tensor | None,
+        uniform_RK3: Tensor,
+    ) -> Tensor:
+        """`[2 + columns, R, K]`: token or -1, whether the row goes on, and the stats at each decided position.
+
+        Column by column, so that nothing is solved after a row's first replaced draft or its end.
+        """
+        rows, block = draft_RK.shape
+        seen = torch.full((2 + len(_COLUMNS), rows, block), -1.0, dtype=torch.float64, device=self._device)
+        left_R = torch.tensor([self.max_new_tokens - len(row.completion) for row in flying], device=self._device)
+        live = torch.arange(rows, device=self._device)
+        synchronize(self._device)
+        start, verified = time.perf_counter(), 0
+        for column in range(block):
+            every = len(live) == rows
+            log_student_NV = log_student_K[column] if every else log_student_K[column][live]
+            log_teacher_NV = None
+            if logits_RKV is not None:
+                folded_NV = self.vocabulary.fold(logits_RKV[live.to(logits_RKV.device), column])
+                log_teacher_NV = log_probs(folded_NV.to(self._device), self.temperature)
+            target = self.policy.target(log_student_NV, log_teacher_NV)
+            accept_N, residual_N = uniform_RK3[live, column, 1], uniform_RK3[live, column, 2]
+            token_N, accepted_N = accept_or_replace(
+                target, log_student_NV.exp(), draft_RK[live, column], accept_N, residual_N
+            )
+            goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (left_R[live] > column + 1)
+            seen[0, live, column], seen[1, live, column] = token_N.double(), goes_on_N.double()
+            numbers = {"accepted": accepted_N.double()}
+            for name in ("teacher_weight", "kl_student", "kl_teacher"):
+                numbers[name] = getattr(target, name)
+            for place, name in enumerate(_COLUMNS, start=2):
+                if numbers[name] is not None:
+                    seen[place, live, column] = numbers[name].double()
+            verified += len(live)
+            live = live[goes_on_N]
+            if not len(live):
+                break
+        self._observe("verify", verified, start)
+        return seen
+
+    def _settle(self, flying: list[_Row], seen: Tensor) -> list[int]:
+        """Give each row its decided tokens; the slots of the rows that finished."""
+        tokens, goes_on, *columns = seen.tolist()
+        verified = continued = 0
+        finished = []
+        for slot, row in enumerate(flying):
+            new = [int(token) for token in tokens[slot] if token >= 0]
+            row.completion.extend(new)
+            for name, column in zip(_COLUMNS, columns, strict=True):
+                row.stats[name].extend(column[slot][: len(new)])
+            if self.teacher is not None and self.teacher.hidden is not None:
+                row.hidden.append(self.teacher.hidden[slot, : len(new)].clone())
+            row.cached += len(new)
+            row.newest = new[-1]
+            verified += len(new)
+            continued += int(sum(on for on in goes_on[slot] if on > 0))
+            if new[-1] == self.vocabulary.stop_id or len(row.completion) == self.max_new_tokens:
+                finished.append(slot)
+        self.chooser.observe(verified, continued)
+        return finished
+
+    @contextmanager
+    def _timed(self, part: str, tokens: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._observe(part, tokens, start)
+
+    def _observe(self, part: str, tokens: int, start: float) -> None:
+        if isinstance(self.chooser.costs, MeasuredCosts):
+            synchronize(self._device)
+            self.chooser.costs.observe(part, tokens, time.perf_counter() - start)
+
+    def rollout(self, prompts: Sequence[Sequence[int]], rows: list[_Row]) -> Rollout:
+        stats = RolloutStats(**{name: [row.stats[name] for row in rows] for name in _COLUMNS})
+        if self.teacher is None:
+            stats.kl_teacher = [[] for _ in rows]
+        stop = self.vocabulary.stop_id
+        return Rollout(
+            prompts=list(map(list, prompts)),
+            completions=[row.completion for row in rows],
+            stopped=[row.completion[-1] == stop for row in rows],
+            stats=stats,
+            teacher_calls=0 if self.teacher is None else self.teacher.calls,
+            student_calls=self.student.calls,
+            teacher_hidden=[torch.cat(row.hidden) for row in rows] if rows and rows[0].hidden else None,
+        )
