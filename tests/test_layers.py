@@ -14,6 +14,8 @@ PACKAGE = Path(trb.__file__).parent
 # Each may import only from those before it. A package counts as one layer: its inner order is its own affair.
 LAYERS = (
     "choices",
+    "blend_native",
+    "blend_triton",
     "blend",
     "schedule",
     "vocab",

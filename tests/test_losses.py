@@ -456,10 +456,14 @@ def test_gradcheck_of_the_chunked_loss() -> None:
     weight, bias = problem["student_head"].weight, problem["student_head"].bias
 
     def loss(hidden: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        def head(x: Tensor) -> Tensor:
-            return nn.functional.linear(x, w, b)
+        class Head:
+            def __call__(self, x: Tensor) -> Tensor:
+                return nn.functional.linear(x, w, b)
 
-        pieces = {**problem, "student_hidden": hidden, "student_head": head}
+            def parameters(self) -> list[Tensor]:
+                return [w, b]
+
+        pieces = {**problem, "student_hidden": hidden, "student_head": Head()}
         return chunked_reverse_kl(**pieces, k=0, chunk_tokens=3)[0]
 
     assert torch.autograd.gradcheck(loss, (problem["student_hidden"], weight, bias))

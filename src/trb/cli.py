@@ -724,6 +724,8 @@ def _check_memory(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel
 def _memory_needed(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel") -> int:
     """Bytes on one device: sampling and the update take turns, so the larger of the two counts."""
     from trb.loading import memory_estimate
+    from trb.losses import default_chunk_tokens
+    from trb.vocab import head_rows
 
     length = run.max_prompt_length + int(args.max_completion_length or 0)
     batch = args.per_device_train_batch_size
@@ -738,7 +740,7 @@ def _memory_needed(run: "RunConfig", args: "TRBConfig", student: "PreTrainedMode
         sequence_length=length,
         training=True,
         dtype=run.student_dtype,
-        logits_chunk=args.loss_chunk_tokens,
+        logits_chunk=args.loss_chunk_tokens or default_chunk_tokens(head_rows(student), args.device.type),
     )
     draft = memory_estimate(student, batch=rows, sequence_length=length, training=False, dtype=run.student_dtype)
     reference = memory_estimate(teacher, batch=rows, sequence_length=length, training=False, dtype=run.teacher_dtype)

@@ -16,24 +16,43 @@ of SFT warm-up, are left to TRL.
 Shape suffixes: N tokens, K support, V vocabulary, H hidden size, C tokens of one chunk.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = [
     "TokenMetrics",
     "chunked_reverse_kl",
+    "default_chunk_tokens",
     "full_reverse_kl",
     "topk_reverse_kl",
     "veto_target",
 ]
 
-Head = Callable[[Tensor], Tensor]
+# What a chunk's logits may take, in vocabulary entries. On a CPU, blocks below 32 MB come from memory that is already
+# mapped; larger ones are mapped anew each time, which cost more than the arithmetic. An accelerator wants it wide.
+_CHUNK_ELEMENTS_CPU = 1 << 22
+_CHUNK_ELEMENTS = 1 << 27
+_UNKNOWN_SIZE = 1 << 17
+# Below any log-probability that matters, above minus infinity.
+_LOWEST_LOG_PROB = -1e30
+
+
+class Head(Protocol):
+    """An output head: `torch.nn.Linear`, or `trb.modeling.OutputHead`."""
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """`[..., H]` to `[..., V]` logits."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The tensors the logits depend on besides the hidden states."""
 
 
 def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, k: int = 16) -> Tensor:
@@ -118,17 +137,18 @@ def chunked_reverse_kl(
     temperature: float = 1.0,
     veto_strength: float = 0.0,
     normaliser: float | Tensor | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, TokenMetrics]:
     """The top-k reverse KL from hidden states, a chunk of tokens at a time; masked positions cost nothing.
 
-    Each chunk's logits are recomputed in the backward pass, so peak memory is two chunks' logits, not T · V.
+    The gradient of a chunk is taken while its logits are at hand (it has a closed form), so that peak memory is one
+    chunk's logits rather than T · V and nothing is projected twice. The loss can be differentiated once.
 
     Args:
         student_hidden: `[..., H_student]`, gradients flow.
         teacher_hidden: `[..., H_teacher]`.
-        student_head: maps hidden states to `[..., V_student]` logits.
-        teacher_head: the same for the teacher.
+        student_head: maps hidden states to `[..., V_student]` logits; its parameters receive gradients.
+        teacher_head: the same for the teacher; receives none.
         tokens: `[...]` ids that the positions predict.
         mask: `[...]`, non-zero on completion tokens.
         k: support size, 0 for the full vocabulary.
@@ -136,45 +156,141 @@ def chunked_reverse_kl(
         temperature: divides both models' logits; must be the sampler's.
         veto_strength: b of Veto's target, 0 for the teacher itself.
         normaliser: divides the sum over tokens; by default the number of unmasked tokens.
-        chunk_tokens: tokens projected to the vocabulary at once.
+        chunk_tokens: tokens projected to the vocabulary at once; by default as many as the device handles best.
 
     Returns:
         The scalar loss and the metrics at the unmasked tokens.
     """
+    if k < 0:
+        raise ValueError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
     chosen = (mask.reshape(-1) != 0).nonzero().squeeze(-1)
+    if not chosen.numel():
+        empty_N = student_hidden.new_zeros(0)
+        return student_hidden.sum() * 0.0, TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
     student_NH = student_hidden.reshape(-1, student_hidden.shape[-1])[chosen]
     teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])[chosen]
-    token_N = tokens.reshape(-1)[chosen]
 
-    def chunk_loss(student_CH: Tensor, teacher_CH: Tensor, token_C: Tensor) -> tuple[Tensor, ...]:
-        log_student_CV = _project(student_head, student_CH, vocabulary, temperature)
-        with torch.no_grad():
-            log_teacher_CV = _project(teacher_head, teacher_CH, vocabulary, temperature)
-            target_CV = veto_target(log_student_CV, log_teacher_CV, veto_strength)
-        loss_C, support_mass_C = _reverse_kl_terms(log_student_CV, target_CV, k)
-        loss = loss_C.sum()
-        # Last, because recomputation in the backward pass stops once the loss's own tensors are back.
-        with torch.no_grad():
-            return loss, *_token_metrics(log_student_CV, log_teacher_CV, token_C), support_mass_C
+    def events(head: Head, hidden_CH: Tensor) -> Tensor:
+        logits_CV = head(hidden_CH)
+        logits_CV = logits_CV if vocabulary is None else vocabulary.fold(logits_CV)
+        return logits_CV if temperature == 1.0 else logits_CV.to(_wide(logits_CV)) / temperature
 
-    if not chosen.numel():
-        empty_N = student_NH.new_zeros(0)
-        return student_hidden.sum() * 0.0, TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
-    losses, metrics = [], []
-    for start in range(0, chosen.numel(), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        loss, *seen = checkpoint(chunk_loss, student_NH[part], teacher_NH[part], token_N[part], use_reentrant=False)
-        losses.append(loss)
-        metrics.append(seen)
-    total = torch.stack(losses).sum() / (chosen.numel() if normaliser is None else normaliser)
-    return total, TokenMetrics(*(torch.cat(values) for values in zip(*metrics, strict=True)))
+    chunks = _Chunks(
+        lambda hidden_CH: events(student_head, hidden_CH),
+        lambda hidden_CH: events(teacher_head, hidden_CH),
+        teacher_NH,
+        tokens.reshape(-1)[chosen],
+        k,
+        veto_strength,
+        chunk_tokens or default_chunk_tokens(vocabulary.size if vocabulary else _UNKNOWN_SIZE, teacher_NH.device.type),
+    )
+    learnt = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
+    total, *metrics = _ChunkedLoss.apply(chunks, student_NH, *learnt)
+    return total / (chosen.numel() if normaliser is None else normaliser), TokenMetrics(*metrics)
 
 
-def _project(head: Head, hidden_CH: Tensor, vocabulary: SharedVocabulary | None, temperature: float) -> Tensor:
-    logits_CV = head(hidden_CH)
-    if vocabulary is not None:
-        logits_CV = vocabulary.fold(logits_CV)
-    return log_probs(logits_CV, temperature)
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def default_chunk_tokens(vocabulary: int, device_type: str) -> int:
+    """Tokens whose logits over `vocabulary` entries the device handles best at once."""
+    elements = _CHUNK_ELEMENTS_CPU if device_type == "cpu" else _CHUNK_ELEMENTS
+    return max(16, elements // vocabulary)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """The loss as a function of the student's hidden states, a chunk of tokens at a time."""
+
+    student_events: Callable[[Tensor], Tensor]
+    teacher_events: Callable[[Tensor], Tensor]
+    teacher_NH: Tensor
+    token_N: Tensor
+    k: int
+    veto_strength: float
+    chunk_tokens: int
+
+    def __iter__(self) -> Iterator[slice]:
+        for start in range(0, len(self.token_N), self.chunk_tokens):
+            yield slice(start, start + self.chunk_tokens)
+
+    def terms(self, logits_CV: Tensor, part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Summed loss of a chunk, its gradient by the logits, and the metrics."""
+        log_student_CV = log_probs(logits_CV.detach())
+        log_teacher_CV = log_probs(self.teacher_events(self.teacher_NH[part]))
+        student_CV, teacher_CV = log_student_CV.exp(), log_teacher_CV.exp()
+        metrics = _token_metrics(log_student_CV, log_teacher_CV, student_CV, teacher_CV, self.token_N[part])
+        target_CV = log_teacher_CV
+        if self.veto_strength:
+            target_CV = veto_target(log_student_CV, log_teacher_CV, self.veto_strength)
+            teacher_CV = target_CV.exp()
+        if 0 < self.k < logits_CV.shape[-1]:
+            loss_C, gradient_CV, mass_C = _top_k_terms(log_student_CV, target_CV, student_CV, self.k)
+        else:
+            loss_C, gradient_CV, mass_C = _full_terms(log_student_CV, target_CV, student_CV, teacher_CV)
+        return loss_C.sum(), gradient_CV, (*metrics, mass_C)
+
+
+def _top_k_terms(
+    log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient by the logits (w r, scattered, less (Σ w r) p; overwrites `student_CV`), support mass."""
+    support_CK = log_student_CV.topk(k, dim=-1).indices
+    log_student_CK, log_target_CK = log_student_CV.gather(-1, support_CK), log_target_CV.gather(-1, support_CK)
+    loss_C, mass_C = _terms_on_support(log_student_CK, log_target_CK)
+    student_CK = log_student_CK.exp()
+    ratio_CK = torch.where(student_CK > 0, log_student_CK - log_target_CK, 0.0)
+    pull_CK = student_CK / mass_C[:, None] * ratio_CK
+    gradient_CV = student_CV.mul_(-pull_CK.sum(-1, keepdim=True)).scatter_add_(-1, support_CK, pull_CK)
+    return loss_C, gradient_CV, mass_C
+
+
+def _full_terms(
+    log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, target_CV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_top_k_terms` with the whole vocabulary as support: the gradient is p (r - KL)."""
+    # A token the student cannot draw contributes only the target's mass.
+    ratio_CV = (log_student_CV - log_target_CV).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
+    mass_C, target_mass_C = student_CV.sum(-1), target_CV.sum(-1)
+    weighted_CV = ratio_CV.mul_(student_CV)
+    divergence_C = weighted_CV.sum(-1)
+    gradient_CV = weighted_CV.addcmul_(student_CV, divergence_C[:, None], value=-1).div_(mass_C[:, None])
+    return (divergence_C - mass_C + target_mass_C) / mass_C, gradient_CV, mass_C
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and gradients in one sweep over the chunks; the backward pass only scales what the forward pass found."""
+
+    @staticmethod
+    def forward(ctx: Any, chunks: _Chunks, student_NH: Tensor, *learnt: Tensor) -> tuple[Tensor, ...]:
+        wanted = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=_wide(student_NH), device=student_NH.device)
+        hidden_gradient_NH = torch.zeros_like(student_NH) if wanted else None
+        sums = [torch.zeros_like(parameter) for parameter in learnt] if wanted else []
+        metrics = []
+        for part in chunks:
+            with torch.set_grad_enabled(wanted):
+                student_CH = student_NH[part].detach().requires_grad_(wanted)
+                logits_CV = chunks.student_events(student_CH)
+            loss, gradient_CV, seen = chunks.terms(logits_CV, part)
+            total += loss
+            metrics.append(seen)
+            if hidden_gradient_NH is not None:
+                found = torch.autograd.grad(logits_CV, [student_CH, *learnt], gradient_CV.to(logits_CV.dtype))
+                hidden_gradient_NH[part] = found[0]
+                for gathered, gradient in zip(sums, found[1:], strict=True):
+                    gathered += gradient
+        if hidden_gradient_NH is not None:
+            ctx.save_for_backward(hidden_gradient_NH, *sums)
+        columns = [torch.cat(values) for values in zip(*metrics, strict=True)]
+        ctx.mark_non_differentiable(*columns)
+        return total, *columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_metrics: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
 
 
 def _reverse_kl_terms(log_student_NV: Tensor, log_target_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -185,24 +301,31 @@ def _reverse_kl_terms(log_student_NV: Tensor, log_target_NV: Tensor, k: int) -> 
         support_NK = log_student_NV.detach().topk(k, dim=-1).indices
         log_student_NV = log_student_NV.gather(-1, support_NK)
         log_target_NV = log_target_NV.gather(-1, support_NK)
-    student_NK, target_NK = log_student_NV.exp(), log_target_NV.exp()
+    return _terms_on_support(log_student_NV, log_target_NV)
+
+
+def _terms_on_support(log_student_NK: Tensor, log_target_NK: Tensor) -> tuple[Tensor, Tensor]:
+    student_NK, target_NK = log_student_NK.exp(), log_target_NK.exp()
     # A token the student cannot draw contributes only the target's mass; log 0 - log 0 must not reach the product.
     possible_NK = student_NK > 0
-    log_ratio_NK = torch.where(possible_NK, log_student_NV, 0.0) - torch.where(possible_NK, log_target_NV, 0.0)
+    log_ratio_NK = torch.where(possible_NK, log_student_NK, 0.0) - torch.where(possible_NK, log_target_NK, 0.0)
     support_mass_N = student_NK.detach().sum(-1)
     return (student_NK * log_ratio_NK - student_NK + target_NK).sum(-1) / support_mass_N, support_mass_N
 
 
-def _token_metrics(log_student_CV: Tensor, log_teacher_CV: Tensor, token_C: Tensor) -> tuple[Tensor, ...]:
-    student_CV = log_student_CV.exp()
-    finite_student_CV = log_student_CV.masked_fill(student_CV == 0, 0.0)
-    student_entropy_C = -(student_CV * finite_student_CV).sum(-1)
-    cross_CV = student_CV * log_teacher_CV.masked_fill(student_CV == 0, 0.0)
-    teacher_CV = log_teacher_CV.exp()
-    teacher_entropy_C = -(teacher_CV * log_teacher_CV.masked_fill(teacher_CV == 0, 0.0)).sum(-1)
-    reverse_kl_C = (-student_entropy_C - cross_CV.sum(-1)).clamp_min(0)
+def _token_metrics(
+    log_student_CV: Tensor, log_teacher_CV: Tensor, student_CV: Tensor, teacher_CV: Tensor, token_C: Tensor
+) -> tuple[Tensor, ...]:
     token_log_prob_C = log_teacher_CV.gather(-1, token_C[:, None]).squeeze(-1)
+    student_entropy_C = _expected_surprise(student_CV, log_student_CV)
+    teacher_entropy_C = _expected_surprise(teacher_CV, log_teacher_CV)
+    reverse_kl_C = (_expected_surprise(student_CV, log_teacher_CV) - student_entropy_C).clamp_min(0)
     return reverse_kl_C, student_entropy_C, teacher_entropy_C, token_log_prob_C
+
+
+def _expected_surprise(probs_CV: Tensor, log_probs_CV: Tensor) -> Tensor:
+    """`-Σ p log q` with 0 log 0 = 0: clamping is an order cheaper than masking, and what it changes has no weight."""
+    return log_probs_CV.clamp_min(_LOWEST_LOG_PROB).mul_(probs_CV).sum(-1).neg_()
 
 
 def _check_shapes(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> None:

@@ -5,16 +5,22 @@ head as a function of hidden states lets the loss project a chunk of tokens at a
 logits after the projection (scaling, soft-capping) do so in their own ways, so `OutputHead.check` compares the head
 with the model's own logits once, before training starts.
 
-Shape suffixes: B sequences, L padded length, T kept positions, H hidden size, V head rows.
+Shape suffixes: B sequences, R rows of one group, L padded length, T kept positions, N completion tokens, H hidden
+size, V head rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["OutputHead", "hidden_states", "without_adapters"]
+__all__ = ["OutputHead", "completion_hidden_states", "hidden_states", "without_adapters"]
+
+# Rows are read in groups of similar length. The number of groups depends on the batch size alone: under sharding every
+# rank must run the model equally often.
+_LENGTH_GROUPS = 4
 
 
 def without_adapters(model: nn.Module) -> PreTrainedModel:
@@ -32,6 +38,46 @@ def hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep: int) 
     position_BL = (mask_BL.cumsum(-1) - 1).clamp_min(0)
     output = inner.base_model(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, use_cache=False)
     return output.last_hidden_state[:, -keep - 1 : -1]
+
+
+def completion_hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, completion_BL: Tensor) -> Tensor:
+    """`[N, H]` hidden states that predict the N completion tokens, row by row.
+
+    Rows are cut to their real tokens, sorted by length and read in groups, padded on the right: a causal model's real
+    tokens never see that padding, so attention needs no mask.
+
+    Args:
+        model: a causal LM, or a PEFT wrapper around one.
+        ids_BL: token ids; each row's real tokens are contiguous.
+        mask_BL: non-zero on real tokens.
+        completion_BL: non-zero on completion tokens, each with a real token before it.
+    """
+    inner = without_adapters(model)
+    length_B, start_B = mask_BL.sum(-1), mask_BL.argmax(-1)
+    order_B = length_B.argsort()
+    longest_B = length_B[order_B].tolist()
+    found = []
+    for rows in torch.arange(len(longest_B)).chunk(_LENGTH_GROUPS):
+        chosen_R, longest = order_B[rows.to(order_B.device)], longest_B[rows[-1]]
+        column_L = torch.arange(longest, device=ids_BL.device)
+        place_RL = (start_B[chosen_R, None] + column_L).clamp_max(ids_BL.shape[1] - 1)
+        ids_RL = ids_BL[chosen_R].gather(-1, place_RL)
+        output = inner.base_model(input_ids=ids_RL, attention_mask=torch.ones_like(ids_RL), use_cache=False)
+        real_RL = column_L < length_B[chosen_R, None]
+        predicts_RL = (completion_BL[chosen_R].gather(-1, place_RL) != 0) & real_RL
+        found.append(output.last_hidden_state[:, :-1][predicts_RL[:, 1:]])
+    return torch.cat(found)[_row_order(order_B, (completion_BL != 0).sum(-1))]
+
+
+def _row_order(order_B: Tensor, count_B: Tensor) -> Tensor:
+    """Where each row's entries lie in a list that holds the rows in another order, one after the other."""
+    sorted_count_B = count_B[order_B]
+    first_B = torch.empty_like(count_B)
+    first_B[order_B] = sorted_count_B.cumsum(0) - sorted_count_B
+    before_B = count_B.cumsum(0) - count_B
+    total = int(count_B.sum())
+    shift_N = (first_B - before_B).repeat_interleave(count_B, output_size=total)
+    return torch.arange(total, device=count_B.device) + shift_N
 
 
 @dataclass(frozen=True)
@@ -66,6 +112,9 @@ class OutputHead:
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.projection.parameters()
 
     @classmethod
     def check(cls, model: nn.Module) -> "OutputHead":

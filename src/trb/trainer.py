@@ -34,7 +34,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from trb.losses import TokenMetrics, chunked_reverse_kl
-from trb.modeling import OutputHead, hidden_states, without_adapters
+from trb.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import (
     BehaviorPolicy,
     SKDPolicy,
@@ -134,11 +134,21 @@ class TRBConfig(DistillationConfig):
         default=16,
         metadata={"help": "Support of the loss: the student's k likeliest tokens; 0 for the vocabulary."},
     )
-    loss_chunk_tokens: int = field(
-        default=1024,
-        metadata={"help": "Tokens projected to the vocabulary at once in the loss: bounds its memory."},
+    loss_chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens projected to the vocabulary at once in the loss: bounds its memory. None leaves the number "
+            "to the device."
+        },
     )
-    sampler: str = field(default="lockstep", metadata={"help": f"How rollouts are computed: {', '.join(SAMPLERS)}."})
+    sampler: str = field(default="speculative", metadata={"help": f"How rollouts are computed: {', '.join(SAMPLERS)}."})
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "speculative: tokens drafted before the teacher reads them. None chooses from acceptance and the "
+            "models' shapes, in the same way in every run."
+        },
+    )
     rollout_batch_size: int | None = field(
         default=None,
         metadata={"help": "Rows sampled at once per process, to bound KV-cache memory; None for all."},
@@ -161,9 +171,10 @@ class TRBConfig(DistillationConfig):
         for name, (supported, why) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
-        for name in ("num_generations", "loss_chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_generations", "loss_chunk_tokens", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("loss_top_k", "sft_warmup_steps", "veto_strength", "recorded_rollouts"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -364,6 +375,8 @@ class TRBTrainer(DistillationTrainer):
                 prompt_keys=keys,
                 rollout_index=self._rollout_index(keys),
                 max_rows=self.args.rollout_batch_size,
+                block_size=self.args.block_size or "planned",
+                keep_teacher_hidden=training,
             )
         return self._rollout.completions
 
@@ -394,6 +407,8 @@ class TRBTrainer(DistillationTrainer):
         stopped = sum(bool(ids) and ids[-1] in self.vocabulary.stop_ids for ids in completions)
         self._add(mode, "stop_rate", stopped, len(completions))
         if self._rollout is not None:
+            # The parent shuffles rows and splits them over accumulation steps; this says which is which.
+            output["rollout_row"] = torch.arange(len(inputs), device=output["completion_ids"].device)
             self._add_rollout(mode, self._rollout)
             if mode == "train" and self.accelerator.is_main_process:
                 self._record(texts, rewards)
@@ -443,21 +458,18 @@ class TRBTrainer(DistillationTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask_BL = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        completion_BT, mask_BT = inputs["completion_ids"], inputs["completion_mask"]
-        student_BTH = hidden_states(unwrapped_student, ids_BL, mask_BL, completion_BT.shape[1])
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with torch.no_grad():
-            teacher_BTH = self._forward_redirection(
-                self.teacher_model, teacher, hidden_states, teacher, ids_BL, mask_BL, completion_BT.shape[1]
-            )
+        completion_BL = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], dim=1)
+        student_NH = completion_hidden_states(unwrapped_student, ids_BL, mask_BL, completion_BL)
+        teacher_NH = self._teacher_hidden(inputs, ids_BL, mask_BL, completion_BL)
+        token_N = ids_BL[completion_BL.bool()]
         step = self.state.global_step
         loss, metrics = chunked_reverse_kl(
-            student_BTH,
-            teacher_BTH,
+            student_NH,
+            teacher_NH,
             self._student_head,
             self._teacher_head,
-            completion_BT,
-            mask_BT,
+            token_N,
+            torch.ones_like(token_N),
             k=self.args.loss_top_k,
             vocabulary=self.vocabulary,
             temperature=self.temperature,
@@ -467,27 +479,37 @@ class TRBTrainer(DistillationTrainer):
         )
         self._add_token_metrics(metrics)
         if self.model.training and self._is_supervised(step):
-            loss = self._supervised_loss(student_BTH, completion_BT, mask_BT, num_items_in_batch)
-        return loss, metrics.student_entropy.sum(), mask_BT.sum()
+            loss = self._supervised_loss(student_NH, token_N, num_items_in_batch)
+        return loss, metrics.student_entropy.sum(), inputs["completion_mask"].sum()
 
-    def _supervised_loss(
-        self, student_BTH: Tensor, completion_BT: Tensor, mask_BT: Tensor, num_items_in_batch: Tensor | None
+    def _teacher_hidden(
+        self, inputs: dict[str, Tensor], ids_BL: Tensor, mask_BL: Tensor, completion_BL: Tensor
     ) -> Tensor:
+        """What the teacher's head reads at each completion token: from the sampler if the teacher took part in it."""
+        kept = None if self._rollout is None else self._rollout.teacher_hidden
+        if kept is not None and "rollout_row" in inputs:
+            return torch.cat([kept[row] for row in inputs["rollout_row"].tolist()])
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with torch.no_grad():
+            return self._forward_redirection(
+                self.teacher_model, teacher, completion_hidden_states, teacher, ids_BL, mask_BL, completion_BL
+            )
+
+    def _supervised_loss(self, student_NH: Tensor, token_N: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
         """TRL's own supervised loss on the completion, for SFT warm-up."""
-        chosen_BT = mask_BT.bool()
         head = self._student_head
         log_probs, *_ = ChunkedLogProbFunction.apply(
-            student_BTH[chosen_BT],
+            student_NH,
             head.projection.weight,
             getattr(head.projection, "bias", None),
-            completion_BT[chosen_BT],
+            token_N,
             1.0,
             _SFT_VOCABULARY_CHUNK,
             head.soft_cap,
             head.scale,
             (),
         )
-        return -log_probs.sum() / (mask_BT.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return -log_probs.sum() / (max(1, len(token_N)) if num_items_in_batch is None else num_items_in_batch)
 
     # ---- logging ----
 

@@ -1,8 +1,9 @@
 """Draft, accept, or draw the residual: an exact draw from μ that reuses the student's sample (design, principle 4).
 
-Sums run in float64: at V = 150,000 a float32 running sum is off by more than many tokens' probability.
+Running sums are float64: at V = 150,000 a float32 one is off by more than many tokens' probability. They run over bins
+of the vocabulary and then inside one bin, which costs one read of the weights instead of a widened copy and its scan.
 
-Shape suffixes: N prefixes, V vocabulary.
+Shape suffixes: N prefixes, V vocabulary, B bins, W tokens of one bin.
 """
 
 import torch
@@ -12,14 +13,40 @@ from trb.policies import Target
 
 __all__ = ["accept_or_replace", "inverse_cdf"]
 
+_BIN = 256
+
 
 def inverse_cdf(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """`[N]` token ids drawn from unnormalised non-negative weights; a weight of zero is never drawn."""
-    cumulative_NV = weights_NV.double().cumsum(-1)
-    total_N = cumulative_NV[:, -1]
-    # Rounding may lift u · total to the total itself; just below it is still inside the last positive weight.
-    level_N = torch.minimum(uniform_N * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
-    return torch.searchsorted(cumulative_NV, level_N[:, None], right=True).squeeze(-1)
+    sums_NB = _bin_sums(weights_NV)
+    level_N1, before_N1, bin_N1 = _locate(sums_NB, uniform_N[:, None] * sums_NB.sum(-1, keepdim=True))
+    inside_W = torch.arange(_BIN, device=weights_NV.device)
+    place_NW = bin_N1 * _BIN + inside_W
+    beyond_NW = place_NW >= weights_NV.shape[-1]
+    bin_NW = weights_NV.gather(-1, place_NW.masked_fill(beyond_NW, 0)).double().masked_fill_(beyond_NW, 0.0)
+    _, _, offset_N1 = _locate(bin_NW, level_N1 - before_N1)
+    return (bin_N1 * _BIN + offset_N1).squeeze(-1)
+
+
+def _bin_sums(weights_NV: Tensor) -> Tensor:
+    """Float64 sums of consecutive bins of `_BIN` tokens: the vocabulary is read once, and never summed in order."""
+    rows, vocabulary = weights_NV.shape
+    whole = vocabulary // _BIN * _BIN
+    sums_NB = weights_NV[:, :whole].view(rows, -1, _BIN).sum(-1).double() if whole else weights_NV[:, :0].double()
+    if whole == vocabulary:
+        return sums_NB
+    return torch.cat([sums_NB, weights_NV[:, whole:].sum(-1, keepdim=True).double()], dim=-1)
+
+
+def _locate(weights_NB: Tensor, level_N1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entry each level falls into: the level, the sum before that entry, and its index."""
+    cumulative_NB = weights_NB.cumsum(-1)
+    total_N1 = cumulative_NB[:, -1:]
+    # Rounding may lift the level to the total itself; just below it is still inside the last positive weight.
+    level_N1 = torch.minimum(level_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
+    index_N1 = torch.searchsorted(cumulative_NB, level_N1, right=True)
+    before_N1 = cumulative_NB.gather(-1, (index_N1 - 1).clamp_min(0)).masked_fill_(index_N1 == 0, 0.0)
+    return level_N1, before_N1, index_N1
 
 
 def accept_or_replace(
