@@ -10,6 +10,9 @@ it, kept inside a bracket, usually needs two or three passes over the vocabulary
 and summing `expm1` leaves no cancellation, which is what makes float32 enough for small budgets. Rows whose
 log-probabilities lie too far apart for that (one-hot rows, say) are solved in float64 in log space.
 
+Two compiled kernels do the same for ordinary rows in a fraction of the time, and leave the others to this module:
+`blend_native` on a CPU with a C compiler, `blend_triton` on a GPU.
+
 Left out on purpose: schedules of the budget (`schedule`), end-of-sequence and head alignment (`vocab`), and
 drawing tokens (`sampling`).
 
@@ -18,12 +21,14 @@ Shape suffixes: N rows (flattened prefixes), V vocabulary.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["BlendResult", "solve"]
+from trb import blend_native, blend_triton
+
+__all__ = ["BlendResult", "DenseLaw", "GeometricLaw", "Law", "WeightResult", "solve", "weigh"]
 
 # Accepted shortfall below the budget, relative to it. Newton aims at the middle of this window, so that landing
 # a little to either side still ends the search without ever exceeding the budget.
@@ -41,6 +46,81 @@ _FLOAT32_BUDGET_FLOOR = 5e-4
 # accelerator wants few large kernels, and the block only bounds memory.
 _BLOCK_ELEMENTS_CPU = 1 << 18
 _BLOCK_ELEMENTS = 1 << 26
+
+
+class Law(Protocol):
+    """Log-probabilities at N prefixes of which a sampler reads a few."""
+
+    def at(self, token_N: Tensor) -> Tensor:
+        """`[N]` log-probability of one token at each prefix."""
+
+    def rows(self, index_R: Tensor) -> Tensor:
+        """`[R, V]` log-probabilities at some of the prefixes; a new tensor."""
+
+
+@dataclass(frozen=True)
+class DenseLaw:
+    """A law that is written out: `log_probs` is `[N, V]`."""
+
+    log_probs: Tensor
+
+    def at(self, token_N: Tensor) -> Tensor:
+        return self.log_probs.gather(-1, token_N[:, None]).squeeze(-1)
+
+    def rows(self, index_R: Tensor) -> Tensor:
+        return self.log_probs[index_R]
+
+
+@dataclass(frozen=True)
+class GeometricLaw:
+    """A blend that is not written out: `(1 - weight) student + weight teacher - log_norm`, on logits.
+
+    Rows that cannot be had this way are kept written out, in `dense`.
+    """
+
+    student_NV: Tensor
+    teacher_NV: Tensor
+    weight_N: Tensor
+    log_norm_N: Tensor
+    dense_N: Tensor  # which rows are in `dense`, by index into it; -1 for none
+    dense: DenseLaw
+
+    def at(self, token_N: Tensor) -> Tensor:
+        student_N, teacher_N = (
+            logits_NV.gather(-1, token_N[:, None]).squeeze(-1).double()
+            for logits_NV in (self.student_NV, self.teacher_NV)
+        )
+        log_prob_N = _mixed(student_N, teacher_N, self.weight_N) - self.log_norm_N
+        kept = (self.dense_N >= 0).nonzero().squeeze(-1)
+        if kept.numel():
+            log_prob_N[kept] = self.dense.log_probs[self.dense_N[kept], token_N[kept]].double()
+        return log_prob_N
+
+    def rows(self, index_R: Tensor) -> Tensor:
+        weight_R1 = self.weight_N[index_R, None].float()
+        student_RV, teacher_RV = self.student_NV[index_R].float(), self.teacher_NV[index_R].float()
+        log_probs_RV = _mixed(student_RV, teacher_RV, weight_R1) - self.log_norm_N[index_R, None].float()
+        kept = (self.dense_N[index_R] >= 0).nonzero().squeeze(-1)
+        if kept.numel():
+            log_probs_RV[kept] = self.dense.log_probs[self.dense_N[index_R[kept]]]
+        return log_probs_RV
+
+
+def _mixed(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    # At the ends the other side must not take part: zero times minus infinity is no number.
+    mixed = (1 - weight) * student + weight * teacher
+    return torch.where(weight == 0, student, torch.where(weight == 1, teacher, mixed))
+
+
+@dataclass(frozen=True)
+class WeightResult:
+    """What `weigh` found at N prefixes; the fields of `BlendResult`, with a law in place of `log_probs`."""
+
+    law: Law
+    teacher_weight: Tensor
+    kl_student: Tensor
+    kl_teacher: Tensor
+    passes: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,22 +160,17 @@ def solve(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Ten
     Raises:
         ValueError: the shapes differ, or a budget is negative or NaN.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student and teacher logits differ in shape, {tuple(student_logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}: align them first with trb.vocab.align"
-        )
-    leading, vocabulary = student_logits.shape[:-1], student_logits.shape[-1]
-    budget_N = _checked_budget(kl_budget, leading, student_logits.device).reshape(-1)
-    student_NV, teacher_NV = student_logits.reshape(-1, vocabulary), teacher_logits.reshape(-1, vocabulary)
-    dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-
-    result = _empty_result(student_NV, dtype)
-    elements = _BLOCK_ELEMENTS_CPU if student_NV.device.type == "cpu" else _BLOCK_ELEMENTS
-    block = max(1, elements // max(1, vocabulary))
-    for start in range(0, student_NV.shape[0], block):
-        rows = slice(start, start + block)
-        _store(result, rows, _solve_rows(student_NV[rows], teacher_NV[rows], budget_N[rows], dtype))
+    student_NV, teacher_NV, budget_N = _flat(student_logits, teacher_logits, kl_budget)
+    dtype = torch.float64 if torch.float64 in (student_NV.dtype, teacher_NV.dtype) else torch.float32
+    leading = student_logits.shape[:-1]
+    found = _solve_natively(student_NV, teacher_NV, budget_N, write=True)
+    if found is None:
+        result = _solve_in_blocks(student_NV, teacher_NV, budget_N, dtype)
+    else:
+        result = BlendResult(found.log_probs, found.teacher_weight, found.kl_student, found.kl_teacher, found.passes)
+        left = (found.passes < 0).nonzero().squeeze(-1)
+        if left.numel():
+            _store(result, left, _solve_in_blocks(student_NV[left], teacher_NV[left], budget_N[left], dtype))
     return BlendResult(
         result.log_probs.reshape(student_logits.shape),
         result.teacher_weight.reshape(leading),
@@ -103,6 +178,65 @@ def solve(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Ten
         result.kl_teacher.reshape(leading),
         result.passes.reshape(leading),
     )
+
+
+@torch.no_grad()
+def weigh(student_logits_NV: Tensor, teacher_logits_NV: Tensor, kl_budget: float | Tensor) -> WeightResult:
+    """`solve` for a sampler: the same blend at `[N, V]` logits, with log μ left unwritten where that saves work.
+
+    Raises:
+        ValueError: as `solve`.
+    """
+    student_NV, teacher_NV, budget_N = _flat(student_logits_NV, teacher_logits_NV, kl_budget)
+    found = None if student_NV.device.type != "cpu" else _solve_natively(student_NV, teacher_NV, budget_N, write=False)
+    if found is None:
+        whole = solve(student_NV, teacher_NV, budget_N)
+        law = DenseLaw(whole.log_probs)
+        return WeightResult(law, whole.teacher_weight, whole.kl_student, whole.kl_teacher, whole.passes)
+    left = (found.passes < 0).nonzero().squeeze(-1)
+    dense_N = torch.full_like(found.passes, -1)
+    part = _solve_in_blocks(student_NV[left], teacher_NV[left], budget_N[left], torch.float32)
+    if left.numel():
+        dense_N[left] = torch.arange(left.numel())
+        for name in ("teacher_weight", "kl_student", "kl_teacher", "passes"):
+            getattr(found, name)[left] = getattr(part, name)
+    geometric = GeometricLaw(
+        student_NV, teacher_NV, found.teacher_weight, found.log_norm, dense_N, DenseLaw(part.log_probs)
+    )
+    return WeightResult(geometric, found.teacher_weight, found.kl_student, found.kl_teacher, found.passes)
+
+
+def _flat(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both models as `[N, V]` and the budget as `[N]` float64, checked."""
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student and teacher logits differ in shape, {tuple(student_logits.shape)} and "
+            f"{tuple(teacher_logits.shape)}: align them first with trb.vocab.align"
+        )
+    leading, vocabulary = student_logits.shape[:-1], student_logits.shape[-1]
+    budget_N = _checked_budget(kl_budget, leading, student_logits.device).reshape(-1)
+    return student_logits.reshape(-1, vocabulary), teacher_logits.reshape(-1, vocabulary), budget_N
+
+
+def _solve_natively(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, *, write: bool) -> Any:
+    """The result of a compiled kernel, rows it leaves to us marked by negative `passes`; None where there is none."""
+    if torch.float64 in (student_NV.dtype, teacher_NV.dtype) or not student_NV.numel():
+        return None
+    if blend_triton.available(student_NV):
+        return blend_triton.solve_rows(student_NV, teacher_NV, budget_N)
+    if student_NV.device.type == "cpu" and blend_native.available():
+        return blend_native.solve_rows(student_NV, teacher_NV, budget_N, write=write)
+    return None
+
+
+def _solve_in_blocks(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, dtype: torch.dtype) -> BlendResult:
+    result = _empty_result(student_NV, dtype)
+    elements = _BLOCK_ELEMENTS_CPU if student_NV.device.type == "cpu" else _BLOCK_ELEMENTS
+    block = max(1, elements // max(1, student_NV.shape[-1]))
+    for start in range(0, student_NV.shape[0], block):
+        rows = slice(start, start + block)
+        _store(result, rows, _solve_rows(student_NV[rows], teacher_NV[rows], budget_N[rows], dtype))
+    return result
 
 
 def _checked_budget(kl_budget: float | Tensor, leading: torch.Size, device: torch.device) -> Tensor:

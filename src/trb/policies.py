@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from trb.blend import solve
+from trb.blend import DenseLaw, Law, weigh
 
 __all__ = [
     "BehaviorPolicy",
@@ -36,7 +36,7 @@ class Target:
     """The behavior law at N prefixes and what it costs.
 
     Attributes:
-        log_probs: `[N, V]` log μ.
+        law: log μ, read at single tokens or whole rows; samplers need few of them.
         overlap: `[N, V]` probability that a token is drafted from the student *and* kept; None for the largest
             possible, `min(student, μ)`.
         teacher_weight: `[N]` share of the teacher: β for the blend; for SKD the probability of a replacement.
@@ -44,11 +44,16 @@ class Target:
         kl_teacher: `[N]` KL(μ || teacher), nats; None where no teacher takes part.
     """
 
-    log_probs: Tensor
+    law: Law
     overlap: Tensor | None
     teacher_weight: Tensor
     kl_student: Tensor
     kl_teacher: Tensor | None
+
+    @property
+    def log_probs(self) -> Tensor:
+        """`[N, V]` log μ."""
+        return self.law.rows(torch.arange(len(self.teacher_weight), device=self.teacher_weight.device))
 
 
 class BehaviorPolicy(Protocol):
@@ -71,7 +76,7 @@ class StudentPolicy:
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None = None) -> Target:
         zero_N = student_log_probs.new_zeros(student_log_probs.shape[0])
         kl_teacher_N = None if teacher_log_probs is None else _kl(student_log_probs, teacher_log_probs)
-        return Target(student_log_probs, None, zero_N, zero_N, kl_teacher_N)
+        return Target(DenseLaw(student_log_probs), None, zero_N, zero_N, kl_teacher_N)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class TemperaturePolicy:
         law_NV = torch.log_softmax(student_log_probs / self.temperature, dim=-1)
         kl_teacher_N = None if teacher_log_probs is None else _kl(law_NV, teacher_log_probs)
         weight_N = law_NV.new_zeros(law_NV.shape[0])
-        return Target(law_NV, None, weight_N, _kl(law_NV, student_log_probs), kl_teacher_N)
+        return Target(DenseLaw(law_NV), None, weight_N, _kl(law_NV, student_log_probs), kl_teacher_N)
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ class TrustRegionPolicy:
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
         if not self.needs_teacher:
             return StudentPolicy().target(student_log_probs, teacher_log_probs)
-        blend = solve(student_log_probs, _present(teacher_log_probs, self), self.kl_budget)
-        return Target(blend.log_probs, None, blend.teacher_weight, blend.kl_student, blend.kl_teacher)
+        blend = weigh(student_log_probs, _present(teacher_log_probs, self), self.kl_budget)
+        return Target(blend.law, None, blend.teacher_weight, blend.kl_student, blend.kl_teacher)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class SKDPolicy:
         replaced_N = student_NV.masked_fill(trusted_NV, 0.0).sum(-1)
         replacement_NV = torch.softmax(teacher_NV / self.teacher_temperature, dim=-1)
         law_NV = (kept_NV + replaced_N[:, None] * replacement_NV).log()
-        return Target(law_NV, kept_NV, replaced_N, _kl(law_NV, student_log_probs), _kl(law_NV, teacher_NV))
+        return Target(DenseLaw(law_NV), kept_NV, replaced_N, _kl(law_NV, student_log_probs), _kl(law_NV, teacher_NV))
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class TeacherPolicy:
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
         teacher_NV = _present(teacher_log_probs, self)
         one_N = teacher_NV.new_ones(teacher_NV.shape[0])
-        return Target(teacher_NV, None, one_N, _kl(teacher_NV, student_log_probs), torch.zeros_like(one_N))
+        return Target(DenseLaw(teacher_NV), None, one_N, _kl(teacher_NV, student_log_probs), torch.zeros_like(one_N))
 
 
 def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:

@@ -50,13 +50,13 @@ def _locate(weights_NB: Tensor, level_N1: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def accept_or_replace(
-    target: Target, student_NV: Tensor, draft_N: Tensor, accept_N: Tensor, residual_N: Tensor
+    target: Target, log_student_NV: Tensor, draft_N: Tensor, accept_N: Tensor, residual_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Keep each draft with probability overlap / student, else draw from the normalised `μ - overlap`.
 
     Args:
         target: the law at the N prefixes.
-        student_NV: student probabilities the drafts were drawn from.
+        log_student_NV: log-probabilities the drafts were drawn from.
         draft_N: drafted token ids.
         accept_N: uniforms deciding acceptance.
         residual_N: uniforms for the residual draws.
@@ -65,18 +65,17 @@ def accept_or_replace(
         Token ids `[N]` and whether the draft was kept `[N]`.
     """
     drafts = draft_N[:, None]
-    drafted_N = student_NV.gather(-1, drafts).squeeze(-1).double()
+    drafted_N = log_student_NV.gather(-1, drafts).squeeze(-1).double().exp()
     if target.overlap is None:
-        kept_N = target.log_probs.gather(-1, drafts).squeeze(-1).exp().double()
+        kept_N = target.law.at(draft_N).double().exp()
     else:
         kept_N = target.overlap.gather(-1, drafts).squeeze(-1).double()
     accepted_N = accept_N * drafted_N < kept_N
     rejected = (~accepted_N).nonzero().squeeze(-1)
     token_N = draft_N.clone()
     if rejected.numel():
-        law_RV = target.log_probs[rejected].exp().double()
-        overlap_RV = student_NV[rejected] if target.overlap is None else target.overlap[rejected]
-        residual_RV = (law_RV - overlap_RV.double()).clamp_min(0)
+        overlap_RV = log_student_NV[rejected].exp() if target.overlap is None else target.overlap[rejected]
+        residual_RV = target.law.rows(rejected).exp().sub_(overlap_RV).clamp_min_(0)
         replaced_R = inverse_cdf(residual_RV, residual_N[rejected])
         # Only rounding can reject where nothing is left over; the draft then stands.
         empty_R = residual_RV.sum(-1) == 0

@@ -100,10 +100,9 @@ def _draw(
 ) -> tuple[Tensor, Tensor, Target]:
     log_student_RV, *log_teacher = student_and_teacher
     draft_uniform_R, accept_R, residual_R = uniform_R3.unbind(-1)
-    student_RV = log_student_RV.exp()
-    draft_R = inverse_cdf(student_RV, draft_uniform_R)
+    draft_R = inverse_cdf(log_student_RV.exp(), draft_uniform_R)
     target = policy.target(log_student_RV, log_teacher[0] if log_teacher else None)
-    token_R, accepted_R = accept_or_replace(target, student_RV, draft_R, accept_R, residual_R)
+    token_R, accepted_R = accept_or_replace(target, log_student_RV, draft_R, accept_R, residual_R)
     return token_R, accepted_R, target
 
 

@@ -213,7 +213,7 @@ class _Sampler:
             target = self.policy.target(log_student_NV, log_teacher_NV)
             accept_N, residual_N = uniform_RK3[live, column, 1], uniform_RK3[live, column, 2]
             token_N, accepted_N = accept_or_replace(
-                target, log_student_NV.exp(), draft_RK[live, column], accept_N, residual_N
+                target, log_student_NV, draft_RK[live, column], accept_N, residual_N
             )
             goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (left_R[live] > column + 1)
             seen[0, live, column], seen[1, live, column] = token_N.double(), goes_on_N.double()

@@ -1,0 +1,547 @@
+"""How fast sampling, the solve and the whole step are, side by side with their alternatives, on this machine.
+
+    python benchmarks/bench.py                      everything, into benchmarks/results/cpu.json (about half an hour)
+    python benchmarks/bench.py --sections solve     one section; the others of an existing file are kept
+    python benchmarks/bench.py --smoke              tiny sizes: does it run? (the numbers mean nothing)
+
+Contenders take turns within every repetition, and every figure is the median of the ratios of one repetition, with
+the smallest and the largest: on a shared machine an absolute time says little. Sections: sampling, steps, solve,
+memory, growth. What the contenders are is said in each section's function.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from pair import STOP, prompts, questions, smollm2_pair
+from transformers import PreTrainedModel, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from trb import TRBConfig, TRBTrainer, blend_native, zoo
+from trb.blend import solve
+from trb.losses import chunked_reverse_kl
+from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
+from trb.provenance import describe
+from trb.sampling import sample
+from trb.sampling.draw import inverse_cdf
+
+OUTPUT = Path(__file__).parent / "results" / "cpu.json"
+HEADLINE_BUDGET = 0.02
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest, to four digits."""
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def ratios(table: dict[str, list[float]], numerator: str, denominator: str) -> dict[str, float]:
+    """Spread of numerator / denominator, repetition by repetition."""
+    return spread([a / b for a, b in zip(table[numerator], table[denominator], strict=True)])
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+# ---- (a) sampling ----
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of student-only, lockstep and speculative sampling, over budgets and batches.
+
+    Lockstep is this package's reference sampler on the library's own cache. "block 1" is the speculative sampler that
+    drafts one token at a time, which separates the gain of the cache from that of drafting.
+    """
+    student, teacher, tokenizer = smollm2_pair()
+    student = student.to(torch.bfloat16).eval()
+    rows = prompts(tokenizer, 16, 4, seed=11)
+    tokens = 8 if options.smoke else 64
+    budgets = (0.02,) if options.smoke else (0.05, 0.02, 0.005, 0.001)
+    batches = (2,) if options.smoke else (1, 2, 8, 32)
+    cells = []
+    for batch in batches:
+        for budget in budgets:
+            cells.append(
+                race_samplers(student, teacher, rows[:batch], budget, STOP, tokens, options.repeats)
+                | {"pair": "smollm2", "stop": "natural"}
+            )
+            print(json.dumps(cells[-1]), flush=True)
+    # Token 1 never ends a chat turn of this family and is next to impossible: every completion has the same length.
+    fixed = race_samplers(
+        student, teacher, rows[: batches[-1] if options.smoke else 8], 0.02, 1, tokens, options.repeats
+    )
+    cells.append(fixed | {"pair": "smollm2", "stop": "fixed length"})
+    small_student, small_tokenizer = zoo.load("student")
+    small_teacher, _ = zoo.load("teacher")
+    problems = zoo.problems(32, seed=1, split="train")
+    chats = [
+        small_tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        for row in problems
+    ]
+    stop = small_student.generation_config.eos_token_id
+    for batch in batches:
+        cell = race_samplers(
+            small_student,
+            small_teacher,
+            chats[:batch],
+            0.5,
+            stop,
+            48,
+            options.repeats,
+            teacher_stop=small_teacher.generation_config.eos_token_id,
+        )
+        cells.append(cell | {"pair": "zoo", "stop": "natural"})
+    return {"cells": cells, "max_new_tokens": tokens}
+
+
+def race_samplers(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: list[list[int]],
+    budget: float,
+    stop: int,
+    tokens: int,
+    repeats: int,
+    teacher_stop: int | None = None,
+) -> dict[str, Any]:
+    contenders: dict[str, tuple[str, BehaviorPolicy, dict[str, Any]]] = {
+        "student": ("speculative", StudentPolicy(), {}),
+        "lockstep": ("lockstep", TrustRegionPolicy(budget), {}),
+        "speculative": ("speculative", TrustRegionPolicy(budget), {}),
+        "planned": ("speculative", TrustRegionPolicy(budget), {"block_size": "planned"}),
+        "block 1": ("speculative", TrustRegionPolicy(budget), {"block_size": 1}),
+    }
+    speed: dict[str, list[float]] = {name: [] for name in contenders}
+    last: dict[str, Any] = {}
+    for repeat in range(repeats + 1):
+        for name, (method, policy, extra) in contenders.items():
+            seconds, rollout = timed(
+                lambda method=method, policy=policy, extra=extra, repeat=repeat: sample(
+                    student,
+                    teacher,
+                    rows,
+                    policy,
+                    max_new_tokens=tokens,
+                    eos_token_id=stop,
+                    teacher_eos_token_id=teacher_stop,
+                    seed=repeat,
+                    method=method,
+                    **extra,
+                )
+            )
+            drawn = sum(map(len, rollout.completions))
+            if repeat:  # the first round warms caches and is not counted
+                speed[name].append(drawn / seconds)
+            last[name] = rollout
+    rollout = last["speculative"]
+    drawn, reads = sum(map(len, rollout.completions)), sum(max(0, len(c)) for c in rollout.completions)
+    return {
+        "batch": len(rows),
+        "kl_budget": budget,
+        "tokens_per_second": {name: spread(values) for name, values in speed.items()},
+        "speculative_over_lockstep": ratios(speed, "speculative", "lockstep"),
+        "planned_over_lockstep": ratios(speed, "planned", "lockstep"),
+        "block_1_over_lockstep": ratios(speed, "block 1", "lockstep"),
+        "speculative_over_student": ratios(speed, "speculative", "student"),
+        "accept_rate": sum(map(sum, rollout.stats.accepted)) / drawn,
+        "mean_length": reads / len(rows),
+        # Passes while a row is in flight, for each of its tokens: rows of a batch share a pass.
+        "teacher_passes_per_token": rollout.teacher_calls / max(map(len, rollout.completions)),
+    }
+
+
+# ---- (b) whole optimizer steps ----
+
+
+class StepClock(TrainerCallback):
+    """Seconds of each optimizer step, generation included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def steps(options: argparse.Namespace) -> dict[str, Any]:
+    """One optimizer step at batch 32: TRB at several budgets, plain distillation, and TRL's two trainers.
+
+    Every contender starts from the same student in float32 under bf16 autocast, sees the same prompts, samples at
+    temperature 1 until the completion stops, and trains on the reverse KL over the whole vocabulary, without gradient
+    checkpointing. "top 16" is the paper's truncated loss. Seconds are per completion token, because the random lengths
+    differ; seconds per step are kept beside them.
+    """
+    student, teacher, tokenizer = smollm2_pair()
+    tokens, batch = (8, 8) if options.smoke else (96, 32)
+    count = options.repeats * options.steps_each
+    unique = questions(count * batch // 4, seed=21)
+    ours = {
+        "trb 0.02": {"method": "fixed", "initial_kl_budget": 0.02},
+        "trb 0.01": {"method": "fixed", "initial_kl_budget": 0.01},
+        "trb 0.001": {"method": "fixed", "initial_kl_budget": 0.001},
+        "trb after warm-up": {"method": "trb", "initial_kl_budget": 0.02, "blend_warmup_steps": 0},
+        "opd": {"method": "opd"},
+        "trb 0.02, top 16": {"method": "fixed", "initial_kl_budget": 0.02, "loss_top_k": 16},
+        "opd, top 16": {"method": "opd", "loss_top_k": 16},
+        "trb 0.02, second teacher pass": {"method": "fixed", "initial_kl_budget": 0.02},
+    }
+    if options.smoke:
+        ours = {name: ours[name] for name in ("trb 0.02", "trb after warm-up", "opd", "trb 0.02, second teacher pass")}
+    contenders = [*ours, "trl distillation", "trl gkd"]
+    per_token: dict[str, list[float]] = {name: [] for name in contenders}
+    per_step: dict[str, list[float]] = {name: [] for name in contenders}
+    lengths: dict[str, list[float]] = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory() as directory:
+        shared = {
+            "output_dir": directory,
+            "per_device_train_batch_size": batch,
+            "max_steps": options.steps_each,
+            "learning_rate": 1e-5,
+            "bf16": True,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+        }
+        for repeat in range(options.repeats):
+            rows = unique[repeat * options.steps_each * batch // 4 :][: options.steps_each * batch // 4]
+            for name in contenders:
+                model = clone(student)
+                if name in ours:
+                    trainer = our_trainer(model, teacher, tokenizer, rows, tokens, shared, ours[name])
+                    if "second teacher pass" in name:
+                        forget_teacher_hidden(trainer)
+                elif name == "trl distillation":
+                    trainer = trl_trainer(model, teacher, tokenizer, rows, tokens, shared)
+                else:
+                    trainer = gkd_trainer(model, teacher, tokenizer, rows, tokens, shared)
+                clock = StepClock()
+                trainer.add_callback(clock)
+                counter = CompletionCounter(trainer)
+                trainer.train()
+                for seconds, drawn in zip(clock.seconds, counter.per_step(), strict=True):
+                    per_token[name].append(seconds / drawn)
+                    per_step[name].append(seconds)
+                    lengths[name].append(drawn / batch)
+                print(name, clock.seconds, counter.per_step(), flush=True)
+                del trainer, model
+                gc.collect()
+    pairs = {
+        "warmup_step_over_opd_step": ("trb 0.02", "opd"),
+        "warmup_step_over_trl_step": ("trb 0.02", "trl distillation"),
+        "opd_step_over_trl_step": ("opd", "trl distillation"),
+        "opd_step_over_gkd_step": ("opd", "trl gkd"),
+        "after_warmup_step_over_opd_step": ("trb after warm-up", "opd"),
+        "reuse": ("trb 0.02", "trb 0.02, second teacher pass"),
+        "warmup_step_over_opd_step, top 16": ("trb 0.02, top 16", "opd, top 16"),
+        "warmup_step_over_trl_step, top 16": ("trb 0.02, top 16", "trl distillation"),
+        "opd_step_over_trl_step, top 16": ("opd, top 16", "trl distillation"),
+    }
+    found = {label: ratios(per_token, *names) for label, names in pairs.items() if set(names) <= set(per_token)}
+    whole = {label: ratios(per_step, *names) for label, names in pairs.items() if set(names) <= set(per_step)}
+    annealed = [name for name in ("trb 0.02", "trb 0.01", "trb 0.001") if name in per_token]
+    # A linear warm-up spends equal time at every budget between its first and nearly zero.
+    mean = [statistics.mean(per_token[name][i] for name in annealed) for i in range(len(per_token["opd"]))]
+    found["annealed_warmup_step_over_opd_step"] = spread([a / b for a, b in zip(mean, per_token["opd"], strict=True)])
+    return {
+        "batch": batch,
+        "max_completion_length": tokens,
+        "steps": count,
+        "milliseconds_per_token": {name: spread([1e3 * v for v in values]) for name, values in per_token.items()},
+        "seconds_per_step": {name: spread(values) for name, values in per_step.items()},
+        "mean_length": {name: spread(values) for name, values in lengths.items()},
+        "ratios_per_token": found,
+        "ratios_per_step": whole,
+    }
+
+
+def clone(model: PreTrainedModel) -> PreTrainedModel:
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    return copy
+
+
+def our_trainer(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    tokens: int,
+    shared: dict[str, Any],
+    knobs: dict[str, Any],
+) -> TRBTrainer:
+    args = TRBConfig(**{**shared, "max_completion_length": tokens, "loss_top_k": 0, "shuffle_dataset": False, **knobs})
+    dataset = Dataset.from_list(rows)
+    return TRBTrainer(model, teacher, args, train_dataset=dataset, processing_class=tokenizer)
+
+
+def forget_teacher_hidden(trainer: TRBTrainer) -> None:
+    generate = trainer._generate_single_turn
+
+    def without(*arguments: Any, **options: Any) -> Any:
+        completions = generate(*arguments, **options)
+        if trainer._rollout is not None:
+            trainer._rollout.teacher_hidden = None
+        return completions
+
+    trainer._generate_single_turn = without  # type: ignore[method-assign]
+
+
+def trl_trainer(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    tokens: int,
+    shared: dict[str, Any],
+) -> DistillationTrainer:
+    args = DistillationConfig(
+        **shared, max_completion_length=tokens, temperature=1.0, beta=1.0, shuffle_dataset=False, disable_dropout=True
+    )
+    repeated = Dataset.from_list([row for row in rows for _ in range(4)])
+    return DistillationTrainer(model, teacher, args, train_dataset=repeated, processing_class=tokenizer)
+
+
+def gkd_trainer(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    tokens: int,
+    shared: dict[str, Any],
+) -> GKDTrainer:
+    args = GKDConfig(**shared, max_new_tokens=tokens, temperature=1.0, beta=1.0, lmbda=1.0, max_length=512)
+    # GKD wants an answer in the data; with lmbda = 1 it never trains on it.
+    answer = [{"role": "assistant", "content": "0"}]
+    repeated = Dataset.from_list([{"messages": row["prompt"] + answer} for row in rows for _ in range(4)])
+    return GKDTrainer(model, teacher, args, train_dataset=repeated, processing_class=tokenizer)
+
+
+class CompletionCounter:
+    """Completion tokens of each step, stop token included, read where each trainer has them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._counts: list[int] = []
+        loss = trainer.compute_loss
+
+        def counted(model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+            if "completion_mask" in inputs:
+                self._counts.append(int(inputs["completion_mask"].sum()))
+            else:
+                self._counts.append(int((inputs["labels"] != -100).sum()))
+            return loss(model, inputs, *arguments, **options)
+
+        trainer.compute_loss = counted
+
+    def per_step(self) -> list[int]:
+        return self._counts
+
+
+# ---- (c) the solve and the draw ----
+
+
+def solves(options: argparse.Namespace) -> dict[str, Any]:
+    """`solve` against 30 steps of bisection, two log-softmaxes and the token draw, on bf16 logits like a model's."""
+    cells = []
+    sizes = ((8, 1000),) if options.smoke else ((32, 32_000), (32, 49_152), (16, 151_936))
+    for rows, vocabulary in sizes:
+        for budget in (0.05, 0.02, 0.005, 0.001):
+            cells.append(race_solvers(*model_like(rows, vocabulary), budget, options.repeats * 5))
+            print(json.dumps(cells[-1]), flush=True)
+    return {"cells": cells, "native": blend_native.available()}
+
+
+def model_like(rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits with a head and a tail: a model's sorted logits fall about linearly in the logarithm of the rank."""
+    generator = torch.Generator().manual_seed(rows + vocabulary)
+    rank = torch.stack([torch.randperm(vocabulary, generator=generator) for _ in range(rows)]) + 1.0
+    student = 12.0 - 1.6 * rank.log() + 0.5 * torch.randn(rows, vocabulary, generator=generator)
+    teacher = student + 0.8 * torch.randn(rows, vocabulary, generator=generator)
+    return student.bfloat16(), teacher.bfloat16()
+
+
+def race_solvers(student: torch.Tensor, teacher: torch.Tensor, budget: float, repeats: int) -> dict[str, Any]:
+    uniform = torch.rand(len(student), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probs = torch.softmax(student.float(), -1)
+    contenders: dict[str, Callable[[], Any]] = {
+        "solve": lambda: solve(student, teacher, budget),
+        "eager solve": lambda: eagerly(student, teacher, budget),
+        "two log-softmaxes": lambda: [torch.log_softmax(x, -1, dtype=torch.float32) for x in (student, teacher)],
+        "draw": lambda: inverse_cdf(probs, uniform),
+        "multinomial": lambda: torch.multinomial(probs, 1),
+        "bisection": lambda: bisection(student, teacher, budget),
+    }
+    table: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 1):
+        for name, function in contenders.items():
+            if name == "bisection" and repeat > max(3, repeats // 5):
+                table[name].append(table[name][-1])
+                continue
+            seconds, _ = timed(function)
+            if repeat:
+                table[name].append(seconds)
+    return {
+        "rows": len(student),
+        "vocabulary": student.shape[-1],
+        "kl_budget": budget,
+        "solve_over_bisection_speedup": ratios(table, "bisection", "solve"),
+        "solve_over_two_log_softmax": ratios(table, "solve", "two log-softmaxes"),
+        "eager_solve_over_two_log_softmax": ratios(table, "eager solve", "two log-softmaxes"),
+        "draw_over_solve": ratios(table, "draw", "solve"),
+        "multinomial_over_draw": ratios(table, "multinomial", "draw"),
+        "median_passes": solve(student, teacher, budget).passes.double().median().item(),
+    }
+
+
+def eagerly(student: torch.Tensor, teacher: torch.Tensor, budget: float) -> Any:
+    with mock.patch.object(blend_native, "available", return_value=False):
+        return solve(student, teacher, budget)
+
+
+def bisection(student: torch.Tensor, teacher: torch.Tensor, budget: float) -> torch.Tensor:
+    """The paper's way, in torch: 30 halvings of the teacher weight."""
+    log_student, log_teacher = (torch.log_softmax(x, -1, dtype=torch.float32) for x in (student, teacher))
+    low, high = torch.zeros(2, len(student), 1)
+    high = high + 1
+    for _ in range(30):
+        middle = (low + high) / 2
+        path = torch.log_softmax((1 - middle) * log_student + middle * log_teacher, dim=-1)
+        feasible = (path.exp() * (path - log_student)).sum(-1, keepdim=True) <= budget
+        low, high = torch.where(feasible, middle, low), torch.where(feasible, high, middle)
+    return torch.log_softmax((1 - low) * log_student + low * log_teacher, dim=-1)
+
+
+# ---- (d) peak memory of the loss ----
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Growth of the resident peak over one loss and its backward pass, ours and TRL's, in processes of their own."""
+    cells = []
+    for tokens in (64,) if options.smoke else (1024, 4096, 16384):
+        cell: dict[str, Any] = {"tokens": tokens, "vocabulary": 49_152, "hidden_size": 576}
+        for name in ("ours", "trl"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                cell[f"{name}_megabytes"] = pool.apply(loss_peak, (name, tokens))
+        cell["logits_megabytes"] = tokens * 49_152 * 4 / 1e6
+        cells.append(cell)
+        print(json.dumps(cell), flush=True)
+    return {"cells": cells}
+
+
+def loss_peak(name: str, tokens: int) -> float:
+    """Megabytes by which the peak rose during the loss, beyond weights, hidden states and their gradients."""
+    torch.manual_seed(0)
+    head, teacher_head = (torch.nn.Linear(576, 49_152, bias=False) for _ in range(2))
+    hidden, taught = torch.randn(1, tokens, 576), torch.randn(1, tokens, 576)
+    hidden.requires_grad_()
+    ids, mask = torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens, dtype=torch.long)
+    head.weight.grad, hidden.grad = torch.ones_like(head.weight), torch.ones_like(hidden)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if name == "ours":
+        loss, _ = chunked_reverse_kl(hidden, taught, head, teacher_head, ids, mask, k=0, chunk_tokens=85)
+    else:
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+        loss, *_ = _chunked_divergence_loss(hidden, taught, head.weight, teacher_head.weight, mask, 1.0)
+    loss.backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+# ---- (e) growth with length ----
+
+
+def growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second as completions grow, all of the same length: nothing is copied that was there before."""
+    student, teacher, tokenizer = smollm2_pair()
+    student = student.to(torch.bfloat16).eval()
+    rows = prompts(tokenizer, 2, 4, seed=31)
+    lengths = (8, 16) if options.smoke else (64, 128, 256, 512, 1024)
+    speed: dict[str, list[float]] = {}
+    for repeat in range(1 if options.smoke else 2):
+        for length in lengths:
+            for name, policy in (("student", StudentPolicy()), ("speculative", TrustRegionPolicy(0.02))):
+                seconds, rollout = timed(
+                    lambda policy=policy, length=length, repeat=repeat: sample(
+                        student, teacher, rows, policy, max_new_tokens=length, eos_token_id=1, seed=repeat
+                    )
+                )
+                speed.setdefault(f"{name} {length}", []).append(sum(map(len, rollout.completions)) / seconds)
+                print(name, length, speed[f"{name} {length}"], flush=True)
+    found: dict[str, Any] = {"tokens_per_second": {name: spread(values) for name, values in speed.items()}}
+    first, last = lengths[1], lengths[-1]
+    for name in ("student", "speculative"):
+        found[f"{name}_last_over_second"] = ratios(speed, f"{name} {last}", f"{name} {first}")
+    return found | {"batch": len(rows), "compared_lengths": [last, first]}
+
+
+# ---- all of it ----
+
+SECTIONS = {"solve": solves, "memory": memory, "sampling": sampling, "growth": growth, "steps": steps}
+
+
+def headline(results: dict[str, Any]) -> dict[str, float]:
+    """The figures quoted elsewhere, all medians: batch 8 and budget 0.02 for sampling, batch 32 for steps."""
+    found: dict[str, float] = {}
+    for cell in results.get("sampling", {}).get("cells", []):
+        key = (cell["pair"], cell["stop"], cell["batch"], cell["kl_budget"])
+        if key == ("smollm2", "natural", 8, HEADLINE_BUDGET):
+            found["speculative_over_lockstep"] = cell["speculative_over_lockstep"]["median"]
+            found["teacher_passes_per_token"] = round(cell["teacher_passes_per_token"], 4)
+    step_ratios = results.get("steps", {}).get("ratios_per_token", {})
+    for name in ("warmup_step_over_opd_step", "warmup_step_over_trl_step", "opd_step_over_trl_step"):
+        if name in step_ratios:
+            found[name] = step_ratios[name]["median"]
+    for cell in results.get("solve", {}).get("cells", []):
+        if (cell["vocabulary"], cell["kl_budget"]) == (151_936, HEADLINE_BUDGET):
+            for name in ("solve_over_bisection_speedup", "solve_over_two_log_softmax"):
+                found[name] = cell[name]["median"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--repeats", type=int, default=3, help="counted repetitions of every contender")
+    parser.add_argument("--steps-each", type=int, default=2, help="optimizer steps a trainer takes in a repetition")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    options = parser.parse_args()
+    if options.smoke:
+        options.repeats, options.steps_each = 1, 1
+    record = json.loads(options.output.read_text()) if options.output.exists() else {"results": {}, "provenance": {}}
+    for name in options.sections:
+        start = time.perf_counter()
+        found = SECTIONS[name](options)
+        record["results"][name] = found | {"seconds_taken": round(time.perf_counter() - start)}
+        record["provenance"][name] = describe() | {"threads": torch.get_num_threads()}
+        record["headline"] = headline(record["results"])
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(record["headline"], indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
