@@ -461,7 +461,7 @@ def loss_peak(name: str, tokens: int) -> float:
     head.weight.grad, hidden.grad = torch.ones_like(head.weight), torch.ones_like(hidden)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if name == "ours":
-        loss, _ = chunked_reverse_kl(hidden, taught, head, teacher_head, ids, mask, k=0, chunk_tokens=85)
+        loss, _ = chunked_reverse_kl(hidden, taught, head, teacher_head, ids, mask, k=0)
     else:
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
 

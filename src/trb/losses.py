@@ -17,7 +17,7 @@ Shape suffixes: N tokens, K support, V vocabulary, H hidden size, C tokens of on
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -36,10 +36,12 @@ __all__ = [
     "veto_target",
 ]
 
-# What a chunk's logits may take, in vocabulary entries. On a CPU, blocks below 32 MB come from memory that is already
-# mapped; larger ones are mapped anew each time, which cost more than the arithmetic. An accelerator wants it wide.
-_CHUNK_ELEMENTS_CPU = 1 << 22
+# What a chunk's logits may take, in vocabulary entries. Each chunk adds a gradient of the whole head, so it must be
+# wide for that to be cheap; memory grows with it.
+_CHUNK_ELEMENTS_CPU = 1 << 25
 _CHUNK_ELEMENTS = 1 << 27
+# What the arithmetic between the matrix products works on at once: 4 MB of float32.
+_ROW_ELEMENTS_CPU = 1 << 20
 _UNKNOWN_SIZE = 1 << 17
 # Below any log-probability that matters, above minus infinity.
 _LOWEST_LOG_PROB = -1e30
@@ -170,19 +172,17 @@ def chunked_reverse_kl(
     student_NH = student_hidden.reshape(-1, student_hidden.shape[-1])[chosen]
     teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])[chosen]
 
-    def events(head: Head, hidden_CH: Tensor) -> Tensor:
-        logits_CV = head(hidden_CH)
-        logits_CV = logits_CV if vocabulary is None else vocabulary.fold(logits_CV)
-        return logits_CV if temperature == 1.0 else logits_CV.to(_wide(logits_CV)) / temperature
-
+    size = vocabulary.size if vocabulary is not None else _UNKNOWN_SIZE
     chunks = _Chunks(
-        lambda hidden_CH: events(student_head, hidden_CH),
-        lambda hidden_CH: events(teacher_head, hidden_CH),
+        student_head,
+        teacher_head,
         teacher_NH,
         tokens.reshape(-1)[chosen],
+        vocabulary,
+        temperature,
         k,
         veto_strength,
-        chunk_tokens or default_chunk_tokens(vocabulary.size if vocabulary else _UNKNOWN_SIZE, teacher_NH.device.type),
+        chunk_tokens or default_chunk_tokens(size, teacher_NH.device.type),
     )
     learnt = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
     total, *metrics = _ChunkedLoss.apply(chunks, student_NH, *learnt)
@@ -201,35 +201,69 @@ def default_chunk_tokens(vocabulary: int, device_type: str) -> int:
 
 @dataclass(frozen=True)
 class _Chunks:
-    """The loss as a function of the student's hidden states, a chunk of tokens at a time."""
+    """The loss of a chunk of tokens, given the student's logits; what all chunks have in common."""
 
-    student_events: Callable[[Tensor], Tensor]
-    teacher_events: Callable[[Tensor], Tensor]
+    student_head: Head
+    teacher_head: Head
     teacher_NH: Tensor
     token_N: Tensor
+    vocabulary: SharedVocabulary | None
+    temperature: float
     k: int
     veto_strength: float
     chunk_tokens: int
 
     def __iter__(self) -> Iterator[slice]:
         for start in range(0, len(self.token_N), self.chunk_tokens):
-            yield slice(start, start + self.chunk_tokens)
+            yield slice(start, min(start + self.chunk_tokens, len(self.token_N)))
 
-    def terms(self, logits_CV: Tensor, part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Summed loss of a chunk, its gradient by the logits, and the metrics."""
-        log_student_CV = log_probs(logits_CV.detach())
-        log_teacher_CV = log_probs(self.teacher_events(self.teacher_NH[part]))
-        student_CV, teacher_CV = log_student_CV.exp(), log_teacher_CV.exp()
-        metrics = _token_metrics(log_student_CV, log_teacher_CV, student_CV, teacher_CV, self.token_N[part])
-        target_CV = log_teacher_CV
+    def terms(self, logits_CV: Tensor, part: slice, gradient_CV: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Summed loss of a chunk and its metrics; fills the gradient by the logits.
+
+        A few rows at a time: on a CPU their temporaries stay in cache.
+        """
+        taught_CV = self.teacher_head(self.teacher_NH[part])
+        step = len(taught_CV)
+        if logits_CV.device.type == "cpu":
+            step = max(1, _ROW_ELEMENTS_CPU // logits_CV.shape[-1])
+        losses, metrics = [], []
+        for first in range(0, len(taught_CV), step):
+            rows = slice(first, first + step)
+            loss, gradient, seen = self._row_terms(
+                logits_CV[rows], taught_CV[rows], self.token_N[part][rows], gradient_CV is not None
+            )
+            losses.append(loss)
+            metrics.append(seen)
+            if gradient_CV is not None:
+                gradient_CV[rows] = gradient
+        return torch.stack(losses).sum(), [torch.cat(values) for values in zip(*metrics, strict=True)]
+
+    def _row_terms(
+        self, logits_RV: Tensor, taught_RV: Tensor, token_R: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        raw_RV = logits_RV.detach().requires_grad_(wanted)
+        with torch.set_grad_enabled(wanted):
+            events_RV = self._events(raw_RV)
+        log_student_RV, log_teacher_RV = log_probs(events_RV.detach()), log_probs(self._events(taught_RV))
+        student_RV, teacher_RV = log_student_RV.exp(), log_teacher_RV.exp()
+        metrics = _token_metrics(log_student_RV, log_teacher_RV, student_RV, teacher_RV, token_R)
+        target_RV = log_teacher_RV
         if self.veto_strength:
-            target_CV = veto_target(log_student_CV, log_teacher_CV, self.veto_strength)
-            teacher_CV = target_CV.exp()
-        if 0 < self.k < logits_CV.shape[-1]:
-            loss_C, gradient_CV, mass_C = _top_k_terms(log_student_CV, target_CV, student_CV, self.k)
+            target_RV = veto_target(log_student_RV, log_teacher_RV, self.veto_strength)
+            teacher_RV = target_RV.exp()
+        if 0 < self.k < events_RV.shape[-1]:
+            loss_R, gradient_RV, mass_R = _top_k_terms(log_student_RV, target_RV, student_RV, self.k)
         else:
-            loss_C, gradient_CV, mass_C = _full_terms(log_student_CV, target_CV, student_CV, teacher_CV)
-        return loss_C.sum(), gradient_CV, (*metrics, mass_C)
+            loss_R, gradient_RV, mass_R = _full_terms(log_student_RV, target_RV, student_RV, teacher_RV)
+        if wanted and events_RV is not raw_RV:
+            (gradient_RV,) = torch.autograd.grad(events_RV, raw_RV, gradient_RV.to(events_RV.dtype))
+        return loss_R.sum(), gradient_RV, (*metrics, mass_R)
+
+    def _events(self, logits_RV: Tensor) -> Tensor:
+        """Logits over the shared events, at the temperature."""
+        if self.vocabulary is not None:
+            logits_RV = self.vocabulary.fold(logits_RV)
+        return logits_RV if self.temperature == 1.0 else logits_RV.to(_wide(logits_RV)) / self.temperature
 
 
 def _top_k_terms(
@@ -267,20 +301,19 @@ class _ChunkedLoss(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=_wide(student_NH), device=student_NH.device)
         hidden_gradient_NH = torch.zeros_like(student_NH) if wanted else None
-        sums = [torch.zeros_like(parameter) for parameter in learnt] if wanted else []
+        sums: list[Tensor] = []
         metrics = []
         for part in chunks:
             with torch.set_grad_enabled(wanted):
                 student_CH = student_NH[part].detach().requires_grad_(wanted)
-                logits_CV = chunks.student_events(student_CH)
-            loss, gradient_CV, seen = chunks.terms(logits_CV, part)
+                logits_CV = chunks.student_head(student_CH)
+            gradient_CV = torch.empty_like(logits_CV) if wanted else None
+            loss, seen = chunks.terms(logits_CV.detach(), part, gradient_CV)
             total += loss
             metrics.append(seen)
             if hidden_gradient_NH is not None:
-                found = torch.autograd.grad(logits_CV, [student_CH, *learnt], gradient_CV.to(logits_CV.dtype))
-                hidden_gradient_NH[part] = found[0]
-                for gathered, gradient in zip(sums, found[1:], strict=True):
-                    gathered += gradient
+                hidden_gradient_NH[part], *found = torch.autograd.grad(logits_CV, [student_CH, *learnt], gradient_CV)
+                sums = [s.add_(f) for s, f in zip(sums, found, strict=True)] if sums else found
         if hidden_gradient_NH is not None:
             ctx.save_for_backward(hidden_gradient_NH, *sums)
         columns = [torch.cat(values) for values in zip(*metrics, strict=True)]
