@@ -23,15 +23,15 @@ TEACHER = "smollm2-135m"
 LAYERS = 8
 STOP = 2  # <|im_end|>
 # How the student is trained: teacher completions, passes over them, batch, rate, longest completion, seed.
-HEALING = {"completions": 256, "epochs": 6, "batch": 32, "learning_rate": 1e-3, "tokens": 96, "seed": 1}
+HEALING = {"completions": 512, "epochs": 8, "batch": 32, "learning_rate": 1e-3, "tokens": 64, "seed": 1}
 
 
 def questions(count: int, seed: int) -> list[dict[str, Any]]:
-    """Short arithmetic questions; the teacher answers in one to a few sentences."""
+    """Arithmetic questions; the teacher answers in 15 to 40 tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for first, second, third in torch.randint(2, 60, (count, 3), generator=generator).tolist():
-        text = f"What is {first} + {second} - {third}? Think step by step, then give the answer."
+        text = f"What is {first} + {second} - {third}? Answer in one short sentence."
         rows.append({"prompt": [{"role": "user", "content": text}]})
     return rows
 

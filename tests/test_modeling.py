@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trb.modeling import OutputHead, hidden_states
+from trb.modeling import OutputHead, completion_hidden_states, hidden_states
 
 SIZES = {
     "vocab_size": 19,
@@ -46,6 +46,26 @@ ARCHITECTURES = {
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return ARCHITECTURES[name]().double().eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_completion_hidden_states_are_those_of_unpadded_rows(name: str) -> None:
+    """Prompts padded on the left, completions on the right, lengths in no order, one row without a completion."""
+    model = build(name)
+    prompts = [[3, 4, 5, 6], [9], [12, 13], [1, 2, 3], [7, 7], [5]]
+    completions = [[7, 8], [10, 11, 2, 3, 4], [], [5], [1, 2, 3], [6, 6]]
+    ids, mask, chosen = torch.zeros(3, 6, 9, dtype=torch.long)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids[row, 4 - len(prompt) : 4 + len(completion)] = torch.tensor(prompt + completion)
+        mask[row, 4 - len(prompt) : 4 + len(completion)] = 1
+        chosen[row, 4 : 4 + len(completion)] = 1
+    with torch.no_grad():
+        ours = OutputHead.of(model)(completion_hidden_states(model, ids, mask, chosen))
+        expected = [
+            model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    assert torch.allclose(ours, torch.cat(expected), atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

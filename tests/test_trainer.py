@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl import DistillationTrainer, SFTConfig, SFTTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
+from trb import trainer as trainer_module
 from trb.losses import topk_reverse_kl
 from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
 from trb.sampling import sample
@@ -164,6 +165,50 @@ def test_loss_is_the_mean_over_completion_tokens_of_unpadded_rows_at_the_samplin
     assert trainer._tokenizer.pad_token_id == stop
     assert count.item() == tokens
     assert loss.item() == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["trb", "skd"])
+@pytest.mark.parametrize("loss_top_k", [16, 0])
+def test_the_samplers_teacher_pass_serves_the_loss(
+    tmp_path: Path, method: str, loss_top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the teacher samples, the loss runs it no second time, and loss and gradient are the recomputed ones."""
+    trainer = build(
+        tmp_path,
+        method=method,
+        loss_top_k=loss_top_k,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        veto_strength=0.0,
+    )
+    read: list[Any] = []
+    plain = trainer_module.completion_hidden_states
+
+    def counted(model: Any, *arguments: Any) -> Any:
+        read.append(model)
+        return plain(model, *arguments)
+
+    monkeypatch.setattr(trainer_module, "completion_hidden_states", counted)
+    rows = [trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)]
+    found: dict[bool, list[Any]] = {}
+    for reused in (True, False):
+        trainer._step, trainer._buffered_inputs = 0, None
+        torch.manual_seed(0)  # the parent shuffles rows between the accumulation steps
+        trainer._prepare_inputs(rows)
+        if not reused:
+            trainer._rollout.teacher_hidden = None
+        read.clear()
+        found[reused] = []
+        for inputs in trainer._buffered_inputs:
+            loss, _, _ = trainer._compute_loss(trainer.model, inputs, None)
+            gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+            found[reused].append([loss.detach(), *gradients])
+        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
+        assert sum(model is teacher for model in read) == (0 if reused else 2)
+    for ours, theirs in zip(found[True], found[False], strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert found[True][0][0] != found[True][1][0]
 
 
 def test_completions_are_those_of_the_public_sampler(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ _BALANCE_CPU, _BALANCE = 40.0, 256.0
 _VERIFY_PER_ENTRY = 500.0
 # Share of what was measured before that a new measurement leaves standing.
 _MEMORY = 0.9
+# A timing counts as at most this many times the one expected.
+_LONGEST = 1.5
 
 
 class Costs(Protocol):
@@ -110,6 +112,7 @@ class MeasuredCosts:
     def __init__(self, planned: PlannedCosts) -> None:
         self._planned = planned
         self._lines: dict[str, _Line] = {}
+        self._seen: set[str] = set()
 
     def student(self, rows: int) -> float:
         return self._cost("student", rows)
@@ -122,13 +125,17 @@ class MeasuredCosts:
 
     def observe(self, part: str, tokens: int, seconds: float) -> None:
         """One timing of `part` ("student", "teacher" or "verify") over `tokens` tokens."""
+        if part not in self._seen:
+            self._seen.add(part)  # the first pass warms caches and tells little
+            return
         if part not in self._lines:
             plan = getattr(self._planned, part)
             scale = seconds / plan(tokens)
             self._lines[part] = _Line()
             for size in (1, max(2, tokens), 4 * max(2, tokens)):
                 self._lines[part].add(size, scale * plan(size))
-        self._lines[part].add(tokens, seconds)
+        # Whatever else the machine does makes passes longer, never shorter.
+        self._lines[part].add(tokens, min(seconds, _LONGEST * self._lines[part].at(tokens)))
 
     def _cost(self, part: str, tokens: int) -> float:
         if part in self._lines:

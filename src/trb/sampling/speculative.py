@@ -9,7 +9,7 @@ the lockstep sampler, whatever the block size, the batch or the order of the row
 Rows advance independently in slots of a KV cache; a finished row's slot goes to the next waiting prompt. A policy
 that needs no teacher is sampled by the same loop with blocks of one.
 
-Shape suffixes: R rows in flight, K block, V shared vocabulary.
+Shape suffixes: S slots, R rows in flight, K block, T longest completion, V shared vocabulary.
 """
 
 import time
@@ -122,6 +122,7 @@ class _Sampler:
     def run(self, prompts: Sequence[Sequence[int]], rows: list[_Row], slots: int) -> None:
         """Sample every row to its end; row `i` of those in flight sits in slot `i`."""
         waiting, flying = deque(rows), list[_Row]()
+        self._uniform_ST3 = torch.empty(slots, self.max_new_tokens, 3, dtype=torch.float64, device=self._device)
         while waiting or flying:
             free = slots - len(flying)
             if waiting and (not flying or free >= max(1, _ADMIT_SHARE * slots)):
@@ -133,6 +134,7 @@ class _Sampler:
     def _admit(self, prompts: Sequence[Sequence[int]], flying: list[_Row], rows: list[_Row]) -> None:
         slots = range(len(flying), len(flying) + len(rows))
         flying.extend(rows)
+        self._uniform_ST3[slots.start : slots.stop] = self._own_uniforms(rows)
         for reader in self._readers:
             reader.admit([prompts[row.number][:-1] for row in rows], slots)
 
@@ -141,6 +143,7 @@ class _Sampler:
         last = flying.pop()
         if slot < len(flying):
             flying[slot] = last
+            self._uniform_ST3[slot] = self._uniform_ST3[len(flying)]
             for reader in self._readers:
                 reader.move(len(flying), slot, last.cached)
 
@@ -148,7 +151,10 @@ class _Sampler:
         """Draft, read and decide one block; the slots of the rows that finished."""
         remaining = max(self.max_new_tokens - len(row.completion) for row in flying)
         block = self.chooser.choose(len(flying), remaining)
-        uniform_RK3 = self._uniforms(flying, block)
+        drawn_RK = torch.tensor([len(row.completion) for row in flying])[:, None] + torch.arange(block)
+        # A row near its limit drafts tokens that will be dropped; any random number does for them.
+        place_RK1 = drawn_RK.clamp_max(self.max_new_tokens - 1)[..., None].to(self._device)
+        uniform_RK3 = self._uniform_ST3[: len(flying)].gather(1, place_RK1.expand(-1, -1, 3))
         position_RK = torch.tensor([row.cached for row in flying])[:, None] + torch.arange(block)
         longest = max(row.cached for row in flying) + block
         read_RK, log_student_K = self._draft(flying, uniform_RK3[..., 0], position_RK, longest)
@@ -158,19 +164,14 @@ class _Sampler:
                 logits_RKV = self.teacher.read(read_RK[:, :-1], position_RK, longest)
         return self._settle(flying, self._verify(flying, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
 
-    def _uniforms(self, flying: list[_Row], block: int) -> Tensor:
-        keys_R = as_int64([row.key for row in flying], self._device)
-        index_R = torch.tensor([row.index for row in flying], device=self._device)
-        start_R = torch.tensor([len(row.completion) for row in flying], device=self._device)
-        position_RK = start_R[:, None] + torch.arange(block, device=self._device)
-        shape = position_RK.shape
-        flat = uniforms(
-            self.seed,
-            keys_R[:, None].expand(shape).reshape(-1),
-            index_R[:, None].expand(shape).reshape(-1),
-            position_RK.reshape(-1),
-        )
-        return flat.view(*shape, 3)
+    def _own_uniforms(self, rows: list[_Row]) -> Tensor:
+        """`[rows, max_new_tokens, 3]` random numbers of whole completions: computed once, not in every round."""
+        shape = (len(rows), self.max_new_tokens)
+        keys_R1 = as_int64([row.key for row in rows], self._device)[:, None]
+        index_R1 = torch.tensor([row.index for row in rows], device=self._device)[:, None]
+        position_T = torch.arange(self.max_new_tokens, device=self._device)
+        words = [word.expand(shape).reshape(-1) for word in (keys_R1, index_R1, position_T)]
+        return uniforms(self.seed, *words).view(*shape, 3)
 
     def _draft(
         self, flying: list[_Row], uniform_RK: Tensor, position_RK: Tensor, longest: int
