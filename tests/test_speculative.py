@@ -27,7 +27,7 @@ from trb.policies import (
 )
 from trb.sampling import Rollout, sample
 from trb.sampling.blocks import CANDIDATES, BlockChooser, MeasuredCosts, PlannedCosts
-from trb.sampling.slots import SlotReader, attention_through_slots, grouped_attention, supports_slots
+from trb.sampling.cache import SlotReader, attention_through_slots, grouped_attention, supports_slots
 
 PROMPTS = [[1], [2, 3, 1], [3, 5, 2, 2, 1], [5], [3, 3], [1, 2, 3, 5, 1, 2, 3]] * 3
 POLICIES = [

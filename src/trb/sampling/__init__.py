@@ -15,9 +15,9 @@ from transformers.utils import logging
 from trb.choices import did_you_mean
 from trb.modeling import without_adapters
 from trb.policies import BehaviorPolicy
+from trb.sampling.cache import supports_slots
 from trb.sampling.lockstep import sample_lockstep
 from trb.sampling.rollout import Rollout, RolloutStats
-from trb.sampling.slots import supports_slots
 from trb.sampling.speculative import sample_speculative
 from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
 from trb.vocab import SharedVocabulary, head_rows

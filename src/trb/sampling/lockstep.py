@@ -1,11 +1,13 @@
 """Token-by-token sampling from a behavior policy: the reference every faster sampler is held to.
 
 Both models read every token, one KV cache each; each position draws exactly once from μ. Clarity first: the only
-optimisation is that finished rows leave the batch. Block-wise drafting is another module's job.
+optimisation is that finished rows leave the batch. It shares no cache with the speculative sampler: rows of different
+lengths are padded on the left once, at the prompt, and the library's own cache grows by concatenation.
 
-Shape suffixes: R rows in flight, V shared vocabulary.
+Shape suffixes: R rows in flight, P padded prompt length, V shared vocabulary or head rows.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trb.policies import BehaviorPolicy, Target
-from trb.sampling.cache import CachedReader
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import Rollout, RolloutStats
 from trb.sampling.uniforms import as_int64, uniforms
@@ -63,10 +64,10 @@ def _sample_batch(
     rollout_index: Sequence[int],
 ) -> Rollout:
     device = student.device
-    readers = [CachedReader(student)]
+    readers = [_Reader(student)]
     if policy.needs_teacher:
         assert teacher is not None
-        readers.append(CachedReader(teacher))
+        readers.append(_Reader(teacher))
     keys_R = as_int64(prompt_keys, device)
     index_R = torch.tensor(list(rollout_index), device=device)
     rows_R = torch.arange(len(prompts), device=device)
@@ -145,3 +146,57 @@ class _Trace:
             setattr(stats, name, ragged)
         stopped = [bool(completion) and completion[-1] == stop_id for completion in completions]
         return Rollout(list(map(list, prompts)), completions, stopped, stats, teacher_calls, student_calls)
+
+
+class _Reader:
+    """Feeds tokens to one model and returns its logits at the newest position of each row."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.calls = 0
+        self._parameters = inspect.signature(model.forward).parameters
+        self._cache: Any = None
+        self._mask_RP: Tensor | None = None
+        self._position_R = torch.empty(0, dtype=torch.long)
+
+    def read_prompts(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read whole prompts; `[R, V]` logits of the first completion token."""
+        longest, device = max(map(len, prompts)), self.model.device
+        ids_RP = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask_RP = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids_RP[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask_RP[row, longest - len(prompt) :] = 1
+        position_RP = (mask_RP.cumsum(-1) - 1).clamp_min(0).to(device)
+        self._position_R = position_RP[:, -1] + 1
+        # Without padding no mask is passed: attention kernels are faster without one.
+        self._mask_RP = None if bool(mask_RP.all()) else mask_RP.to(device)
+        return self._forward(ids_RP.to(device), position_RP)
+
+    def read_tokens(self, token_R: Tensor) -> Tensor:
+        """Read one more token per row; `[R, V]` logits of the next one."""
+        position_R1 = self._position_R[:, None]
+        self._position_R = self._position_R + 1
+        if self._mask_RP is not None:
+            self._mask_RP = torch.cat([self._mask_RP, self._mask_RP.new_ones(len(token_R), 1)], dim=1)
+        return self._forward(token_R[:, None], position_R1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but `rows` (indices, ascending)."""
+        self._cache.batch_select_indices(rows)
+        self._position_R = self._position_R[rows]
+        if self._mask_RP is not None:
+            self._mask_RP = self._mask_RP[rows]
+
+    def _forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, "past_key_values": self._cache}
+        if self._mask_RP is not None:
+            inputs["attention_mask"] = self._mask_RP
+        if "position_ids" in self._parameters:
+            inputs["position_ids"] = position_ids
+        if "logits_to_keep" in self._parameters:
+            inputs["logits_to_keep"] = 1
+        output = self.model(**inputs)
+        self._cache = output.past_key_values
+        self.calls += 1
+        return output.logits[:, -1]

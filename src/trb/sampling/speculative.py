@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from trb.policies import BehaviorPolicy
 from trb.sampling.blocks import BlockChooser, MeasuredCosts, PlannedCosts, synchronize
+from trb.sampling.cache import SlotReader, attention_through_slots
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import Rollout, RolloutStats
-from trb.sampling.slots import SlotReader, attention_through_slots
 from trb.sampling.uniforms import as_int64, uniforms
 from trb.vocab import SharedVocabulary, log_probs
 
