@@ -583,9 +583,9 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
     student, teacher, tokenizer = smollm2_pair()
     student = student.to(torch.bfloat16).eval()
     rows = prompts(tokenizer, 2, 4, seed=31)
-    lengths = (8, 16) if options.smoke else (64, 128, 256, 512, 1024)
+    lengths = (8, 16) if options.smoke else (64, 128, 512, 1024)
     speed: dict[str, list[float]] = {}
-    for repeat in range(1 if options.smoke else 2):
+    for repeat in range(max(1, options.repeats // 2)):
         for length in lengths:
             for name, policy in (("student", StudentPolicy()), ("speculative", TrustRegionPolicy(0.02))):
                 seconds, rollout = timed(
