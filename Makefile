@@ -88,8 +88,11 @@ $(VENV)/run.stamp: $(REQUIREMENTS)
 	touch $@
 
 # setuptools lets the packaging test build a wheel without fetching its own. reasoning-gym is optional: one of its
-# dependencies may need a C compiler, and its tests are skipped without it.
+# dependencies may need a C compiler, and its tests are skipped without it. A CPU build of torch comes without triton,
+# whose interpreter runs the GPU kernel's tests.
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(PIP) -e '.[dev]' 'setuptools>=77'
 	$(PIP) -e '.[tasks]' || echo 'reasoning-gym could not be installed: its tests will be skipped' >&2
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps 'triton>=3.5' \
+	  || echo 'triton could not be installed: the GPU kernel will not be tested through its interpreter' >&2
 	touch $@
