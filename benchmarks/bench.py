@@ -153,7 +153,7 @@ def race_samplers(
                 speed[name].append(drawn / seconds)
             last[name] = rollout
     rollout = last["speculative"]
-    drawn, reads = sum(map(len, rollout.completions)), sum(max(0, len(c)) for c in rollout.completions)
+    drawn = sum(map(len, rollout.completions))
     return {
         "batch": len(rows),
         "kl_budget": budget,
@@ -163,7 +163,7 @@ def race_samplers(
         "block_1_over_lockstep": ratios(speed, "block 1", "lockstep"),
         "speculative_over_student": ratios(speed, "speculative", "student"),
         "accept_rate": sum(map(sum, rollout.stats.accepted)) / drawn,
-        "mean_length": reads / len(rows),
+        "mean_length": drawn / len(rows),
         # Passes while a row is in flight, for each of its tokens: rows of a batch share a pass.
         "teacher_passes_per_token": rollout.teacher_calls / max(map(len, rollout.completions)),
     }
