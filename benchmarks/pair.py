@@ -5,14 +5,13 @@ first (supervised, fixed seed). The result is kept in the cache directory of trb
 which takes a few minutes on two cores.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.loading import load_model, load_tokenizer, prune_depth
+from trb.loading import _cache_root, load_model, load_tokenizer, prune_depth
 from trb.losses import chunked_reverse_kl
 from trb.modeling import OutputHead, completion_hidden_states
 from trb.policies import StudentPolicy
@@ -46,9 +45,8 @@ def prompts(tokenizer: PreTrainedTokenizerBase, count: int, rollouts: int, seed:
 def smollm2_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Student in float32 (master weights), teacher in bfloat16, and their tokenizer."""
     teacher, tokenizer = load_model(TEACHER, dtype="bfloat16").eval(), load_tokenizer(TEACHER)
-    root = Path(os.environ.get("TRB_CACHE", Path.home() / ".cache" / "trb"))
     key = "-".join(str(value) for value in (LAYERS, *HEALING.values()))
-    directory = root / "bench" / f"smollm2-{key}"
+    directory = _cache_root() / "bench" / f"smollm2-{key}"
     if not (directory / "config.json").exists():
         _heal(teacher, tokenizer, directory)
     return load_model(str(directory), dtype="float32"), teacher, tokenizer

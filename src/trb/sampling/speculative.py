@@ -194,12 +194,12 @@ class _Sampler:
         logits_RKV: Tensor | None,
         uniform_RK3: Tensor,
     ) -> Tensor:
-        """`[2 + columns, R, K]`: token or -1, whether the row goes on, and the stats at each decided position.
+        """`[1 + columns, R, K]`: the token, or -1 where none was decided, and its stats.
 
         Column by column, so that nothing is solved after a row's first replaced draft or its end.
         """
         rows, block = draft_RK.shape
-        seen = torch.full((2 + len(_COLUMNS), rows, block), -1.0, dtype=torch.float64, device=self._device)
+        seen = torch.full((1 + len(_COLUMNS), rows, block), -1.0, dtype=torch.float64, device=self._device)
         left_R = torch.tensor([self.max_new_tokens - len(row.completion) for row in flying], device=self._device)
         live = torch.arange(rows, device=self._device)
         synchronize(self._device)
@@ -217,11 +217,11 @@ class _Sampler:
                 target, log_student_NV, draft_RK[live, column], accept_N, residual_N
             )
             goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (left_R[live] > column + 1)
-            seen[0, live, column], seen[1, live, column] = token_N.double(), goes_on_N.double()
+            seen[0, live, column] = token_N.double()
             numbers = {"accepted": accepted_N.double()}
             for name in ("teacher_weight", "kl_student", "kl_teacher"):
                 numbers[name] = getattr(target, name)
-            for place, name in enumerate(_COLUMNS, start=2):
+            for place, name in enumerate(_COLUMNS, start=1):
                 if numbers[name] is not None:
                     seen[place, live, column] = numbers[name].double()
             verified += len(live)
@@ -233,7 +233,7 @@ class _Sampler:
 
     def _settle(self, flying: list[_Row], seen: Tensor) -> list[int]:
         """Give each row its decided tokens; the slots of the rows that finished."""
-        tokens, goes_on, *columns = seen.tolist()
+        tokens, *columns = seen.tolist()
         verified = continued = 0
         finished = []
         for slot, row in enumerate(flying):
@@ -246,9 +246,11 @@ class _Sampler:
             row.cached += len(new)
             row.newest = new[-1]
             verified += len(new)
-            continued += int(sum(on for on in goes_on[slot] if on > 0))
-            if new[-1] == self.vocabulary.stop_id or len(row.completion) == self.max_new_tokens:
+            ended = new[-1] == self.vocabulary.stop_id or len(row.completion) == self.max_new_tokens
+            if ended:
                 finished.append(slot)
+            # Every token but the newest was followed by the next draft; the newest is if it was a draft itself.
+            continued += len(new) - (ended or not row.stats["accepted"][-1])
         self.chooser.observe(verified, continued)
         return finished
 
