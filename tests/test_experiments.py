@@ -21,6 +21,7 @@ from trb.config import ConfigError, Recipe, load_recipe, make_recipe
 from trb.experiments import DiskFullError, Listener, RunDirectoryError, compare, last_checkpoint, mean_of_suites, train
 from trb.loading import load_model, load_tokenizer
 from trb.trainer import TRBTrainer
+from trb.zoo.tasks import split_of
 
 SMALL: dict[str, Any] = {
     "student": "zoo:student",
@@ -552,7 +553,7 @@ def test_problem_sets_have_their_names_and_limits(tmp_path: Path) -> None:
     other = experiments.problem_sets(small(eval_data=[name], eval_limit=5, eval_seed=1).run)[name]
     assert other["answer"] != sets[name]["answer"]
     test, training = (row["prompt"][-1]["content"] for row in (sets["zoo:chains"][0], zoo.problems(1, seed=0)[0]))
-    assert zoo.chains.split_of(test) == "test" != zoo.chains.split_of(training)
+    assert split_of(test) == "test" != split_of(training)
 
 
 def test_the_mean_over_suites() -> None:

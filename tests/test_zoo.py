@@ -4,15 +4,17 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from trb import zoo
-from trb.zoo import chains
 from trb.zoo import train as zoo_train
+from trb.zoo.tasks import boxed_answer
 
 N_GRADED = 600
+CHAINS = zoo.TASKS["chains"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_unknown_name_is_refused_with_the_choices():
 
 def test_tokenizer_round_trip_and_unknown_characters(pair):
     for _, tokenizer in pair.values():
-        for text in (chains.solution("3-9-0+7"), "so we go on:\n(1+2) = 3? #end", "user\\boxed{assistant}"):
+        for text in (CHAINS.solution("3-9-0+7"), "so we go on:\n(1+2) = 3? #end", "user\\boxed{assistant}"):
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
             assert tokenizer.unk_token_id not in ids
@@ -161,7 +163,7 @@ def test_impossible_requests_are_refused(arguments, message):
 
 def test_clean_solution_is_a_chain_of_true_equations():
     for row in zoo.problems(100, seed=7):
-        *steps, box = chains.solution(row["prompt"][0]["content"]).split(" ")
+        *steps, box = CHAINS.solution(row["prompt"][0]["content"]).split(" ")
         sides = [step.split("=") for step in steps]
         assert len(steps) == 3
         assert all(str(eval(left)) == right for left, right in sides)
@@ -172,7 +174,7 @@ def test_clean_solution_is_a_chain_of_true_equations():
 def test_corruption_does_what_its_probabilities_say():
     def corrupted(**probabilities):
         return [
-            (row, chains.corrupted_solution(row["prompt"][0]["content"], random.Random(i), **probabilities))
+            (row, CHAINS.corrupted_solution(row["prompt"][0]["content"], random.Random(i), **probabilities))
             for i, row in enumerate(zoo.problems(500, seed=0))
         ]
 
@@ -191,7 +193,7 @@ def test_corruption_does_what_its_probabilities_say():
     [("1+1=2 \\boxed{2}", "2"), ("\\boxed{1} \\boxed{-3}", "-3"), ("\\boxed{4", None), ("no box", None)],
 )
 def test_boxed_answer_reads_the_last_complete_box(completion, answer):
-    assert chains.boxed_answer(completion) == answer
+    assert boxed_answer(completion) == answer
 
 
 def test_shipped_size_and_record():
@@ -216,8 +218,9 @@ def test_readme_quotes_the_record():
 
 
 def test_short_training_run_writes_a_loadable_pair(tmp_path, monkeypatch, pair):
-    shorter = tuple(zoo_train.Recipe(**{**vars(recipe), "steps": 5, "batch_size": 8}) for recipe in zoo_train.RECIPES)
-    monkeypatch.setattr(zoo_train, "RECIPES", shorter)
+    chains = zoo_train.PAIRS["chains"]
+    shorter = tuple(replace(recipe, steps=5, batch_size=8) for recipe in chains.models)
+    monkeypatch.setitem(zoo_train.PAIRS, "chains", replace(chains, models=shorter))
     monkeypatch.setattr(zoo_train, "MAX_NEW_TOKENS", 8)
     zoo_train.main(["--out", str(tmp_path), "--eval-problems", "4", "--seed", "3"])
     monkeypatch.setattr(zoo, "_WEIGHTS", tmp_path)
@@ -231,16 +234,18 @@ def test_short_training_run_writes_a_loadable_pair(tmp_path, monkeypatch, pair):
 
 
 def test_training_is_deterministic_and_lowers_the_loss():
-    recipe = zoo_train.Recipe(**{**vars(zoo_train.RECIPES[0]), "batch_size": 16})
+    chains = zoo_train.PAIRS["chains"]
+    recipe = replace(chains.models[0], batch_size=16)
     tokenizer = zoo.load("student")[1]
-    losses = [[loss for _, loss in zoo_train.train(recipe, tokenizer, steps=30, seed=4)] for _ in range(2)]
+    losses = [[loss for _, loss in zoo_train.train(recipe, chains, tokenizer, steps=30, seed=4)] for _ in range(2)]
     assert losses[0] == losses[1]
     assert losses[0][-1] < 0.7 * losses[0][0]
 
 
 def test_only_completions_are_labelled_and_the_stop_token_is():
     tokenizer = zoo.load("student")[1]
-    ids, labels = zoo_train.supervised_batch(tokenizer, random.Random(0), zoo_train.RECIPES[0])
+    pair = zoo_train.PAIRS["chains"]
+    ids, labels = zoo_train.supervised_batch(tokenizer, random.Random(0), pair.models[0], pair)
     for row, row_labels in zip(ids.tolist(), labels.tolist(), strict=True):
         kept = [label for label in row_labels if label != -100]
         assert kept.count(tokenizer.eos_token_id) == 1  # although it is also the padding

@@ -1,4 +1,4 @@
-"""The command `trb`: train, eval, compare, report, doctor.
+"""The command `trb`: train, eval, compare, sweep, probe, report, doctor.
 
 Arguments in, tables and exit codes out; what the commands do is in the modules they call. Those are imported inside
 the commands, so that `trb --help` answers at once. Exit codes: 0 done, 1 a check of `doctor` failed (or a bug), 2 the
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from trb.config import Recipe, RunConfig
     from trb.experiments import Listener
+    from trb.study import Study
+    from trb.sweep import StudyListener
     from trb.trainer import TRBConfig
 
 __all__ = ["main"]
@@ -40,6 +42,7 @@ _EXAMPLES = {
     trb compare --config recipes/quickstart.yaml
     trb train --config recipes/qwen3-1.7b-from-8b.yaml --output-dir runs/qwen3
     trb eval --model runs/qwen3 --data math500 gsm8k --samples 4
+    trb sweep --config recipes/study/zoo.yaml --workers 2
     trb report runs/qwen3
     trb doctor --config recipes/qwen3-1.7b-from-8b.yaml""",
     "train": """\
@@ -53,8 +56,13 @@ _EXAMPLES = {
     trb eval --model zoo:student --data zoo:chains --limit 200
     trb eval --model runs/quickstart/trb --data zoo:chains --samples 4 --output-dir runs/eval
     trb eval --model Qwen/Qwen3-1.7B-Base --data math500 aime24=aime24.jsonl --dtype auto""",
+    "sweep": """\
+    trb sweep --config recipes/study/zoo.yaml --plan
+    trb sweep --config recipes/study/zoo.yaml --output-dir runs/study --workers 2
+    trb sweep --config recipes/study/qwen3.yaml --output-dir /shared/study --ray auto --gpus 8""",
     "report": """\
-    trb report runs/quickstart""",
+    trb report runs/quickstart
+    trb report runs/study --export runs/study/paper""",
     "doctor": """\
     trb doctor
     trb doctor --student zoo:student --teacher zoo:teacher
@@ -90,7 +98,7 @@ def _is_explained(error: Exception) -> bool:
     """Whether the message was written for the user: raised by this package about its input, not a bug below it."""
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
         return True
-    if not isinstance(error, ValueError | OSError | ImportError):
+    if not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -128,8 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(_command(commands, "train", "distil a teacher into a student", _train, overrides=True))
     _add_compare(_command(commands, "compare", "train several methods from the same student", _compare, overrides=True))
     _add_eval(_command(commands, "eval", "pass@1 of a model, with a 95%% interval", _eval))
-    report = _command(commands, "report", "write report.html for a run or a comparison", _report)
-    report.add_argument("directory", metavar="DIR", help="a run directory or a comparison directory")
+    _add_sweep(_command(commands, "sweep", "run a study: methods x settings x seeds, judged by fixed rules", _sweep))
+    report = _command(commands, "report", "write report.html for a run, a comparison or a study", _report)
+    report.add_argument("directory", metavar="DIR", help="a run, comparison or study directory")
     _add_doctor(_command(commands, "doctor", "check this machine, and a pair of models", _doctor, overrides=True))
     return parser
 
@@ -199,6 +208,25 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(hint="With --output-dir, add --resume to go on from there.")
 
 
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="the study, a YAML file")
+    add("--output-dir", metavar="DIR", help="default: runs/ and the study's name")
+    add("--plan", action="store_true", help="check the study, print its runs, and stop")
+    add("--workers", type=int, metavar="N", help="runs at once (default: one per GPU, or as many as the cores hold)")
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="run as tasks of a Ray cluster: its address, auto for one that is running, nothing to start one here",
+    )
+    add("--gpus", type=float, default=0, metavar="N", help="with --ray: GPUs per run (default: 0)")
+    add("--keep-models", action="store_true", help="keep the trained models; they are removed once scored otherwise")
+    add("--quiet", action="store_true", help="no progress, only the result")
+    parser.set_defaults(hint="Run the same command again: finished runs are kept.")
+
+
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="check the pair, lengths and batch of this recipe")
     parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
@@ -244,10 +272,11 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _recipe(arguments: argparse.Namespace, rest: list[str]) -> tuple["Recipe", Path]:
     from trb.config import ConfigError, load_recipe, parse_overrides
+    from trb.loading import quiet_libraries
 
     if arguments.config is None:
         raise ConfigError("--config is missing: name a recipe, such as recipes/quickstart.yaml")
-    _quiet_libraries()
+    quiet_libraries()
     recipe = load_recipe(arguments.config, parse_overrides(rest))
     return recipe, Path(arguments.output_dir or Path("runs") / Path(arguments.config).stem)
 
@@ -270,9 +299,10 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb import provenance
     from trb.config import make_recipe
     from trb.experiments import evaluate_suites, load_student, load_tokenizers, mean_of_suites, problem_sets
+    from trb.loading import quiet_libraries
     from trb.rewards import Verifier
 
-    _quiet_libraries()
+    quiet_libraries()
     model_spec = _model_of_run(arguments.model)
     folder = Path(arguments.output_dir) if arguments.output_dir else None
     recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
@@ -337,6 +367,40 @@ def _model_of_run(spec: str) -> str:
     return str(model) if model.is_dir() and not (model.parent / "config.json").exists() else spec
 
 
+def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from trb.loading import quiet_libraries
+    from trb.study import load_study
+
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers is {arguments.workers}; give at least 1")
+    quiet_libraries()
+    study = load_study(arguments.config)
+    if arguments.plan:
+        _print_plan(study)
+        return 0
+    from trb.sweep import run_study
+
+    directory = Path(arguments.output_dir or Path("runs") / study.name)
+    with _following(arguments.quiet) as listener:
+        results = run_study(
+            study,
+            directory,
+            workers=arguments.workers,
+            ray=arguments.ray,
+            gpus=arguments.gpus,
+            keep_models=arguments.keep_models,
+            listener=listener,
+        )
+    from trb.report import write_report
+
+    console = _console()
+    for setting in results["settings"].values():
+        console.print(_study_table(setting))
+    for label, path in (("results", directory / "study.json"), ("report", write_report(directory))):
+        console.print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
 def _report(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.report import write_report
 
@@ -379,6 +443,49 @@ def _score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
     return table
 
 
+def _print_plan(study: "Study") -> None:
+    """What a study is about to run."""
+    from rich.table import Table
+
+    table = Table("method", "configurations", "keys", title=study.name, title_justify="left")
+    for method, configurations in study.methods.items():
+        keys = ", ".join(dict.fromkeys(key for entry in configurations for key in entry))
+        table.add_row(_printable(method), str(len(configurations)), _printable(keys) or "nothing to choose")
+    console = _console()
+    console.print(table)
+    select, test = len(study.units("select")), len(study.methods) * len(study.settings) * len(study.seeds.test)
+    console.print(
+        f"settings: {', '.join(study.settings)}\nselection: {select} runs ({len(study.seeds.select)} seeds, by the "
+        f"{study.select_by} development score)\ntest: {test} runs ({len(study.seeds.test)} paired seeds)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _study_table(setting: Mapping[str, Any]) -> Any:
+    """Per method: pass@1 in percent with its interval, and the paired difference to plain distillation in points."""
+    from rich.table import Table
+
+    methods = setting["methods"]
+    first = next(iter(methods.values()), {"seeds": 0, "problems": 0})
+    title = f"{setting['title']}: {first['seeds']} paired seeds, {first['problems']} test problems"
+    table = Table(title=_printable(title), title_justify="left")
+    for heading in ("", "pass@1 %", "95% interval", "minus opd", "95% interval", "p (Holm)"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name in ("student", "teacher"):
+        low, high = map(_percent, setting[name]["interval"])
+        table.add_row(name, _percent(setting[name]["pass_at_1"]), f"{low} to {high}", "", "", "")
+    for name, score in methods.items():
+        difference, (low, high) = score["difference_to_opd"], map(_percent, score["interval"])
+        cells = ["", "", ""]
+        if difference is not None:
+            ends = " to ".join(f"{100 * end:+.2f}" for end in difference["interval"])
+            cells = [f"{100 * difference['estimate']:+.2f}", ends, f"{difference['p_value_holm']:.3f}"]
+        table.add_row(_printable(name), _percent(score["pass_at_1"]), f"{low} to {high}", *cells)
+    return table
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
@@ -392,18 +499,6 @@ def _print_keys() -> None:
         for key, kind, default, text in entries:
             print(textwrap.fill(f"{key}  ({kind}; {default})", 100, initial_indent="  ", subsequent_indent="    "))
             print(textwrap.fill(text, 100, initial_indent="      ", subsequent_indent="      "))
-
-
-def _quiet_libraries() -> None:
-    """Our own progress and tables, instead of the bars and notes of the libraries below; downloads keep their bars."""
-    import datasets
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    enable_progress_bars()
 
 
 @contextmanager
@@ -421,6 +516,49 @@ def _listening(quiet: bool) -> Iterator["Listener"]:
             yield listener
     else:
         yield _lines_display(console)
+
+
+@contextmanager
+def _following(quiet: bool) -> Iterator["StudyListener"]:
+    """A display of a whole study on standard error: one bar per phase on a terminal, a line per run elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from trb.sweep import StudyListener
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
+    class Bars(StudyListener):
+        def __init__(self, progress: Progress) -> None:
+            self.progress, self.name, self.done, self.total = progress, "", 0, 0
+            self.task: Any = None
+
+        def stage(self, text: str) -> None:
+            console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
+
+        def phase(self, name: str, done: int, total: int) -> None:
+            self.name, self.done, self.total = name, done, total
+            self.task = self.progress.add_task(f"{name} runs", completed=done, total=total)
+
+        def finished(self, job: str, seconds: float) -> None:
+            self.done += 1
+            self.progress.advance(self.task)
+            if not console.is_terminal:
+                self.stage(f"{self.name} {self.done} of {self.total}: {job}, {seconds:.0f} s")
+
+    if quiet:
+        yield StudyListener()
+        return
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        yield Bars(progress)
 
 
 def _numbers(logs: Mapping[str, Any]) -> str:
@@ -530,12 +668,13 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from rich.text import Text
 
     from trb.config import load_recipe, make_recipe, parse_overrides
+    from trb.loading import quiet_libraries
 
     options = {name: value for name in ("student", "teacher") if (value := getattr(arguments, name))}
     options |= parse_overrides(rest)
     recipe = None
     if arguments.config:
-        _quiet_libraries()
+        quiet_libraries()
         recipe = load_recipe(arguments.config, options)
     elif options:
         recipe = make_recipe({"train_data": "none"}, options, source="options")
@@ -552,7 +691,9 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _checks(recipe: "Recipe | None") -> Iterator[Check]:
-    _quiet_libraries()
+    from trb.loading import quiet_libraries
+
+    quiet_libraries()
     yield from _check_software()
     yield from _check_machine()
     if recipe is not None:

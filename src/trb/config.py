@@ -37,6 +37,7 @@ __all__ = [
     "load_recipe",
     "make_recipe",
     "parse_overrides",
+    "read_yaml",
     "valid_keys",
 ]
 
@@ -274,7 +275,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
             or the trainer refuses a value.
     """
     path = Path(path)
-    return make_recipe(_read_yaml(path), overrides, source=f"{path}, with options" if overrides else str(path))
+    return make_recipe(read_yaml(path), overrides, source=f"{path}, with options" if overrides else str(path))
 
 
 def make_recipe(
@@ -554,7 +555,8 @@ for _tag, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping as recipes have it: safe, by YAML 1.2's rules, no key twice. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -74,7 +74,7 @@ def load_prompts(
 
     `spec` is one of:
 
-    - `zoo:chains`, the task of the embedded model pair;
+    - `zoo:chains`, the task of the embedded model pair (`zoo:chains?operands=8` for longer ones), or `zoo:shuffles`;
     - `reasoning-gym:TASK` or `reasoning-gym:TASK?key=value&key=value` (settings of that task);
     - a path ending in .jsonl, .json or .parquet: always a file, never a hub name;
     - an existing local folder (parquet or JSONL files, or one written by `Dataset.save_to_disk`);
@@ -183,13 +183,18 @@ def check_lengths(
 
 
 def _zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
-    if spec != "zoo:chains":
-        raise ValueError(f"unknown task {spec!r}; the embedded pair has one, 'zoo:chains'")
-    from trb.zoo import problems
+    from trb.zoo import TASKS
 
+    name, _, query = spec.removeprefix("zoo:").partition("?")
+    if name not in TASKS:
+        raise ValueError(f"unknown task {spec!r}; the zoo has {', '.join(f'zoo:{task}' for task in TASKS)}")
+    task = TASKS[name]
+    size = _task_settings(spec, query, {task.unit}).get(task.unit)
+    if not isinstance(size, int | None):
+        raise ValueError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
     return [
         {"prompt": problem["prompt"], "answer": problem["answer"], "verifier": "exact", "metadata": "{}"}
-        for problem in problems(n, seed=seed, split=split)
+        for problem in task.problems(n, seed=seed, split=split, size=size)
     ]
 
 

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,10 +54,13 @@ class EvalResult:
     """Mean tokens per completion, the stop token included."""
     stop_rate: float
     """Share of completions that ended with a stop token rather than at max_new_tokens."""
+    correct: list[int] = field(default_factory=list, repr=False)
+    """How many completions of each problem were right."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types, one line of evals.jsonl without its step."""
-        return {**vars(self), "interval": list(self.interval)}
+        """The summary as JSON types, one line of evals.jsonl without its step."""
+        summary = {name: value for name, value in vars(self).items() if name != "correct"}
+        return {**summary, "interval": list(self.interval)}
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,7 @@ def _summary(name: str, records: list[dict[str, Any]], n: int) -> EvalResult:
         n_samples=samples,
         mean_length=sum(sum(record["lengths"]) for record in records) / samples,
         stop_rate=sum(sum(record["stopped"]) for record in records) / samples,
+        correct=correct,
     )
 
 

@@ -71,6 +71,8 @@ __all__ = [
     "mean_of_suites",
     "problem_sets",
     "train",
+    "write_json",
+    "write_text",
 ]
 
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
@@ -178,7 +180,7 @@ def compare(
             results[name] = finished[name]
             complete = {**results, "teacher": mean_of_suites(initial["teacher"]), "provenance": provenance.describe()}
             if args.process_index == 0:
-                _write_json(directory / "results.json", complete)
+                write_json(directory / "results.json", complete)
     return complete
 
 
@@ -235,7 +237,7 @@ def _train(
             "provenance": provenance.describe(),
         }
         if args.process_index == 0:
-            _write_json(directory / "results.json", results)
+            write_json(directory / "results.json", results)
     listener.finished(name)
     del trainer, observer, material, score
     _free_memory()
@@ -510,11 +512,13 @@ def evaluate_suites(
     folder: Path | None = None,
     label: str = "",
     listener: Listener | None = None,
+    outcomes: dict[str, list[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """pass@1 of `model` on every problem set, as the lines of evals.jsonl without their step.
 
     Sampling runs in the precision of training. Every process evaluates all of it, because a sharded model needs them
     all; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
+    `outcomes` is filled with the number of right answers to every problem, by problem set.
     """
     longest = run.eval_max_new_tokens or int(args.max_completion_length or 0)
     scores = []
@@ -535,6 +539,8 @@ def evaluate_suites(
                 name=name,
                 progress=False,
             )
+        if outcomes is not None:
+            outcomes[name] = result.correct
         scores.append(result.to_dict())
     return scores
 
@@ -581,7 +587,7 @@ def _initial_scores(
         listener.stage("loading models and data")
         material = _load(recipe.run, args)
         if args.process_index == 0:
-            _write(directory / "recipe.yaml", recipe.to_yaml())
+            write_text(directory / "recipe.yaml", recipe.to_yaml())
         with Verifier(recipe.run.reward_timeout_s) as verifier:
             for name in paths:
                 scores = evaluate_suites(
@@ -596,12 +602,12 @@ def _initial_scores(
                     listener=listener,
                 )
                 if args.process_index == 0:
-                    _write_json(paths[name], scores)
+                    write_json(paths[name], scores)
         del material
         _free_memory()
         args.distributed_state.wait_for_everyone()
     elif args.process_index == 0:
-        _write(directory / "recipe.yaml", recipe.to_yaml())  # methods may have joined
+        write_text(directory / "recipe.yaml", recipe.to_yaml())  # methods may have joined
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
 
 
@@ -720,7 +726,7 @@ def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
         shutil.rmtree(directory / "evaluations", ignore_errors=True)
     for name in _MEASUREMENTS:
         drop_after_step(directory / name, sys.maxsize)  # a kill may have cut the last line off
-    _write(directory / "config.yaml", recipe.to_yaml())
+    write_text(directory / "config.yaml", recipe.to_yaml())
     provenance.write(directory)
 
 
@@ -855,7 +861,7 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace a file at once, never leaving it half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.partial")
@@ -866,5 +872,6 @@ def _write(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by `value` as JSON, at once."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

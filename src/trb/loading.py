@@ -47,6 +47,7 @@ __all__ = [
     "load_tokenizer",
     "memory_estimate",
     "prune_depth",
+    "quiet_libraries",
     "resolve",
     "smollm2_directory",
 ]
@@ -541,3 +542,15 @@ def _widths(config: PreTrainedConfig) -> tuple[int, int, int, int]:
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     return hidden, mlp, heads * head_dim, key_heads * head_dim
+
+
+def quiet_libraries() -> None:
+    """Our own progress and tables, instead of the bars and notes of the libraries below; downloads keep their bars."""
+    import datasets
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    enable_progress_bars()

@@ -1,4 +1,4 @@
-"""The embedded pair: a tiny student and teacher that ship inside the package, and the task they are made for.
+"""The embedded pair: a tiny student and teacher that ship inside the package, and tasks for pairs like it.
 
 They make every command runnable in seconds, offline and on one core, and they reproduce the awkward parts
 of real pairs: the two models stop with different ids, their output heads are padded to different sizes, and
@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.zoo.chains import problems
+from trb.zoo.chains import Chains
+from trb.zoo.shuffles import Shuffles
+from trb.zoo.tasks import Task
 
-__all__ = ["NAMES", "load", "path", "problems"]
+__all__ = ["NAMES", "TASKS", "load", "path", "problems"]
 
 NAMES = ("student", "teacher")
+TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Shuffles())}
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -35,3 +38,11 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     directory = path(name)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def problems(n: int, *, seed: int, split: str = "train", operands: int = 4) -> list[dict]:
+    """`n` different chains of `operands` digits: the task of the shipped pair, trained on chains of 2 to 8 operands.
+
+    See `trb.zoo.tasks.Task.problems`.
+    """
+    return TASKS["chains"].problems(n, seed=seed, split=split, size=operands)

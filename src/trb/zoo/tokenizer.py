@@ -1,17 +1,23 @@
-"""The zoo's tokenizer: one token per character, plus a few whole words of the chat format.
+"""The zoo's tokenizers: one token per character, or pieces of words learned from a task's solutions.
 
-Student and teacher share the vocabulary token for token; they differ only in which token ends a completion,
+Student and teacher of a pair share the vocabulary token for token; they differ only in which token ends a completion,
 as base and chat models of one family do. Characters outside the vocabulary become `<unk>`.
 """
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+import random
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from trb.zoo.tasks import Task
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"
 _SPECIAL = (END_OF_TEXT, "<|im_start|>", END_OF_TURN, "<unk>")
 _WORDS = ("\\boxed{", "assistant", "system", "user")
 _CHARACTERS = "0123456789+-=() \n.,:?#}abcdefghijklmnopqrstuvwxyz"
+
+_WORD_PIECES = 160
 
 VOCABULARY = {token: index for index, token in enumerate((*_SPECIAL, *_WORDS, *_CHARACTERS))}
 
@@ -23,12 +29,42 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(*, eos_token: str, pad_token: str) -> PreTrainedTokenizerFast:
-    """The shared vocabulary with the given end-of-sequence and padding tokens (both special tokens of it)."""
+def character_tokenizer(task: Task, *, eos_token: str, pad_token: str) -> PreTrainedTokenizerFast:
+    """One token per character and a few whole words; the same for every task.
+
+    `eos_token` and `pad_token` are special tokens of the vocabulary.
+    """
     backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     pieces = "|".join([r"\\boxed\{", *_WORDS[1:], r"[\s\S]"])
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     backend.decoder = decoders.Fuse()
+    return _wrapped(backend, eos_token, pad_token)
+
+
+def word_piece_tokenizer(task: Task, *, eos_token: str, pad_token: str) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding learned from a thousand noisy solutions of the task, always the same ones.
+
+    `eos_token` and `pad_token` are special tokens of the vocabulary.
+    """
+    rng, sizes = random.Random("word pieces"), range(task.smallest, 2 * task.default)
+    corpus = []
+    for _ in range(1000):
+        problem = task.draw(rng, rng.choice(sizes), "train")
+        corpus += [problem, task.corrupted_solution(problem, rng, wrong_step=0.1, drift=0.1)]
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    # The alphabet of the character tokenizer in ByteLevel's spelling, whether or not the corpus has every letter.
+    alphabet = [spelled for spelled, _ in (backend.pre_tokenizer.pre_tokenize_str(c)[0] for c in _CHARACTERS)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=_WORD_PIECES, special_tokens=list(_SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(corpus, trainer)
+    backend.add_tokens([AddedToken(word, normalized=False) for word in _WORDS])
+    return _wrapped(backend, eos_token, pad_token)
+
+
+def _wrapped(backend: Tokenizer, eos_token: str, pad_token: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=eos_token,

@@ -1,12 +1,12 @@
-"""Train the zoo's student and teacher from scratch: plain supervised learning on worked solutions.
+"""Train a student and a teacher of the zoo from scratch: plain supervised learning on worked solutions.
 
-    python -m trb.zoo.train --out DIR
+    python -m trb.zoo.train --out DIR [--pair NAME]
 
 The teacher learns clean solutions until it solves nearly every problem. The student, a smaller model, learns
-solutions whose steps go wrong or drift off-task: it knows the format and some arithmetic, but its own samples
+solutions whose steps go wrong or drift off-task: it knows the format and some of the task, but its own samples
 rarely survive to a right answer. That is the situation on-policy distillation starts from.
 
-Deliberately not here: distillation itself, and any dependence on the samplers this pair exists to test.
+Deliberately not here: distillation itself, and any dependence on the samplers these pairs exist to test.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,20 +25,20 @@ import torch.nn.functional as F
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from trb.zoo import chains
-from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, build_tokenizer
+from trb.zoo import TASKS
+from trb.zoo.tasks import Task, boxed_answer
+from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, character_tokenizer, word_piece_tokenizer
 
-MAX_NEW_TOKENS = 96
-TRAINED_OPERANDS = (2, 8)  # shortest and longest chain in the training data
-MEASURED_OPERANDS = (4, 6, 8)  # the first is the headline number
+MAX_NEW_TOKENS = 192
 _IGNORED = -100  # label of positions that carry no loss (prompt and padding)
+_FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that distinguishes one model of the pair from the other."""
+    """Everything that distinguishes one model of a pair from the other."""
 
     name: str
     layers: int
@@ -55,43 +55,87 @@ class Recipe:
     """Probability that a step's result is wrong in a training solution."""
     drift: float
     """Probability that a training solution leaves the task at a step."""
+    family: str = "qwen3"
 
 
-RECIPES = (
-    Recipe(
-        name="student",
-        layers=2,
-        hidden_size=96,
-        intermediate_size=256,
-        head_rows=64,
-        tied=True,
-        eos_token=END_OF_TEXT,
-        steps=1000,
-        batch_size=64,
-        learning_rate=2e-3,
-        wrong_step=0.25,
-        drift=0.25,
-    ),
-    Recipe(
-        name="teacher",
-        layers=3,
-        hidden_size=128,
-        intermediate_size=384,
-        head_rows=80,
-        tied=False,
-        eos_token=END_OF_TURN,
-        steps=1500,
-        batch_size=64,
-        learning_rate=2e-3,
-        wrong_step=0.0,
-        drift=0.0,
-    ),
+@dataclass(frozen=True)
+class Pair:
+    """A student, a teacher, and the task and vocabulary they share."""
+
+    task: Task
+    tokenizer: Callable[..., PreTrainedTokenizerFast]
+    trained_sizes: tuple[int, int]
+    """Smallest and largest problem in the training data."""
+    measured_sizes: tuple[int, ...]
+    models: tuple[Recipe, Recipe]
+
+
+_STUDENT = Recipe(
+    name="student",
+    layers=2,
+    hidden_size=96,
+    intermediate_size=256,
+    head_rows=64,
+    tied=True,
+    eos_token=END_OF_TEXT,
+    steps=1000,
+    batch_size=64,
+    learning_rate=2e-3,
+    wrong_step=0.25,
+    drift=0.25,
+)
+_TEACHER = Recipe(
+    name="teacher",
+    layers=3,
+    hidden_size=128,
+    intermediate_size=384,
+    head_rows=80,
+    tied=False,
+    eos_token=END_OF_TURN,
+    steps=1500,
+    batch_size=64,
+    learning_rate=2e-3,
+    wrong_step=0.0,
+    drift=0.0,
 )
 
+PAIRS = {
+    # The pair that ships.
+    "chains": Pair(TASKS["chains"], character_tokenizer, (2, 8), (4, 6, 8), (_STUDENT, _TEACHER)),
+    # Longer chains and a student that leaves the task at one step in ten: the study's first setting.
+    "long-chains": Pair(
+        TASKS["chains"],
+        character_tokenizer,
+        (2, 12),
+        (8, 10, 12),
+        (replace(_STUDENT, wrong_step=0.1, drift=0.1), replace(_TEACHER, steps=2500)),
+    ),
+    # Another task, model family, size and vocabulary: the study's second setting.
+    "shuffles": Pair(
+        TASKS["shuffles"],
+        word_piece_tokenizer,
+        (2, 14),
+        (8, 12, 14),
+        (
+            replace(
+                _STUDENT,
+                family="llama",
+                hidden_size=80,
+                intermediate_size=224,
+                head_rows=192,
+                wrong_step=0.1,
+                drift=0.1,
+            ),
+            replace(_TEACHER, family="llama", hidden_size=144, intermediate_size=432, head_rows=200, steps=3000),
+        ),
+    ),
+}
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM | LlamaForCausalLM:
     """A freshly initialised model whose configuration names the tokenizer's stop and padding ids."""
-    config = Qwen3Config(
+    config_class, model_class = _FAMILIES[recipe.family]
+    config = config_class(
         vocab_size=recipe.head_rows,
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
@@ -104,25 +148,27 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config)
+    model = model_class(config)
     # Plain sampling from the model's own distribution, whoever calls generate().
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     return model
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, expression: str) -> list[int]:
-    """Token ids of the chat prompt that asks for an expression."""
-    messages = [{"role": "user", "content": expression}]
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, problem: str) -> list[int]:
+    """Token ids of the chat prompt that asks for a problem."""
+    messages = [{"role": "user", "content": problem}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
-def supervised_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def supervised_batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe, pair: Pair
+) -> tuple[Tensor, Tensor]:
     """Token ids and labels, both [batch_size, longest]; completions are labelled, stop token included."""
     rows, labels = [], []
     for _ in range(recipe.batch_size):
-        expression = chains.draw_expression(rng, rng.randint(*TRAINED_OPERANDS), "train")
-        text = chains.corrupted_solution(expression, rng, wrong_step=recipe.wrong_step, drift=recipe.drift)
-        prompt = prompt_ids(tokenizer, expression)
+        problem = pair.task.draw(rng, rng.randint(*pair.trained_sizes), "train")
+        text = pair.task.corrupted_solution(problem, rng, wrong_step=recipe.wrong_step, drift=recipe.drift)
+        prompt = prompt_ids(tokenizer, problem)
         completion = tokenizer.encode(text + recipe.eos_token)
         rows.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([_IGNORED] * len(prompt) + completion))
@@ -140,8 +186,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int
-) -> Iterator[tuple[Qwen3ForCausalLM, float]]:
+    recipe: Recipe, pair: Pair, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int
+) -> Iterator[tuple[Qwen3ForCausalLM | LlamaForCausalLM, float]]:
     """Train a fresh model, yielding it with the loss after every step."""
     torch.manual_seed(seed)
     rng = random.Random(f"{recipe.name}:{seed}")
@@ -149,7 +195,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(step, steps)
-        ids, labels = supervised_batch(tokenizer, rng, recipe)
+        ids, labels = supervised_batch(tokenizer, rng, recipe, pair)
         # Right padding: causal attention already keeps completions from seeing it.
         logits = model(input_ids=ids[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
@@ -162,21 +208,23 @@ def train(
 
 @torch.no_grad()
 def measure(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict], *, seed: int
+    model: Qwen3ForCausalLM | LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict], *, seed: int
 ) -> dict[str, float]:
     """Sample one completion per problem at temperature 1 and grade its last boxed answer.
 
     Returns pass_at_1, the mean completion length in tokens (stop token included) and the share that stopped.
     """
-    prompts = torch.tensor([prompt_ids(tokenizer, row["prompt"][0]["content"]) for row in rows])
+    encoded = tokenizer.apply_chat_template(
+        [row["prompt"] for row in rows], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        out = model.eval().generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MAX_NEW_TOKENS)
+        out = model.eval().generate(**encoded, max_new_tokens=MAX_NEW_TOKENS)
     right, stopped, tokens = 0, 0, 0
-    for ids, row in zip(out[:, prompts.shape[1] :].tolist(), rows, strict=True):
+    for ids, row in zip(out[:, encoded["input_ids"].shape[1] :].tolist(), rows, strict=True):
         stops = tokenizer.eos_token_id in ids
         length = ids.index(tokenizer.eos_token_id) + 1 if stops else len(ids)
-        right += chains.boxed_answer(str(tokenizer.decode(ids[:length]))) == row["answer"]
+        right += boxed_answer(str(tokenizer.decode(ids[:length]))) == row["answer"]
         stopped += stops
         tokens += length
     n = len(rows)
@@ -184,17 +232,17 @@ def measure(
 
 
 def train_and_save(
-    recipe: Recipe, out: Path, progress: Progress, problems: dict[int, list[dict]], *, steps: int, seed: int
+    recipe: Recipe, pair: Pair, out: Path, progress: Progress, problems: dict[int, list[dict]], *, steps: int, seed: int
 ) -> dict:
     """Train one model, write it to `out`/<name> in bfloat16, and measure what was written.
 
-    `problems` maps a chain length to the held-out problems of that length.
+    `problems` maps a size to the held-out problems of that size.
     """
     # One padding token for both: distinct from the teacher's stop token, identical with the student's.
-    tokenizer = build_tokenizer(eos_token=recipe.eos_token, pad_token=END_OF_TEXT)
+    tokenizer = pair.tokenizer(pair.task, eos_token=recipe.eos_token, pad_token=END_OF_TEXT)
     task = progress.add_task(recipe.name, total=steps, loss=float("nan"))
     started = time.monotonic()
-    for trained, loss in train(recipe, tokenizer, steps=steps, seed=seed):
+    for trained, loss in train(recipe, pair, tokenizer, steps=steps, seed=seed):
         model = trained
         progress.update(task, advance=1, loss=loss)
     seconds = time.monotonic() - started
@@ -206,7 +254,7 @@ def train_and_save(
         "parameters": model.num_parameters(),
         "final_loss": loss,
         "train_seconds": round(seconds, 1),
-        "by_operands": {n: measure(model, tokenizer, rows, seed=seed) for n, rows in problems.items()},
+        f"by_{pair.task.unit}": {n: measure(model, tokenizer, rows, seed=seed) for n, rows in problems.items()},
         "recipe": asdict(recipe) | {"steps": steps},
     }
 
@@ -215,7 +263,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line of `python -m trb.zoo.train`."""
     parser = argparse.ArgumentParser(
         prog="python -m trb.zoo.train",
-        description="Train the embedded student/teacher pair from scratch (a few minutes on one CPU core). "
+        description="Train a student/teacher pair of the zoo from scratch (a few minutes on one CPU core). "
         "Writes DIR/student and DIR/teacher, each a model and tokenizer that transformers can load, and "
         "DIR/training.json with the accuracies measured on held-out problems.",
         epilog="Example, a quick look at whether everything runs: "
@@ -223,13 +271,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; created if absent")
     parser.add_argument(
+        "--pair",
+        choices=list(PAIRS),
+        default="chains",
+        help="which pair: chains (the one that ships, default), long-chains or shuffles (those of the study)",
+    )
+    parser.add_argument(
         "--steps-scale",
         type=float,
         default=1.0,
         metavar="X",
-        help="multiply both models' training steps by X (default 1: "
-        + ", ".join(f"{recipe.name} {recipe.steps}" for recipe in RECIPES)
-        + "); at least one step is always taken",
+        help="multiply both models' training steps by X (default 1); at least one step is always taken",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seeds weights, training problems and evaluation (default 0)"
@@ -239,13 +291,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=2000,
         metavar="N",
-        help="held-out problems per chain length to measure the models on, one sample each (default 2000)",
+        help="held-out problems per size to measure the models on, one sample each (default 2000)",
     )
     parser.add_argument(
         "--threads",
         type=int,
         default=1,
         help="torch threads (default 1; results are reproducible for one machine and one thread count)",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="do nothing where DIR already holds this pair, trained to the end"
     )
     arguments = parser.parse_args(argv)
     if arguments.steps_scale <= 0:
@@ -259,10 +314,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train both models and write the record of the run."""
     arguments = parse_arguments(argv)
+    pair, record_path = PAIRS[arguments.pair], arguments.out / "training.json"
+    if arguments.keep and record_path.exists() and json.loads(record_path.read_text()).get("pair") == arguments.pair:
+        print(f"{arguments.out} holds the pair {arguments.pair} already")
+        return
     torch.set_num_threads(arguments.threads)
     problems = {
-        n: chains.problems(arguments.eval_problems, seed=arguments.seed, split="test", operands=n)
-        for n in MEASURED_OPERANDS
+        size: pair.task.problems(arguments.eval_problems, seed=arguments.seed, split="test", size=size)
+        for size in pair.measured_sizes
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     columns = (
@@ -273,18 +332,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     models = {}
     with Progress(*columns) as progress:
-        for recipe in RECIPES:
+        for recipe in pair.models:
             steps = max(1, round(recipe.steps * arguments.steps_scale))
             models[recipe.name] = result = train_and_save(
-                recipe, arguments.out, progress, problems, steps=steps, seed=arguments.seed
+                recipe, pair, arguments.out, progress, problems, steps=steps, seed=arguments.seed
             )
-            for n, measured in result["by_operands"].items():
+            for size, measured in result[f"by_{pair.task.unit}"].items():
                 progress.console.print(
                     f"{recipe.name}: pass@1 {measured['pass_at_1']:.1%} on {measured['n_problems']} held-out "
-                    f"chains of {n} operands"
+                    f"{pair.task.name} of {size} {pair.task.unit}, {measured['mean_length']:.0f} tokens"
                 )
     record = {
         "command": shlex.join(["python", "-m", "trb.zoo.train", *(sys.argv[1:] if argv is None else argv)]),
+        "pair": arguments.pair,
         "seed": arguments.seed,
         "evaluation": {"split": "test", "temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS},
         "versions": {
@@ -295,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": {"platform": platform.platform(), "threads": arguments.threads},
         "models": models,
     }
-    (arguments.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    record_path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
