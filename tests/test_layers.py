@@ -13,6 +13,7 @@ import trb
 PACKAGE = Path(trb.__file__).parent
 # Each may import only from those before it. A package counts as one layer: its inner order is its own affair.
 LAYERS = (
+    "statistics",
     "choices",
     "blend_native",
     "blend_triton",
@@ -23,6 +24,7 @@ LAYERS = (
     "modeling",
     "losses",
     "sampling",
+    "scoring",
     "zoo",
     "loading",
     "data",
@@ -33,6 +35,9 @@ LAYERS = (
     "trainer",
     "config",
     "experiments",
+    "study",
+    "findings",
+    "sweep",
     "diagnostics",
     "report",
     "cli",

@@ -260,3 +260,93 @@ def test_nonsensical_options_are_refused(capsys):
         with pytest.raises(SystemExit):
             zoo_train.main(["--out", "unused", option, value])
         assert option in capsys.readouterr().err
+
+
+# ---- the second task ----
+
+SHUFFLES = zoo.TASKS["shuffles"]
+
+
+def shuffled(problem: str) -> str:
+    """The answer by positions instead of slices and swaps: where each letter ends up."""
+    order, _, moves = problem.partition(": ")
+    place = {letter: index for index, letter in enumerate(order, start=1)}
+    for move in moves.split(" "):
+        for letter, at in place.items():
+            if move == "rot":
+                place[letter] = 5 if at == 1 else at - 1
+            elif move == "rev":
+                place[letter] = 6 - at
+            else:
+                pair = {int(move[1]): int(move[2]), int(move[2]): int(move[1])}
+                place[letter] = pair.get(at, at)
+    return "".join(sorted(place, key=lambda letter: place[letter]))
+
+
+def test_shuffles_are_right_distinct_and_split():
+    rows = SHUFFLES.problems(400, seed=1, split="test", size=6)
+    texts = [row["prompt"][0]["content"] for row in rows]
+    assert len(set(texts)) == 400
+    assert all(re.fullmatch(r"[a-e]{5}:( (s[1-4][2-5]|rot|rev)){6}", text) for text in texts)
+    assert [row["answer"] for row in rows] == [shuffled(text) for text in texts]
+    assert not set(texts) & {row["prompt"][0]["content"] for row in SHUFFLES.problems(400, seed=1, size=6)}
+
+
+def test_a_shuffle_is_solved_move_by_move():
+    assert SHUFFLES.solution("dbcae: s14 rot rev") == "s14 abcde rot bcdea rev aedcb \\boxed{aedcb}"
+    for i, row in enumerate(SHUFFLES.problems(100, seed=2, size=4)):
+        problem = row["prompt"][0]["content"]
+        words = SHUFFLES.corrupted_solution(problem, random.Random(i), wrong_step=1.0, drift=0.0).split(" ")
+        order = problem[:5]
+        for move, result in zip(words[0:8:2], words[1:8:2], strict=True):
+            assert result != shuffled(f"{order}: {move}") and sorted(result) == list("abcde")
+            order = result
+        assert words[-1] == f"\\boxed{{{order}}}"
+
+
+def test_word_pieces_are_words_of_the_task_and_lose_nothing():
+    tokenizer = zoo_train.word_piece_tokenizer(SHUFFLES, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    again = zoo_train.word_piece_tokenizer(SHUFFLES, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    assert tokenizer.get_vocab() == again.get_vocab()
+    assert len(tokenizer) <= min(recipe.head_rows for recipe in zoo_train.PAIRS["shuffles"].models)
+    for row in SHUFFLES.problems(50, seed=3, size=5):
+        problem = row["prompt"][0]["content"]
+        for text in (problem, SHUFFLES.corrupted_solution(problem, random.Random(0), wrong_step=0.2, drift=0.3)):
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.unk_token_id not in ids
+            assert len(ids) < 0.75 * len(text)  # pieces, not characters
+    assert tokenizer.tokenize("\\boxed{ab}")[0] == "\\boxed{"
+
+
+@pytest.mark.parametrize("name", ["long-chains", "shuffles"])
+def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch, capsys):
+    pair = zoo_train.PAIRS[name]
+    shorter = tuple(replace(recipe, steps=2, batch_size=4) for recipe in pair.models)
+    monkeypatch.setitem(zoo_train.PAIRS, name, replace(pair, models=shorter, measured_sizes=(3,)))
+    monkeypatch.setattr(zoo_train, "MAX_NEW_TOKENS", 4)
+    command = ["--pair", name, "--out", str(tmp_path), "--eval-problems", "3"]
+    zoo_train.main(command)
+    monkeypatch.setattr(zoo, "_WEIGHTS", tmp_path)
+    for role, recipe in zip(zoo.NAMES, pair.models, strict=True):
+        model, tokenizer = zoo.load(role)
+        assert model.config.model_type == recipe.family
+        assert tokenizer.eos_token == recipe.eos_token and len(tokenizer) <= recipe.head_rows
+    capsys.readouterr()
+    zoo_train.main([*command, "--keep"])
+    assert "already" in capsys.readouterr().out
+
+
+def test_task_sizes_are_part_of_a_data_spec():
+    from trb.data import load_prompts
+
+    rows = load_prompts("zoo:shuffles?moves=3", split="test", limit=5, seed=4)
+    assert [row["prompt"] for row in rows] == [r["prompt"] for r in SHUFFLES.problems(5, seed=4, split="test", size=3)]
+    for spec, message in (
+        ("zoo:chains?moves=3", "no setting 'moves'"),
+        ("zoo:shuffles?moves=many", "moves is 'many'"),
+        ("zoo:riddles", "zoo:chains, zoo:shuffles"),
+        ("zoo:chains?operands=1", "operands=1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_prompts(spec)

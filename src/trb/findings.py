@@ -360,8 +360,9 @@ def _combined_difference(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _rule(study: Study) -> str:
     by = {"final": "pass@1 after the last step", "area": "area under the pass@1 curve"}[study.select_by]
+    number = "its" if study.configurations == "unequal" else study.configurations
     return (
-        f"Per family, of {study.configurations} configurations the one with the highest mean {by} on the development "
+        f"Per family, of {number} configurations the one with the highest mean {by} on the development "
         f"split over {len(study.seeds.select)} seeds; the earlier listed wins a tie. Test: after the last step."
     )
 

@@ -95,8 +95,9 @@ class Study(_Part):
     """Steps to target: to this share of plain distillation's mean final development pass@1."""
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
     resamples: Annotated[int, Field(ge=100)] = 10_000
-    configurations: Annotated[int, Field(ge=1)]
-    """How many configurations each family has; a family with nothing to choose has one."""
+    configurations: Annotated[int, Field(ge=1)] | Literal["unequal"]
+    """How many configurations each family has; a family with nothing to choose has one. "unequal" gives up the rule, to
+    repeat grids that others chose."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of one run: part of the study, as sums round differently with another number."""
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -115,7 +116,7 @@ class Study(_Part):
                 raise ValueError(
                     f"{name} is no method; give its configurations a method: {', '.join(TRAINING_METHODS)}"
                 )
-            if len(configurations) not in (1, self.configurations):
+            if self.configurations != "unequal" and len(configurations) not in (1, self.configurations):
                 raise ValueError(
                     f"{name} has {len(configurations)} configurations and `configurations` says {self.configurations}: "
                     "every family gets the same number (or one, with nothing to choose)"

@@ -1,0 +1,102 @@
+"""Studies: what their files may say, which runs they ask for, and that the runs of a seed differ in nothing else."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trb.config import ConfigError
+from trb.study import Study, Unit, load_study
+
+STUDY = {
+    "name": "small",
+    "seeds": {"select": [7], "test": 2},
+    "configurations": 2,
+    "recipe": {"max_steps": 4, "prompts_per_step": 4, "per_device_train_batch_size": 16, "train_limit": 64},
+    "settings": {
+        "chains": {
+            "recipe": {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"},
+            "dev": {"data": "zoo:chains", "limit": 32, "seed": 1},
+            "test": {"data": ["zoo:chains?operands=3", "zoo:chains?operands=5"], "limit": 24, "seed": 2},
+        }
+    },
+    "methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.5], "blend_warmup_steps": 3}},
+}
+
+
+def written(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return path
+
+
+def test_a_grid_is_the_list_of_its_points(tmp_path):
+    methods = {"opd": [{}], "skd": {"skd_teacher_top_k": [1, 3], "skd_teacher_temperature": [0.6, 1.0]}}
+    study = load_study(written(tmp_path, methods=methods, configurations=4))
+    assert study.methods["skd"] == [
+        {"skd_teacher_top_k": k, "skd_teacher_temperature": t} for k in (1, 3) for t in (0.6, 1.0)
+    ]
+
+
+def test_units_of_one_seed_stand_together(tmp_path):
+    study = load_study(written(tmp_path, seeds={"select": [7, 8], "test": 2}))
+    assert [str(unit) for unit in study.units("select")] == [
+        f"chains/select/{run}/seed-{seed}" for seed in (7, 8) for run in ("opd/0", "trb/0", "trb/1")
+    ]
+    assert study.units("test", {"chains": {"opd": 0, "trb": 1}}) == [
+        Unit("chains", "test", method, index, seed) for seed in (0, 1) for method, index in (("opd", 0), ("trb", 1))
+    ]
+
+
+def test_runs_of_one_seed_differ_in_the_method_only(tmp_path):
+    study = load_study(written(tmp_path))
+    first, second = (
+        study.recipe_of(Unit("chains", "test", method, index, 1)).resolved()
+        for method, index in (("opd", 0), ("trb", 1))
+    )
+    differing = {key for key in first if first[key] != second[key]}
+    assert differing == {"method", "initial_kl_budget", "blend_warmup_steps"}
+    assert (second["initial_kl_budget"], second["blend_warmup_steps"]) == (0.5, 3)
+
+
+def test_a_seed_decides_prompts_order_and_noise_but_not_the_problems(tmp_path):
+    study = load_study(written(tmp_path))
+    first, second = (study.recipe_of(Unit("chains", "test", "opd", 0, seed)).resolved() for seed in (0, 1))
+    assert {key for key in first if first[key] != second[key]} == {"seed", "train_seed"}
+    assert (first["eval_data"], first["eval_limit"], first["eval_seed"]) == (["zoo:chains"], 32, 1)
+
+
+def test_a_written_study_reads_back_the_same(tmp_path):
+    study = load_study(written(tmp_path))
+    again = tmp_path / "again.yaml"
+    again.write_text(study.to_yaml())
+    assert load_study(again) == study
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": 3}, "sedes: unknown key"),
+        ({"methods": {"trb": [{}]}}, "lacks opd"),
+        ({"methods": {"opd": [{}], "trb": [{}, {}, {}]}}, "trb has 3 configurations .* says 2"),
+        ({"methods": {"opd": [{}], "mine": [{}]}}, "mine is no method"),
+        ({"methods": {"opd": [{}], "trb": {"initial_kl_bugdet": [0.1, 0.2]}}}, "unknown key 'initial_kl_bugdet'"),
+        ({"methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, -1.0]}}}, "-1"),
+        ({"methods": {"opd": [{}], "../trb": [{"method": "trb"}]}}, "pattern"),
+        ({"seeds": {"select": [0], "test": 2}}, "seed 0 is used for selection and for the test"),
+        ({"seeds": {"select": [7], "test": [1, 1]}}, "test names a seed twice"),
+        ({"seeds": {"select": [7], "test": 0}}, "seeds.test"),
+        ({"recipe": {**STUDY["recipe"], "seed": 3}}, "recipe sets seed"),
+        ({"select_by": "luck"}, "select_by"),
+    ],
+)
+def test_what_a_study_cannot_say_is_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_study(written(tmp_path, **changes))
+
+
+def test_unequal_families_need_the_study_to_say_so(tmp_path):
+    methods = {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.2, 0.5]}}
+    study = load_study(written(tmp_path, methods=methods, configurations="unequal"))
+    assert isinstance(study, Study)
+    assert len(study.units("select")) == 4

@@ -1,0 +1,176 @@
+"""Sweeps that really run: small studies of the embedded pair, finished, continued, refused and killed."""
+
+import fcntl
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trb.experiments import RunDirectoryError
+from trb.study import Study
+from trb.sweep import StudyError, StudyListener, default_workers, run_study
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# Two methods, three configurations, one seed for the choice and one for the test: five runs of two steps.
+STUDY = {
+    "name": "sweep-test",
+    "seeds": {"select": [100], "test": 1},
+    "configurations": 2,
+    "resamples": 100,
+    "recipe": {
+        "max_steps": 2,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_prompt_length": 64,
+        "max_completion_length": 32,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "train_limit": 16,
+    },
+    "settings": {
+        "chains": {
+            "recipe": {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"},
+            "dev": {"data": "zoo:chains", "limit": 8, "seed": 1},
+            "test": {"data": ["zoo:chains?operands=3", "zoo:chains?operands=5"], "limit": 6, "seed": 2},
+        }
+    },
+    "methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.5], "blend_warmup_steps": 2}},
+}
+
+
+class Diary(StudyListener):
+    def __init__(self) -> None:
+        self.runs: list[str] = []
+        self.phases: list[tuple[str, int, int]] = []
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self.phases.append((name, done, total))
+
+    def finished(self, job: str, seconds: float) -> None:
+        self.runs.append(job)
+
+
+def study(**changes: object) -> Study:
+    return Study.model_validate({**STUDY, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Diary]:
+    directory, diary = tmp_path_factory.mktemp("sweep") / "study", Diary()
+    run_study(study(), directory, workers=1, listener=diary)
+    return directory, diary
+
+
+def test_a_study_runs_to_its_end(finished):
+    directory, diary = finished
+    assert diary.phases == [("references", 0, 2), ("selection", 0, 3), ("test", 0, 2)]
+    results = json.loads((directory / "study.json").read_text())
+    methods = results["settings"]["chains"]["methods"]
+    assert list(methods) == ["opd", "trb"]
+    assert all((entry["seeds"], entry["problems"]) == (1, 12) for entry in methods.values())
+    chosen = [row["configuration"] for row in results["settings"]["chains"]["sweep"]["trb"] if row["selected"]]
+    assert chosen == [methods["trb"]["configuration"]]
+
+
+def test_outcomes_are_kept_per_problem_and_models_are_not(finished):
+    directory, _ = finished
+    for method in ("opd", "trb"):
+        run = directory / "chains" / "test" / method / "seed-0"
+        suites = json.loads((run / "test.json").read_text())["suites"]
+        assert {name: len(suite["correct"]) for name, suite in suites.items()} == {
+            "zoo:chains?operands=3": 6,
+            "zoo:chains?operands=5": 6,
+        }
+        assert all(suite["pass_at_1"] == sum(suite["correct"]) / 6 for suite in suites.values())
+        assert not (run / "model").exists() and not (run / "scoring").exists()
+
+
+def test_the_test_split_is_scored_after_the_choice_is_on_disk(finished):
+    directory, _ = finished
+    chosen = (directory / "chains" / "selection.json").stat().st_mtime_ns
+    assert all(path.stat().st_mtime_ns > chosen for path in directory.rglob("test.json"))
+
+
+def test_a_finished_study_is_not_run_again(finished):
+    directory, _ = finished
+    before, diary = (directory / "study.json").read_bytes(), Diary()
+    run_study(study(), directory, workers=1, listener=diary)
+    assert diary.runs == []
+    assert (directory / "study.json").read_bytes() == before
+
+
+def test_another_study_in_the_directory_is_refused(finished):
+    directory, _ = finished
+    with pytest.raises(RunDirectoryError, match=r"other recipe: max_steps is 2 there and 3 here"):
+        run_study(study(recipe={**STUDY["recipe"], "max_steps": 3}), directory)
+    with pytest.raises(RunDirectoryError, match="other seeds"):
+        run_study(study(seeds={"select": [100], "test": [5]}), directory)
+
+
+def test_two_sweeps_at_once_are_refused(finished):
+    directory, _ = finished
+    with (directory / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunDirectoryError, match="another sweep is running"):
+            run_study(study(), directory)
+
+
+def test_a_directory_with_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        run_study(study(), tmp_path)
+
+
+def test_development_problems_among_the_test_problems_are_refused(tmp_path):
+    setting = STUDY["settings"]["chains"]
+    overlapping = {**setting, "test": {"data": "zoo:chains", "limit": 20, "seed": 1}}
+    with pytest.raises(ValueError, match="chains: 8 development problems are test problems too"):
+        run_study(study(settings={"chains": overlapping}), tmp_path / "study")
+
+
+def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path):
+    setting = STUDY["settings"]["chains"]
+    broken = {**setting, "recipe": {**setting["recipe"], "train_data": str(tmp_path / "missing.jsonl")}}
+    with pytest.raises(StudyError, match=r"chains/select/opd/0/seed-100: .*missing\.jsonl.*run the same command again"):
+        run_study(study(settings={"chains": broken}), tmp_path / "study", workers=1)
+    assert (tmp_path / "study" / "chains" / "reference" / "teacher.json").exists()
+
+
+def test_more_seeds_may_join_and_only_they_are_run(finished):
+    directory, _ = finished
+    diary = Diary()
+    results = run_study(study(seeds={"select": [100], "test": 2}), directory, workers=1, listener=diary)
+    assert sorted(diary.runs) == ["chains/test/opd/seed-1", "chains/test/trb/seed-1"]
+    assert results["settings"]["chains"]["methods"]["trb"]["seeds"] == 2
+
+
+def test_workers_default_to_what_the_machine_holds():
+    assert default_workers(10**6) == 1
+
+
+@pytest.mark.slow
+def test_killed_sweeps_end_with_the_same_study(tmp_path):
+    out = tmp_path / "kills.json"
+    command = [sys.executable, str(BENCHMARKS / "kill_sweep.py"), "--kills", "2", "--seed", "3", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["kills"]["met_a_running_sweep"] >= 1
+    assert result["files_differing"] == [] and result["processes_left_behind"] == 0
+    assert result["files_compared"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'trb[ray]')")
+def test_ray_runs_the_same_study(finished, tmp_path):
+    directory, _ = finished
+    command = [sys.executable, "-m", "trb", "sweep", "--config", str(directory / "study.yaml"), "--ray", "--quiet"]
+    done = subprocess.run([*command, "--output-dir", str(tmp_path / "study")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here, there = (json.loads((path / "study.json").read_text()) for path in (directory, tmp_path / "study"))
+    assert here["settings"] == there["settings"]
