@@ -60,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 # ---- help ----
 
 
-@pytest.mark.parametrize("command", ["", "train", "compare", "eval", "report", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "compare", "eval", "sweep", "probe", "report", "doctor"])
 def test_every_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*([command] if command else []), "--help"])
@@ -349,6 +349,70 @@ def test_eval_reads_runs_and_averages_suites(recipe: Path, tmp_path: Path, capsy
 )
 def test_eval_refuses(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert complaint in refused(capsys, "eval", *options, "--quiet")
+
+
+STUDY = """\
+name: small
+seeds: {select: [9], test: 1}
+configurations: 2
+resamples: 100
+recipe: {max_steps: 1, prompts_per_step: 2, num_generations: 2, per_device_train_batch_size: 4, train_limit: 8,
+  max_prompt_length: 32, max_completion_length: 16, gradient_checkpointing: false, save_strategy: no}
+settings:
+  chains:
+    recipe: {student: zoo:student, teacher: zoo:teacher, train_data: zoo:chains}
+    dev: {data: zoo:chains, limit: 4, seed: 1}
+    test: {data: zoo:chains, limit: 5, seed: 2}
+methods:
+  opd: [{}]
+  trb: {initial_kl_budget: [0.1, 0.5]}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_sweep_plans_without_running(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "out"
+    assert main(["sweep", "--config", str(study), "--output-dir", str(directory), "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "selection: 3 runs" in shown and "test: 2 runs (1 paired seeds)" in shown
+    assert not directory.exists()
+
+
+def test_sweep_runs_shows_and_reports(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "out"
+    assert main(["sweep", "--config", str(study), "--output-dir", str(directory), "--workers", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "chains: 1 paired seeds, 5 test problems" in captured.out
+    assert "test 2 of 2: chains/test/trb/seed-0" in captured.err
+    page = (directory / "report.html").read_text()
+    assert "chains" in page and str(directory / "study.json") in captured.out.replace("\n", "")
+
+
+def test_sweep_refuses(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--workers is 0" in refused(capsys, "sweep", "--config", study, "--workers", 0)
+    study.write_text(STUDY.replace("configurations: 2", "configurations: 5"))
+    assert "trb has 2 configurations and `configurations` says 5" in refused(capsys, "sweep", "--config", study)
+
+
+def test_probe_of_a_recipe_and_of_a_setting(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--problems", "3", "--samples", "2", "--excerpts", "1", "--budgets", "0.1", "--truncations", "4"]
+    directory = tmp_path / "probe"
+    command = ["probe", "--config", str(study), "--setting", "chains", "--output-dir", str(directory), "--quiet"]
+    assert main([*command, *small, "--skd-top-k", "3"]) == 0
+    found = json.loads((directory / "probe.json").read_text())
+    assert found["provenance"]["versions"]
+    assert (directory / "report.html").exists() and (directory / "rollouts.jsonl").exists()
+    assert "choose one of its settings with --setting, chains" in refused(capsys, "probe", "--config", study)
+
+
+def test_probe_of_a_recipe_has_no_settings(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "leave it out" in refused(capsys, "probe", "--config", recipe, "--setting", "chains")
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,10 @@ _EXAMPLES = {
     trb sweep --config recipes/study/zoo.yaml --plan
     trb sweep --config recipes/study/zoo.yaml --output-dir runs/study --workers 2
     trb sweep --config recipes/study/qwen3.yaml --output-dir /shared/study --ray auto --gpus 8""",
+    "probe": """\
+    trb probe --config recipes/quickstart.yaml
+    trb probe --config recipes/quickstart.yaml --model runs/quickstart/opd --output-dir runs/probe-opd
+    trb probe --config recipes/studies/zoo.yaml --setting shuffles --budgets 0 0.1 0.5 inf --problems 256""",
     "report": """\
     trb report runs/quickstart
     trb report runs/study --export runs/study/paper""",
@@ -137,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(_command(commands, "compare", "train several methods from the same student", _compare, overrides=True))
     _add_eval(_command(commands, "eval", "pass@1 of a model, with a 95%% interval", _eval))
     _add_sweep(_command(commands, "sweep", "run a study: methods x settings x seeds, judged by fixed rules", _sweep))
+    _add_probe(_command(commands, "probe", "what blending does to a student's prefixes, before training", _probe))
     report = _command(commands, "report", "write report.html for a run, a comparison or a study", _report)
     report.add_argument("directory", metavar="DIR", help="a run, comparison or study directory")
     _add_doctor(_command(commands, "doctor", "check this machine, and a pair of models", _doctor, overrides=True))
@@ -225,6 +230,30 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     add("--keep-models", action="store_true", help="keep the trained models; they are removed once scored otherwise")
     add("--quiet", action="store_true", help="no progress, only the result")
     parser.set_defaults(hint="Run the same command again: finished runs are kept.")
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="a recipe with eval_data, or a study (with --setting)")
+    add("--setting", metavar="NAME", help="the setting of a study, probed on its development problems")
+    add("--output-dir", metavar="DIR", help="default: runs/probe- and the name of the file or setting")
+    add("--model", metavar="SPEC", help="another student than the recipe's: a run directory, or a model")
+    add("--problems", type=int, default=128, metavar="N", help="problems of each set (default: 128)")
+    add("--samples", type=int, default=4, metavar="N", help="rollouts per problem and policy (default: 4)")
+    add("--budgets", type=float, nargs="*", metavar="E", help="KL budgets per token, inf for the teacher itself")
+    add("--truncations", type=int, nargs="*", metavar="T", help="prefix lengths that are continued, in tokens")
+    add(
+        "--kl-budget", type=float, metavar="E", help="budget of the prefixes that are continued (default: the recipe's)"
+    )
+    add("--skd-top-k", type=int, nargs="*", metavar="K", help="teacher's top-k of SKD, to count replaced tokens")
+    add("--excerpts", type=int, default=4, metavar="N", help="problems shown token by token (default: 4)")
+    add("--alternatives", type=int, default=3, metavar="N", help="likeliest tokens shown with each (default: 3)")
+    add("--max-new-tokens", type=int, metavar="N", help="longest completion (default: the recipe's)")
+    add("--max-rows", type=int, metavar="N", help="completions in flight at once")
+    add("--seed", type=int, help="of the draws (default: the recipe's)")
+    add("--overwrite", action="store_true", help="remove the probe in the output directory first")
+    add("--quiet", action="store_true", help="no progress, only the result")
+    parser.set_defaults(hint="Run the same command again: finished parts are kept.")
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -399,6 +428,43 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     for label, path in (("results", directory / "study.json"), ("report", write_report(directory))):
         console.print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _probe(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from trb.diagnostics import probe
+    from trb.loading import quiet_libraries
+    from trb.report import write_report
+
+    quiet_libraries()
+    recipe = _probed_recipe(arguments)
+    directory = Path(arguments.output_dir or f"runs/probe-{arguments.setting or Path(arguments.config).stem}")
+    names = ("problems", "samples", "excerpts", "alternatives", "overwrite", "model")
+    options = {name: getattr(arguments, name) for name in names}
+    for name in ("budgets", "truncations", "kl_budget", "skd_top_k", "max_new_tokens", "max_rows", "seed"):
+        if (value := getattr(arguments, name)) is not None:  # else the probe's own default
+            options[name] = value
+    with _listening(arguments.quiet) as listener:
+        probe(recipe, directory, **options, listener=listener)
+    for label, path in (("results", directory / "probe.json"), ("report", write_report(directory))):
+        print(f"{label}: {path}")
+    return 0
+
+
+def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
+    """The recipe named, or the first trb configuration of a study's setting."""
+    from trb.config import ConfigError, load_recipe, read_yaml
+    from trb.study import Unit, load_study
+
+    path = Path(arguments.config)
+    if "settings" not in read_yaml(path):
+        if arguments.setting:
+            raise ConfigError(f"--setting means nothing for {path}, which is a recipe and no study; leave it out")
+        return load_recipe(path)
+    study = load_study(path)
+    if arguments.setting not in study.settings:
+        raise ConfigError(f"{path} is a study: choose one of its settings with --setting, {', '.join(study.settings)}")
+    method = "trb" if "trb" in study.methods else next(iter(study.methods))
+    return study.recipe_of(Unit(arguments.setting, "select", method, 0, study.seeds.select[0]))
 
 
 def _report(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -390,6 +390,8 @@ def _ranked(study: Study, steps: Sequence[int], scores: Sequence[float]) -> floa
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():  # a run shorter than logging_steps has logged nothing
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -19,15 +19,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from trb.zoo import TASKS
+from trb.zoo import TASKS, load
 from trb.zoo.tasks import Task, boxed_answer
 from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, character_tokenizer, word_piece_tokenizer
 
@@ -56,6 +64,8 @@ class Recipe:
     drift: float
     """Probability that a training solution leaves the task at a step."""
     family: str = "qwen3"
+    from_shipped: bool = False
+    """Go on from the shipped model of that name, instead of from random weights."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,10 @@ PAIRS = {
         character_tokenizer,
         (2, 12),
         (8, 10, 12),
-        (replace(_STUDENT, wrong_step=0.1, drift=0.1), replace(_TEACHER, steps=2500)),
+        (
+            replace(_STUDENT, from_shipped=True, steps=400, batch_size=32, wrong_step=0.1, drift=0.1),
+            replace(_TEACHER, from_shipped=True, steps=500, batch_size=32, learning_rate=1e-3),
+        ),
     ),
     # Another task, model family, size and vocabulary: the study's second setting.
     "shuffles": Pair(
@@ -132,7 +145,7 @@ PAIRS = {
 }
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM | LlamaForCausalLM:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A freshly initialised model whose configuration names the tokenizer's stop and padding ids."""
     config_class, model_class = _FAMILIES[recipe.family]
     config = config_class(
@@ -187,11 +200,11 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 def train(
     recipe: Recipe, pair: Pair, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int
-) -> Iterator[tuple[Qwen3ForCausalLM | LlamaForCausalLM, float]]:
-    """Train a fresh model, yielding it with the loss after every step."""
+) -> Iterator[tuple[PreTrainedModel, float]]:
+    """Train a model, yielding it with the loss after every step."""
     torch.manual_seed(seed)
     rng = random.Random(f"{recipe.name}:{seed}")
-    model = build_model(recipe, tokenizer).train()
+    model = (load(recipe.name)[0] if recipe.from_shipped else build_model(recipe, tokenizer)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(step, steps)
@@ -208,14 +221,15 @@ def train(
 
 @torch.no_grad()
 def measure(
-    model: Qwen3ForCausalLM | LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict], *, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict], *, seed: int
 ) -> dict[str, float]:
     """Sample one completion per problem at temperature 1 and grade its last boxed answer.
 
     Returns pass_at_1, the mean completion length in tokens (stop token included) and the share that stopped.
     """
-    encoded = tokenizer.apply_chat_template(
-        [row["prompt"] for row in rows], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    prompts = [row["prompt"] for row in rows]
+    encoded: Any = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
