@@ -320,7 +320,7 @@ def test_word_pieces_are_words_of_the_task_and_lose_nothing():
 
 
 @pytest.mark.parametrize("name", ["long-chains", "shuffles"])
-def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch, capsys):
+def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch):
     pair = zoo_train.PAIRS[name]
     shorter = tuple(replace(recipe, steps=2, batch_size=4) for recipe in pair.models)
     monkeypatch.setitem(zoo_train.PAIRS, name, replace(pair, models=shorter, measured_sizes=(3,)))
@@ -332,9 +332,16 @@ def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch, capsys):
         model, tokenizer = zoo.load(role)
         assert model.config.model_type == recipe.family
         assert tokenizer.eos_token == recipe.eos_token and len(tokenizer) <= recipe.head_rows
-    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    record = json.loads((tmp_path / "training.json").read_text())
     zoo_train.main([*command, "--keep"])
-    assert "already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert json.loads((tmp_path / "training.json").read_text())["models"] == record["models"]
+    # Another student is another pair: it alone is trained again.
+    changed = (replace(shorter[0], drift=0.3), shorter[1])
+    monkeypatch.setitem(zoo_train.PAIRS, name, replace(pair, models=changed, measured_sizes=(3,)))
+    zoo_train.main([*command, "--keep"])
+    assert {path.parent.name for path in before if path.stat().st_mtime_ns != before[path]} == {"student"}
 
 
 def test_task_sizes_are_part_of_a_data_spec():

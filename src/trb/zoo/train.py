@@ -139,7 +139,7 @@ PAIRS = {
                 wrong_step=0.1,
                 drift=0.1,
             ),
-            replace(_TEACHER, family="llama", hidden_size=144, intermediate_size=432, head_rows=200, steps=3000),
+            replace(_TEACHER, family="llama", hidden_size=144, intermediate_size=432, head_rows=200),
         ),
     ),
 }
@@ -314,7 +314,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="torch threads (default 1; results are reproducible for one machine and one thread count)",
     )
     parser.add_argument(
-        "--keep", action="store_true", help="do nothing where DIR already holds this pair, trained to the end"
+        "--keep",
+        action="store_true",
+        help="keep the models that DIR holds already, if they were trained in this very way",
     )
     arguments = parser.parse_args(argv)
     if arguments.steps_scale <= 0:
@@ -329,9 +331,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train both models and write the record of the run."""
     arguments = parse_arguments(argv)
     pair, record_path = PAIRS[arguments.pair], arguments.out / "training.json"
-    if arguments.keep and record_path.exists() and json.loads(record_path.read_text()).get("pair") == arguments.pair:
-        print(f"{arguments.out} holds the pair {arguments.pair} already")
-        return
     torch.set_num_threads(arguments.threads)
     problems = {
         size: pair.task.problems(arguments.eval_problems, seed=arguments.seed, split="test", size=size)
@@ -344,32 +343,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    models = {}
-    with Progress(*columns) as progress:
-        for recipe in pair.models:
-            steps = max(1, round(recipe.steps * arguments.steps_scale))
-            models[recipe.name] = result = train_and_save(
-                recipe, pair, arguments.out, progress, problems, steps=steps, seed=arguments.seed
-            )
-            for size, measured in result[f"by_{pair.task.unit}"].items():
-                progress.console.print(
-                    f"{recipe.name}: pass@1 {measured['pass_at_1']:.1%} on {measured['n_problems']} held-out "
-                    f"{pair.task.name} of {size} {pair.task.unit}, {measured['mean_length']:.0f} tokens"
-                )
-    record = {
+    before = json.loads(record_path.read_text()) if arguments.keep and record_path.exists() else {}
+    record: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "trb.zoo.train", *(sys.argv[1:] if argv is None else argv)]),
         "pair": arguments.pair,
         "seed": arguments.seed,
-        "evaluation": {"split": "test", "temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS},
+        "evaluation": {
+            "split": "test",
+            "problems": arguments.eval_problems,
+            "temperature": 1.0,
+            "max_new_tokens": MAX_NEW_TOKENS,
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
         "machine": {"platform": platform.platform(), "threads": arguments.threads},
-        "models": models,
+        "models": {},
     }
-    record_path.write_text(json.dumps(record, indent=2) + "\n")
+    with Progress(*columns) as progress:
+        for recipe in pair.models:
+            steps = max(1, round(recipe.steps * arguments.steps_scale))
+            result = _kept(before, record, replace(recipe, steps=steps))
+            if result is None:
+                result = train_and_save(
+                    recipe, pair, arguments.out, progress, problems, steps=steps, seed=arguments.seed
+                )
+            record["models"][recipe.name] = result
+            record_path.write_text(json.dumps(record, indent=2) + "\n")
+            for size, measured in result[f"by_{pair.task.unit}"].items():
+                progress.console.print(
+                    f"{recipe.name}: pass@1 {measured['pass_at_1']:.1%} on {measured['n_problems']} held-out "
+                    f"{pair.task.name} of {size} {pair.task.unit}, {measured['mean_length']:.0f} tokens"
+                )
+
+
+def _kept(before: dict[str, Any], record: dict[str, Any], recipe: Recipe) -> dict[str, Any] | None:
+    """What an earlier record says of a model, if it was trained and measured in the same way with the same versions."""
+    if any(before.get(key) != record[key] for key in ("pair", "seed", "evaluation", "versions", "machine")):
+        return None
+    found = before["models"].get(recipe.name)
+    return found if found is not None and found["recipe"] == asdict(recipe) else None
 
 
 if __name__ == "__main__":
