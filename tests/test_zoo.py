@@ -274,9 +274,9 @@ def shuffled(problem: str) -> str:
     for move in moves.split(" "):
         for letter, at in place.items():
             if move == "rot":
-                place[letter] = 5 if at == 1 else at - 1
+                place[letter] = 4 if at == 1 else at - 1
             elif move == "rev":
-                place[letter] = 6 - at
+                place[letter] = 5 - at
             else:
                 pair = {int(move[1]): int(move[2]), int(move[2]): int(move[1])}
                 place[letter] = pair.get(at, at)
@@ -287,19 +287,19 @@ def test_shuffles_are_right_distinct_and_split():
     rows = SHUFFLES.problems(400, seed=1, split="test", size=6)
     texts = [row["prompt"][0]["content"] for row in rows]
     assert len(set(texts)) == 400
-    assert all(re.fullmatch(r"[a-e]{5}:( (s[1-4][2-5]|rot|rev)){6}", text) for text in texts)
+    assert all(re.fullmatch(r"[a-d]{4}:( (s[1-3][2-4]|rot|rev)){6}", text) for text in texts)
     assert [row["answer"] for row in rows] == [shuffled(text) for text in texts]
     assert not set(texts) & {row["prompt"][0]["content"] for row in SHUFFLES.problems(400, seed=1, size=6)}
 
 
 def test_a_shuffle_is_solved_move_by_move():
-    assert SHUFFLES.solution("dbcae: s14 rot rev") == "s14 abcde rot bcdea rev aedcb \\boxed{aedcb}"
+    assert SHUFFLES.solution("dbca: s14 rot rev") == "s14 abcd rot bcda rev adcb \\boxed{adcb}"
     for i, row in enumerate(SHUFFLES.problems(100, seed=2, size=4)):
         problem = row["prompt"][0]["content"]
         words = SHUFFLES.corrupted_solution(problem, random.Random(i), wrong_step=1.0, drift=0.0).split(" ")
-        order = problem[:5]
+        order = problem[:4]
         for move, result in zip(words[0:8:2], words[1:8:2], strict=True):
-            assert result != shuffled(f"{order}: {move}") and sorted(result) == list("abcde")
+            assert result != shuffled(f"{order}: {move}") and sorted(result) == list("abcd")
             order = result
         assert words[-1] == f"\\boxed{{{order}}}"
 

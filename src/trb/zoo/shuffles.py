@@ -1,7 +1,7 @@
-"""Five letters moved about: a state is tracked through swaps, rotations and reversals, and no arithmetic helps.
+"""Four letters moved about: a state is tracked through swaps, rotations and reversals, and no arithmetic helps.
 
-A problem is a starting order and the moves, such as `dbcae: s14 rot rev`; its worked solution is
-`s14 abcde rot bcdea rev aedcb \\boxed{aedcb}`. `s14` swaps the first and the fourth letter, `rot` moves the first to
+A problem is a starting order and the moves, such as `dbca: s14 rot rev`; its worked solution is
+`s14 abcd rot bcda rev adcb \\boxed{adcb}`. `s14` swaps the first and the fourth letter, `rot` moves the first to
 the end, `rev` turns the order around.
 """
 
@@ -11,7 +11,7 @@ import random
 
 from trb.zoo.tasks import Step, Task
 
-LETTERS = "abcde"
+LETTERS = "abcd"
 SWAPS = tuple(f"s{i}{j}" for i, j in itertools.combinations(range(1, len(LETTERS) + 1), 2))
 MOVES = (*SWAPS, "rot", "rev")
 
@@ -22,7 +22,7 @@ class Shuffles(Task):
     name = "shuffles"
     unit = "moves"
     smallest = 1
-    default = 8
+    default = 12
 
     def random_problem(self, rng: random.Random, size: int) -> str:
         order = "".join(rng.sample(LETTERS, len(LETTERS)))

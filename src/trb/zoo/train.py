@@ -127,8 +127,8 @@ PAIRS = {
     "shuffles": Pair(
         TASKS["shuffles"],
         word_piece_tokenizer,
-        (2, 14),
-        (8, 12, 14),
+        (2, 18),
+        (12, 16, 18),
         (
             replace(
                 _STUDENT,
@@ -139,7 +139,7 @@ PAIRS = {
                 wrong_step=0.1,
                 drift=0.1,
             ),
-            replace(_TEACHER, family="llama", hidden_size=144, intermediate_size=432, head_rows=200),
+            replace(_TEACHER, family="llama", hidden_size=144, intermediate_size=432, head_rows=200, steps=1000),
         ),
     ),
 }
