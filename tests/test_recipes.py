@@ -17,11 +17,13 @@ from trb import experiments, zoo
 from trb.config import Recipe, RunConfig, load_recipe, make_recipe
 from trb.data import MATH_SYSTEM_PROMPT
 from trb.evaluation import EvalResult
+from trb.study import load_study
 from trb.trainer import TRAINING_METHODS, TRBConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# accelerate/ holds launcher settings, which are no recipes.
-FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+# accelerate/ holds launcher settings and studies/ studies, which are no recipes.
+FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "studies"))
+STUDIES = sorted((RECIPES / "studies").glob("*.yaml"))
 BASELINES = {path.stem: path for path in (RECIPES / "baselines").glob("*.yaml")}
 
 
@@ -39,6 +41,15 @@ def test_every_recipe_loads_and_says_what_it_is_for(path: Path) -> None:
     assert head.startswith("# ")
     assert f"--config recipes/{named(path)}" in head
     assert any(word in head for word in ("paper", "arXiv")), "the source of the values"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=named)
+def test_every_study_loads_and_says_how_to_run_it(path: Path) -> None:
+    study = load_study(path)
+    text = path.read_text()
+    assert f"--config recipes/{named(path)}" in text[: text.index("\n\n")]
+    assert set(study.methods) == set(TRAINING_METHODS)
+    assert len(study.seeds.test) >= 20 or "fewer" in text
 
 
 def test_there_is_a_recipe_for_every_purpose() -> None:

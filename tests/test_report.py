@@ -5,17 +5,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.server
 import json
 import math
 import random
 import re
-import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,185 +18,24 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from report_helpers import (
+    HOSTILE,
+    PROVENANCE,
+    STEPS,
+    Page,
+    page_of,
+    score,
+    write_comparison,
+    write_hostile,
+    write_jsonl,
+    write_run,
+)
 
 from trb.report import ReportError, figures, panels, rollouts, style, summary, svg, write_report
 from trb.report import page as page_module
 from trb.report.figures import write_figures
 from trb.report.panels import Panel, Quantity, Series
 from trb.report.reading import Run, Score, Source, read
-
-WARMUP, STEPS = 25, 100
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def metrics_row(method: str, step: int, rng: random.Random) -> dict[str, Any]:
-    """One plausible optimizer step: a linear warm-up for trb, none for opd, both learning."""
-    budget = 0.05 * max(0.0, 1 - step / WARMUP) if method == "trb" else 0.0
-    learned = 1 - math.exp(-step / (34 if method == "trb" else 42))
-    length = 96 + 60 * learned + rng.gauss(0, 5)
-    kl_student = budget * (0.78 + 0.1 * rng.random())
-    return {
-        "step": step,
-        "loss": 0.92 * math.exp(-step / 30) + 0.11 + rng.gauss(0, 0.03),
-        "learning_rate": 1e-5 * min(1.0, step / 15),
-        "grad_norm": 0.8 * math.exp(-step / 40) + 0.3 + abs(rng.gauss(0, 0.06)),
-        "step_time": (5.2 if budget else 3.4) + rng.gauss(0, 0.15),
-        "trb/kl_budget": budget,
-        "trb/teacher_weight": math.sqrt(budget / 0.35),
-        "trb/kl_student": kl_student,
-        "trb/kl_teacher": 0.74 * math.exp(-step / 30) + 0.1 - 0.8 * kl_student,
-        "trb/teacher_log_prob": -1.6 + 0.9 * learned + 3 * budget + rng.gauss(0, 0.05),
-        "trb/teacher_entropy": 0.95 - 0.3 * learned - 2.2 * budget + rng.gauss(0, 0.02),
-        "trb/sequence_kl": kl_student * length,
-        "trb/sequence_kl_bound": budget * length,
-        "trb/completion_length": length,
-        "trb/stop_rate": min(1.0, 0.55 + 0.4 * learned + rng.gauss(0, 0.02)),
-        "trb/reward": min(1.0, max(0.0, 0.1 + 0.36 * learned + budget + rng.gauss(0, 0.035))),
-        "trb/accept_rate": 1 - math.sqrt(budget / 2) * 0.6,
-    }
-
-
-def score(pass_at_1: float, half_width: float = 0.05, **extra: Any) -> dict[str, Any]:
-    low, high = max(0.0, pass_at_1 - half_width), min(1.0, pass_at_1 + half_width)
-    counts = {"n_problems": 200, "n_samples": 4, "mean_length": 131.25, "stop_rate": 0.9125}
-    return {"name": "chains", "pass_at_1": pass_at_1, "interval": [low, high], **counts, **extra}
-
-
-def rollout_rows(method: str, step: int, rng: random.Random) -> list[dict[str, Any]]:
-    rows = []
-    for _ in range(4):
-        a, b, c = (rng.randint(2, 30) for _ in range(3))
-        work = f"Start with {a}. Add {b}: {a} + {b} = {a + b}.\n"
-        work += f"Then take away {c}: {a + b} - {c} = {a + b - c}.\n"
-        pieces = [piece for word in work.split(" ") for piece in (word, " ")][:-1]
-        tokens = [*pieces, "The answer is ", "\\boxed{", str(a + b - c), "}", ".", "<|end|>"]
-        blended = method == "trb" and step < WARMUP
-        weight = [max(0.0, rng.betavariate(1.3, 3) * (1 - step / WARMUP)) if blended else 0.0 for _ in tokens]
-        rows.append(
-            {
-                "step": step,
-                "prompt": f"user: Start with {a}, add {b}, then take away {c}. What is left?\nassistant:",
-                "completion": "".join(tokens[:-1]),
-                "tokens": tokens,
-                "reward": float(rng.random() < 0.4),
-                "teacher_weight": weight,
-                "kl_student": [0.05 * w * rng.random() for w in weight],
-                "accepted": [float(rng.random() > 0.25 * w) for w in weight],
-            }
-        )
-    return rows
-
-
-def write_run(directory: Path, method: str = "trb", *, steps: int = STEPS, final: float = 0.46) -> Path:
-    """A run directory as the trainer leaves it."""
-    rng = random.Random(f"{method} {steps}")
-    directory.mkdir(parents=True)
-    schedule = {"initial_kl_budget": 0.05 if method == "trb" else 0.0, "blend_warmup_steps": WARMUP}
-    trainer = {"learning_rate": 1e-5, "max_steps": steps, "hub_token": "hf_do_not_show", "seed": 0}
-    config = {"method": method, "student": "zoo:student", "teacher": "zoo:teacher", "schedule": schedule}
-    (directory / "config.yaml").write_text(json.dumps(config | {"trainer": trainer}))  # JSON is YAML
-    (directory / "provenance.json").write_text(json.dumps(PROVENANCE))
-    every = range(1, steps + 1)
-    write_jsonl(directory / "metrics.jsonl", [metrics_row(method, step, rng) for step in every])
-    evals = []
-    for step in range(0, steps + 1, 20):
-        value = 0.125 + (final - 0.125) * (1 - math.exp(-step / 30)) / (1 - math.exp(-STEPS / 30))
-        evals.append({"step": step, **score(value, 0.03 + 0.02 * value)})
-    write_jsonl(directory / "evals.jsonl", evals)
-    write_jsonl(
-        directory / "rollouts.jsonl",
-        [row for step in (1, 5, 10, 20, 40, 60, 80, 100) for row in rollout_rows(method, step, rng)],
-    )
-    return directory
-
-
-PROVENANCE = {
-    "command": "trb compare recipes/quickstart.yaml --hub_token hf_do_not_show",
-    "commit": "3f9c2ab17d5e",
-    "dirty": False,
-    "versions": {"trb": "0.1.0", "torch": "2.13.0", "transformers": "5.19.0"},
-    "machine": {"cpu": "example, 2 cores", "gpu": None},
-    "python": "3.12.4",
-    "time": "2026-11-22T18:15:00+00:00",
-}
-
-
-def write_comparison(directory: Path, scores: dict[str, dict[str, Any]] | None = None) -> Path:
-    """A comparison directory: one run per method, and results.json."""
-    scores = scores or {"trb": score(0.46, 0.039), "opd": score(0.405, 0.038)}
-    for method, result in scores.items():
-        write_run(directory / method, method, final=result["pass_at_1"])
-    reference = {"student": score(0.125, 0.032), "teacher": score(0.71, 0.044)}
-    (directory / "results.json").write_text(json.dumps({**reference, **scores, "provenance": PROVENANCE}))
-    return directory
-
-
-# ---- reading a page back -------------------------------------------------------------------------------
-
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-# SVG elements may close themselves; of HTML elements, only void ones may.
-SELF_CLOSING = {"path", "circle"}
-
-
-class Page(HTMLParser):
-    """Parses a report strictly: every element closed in order, and every attribute and text kept."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text_of: dict[str, list[str]] = {}
-        self.rows: list[list[str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == [], f"unclosed: {self.open}"
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        self.text_of.setdefault(tag, []).append("")
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        assert tag in SELF_CLOSING, f"<{tag}/> does not close in HTML"
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        for tag in set(self.open):
-            self.text_of[tag][-1] += data
-        if self.open and {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def by_class(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for _, attributes in self.tags if name in (attributes.get("class") or "").split()]
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return json.loads(self.text_of["script"][1])
-
-    @property
-    def chart_ids(self) -> list[str]:
-        return [(a["id"] or "").removeprefix("figure-") for a in self.by_class("chart")]
-
-    def row(self, first: str) -> list[str]:
-        return next(cells for cells in self.rows if cells and cells[0].strip().startswith(first))
-
-
-def page_of(directory: Path) -> Page:
-    return Page(write_report(directory).read_text(encoding="utf-8"))
 
 
 def source_with(**scores: tuple[float, tuple[float, float] | None]) -> Source:
@@ -595,15 +429,27 @@ def test_long_runs_give_bounded_pages_that_say_what_was_cut(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("steps", "limit", "kept"),
     [
-        ([1, 1, 2, 2], 4, [0, 1, 2, 3]),
-        ([1, 1, 2, 2, 3, 3], 5, [0, 1, 4, 5]),
-        ([5, 5, 5], 2, [0, 1]),
-        ([1, 1, 2, 2, 2], 2, [2, 3]),
-        ([], 3, []),
+        ([[1, 1, 2, 2]], 4, {1, 2}),
+        ([[1, 1, 2, 2, 3, 3]], 5, {1, 3}),
+        ([[5, 5, 5]], 2, {5}),
+        ([[1, 1, 2, 2, 2]], 2, {2}),
+        ([[]], 3, set()),
+        ([[1, 2, 3, 4, 5], [1, 2]], 3, {1, 3, 5}),
+        ([[1, 1], [1, 2, 2, 2]], 4, {2}),
     ],
 )  # fmt: skip
-def test_whole_steps_are_chosen(steps: list[int], limit: int, kept: list[int]) -> None:
-    assert rollouts.choose(steps, limit) == kept
+def test_whole_steps_are_kept_the_same_ones_in_every_run(steps: list[list[int]], limit: int, kept: set[int]) -> None:
+    assert rollouts.kept_steps(steps, limit) == kept
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 300))
+def test_rows_are_cut_to_the_longest_length_that_fits(lengths: list[int], total: int) -> None:
+    def size(limit: int) -> int:
+        return sum(min(length, limit) for length in lengths)
+
+    most = rollouts.fitting(lengths, total)
+    assert size(most) <= total
+    assert most == max(lengths, default=0) or size(most + 1) > total
 
 
 def test_thinning_keeps_extremes_ends_and_gaps() -> None:
@@ -653,32 +499,6 @@ def test_any_finite_values_can_be_drawn(values: list[float | None]) -> None:
 
 
 # ---- hostile content -----------------------------------------------------------------------------------
-
-HOSTILE = [
-    "</script><script>window.hacked=1;alert(1)</script>",
-    "<img src=x onerror=\"window.hacked=1\">",
-    "<!--<script>",
-    "\u2028\u2029\u0000\u001b[31m\u202eevil\ufeff",
-    "\ud800 lone surrogate",
-    "{{ 7 * 7 }}{% raw %}",
-    "javascript:window.hacked=1",
-    "]]>&lt;b&gt;&#60;",
-]  # fmt: skip
-
-
-def write_hostile(directory: Path) -> Path:
-    """A comparison whose every text tries to become markup: names, options, provenance, prompts, tokens."""
-    names = {"trb": 0.4, 'x"><img src=x onerror=window.hacked=1>': 0.3}
-    for name in names:
-        run = write_run(directory / name, name, steps=30)
-        (run / "config.yaml").write_text(json.dumps({"method": name, HOSTILE[1]: HOSTILE[0], "list": HOSTILE}))
-        row = {"step": 1, "prompt": " ".join(HOSTILE), "completion": HOSTILE[0], "reward": 1.0}
-        stats = {"teacher_weight": [0.5] * len(HOSTILE), "kl_student": [0.1] * len(HOSTILE)}
-        write_jsonl(run / "rollouts.jsonl", [{**row, "tokens": HOSTILE, **stats}, row])
-    results = {name: score(value, name=HOSTILE[0]) for name, value in names.items()}
-    provenance = {"command": HOSTILE[0], HOSTILE[1]: HOSTILE[3], "time": HOSTILE[1]}
-    (directory / "results.json").write_text(json.dumps({**results, "provenance": provenance}))
-    return directory
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -734,152 +554,3 @@ def test_figure_formats_and_empty_runs(tmp_path: Path) -> None:
 def test_the_page_needs_neither_torch_nor_matplotlib() -> None:
     code = "import sys, trb.report; sys.exit(bool({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# ---- in a browser --------------------------------------------------------------------------------------
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--enable-logging=stderr",
-    "--virtual-time-budget=5000", "--window-size=1280,1000", "--dump-dom",
-)  # fmt: skip
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium installed")
-
-
-def browse(url: str, profile: Path) -> tuple[str, list[str]]:
-    """The document after its scripts ran, and what it wrote to the console."""
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@needs_browser
-def test_hostile_page_from_disk_does_nothing(tmp_path: Path) -> None:
-    path = write_report(write_hostile(tmp_path / "hostile"))
-    dom, console = browse(path.as_uri(), tmp_path / "profile")
-    assert console == []
-    assert "hacked=1" in dom  # it is there, as text
-    page = Page(dom)
-    assert len(page.all("script")) == 2 and page.all("img") == []
-    assert len(page.by_class("tok")) == len(HOSTILE)
-    assert any("⟨U+202E⟩" in text and "␛" in text for text in page.text_of["span"])  # shown, not obeyed
-
-
-# Runs in a page that frames the report from the same server, plays a reader, and writes down what it saw.
-READER = """<!doctype html>
-<iframe id="report" src="/report.html" width="1200" height="900"></iframe><pre id="seen"></pre>
-<script>
-document.getElementById("report").onload = ({ target }) => {
-  const view = target.contentWindow, page = view.document, seen = {};
-  const all = (query) => [...page.querySelectorAll(query)];
-  const press = (node, key) => node.dispatchEvent(new view.KeyboardEvent("keydown", { key, bubbles: true }));
-  const text = (query) => all(query).map((node) => node.textContent);
-
-  const figure = page.getElementById("figure-kl_student"), svg = figure.querySelector("svg");
-  const box = svg.getBoundingClientRect();
-  const start = { clientX: box.left + 44 * box.width / 360, clientY: box.top + 9, bubbles: true };
-  svg.dispatchEvent(new view.PointerEvent("pointermove", start));
-  seen.tip = text(".tip:not([hidden]) div");
-  seen.cursors = all(".cursor:not([hidden])").length;
-  svg.dispatchEvent(new view.PointerEvent("pointerleave"));
-  seen.tipsAfter = all(".tip:not([hidden])").length;
-  press(figure, "End");
-  press(figure, "ArrowLeft");
-  seen.reading = text("#reading");
-  press(figure, "Escape");
-
-  all("button.key")[1].click();
-  seen.hiddenLines = all(".line.off").map((line) => line.dataset.method);
-  all("button.key")[1].click();
-  seen.shownAgain = all(".line.off").length;
-  const smoothing = page.getElementById("smoothing");
-  smoothing.click();
-  seen.smoothDisplay = view.getComputedStyle(all(".smooth")[0]).display;
-
-  const theme = page.getElementById("theme");
-  const paper = () => view.getComputedStyle(page.body).backgroundColor;
-  theme.click(); seen.light = paper(); seen.themeLabel = theme.textContent;
-  theme.click(); seen.dark = paper();
-
-  seen.rows = all(".rows li").length;
-  const tokens = all(".tok");
-  tokens[0].focus();
-  press(tokens[0], "ArrowRight");
-  seen.focused = tokens.indexOf(page.activeElement);
-  seen.readout = text(".readout div");
-  seen.tinted = tokens.map((token) => token.style.getPropertyValue("--a"));
-  all(".choices button")[2].click();
-  seen.rejected = all(".tok").map((token) => token.classList.contains("rejected"));
-  const [method, step] = all("select");
-  method.value = "opd"; method.dispatchEvent(new view.Event("change"));
-  all('[aria-label="Later step"]')[0].click();
-  seen.place = [method.value, step.value];
-  seen.text = text(".tokens")[0];
-  seen.wide = page.documentElement.scrollWidth > page.documentElement.clientWidth;
-  target.width = 360;
-  seen.narrowWide = page.documentElement.scrollWidth > page.documentElement.clientWidth;
-  document.getElementById("seen").textContent = JSON.stringify(seen);
-};
-</script>"""
-
-
-@pytest.fixture
-def served(comparison: Path, comparison_page: Page) -> Iterator[tuple[str, list[str]]]:
-    """The comparison behind a local server that also keeps the list of paths asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            pages = {
-                "/reader.html": READER.encode(),
-                "/report.html": (comparison / "report.html").read_bytes(),
-            }
-            body = pages.get(self.path)
-            self.send_response(404 if body is None else 200)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(body or b"")
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-        thread.join()
-
-
-@needs_browser
-def test_a_reader_can_use_the_page(served: tuple[str, list[str]], comparison: Path, tmp_path: Path) -> None:
-    base, asked = served
-    dom, console = browse(f"{base}/reader.html", tmp_path / "profile")
-    assert [line for line in console if "favicon" not in line] == []
-    assert set(asked) - {"/favicon.ico"} == {"/reader.html", "/report.html"}  # the icon is the reader page's
-    seen = json.loads(Page(dom).text_of["pre"][0])
-
-    metrics = [json.loads(line) for line in (comparison / "trb" / "metrics.jsonl").read_text().splitlines()]
-    first = metrics[0]
-    assert seen["tip"][0] == "step 1"
-    assert seen["tip"][1].startswith("TRB")
-    assert float(seen["tip"][1].removeprefix("TRB")) == pytest.approx(first["trb/kl_student"], rel=1e-3)
-    assert float(seen["tip"][2].removeprefix("budget")) == pytest.approx(first["trb/kl_budget"], rel=1e-3)
-    assert seen["cursors"] == 16 and seen["tipsAfter"] == 0
-    assert seen["reading"] == [f"KL(μ ‖ student), step {STEPS - 1}: TRB 0 budget 0; OPD 0 budget 0"]
-    assert set(seen["hiddenLines"]) == {"opd"} and seen["shownAgain"] == 0
-    assert seen["smoothDisplay"] == "none"
-    assert seen["themeLabel"] == "Theme: light" and seen["light"] != seen["dark"]
-
-    rollout = json.loads((comparison / "trb" / "rollouts.jsonl").read_text().splitlines()[0])
-    assert seen["rows"] == 4 and seen["focused"] == 1
-    assert seen["readout"][0] == "Token 2␣"
-    assert seen["readout"][-1] == ("Draftkept" if rollout["accepted"][1] else "Draftrejected")
-    assert [float(a) for a in seen["tinted"]] == pytest.approx(rollout["teacher_weight"], abs=2e-3)
-    assert seen["rejected"] == [value == 0 for value in rollout["accepted"]]
-    other = json.loads((comparison / "opd" / "rollouts.jsonl").read_text().splitlines()[4])
-    assert seen["place"] == ["opd", "5"]
-    assert seen["text"] == "".join(other["tokens"])
-    assert not seen["wide"] and not seen["narrowWide"]

@@ -142,8 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(_command(commands, "eval", "pass@1 of a model, with a 95%% interval", _eval))
     _add_sweep(_command(commands, "sweep", "run a study: methods x settings x seeds, judged by fixed rules", _sweep))
     _add_probe(_command(commands, "probe", "what blending does to a student's prefixes, before training", _probe))
-    report = _command(commands, "report", "write report.html for a run, a comparison or a study", _report)
-    report.add_argument("directory", metavar="DIR", help="a run, comparison or study directory")
+    report = _command(commands, "report", "write report.html for a run, a comparison, a study or a probe", _report)
+    report.add_argument("directory", metavar="DIR", help="a run, comparison, study or probe directory")
+    report.add_argument(
+        "--export", metavar="OUT", help="also write figures (PNG, SVG) and tables (Markdown, CSV, LaTeX)"
+    )
     _add_doctor(_command(commands, "doctor", "check this machine, and a pair of models", _doctor, overrides=True))
     return parser
 
@@ -468,9 +471,11 @@ def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
 
 
 def _report(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.report import write_report
+    from trb.report import export, write_report
 
     print(write_report(arguments.directory))
+    for path in export(arguments.directory, arguments.export) if arguments.export else ():
+        print(path)
     return 0
 
 

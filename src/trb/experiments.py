@@ -125,7 +125,12 @@ class Listener:
 
 
 def train(
-    recipe: Recipe, output_dir: str | os.PathLike[str], *, overwrite: bool = False, listener: Listener | None = None
+    recipe: Recipe,
+    output_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    initial_scores: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train one student, evaluating it before, during and after; returns what results.json holds.
 
@@ -135,6 +140,7 @@ def train(
             from its last complete checkpoint.
         overwrite: remove the run that the directory holds, and start over.
         listener: hears about progress.
+        initial_scores: what `evaluate_suites` said of the untrained student, where that is known already.
 
     Raises:
         ConfigError: the trainer refuses a value.
@@ -146,7 +152,7 @@ def train(
         raise ConfigError(f"{recipe.source} has methods: choose one with for_method, or use compare")
     listener, args = listener or Listener(), recipe.training_config(output_dir)
     listener.plan({args.method: max(0, args.max_steps)})
-    return _train(recipe, Path(output_dir), args.method, None, overwrite, listener)
+    return _train(recipe, Path(output_dir), args.method, initial_scores, overwrite, listener)
 
 
 def compare(

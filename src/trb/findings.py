@@ -38,7 +38,7 @@ FILE_NAME = "study.json"
 # Of metrics.jsonl: what is averaged over the seeds of a method, step by step.
 _METRICS = (
     "loss",
-    "reward",
+    "trb/reward",
     "trb/accept_rate",
     "trb/completion_length",
     "trb/kl_budget",
@@ -75,6 +75,7 @@ def assemble(study: Study, directory: str | Path) -> dict[str, Any]:
             "seeds": {"select": study.seeds.select, "test": study.seeds.test},
             "settings": settings,
             "average": _average(settings, study.level),
+            "diagnostics": _diagnostics(study, directory),
             "provenance": json.loads((directory / provenance.FILE_NAME).read_text(encoding="utf-8")),
         }
     )
@@ -308,6 +309,12 @@ def _metrics(
 
 
 # ---- over the settings ----
+
+
+def _diagnostics(study: Study, directory: Path) -> dict[str, Any]:
+    """What `trb probe --output-dir STUDY/SETTING/probe` measured, of the settings where it has been run."""
+    paths = {name: directory / name / "probe" / "probe.json" for name in study.settings}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
 def _average(settings: Mapping[str, Mapping[str, Any]], level: float) -> dict[str, Any]:

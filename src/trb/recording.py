@@ -2,21 +2,24 @@
 
 metrics.jsonl has one object per logged optimizer step; held_out.jsonl one per evaluation of the loss, on the student's
 own rollouts for held-out prompts (the behavior policy plays no part there); rollouts.jsonl a few rollouts with
-per-token numbers. `trb report` reads these files. A resumed run drops the lines after the checkpoint it starts from,
-so the files of a killed and resumed run hold the same steps as those of an uninterrupted one. Logging services (W&B,
-TensorBoard, Trackio) stay with `transformers`.
+per-token numbers and, from `trb.scoring`, the likeliest tokens under both models and the behavior policy. `trb report`
+reads these files. A resumed run drops the lines after the checkpoint it starts from, so the files of a killed and
+resumed run hold the same steps as those of an uninterrupted one. Logging services (W&B, TensorBoard, Trackio) stay with
+`transformers`.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["RunRecorder", "append_jsonl", "drop_after_step"]
+from trb.scoring import TokenScores
+
+__all__ = ["RunRecorder", "append_jsonl", "drop_after_step", "score_record"]
 
 
 class RunRecorder(TrainerCallback):
@@ -54,6 +57,24 @@ class RunRecorder(TrainerCallback):
     def write_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollout records; call on the main process only."""
         append_jsonl(self.directory / "rollouts.jsonl", rows)
+
+
+def score_record(scores: TokenScores, row: int, decode: Callable[[int], str]) -> dict[str, Any]:
+    """What rollouts.jsonl keeps of one row's scores: log-probabilities and KL(μ || teacher) of its tokens in nats, and
+    the alternatives as [text, probability] under each law, likeliest first."""
+    numbers = ("student_log_prob", "teacher_log_prob", "kl_teacher")
+    record: dict[str, Any] = {name: [_short(value) for value in getattr(scores, name)[row]] for name in numbers}
+    if scores.alternatives is not None:
+        record["alternatives"] = [
+            {law: [[decode(token), _short(chance)] for token, chance in found] for law, found in laws.items()}
+            for laws in scores.alternatives[row]
+        ]
+    return record
+
+
+def _short(value: float) -> float:
+    """Six digits: there are dozens of these numbers to a token, and forward passes are not exact to more."""
+    return float(f"{value:.6g}")
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

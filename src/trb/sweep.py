@@ -148,8 +148,7 @@ def _work(directory: str, keep_models: bool, job: Job) -> float:
     run = Path(directory) / job.path
     with _locked(run / ".lock"):
         if not _is_done(Path(directory), job):
-            recipe = study.recipe_of(job)
-            train(recipe, run)
+            train(study.recipe_of(job), run, initial_scores=_initial_scores(Path(directory), job.setting))
             if job.phase == "test":
                 _score_trained(study, job, run)
             _keep_seconds(run, time.monotonic() - start)
@@ -172,6 +171,13 @@ def _score_reference(study: Study, directory: Path, job: Reference) -> None:
     model = student if job.role == "student" else teacher
     scores = {name: _score(study, job.setting, getattr(setting, name), model, None) for name in ("dev", "test")}
     write_json(directory / job.path, scores)
+
+
+def _initial_scores(directory: Path, setting: str) -> list[dict[str, Any]]:
+    """The untrained student on the development split: every run of a setting starts there."""
+    path = directory / Reference(setting, "student").path
+    suites = json.loads(path.read_text(encoding="utf-8"))["dev"]["suites"].values()
+    return [{key: value for key, value in suite.items() if key != "correct"} for suite in suites]
 
 
 def _score_trained(study: Study, job: Unit, run: Path) -> None:

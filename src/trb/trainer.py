@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -43,10 +44,11 @@ from trb.policies import (
     TemperaturePolicy,
     TrustRegionPolicy,
 )
-from trb.recording import RunRecorder
+from trb.recording import RunRecorder, score_record
 from trb.sampling import METHODS as SAMPLERS
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.schedule import KINDS, kl_budget, ramp
+from trb.scoring import TokenScores, score_completions
 from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
 
 __all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
@@ -157,6 +159,20 @@ class TRBConfig(DistillationConfig):
         default=4,
         metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."},
     )
+    recorded_alternatives: int = field(
+        default=3,
+        metadata={
+            "help": "Likeliest tokens under the student, the teacher and the behavior policy recorded with each token "
+            "of those rollouts; 0 for none."
+        },
+    )
+    recorded_scores_every: int = field(
+        default=10,
+        metadata={
+            "help": "Every how many logged steps the recorded rollouts also get both models' log-probabilities and the "
+            "likeliest tokens, which takes a pass of each model over them; 0 for never."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -175,7 +191,8 @@ class TRBConfig(DistillationConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("loss_top_k", "sft_warmup_steps", "veto_strength", "recorded_rollouts"):
+        recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
+        for name in ("loss_top_k", "sft_warmup_steps", "veto_strength", *recorded):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         kl_budget(0, self.initial_kl_budget, self.blend_warmup_steps, self.budget_schedule)
@@ -434,22 +451,50 @@ class TRBTrainer(DistillationTrainer):
         self._add(mode, "student_calls", rollout.student_calls, 1)
 
     def _record(self, texts: list[str], rewards: list[float] | None) -> None:
+        """Write the first rollouts of the step; runs on the main process, whose rows come first in the batch."""
         if self._rollout is None or self.state.global_step % max(1, self.state.logging_steps):
             return
-        stats = self._rollout.stats
+        rows = min(self.args.recorded_rollouts, len(texts))
+        prompts, completions = self._rollout.prompts[:rows], self._rollout.completions[:rows]
+        # The same few tokens come again and again, and each call of the tokenizer costs more than what it decodes.
+        text_of = cache(lambda token: self._tokenizer.decode([token]))
+        stats, scores = self._rollout.stats, self._recorded_scores(prompts, completions)
+        keys = [prompt_key(prompt) for prompt in prompts]
         self.recorder.write_rollouts(
             {
                 "step": self.state.global_step,
-                "prompt": self._tokenizer.decode(self._rollout.prompts[row], skip_special_tokens=False),
+                "prompt": self._tokenizer.decode(prompts[row], skip_special_tokens=False),
+                "prompt_key": f"{keys[row]:016x}",
+                "rollout_index": keys[:row].count(keys[row]),
                 "completion": texts[row],
-                "tokens": [self._tokenizer.decode([token]) for token in self._rollout.completions[row]],
+                "tokens": [text_of(token) for token in completions[row]],
                 "reward": None if rewards is None else rewards[row],
                 "teacher_weight": stats.teacher_weight[row],
                 "kl_student": stats.kl_student[row],
                 "accepted": stats.accepted[row],
+                **({} if scores is None else score_record(scores, row, text_of)),
             }
-            for row in range(min(self.args.recorded_rollouts, len(texts)))
+            for row in range(rows)
         )
+
+    def _recorded_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> TokenScores | None:
+        """What both models say at every token of the recorded rollouts; no draw, no gradient, nothing left changed."""
+        every = self.args.recorded_scores_every * max(1, int(self.state.logging_steps))
+        if not prompts or not every or self.state.global_step % every:
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None  # sharded weights are whole only inside a pass that every process makes
+        with self.compute_loss_context_manager():
+            return score_completions(
+                self.accelerator.unwrap_model(self.model_wrapped),
+                self.accelerator.unwrap_model(self.teacher_model),
+                prompts,
+                completions,
+                policy=self.behavior_policy(self.state.global_step),
+                vocabulary=self.vocabulary,
+                temperature=self.temperature,
+                top=self.args.recorded_alternatives,
+            )
 
     # ---- replaced: the loss ----
 

@@ -1,7 +1,8 @@
-"""Reports: one self-contained HTML page per run or comparison, and the same curves as figures for papers.
+"""Reports: one self-contained HTML page per run, comparison, study or probe, and the same as figures and tables.
 
-`write_report` needs only the files a run leaves behind (see `trb.report.reading`); it trains, evaluates and
-downloads nothing. Figures are in `trb.report.figures`, apart, so that a page does not pay for matplotlib.
+`write_report` needs only the files that these leave behind (see `trb.report.reading`, `trb.report.study` and
+`trb.report.probe`); it trains, evaluates and downloads nothing. Figures are in `trb.report.figures`, apart, so that a
+page does not pay for matplotlib; tables are in `trb.report.tables`; `export` writes both.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from trb.report import study_page, tables
 from trb.report.page import render
+from trb.report.probe import PROBE_FILE, read_probe
 from trb.report.reading import ReportError, read
+from trb.report.study import STUDY_FILE, read_study
 
-__all__ = ["ReportError", "write_report"]
+__all__ = ["ReportError", "export", "write_report"]
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write report.html into a run directory or a comparison directory, and return its path.
+    """Write report.html into the directory of a run, a comparison, a study or a probe, and return its path.
 
     The page works offline and makes no request. An existing page is replaced at once, never left half
-    written. Raises ReportError if the directory is neither kind, or if a file in it is malformed (naming file
+    written. Raises ReportError if the directory is none of these, or if a file in it is malformed (naming file
     and line).
     """
-    html = render(read(directory))
+    html = _page(Path(directory))
     path = Path(directory) / "report.html"
     unfinished = path.with_name(".report.html.part")
     # Lone surrogates are legal in JSON strings but not in UTF-8. Written as bytes so that line ends stay as they
@@ -30,3 +34,26 @@ def write_report(directory: str | Path) -> Path:
     unfinished.write_bytes(html.encode("utf-8", errors="replace"))
     os.replace(unfinished, path)
     return path
+
+
+def export(directory: str | Path, out: str | Path) -> list[Path]:
+    """Write the figures of a run, comparison, study or probe to OUT/figures/ (PNG and SVG) and its tables to
+    OUT/tables/ (Markdown, CSV and LaTeX); returns the paths written.
+
+    A probe has no tables. Raises ReportError as `write_report` does.
+    """
+    from trb.report.figures import write_figures  # matplotlib takes a second to import
+
+    directory, out = Path(directory), Path(out)
+    paths = write_figures(directory, folder=out / "figures")
+    if not (directory / PROBE_FILE).is_file() or (directory / STUDY_FILE).is_file():
+        paths += tables.write_tables(directory, out / "tables")
+    return paths
+
+
+def _page(directory: Path) -> str:
+    if (directory / STUDY_FILE).is_file():
+        return study_page.render_study(read_study(directory))
+    if (directory / PROBE_FILE).is_file():
+        return study_page.render_probe(read_probe(directory))
+    return render(read(directory))

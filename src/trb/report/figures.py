@@ -1,4 +1,4 @@
-"""The page's curves as files for papers: one figure per quantity, drawn with matplotlib without a display.
+"""The page's curves, forest plots and sweeps as files for papers, drawn with matplotlib without a display.
 
 Same panels, colours, dashes and markers as the page; values are drawn as recorded, with the smoothed line
 over faint raw points only where the page does so too. No titles inside the figure: a paper has its own
@@ -8,7 +8,7 @@ caption.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from trb.report import panels
-from trb.report.panels import Panel, Series, Values
+from trb.report import panels, probe, study_panels
+from trb.report.panels import Panel, Series, Values, slug
+from trb.report.probe import PROBE_FILE, read_probe
 from trb.report.reading import ReportError, read
+from trb.report.study import STUDY_FILE, Study, read_study
+from trb.report.study_panels import Bar, Bars
 from trb.report.style import COLOURS, DASHES, MARKERS
 from trb.report.svg import FEW_POINTS, smoothing_window
 
@@ -46,9 +49,12 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def write_figures(directory: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write each chart of the report into directory/figures/, as NAME.FORMAT; returns the paths written.
+def write_figures(
+    directory: str | Path, formats: Sequence[str] = ("png", "svg"), folder: str | Path | None = None
+) -> list[Path]:
+    """Write each chart of the report into `folder` (by default directory/figures/), as NAME.FORMAT; returns the paths.
 
+    A study also gets differences.FORMAT, the forest plot, and per setting scores-SETTING and sweep-SETTING.
     `formats` are matplotlib's (png, svg, pdf, ...). An empty run gives an empty list.
     Raises ReportError as `write_report` does, and for an unknown format.
     """
@@ -56,18 +62,88 @@ def write_figures(directory: str | Path, formats: Sequence[str] = ("png", "svg")
     unknown = [name for name in formats if name not in known]
     if unknown:
         raise ReportError(f"unknown figure formats {unknown}; choose from {', '.join(sorted(known))}.")
-    source = read(directory)
-    folder = source.directory / "figures"
+    folder = Path(directory) / "figures" if folder is None else Path(folder)
     paths = []
     with matplotlib.rc_context(_STYLE):
-        for panel in (panel for group in panels.groups(source) for panel in group.panels):
-            folder.mkdir(exist_ok=True)
-            figure = draw(panel)
+        for stem, figure in _figures(Path(directory)):
+            folder.mkdir(parents=True, exist_ok=True)
             for name in formats:
-                path = folder / f"{panel.id}.{name}"
+                path = folder / f"{stem}.{name}"
                 figure.savefig(path, metadata={"Date": None} if name == "svg" else None)
                 paths.append(path)
     return paths
+
+
+def _figures(directory: Path) -> Iterator[tuple[str, Figure]]:
+    """(file name, figure) of everything a directory's page draws."""
+    if (directory / STUDY_FILE).is_file():
+        yield from _study_figures(read_study(directory))
+        return
+    if (directory / PROBE_FILE).is_file():
+        source = read_probe(directory)
+        found = probe.groups(source.record, "", str(source.directory / PROBE_FILE))
+    else:
+        found = panels.groups(read(directory))
+    yield from ((panel.id, draw(panel)) for group in found for panel in group.panels)
+
+
+def _study_figures(study: Study) -> Iterator[tuple[str, Figure]]:
+    forests = study_panels.forests(study)
+    if forests:
+        yield "differences", draw_bars(forests, f"difference in pass@1, points; {study.interval_name}s", zero=True)
+    for setting in study.settings:
+        name = slug(setting.name)
+        for stem, bars in (("scores", study_panels.scores(study, setting)), ("sweep", study_panels.sweep(setting))):
+            if any(row.value is not None for row in bars.rows):
+                yield f"{stem}-{name}", draw_bars([bars], "pass@1, percent")
+        for group in study_panels.groups(study, setting):
+            yield from ((panel.id, draw(panel)) for panel in group.panels)
+    for setting_name, record in study.diagnostics.items():
+        where = f"{study.directory / STUDY_FILE}: diagnostics.{setting_name}"
+        for group in probe.groups(record, setting_name, where):
+            yield from ((panel.id, draw(panel)) for panel in group.panels)
+
+
+def draw_bars(sections: Sequence[Bars], label: str, *, zero: bool = False) -> Figure:
+    """Means with their intervals, one row each, section below section; single seeds as faint dots, selected rows bold.
+
+    Values are shown in percent, or in points for differences (`zero` marks no difference).
+    """
+    rows = sum(len(section.rows) + 1 for section in sections)
+    figure = Figure(figsize=(_SIZE_INCHES[0] * 1.6, 0.55 + 0.2 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    names: list[tuple[float, str, bool]] = []
+    place = 0.0
+    for section in sections:
+        axes.annotate(section.title, (0, -place), xycoords=("axes fraction", "data"), xytext=(3, 0),
+                      textcoords="offset points", va="center", size=7, color="0.35")  # fmt: skip
+        for row in section.rows:
+            place += 1
+            names.append((-place, row.label, row.selected))
+            _draw_bar(axes, row, -place)
+        place += 1
+    if zero:
+        axes.axvline(0, color="0.3", linewidth=0.7)
+    axes.set_yticks([at for at, _, _ in names], [name for _, name, _ in names])
+    for tick, (_, _, selected) in zip(axes.get_yticklabels(), names, strict=True):
+        tick.set_fontweight("bold" if selected else "normal")
+    axes.set_ylim(0.6 - place, 0.6)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(label)
+    return figure
+
+
+def _draw_bar(axes: Axes, row: Bar, at: float) -> None:
+    colour = "0.45" if row.style is None else COLOURS[row.style]
+    seeds = [100 * value for value in row.per_seed if value is not None]
+    axes.plot(seeds, [at] * len(seeds), "o", color=colour, markersize=2.5, alpha=0.3, linewidth=0)
+    if row.value is None:
+        return
+    if row.interval:
+        low, high = (100 * end for end in row.interval)
+        axes.plot([low, high], [at, at], color=colour)
+    marker = "o" if row.style is None else _MARKERS[MARKERS[row.style]]
+    axes.plot([100 * row.value], [at], marker, color=colour, markersize=4)
 
 
 def draw(panel: Panel) -> Figure:
@@ -88,9 +164,12 @@ def draw(panel: Panel) -> Figure:
             size=7,
         )
     quantity = panel.quantity
-    axes.set_xlabel("step")
+    axes.set_xlabel(f"{panel.axis.name}\n{panel.note}" if panel.note else panel.axis.name)
     axes.set_ylabel(f"{quantity.title} ({quantity.unit})" if quantity.unit else quantity.title)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if panel.axis.labels:
+        axes.set_xticks(range(len(panel.axis.labels)), panel.axis.labels)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if quantity.format == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     if len(panel.series) > 1 or any(series.bound for series in panel.series):

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -21,42 +22,68 @@ from markupsafe import Markup
 import trb
 from trb.report import panels, rollouts, summary, svg
 from trb.report.reading import Source
-from trb.report.style import DASHES, label, show, style_indices
+from trb.report.style import DASHES, label, show, show_range, style_indices
+
+SCRIPTS = ("base.js", "curves.js", "viewer.js", "start.js")
 
 
 def render(source: Source) -> str:
-    """The whole page as text."""
-    css, js = _template_text("report.css"), _template_text("report.js")
+    """The whole page of a run or a comparison as text."""
     groups = panels.groups(source)
-    steps = _step_range(groups)
+    steps = step_range(groups)
     charts = [(group.title, [svg.draw(panel, steps) for panel in group.panels]) for group in groups]
-    chosen = rollouts.collect(source.runs)
+    chosen = rollouts.collect([source.runs])
     rows = summary.rows(source)
-    axis, bars = svg.interval_bars([row.score for row in rows])
+    strip = svg.interval_bars([row.score for row in rows])
+    config = summary.config_table(source.runs)
+    drawn = [chart for _, charts_of in charts for chart in charts_of]
+    styles = style_indices([run.name for run in source.runs])
+    methods = [method_entry(run.name, label(run.name), styles[run.name]) for run in source.runs]
+    sections = (
+        ("summary", "Summary", rows),
+        ("curves", "Curves", charts),
+        ("rollouts", "Rollouts", chosen.rows),
+        ("configuration", "Configuration", config.columns),
+    )
+    return document(
+        "report.html",
+        page_data({"curves": drawn}, methods, [("", "")], chosen),
+        kind="comparison" if source.kind == "comparison" else "run",
+        sections=sections,
+        title=summary.title(source),
+        headline=summary.headline(source),
+        context=summary.context(source),
+        facts=facts([run.last_step for run in source.runs], source.provenance),
+        provenance=summary.provenance(source.provenance),
+        rows=list(zip(rows, strip.bars, strict=True)),
+        strip=strip,
+        methods=methods,
+        charts=charts,
+        config=config,
+        notes=[*source.notes, *chosen.notes, *thinning_notes(groups)],
+    )
+
+
+def document(template: str, data: dict[str, Any], **values: Any) -> str:
+    """A page from one of the templates, with its style, its script and `data` inside.
+
+    `sections` are (id, name, what the section shows): those that show nothing get no link.
+    """
+    css = _template_text("report.css")
+    js = '(() => {\n"use strict";\n' + "\n".join(map(_template_text, SCRIPTS)) + "\n})();"
+    links = [(section, name) for section, name, content in values.pop("sections") if content]
     return (
         _environment()
-        .get_template("report.html")
+        .get_template(template)
         .render(
-            source=source,
-            title=summary.title(source),
-            headline=summary.headline(source),
-            context=summary.context(source),
-            facts=_facts(source),
-            provenance=summary.provenance(source),
-            rows=list(zip(rows, bars, strict=True)),
-            axis=axis,
-            methods=_methods(source),
-            charts=charts,
-            config=summary.config_table(source),
-            has_rollouts=bool(chosen.rows),
-            notes=_notes(source, groups, chosen),
-            size=svg,
-            dashes=DASHES,
+            **{**values, "notes": list(dict.fromkeys(values["notes"]))},
+            sections=[*links, ("provenance", "Provenance")],
+            has_rollouts=bool(data["rollouts"]),
             version=trb.__version__,
             policy=_policy(css, js),
             css=Markup(css),
             js=Markup(js),
-            data=embed(_page_data(source, charts, chosen)),
+            data=embed(data),
         )
     )
 
@@ -77,7 +104,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["show"] = show
+    environment.filters |= {"show": show, "show_range": show_range}
+    environment.globals |= {"size": svg, "dashes": DASHES}
     return environment
 
 
@@ -104,45 +132,48 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-def _step_range(groups: tuple[panels.Group, ...]) -> tuple[int, int]:
+def step_range(groups: Sequence[panels.Group]) -> tuple[int, int]:
+    """The first and the last step in any chart, (0, 0) if there is none."""
     steps = [x for group in groups for panel in group.panels for series in panel.series for x in series.x]
     return (min(steps), max(steps)) if steps else (0, 0)
 
 
-def _methods(source: Source) -> list[dict[str, Any]]:
-    styles = style_indices([run.name for run in source.runs])
-    return [
-        {"name": name, "label": label(name), "style": styles[name], "dash": DASHES[styles[name]]}
-        for name in (run.name for run in source.runs)
-    ]
+def method_entry(name: str, shown: str, style: int) -> dict[str, Any]:
+    """What legends and the viewer know of a method."""
+    return {"name": name, "label": shown, "style": style, "dash": DASHES[style]}
 
 
-def _facts(source: Source) -> list[str]:
-    """The short line under the headline: how long, how often evaluated, where and when."""
+def facts(steps: Sequence[int | None], provenance: Mapping[str, Any]) -> list[str]:
+    """The short line under the headline: how long, where and when."""
     found = []
-    steps = [run.last_step for run in source.runs if run.last_step is not None]
-    if steps:
-        found.append(f"{max(steps):,} steps" if len(set(steps)) == 1 else f"{min(steps):,} to {max(steps):,} steps")
-    record = source.provenance
-    if record.get("commit"):
-        found.append(f"commit {str(record['commit'])[:10]}" + (", modified" if record.get("dirty") else ""))
-    if record.get("time"):
-        found.append(re.sub(r"T(\d\d:\d\d)\S*?(?:\+00:00|Z)$", r" \1 UTC", str(record["time"])))
+    known = [step for step in steps if step is not None]
+    if known:
+        found.append(f"{max(known):,} steps" if len(set(known)) == 1 else f"{min(known):,} to {max(known):,} steps")
+    if provenance.get("commit"):
+        found.append(f"commit {str(provenance['commit'])[:10]}" + (", modified" if provenance.get("dirty") else ""))
+    if provenance.get("time"):
+        found.append(re.sub(r"T(\d\d:\d\d)\S*?(?:\+00:00|Z)$", r" \1 UTC", str(provenance["time"])))
     return found
 
 
-def _notes(source: Source, groups: tuple[panels.Group, ...], chosen: rollouts.Rollouts) -> list[str]:
-    notes = [*source.notes, *chosen.notes]
+def thinning_notes(groups: Sequence[panels.Group]) -> list[str]:
+    """A sentence for curves that are drawn with fewer points than were recorded."""
     longest = max((len(s.y) for g in groups for p in g.panels for s in p.series), default=0)
-    if longest > svg.MAX_POINTS:
-        notes.append(
-            f"Curves of more than {svg.MAX_POINTS} points ({longest:,} here) are thinned to the lowest and "
-            "highest point of each stretch."
-        )
-    return list(dict.fromkeys(notes))
+    if longest <= svg.MAX_POINTS:
+        return []
+    return [
+        f"Curves of more than {svg.MAX_POINTS} points ({longest:,} here) are thinned to the lowest and highest point "
+        "of each stretch."
+    ]
 
 
-def _page_data(source: Source, charts: list[tuple[str, list[svg.Chart]]], chosen: rollouts.Rollouts) -> dict[str, Any]:
+def page_data(
+    charts: Mapping[str, Sequence[svg.Chart]],
+    methods: Sequence[Mapping[str, Any]],
+    groups: Sequence[tuple[str, str]],
+    chosen: rollouts.Rollouts,
+) -> dict[str, Any]:
+    """What the script reads: charts by the id of their section, and rollouts in groups of (axis group, label)."""
     return {
         "plot": {
             "width": svg.WIDTH,
@@ -152,7 +183,9 @@ def _page_data(source: Source, charts: list[tuple[str, list[svg.Chart]]], chosen
             "top": svg.TOP,
             "bottom": svg.BOTTOM,
         },
-        "methods": [{key: method[key] for key in ("name", "label", "style")} for method in _methods(source)],
-        "charts": [chart.data for _, drawn in charts for chart in drawn],
+        "methods": [{key: method[key] for key in ("name", "label", "style")} for method in methods],
+        "charts": [chart.data | {"section": section} for section, drawn in charts.items() for chart in drawn],
+        "groups": [{"name": name, "label": shown} for name, shown in groups],
         "rollouts": list(chosen.rows),
+        "texts": list(chosen.texts),
     }

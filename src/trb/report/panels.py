@@ -18,6 +18,19 @@ Values = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What lies along x. With `labels`, x counts them from 0: values that are not evenly spaced, such as budgets.
+    Charts of one `group` are read together and share their step range."""
+
+    name: str = "step"
+    labels: tuple[str, ...] = ()
+    group: str = ""
+
+
+STEPS = Axis()
+
+
+@dataclass(frozen=True)
 class Quantity:
     """One chart's subject. `smooth` is for noisy quantities only: smoothing one that follows the schedule
     would draw a warm-up that ends where it does not.
@@ -97,8 +110,8 @@ OPTIMIZER = (
 
 @dataclass(frozen=True)
 class Series:
-    """One method's line: `x` steps, `y` values (None: a gap); `low`, `high`, `bound` parallel to `y` or
-    empty."""
+    """One method's line: `x` steps (or places on the panel's axis), `y` values (None: a gap); `low`, `high`, `bound`
+    parallel to `y` or empty."""
 
     method: str
     label: str
@@ -112,12 +125,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart. `id` is a slug, unique on the page; `levels` are named horizontal reference lines."""
+    """One chart. `id` is a slug, unique on the page; `levels` are named horizontal reference lines; `interval_name`
+    says what `low` and `high` of its series are; `legend` asks for one of its own; `note` says what was averaged."""
 
     id: str
     quantity: Quantity
     series: tuple[Series, ...]
     levels: tuple[tuple[str, float], ...] = ()
+    axis: Axis = STEPS
+    interval_name: str = "95% interval"
+    legend: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,7 +227,7 @@ def _panel(runs: Sequence[Run], quantity: Quantity, styles: dict[str, int]) -> P
             )
         )
     prefix = "held-out-" if quantity.held_out else ""
-    return Panel(prefix + _slug(quantity.key.removeprefix("trb/")), quantity, tuple(series))
+    return Panel(prefix + slug(quantity.key.removeprefix("trb/")), quantity, tuple(series))
 
 
 def _column(records: Sequence[Step], key: str) -> Values:
@@ -232,7 +250,7 @@ def _pass_at_1(source: Source, styles: dict[str, int]) -> tuple[Panel, ...]:
         if series:
             title = f"pass@1, {name or 'unnamed'}" if several else "pass@1"
             quantity = Quantity(PASS_AT_1.key, title, PASS_AT_1.unit, PASS_AT_1.caption, format=PASS_AT_1.format)
-            suffix = f"-{index + 1}-{_slug(name)}".rstrip("-") if several else ""
+            suffix = f"-{index + 1}-{slug(name)}".rstrip("-") if several else ""
             panels.append(Panel(PASS_AT_1.key + suffix, quantity, series, levels))
     return tuple(panels)
 
@@ -253,6 +271,6 @@ def _eval_series(run: Run, name: str, style: int) -> Series | None:
     )
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Lower-case letters, digits, - and _ only: safe as an element id and as a file name."""
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")[:40]

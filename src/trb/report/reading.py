@@ -154,8 +154,8 @@ def step_of(record: Mapping[str, Any], where: str) -> int:
 
 def _expected() -> str:
     return (
-        f"a run directory (any of {', '.join(RUN_FILES)}) or a comparison directory "
-        "(one run directory per method, and results.json)"
+        f"a run directory (any of {', '.join(RUN_FILES)}), a comparison directory (one run directory per method, and "
+        "results.json), a study directory (study.json) or a probe directory (probe.json)"
     )
 
 
@@ -170,11 +170,11 @@ def _run_directories(directory: Path) -> Iterator[Path]:
 
 
 def _read_single(directory: Path, notes: list[str]) -> Source:
-    run = _read_run(directory, notes)
-    results = _read_json(directory / "results.json")
+    run = read_run(directory, notes)
+    results = read_json(directory / "results.json")
     if "pass_at_1" in results:
         results = {run.name: results}
-    scores = _scores(results, directory / "results.json")
+    scores = parse_scores(results, directory / "results.json")
     methods = [name for name in scores if name not in REFERENCES]
     if len(methods) == 1:
         run = replace(run, name=methods[0])
@@ -185,11 +185,11 @@ def _read_single(directory: Path, notes: list[str]) -> Source:
 
 def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[str]) -> Source:
     path = directory / "results.json"
-    results = _read_json(path)
+    results = read_json(path)
     order = {name: rank for rank, name in enumerate(results)}
     children = tuple(sorted(children, key=lambda child: (order.get(child.name, len(order)), child.name)))
-    runs = tuple(_read_run(child, notes, name=child.name) for child in children)
-    scores = _scores(results, path)
+    runs = tuple(read_run(child, notes, name=child.name) for child in children)
+    scores = parse_scores(results, path)
     if not scores:
         notes.append("results.json has no evaluation yet: the summary uses each run's latest one.")
         scores = _scores_from_evals(runs, notes)
@@ -203,7 +203,8 @@ def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[st
     return Source(directory, "comparison", runs, scores, provenance, tuple(notes))
 
 
-def _read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
+def read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
+    """One run directory; `name` overrides the method its configuration names."""
     config = _read_yaml(directory / "config.yaml")
     if not config:
         notes.append(f"{directory.name}/config.yaml is missing or empty: the configuration is not shown.")
@@ -211,7 +212,7 @@ def _read_run(directory: Path, notes: list[str], name: str | None = None) -> Run
         name=name or _method(config) or directory.resolve().name,
         directory=directory,
         config=config,
-        provenance=_read_json(directory / "provenance.json"),
+        provenance=read_json(directory / "provenance.json"),
         metrics=_read_metrics(directory / "metrics.jsonl", notes),
         held_out=_read_metrics(directory / "held_out.jsonl", notes),
         evals=_read_evals(directory / "evals.jsonl", notes),
@@ -259,7 +260,8 @@ def _read_evals(path: Path, notes: list[str]) -> tuple[Score, ...]:
     return tuple(sorted(found.values(), key=lambda score: score.step or 0))
 
 
-def _scores(results: Mapping[str, Any], path: Path) -> dict[str, Score]:
+def parse_scores(results: Mapping[str, Any], path: str | Path) -> dict[str, Score]:
+    """The scores in the contents of results.json, by name; `path` names their source in messages."""
     scores = {}
     for name, value in results.items():
         if name == "provenance" or (name not in REFERENCES and not isinstance(value, Mapping)):
@@ -304,7 +306,8 @@ def _score(record: Mapping[str, Any], where: str) -> Score:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file; anything else raises ReportError."""
     if not path.is_file():
         return {}
     try:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-Format = Literal["number", "percent", "count"]
+# "points" are differences of shares, in percentage points; "p" are p-values, "effect" effect sizes.
+Format = Literal["number", "percent", "count", "points", "p", "effect"]
+MINUS = "\N{MINUS SIGN}"
 
 LABELS = {
     "trb": "TRB",
@@ -44,14 +46,29 @@ def style_indices(names: list[str]) -> dict[str, int]:
 
 
 def show(value: float | None, kind: Format = "number") -> str:
-    """`value` as text: four significant digits, a percentage with one decimal, or a whole count."""
+    """`value` as text: four significant digits, a percentage or a signed number of points with one decimal, a whole
+    count, a p-value, or an effect size with two decimals."""
     if value is None:
         return "–"
     if kind == "percent":
-        return f"{100 * value:.1f}%"
+        return f"{100 * value:.1f}%".replace("-", MINUS)
+    if kind == "points":
+        text = f"{100 * value:+.1f}"
+        return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+    if kind == "p":
+        return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    if kind == "effect":
+        return f"{value:.2f}".replace("-", MINUS)
     if kind == "count":
         return f"{value:,.0f}"
     if value != 0 and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     return f"{float(f'{value:.4g}'):,.10g}"
+
+
+def show_range(interval: tuple[float, float] | None, kind: Format = "number") -> str:
+    """An interval as text, without signs of percent: "44.1 to 46.9"; empty for None."""
+    if interval is None:
+        return ""
+    return " to ".join(show(end, kind).removesuffix("%") for end in interval)

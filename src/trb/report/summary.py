@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trb.report.reading import REFERENCES, Score, Source
+from trb.report.reading import REFERENCES, Run, Score, Source
 from trb.report.style import label, show, style_indices
 
 Verdict = Literal["above", "below", "unresolved", "unknown"]
@@ -109,15 +109,15 @@ def context(source: Source) -> str:
     return " ".join(sentences)
 
 
-def config_table(source: Source) -> ConfigTable:
+def config_table(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> ConfigTable:
     """The resolved configurations, flattened to dotted keys; secrets are hidden, and in comparisons the
     options that differ come apart from those all runs share."""
-    runs = [run for run in source.runs if run.config]
-    flat = [dict(flatten(run.config)) for run in runs]
+    known = [run for run in runs if run.config]
+    flat = [dict(flatten(run.config)) for run in known]
     keys = list(dict.fromkeys(key for config in flat for key in config))
     texts = {key: tuple(config.get(key, _UNSET) for config in flat) for key in keys}
     return ConfigTable(
-        columns=tuple(label(run.name) for run in runs),
+        columns=tuple((labels or {}).get(run.name, label(run.name)) for run in known),
         differing=tuple((key, values) for key, values in texts.items() if len(set(values)) > 1),
         shared=tuple((key, values[0]) for key, values in texts.items() if len(set(values)) == 1),
     )
@@ -135,9 +135,9 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return found
 
 
-def provenance(source: Source) -> list[tuple[str, str]]:
+def provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of everything recorded about where the results come from, secrets hidden."""
-    return [(key, _SECRET_FLAG.sub(rf"\1{_HIDDEN}", text)) for key, text in flatten(source.provenance)]
+    return [(key, _SECRET_FLAG.sub(rf"\1{_HIDDEN}", text)) for key, text in flatten(record)]
 
 
 def _scored_methods(source: Source) -> list[tuple[str, Score]]:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trb.report.panels import Panel, Series, Values, smoothed, thinned
+from trb.report.panels import Axis, Panel, Series, Values, smoothed, thinned
 from trb.report.reading import Score
-from trb.report.style import DASHES, MARKERS, Format, show
+from trb.report.style import DASHES, MARKERS, MINUS, Format, show
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22
@@ -24,6 +24,7 @@ BAR_WIDTH, BAR_HEIGHT = 280, 26
 FEW_POINTS = 20
 _MARKERS_PER_LINE = 7
 _SMOOTH_SHARE = 12
+_MOST_BAR_TICKS = 6
 
 Point = tuple[float, float]
 
@@ -79,33 +80,51 @@ class Chart:
 
 @dataclass(frozen=True)
 class IntervalBar:
-    """A score on the summary's common axis: mean and interval ends in bar units, None where not recorded."""
+    """A value on a common axis: mean and interval ends in bar units, None where not recorded; `dots` are the values
+    it is the mean of."""
 
     mean: float | None
     low: float | None
     high: float | None
+    dots: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Bars that share an axis; `zero` is where 0 lies on it, None where it is nothing special."""
+
+    axis: tuple[Tick, ...]
+    bars: tuple[IntervalBar, ...]
+    zero: float | None = None
 
 
 def draw(panel: Panel, steps: tuple[int, int]) -> Chart:
-    """Draw a panel over the step range `steps`, which all charts of a page share."""
-    x = Scale(*_padded_steps(steps), LEFT, WIDTH - RIGHT)
+    """Draw a panel over the step range `steps`, which all charts of a page share; a panel with an axis of its own is
+    drawn over that."""
+    labels = panel.axis.labels
+    low, high = (-0.3, len(labels) - 0.7) if labels else _padded_steps(steps)
+    x = Scale(low, high, LEFT, WIDTH - RIGHT)
     kind = panel.quantity.format
     y = Scale(*_y_domain(panel), HEIGHT - BOTTOM, TOP)
     kept = {series.method: thinned(series.y, MAX_POINTS) for series in panel.series}
     lines = [_line(s, kept[s.method], x, y, panel.quantity.smooth, rank) for rank, s in enumerate(panel.series)]
     return Chart(
         panel=panel,
-        x_ticks=tuple(Tick(round(x(v), 1), f"{v:,.0f}") for v in ticks(x.low, x.high, 5) if v == int(v) >= 0),
+        x_ticks=tuple(Tick(round(x(v), 1), text) for v, text in _x_labels(x, labels)),
         y_ticks=tuple(Tick(round(y(v), 1), text) for v, text in _labelled(y.low, y.high, 3, kind)),
         lines=tuple(lines),
         levels=tuple(Tick(round(y(value), 1), name) for name, value in panel.levels),
-        description=" ".join(_describe(series, kind) for series in panel.series),
+        description=" ".join(_describe(series, kind, panel.axis) for series in panel.series),
         data={
             "id": panel.id,
             "title": panel.quantity.title,
             "unit": panel.quantity.unit,
             "format": kind,
             "boundName": panel.quantity.bound_name,
+            "intervalName": panel.interval_name,
+            "axis": panel.axis.group,
+            "xName": panel.axis.name,
+            "xLabels": list(labels) or None,
             "x": [x.low, x.high],
             "y": [y.low, y.high],
             "series": [_series_data(s, kept[s.method]) for s in panel.series],
@@ -113,20 +132,46 @@ def draw(panel: Panel, steps: tuple[int, int]) -> Chart:
     )
 
 
-def interval_bars(scores: Sequence[Score]) -> tuple[tuple[Tick, ...], tuple[IntervalBar, ...]]:
-    """The summary's common pass@1 axis, and each score's place on it."""
-    values = [v for s in scores for v in (s.pass_at_1, *(s.interval or ())) if v is not None]
+def interval_bars(scores: Sequence[Score], dots: Sequence[Values] = ()) -> Strip:
+    """Scores on a common axis of pass@1; `dots` are each score's values per seed."""
+    rows = [(score.pass_at_1, score.interval) for score in scores]
+    return _strip(rows, dots or [()] * len(rows), "percent", floor=0.0, ceiling=1.0)
+
+
+def difference_bars(rows: Sequence[tuple[float | None, tuple[float, float] | None]]) -> Strip:
+    """Differences with their intervals on a common axis that holds zero: a forest plot."""
+    return _strip(rows, [()] * len(rows), "points", floor=-math.inf, ceiling=math.inf, include=(0.0,))
+
+
+def _strip(
+    rows: Sequence[tuple[float | None, tuple[float, float] | None]],
+    dots: Sequence[Values],
+    kind: Format,
+    *,
+    floor: float,
+    ceiling: float,
+    include: tuple[float, ...] = (),
+) -> Strip:
+    values = [v for value, interval in rows for v in (value, *(interval or ())) if v is not None]
+    values += [v for column in dots for v in column if v is not None]
     if not values:
-        return (), tuple(IntervalBar(None, None, None) for _ in scores)
-    low, high = _domain(values, share=0.08, floor=0.0, ceiling=1.0)
+        return Strip((), tuple(IntervalBar(None, None, None) for _ in rows))
+    low, high = _domain([*values, *include], share=0.08, floor=floor, ceiling=ceiling)
     scale = Scale(low, high, 6, BAR_WIDTH - 6)
 
     def at(value: float | None) -> float | None:
         return None if value is None else round(scale(value), 1)
 
-    bars = (IntervalBar(at(s.pass_at_1), *map(at, s.interval or (None, None))) for s in scores)
-    axis = tuple(Tick(round(scale(v), 1), text) for v, text in _labelled(low, high, 4, "percent"))
-    return axis, tuple(bars)
+    bars = []
+    for (value, interval), seeds in zip(rows, dots, strict=True):
+        places = tuple(round(scale(v), 1) for v in seeds if v is not None)
+        start, end = interval or (None, None)
+        bars.append(IntervalBar(at(value), at(start), at(end), places))
+    labelled = _labelled(low, high, 4, kind)
+    if len(labelled) > _MOST_BAR_TICKS:
+        labelled = labelled[::2]
+    axis = tuple(Tick(round(scale(v), 1), text) for v, text in labelled)
+    return Strip(axis, tuple(bars), at(0.0) if include else None)
 
 
 def smoothing_window(values: Values) -> int:
@@ -252,26 +297,37 @@ def _domain(values: Sequence[float], *, share: float, floor: float, ceiling: flo
 def _labelled(low: float, high: float, least: int, kind: Format) -> list[tuple[float, str]]:
     values = ticks(low, high, least)
     gap = values[1] - values[0]
-    if kind != "percent" and gap < 1e-4:
+    share = kind in ("percent", "points")
+    if not share and gap < 1e-4:
         return [(v, f"{v:g}".replace("e-0", "e-")) for v in values]
-    unit, sign = (100, "%") if kind == "percent" else (1, "")
+    unit, sign = 100 if share else 1, "%" if kind == "percent" else ""
     digits = max(0, -math.floor(math.log10(gap * unit) + 1e-9))
-    return [(v, f"{v * unit:,.{digits}f}{sign}".replace("-", "\N{MINUS SIGN}")) for v in values]
+    plus = "+" if kind == "points" else ""
+    texts = [f"{v * unit:{plus if v else ''},.{digits}f}{sign}".replace("-", MINUS) for v in values]
+    return list(zip(values, texts, strict=True))
 
 
-def _describe(series: Series, kind: Format) -> str:
+def _x_labels(x: Scale, labels: Sequence[str]) -> list[tuple[float, str]]:
+    if labels:
+        return list(enumerate(labels))
+    return [(v, f"{v:,.0f}") for v in ticks(x.low, x.high, 5) if v == int(v) >= 0]
+
+
+def _describe(series: Series, kind: Format, axis: Axis) -> str:
     known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
     (first, start), (last, end) = known[0], known[-1]
     low, high = min(y for _, y in known), max(y for _, y in known)
+    begin, finish = (axis.labels[x] if axis.labels else x for x in (first, last))
     return (
-        f"{series.label}: {show(start, kind)} at step {first}, {show(end, kind)} at step {last}, "
+        f"{series.label}: {show(start, kind)} at {axis.name} {begin}, {show(end, kind)} at {axis.name} {finish}, "
         f"between {show(low, kind)} and {show(high, kind)}."
     )
 
 
 def _series_data(series: Series, kept: list[int]) -> dict[str, Any]:
     columns = {"y": series.y, "low": series.low, "high": series.high, "bound": series.bound}
-    data: dict[str, Any] = {"method": series.method, "x": [series.x[i] for i in kept]}
+    data: dict[str, Any] = {"method": series.method, "label": series.label, "style": series.style}
+    data["x"] = [series.x[i] for i in kept]
     for name, values in columns.items():
         if values:
             data[name] = [None if (v := values[i]) is None else float(f"{v:.6g}") for i in kept]

@@ -1,0 +1,94 @@
+"""The sentences at the top of a study's page, computed from its numbers.
+
+A difference is called resolved only if its interval excludes zero; whether it stays so after the correction for several
+comparisons is said beside it. Nothing is claimed from two separate intervals here: methods share seeds and problems,
+and the paired difference is the comparison.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trb.report.reading import Score
+from trb.report.study import BASELINE, OURS, Difference, Study
+from trb.report.style import label, show, show_range
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the headline speaks about: the average, or one setting where there is no average yet."""
+
+    where: str
+    scores: tuple[tuple[str, str, Score], ...]
+    difference: Difference | None
+
+
+def scope(study: Study) -> Scope | None:
+    """The average over all settings if it is on record, else the first setting with a score; None without any."""
+    scored = [entry for entry in study.average if entry.score.pass_at_1 is not None]
+    if scored:
+        ours = next((entry.difference for entry in scored if entry.name == OURS), None)
+        where = f"Averaged over {len(study.settings)} settings"
+        return Scope(where, tuple((entry.name, entry.label, entry.score) for entry in scored), ours)
+    for setting in study.settings:
+        methods = [method for method in setting.methods if method.score.pass_at_1 is not None]
+        if methods:
+            found = setting.method(OURS)
+            where = f"In {setting.title}" + (", the first of the settings" if len(study.settings) > 1 else "")
+            return Scope(where, tuple((m.name, m.label, m.score) for m in methods), found.difference if found else None)
+    return None
+
+
+def headline(study: Study) -> str:
+    """Which method scores highest, and whether the difference between TRB and plain distillation is resolved."""
+    found = scope(study)
+    if found is None:
+        return "No method has been scored on the test problems yet."
+    name, shown, score = max(found.scores, key=lambda entry: entry[2].pass_at_1 or 0.0)
+    first = f"{found.where}, {shown} scores {'highest, ' if len(found.scores) > 1 else ''}{_percent(study, score)}"
+    names = {entry[0] for entry in found.scores}
+    if OURS not in names:
+        return f"{first}; {label(OURS)} has no score yet."
+    if BASELINE not in names:
+        return f"{first}; there is no {label(BASELINE)} to compare with yet."
+    # Said once what the brackets are, unless the score had none.
+    interval = "" if score.interval else f"{study.interval_name} "
+    return f"{first}; {_verdict(study, found.difference, interval, ours_first=name == OURS)}."
+
+
+def _verdict(study: Study, difference: Difference | None, interval: str, ours_first: bool) -> str:
+    ours, baseline = study.labels.get(OURS, label(OURS)), study.labels.get(BASELINE, label(BASELINE))
+    subject = f"its difference to {baseline}" if ours_first else f"{ours}'s difference to {baseline}"
+    if difference is None or difference.estimate is None:
+        return f"{subject} has not been computed"
+    size = f"{subject}, {show(difference.estimate, 'points')} points"
+    if difference.interval is None:
+        return f"{size}, cannot be judged without an interval"
+    low, high = difference.interval
+    size += f" ({interval}{show_range(difference.interval, 'points')})"
+    if low > 0 or high < 0:
+        return f"{size}, is resolved: the interval excludes zero"
+    return f"{size}, is not resolved: the interval includes zero"
+
+
+def context(study: Study) -> str:
+    """The correction for several comparisons, the other methods that are resolved, and the ends of the range."""
+    found = scope(study)
+    parts = [study.description] if study.description else []
+    if found and found.difference and found.difference.p_holm is not None:
+        resolved = found.difference.p_holm < 1 - study.level
+        p_holm = show(found.difference.p_holm, "p")
+        parts.append(
+            f"After correction for the comparisons with {label(BASELINE)} (Holm), p {'' if '<' in p_holm else '= '}"
+            f"{p_holm}: {'still' if resolved else 'not'} resolved."
+        )
+    scored = {method.name for setting in study.settings for method in setting.methods}
+    missing = [s.title for s in study.settings if {m.name for m in s.methods} < scored]
+    if missing:
+        parts.append(f"Not every method has been scored yet in {', '.join(missing)}.")
+    return " ".join(parts)
+
+
+def _percent(study: Study, score: Score) -> str:
+    interval = f" ({study.interval_name} {show_range(score.interval, 'percent')})" if score.interval else ""
+    return f"{show(score.pass_at_1, 'percent')} pass@1{interval}"

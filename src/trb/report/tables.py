@@ -1,0 +1,426 @@
+"""The numbers of a study or a comparison as tables: Markdown, CSV and LaTeX, and what the page shows.
+
+Markdown and LaTeX show rounded numbers with their intervals, the best of a column in bold; CSV has one column per
+number, in full precision. "Best" is the highest mean and claims nothing: the differences have their own table. Every
+caption says what the intervals are and over how many seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trb.report import summary
+from trb.report.panels import slug
+from trb.report.reading import ReportError, Score, parse_scores, read, read_json
+from trb.report.study import BASELINE, STUDY_FILE, Difference, Method, Setting, Study, parse_study, read_study
+from trb.report.style import MINUS, Format, label, show, show_range
+
+Value = float | str | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: text as it is, or a number with its format and interval."""
+
+    value: Value
+    format: Format = "number"
+    interval: tuple[float, float] | None = None
+    best: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.value if isinstance(self.value, str) else show(self.value, self.format)
+
+    @property
+    def range(self) -> str:
+        return show_range(self.interval, self.format)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header; the first column names the row. `name` is a file name without its ending."""
+
+    name: str
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def write_tables(source: str | Path | Mapping[str, Any], directory: str | Path) -> list[Path]:
+    """Write every table of `source` into `directory` as NAME.md, NAME.csv and NAME.tex; returns the paths.
+
+    `source` is a study, comparison or run directory, a study.json or results.json, or the contents of one.
+    Raises ReportError if it is none of these or malformed.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for table in tables_of(source):
+        for ending, render in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
+            path = folder / f"{table.name}.{ending}"
+            path.write_text(render(table), encoding="utf-8", errors="replace", newline="")
+            paths.append(path)
+    return paths
+
+
+def tables_of(source: str | Path | Mapping[str, Any]) -> list[Table]:
+    """The tables of a source as `write_tables` takes it; those without a row are left out."""
+    if isinstance(source, Mapping):
+        return _tables_of_record(source, Path("."), "the given object")
+    path = Path(source)
+    if path.is_dir():
+        if (path / STUDY_FILE).is_file():
+            return study_tables(read_study(path))
+        return score_tables(read(path).scores)
+    if not path.is_file():
+        raise ReportError(f"{path} does not exist. Give a study or comparison directory, study.json or results.json.")
+    return _tables_of_record(read_json(path), path.parent, str(path))
+
+
+def _tables_of_record(record: Mapping[str, Any], directory: Path, where: str) -> list[Table]:
+    if "settings" in record:
+        return study_tables(parse_study(record, directory, where))
+    scores = parse_scores(record, where)
+    if not scores:
+        raise ReportError(f"{where} holds neither settings (study.json) nor scores with pass_at_1 (results.json).")
+    return score_tables(scores)
+
+
+# ---- which tables ----
+
+
+def study_tables(study: Study) -> list[Table]:
+    """Results and differences over all settings; then, per setting, suites, learning speed, sweep and all pairs."""
+    found = [results_table(study), differences_table(study)]
+    for setting in study.settings:
+        found += [
+            suites_table(study, setting),
+            learning_table(study, setting),
+            sweep_table(setting),
+            pairs_table(study, setting),
+        ]
+    return [table for table in found if table.rows]
+
+
+def score_tables(scores: Mapping[str, Score]) -> list[Table]:
+    """The one table of a comparison: the scores of results.json."""
+    best = _highest(score.pass_at_1 for name, score in scores.items() if name not in ("student", "teacher"))
+    rows = tuple(
+        (
+            Cell({"student": "Student, before", "teacher": "Teacher"}.get(name, label(name))),
+            _pass_at_1(score, best if name not in ("student", "teacher") else None),
+            Cell(score.n_problems, "count"),
+            Cell(score.n_samples, "count"),
+            Cell(score.mean_length),
+            Cell(score.stop_rate, "percent"),
+        )
+        for name, score in scores.items()
+    )
+    caption = "pass@1 with 95% intervals over the problems and samples of one evaluation; 1 training seed per method."
+    return [Table("scores", caption, ("Model", "pass@1", "Problems", "Samples", "Mean length", "Stop rate"), rows)]
+
+
+def results_table(study: Study) -> Table:
+    """pass@1 of every method in every setting, and on average."""
+    names = [name for name in study.labels if _scores_of(study, name)]
+    columns = [{name: method.score for name in names if (method := s.method(name))} for s in study.settings]
+    columns += [{entry.name: entry.score for entry in study.average}] if study.average else []
+    best = [_highest(score.pass_at_1 for score in column.values()) for column in columns]
+
+    def row(title: str, scores: Sequence[Score | None], bold: bool) -> tuple[Cell, ...]:
+        cells = (_pass_at_1(one, top if bold else None) for one, top in zip(scores, best, strict=True))
+        return (Cell(title), *cells)
+
+    def reference(title: str, scores: Sequence[Score]) -> list[tuple[Cell, ...]]:
+        known = any(score.pass_at_1 is not None for score in scores)
+        return [row(title, [*scores, *[None] * bool(study.average)], False)] if known else []
+
+    rows = [
+        *reference("Student, before", [setting.student for setting in study.settings]),
+        *(row(study.labels[name], [column.get(name) for column in columns], True) for name in names),
+        *reference("Teacher", [setting.teacher for setting in study.settings]),
+    ]
+    header = ("Method", *(setting.title for setting in study.settings), *(["Average"] if study.average else []))
+    caption = (
+        f"pass@1 on the test problems; {study.interval_name}s over {seeds_and_problems(study.settings)} (student and "
+        "teacher: over problems)."
+    )
+    return Table("results", caption, header, tuple(rows) if names else ())
+
+
+def differences_table(study: Study) -> Table:
+    """Every method minus plain distillation, setting by setting and on average."""
+    rows = []
+    for setting in study.settings:
+        rows += [
+            (
+                Cell(setting.title),
+                Cell(method.label),
+                *_difference_cells(method.difference),
+                _points(method.area_difference),
+            )
+            for method in setting.methods
+            if method.difference
+        ]
+    rows += [
+        (Cell("Average"), Cell(entry.label), *_difference_cells(entry.difference), Cell(None))
+        for entry in study.average
+        if entry.difference
+    ]
+    baseline = study.labels.get(BASELINE, label(BASELINE))
+    caption = (
+        f"Difference to {baseline} in points of pass@1; {study.interval_name}s over "
+        f"{seeds_and_problems(study.settings)}, paired by seed and problem. p: two-sided; Holm: corrected for the "
+        "comparisons of a setting; d: Cohen's d over seeds; area: difference of the areas under the development curves."
+    )
+    header = ("Setting", "Method", f"Difference to {baseline}", "p", "p (Holm)", "d", "Area")
+    return Table("differences", caption, header, tuple(rows))
+
+
+def suites_table(study: Study, setting: Setting) -> Table:
+    """pass@1 by problem set, for a setting with several."""
+    suites = list(dict.fromkeys(suite for method in setting.methods for suite in method.suites))
+    best = {suite: _highest(method.suites.get(suite) for method in setting.methods) for suite in suites}
+    rows = tuple(
+        (
+            Cell(method.label),
+            *(Cell(v := method.suites.get(s), "percent", best=v is not None and v == best[s]) for s in suites),
+            _pass_at_1(method.score, None),
+        )
+        for method in setting.methods
+        if method.suites
+    )
+    sizes = {str(suite.get("name")): suite.get("problems") for suite in setting.test}
+    header = ("Method", *(f"{s} ({sizes[s]} problems)" if sizes.get(s) else s for s in suites), "Mean")
+    caption = f"{setting.title}: pass@1 by problem set, means over {seeds_of(setting.methods)}."
+    return Table(f"suites-{slug(setting.name)}", caption, header, rows if len(suites) > 1 else ())
+
+
+def learning_table(study: Study, setting: Setting) -> Table:
+    """How fast each method learned, on the development problems."""
+    rows = tuple(
+        (
+            Cell(method.label),
+            Cell(method.area.pass_at_1, "percent", method.area.interval),
+            _points(method.area_difference),
+            Cell(None if method.target is None else method.target.median, "count"),
+            Cell(_reached(method)),
+        )
+        for method in setting.methods
+        if method.area.pass_at_1 is not None or method.target is not None
+    )
+    goals = {m.target.target for m in setting.methods if m.target and m.target.target is not None}
+    goal = f"{show(min(goals), 'percent')}" if len(goals) == 1 else "the target"
+    caption = (
+        f"{setting.title}: mean pass@1 over training (area under the development curve) with {study.interval_name}s, "
+        f"and the median step at which {goal} was first reached; {seeds_of(setting.methods)}."
+    )
+    header = ("Method", "Area", "Difference to OPD", f"Steps to {goal}", "Seeds that reached it")
+    return Table(f"learning-{slug(setting.name)}", caption, header, rows)
+
+
+def sweep_table(setting: Setting) -> Table:
+    """Every configuration that was tried, with its development score."""
+    rows = tuple(
+        (
+            Cell(_label_of(setting, name)),
+            Cell(configuration_text(entry.configuration)),
+            _pass_at_1(entry.score, None),
+            Cell(entry.seeds, "count"),
+            Cell("selected" if entry.selected else ""),
+        )
+        for name, entries in setting.sweep.items()
+        for entry in entries
+    )
+    over = spanned(entry.seeds for entries in setting.sweep.values() for entry in entries)
+    caption = f"{setting.title}: pass@1 on the development problems of every configuration, means over {over}."
+    return Table(
+        f"sweep-{slug(setting.name)}", caption, ("Method", "Configuration", "pass@1", "Seeds", "Selected"), rows
+    )
+
+
+def pairs_table(study: Study, setting: Setting) -> Table:
+    """Every method minus every other."""
+    names = [method.name for method in setting.methods if method.differences]
+    rows = tuple(
+        (Cell(first.label), *(_points(first.differences.get(second)) for second in names))
+        for first in setting.methods
+        if first.differences
+    )
+    caption = (
+        f"{setting.title}: method of the row minus method of the column in points of pass@1; {study.interval_name}s "
+        f"over {seeds_of(setting.methods)}, paired by seed and problem, not corrected for their number."
+    )
+    header = ("Method", *(_label_of(setting, name) for name in names))
+    return Table(f"pairs-{slug(setting.name)}", caption, header, rows if len(names) > 1 else ())
+
+
+def configuration_text(configuration: Mapping[str, Any]) -> str:
+    """ "key = value" pairs in one line; secrets hidden."""
+    return ", ".join(f"{key} = {value}" for key, value in summary.flatten(configuration)) or "defaults"
+
+
+def seeds_of(methods: Iterable[Method]) -> str:
+    """ "20 seeds", or "3 to 20 seeds" where methods differ."""
+    return spanned(method.seeds for method in methods)
+
+
+def spanned(seeds: Iterable[int | None]) -> str:
+    """ "20 seeds", "3 to 20 seeds", or a confession."""
+    counts = sorted({count for count in seeds if count})
+    return f"{_span(counts)} seed{'' if counts == [1] else 's'}" if counts else "an unknown number of seeds"
+
+
+def seeds_and_problems(settings: Sequence[Setting]) -> str:
+    """ "20 seeds and 4,096 problems", with ranges where settings or methods differ."""
+    methods = [method for setting in settings for method in setting.methods]
+    problems = sorted({int(m.score.n_problems) for m in methods if m.score.n_problems})
+    return seeds_of(methods) + (f" and {_span(problems)} problems" if problems else "")
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+
+
+def _scores_of(study: Study, name: str) -> list[Score]:
+    found = [method.score for setting in study.settings if (method := setting.method(name))]
+    return found + [entry.score for entry in study.average if entry.name == name]
+
+
+def _label_of(setting: Setting, name: str) -> str:
+    method = setting.method(name)
+    return label(name) if method is None else method.label
+
+
+def _highest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _pass_at_1(score: Score | None, best: float | None) -> Cell:
+    if score is None:
+        return Cell(None, "percent")
+    return Cell(score.pass_at_1, "percent", score.interval, best=best is not None and score.pass_at_1 == best)
+
+
+def _points(difference: Difference | None) -> Cell:
+    return Cell(None) if difference is None else Cell(difference.estimate, "points", difference.interval)
+
+
+def _difference_cells(difference: Difference | None) -> tuple[Cell, ...]:
+    found = difference or Difference()
+    return _points(found), Cell(found.p_value, "p"), Cell(found.p_holm, "p"), Cell(found.effect_size, "effect")
+
+
+def _reached(method: Method) -> str:
+    if method.target is None or method.target.reached is None:
+        return "–"
+    return f"{show(method.target.reached, 'count')} of {show(method.target.seeds, 'count')}"
+
+
+# ---- as text ----
+
+
+def _text_columns(table: Table) -> list[bool]:
+    """Which columns hold text, and so are aligned to the left."""
+    return [any(isinstance(row[i].value, str) for row in table.rows) for i in range(len(table.header))]
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table with its caption above."""
+    lines = [_markdown(table.caption), ""]
+    lines.append(_pipes(map(_markdown, table.header)))
+    lines.append(_pipes("---" if is_text else "---:" for is_text in _text_columns(table)))
+    lines += [_pipes(map(_markdown_cell, row)) for row in table.rows]
+    return "\n".join(lines) + "\n"
+
+
+def _pipes(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = _markdown(cell.text)
+    return (f"**{text}**" if cell.best else text) + (f" ({cell.range})" if cell.range else "")
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    escaped = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", _one_line(text))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def to_csv(table: Table) -> str:
+    """Comma-separated values after RFC 4180: numbers in full, an interval as two further columns."""
+    intervals = [any(row[i].interval for row in table.rows) for i in range(len(table.header))]
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    header: list[str] = []
+    for title, has_interval in zip(table.header, intervals, strict=True):
+        header += [title, f"{title}, low", f"{title}, high"] if has_interval else [title]
+    writer.writerow(header)
+    for row in table.rows:
+        line: list[Value] = []
+        for cell, has_interval in zip(row, intervals, strict=True):
+            line += [cell.value, *((cell.interval or (None, None)) if has_interval else ())]
+        writer.writerow(line)
+    return stream.getvalue()
+
+
+def to_latex(table: Table) -> str:
+    """A table environment for the booktabs package."""
+    columns = "".join("l" if is_text else "r" for is_text in _text_columns(table))
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.caption)}}}", rf"\label{{tab:{table.name}}}"]
+    lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += [_latex_row(map(_latex, table.header)), r"\midrule"]
+    lines += [_latex_row(map(_latex_cell, row)) for row in table.rows]
+    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: Iterable[str]) -> str:
+    # A row that begins with [ would be read as the length after the line end before it.
+    return " & ".join(f"{{}}{cell}" if cell.startswith("[") else cell for cell in cells) + r" \\"
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = _latex(cell.text)
+    text = rf"\textbf{{{text}}}" if cell.best else text
+    return text + (rf" {{\scriptsize ({_latex(cell.range)})}}" if cell.range else "")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: "\\" + character for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "`": r"\textasciigrave{}",
+    "ε": r"$\varepsilon$",
+    "μ": r"$\mu$",
+    "β": r"$\beta$",
+    "‖": r"$\|$",
+    "×": r"$\times$",
+    "≤": r"$\leq$",
+    "∞": r"$\infty$",
+    MINUS: "$-$",
+    "–": "--",
+    "\N{NO-BREAK SPACE}": "~",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    """Text without line ends and other control characters; no-break spaces stay."""
+    return re.sub(r"([^\S\xa0]|[\x00-\x1f\x7f])+", " ", text)
