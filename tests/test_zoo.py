@@ -264,62 +264,61 @@ def test_nonsensical_options_are_refused(capsys):
 
 # ---- the second task ----
 
-SHUFFLES = zoo.TASKS["shuffles"]
+CLOCK = zoo.TASKS["clock"]
+NUMBERS = {
+    word: value
+    for value, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+}
 
 
-def shuffled(problem: str) -> str:
-    """The answer by positions instead of slices and swaps: where each letter ends up."""
-    order, _, moves = problem.partition(": ")
-    place = {letter: index for index, letter in enumerate(order, start=1)}
-    for move in moves.split(" "):
-        for letter, at in place.items():
-            if move == "rot":
-                place[letter] = 4 if at == 1 else at - 1
-            elif move == "rev":
-                place[letter] = 5 - at
-            else:
-                pair = {int(move[1]): int(move[2]), int(move[2]): int(move[1])}
-                place[letter] = pair.get(at, at)
-    return "".join(sorted(place, key=lambda letter: place[letter]))
+def last_digit(problem: str) -> str:
+    """The answer by Python's own arithmetic, parentheses added so that it reads from left to right."""
+    signs = {"plus": "+", "minus": "-", "times": "*"}
+    words = [str(NUMBERS.get(word, signs.get(word))) for word in problem.split(" ")]
+    value = eval(
+        "(" * (len(words) // 2) + words[0] + "".join(f"{a}{b})" for a, b in zip(words[1::2], words[2::2], strict=True))
+    )
+    return next(word for word, number in NUMBERS.items() if number == value % 10)
 
 
-def test_shuffles_are_right_distinct_and_split():
-    rows = SHUFFLES.problems(400, seed=1, split="test", size=6)
+def test_clock_problems_are_right_distinct_and_split():
+    rows = CLOCK.problems(400, seed=1, split="test", size=6)
     texts = [row["prompt"][0]["content"] for row in rows]
     assert len(set(texts)) == 400
-    assert all(re.fullmatch(r"[a-d]{4}:( (s[1-3][2-4]|rot|rev)){6}", text) for text in texts)
-    assert [row["answer"] for row in rows] == [shuffled(text) for text in texts]
-    assert not set(texts) & {row["prompt"][0]["content"] for row in SHUFFLES.problems(400, seed=1, size=6)}
+    assert all(re.fullmatch(r"[a-z]+( (plus|minus|times) [a-z]+){5}", text) for text in texts)
+    assert [row["answer"] for row in rows] == [last_digit(text) for text in texts]
+    assert not set(texts) & {row["prompt"][0]["content"] for row in CLOCK.problems(400, seed=1, size=6)}
 
 
-def test_a_shuffle_is_solved_move_by_move():
-    assert SHUFFLES.solution("dbca: s14 rot rev") == "s14 abcd rot bcda rev adcb \\boxed{adcb}"
-    for i, row in enumerate(SHUFFLES.problems(100, seed=2, size=4)):
-        problem = row["prompt"][0]["content"]
-        words = SHUFFLES.corrupted_solution(problem, random.Random(i), wrong_step=1.0, drift=0.0).split(" ")
-        order = problem[:4]
-        for move, result in zip(words[0:8:2], words[1:8:2], strict=True):
-            assert result != shuffled(f"{order}: {move}") and sorted(result) == list("abcd")
-            order = result
-        assert words[-1] == f"\\boxed{{{order}}}"
+def test_a_clock_problem_is_solved_step_by_step():
+    solved = "three times four is two two minus five is seven \\boxed{seven}"
+    assert CLOCK.solution("three times four minus five") == solved
+    for i, row in enumerate(CLOCK.problems(100, seed=2, size=4)):
+        text = CLOCK.corrupted_solution(row["prompt"][0]["content"], random.Random(i), wrong_step=1.0, drift=0.0)
+        words, state = text.split(" "), row["prompt"][0]["content"].split(" ")[0]
+        for at in range(0, 15, 5):
+            first, sign, second, _, result = words[at : at + 5]
+            assert first == state and result != last_digit(f"{first} {sign} {second}") and result in NUMBERS
+            state = result
+        assert words[-1] == f"\\boxed{{{state}}}"
 
 
 def test_word_pieces_are_words_of_the_task_and_lose_nothing():
-    tokenizer = zoo_train.word_piece_tokenizer(SHUFFLES, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    again = zoo_train.word_piece_tokenizer(SHUFFLES, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = zoo_train.word_piece_tokenizer(CLOCK, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    again = zoo_train.word_piece_tokenizer(CLOCK, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     assert tokenizer.get_vocab() == again.get_vocab()
-    assert len(tokenizer) <= min(recipe.head_rows for recipe in zoo_train.PAIRS["shuffles"].models)
-    for row in SHUFFLES.problems(50, seed=3, size=5):
+    assert len(tokenizer) <= min(recipe.head_rows for recipe in zoo_train.PAIRS["clock"].models)
+    for row in CLOCK.problems(50, seed=3, size=5):
         problem = row["prompt"][0]["content"]
-        for text in (problem, SHUFFLES.corrupted_solution(problem, random.Random(0), wrong_step=0.2, drift=0.3)):
+        for text in (problem, CLOCK.corrupted_solution(problem, random.Random(0), wrong_step=0.2, drift=0.3)):
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
             assert tokenizer.unk_token_id not in ids
-            assert len(ids) < 0.75 * len(text)  # pieces, not characters
+            assert len(ids) < 0.5 * len(text)  # pieces, not characters
     assert tokenizer.tokenize("\\boxed{ab}")[0] == "\\boxed{"
 
 
-@pytest.mark.parametrize("name", ["long-chains", "shuffles"])
+@pytest.mark.parametrize("name", ["long-chains", "clock"])
 def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch):
     pair = zoo_train.PAIRS[name]
     shorter = tuple(replace(recipe, steps=2, batch_size=4) for recipe in pair.models)
@@ -347,12 +346,12 @@ def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch):
 def test_task_sizes_are_part_of_a_data_spec():
     from trb.data import load_prompts
 
-    rows = load_prompts("zoo:shuffles?moves=3", split="test", limit=5, seed=4)
-    assert [row["prompt"] for row in rows] == [r["prompt"] for r in SHUFFLES.problems(5, seed=4, split="test", size=3)]
+    rows = load_prompts("zoo:clock?operands=3", split="test", limit=5, seed=4)
+    assert [row["prompt"] for row in rows] == [r["prompt"] for r in CLOCK.problems(5, seed=4, split="test", size=3)]
     for spec, message in (
         ("zoo:chains?moves=3", "no setting 'moves'"),
-        ("zoo:shuffles?moves=many", "moves is 'many'"),
-        ("zoo:riddles", "zoo:chains, zoo:shuffles"),
+        ("zoo:clock?operands=many", "operands is 'many'"),
+        ("zoo:riddles", "zoo:chains, zoo:clock"),
         ("zoo:chains?operands=1", "operands=1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -63,7 +63,7 @@ _EXAMPLES = {
     "probe": """\
     trb probe --config recipes/quickstart.yaml
     trb probe --config recipes/quickstart.yaml --model runs/quickstart/opd --output-dir runs/probe-opd
-    trb probe --config recipes/studies/zoo.yaml --setting shuffles --budgets 0 0.1 0.5 inf --problems 256""",
+    trb probe --config recipes/studies/zoo.yaml --setting clock --budgets 0 0.1 0.5 inf --problems 256""",
     "report": """\
     trb report runs/quickstart
     trb report runs/study --export runs/study/paper""",

@@ -74,7 +74,7 @@ def load_prompts(
 
     `spec` is one of:
 
-    - `zoo:chains`, the task of the embedded model pair (`zoo:chains?operands=8` for longer ones), or `zoo:shuffles`;
+    - `zoo:chains`, the task of the embedded model pair (`zoo:chains?operands=8` for longer ones), or `zoo:clock`;
     - `reasoning-gym:TASK` or `reasoning-gym:TASK?key=value&key=value` (settings of that task);
     - a path ending in .jsonl, .json or .parquet: always a file, never a hub name;
     - an existing local folder (parquet or JSONL files, or one written by `Dataset.save_to_disk`);

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trb.zoo.chains import Chains
-from trb.zoo.shuffles import Shuffles
+from trb.zoo.clock import Clock
 from trb.zoo.tasks import Task
 
 __all__ = ["NAMES", "TASKS", "load", "path", "problems"]
 
 NAMES = ("student", "teacher")
-TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Shuffles())}
+TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock())}
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

@@ -124,11 +124,11 @@ PAIRS = {
         ),
     ),
     # Another task, model family, size and vocabulary: the study's second setting.
-    "shuffles": Pair(
-        TASKS["shuffles"],
+    "clock": Pair(
+        TASKS["clock"],
         word_piece_tokenizer,
-        (2, 18),
-        (12, 16, 18),
+        (2, 12),
+        (8, 10, 12),
         (
             replace(
                 _STUDENT,
@@ -288,7 +288,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--pair",
         choices=list(PAIRS),
         default="chains",
-        help="which pair: chains (the one that ships, default), long-chains or shuffles (those of the study)",
+        help="which pair: chains (the one that ships, default), long-chains or clock (those of the study)",
     )
     parser.add_argument(
         "--steps-scale",
