@@ -1,8 +1,10 @@
-"""Turn a run or comparison directory into one JSON file to commit: provenance, configuration, results and curves.
+"""Turn a run, comparison or study directory into one JSON file to commit: provenance, configuration, results, curves.
 
     python benchmarks/collect.py runs/quickstart benchmarks/results/quickstart.json
+    python benchmarks/collect.py runs/zoo-study benchmarks/results/study.json
 
-Rollouts, checkpoints and per-problem results stay behind: the file is for figures and for the numbers in the docs.
+Rollouts and checkpoints stay behind: the file is for figures and for the numbers in the docs. Of a study it keeps
+study.json, how long the runs took, and which test problems each solved, so that its intervals can be computed again.
 """
 
 import argparse
@@ -17,6 +19,8 @@ FILES = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl")
 
 def collect(directory: Path) -> dict[str, Any]:
     """Everything to keep of `directory`; FileNotFoundError if it holds no run. A run cut short has no results."""
+    if (directory / "study.json").exists():
+        return collect_study(directory)
     finished = (directory / "results.json").exists()
     results = read_json(directory / "results.json") if finished else {}
     provenance = results.pop("provenance", None) or read_json(directory / "provenance.json")
@@ -27,6 +31,29 @@ def collect(directory: Path) -> dict[str, Any]:
     else:
         record |= read_run(directory)
     return record
+
+
+def collect_study(directory: Path) -> dict[str, Any]:
+    study = read_json(directory / "study.json")
+    seconds = [json.loads(path.read_text(encoding="utf-8")) for path in directory.rglob("seconds.json")]
+    study["timing"] = {"runs": len(seconds), "hours_of_one_worker": round(sum(seconds) / 3600, 2)}
+    commits = {read_json(path).get("commit") for path in directory.rglob("seed-*/provenance.json")}
+    study["provenance"]["commits_of_the_runs"] = sorted(filter(None, commits))
+    study["outcomes"] = {
+        "format": "per suite, one hexadecimal number whose bits are the test problems in order, 1 for solved",
+        **{name: outcomes(directory / name / "test") for name in study["settings"]},
+    }
+    return study
+
+
+def outcomes(runs: Path) -> dict[str, Any]:
+    """Method -> seed -> suite -> solved problems; only for one completion a problem."""
+    found: dict[str, Any] = {}
+    for path in sorted(runs.glob("*/seed-*/test.json")):
+        suites = read_json(path)["suites"]
+        packed = {name: f"{int(''.join(map(str, suite['correct'])), 2):x}" for name, suite in suites.items()}
+        found.setdefault(path.parent.parent.name, {})[path.parent.name] = packed
+    return found
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -55,7 +82,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the JSON file to write")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(collect(arguments.directory), indent=1, sort_keys=True)
+    record = collect(arguments.directory)
+    text = json.dumps(record, indent=1, sort_keys="settings" not in record)  # a study's methods have an order
     arguments.output.write_text(text + "\n", encoding="utf-8")
     print(f"wrote {arguments.output}")
 
