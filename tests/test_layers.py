@@ -15,6 +15,7 @@ PACKAGE = Path(trb.__file__).parent
 LAYERS = (
     "statistics",
     "choices",
+    "files",
     "blend_native",
     "blend_triton",
     "blend",

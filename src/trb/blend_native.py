@@ -33,6 +33,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trb.files import cache_directory
+
 __all__ = ["FLAGGED", "NativeResult", "available", "solve_rows"]
 
 logger = logging.getLogger(__name__)
@@ -205,7 +207,7 @@ def _load() -> ctypes.CDLL:
     macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])
     key = hashlib.sha256("\0".join([_SOURCE.read_text(), *compiler, *_FLAGS, macros]).encode()).hexdigest()
     try:
-        path = _cache_directory() / f"blend-{key[:24]}.so"
+        path = _own_directory() / f"blend-{key[:24]}.so"
         if not path.is_file():
             _build(compiler, path)
         return _declared(ctypes.CDLL(str(path)))
@@ -227,8 +229,8 @@ def _compiler() -> list[str]:
     return [found]
 
 
-def _cache_directory() -> Path:
-    directory = Path(os.environ.get("TRB_CACHE") or "~/.cache/trb").expanduser() / "native"
+def _own_directory() -> Path:
+    directory = cache_directory() / "native"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
     # What lies there is executed: nobody else may have put it there.

@@ -9,7 +9,6 @@ Nothing a model wrote is ever printed: a completion can hold terminal escape seq
 
 import argparse
 import errno
-import json
 import os
 import shutil
 import sys
@@ -331,6 +330,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb import provenance
     from trb.config import make_recipe
     from trb.experiments import evaluate_suites, load_student, load_tokenizers, mean_of_suites, problem_sets
+    from trb.files import write_json
     from trb.loading import quiet_libraries
     from trb.rewards import Verifier
 
@@ -362,8 +362,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
         results["mean"] = {**mean_of_suites(scores), "suites": list(results)}
     _console().print(_score_table(results, gain=False))
     if folder:
-        text = json.dumps({"model": model_spec, **results, "provenance": provenance.describe()}, indent=2)
-        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "results.json", {"model": model_spec, **results, "provenance": provenance.describe()})
     return 0
 
 

@@ -33,6 +33,7 @@ from trb import provenance
 from trb.config import ConfigError, Recipe
 from trb.data import render
 from trb.experiments import Listener, RunDirectoryError, load_pair, load_tokenizers, problem_sets
+from trb.files import finite, write_json, write_text
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.recording import append_jsonl, score_record
 from trb.rewards import Verifier
@@ -736,7 +737,7 @@ def probe(
     provenance.write(directory)
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         results = _measure(settings, verifier, parts, directory, listener)
-    _write(finished, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_json(finished, results)
     return results
 
 
@@ -905,7 +906,7 @@ def _measure(
             listener.stage("excerpts")
             records = matched_excerpts(subject, policies=shown, prompts=settings.excerpts, top=settings.alternatives)
             _write_rollouts(directory / "rollouts.jsonl", records)
-    return _finite({**results, "provenance": provenance.describe()})
+    return finite({**results, "provenance": provenance.describe()})
 
 
 class _Parts:
@@ -920,7 +921,7 @@ class _Parts:
             return json.loads(path.read_text(encoding="utf-8"))
         self.listener.stage(name)
         value = compute()
-        _write(path, json.dumps(value) + "\n")
+        write_text(path, json.dumps(value) + "\n")
         return value
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -941,7 +942,7 @@ class _Parts:
                     f"{directory} holds another probe: {named}. Use another output directory, or --overwrite to "
                     "remove what is there"
                 )
-        _write(path, json.dumps(settings, indent=2) + "\n")
+        write_json(path, settings)
 
 
 def _clear(directory: Path) -> None:
@@ -957,23 +958,3 @@ def _write_rollouts(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     unfinished.unlink(missing_ok=True)
     append_jsonl(unfinished, records)
     unfinished.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file at once, never leaving it half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    """JSON types without infinities, which become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value

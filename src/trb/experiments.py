@@ -48,6 +48,7 @@ from trb import provenance
 from trb.config import ConfigError, Recipe, RunConfig
 from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
+from trb.files import write_json, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate
 from trb.modeling import without_adapters
 from trb.recording import append_jsonl, drop_after_step
@@ -71,8 +72,6 @@ __all__ = [
     "mean_of_suites",
     "problem_sets",
     "train",
-    "write_json",
-    "write_text",
 ]
 
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
@@ -865,19 +864,3 @@ def _is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once, never leaving it half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file by `value` as JSON, at once."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

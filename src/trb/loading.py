@@ -38,6 +38,7 @@ from transformers import (
 
 from trb import zoo
 from trb.choices import did_you_mean
+from trb.files import cache_directory
 
 __all__ = [
     "BUILT_IN",
@@ -286,7 +287,7 @@ def smollm2_directory() -> Path:
     """
     gguf = _find_gguf()
     digest = _sha256(gguf)
-    directory = _cache_root() / SMOLLM2 / f"{digest[:16]}-{_CONVERSION}"
+    directory = cache_directory() / SMOLLM2 / f"{digest[:16]}-{_CONVERSION}"
     if directory.is_dir() and not _intact(directory):
         logger.warning("the converted model in %s is damaged: converting %s again", directory, gguf)
         # Moved first, as another process may be about to do the same: only one of them gets to delete it.
@@ -296,10 +297,6 @@ def smollm2_directory() -> Path:
         logger.info("converting %s to safetensors in %s", gguf, directory)
         _build_atomically(gguf, digest, directory)
     return directory
-
-
-def _cache_root() -> Path:
-    return Path(os.environ.get("TRB_CACHE") or "~/.cache/trb").expanduser()
 
 
 def _find_gguf() -> Path:

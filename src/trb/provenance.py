@@ -3,7 +3,6 @@
 Left out on purpose: the configuration, which has its own file, and anything that needs the network.
 """
 
-import json
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 import trb
+from trb.files import write_json
 
 __all__ = ["FILE_NAME", "describe", "write"]
 
@@ -62,11 +62,8 @@ def describe() -> dict[str, Any]:
 def write(directory: str | Path) -> Path:
     """Write `describe()` to provenance.json in a directory, made if missing, atomically; returns the file."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     target = directory / FILE_NAME
-    partial = directory / f".{FILE_NAME}.{os.getpid()}"
-    partial.write_text(json.dumps(describe(), indent=2) + "\n")
-    partial.replace(target)
+    write_json(target, describe())
     return target
 
 

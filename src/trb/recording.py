@@ -9,7 +9,6 @@ resumed run hold the same steps as those of an uninterrupted one. Logging servic
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trb.files import finite, write_text
 from trb.scoring import TokenScores
 
 __all__ = ["RunRecorder", "append_jsonl", "drop_after_step", "score_record"]
@@ -81,7 +81,7 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append one JSON object per line; NaN and infinities become null."""
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(_finite(row)) + "\n")
+            file.write(json.dumps(finite(row)) + "\n")
 
 
 def drop_after_step(path: Path, step: int) -> None:
@@ -98,16 +98,4 @@ def drop_after_step(path: Path, step: int) -> None:
             break  # a killed run may leave half a line; nothing valid follows it
         if record["step"] <= step:
             kept.append(line)
-    replacement = path.with_suffix(path.suffix + ".new")
-    replacement.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    replacement.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    write_text(path, "".join(line + "\n" for line in kept))

@@ -37,9 +37,8 @@ from trb.experiments import (
     load_tokenizers,
     problem_sets,
     train,
-    write_json,
-    write_text,
 )
+from trb.files import write_json, write_text
 from trb.loading import load_model, quiet_libraries
 from trb.rewards import Verifier
 from trb.study import ProblemSets, Study, Unit, load_study

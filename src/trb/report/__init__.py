@@ -7,9 +7,9 @@ page does not pay for matplotlib; tables are in `trb.report.tables`; `export` wr
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from trb.files import write_bytes
 from trb.report import study_page, tables
 from trb.report.page import render
 from trb.report.probe import PROBE_FILE, read_probe
@@ -28,11 +28,9 @@ def write_report(directory: str | Path) -> Path:
     """
     html = _page(Path(directory))
     path = Path(directory) / "report.html"
-    unfinished = path.with_name(".report.html.part")
-    # Lone surrogates are legal in JSON strings but not in UTF-8. Written as bytes so that line ends stay as they
-    # are: the hashes in the page's policy cover them.
-    unfinished.write_bytes(html.encode("utf-8", errors="replace"))
-    os.replace(unfinished, path)
+    # Lone surrogates are legal in JSON strings but not in UTF-8. Line ends stay as they are: the hashes in the page's
+    # policy cover them.
+    write_bytes(path, html.encode("utf-8", errors="replace"))
     return path
 
 

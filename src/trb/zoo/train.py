@@ -35,6 +35,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from trb.files import write_json
 from trb.zoo import TASKS, load
 from trb.zoo.tasks import Task, boxed_answer
 from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, character_tokenizer, word_piece_tokenizer
@@ -371,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     recipe, pair, arguments.out, progress, problems, steps=steps, seed=arguments.seed
                 )
             record["models"][recipe.name] = result
-            record_path.write_text(json.dumps(record, indent=2) + "\n")
+            write_json(record_path, record)
             for size, measured in result[f"by_{pair.task.unit}"].items():
                 progress.console.print(
                     f"{recipe.name}: pass@1 {measured['pass_at_1']:.1%} on {measured['n_problems']} held-out "
