@@ -522,7 +522,7 @@ def test_doctor_names_a_package_outside_its_range(
 def test_live_progress_shows_numbers_and_only_printable_text(tmp_path: Path) -> None:
     with (tmp_path / "terminal").open("w") as stream:
         console = Console(file=stream, force_terminal=True, width=160, color_system=None)
-        with cli._live_display(console) as display:
+        with cli.display.live_display(console) as display:
             display.plan({"opd": 4, "trb": 4})
             display.stage("student: \x07 [bold]problems")
             display.progress.refresh()

@@ -26,7 +26,17 @@ __all__ = ["BASELINE", "Phase", "ProblemSets", "Setting", "Study", "Unit", "load
 BASELINE = "opd"  # what every method is compared with
 Phase = Literal["select", "test"]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_OWN_KEYS = ("seed", "train_seed", "eval_data", "eval_limit", "eval_seed", "method", "methods", "save_final_model")
+_OWN_KEYS = (
+    "seed",
+    "train_seed",
+    "eval_data",
+    "eval_limit",
+    "eval_samples",
+    "eval_seed",
+    "method",
+    "methods",
+    "save_final_model",
+)
 
 
 def _configurations(value: Any) -> Any:
@@ -52,8 +62,19 @@ class ProblemSets(_Part):
     """Specs as in `eval_data`; the score is the unweighted mean of theirs."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Problems of each."""
+    samples: int | dict[str, int] = 1
+    """Completions per problem: one number, or one per entry of `data`."""
     seed: int = 0
     """Which problems, and the noise of sampling; not that of training."""
+
+    def keys(self) -> dict[str, Any]:
+        """As the keys of a recipe."""
+        return {
+            "eval_data": self.data,
+            "eval_limit": self.limit,
+            "eval_samples": self.samples,
+            "eval_seed": self.seed,
+        }
 
 
 class Setting(_Part):
@@ -143,7 +164,6 @@ class Study(_Part):
 
     def recipe_of(self, unit: "Unit") -> Recipe:
         """The training run of a unit: scored on the development split while it trains. Raises ConfigError."""
-        dev = self.settings[unit.setting].dev
         return make_recipe(
             {
                 "method": unit.method,
@@ -151,24 +171,15 @@ class Study(_Part):
                 **self.methods[unit.method][unit.configuration],
                 "seed": unit.seed,
                 "train_seed": unit.seed,
-                "eval_data": dev.data,
-                "eval_limit": dev.limit,
-                "eval_seed": dev.seed,
+                **self.settings[unit.setting].dev.keys(),
                 "save_final_model": unit.phase == "test",
             },
             source=f"{self.name}: {unit}",
         )
 
-    def scoring_recipe(self, setting: str, problems: ProblemSets, model: str | Path | None = None) -> Recipe:
-        """How `model` (the initial student by default) is scored on `problems`. Raises ConfigError."""
-        values = self._shared(setting) | {
-            "eval_data": problems.data,
-            "eval_limit": problems.limit,
-            "eval_seed": problems.seed,
-        }
-        if model is not None:
-            values |= {"student": str(model), "student_keep_layers": None, "student_revision": None}
-        return make_recipe(values, source=f"{self.name}: {setting}")
+    def scoring_recipe(self, setting: str, problems: ProblemSets) -> Recipe:
+        """How models of a setting are scored on `problems`. Raises ConfigError."""
+        return make_recipe({**self._shared(setting), **problems.keys()}, source=f"{self.name}: {setting}")
 
     def _shared(self, setting: str) -> dict[str, Any]:
         return {**self.recipe, **self.settings[setting].recipe}

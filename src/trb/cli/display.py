@@ -1,0 +1,267 @@
+"""What the commands show: tables, progress bars, and text without control characters.
+
+Nothing a model wrote is ever printed, and what others named (files, keys, methods) only without escape sequences.
+"""
+
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trb.experiments import Listener
+    from trb.study import Study
+    from trb.sweep import StudyListener
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: messages quote files and names that others wrote."""
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
+
+
+def message(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+
+
+def new_console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
+    """Student before, each method, teacher: pass@1 in percent, its 95% interval, and the gain in points."""
+    from rich.table import Table
+    from rich.text import Text
+
+    names = {"student": "student before", "teacher": "teacher"}
+    table = Table(caption_justify="left")
+    for heading in ("", "pass@1 %", "95% interval", *(["gain"] if gain else []), "tokens", "stop %"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    start = results.get("student", {}).get("pass_at_1")
+    for name, score in results.items():
+        if name == "provenance":
+            continue
+        value, interval = score.get("pass_at_1"), score.get("interval")
+        is_method = name not in names and value is not None and start is not None
+        cells = [
+            _percent(value),
+            "" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
+            *([f"{100 * (value - start):+.1f}" if is_method else ""] if gain else []),
+            f"{score['mean_length']:.0f}" if "mean_length" in score else "",
+            _percent(score.get("stop_rate")),
+        ]
+        table.add_row(Text(printable(names.get(name, name))), *cells)
+    return table
+
+
+def print_plan(study: "Study") -> None:
+    """What a study is about to run."""
+    from rich.table import Table
+
+    table = Table("method", "configurations", "keys", title=study.name, title_justify="left")
+    for method, configurations in study.methods.items():
+        keys = ", ".join(dict.fromkeys(key for entry in configurations for key in entry))
+        table.add_row(printable(method), str(len(configurations)), printable(keys) or "nothing to choose")
+    console = new_console()
+    console.print(table)
+    select, test = len(study.units("select")), len(study.methods) * len(study.settings) * len(study.seeds.test)
+    console.print(
+        f"settings: {', '.join(study.settings)}\nselection: {select} runs ({len(study.seeds.select)} seeds, by the "
+        f"{study.select_by} development score)\ntest: {test} runs ({len(study.seeds.test)} paired seeds)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def study_table(setting: Mapping[str, Any]) -> Any:
+    """Per method: pass@1 in percent with its interval, and the paired difference to plain distillation in points."""
+    from rich.table import Table
+
+    methods = setting["methods"]
+    first = next(iter(methods.values()), {"seeds": 0, "problems": 0})
+    title = f"{setting['title']}: {first['seeds']} paired seeds, {first['problems']} test problems"
+    table = Table(title=printable(title), title_justify="left")
+    for heading in ("", "pass@1 %", "95% interval", "minus opd", "95% interval", "p (Holm)"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name in ("student", "teacher"):
+        low, high = map(_percent, setting[name]["interval"])
+        table.add_row(name, _percent(setting[name]["pass_at_1"]), f"{low} to {high}", "", "", "")
+    for name, score in methods.items():
+        difference, (low, high) = score["difference_to_opd"], map(_percent, score["interval"])
+        cells = ["", "", ""]
+        if difference is not None:
+            ends = " to ".join(f"{100 * end:+.2f}" for end in difference["interval"])
+            cells = [f"{100 * difference['estimate']:+.2f}", ends, f"{difference['p_value_holm']:.3f}"]
+        table.add_row(printable(name), _percent(score["pass_at_1"]), f"{low} to {high}", *cells)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def print_keys() -> None:
+    """Every key of a recipe with its type, default and help."""
+    from trb.config import describe_keys
+
+    for title, entries in describe_keys().items():
+        print(f"\n{title}\n")
+        for key, kind, default, text in entries:
+            print(textwrap.fill(f"{key}  ({kind}; {default})", 100, initial_indent="  ", subsequent_indent="    "))
+            print(textwrap.fill(text, 100, initial_indent="      ", subsequent_indent="      "))
+
+
+@contextmanager
+def listening(quiet: bool) -> Iterator["Listener"]:
+    """A display on standard error: live bars on a terminal, a line now and then elsewhere, nothing when quiet."""
+    from rich.console import Console
+
+    from trb.experiments import Listener
+
+    console = Console(stderr=True)
+    if quiet or int(os.environ.get("RANK", "0")):
+        yield Listener()
+    elif console.is_terminal:
+        with live_display(console) as listener:
+            yield listener
+    else:
+        yield _lines_display(console)
+
+
+@contextmanager
+def following(quiet: bool) -> Iterator["StudyListener"]:
+    """A display of a whole study on standard error: one bar per phase on a terminal, a line per run elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from trb.sweep import StudyListener
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
+    class Bars(StudyListener):
+        def __init__(self, progress: Progress) -> None:
+            self.progress, self.name, self.done, self.total = progress, "", 0, 0
+            self.task: Any = None
+
+        def stage(self, text: str) -> None:
+            console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+        def phase(self, name: str, done: int, total: int) -> None:
+            self.name, self.done, self.total = name, done, total
+            self.task = self.progress.add_task(f"{name} runs", completed=done, total=total)
+
+        def finished(self, job: str, seconds: float) -> None:
+            self.done += 1
+            self.progress.advance(self.task)
+            if not console.is_terminal:
+                self.stage(f"{self.name} {self.done} of {self.total}: {job}, {seconds:.0f} s")
+
+    if quiet:
+        yield StudyListener()
+        return
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        yield Bars(progress)
+
+
+def _numbers(logs: Mapping[str, Any]) -> str:
+    """Loss, reward and budget, as far as they are known."""
+    shown = (("loss", "loss", ".3f"), ("reward", "trb/reward", ".2f"), ("budget", "trb/kl_budget", ".3g"))
+    return "  ".join(f"{label} {logs[key]:{form}}" for label, key, form in shown if logs.get(key) is not None)
+
+
+@contextmanager
+def live_display(console: "Console") -> Iterator["Listener"]:
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from trb.experiments import Listener
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+
+    class Live(Listener):
+        def __init__(self, progress: Progress) -> None:
+            self.progress = progress
+            self.steps: dict[str, int] = {}
+            self.done: list[str] = []
+            self.current = ""
+            self.whole = progress.add_task("", total=None, numbers="", visible=False)
+            self.task = progress.add_task("starting", total=None, numbers="")
+
+        def plan(self, runs: Mapping[str, int]) -> None:
+            self.steps = dict(runs)
+            if len(runs) > 1:
+                total = sum(runs.values()) if all(runs.values()) else None
+                self.progress.update(self.whole, total=total, visible=True)
+                self._show_whole(0)
+
+        def stage(self, text: str) -> None:
+            self.progress.update(self.task, description=escape(printable(text)), numbers="")
+
+        def run(self, name: str, done: int, steps: int) -> None:
+            self.current = name
+            self.steps[name] = steps
+            description = escape(f"{name}: training")
+            self.progress.update(self.task, description=description, total=steps, completed=done)
+            self._show_whole(done)
+
+        def step(self, step: int, logs: Mapping[str, Any]) -> None:
+            self.progress.update(self.task, completed=step, numbers=_numbers(logs))
+            self._show_whole(step)
+
+        def finished(self, name: str) -> None:
+            self.done.append(name)
+            self._show_whole(0)
+
+        def _show_whole(self, step: int) -> None:
+            completed = sum(self.steps.get(name, 0) for name in self.done) + step
+            description = f"methods {len(self.done)} of {len(self.steps)}"
+            self.progress.update(self.whole, description=description, completed=completed)
+
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Live(progress)
+
+
+def _lines_display(console: "Console") -> "Listener":
+    from trb.experiments import Listener
+
+    class Lines(Listener):
+        name, steps = "", 0
+
+        def stage(self, text: str) -> None:
+            console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+        def run(self, name: str, done: int, steps: int) -> None:
+            self.name, self.steps = name, steps
+
+        def step(self, step: int, logs: Mapping[str, Any]) -> None:
+            if step == self.steps or step % max(1, self.steps // 10) == 0:
+                self.stage(f"{self.name}: step {step} of {self.steps}  {_numbers(logs)}")
+
+    return Lines()

@@ -1,0 +1,259 @@
+"""`trb doctor`: whether this machine, and a pair of models, can do what a recipe asks."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import trb
+from trb.cli.display import message, new_console, printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trb.config import Recipe, RunConfig
+    from trb.trainer import TRBConfig
+
+
+class Check(NamedTuple):
+    """One line of `trb doctor`."""
+
+    status: Literal["ok", "warn", "fail"]
+    subject: str
+    text: str
+    remedy: str = ""
+
+
+def doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from rich.text import Text
+
+    from trb.config import load_recipe, make_recipe, parse_overrides
+    from trb.loading import quiet_libraries
+
+    options = {name: value for name in ("student", "teacher") if (value := getattr(arguments, name))}
+    options |= parse_overrides(rest)
+    recipe = None
+    if arguments.config:
+        quiet_libraries()
+        recipe = load_recipe(arguments.config, options)
+    elif options:
+        recipe = make_recipe({"train_data": "none"}, options, source="options")
+    console, failed = new_console(), False
+    for check in _checks(recipe):
+        style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[check.status]
+        remedy = f". {check.remedy}" if check.remedy else ""
+        line = Text.assemble(
+            (f"{check.status:<5}", style), f"{check.subject}: {printable(check.text)}{printable(remedy)}"
+        )
+        console.print(line, soft_wrap=True)
+        failed = failed or check.status == "fail"
+    return 1 if failed else 0
+
+
+def _checks(recipe: "Recipe | None") -> Iterator[Check]:
+    from trb.loading import quiet_libraries
+
+    quiet_libraries()
+    yield from _check_software()
+    yield from _check_machine()
+    if recipe is not None:
+        yield from _check_pair(recipe.run, recipe.training_config("unused"), has_lengths=recipe.source != "options")
+
+
+def _check_software() -> Iterator[Check]:
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Check("ok" if sys.version_info >= (3, 11) else "fail", "python", python, "")
+    try:
+        requirements = [Requirement(text) for text in requires("trb") or []]
+    except PackageNotFoundError:
+        requirements = [
+            Requirement(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+        ]
+        yield Check(
+            "warn", "trb", f"{trb.__version__}, not installed: its version ranges are not checked", "pip install ."
+        )
+    else:
+        yield Check("ok", "trb", trb.__version__)
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            yield Check("fail", requirement.name, "missing", f"pip install '{requirement}'")
+            continue
+        if requirement.specifier.contains(found, prereleases=True):
+            yield Check("ok", requirement.name, found)
+        else:
+            yield Check(
+                "fail", requirement.name, f"{found}, supported: {requirement.specifier}", f"pip install '{requirement}'"
+            )
+
+
+def _check_machine() -> Iterator[Check]:
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            name = torch.cuda.get_device_name(index)
+            yield Check("ok", f"gpu {index}", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+    elif torch.accelerator.is_available():
+        yield Check("ok", "accelerator", str(torch.accelerator.current_accelerator()))
+    else:
+        yield Check("warn", "gpu", "none", "The zoo and models to about 0.2 B parameters train on a CPU")
+    yield Check("ok", "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use by torch")
+    yield Check("ok", "memory", f"{_memory_bytes() / 1e9:.1f} GB available")
+    free = shutil.disk_usage(".").free
+    status: Literal["ok", "warn"] = "ok" if free > 5e9 else "warn"
+    remedy = "" if free > 5e9 else "A checkpoint takes about 3 times the student; choose --output-dir on a larger disk"
+    yield Check(status, "disk", f"{free / 1e9:.1f} GB free here", remedy)
+
+
+def _memory_bytes() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _check_pair(run: "RunConfig", args: "TRBConfig", *, has_lengths: bool) -> Iterator[Check]:
+    from trb.experiments import load_tokenizers
+    from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
+
+    try:
+        tokenizer, teacher_tokenizer = load_tokenizers(run)
+    except (ValueError, OSError, ImportError) as error:
+        yield Check("fail", "tokenizer", message(error))
+        return
+    yield Check("ok", "tokenizer", f"the same for both, {len(tokenizer)} tokens")
+    if tokenizer.chat_template:
+        yield Check("ok", "chat template", "present")
+    else:
+        yield Check(
+            "fail", "chat template", "the student's tokenizer has none", "Set chat_template to a Jinja file or plain"
+        )
+    try:
+        student, teacher = _outline(run, "student"), _outline(run, "teacher")
+        used = max(tokenizer.get_vocab().values()) + 1
+        rows = head_rows(student), head_rows(teacher)
+        check_heads(*rows, used)
+    except (ValueError, OSError, ImportError) as error:
+        yield Check("fail", "models", message(error))
+        return
+    same = "" if rows[0] == rows[1] else f": blended and scored on the {min(rows)} both have"
+    yield Check("ok", "heads", f"student {rows[0]} rows, teacher {rows[1]}, tokenizer uses {used}{same}")
+    try:
+        stops = stop_token_ids(student, tokenizer), stop_token_ids(teacher, teacher_tokenizer)
+        shared = SharedVocabulary.of(rows, *stops)
+    except ValueError as error:
+        yield Check("fail", "end of sequence", str(error), "Set eos_token_id in the model's generation_config.json")
+        return
+    folded = f"{', '.join(map(str, shared.folded_ids))} folded onto it" if shared.folded_ids else "nothing to fold"
+    yield Check(
+        "ok",
+        "end of sequence",
+        f"student stops with {_ids(stops[0])}, teacher with {_ids(stops[1])}; {shared.stop_id} is emitted, {folded}",
+    )
+    if has_lengths:  # a bare pair has no recipe that says how long its sequences are
+        yield _check_lengths(run, args, student, teacher)
+        yield _check_memory(run, args, student, teacher)
+
+
+def _ids(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids))
+
+
+def _outline(run: "RunConfig", role: str) -> "PreTrainedModel":
+    """A model without weights: what it would be, without the memory to load it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from trb.loading import load_model, prune_depth, resolve
+
+    spec, revision = getattr(run, role), getattr(run, f"{role}_revision")
+    trust = getattr(run, f"{role}_trust_remote_code")
+    keep = run.student_keep_layers if role == "student" else None
+    if (Path(spec).expanduser() / "adapter_config.json").is_file():
+        return load_model(spec, trust_remote_code=trust, keep_layers=keep)
+    source = resolve(spec, revision)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:  # none was saved; the model's configuration names the stop ids
+        model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id)
+    return model if keep is None else prune_depth(model, keep)
+
+
+def _check_lengths(
+    run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel"
+) -> Check:
+    longest = run.max_prompt_length + max(int(args.max_completion_length or 0), run.eval_max_new_tokens or 0)
+    for role, model in (("student", student), ("teacher", teacher)):
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            remedy = "Lower max_prompt_length, max_completion_length or eval_max_new_tokens"
+            return Check("fail", "lengths", f"up to {longest} tokens, and the {role} has {limit} positions", remedy)
+    return Check("ok", "lengths", f"up to {longest} tokens fit both models")
+
+
+def _check_memory(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel") -> Check:
+    import torch
+
+    needed = _memory_needed(run, args, student, teacher)
+    on_gpu = torch.cuda.is_available()
+    available = torch.cuda.mem_get_info()[0] if on_gpu else _memory_bytes()
+    text = (
+        f"about {needed / 1e9:.1f} GB for both models, optimizer, caches and activations on one device "
+        f"(a rough estimate); {available / 1e9:.1f} GB are free"
+    )
+    remedy = "Lower per_device_train_batch_size or rollout_batch_size, use bfloat16 or lora_rank, or shard with FSDP"
+    if needed > available:
+        return Check("fail", "memory estimate", text, remedy)
+    return (
+        Check("warn", "memory estimate", text, remedy)
+        if needed > 0.8 * available
+        else Check("ok", "memory estimate", text)
+    )
+
+
+def _memory_needed(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel") -> int:
+    """Bytes on one device: sampling and the update take turns, so the larger of the two counts."""
+    from trb.loading import memory_estimate
+    from trb.losses import default_chunk_tokens
+    from trb.vocab import head_rows
+
+    length = run.max_prompt_length + int(args.max_completion_length or 0)
+    batch = args.per_device_train_batch_size
+    rows = min(
+        args.rollout_batch_size or batch * args.gradient_accumulation_steps, batch * args.gradient_accumulation_steps
+    )
+    if run.lora_rank:
+        student.requires_grad_(False)
+    update = memory_estimate(
+        student,
+        batch=batch,
+        sequence_length=length,
+        training=True,
+        dtype=run.student_dtype,
+        logits_chunk=args.loss_chunk_tokens or default_chunk_tokens(head_rows(student), args.device.type),
+    )
+    draft = memory_estimate(student, batch=rows, sequence_length=length, training=False, dtype=run.student_dtype)
+    reference = memory_estimate(teacher, batch=rows, sequence_length=length, training=False, dtype=run.teacher_dtype)
+    activations = update["activations"]
+    if args.gradient_checkpointing:
+        # Each layer keeps its input, and one layer at a time keeps the rest.
+        config = student.config.get_text_config()
+        layers, element = config.num_hidden_layers, update["weights"] // sum(p.numel() for p in student.parameters())
+        activations = activations // layers + layers * batch * length * config.hidden_size * element
+    resident = update["weights"] + update["gradients"] + update["optimizer"] + reference["weights"]
+    sampling = draft["kv_cache"] + reference["kv_cache"] + draft["logits"] + reference["logits"]
+    return resident + max(sampling, activations + update["logits"])
