@@ -134,8 +134,9 @@ PAIRS = {
             replace(
                 _STUDENT,
                 family="llama",
-                hidden_size=80,
-                intermediate_size=224,
+                layers=3,
+                hidden_size=112,
+                intermediate_size=320,
                 head_rows=192,
                 wrong_step=0.1,
                 drift=0.1,
