@@ -281,7 +281,7 @@ class _LocalPool(AbstractContextManager):
     def map(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float]]:
         with _with_environment(_environment(self._threads)):  # inherited by the processes started meanwhile
             executor = self._executor = self._executor or ProcessPoolExecutor(
-                min(self._workers, len(jobs)),
+                self._workers,
                 mp_context=get_context("spawn"),
                 initializer=_start_worker,
                 initargs=(os.getpid(), self._threads),
