@@ -5,10 +5,12 @@ import importlib.util
 import json
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from trb import sweep
 from trb.experiments import RunDirectoryError
 from trb.study import Study
 from trb.sweep import StudyError, StudyListener, default_workers, run_study
@@ -147,6 +149,28 @@ def test_more_seeds_may_join_and_only_they_are_run(finished):
     results = run_study(study(seeds={"select": [100], "test": 2}), directory, workers=1, listener=diary)
     assert sorted(diary.runs) == ["chains/test/opd/seed-1", "chains/test/trb/seed-1"]
     assert results["settings"]["chains"]["methods"]["trb"]["seeds"] == 2
+
+
+def test_a_small_first_phase_does_not_shrink_the_pool(monkeypatch):
+    asked = []
+
+    class Executor:
+        def __init__(self, workers, **kwargs):
+            asked.append(workers)
+
+        def submit(self, function, *arguments):
+            future = Future()
+            future.set_result(0.0)
+            return future
+
+        def shutdown(self, **kwargs):
+            pass
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Executor)
+    with sweep._LocalPool(("unused", False), 3, 1) as pool:
+        for jobs in (["one"], ["one", "two", "three", "four"]):
+            assert len(list(pool.map(jobs))) == len(jobs)
+    assert asked == [3]
 
 
 def test_workers_default_to_what_the_machine_holds():
