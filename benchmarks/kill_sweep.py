@@ -84,6 +84,12 @@ def finish(process: subprocess.Popen, log: Path) -> None:
         raise SystemExit(f"the sweep failed; the end of {log}:\n{log.read_text()[-3000:]}")
 
 
+def timed(study: Path, directory: Path, workers: int) -> float:
+    began = time.monotonic()
+    finish(start(study, directory, workers), directory.parent / f"{directory.name}.log")
+    return time.monotonic() - began
+
+
 def outcome(directory: Path) -> dict[str, str]:
     """A digest of study.json without its provenance, and of every run's records without clock readings."""
     study = json.loads((directory / "study.json").read_text())
@@ -105,15 +111,13 @@ def run(kills: int, seed: int, workers: int, folder: Path, console: Console) -> 
     """The undisturbed sweep, the disturbed one, and whether they agree."""
     study = folder / "study.yaml"
     study.write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    began = time.monotonic()
-    finish(start(study, folder / "undisturbed", workers), folder / "undisturbed.log")
-    seconds = time.monotonic() - began
-    console.print(f"undisturbed: {seconds:.0f} s")
+    seconds, idle = (timed(study, folder / "undisturbed", workers) for _ in range(2))
+    console.print(f"undisturbed: {seconds:.0f} s; again, with nothing left to do: {idle:.0f} s")
     rng, disturbed, moments, orphans = random.Random(seed), folder / "disturbed", [], 0
-    for number in range(kills):
+    for _ in range(kills):
         process = start(study, disturbed, workers)
-        # Later starts have less to do: aim at what is left, so that most kills meet a sweep at work.
-        moment = rng.uniform(0.2, max(0.5, seconds * (1 - 0.8 * number / kills)))
+        # Anywhere from its first imports on, and early enough that work is left for the next kill.
+        moment = rng.uniform(0.1 * idle, idle + 1.5 * (seconds - idle) / kills)
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
