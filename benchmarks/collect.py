@@ -8,6 +8,7 @@ study.json, how long the runs took, and which test problems each solved, so that
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,22 @@ def collect_study(directory: Path) -> dict[str, Any]:
     study["timing"] = {"runs": len(seconds), "hours_of_one_worker": round(sum(seconds) / 3600, 2)}
     commits = {read_json(path).get("commit") for path in directory.rglob("seed-*/provenance.json")}
     study["provenance"]["commits_of_the_runs"] = sorted(filter(None, commits))
+    study["models"] = weights(yaml.safe_load((directory / "study.yaml").read_text(encoding="utf-8")))
     study["outcomes"] = {
         "format": "per suite, one hexadecimal number whose bits are the test problems in order, 1 for solved",
         **{name: outcomes(directory / name / "test") for name in study["settings"]},
     }
     return study
+
+
+def weights(study: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the weights of every local model: whether somebody who trains them again has the same."""
+    found = {}
+    for setting in study["settings"].values():
+        for role in ("student", "teacher"):
+            for path in sorted(Path(setting["recipe"][role]).glob("*.safetensors")):
+                found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def outcomes(runs: Path) -> dict[str, Any]:
