@@ -53,7 +53,8 @@ STUDY: dict[str, Any] = {
     },
     "methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.5], "blend_warmup_steps": 2}},
 }
-ENDS_WITHIN_S = 5.0
+# A worker that is still importing looks for its parent when it is done with that, which takes seconds on a busy machine.
+ENDS_WITHIN_S = 60.0
 COMPARED = ("evals.jsonl", "metrics.jsonl", "rollouts.jsonl", "test.json")
 # Clock readings of the trainer: no two runs share them.
 TIMINGS = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -68,15 +69,16 @@ def start(study: Path, directory: Path, workers: int) -> subprocess.Popen:
     )
 
 
-def kill(process: subprocess.Popen) -> int:
-    """SIGKILL the main process; how many of its descendants outlived it by more than a few seconds."""
+def kill(process: subprocess.Popen) -> tuple[int, float]:
+    """SIGKILL the main process; how many of its descendants stayed, and how long the last of the others took to end."""
     family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    began = time.monotonic()
     _, alive = psutil.wait_procs(family, timeout=ENDS_WITHIN_S)
     for survivor in alive:
         survivor.kill()
-    return len(alive)
+    return len(alive), time.monotonic() - began
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
@@ -113,7 +115,7 @@ def run(kills: int, seed: int, workers: int, folder: Path, console: Console) -> 
     study.write_text(yaml.safe_dump(STUDY, sort_keys=False))
     seconds, idle = (timed(study, folder / "undisturbed", workers) for _ in range(2))
     console.print(f"undisturbed: {seconds:.0f} s; again, with nothing left to do: {idle:.0f} s")
-    rng, disturbed, moments, orphans = random.Random(seed), folder / "disturbed", [], 0
+    rng, disturbed, moments, orphans, slowest = random.Random(seed), folder / "disturbed", [], 0, 0.0
     for _ in range(kills):
         process = start(study, disturbed, workers)
         # Anywhere from its first imports on, and early enough that work is left for the next kill.
@@ -121,7 +123,8 @@ def run(kills: int, seed: int, workers: int, folder: Path, console: Console) -> 
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
-            orphans += kill(process)
+            stayed, took = kill(process)
+            orphans, slowest = orphans + stayed, max(slowest, took)
             moments.append(round(moment, 1))
             console.print(f"killed after {moment:.1f} s")
     finish(start(study, disturbed, workers), folder / "disturbed.log")
@@ -130,6 +133,7 @@ def run(kills: int, seed: int, workers: int, folder: Path, console: Console) -> 
     return {
         "kills": {"tried": kills, "met_a_running_sweep": len(moments), "seconds_after_start": moments},
         "processes_left_behind": orphans,
+        "seconds_until_the_last_worker_ended": round(slowest, 1),
         "files_compared": len(first),
         "files_differing": differing,
         "study_json_identical": first["study.json"] == second["study.json"],
