@@ -53,7 +53,7 @@ STUDY: dict[str, Any] = {
     },
     "methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.5], "blend_warmup_steps": 2}},
 }
-# A worker that is still importing looks for its parent when it is done with that, which takes seconds on a busy machine.
+# A worker that is still importing looks for its parent once it is done with that: seconds, on a busy machine.
 ENDS_WITHIN_S = 60.0
 COMPARED = ("evals.jsonl", "metrics.jsonl", "rollouts.jsonl", "test.json")
 # Clock readings of the trainer: no two runs share them.
