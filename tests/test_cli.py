@@ -486,12 +486,12 @@ def test_doctor_on_too_little_memory(
 ) -> None:
     student, teacher = (sum(p.numel() for p in zoo.load(name)[0].parameters()) for name in zoo.NAMES)
     resident = 4 * (4 * student + teacher)  # weights, gradients and two moments; weights
-    monkeypatch.setattr(cli, "_memory_bytes", lambda: resident)
+    monkeypatch.setattr(cli.doctor, "_memory_bytes", lambda: resident)
     code, checks = doctor(capsys, "--config", recipe)
     assert code == 1
     assert checks["memory estimate"][0] == "fail"
     assert "Lower per_device_train_batch_size" in checks["memory estimate"][1]
-    monkeypatch.setattr(cli, "_memory_bytes", lambda: 2 * resident)
+    monkeypatch.setattr(cli.doctor, "_memory_bytes", lambda: 2 * resident)
     assert doctor(capsys, "--config", recipe)[1]["memory estimate"][0] == "ok"
 
 

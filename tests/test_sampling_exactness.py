@@ -374,7 +374,8 @@ def test_global_random_state_is_neither_read_nor_written(tiny_pair: TinyPair, me
         before = torch.get_rng_state()
         outs.append(mixed_rows(tiny_pair, ROWS, TrustRegionPolicy(0.3), method=method))
         assert torch.equal(torch.get_rng_state(), before)
-    assert outs[0] == outs[1]
+    # Not the number of passes: with blocks chosen by the clock it is the clock's.
+    assert (outs[0].completions, outs[0].stats) == (outs[1].completions, outs[1].stats)
     other = mixed_rows(tiny_pair, ROWS, TrustRegionPolicy(0.3), method=method, seed=4)
     assert other.completions != outs[0].completions
 

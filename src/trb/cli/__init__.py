@@ -28,7 +28,7 @@ from trb.cli.display import (
     score_table,
     study_table,
 )
-from trb.cli.doctor import doctor
+from trb.cli.doctor import run_doctor
 
 if TYPE_CHECKING:
     from trb.config import Recipe
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--export", metavar="OUT", help="also write figures (PNG, SVG) and tables (Markdown, CSV, LaTeX)"
     )
-    _add_doctor(_command(commands, "doctor", "check this machine, and a pair of models", doctor, overrides=True))
+    _add_doctor(_command(commands, "doctor", "check this machine, and a pair of models", run_doctor, overrides=True))
     return parser
 
 

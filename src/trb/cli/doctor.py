@@ -27,7 +27,7 @@ class Check(NamedTuple):
     remedy: str = ""
 
 
-def doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from rich.text import Text
 
     from trb.config import load_recipe, make_recipe, parse_overrides
