@@ -174,6 +174,14 @@ def test_curves_area_and_steps_to_target(directory):
     }
 
 
+def test_bands_of_scores_stay_between_0_and_1(directory):
+    choose(directory, study())
+    for seed in SEEDS:
+        write_run(directory / Unit("one", "test", "opd", 0, seed).path, [0.1, 0.0 if seed else 0.9, 0.99])
+    curve = findings.assemble(study(), directory)["settings"]["one"]["methods"]["opd"]["curve"]
+    assert curve["low"][1] == 0.0 < curve["mean"][1] < curve["high"][1] < 1.0
+
+
 def test_a_target_that_few_seeds_reach_has_no_median(directory):
     choose(directory, study())
     for method in ("opd", "trb", "fixed"):

@@ -603,3 +603,16 @@ def test_figures_of_ordinal_axes_name_their_places(tmp_path: Path) -> None:
     axes = figures.draw(panel).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.01", "0.05"]
     assert "one pair of models" in axes.get_xlabel()
+
+
+def test_long_labels_leave_room_for_the_plot() -> None:
+    record = study_record()
+    name, entries = next(iter(record["settings"].items()))
+    for configurations in entries["sweep"].values():
+        for entry in configurations:
+            entry["configuration"] = {"initial_temperature": 0.9, "temperature_warmup_steps": 25}
+    setting = next(found for found in parse_study(record, Path("unused"), "x").settings if found.name == name)
+    figure = figures.draw_bars([study_panels.sweep(setting)], "pass@1, percent")
+    figure.savefig(io.BytesIO())  # warns, which is an error here, where nothing is left of the axes
+    inches = figure.axes[0].get_position().width * figure.get_figwidth()
+    assert inches > 2.5

@@ -182,7 +182,7 @@ def _methods(
             "suites": _suites(directory, setting, method, seeds),
             "difference_to_opd": None if method == BASELINE else differences[method][BASELINE],
             "differences": differences[method],
-            "curve": _band(*curves[method], study.level),
+            "curve": _band(*curves[method], study.level, bounds=(0.0, 1.0)),
             "area": _shown(mean_estimate(areas[method], **options)) if len(seeds) > 1 else None,
             "area_difference_to_opd": (
                 _shown(paired_difference(areas[method], areas[BASELINE], **options))
@@ -286,8 +286,11 @@ def _curves(directory: Path, setting: str, method: str, seeds: Sequence[int]) ->
     return np.array(curves[0][0], dtype=float), np.array([scores for _, scores in curves])
 
 
-def _band(steps: Floats, values: Floats, level: float) -> dict[str, list[float]]:
-    mean, low, high = (line.tolist() for line in band(values, level))
+def _band(
+    steps: Floats, values: Floats, level: float, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> dict[str, list[float]]:
+    """A curve's mean and interval over seeds at every point, cut at what a value can be."""
+    mean, low, high = (np.clip(line, *bounds).tolist() for line in band(values, level))
     return {"steps": [int(step) for step in steps], "mean": mean, "low": low, "high": high}
 
 

@@ -28,6 +28,8 @@ from trb.report.svg import FEW_POINTS, smoothing_window
 
 _MARKERS = dict(zip(MARKERS, ("o", "s", "^", "D", "x", "+", "v", "|"), strict=True))
 _SIZE_INCHES = (3.4, 2.3)
+_PLOT_INCHES = 4.0
+_INCHES_PER_CHARACTER = 0.066  # of bold labels at the font size below
 # Typed loosely: the stubs of rc_context list every key.
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -110,7 +112,9 @@ def draw_bars(sections: Sequence[Bars], label: str, *, zero: bool = False) -> Fi
     Values are shown in percent, or in points for differences (`zero` marks no difference).
     """
     rows = sum(len(section.rows) + 1 for section in sections)
-    figure = Figure(figsize=(_SIZE_INCHES[0] * 1.6, 0.55 + 0.2 * rows), layout="constrained")
+    longest = max((len(row.label) for section in sections for row in section.rows), default=0)
+    width = _PLOT_INCHES + _INCHES_PER_CHARACTER * longest
+    figure = Figure(figsize=(width, 0.55 + 0.2 * rows), layout="constrained")
     axes = figure.add_subplot()
     names: list[tuple[float, str, bool]] = []
     place = 0.0
