@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyPair, tiny_llama
+from exact_laws import POLICIES
 from reference import blend as oracle
 from reference import policies as laws
 from reference.distributions import Array, shared_events
@@ -40,16 +41,6 @@ PROMPTS = ((1,), (2, 3, 1), (3, 5, 2, 2, 1))
 HORIZON = 4
 N = 5_000
 
-POLICIES: dict[str, tuple[BehaviorPolicy, Law]] = {
-    "student": (StudentPolicy(), laws.student()),
-    "temperature 0.8": (TemperaturePolicy(0.8), laws.temperature(0.8)),
-    "budget 0": (TrustRegionPolicy(0.0), laws.student()),
-    "budget 0.02": (TrustRegionPolicy(0.02), laws.trust_region(0.02)),
-    "budget 0.5": (TrustRegionPolicy(0.5), laws.trust_region(0.5)),
-    "budget inf": (TrustRegionPolicy(math.inf), laws.teacher()),
-    "skd": (SKDPolicy(2, 0.6), laws.skd(2, 0.6)),
-    "teacher": (TeacherPolicy(), laws.teacher()),
-}
 every_method = pytest.mark.parametrize("method", METHODS)
 every_prompt = pytest.mark.parametrize("prompt", range(len(PROMPTS)))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyPair, tiny_gpt2, tiny_llama
+from exact_laws import POLICIES
 from peft import LoraConfig, get_peft_model
 from reference import policies as laws
 from reference.distributions import Array, entropy, kl, shared_events
@@ -23,7 +24,6 @@ from trb.policies import (
     SKDPolicy,
     StudentPolicy,
     TeacherPolicy,
-    TemperaturePolicy,
     TrustRegionPolicy,
 )
 from trb.sampling import sample
@@ -32,16 +32,6 @@ from trb.vocab import SharedVocabulary, head_rows, stop_token_ids
 
 PROMPTS = [[1], [2, 3, 1, 5], [3, 5, 2, 2, 1, 1, 3], [2, 1]]
 COMPLETIONS = [[3, 1, 2, 5, 0], [5], [], [1, 2, 0]]
-POLICIES: dict[str, tuple[BehaviorPolicy, Law]] = {
-    "student": (StudentPolicy(), laws.student()),
-    "temperature 0.8": (TemperaturePolicy(0.8), laws.temperature(0.8)),
-    "budget 0": (TrustRegionPolicy(0.0), laws.student()),
-    "budget 0.02": (TrustRegionPolicy(0.02), laws.trust_region(0.02)),
-    "budget 0.5": (TrustRegionPolicy(0.5), laws.trust_region(0.5)),
-    "budget inf": (TrustRegionPolicy(math.inf), laws.teacher()),
-    "skd": (SKDPolicy(2, 0.6), laws.skd(2, 0.6)),
-    "teacher": (TeacherPolicy(), laws.teacher()),
-}
 
 
 def shared(pair: TinyPair) -> SharedVocabulary:

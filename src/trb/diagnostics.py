@@ -18,24 +18,31 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from trb import provenance
 from trb.config import ConfigError, Recipe
 from trb.data import render
-from trb.experiments import Listener, RunDirectoryError, load_pair, load_tokenizers, problem_sets
+from trb.experiments import (
+    Listener,
+    RunDirectoryError,
+    load_pair,
+    load_tokenizers,
+    model_of_run,
+    precision,
+    problem_sets,
+    template_options,
+)
 from trb.files import finite, write_json, write_text
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
-from trb.recording import append_jsonl, score_record
+from trb.recording import jsonl, score_record
 from trb.rewards import Verifier
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.scoring import TokenScores, score_completions
@@ -784,10 +791,9 @@ class _Settings:
             raise ConfigError("a probe runs in one process; start it without a launcher")
         trb, skd = (_variant(recipe, method).training_config(directory) for method in ("trb", "skd"))
         longest = int(args.max_completion_length or 0) if max_new_tokens is None else max_new_tokens
-        options = args.chat_template_kwargs or {}
         return cls(
             recipe=recipe,
-            student=recipe.run.student if model is None else _model_of_run(model),
+            student=recipe.run.student if model is None else model_of_run(model),
             truncations=default_truncations(longest) if truncations is None else tuple(truncations),
             kl_budget=trb.initial_kl_budget if kl_budget is None else kl_budget,
             skd_default_top_k=skd.skd_teacher_top_k,
@@ -796,7 +802,7 @@ class _Settings:
             max_rows=max_rows or recipe.run.eval_max_rows or _ROWS,
             seed=args.seed if seed is None else seed,
             temperature=args.temperature,
-            template_options=options if isinstance(options, dict) else json.loads(options),
+            template_options=template_options(args),
             dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
             device=str(args.device),
             **given,
@@ -850,12 +856,6 @@ class _Settings:
         )
         return subject, {name: len(rows) for name, rows in sets.items()}
 
-    def precision(self) -> Any:
-        """The autocast context that training runs in."""
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=getattr(torch, self.dtype))
-
 
 def _variant(recipe: Recipe, method: str) -> Recipe:
     """The recipe of the first entry that trains by `method`, or else the recipe itself."""
@@ -863,11 +863,6 @@ def _variant(recipe: Recipe, method: str) -> Recipe:
         if (entry or {}).get("method", name) == method:
             return recipe.for_method(name)
     return recipe
-
-
-def _model_of_run(spec: str) -> str:
-    model = Path(spec).expanduser() / "model"
-    return str(model) if model.is_dir() and not (model.parent / "config.json").exists() else spec
 
 
 def _measure(
@@ -893,7 +888,7 @@ def _measure(
         "budgets": None,
         "replacement": None,
     }
-    with settings.precision():
+    with precision(settings.recipe.training_config(directory)):
         if settings.truncations:
             results["continuation"] = continuation_probe(subject, policies=policies, truncations=settings.truncations)
         if settings.budgets:
@@ -905,7 +900,7 @@ def _measure(
         if settings.excerpts:
             listener.stage("excerpts")
             records = matched_excerpts(subject, policies=shown, prompts=settings.excerpts, top=settings.alternatives)
-            _write_rollouts(directory / "rollouts.jsonl", records)
+            write_text(directory / "rollouts.jsonl", jsonl(records))
     return finite({**results, "provenance": provenance.describe()})
 
 
@@ -951,10 +946,3 @@ def _clear(directory: Path) -> None:
         shutil.rmtree(directory / "parts")
         for name in ("probe.json", "rollouts.jsonl", provenance.FILE_NAME):
             (directory / name).unlink(missing_ok=True)
-
-
-def _write_rollouts(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.unlink(missing_ok=True)
-    append_jsonl(unfinished, records)
-    unfinished.replace(path)

@@ -53,6 +53,7 @@ from trb.loading import load_model, load_tokenizer, memory_estimate
 from trb.modeling import without_adapters
 from trb.recording import append_jsonl, drop_after_step
 from trb.rewards import Verifier
+from trb.statistics import combined_interval
 from trb.trainer import TRBConfig, TRBTrainer
 from trb.vocab import check_heads, check_same_tokenizer, head_rows
 
@@ -70,7 +71,10 @@ __all__ = [
     "load_student",
     "load_tokenizers",
     "mean_of_suites",
+    "model_of_run",
+    "precision",
     "problem_sets",
+    "template_options",
     "train",
 ]
 
@@ -409,6 +413,12 @@ def _template(name: str) -> str:
         raise ConfigError(f"chat_template is {name!r}, neither plain nor a readable file: {error.strerror}") from error
 
 
+def model_of_run(spec: str) -> str:
+    """The trained model of a run directory; any other spec is itself."""
+    model = Path(spec).expanduser() / "model"
+    return str(model) if model.is_dir() and not (model.parent / "config.json").exists() else spec
+
+
 def load_student(run: RunConfig) -> PreTrainedModel:
     """The student, pruned where the recipe says so."""
     return load_model(
@@ -469,7 +479,7 @@ def _training_prompts(
         answer_column=run.train_answer_column,
         revision=run.train_revision,
     )
-    prompts = check_lengths(prompts, tokenizer, run.max_prompt_length, run.overlong_prompts, **_template_options(args))
+    prompts = check_lengths(prompts, tokenizer, run.max_prompt_length, run.overlong_prompts, **template_options(args))
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     needed = batch // args.num_generations
     if len(prompts) - run.held_out_prompts < needed:
@@ -529,10 +539,10 @@ def evaluate_suites(
     scores = []
     for name, rows in problems.items():
         (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
-        with _precision(args):
+        with precision(args):
             result = evaluate(
                 model.to(args.device),  # type: ignore[arg-type]
-                _with_template_options(tokenizer, _template_options(args)),
+                _with_template_options(tokenizer, template_options(args)),
                 rows,
                 n=run.samples_of(name),
                 max_new_tokens=longest,
@@ -553,8 +563,8 @@ def evaluate_suites(
 def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
     """One score from those of several problem sets: the unweighted mean of pass@1 (paper, section 6).
 
-    The interval combines theirs as independent ones: the distances from each estimate to its bound add in squares
-    (MOVER; Zou and Donner, 2008). The single scores stay under "suites". Without scores, pass_at_1 is None.
+    The interval combines theirs as independent ones (`trb.statistics.combined_interval`). The single scores stay under
+    "suites". Without scores, pass_at_1 is None.
     """
     if not scores:
         return {"name": "", "pass_at_1": None, "interval": None}
@@ -562,9 +572,7 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
         return dict(scores[0])
     count, samples = len(scores), sum(score["n_samples"] for score in scores)
     mean = math.fsum(score["pass_at_1"] for score in scores) / count
-    low, high = (
-        math.hypot(*(score["pass_at_1"] - score["interval"][end] for score in scores)) / count for end in (0, 1)
-    )
+    low, high = combined_interval([(score["pass_at_1"], score["interval"]) for score in scores])
     weighted = {
         key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples
         for key in ("mean_length", "stop_rate")
@@ -572,7 +580,7 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": "mean of " + ", ".join(score["name"] for score in scores),
         "pass_at_1": mean,
-        "interval": [max(0.0, mean - low), min(1.0, mean + high)],
+        "interval": [max(0.0, low), min(1.0, high)],
         "n_problems": sum(score["n_problems"] for score in scores),
         "n_samples": samples,
         **weighted,
@@ -616,13 +624,14 @@ def _initial_scores(
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
 
 
-def _precision(args: TRBConfig) -> AbstractContextManager[Any]:
+def precision(args: TRBConfig) -> AbstractContextManager[Any]:
     """The autocast context that training runs in."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype=dtype)
 
 
-def _template_options(args: TRBConfig) -> dict[str, Any]:
+def template_options(args: TRBConfig) -> dict[str, Any]:
+    """Keyword arguments of the chat template."""
     options = args.chat_template_kwargs or {}
     return dict(options) if isinstance(options, dict) else json.loads(options)
 

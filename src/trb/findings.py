@@ -18,18 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trb import provenance
-from trb.evaluation import pass_at_1_interval
 from trb.experiments import mean_of_suites
 from trb.statistics import (
     Estimate,
     area_under_curve,
     band,
+    combined_interval,
     holm,
     mean_estimate,
     paired_difference,
     steps_to_target,
 )
-from trb.study import BASELINE, Study, Unit
+from trb.study import BASELINE, ROLES, Reference, Study, Unit
 
 __all__ = ["FILE_NAME", "assemble", "finished_seeds", "selection"]
 
@@ -74,7 +74,7 @@ def assemble(study: Study, directory: str | Path) -> dict[str, Any]:
             "level": study.level,
             "seeds": {"select": study.seeds.select, "test": study.seeds.test},
             "settings": settings,
-            "average": _average(settings, study.level),
+            "average": _average(settings),
             "diagnostics": _diagnostics(study, directory),
             "provenance": json.loads((directory / provenance.FILE_NAME).read_text(encoding="utf-8")),
         }
@@ -124,15 +124,14 @@ def finished_seeds(study: Study, directory: str | Path, setting: str) -> list[in
 def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
     setting, seeds = study.settings[name], finished_seeds(study, directory, name)
     references = {
-        role: json.loads((directory / name / "reference" / f"{role}.json").read_text(encoding="utf-8"))
-        for role in ("student", "teacher")
+        role: json.loads((directory / Reference(name, role).path).read_text(encoding="utf-8")) for role in ROLES
     }
     shown: dict[str, Any] = {
         "title": setting.title or name,
         "description": setting.description,
         "dev": _sets(references["student"]["dev"]),
         "test": _sets(references["student"]["test"]),
-        **{role: _reference(scores["test"], study.level) for role, scores in references.items()},
+        **{role: _reference(scores["test"]) for role, scores in references.items()},
         "methods": {},
         "sweep": {},
     }
@@ -149,20 +148,16 @@ def _sets(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name, "problems": score["n_problems"]} for name, score in scores["suites"].items()]
 
 
-def _reference(scores: Mapping[str, Any], level: float) -> dict[str, Any]:
+def _reference(scores: Mapping[str, Any]) -> dict[str, Any]:
     """A model's own score, on its one draw of every problem."""
-    mean = mean_of_suites([{**score, "interval": _score_interval(score)} for score in scores["suites"].values()])
+    mean = mean_of_suites(list(scores["suites"].values()))
     return {key: mean[key] for key in ("pass_at_1", "interval", "mean_length", "stop_rate")}
-
-
-def _score_interval(score: Mapping[str, Any]) -> list[float]:
-    return list(pass_at_1_interval(score["correct"], score["n_samples"] // score["n_problems"]))
 
 
 def _methods(
     study: Study, directory: Path, setting: str, seeds: Sequence[int], sweep: Mapping[str, Any]
 ) -> dict[str, Any]:
-    tables, strata = _outcomes(study, directory, setting, seeds)
+    tables, strata, suites = _outcomes(study, directory, setting, seeds)
     curves = {method: _curves(directory, setting, method, seeds) for method in study.methods}
     target = study.target * float(curves[BASELINE][1][:, -1].mean())
     differences = _differences(study, tables, strata)
@@ -171,6 +166,7 @@ def _methods(
     found = {}
     for method, configurations in study.methods.items():
         estimate = mean_estimate(tables[method], strata_P=strata, bounds=(0.0, 1.0), **options)
+        means = _suite_means(tables[method], strata)
         selected = next((i for i, row in enumerate(sweep.get(method, ())) if row["selected"]), 0)
         found[method] = {
             "configuration": configurations[selected],
@@ -178,8 +174,8 @@ def _methods(
             "problems": tables[method].shape[1],
             "pass_at_1": estimate.value,
             "interval": list(estimate.interval),
-            "per_seed": _suite_means(tables[method], strata).mean(axis=1).tolist(),
-            "suites": _suites(directory, setting, method, seeds),
+            "per_seed": means.mean(axis=1).tolist(),
+            "suites": dict(zip(suites, means.mean(axis=0).tolist(), strict=True)),
             "difference_to_opd": None if method == BASELINE else differences[method][BASELINE],
             "differences": differences[method],
             "curve": _band(*curves[method], study.level, bounds=(0.0, 1.0)),
@@ -197,9 +193,10 @@ def _methods(
 
 def _outcomes(
     study: Study, directory: Path, setting: str, seeds: Sequence[int]
-) -> tuple[dict[str, Floats], NDArray[np.intp]]:
-    """Per method [seeds, problems] shares of right answers, problems of all suites in a row, and each one's suite."""
-    tables, strata = {}, np.zeros(0, dtype=np.intp)
+) -> tuple[dict[str, Floats], NDArray[np.intp], list[str]]:
+    """Per method [seeds, problems] shares of right answers, problems of all suites in a row; each problem's suite; and
+    the suites' names."""
+    tables = {}
     for method in study.methods:
         rows = []
         for seed in seeds:
@@ -207,9 +204,9 @@ def _outcomes(
             rows.append(
                 np.concatenate([np.array(s["correct"]) / (s["n_samples"] // s["n_problems"]) for s in suites.values()])
             )
-            strata = np.repeat(np.arange(len(suites)), [len(suite["correct"]) for suite in suites.values()])
         tables[method] = np.stack(rows)
-    return tables, strata
+    strata = np.repeat(np.arange(len(suites)), [len(suite["correct"]) for suite in suites.values()])
+    return tables, strata, list(suites)
 
 
 def _differences(
@@ -261,11 +258,6 @@ def _negative(shown: Mapping[str, Any]) -> dict[str, Any]:
 def _suite_means(table: Floats, strata: NDArray[np.intp]) -> Floats:
     """[seeds, suites]"""
     return np.stack([table[:, strata == suite].mean(axis=1) for suite in range(int(strata.max()) + 1)], axis=1)
-
-
-def _suites(directory: Path, setting: str, method: str, seeds: Sequence[int]) -> dict[str, float]:
-    scores = [_test_scores(directory, setting, method, seed) for seed in seeds]
-    return {name: math.fsum(run[name]["pass_at_1"] for run in scores) / len(scores) for name in scores[0]}
 
 
 def _to_target(steps: Floats, scores: Floats, target: float) -> dict[str, Any]:
@@ -320,7 +312,7 @@ def _diagnostics(study: Study, directory: Path) -> dict[str, Any]:
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
-def _average(settings: Mapping[str, Mapping[str, Any]], level: float) -> dict[str, Any]:
+def _average(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The unweighted mean over the settings, which are independent: standard errors add in squares.
 
     Only once every setting has its methods.
@@ -334,7 +326,7 @@ def _average(settings: Mapping[str, Mapping[str, Any]], level: float) -> dict[st
         against = [entry["difference_to_opd"] for entry in entries]
         found[method] = {
             "pass_at_1": math.fsum(entry["pass_at_1"] for entry in entries) / len(entries),
-            "interval": _combined_interval([(entry["pass_at_1"], entry["interval"]) for entry in entries]),
+            "interval": list(combined_interval([(entry["pass_at_1"], entry["interval"]) for entry in entries])),
             "difference_to_opd": None if None in against else _combined_difference(against),
             "best": False,
         }
@@ -345,21 +337,13 @@ def _average(settings: Mapping[str, Mapping[str, Any]], level: float) -> dict[st
     return {"methods": found}
 
 
-def _combined_interval(parts: Sequence[tuple[float, Sequence[float]]]) -> list[float]:
-    """Interval of a mean of independent estimates (MOVER; Zou and Donner, 2008): distances to the bounds add in
-    squares."""
-    mean = math.fsum(value for value, _ in parts) / len(parts)
-    below, above = (math.hypot(*(value - interval[end] for value, interval in parts)) / len(parts) for end in (0, 1))
-    return [mean - below, mean + above]
-
-
 def _combined_difference(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mean = math.fsum(part["estimate"] for part in parts) / len(parts)
     error = math.hypot(*(part["standard_error"] for part in parts)) / len(parts)
     p_value = 1.0 if error == 0 else 2 * NormalDist().cdf(-abs(mean) / error)
     return {
         "estimate": mean,
-        "interval": _combined_interval([(part["estimate"], part["interval"]) for part in parts]),
+        "interval": list(combined_interval([(part["estimate"], part["interval"]) for part in parts])),
         "standard_error": error,
         "p_value": p_value,
     }

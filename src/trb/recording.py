@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trb.files import finite, write_text
 from trb.scoring import TokenScores
 
-__all__ = ["RunRecorder", "append_jsonl", "drop_after_step", "score_record"]
+__all__ = ["RunRecorder", "append_jsonl", "drop_after_step", "jsonl", "score_record"]
 
 
 class RunRecorder(TrainerCallback):
@@ -80,8 +80,16 @@ def _short(value: float) -> float:
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append one JSON object per line; NaN and infinities become null."""
     with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(finite(row)) + "\n")
+        file.writelines(map(_line, rows))
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a whole file of such lines."""
+    return "".join(map(_line, rows))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(finite(row)) + "\n"
 
 
 def drop_after_step(path: Path, step: int) -> None:

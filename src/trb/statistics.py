@@ -28,6 +28,7 @@ __all__ = [
     "auroc",
     "auroc_estimate",
     "band",
+    "combined_interval",
     "expected_standard_error",
     "holm",
     "mean_estimate",
@@ -366,6 +367,16 @@ def band(values_SK: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats, Flo
         return mean, mean.copy(), mean.copy()
     half = t_quantile((1 + level) / 2, seeds - 1) * values.std(axis=0, ddof=1) / math.sqrt(seeds)
     return mean, mean - half, mean + half
+
+
+def combined_interval(parts: Sequence[tuple[float, Sequence[float]]]) -> tuple[float, float]:
+    """Interval of the unweighted mean of independent estimates, each a value and its interval.
+
+    The distances from the values to their bounds add in squares (MOVER; Zou and Donner, 2008).
+    """
+    mean = math.fsum(value for value, _ in parts) / len(parts)
+    below, above = (math.hypot(*(value - interval[end] for value, interval in parts)) / len(parts) for end in (0, 1))
+    return mean - below, mean + above
 
 
 def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> float:

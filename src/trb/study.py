@@ -21,9 +21,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from trb.config import ConfigError, Recipe, make_recipe, read_yaml
 from trb.trainer import TRAINING_METHODS
 
-__all__ = ["BASELINE", "Phase", "ProblemSets", "Setting", "Study", "Unit", "load_study"]
+__all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", "Study", "Unit", "load_study"]
 
 BASELINE = "opd"  # what every method is compared with
+ROLES = ("student", "teacher")
 Phase = Literal["select", "test"]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _OWN_KEYS = (
@@ -220,6 +221,22 @@ class Unit:
 
     def __str__(self) -> str:
         return str(self.path)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The scores of a model of a setting that no run trains: the untrained student, or the teacher."""
+
+    setting: str
+    role: str
+
+    @property
+    def path(self) -> Path:
+        """Its file, inside the study's directory."""
+        return Path(self.setting, "reference", f"{self.role}.json")
+
+    def __str__(self) -> str:
+        return str(self.path.with_suffix(""))
 
 
 def load_study(path: str | os.PathLike[str]) -> Study:

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,7 +40,7 @@ from trb.experiments import (
 from trb.files import write_json, write_text
 from trb.loading import load_model, quiet_libraries
 from trb.rewards import Verifier
-from trb.study import ProblemSets, Study, Unit, load_study
+from trb.study import ROLES, ProblemSets, Reference, Study, Unit, load_study
 
 __all__ = ["StudyError", "StudyListener", "default_workers", "run_study"]
 
@@ -64,21 +63,6 @@ class StudyListener:
 
     def finished(self, job: str, seconds: float) -> None:
         """One run of the phase is finished."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The scores of a model that no run trains."""
-
-    setting: str
-    role: str
-
-    @property
-    def path(self) -> Path:
-        return Path(self.setting, "reference", f"{self.role}.json")
-
-    def __str__(self) -> str:
-        return str(self.path.with_suffix(""))
 
 
 Job = Unit | Reference
@@ -119,7 +103,7 @@ def run_study(
         for name in study.settings:
             _check_disjoint(study, name)
         with _pool(directory, study, workers, ray, gpus, keep_models) as pool:
-            references = [Reference(name, role) for name in study.settings for role in ("student", "teacher")]
+            references = [Reference(name, role) for name in study.settings for role in ROLES]
             _run(pool, "references", references, directory, listener)
             _run(pool, "selection", study.units("select"), directory, listener)
             chosen = {name: _select(study, directory, name) for name in study.settings}

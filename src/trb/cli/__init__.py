@@ -23,6 +23,7 @@ from trb.cli.display import (
     message,
     new_console,
     print_keys,
+    print_paths,
     print_plan,
     printable,
     score_table,
@@ -312,24 +313,29 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
         return 0
     from trb.report import write_report
 
-    console = new_console()
     report = write_report(directory)
-    console.print(score_table(results))
-    for label, path in (("results", directory / "results.json"), ("report", report)):
-        console.print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
+    new_console().print(score_table(results))
+    print_paths(results=directory / "results.json", report=report)
     return 0
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb import provenance
     from trb.config import make_recipe
-    from trb.experiments import evaluate_suites, load_student, load_tokenizers, mean_of_suites, problem_sets
+    from trb.experiments import (
+        evaluate_suites,
+        load_student,
+        load_tokenizers,
+        mean_of_suites,
+        model_of_run,
+        problem_sets,
+    )
     from trb.files import write_json
     from trb.loading import quiet_libraries
     from trb.rewards import Verifier
 
     quiet_libraries()
-    model_spec = _model_of_run(arguments.model)
+    model_spec = model_of_run(arguments.model)
     folder = Path(arguments.output_dir) if arguments.output_dir else None
     recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
     run, args = recipe.run, recipe.training_config(folder or "unused")
@@ -386,12 +392,6 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     }
 
 
-def _model_of_run(spec: str) -> str:
-    """The trained model of a run directory; any other spec is itself."""
-    model = Path(spec).expanduser() / "model"
-    return str(model) if model.is_dir() and not (model.parent / "config.json").exists() else spec
-
-
 def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.loading import quiet_libraries
     from trb.study import load_study
@@ -421,8 +421,7 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     console = new_console()
     for setting in results["settings"].values():
         console.print(study_table(setting))
-    for label, path in (("results", directory / "study.json"), ("report", write_report(directory))):
-        console.print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
+    print_paths(results=directory / "study.json", report=write_report(directory))
     return 0
 
 
@@ -441,8 +440,7 @@ def _probe(arguments: argparse.Namespace, rest: list[str]) -> int:
             options[name] = value
     with listening(arguments.quiet) as listener:
         probe(recipe, directory, **options, listener=listener)
-    for label, path in (("results", directory / "probe.json"), ("report", write_report(directory))):
-        print(f"{label}: {path}")
+    print_paths(results=directory / "probe.json", report=write_report(directory))
     return 0
 
 

@@ -7,6 +7,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def printable(text: str) -> str:
 
 
 def message(error: Exception) -> str:
+    """What an error says, without its number."""
     return error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
 
 
@@ -30,6 +32,12 @@ def new_console() -> "Console":
     from rich.console import Console
 
     return Console()
+
+
+def print_paths(**paths: Path) -> None:
+    """Where everything is, a line each; never wrapped, so that it can be copied."""
+    for label, path in paths.items():
+        new_console().print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
@@ -137,19 +145,11 @@ def listening(quiet: bool) -> Iterator["Listener"]:
 def following(quiet: bool) -> Iterator["StudyListener"]:
     """A display of a whole study on standard error: one bar per phase on a terminal, a line per run elsewhere."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
     from trb.sweep import StudyListener
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
     class Bars(StudyListener):
         def __init__(self, progress: Progress) -> None:
@@ -172,8 +172,21 @@ def following(quiet: bool) -> Iterator["StudyListener"]:
     if quiet:
         yield StudyListener()
         return
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    with Progress(*_columns(), console=console, disable=not console.is_terminal) as progress:
         yield Bars(progress)
+
+
+def _columns() -> list[Any]:
+    """What every bar shows: what, how far, since when and how long still."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
 
 
 def _numbers(logs: Mapping[str, Any]) -> str:
@@ -185,25 +198,9 @@ def _numbers(logs: Mapping[str, Any]) -> str:
 @contextmanager
 def live_display(console: "Console") -> Iterator["Listener"]:
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress, TextColumn
 
     from trb.experiments import Listener
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
 
     class Live(Listener):
         def __init__(self, progress: Progress) -> None:
@@ -244,7 +241,7 @@ def live_display(console: "Console") -> Iterator["Listener"]:
             description = f"methods {len(self.done)} of {len(self.steps)}"
             self.progress.update(self.whole, description=description, completed=completed)
 
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*_columns(), TextColumn("{task.fields[numbers]}"), console=console, transient=True) as progress:
         yield Live(progress)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trb.report.panels import Axis, Group, Panel, Quantity, Series, slug
-from trb.report.reading import ReportError, Run, finite, number, read_json
+from trb.report.reading import ReportError, Run, finite, interval_of, number, read_json
 from trb.report.style import label, show, style_indices
 
 PROBE_FILE = "probe.json"
@@ -232,12 +232,7 @@ def _estimate(value: Any, where: str) -> Estimate | None:
         return None
     if not isinstance(value, Mapping):
         return finite(value, where), None
-    interval = value.get("interval")
-    if interval is not None and not (isinstance(interval, list) and len(interval) == 2):
-        raise ReportError(f"{where}: interval is {interval!r:.80}, expected [low, high] or null.")
-    ends = [finite(end, f"{where}: interval") for end in interval or ()]
-    low, high = ends if len(ends) == 2 else (None, None)
-    return number(value, "value", where), None if low is None or high is None else (low, high)
+    return number(value, "value", where), interval_of(value, where)
 
 
 def _inner(record: Mapping[str, Any], path: tuple[str, ...], where: str) -> Any:

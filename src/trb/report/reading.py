@@ -144,6 +144,20 @@ def finite(value: Any, where: str) -> float | None:
     return value if -_LARGEST < value < _LARGEST else None
 
 
+def interval_of(record: Mapping[str, Any], where: str) -> tuple[float, float] | None:
+    """The record's `interval`, two finite numbers; None where it or an end is missing.
+
+    Anything else raises ReportError.
+    """
+    value = record.get("interval")
+    if value is None:
+        return None
+    if not (isinstance(value, list) and len(value) == 2):
+        raise ReportError(f"{where}: interval is {value!r:.80}, expected [low, high] or null.")
+    low, high = (finite(end, f"{where}: interval") for end in value)
+    return None if low is None or high is None else (low, high)
+
+
 def step_of(record: Mapping[str, Any], where: str) -> int:
     """The record's optimizer step, a whole number >= 0; anything else raises ReportError."""
     value = number(record, "step", where)
@@ -289,14 +303,9 @@ def _scores_from_evals(runs: tuple[Run, ...], notes: list[str]) -> dict[str, Sco
 
 
 def _score(record: Mapping[str, Any], where: str) -> Score:
-    interval = record.get("interval")
-    if interval is not None and not (isinstance(interval, list) and len(interval) == 2):
-        raise ReportError(f"{where}: interval is {interval!r:.80}, expected [low, high] or null.")
-    ends = [finite(end, f"{where}: interval") for end in interval or ()]
-    low, high = (ends[0], ends[1]) if len(ends) == 2 else (None, None)
     return Score(
         pass_at_1=number(record, "pass_at_1", where),
-        interval=None if low is None or high is None else (low, high),
+        interval=interval_of(record, where),
         n_problems=number(record, "n_problems", where),
         n_samples=number(record, "n_samples", where),
         mean_length=number(record, "mean_length", where),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trb.report.panels import Values
-from trb.report.reading import ReportError, Run, Score, finite, number, read_json, read_run
+from trb.report.reading import ReportError, Run, Score, finite, interval_of, number, read_json, read_run
 from trb.report.style import label, style_indices
 
 STUDY_FILE = "study.json"
@@ -262,7 +262,7 @@ def _method(name: str, shown: str, style: int, value: Mapping[str, Any], where: 
         },
         suites={suite: number(suites, suite, f"{where}.suites") for suite in suites},
         curve=_band(value.get("curve"), f"{where}.curve"),
-        area=Score(number(area, "estimate", f"{where}.area"), _interval(area, f"{where}.area")),
+        area=Score(number(area, "estimate", f"{where}.area"), interval_of(area, f"{where}.area")),
         area_difference=_difference(value.get("area_difference_to_opd"), f"{where}.area_difference_to_opd"),
         target=_target(value.get("steps_to_target"), f"{where}.steps_to_target"),
         metrics={key: band for key, entry in metrics.items() if (band := _band(entry, f"{where}.metrics.{key}"))},
@@ -273,7 +273,7 @@ def _method(name: str, shown: str, style: int, value: Mapping[str, Any], where: 
 def _score(value: Mapping[str, Any], where: str) -> Score:
     return Score(
         pass_at_1=number(value, "pass_at_1", where),
-        interval=_interval(value, where),
+        interval=interval_of(value, where),
         n_problems=number(value, "problems", where),
     )
 
@@ -284,7 +284,7 @@ def _difference(value: Any, where: str) -> Difference | None:
         return None
     return Difference(
         estimate=number(record, "estimate", where),
-        interval=_interval(record, where),
+        interval=interval_of(record, where),
         p_value=number(record, "p_value", where),
         p_holm=number(record, "p_value_holm", where),
         effect_size=number(record, "effect_size", where),
@@ -327,16 +327,6 @@ def _band(value: Any, where: str) -> Band | None:
     if not (columns["low"] and columns["high"]):
         columns |= {"low": (), "high": ()}
     return Band(tuple(int(step or 0) for step in steps), **columns)
-
-
-def _interval(record: Mapping[str, Any], where: str) -> tuple[float, float] | None:
-    value = record.get("interval")
-    if value is None:
-        return None
-    if not (isinstance(value, list) and len(value) == 2):
-        raise ReportError(f"{where}: interval is {value!r:.80}, expected [low, high] or null.")
-    low, high = (finite(end, f"{where}: interval") for end in value)
-    return None if low is None or high is None else (low, high)
 
 
 def _first_run(directory: Path, setting: str, method: str, notes: list[str]) -> Run | None:

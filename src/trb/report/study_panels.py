@@ -13,8 +13,6 @@ from trb.report.study import Band, Configuration, Difference, Method, Setting, S
 from trb.report.tables import configuration_text, seeds_of, spanned
 
 _PASS_AT_1 = Quantity("pass_at_1", "pass@1, development", "", "Share of samples that are right", format="percent")
-# findings writes the reward under its own name, the trainer with a prefix.
-_ALIASES = {"trb/reward": ("trb/reward", "reward")}
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,7 @@ def _panel(study: Study, setting: Setting, quantity: Quantity, axis: Axis) -> Pa
 def _band_of(method: Method, quantity: Quantity) -> Band | None:
     if quantity is _PASS_AT_1:
         return method.curve
-    keys = _ALIASES.get(quantity.key, (quantity.key,))
-    return next((method.metrics[key] for key in keys if key in method.metrics), None)
+    return method.metrics.get(quantity.key)
 
 
 def _series(method: Method, band: Band, quantity: Quantity) -> Series:
