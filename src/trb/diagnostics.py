@@ -42,7 +42,7 @@ from trb.experiments import (
 )
 from trb.files import finite, write_json, write_text
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
-from trb.recording import jsonl, score_record
+from trb.recording import jsonl, logged_metrics, score_record
 from trb.rewards import Verifier
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.scoring import TokenScores, score_completions
@@ -573,7 +573,7 @@ def metric_curve(
     """
     if not len(run_directories):
         raise ValueError("run_directories is empty; give the directory of at least one run")
-    runs = [_logged(Path(directory) / "metrics.jsonl", metric) for directory in run_directories]
+    runs = [logged_metrics(Path(directory) / "metrics.jsonl", [metric])[metric] for directory in run_directories]
     steps = sorted(set(runs[0]).intersection(*runs[1:]))
     if not steps:
         known = ", ".join(map(str, run_directories))
@@ -581,26 +581,6 @@ def metric_curve(
     mean_K, low_K, high_K = band([[run[step] for step in steps] for run in runs], level)
     curve = {"mean": mean_K.tolist(), "low": low_K.tolist(), "high": high_K.tolist()}
     return {"metric": metric, "seeds": len(runs), "steps": steps, **curve}
-
-
-def _logged(path: Path, metric: str) -> dict[int, float]:
-    """Step -> value of a metric; of a step recorded twice (a resumed run), the later record."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    found = {}
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-            if record.get(metric) is not None:
-                found[int(record["step"])] = float(record[metric])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break  # a run that is being written, or was killed: half a line
-            raise ValueError(
-                f"line {number} of {path} is no metrics record ({error!r}); repair or remove it"
-            ) from error
-    return found
 
 
 # ---- excerpts ----

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trb import provenance
 from trb.experiments import mean_of_suites
+from trb.recording import logged_metrics
 from trb.statistics import (
     Estimate,
     area_under_curve,
@@ -290,15 +291,15 @@ def _metrics(
     directory: Path, setting: str, method: str, seeds: Sequence[int], level: float
 ) -> dict[str, dict[str, list[float]]]:
     """Logged metrics averaged over seeds, at the steps where every seed has a number."""
-    runs = []
-    for seed in seeds:
-        lines = _jsonl(directory / _test_run(setting, method, seed) / "metrics.jsonl")
-        runs.append({line["step"]: line for line in lines})
+    paths = [directory / _test_run(setting, method, seed) / "metrics.jsonl" for seed in seeds]
+    if not all(path.exists() for path in paths):  # a run shorter than logging_steps has logged nothing
+        return {}
+    runs = [logged_metrics(path, _METRICS) for path in paths]
     found = {}
     for name in _METRICS:
-        steps = [step for step in runs[0] if all(run.get(step, {}).get(name) is not None for run in runs)]
+        steps = sorted(set(runs[0][name]).intersection(*(run[name] for run in runs)))
         if steps:
-            values = np.array([[run[step][name] for step in steps] for run in runs], dtype=float)
+            values = np.array([[run[name][step] for step in steps] for run in runs])
             found[name] = _band(np.array(steps), values, level)
     return found
 
@@ -384,8 +385,6 @@ def _ranked(study: Study, steps: Sequence[int], scores: Sequence[float]) -> floa
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():  # a run shorter than logging_steps has logged nothing
-        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

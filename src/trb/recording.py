@@ -10,7 +10,7 @@ resumed run hold the same steps as those of an uninterrupted one. Logging servic
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trb.files import finite, write_text
 from trb.scoring import TokenScores
 
-__all__ = ["RunRecorder", "append_jsonl", "drop_after_step", "jsonl", "score_record"]
+__all__ = ["RunRecorder", "append_jsonl", "drop_after_step", "jsonl", "logged_metrics", "score_record"]
 
 
 class RunRecorder(TrainerCallback):
@@ -90,6 +90,34 @@ def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite(row)) + "\n"
+
+
+def logged_metrics(path: Path, names: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Name -> optimizer step -> value, read once from a metrics.jsonl; nulls and absent values are passed over.
+
+    Of a step recorded twice (a resumed run) the later record counts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line before the last is no record; half a last line is what a running or killed run leaves.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            for name in names:
+                if record.get(name) is not None:
+                    found[name][int(record["step"])] = float(record[name])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"line {number} of {path} is no metrics record ({error!r}); repair or remove it"
+            ) from error
+    return found
 
 
 def drop_after_step(path: Path, step: int) -> None:
