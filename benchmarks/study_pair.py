@@ -60,6 +60,7 @@ STUDENT = replace(TEACHER, name="student", layers=8, steps=200, learning_rate=5e
 def make(course: Course, out: Path, device: torch.device, problems: int, seed: int) -> dict[str, Any]:
     """Train one copy, write it to `out`, and measure what was written."""
     tokenizer = load_tokenizer(BASE)
+    tokenizer.pad_token = tokenizer.pad_token or course.eos_token  # some versions of transformers read none
     model = load_model(BASE, keep_layers=course.layers).to(device)  # type: ignore[arg-type]
     start = time.monotonic()
     for step, loss in enumerate(fit(model, tokenizer, course, TASK, SIZES, steps=course.steps, seed=seed), start=1):
