@@ -54,7 +54,7 @@ TEACHER = Course(
     wrong_step=0.0,
     drift=0.0,
 )
-STUDENT = replace(TEACHER, name="student", layers=8, steps=200, learning_rate=5e-4, wrong_step=0.1, drift=0.1)
+STUDENT = replace(TEACHER, name="student", layers=8, steps=400, learning_rate=5e-4, wrong_step=0.1, drift=0.1)
 
 
 def make(course: Course, out: Path, device: torch.device, problems: int, seed: int) -> dict[str, Any]:
