@@ -1,6 +1,6 @@
 """How a study's learning rate is chosen: plain distillation at several rates, on development problems, other seeds.
 
-    python benchmarks/study_pilot.py recipes/studies/smollm2.yaml --rates 1e-5 3e-5 1e-4 3e-4 --workers 8 \\
+    python benchmarks/study_pilot.py recipes/studies/smollm2.yaml --rates 3e-5 1e-4 3e-4 --workers 6 \\
         --out runs/smollm2-pilot --record benchmarks/results/smollm2-pilot.json
 
 Runs only the method that every other is compared with, so that no method's result can guide the choice. The rule: the
