@@ -38,7 +38,7 @@ export OMP_WAIT_POLICY
 .PHONY: help setup quickstart test lint format smollm2 bench study study-smollm2 zoo clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/run.stamp ## create .venv with the package, editable
 
