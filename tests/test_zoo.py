@@ -245,7 +245,7 @@ def test_training_is_deterministic_and_lowers_the_loss():
 def test_only_completions_are_labelled_and_the_stop_token_is():
     tokenizer = zoo.load("student")[1]
     pair = zoo_train.PAIRS["chains"]
-    ids, labels = zoo_train.supervised_batch(tokenizer, random.Random(0), pair.models[0], pair)
+    ids, labels = zoo_train.supervised_batch(tokenizer, random.Random(0), pair.models[0], pair.task, pair.trained_sizes)
     for row, row_labels in zip(ids.tolist(), labels.tolist(), strict=True):
         kept = [label for label in row_labels if label != -100]
         assert kept.count(tokenizer.eos_token_id) == 1  # although it is also the padding

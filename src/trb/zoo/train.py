@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -46,16 +48,10 @@ _FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, Ll
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that distinguishes one model of a pair from the other."""
+class Lessons:
+    """What a model is taught, whatever its architecture."""
 
     name: str
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    head_rows: int
-    """Rows of the output head; padded beyond the vocabulary, differently in the two models."""
-    tied: bool
     eos_token: str
     steps: int
     batch_size: int
@@ -64,6 +60,18 @@ class Recipe:
     """Probability that a step's result is wrong in a training solution."""
     drift: float
     """Probability that a training solution leaves the task at a step."""
+
+
+@dataclass(frozen=True)
+class Recipe(Lessons):
+    """Everything that distinguishes one model of a pair from the other."""
+
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    head_rows: int
+    """Rows of the output head; padded beyond the vocabulary, differently in the two models."""
+    tied: bool
     family: str = "qwen3"
     from_shipped: bool = False
     """Go on from the shipped model of that name, instead of from random weights."""
@@ -169,22 +177,26 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTraine
     return model
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, problem: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
     """Token ids of the chat prompt that asks for a problem."""
     messages = [{"role": "user", "content": problem}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return list(ids)
 
 
 def supervised_batch(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, recipe: Recipe, pair: Pair
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, lessons: Lessons, task: Task, sizes: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both [batch_size, longest]; completions are labelled, stop token included."""
+    """Token ids and labels, both [batch_size, longest]; completions are labelled, stop token included.
+
+    `sizes` are those of the smallest and the largest problem.
+    """
     rows, labels = [], []
-    for _ in range(recipe.batch_size):
-        problem = pair.task.draw(rng, rng.randint(*pair.trained_sizes), "train")
-        text = pair.task.corrupted_solution(problem, rng, wrong_step=recipe.wrong_step, drift=recipe.drift)
+    for _ in range(lessons.batch_size):
+        problem = task.draw(rng, rng.randint(*sizes), "train")
+        text = task.corrupted_solution(problem, rng, wrong_step=lessons.wrong_step, drift=lessons.drift)
         prompt = prompt_ids(tokenizer, problem)
-        completion = tokenizer.encode(text + recipe.eos_token)
+        completion = tokenizer.encode(text + lessons.eos_token)
         rows.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([_IGNORED] * len(prompt) + completion))
     pad = torch.nn.utils.rnn.pad_sequence
@@ -205,20 +217,39 @@ def train(
 ) -> Iterator[tuple[PreTrainedModel, float]]:
     """Train a model, yielding it with the loss after every step."""
     torch.manual_seed(seed)
-    rng = random.Random(f"{recipe.name}:{seed}")
-    model = (load(recipe.name)[0] if recipe.from_shipped else build_model(recipe, tokenizer)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    model = load(recipe.name)[0] if recipe.from_shipped else build_model(recipe, tokenizer)
+    for loss in fit(model, tokenizer, recipe, pair.task, pair.trained_sizes, steps=steps, seed=seed):
+        yield model, loss
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lessons: Lessons,
+    task: Task,
+    sizes: tuple[int, int],
+    *,
+    steps: int,
+    seed: int,
+) -> Iterator[float]:
+    """Train any model on worked solutions where it is, yielding the loss after every step; bf16 autocast on a GPU."""
+    rng = random.Random(f"{lessons.name}:{seed}")
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lessons.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    on_gpu = model.device.type == "cuda"
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(step, steps)
-        ids, labels = supervised_batch(tokenizer, rng, recipe, pair)
+        optimizer.param_groups[0]["lr"] = lessons.learning_rate * learning_rate_factor(step, steps)
+        batch = supervised_batch(tokenizer, rng, lessons, task, sizes)
+        ids, labels = (tensor.to(model.device) for tensor in batch)
         # Right padding: causal attention already keeps completions from seeing it.
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+        with torch.autocast("cuda", dtype=torch.bfloat16) if on_gpu else nullcontext():
+            logits = model(input_ids=ids[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=_IGNORED)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        yield model, loss.item()
+        yield loss.item()
 
 
 @torch.no_grad()
