@@ -25,11 +25,11 @@ from trb.cli.display import (
     print_keys,
     print_paths,
     print_plan,
-    printable,
     score_table,
     study_table,
 )
 from trb.cli.doctor import run_doctor
+from trb.untrusted import printable
 
 if TYPE_CHECKING:
     from trb.config import Recipe
@@ -464,7 +464,7 @@ def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
 def _report(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.report import export, write_report
 
-    print(write_report(arguments.directory))
+    print(printable(str(write_report(arguments.directory)), lines=False))
     for path in export(arguments.directory, arguments.export) if arguments.export else ():
-        print(path)
+        print(printable(str(path), lines=False))
     return 0
