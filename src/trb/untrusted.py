@@ -11,9 +11,10 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import yaml
+if TYPE_CHECKING:
+    import yaml
 
 __all__ = [
     "MAX_YAML_NODES",
@@ -50,7 +51,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def parse_yaml(text: str, loader: "type[yaml.SafeLoader] | None" = None) -> Any:
     """One YAML document, read safely and bounded.
 
     Aliases let a few lines stand for billions of values (each list holding the one before it ten times), which is
@@ -59,9 +60,11 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     Raises yaml.YAMLError for what is no YAML or names types of Python, and ValueError for documents that are too large,
     nested too deeply or hold themselves.
     """
-    if not issubclass(loader, yaml.SafeLoader):
+    import yaml
+
+    if loader is not None and not issubclass(loader, yaml.SafeLoader):
         raise TypeError(f"{loader.__name__} is no safe loader")
-    reader = loader(text)
+    reader = (loader or yaml.SafeLoader)(text)
     try:
         node = reader.get_single_node()
         if node is None:
@@ -75,7 +78,7 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
         reader.dispose()
 
 
-def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+def _expanded(node: "yaml.Node", known: dict[int, int]) -> int:
     """How many nodes a document has when every alias is written out. A node that holds itself never ends."""
     if id(node) not in known:
         children = node.value if isinstance(node.value, list) else []
