@@ -77,7 +77,6 @@ def _try() -> None:
 
     template: str = json.loads(sys.stdin.read())
     confinement.limit_resources(_MEMORY_MB, seconds=SECONDS)
-    confinement.forbid_side_effects()
     problem = ""
     for conversation in _CONVERSATIONS:
         problem = problem or _rendering_problem(render_jinja_template, conversation, template)

@@ -74,6 +74,8 @@ def parse_yaml(text: str, loader: "type[yaml.SafeLoader] | None" = None) -> Any:
         return reader.construct_document(node)
     except RecursionError as error:
         raise ValueError("it is nested too deeply, or holds itself") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # PyYAML on tags such as !!bool 7
+        raise ValueError(f"a tag does not fit its value ({error!r})") from error
     finally:
         reader.dispose()
 
@@ -92,7 +94,10 @@ def _expanded(node: "yaml.Node", known: dict[int, int]) -> int:
 
 def require_inside(path: Path, folder: Path, *, also: Path | None = None) -> Path:
     """`path`, unless links or ".." take it out of `folder` (and out of `also`). Raises ValueError naming where to."""
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is a link that leads nowhere: {error}") from error
     if not any(target.is_relative_to(root.resolve()) for root in (folder, also) if root is not None):
         raise ValueError(f"{path} leads out of {folder}, to {target}: copy what it names into the folder")
     return path
