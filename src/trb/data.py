@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from trb.choices import did_you_mean
-from trb.untrusted import parse_json, parse_yaml, printable, require_inside
+from trb.untrusted import parse_json, parse_yaml, printable, read_object, require_inside
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -382,10 +382,10 @@ def _check_folder(path: Path) -> None:
         if (path / name).is_file():
             _check_card(path / name)
     for state in (*path.glob("state.json"), *path.glob("*/state.json")):
-        files = _object_in(state).get("_data_files") or []
+        files = read_object(state).get("_data_files") or []
         _check_plain(state, [file.get("filename") if isinstance(file, dict) else file for file in files])
     if (path / "dataset_dict.json").is_file():
-        _check_plain(path / "dataset_dict.json", _object_in(path / "dataset_dict.json").get("splits") or [])
+        _check_plain(path / "dataset_dict.json", read_object(path / "dataset_dict.json").get("splits") or [])
 
 
 def _check_card(path: Path) -> None:
@@ -413,16 +413,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item)
-
-
-def _object_in(path: Path) -> Row:
-    try:
-        value = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is {_kind(value)}; it must be a JSON object")
-    return value
 
 
 def _check_plain(path: Path, names: Any) -> None:

@@ -44,7 +44,7 @@ from trb import zoo
 from trb.choices import did_you_mean
 from trb.files import cache_directory
 from trb.templates import check_chat_template
-from trb.untrusted import check_weight_index, parse_json, printable, require_inside
+from trb.untrusted import check_weight_index, printable, read_object, require_inside
 
 __all__ = [
     "BUILT_IN",
@@ -312,11 +312,8 @@ def _adapter_config(directory: Path) -> dict[str, Any]:
 
 
 def _read_adapter_config(path: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    config = read_object(path)
+    base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"{path} does not name its base_model_name_or_path: add it there")
     if config.get("megatron_config"):  # peft imports the module that megatron_core names

@@ -23,6 +23,7 @@ __all__ = [
     "parse_json",
     "parse_yaml",
     "printable",
+    "read_object",
     "require_inside",
 ]
 
@@ -49,6 +50,17 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError naming the file for anything else, OSError if it cannot be read."""
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a value of type {type(value).__name__}; it must hold a JSON object")
+    return value
 
 
 def parse_yaml(text: str, loader: "type[yaml.SafeLoader] | None" = None) -> Any:
@@ -106,8 +118,7 @@ def require_inside(path: Path, folder: Path, *, also: Path | None = None) -> Pat
 def check_weight_index(directory: Path) -> None:
     """Refuse an index that sends a reader of `directory`'s weights elsewhere, or to a pickle. Raises ValueError."""
     for index in sorted(directory.glob("*.index.json")):
-        record = parse_json(index.read_bytes())
-        shards = record.get("weight_map") if isinstance(record, dict) else None
+        shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict):
             raise ValueError(f"{index} maps no weights to files: save the model again")
         for shard in dict.fromkeys(map(str, shards.values())):
