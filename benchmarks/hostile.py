@@ -47,14 +47,19 @@ class Case:
 CASES: list[Case] = []
 
 
-def case(area: str, *, slow: bool = False, **variants: Any) -> Callable[[Callable[..., str]], Callable[..., str]]:
-    """Register a function as an attempt, or as one per entry of `variants`, whose values it gets."""
+def case(
+    area: str, *, slow: bool = False, quick: tuple[str, ...] = (), **variants: Any
+) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Register a function as an attempt, or as one per entry of `variants`, whose values it gets.
+
+    Slow attempts take seconds each; `quick` are those of the variants that the tests make all the same.
+    """
 
     def register(function: Callable[..., str]) -> Callable[..., str]:
         name = function.__name__.replace("_", " ")
         for label, value in variants.items():
             attempt = lambda folder, value=value: function(folder, value)  # noqa: E731
-            CASES.append(Case(area, f"{name}: {label.replace('_', ' ')}", attempt, slow))
+            CASES.append(Case(area, f"{name}: {label.replace('_', ' ')}", attempt, slow and label not in quick))
         if not variants:
             CASES.append(Case(area, name, function, slow))
         return function
@@ -272,7 +277,7 @@ def try_template(folder: Path, template: str) -> str:
     return refused(lambda: load_tokenizer(str(model)))
 
 
-@case("chat templates", **TEMPLATES)
+@case("chat templates", slow=True, quick=("cycler",), **TEMPLATES)
 def out_of_the_sandbox(folder: Path, template: str) -> str:
     from jinja2.exceptions import TemplateError
 
@@ -299,6 +304,8 @@ def loops_without_end(folder: Path) -> str:
 
 @case(
     "chat templates",
+    slow=True,
+    quick=("range",),
     repeated="{{ 'x' * 10000000000 }}",
     long="{{ 'x' * 20000000 }}",
     range="{% for i in range(1000000000) %}x{% endfor %}",
@@ -529,7 +536,7 @@ YAML = {
     "aliases": ALIASES,
     "aliases of a known key": ALIASES.replace("i: &i", "lora_target_modules: &i"),
     "itself": "student: &a [*a]\n",
-    "nesting": "student: " + "[" * 50_000 + "\n",
+    "nesting": "student: " + "[" * 5_000 + "\n",
     "object": "student: !!python/object/apply:os.system ['true']\n",
     "name": "student: !!python/name:os.system\n",
     "digits": "seed: " + "9" * 5_000 + "\n",
@@ -622,7 +629,7 @@ def a_page_written_through_a_link(folder: Path) -> str:
     return "the link was replaced"
 
 
-@case("reports", bomb=ALIASES, nesting="[" * 50_000, itself="&a [*a]")
+@case("reports", bomb=ALIASES, nesting="[" * 5_000, itself="&a [*a]")
 def a_configuration_in_a_run(folder: Path, text: str) -> str:
     from trb.report import write_report
 
@@ -793,9 +800,10 @@ MATH = {
     "control": "\\boxed{\x00\x1b\u202e}",
     "half a surrogate": "\\boxed{\ud800}",
 }
+QUICK_MATH = ("power_tower", "python", "announced_python", "control", "half_a_surrogate")  # no two to wait for
 
 
-@case("graders", **{name.replace(" ", "_"): text for name, text in MATH.items()})
+@case("graders", slow=True, quick=QUICK_MATH, **{name.replace(" ", "_"): text for name, text in MATH.items()})
 def a_mathematical_answer(folder: Path, text: str) -> str:
     completion = text.replace("CANARY", str(canary(folder)))
     return grade([completion], [{"answer": "5+x", "verifier": "math"}], timeout_s=2.0)
@@ -922,7 +930,7 @@ def without_network(folder: Path, what: str) -> str:
     return "no connection was tried"
 
 
-@case("network")
+@case("network", slow=True)
 def loading_local_things(folder: Path) -> str:
     return without_network(folder, "load")
 
