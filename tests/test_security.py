@@ -10,9 +10,11 @@ import logging
 import os
 import pickle
 import random
+import re
 import shutil
 import socket
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,8 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import trb.rewards
 from trb import confinement, loading, zoo
@@ -313,3 +317,43 @@ def test_the_limits_are_set_where_there_are_some(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING), Verifier(timeout_s=20) as verifier:
         assert verifier.score([r"\boxed{x+1}"], [{"answer": "1+x"}]) == [1.0]
     assert not caplog.text
+
+
+# ---- dependencies ----
+
+
+def locked() -> dict[str, list[str]]:
+    """`name==version` -> the hashes of its files, as requirements.lock has them."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line.startswith("    --hash=sha256:"):
+            found[name].append(line.removeprefix("    --hash=sha256:").removesuffix(" \\"))
+        elif line and not line.startswith("#"):
+            name = line.removesuffix(" \\")
+            found[name] = []
+    return found
+
+
+def test_the_lock_holds_every_dependency_in_the_tested_version() -> None:
+    lock = {Requirement(line).name: Requirement(line) for line in locked()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(text) for text in project["dependencies"]]
+    assert {item.name for item in needed} - lock.keys() == {"torch"}
+    pins = [
+        Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    ]
+    tested = {canonicalize_name(item.name): str(item.specifier) for item in pins}
+    for name, item in lock.items():
+        assert str(item.specifier).startswith("=="), f"{name} is not pinned"
+        assert str(item.specifier) == tested.get(name, str(item.specifier)), f"{name} differs from constraints.txt"
+    for item in needed:
+        if item.name != "torch":
+            version = str(lock[item.name].specifier).removeprefix("==")
+            assert item.specifier.contains(version), f"{item.name} {version} is outside of pyproject.toml's range"
+
+
+def test_the_lock_hashes_every_file() -> None:
+    for line, hashes in locked().items():
+        assert hashes, f"{line} has no hash"
+        assert all(re.fullmatch(r"[0-9a-f]{64}", value) for value in hashes), f"{line} has a hash that is none"
