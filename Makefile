@@ -35,7 +35,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test lint format smollm2 bench study study-smollm2 zoo clean
+.PHONY: help setup quickstart test lint format smollm2 bench study study-smollm2 zoo hostile fuzz audit lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,8 +89,27 @@ study-smollm2: $(VENV)/run.stamp ## the same study on SmolLM2-135M and its prune
 zoo: $(VENV)/run.stamp ## train the embedded pair again, into runs/zoo
 	$(BIN)/python -m trb.zoo.train --out runs/zoo
 
+hostile: $(VENV)/dev.stamp ## attack every input that others may have written, and count the refusals (five minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/hostile.py
+
+# atheris brings allocators and signal handlers of its own: it stays out of the environment.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/dev.stamp ## fuzz the readers of other people's files, FUZZ_SECONDS for each property
+	test -d .fuzz/atheris || $(PIP) --no-deps --target .fuzz/atheris 'atheris>=3' \
+	  || echo 'atheris could not be installed: hypothesis alone draws the examples' >&2
+	OMP_NUM_THREADS=1 PYTHONPATH=.fuzz/atheris $(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ_SECONDS)
+
+# Strict: a version that the database could not be asked about is a failure, not a pass.
+audit: ## look the versions of requirements.lock up in the database of known vulnerabilities
+	test -x .fuzz/audit/bin/pip-audit || { $(PYTHON) -m venv .fuzz/audit && .fuzz/audit/bin/pip install -q pip-audit; }
+	.fuzz/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.lock
+
+lock: ## write requirements.lock anew from pyproject.toml and constraints.txt
+	test -x .fuzz/lock/bin/pip-compile || { $(PYTHON) -m venv .fuzz/lock && .fuzz/lock/bin/pip install -q pip-tools; }
+	$(PYTHON) benchmarks/lock.py .fuzz/lock/bin/pip-compile
+
 clean: ## remove .venv, caches and build products (runs/ stays)
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .fuzz build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/run.stamp: $(REQUIREMENTS)

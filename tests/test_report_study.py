@@ -494,7 +494,8 @@ def test_any_text_survives_markdown_and_latex(first: str, second: str) -> None:
     cells = [cell.strip() for cell in re.split(r"(?<!\\) & ", body)]
     assert [text_of_latex(cell.removeprefix("{}")) for cell in cells] == [one_line[1], one_line[0]]
     assert not body.startswith("[")
-    assert list(csv.reader(io.StringIO(tables.to_csv(table))))[1] == [second, first]
+    for written, text in zip(list(csv.reader(io.StringIO(tables.to_csv(table))))[1], (second, first), strict=True):
+        assert written in (text, f"'{text}") and written[:1] not in ("=", "+", "-", "@")  # no spreadsheet runs it
 
 
 def test_tables_show_the_numbers_of_the_study(study: Path, record: dict[str, Any]) -> None:

@@ -28,12 +28,14 @@ from trb.choices import did_you_mean
 from trb.data import MATH_SYSTEM_PROMPT
 from trb.loading import DTYPES
 from trb.trainer import TRAINING_METHODS, TRBConfig
+from trb.untrusted import parse_yaml
 
 __all__ = [
     "ConfigError",
     "Recipe",
     "RunConfig",
     "describe_keys",
+    "is_method_name",
     "load_recipe",
     "make_recipe",
     "parse_overrides",
@@ -69,6 +71,11 @@ _REPLACED = {
 _RESERVED_NAMES = ("student", "teacher", "provenance", "evaluations")
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+
+
+def is_method_name(name: Any) -> bool:
+    """Whether a method can have that name: it becomes a directory of results."""
+    return isinstance(name, str) and bool(_METHOD_NAME.fullmatch(name)) and name not in _RESERVED_NAMES
 
 
 class ConfigError(ValueError):
@@ -161,7 +168,7 @@ class RunConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         self._check_samples()
         for name in self.methods:
-            if not _METHOD_NAME.fullmatch(name) or name in _RESERVED_NAMES:
+            if not is_method_name(name):
                 raise ConfigError(
                     f"methods: {name!r} cannot name a directory of results; use letters, digits, '.', '_' and '-', "
                     f"and none of {', '.join(_RESERVED_NAMES)}"
@@ -565,7 +572,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     try:
-        values = yaml.load(text, _Loader)
+        values = parse_yaml(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
@@ -580,6 +587,6 @@ def _read_text(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
     try:
-        return yaml.load(str(text), _Loader)
+        return parse_yaml(str(text), _Loader)
     except (yaml.YAMLError, ValueError):
         return str(text)

@@ -4,10 +4,11 @@ Every source ends as one `datasets.Dataset` with the columns `prompt` (a list of
 messages that ends before the assistant speaks), `answer` (str, empty where there is none), `verifier`
 ("math", "exact" or "reasoning-gym:TASK") and `metadata` (a JSON object as text).
 
-Left out on purpose: shuffling, repeating a prompt for several rollouts and padding belong to the trainer;
-deciding whether an answer is right belongs to `trb.rewards`. Nothing here touches the network unless the
-specification is a hub name. `datasets` is imported inside functions so that `trb.rewards`, and the worker
-process it starts, can use the text helpers at the end of this file without paying for it.
+Left out on purpose: shuffling, repeating a prompt for several rollouts and padding belong to the trainer; deciding
+whether an answer is right belongs to `trb.rewards`. Nothing here touches the network unless the specification is a
+hub name, and a folder is read without leaving it, whatever its card or its links say. `datasets` is imported inside
+functions so that `trb.rewards`, and the worker process it starts, can use the text helpers at the end of this file
+without paying for it.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ import logging
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from trb.choices import did_you_mean
+from trb.untrusted import parse_json, parse_yaml, printable, read_object, require_inside
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -290,17 +293,29 @@ def _from_file(path: Path) -> _Table:
     if path.suffix not in FILE_SUFFIXES:
         raise ValueError(f"{path} is no dataset file; its name must end in {', '.join(FILE_SUFFIXES)}")
     if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-        return _Table(table.column_names, table.num_rows, lambda indices: table.take(list(indices)).to_pylist())
+        return _read_parquet(path)
     rows = _read_json(path)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return _Table(columns, len(rows), lambda indices: [rows[index] for index in indices])
+
+
+def _read_parquet(path: Path) -> _Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def readable(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (pa.ArrowException, OSError, ValueError) as error:  # text that is no UTF-8 shows when it is taken
+            raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+
+    table = readable(lambda: pq.read_table(path))
+    take = partial(_rows_of, readable, table)
+    return _Table(table.column_names, table.num_rows, take)
+
+
+def _rows_of(readable: Callable[..., Any], table: Any, indices: Sequence[int]) -> list[Row]:
+    return readable(lambda: table.take(list(indices)).to_pylist())
 
 
 def _read_json(path: Path) -> list[Row]:
@@ -311,8 +326,8 @@ def _read_json(path: Path) -> list[Row]:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
-            numbered = [(f"row {index + 1}", row) for index, row in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
+            numbered = [(f"row {index + 1}", row) for index, row in enumerate(parse_json(text))]
+        except ValueError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
     else:
         numbered = [
@@ -328,14 +343,17 @@ def _read_json(path: Path) -> list[Row]:
 
 def _parse_line(line: str, place: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not valid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:  # numbers of thousands of digits, thousands of brackets
+        raise ValueError(f"{place} cannot be read: {error}") from error
 
 
 def _from_folder(path: Path, split: str) -> _Table:
     import datasets
 
+    _check_folder(path)
     try:
         if (path / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(str(path))
@@ -345,8 +363,62 @@ def _from_folder(path: Path, split: str) -> _Table:
         if (path / "state.json").exists():
             return _from_dataset(datasets.load_from_disk(str(path)))
         return _from_dataset(datasets.load_dataset(str(path), split=split))
-    except (OSError, ValueError) as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # damaged files raise whatever the reader of their format raises
         raise ValueError(f"the folder {path} cannot be loaded as a dataset: {error}") from error
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder that sends its reader elsewhere: by links, by its card, or by what save_to_disk left there.
+
+    The hub's cache links its files, and may.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for entry in path.rglob("*"):
+        require_inside(entry, path, also=Path(HF_HUB_CACHE))
+    for name in ("README.md", ".huggingface.yaml"):
+        if (path / name).is_file():
+            _check_card(path / name)
+    for state in (*path.glob("state.json"), *path.glob("*/state.json")):
+        files = read_object(state).get("_data_files") or []
+        _check_plain(state, [file.get("filename") if isinstance(file, dict) else file for file in files])
+    if (path / "dataset_dict.json").is_file():
+        _check_plain(path / "dataset_dict.json", read_object(path / "dataset_dict.json").get("splits") or [])
+
+
+def _check_card(path: Path) -> None:
+    """Refuse a dataset card whose files are not in its own folder: `datasets` would read, or download, them."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".md":
+        block = REGEX_YAML_BLOCK.search(text)
+        text = block[2] if block else ""
+    try:
+        card = parse_yaml(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the settings in {path} cannot be read: {error}") from error
+    for pattern in _texts(card.get("configs") if isinstance(card, dict) else None):
+        if "://" in pattern or "::" in pattern or pattern.startswith(("/", "~")) or ".." in re.split(r"[/\\]", pattern):
+            raise ValueError(f"{path} names {printable(pattern)!r:.200}, outside of its folder: load that by itself")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _check_plain(path: Path, names: Any) -> None:
+    for name in names if isinstance(names, list) else [names]:
+        if not isinstance(name, str) or name != Path(name).name or "\\" in name:
+            raise ValueError(f"{path} names {printable(str(name))!r:.200}; it must name files of its own folder")
 
 
 def _from_hub(spec: str, split: str, revision: str | None) -> _Table:
@@ -414,7 +486,12 @@ def _convert(raw: Row, columns: _Columns, place: str) -> Row:
     else:
         answer = _answer(raw.get(columns.answer), f"column {columns.answer!r} of {place}")
     scoring = _scoring(raw, place) if columns.verified else {"verifier": "math", "metadata": "{}"}
-    return {"prompt": messages, "answer": answer, **scoring}
+    row = {"prompt": messages, "answer": answer, **scoring}
+    try:
+        "".join([*(message["content"] for message in messages), answer, *scoring.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} holds half a surrogate pair, which is no text: {error.reason}; remove it") from error
+    return row
 
 
 def _scoring(raw: Row, place: str) -> dict[str, str]:
@@ -472,7 +549,9 @@ def _answer(value: Any, place: str) -> str:
         return _reference_answer(value)
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return ", ".join(_reference_answer(item).strip("$") for item in value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value == int(value) else repr(value)
     raise ValueError(f"{place} is {_kind(value)}; an answer is text, a number, or a list of texts")
 
@@ -487,7 +566,9 @@ def _to_dataset(rows: list[Row]) -> "Dataset":
 
 
 def _kind(value: Any) -> str:
-    return "missing (null)" if value is None else f"of type {type(value).__name__} ({str(value)[:40]!r})"
+    # reprlib: a value may be nested more deeply than str can follow.
+    shown = reprlib.repr(value) if isinstance(value, list | dict) else str(value)
+    return "missing (null)" if value is None else f"of type {type(value).__name__} ({shown[:40]!r})"
 
 
 def _nearest_path(path: Path) -> str:

@@ -26,6 +26,7 @@ from trb.data import MATH_SYSTEM_PROMPT, load_prompts, render
 from trb.policies import StudentPolicy
 from trb.rewards import Verifier
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
+from trb.untrusted import parse_json
 from trb.vocab import stop_token_ids
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ class _Results:
 def _parse_line(line: bytes, number: int, path: Path) -> dict[str, Any]:
     remedy = "use another results_path, or delete the file if it is a damaged one"
     try:
-        parsed = json.loads(line)
+        parsed = parse_json(line)
     except ValueError as error:
         raise ValueError(f"line {number} of {path} is not a result ({error}); {remedy}") from error
     if not isinstance(parsed, dict):

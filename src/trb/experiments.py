@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from trb import provenance
-from trb.config import ConfigError, Recipe, RunConfig
+from trb.config import ConfigError, Recipe, RunConfig, is_method_name
 from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
 from trb.files import write_json, write_text
@@ -55,6 +55,7 @@ from trb.recording import append_jsonl, drop_after_step
 from trb.rewards import Verifier
 from trb.statistics import combined_interval
 from trb.trainer import TRBConfig, TRBTrainer
+from trb.untrusted import check_checkpoint, parse_yaml
 from trb.vocab import check_heads, check_same_tokenizer, head_rows
 
 if TYPE_CHECKING:
@@ -275,7 +276,9 @@ def _trainer(
 
 
 def _take_steps(trainer: TRBTrainer, checkpoint: Path | None) -> None:
-    """Train to the end, from a checkpoint where there is one."""
+    """Train to the end, from a checkpoint where there is one. Raises ValueError for one that could run code."""
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)  # the trainer does too, but DeepSpeed's files are read elsewhere
     if checkpoint is None:
         trainer.args.eval_on_start = trainer.eval_dataset is not None
         trainer.train()
@@ -676,7 +679,7 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
     if not path.exists():
         return []
     try:
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        there = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError):
         there = None
     if not isinstance(there, dict):
@@ -748,8 +751,9 @@ def _clear_comparison(directory: Path, recipe: Recipe) -> None:
     names = set(recipe.run.methods)
     written = directory / "recipe.yaml"
     if written.exists():
-        there = yaml.safe_load(written.read_text(encoding="utf-8"))
-        names |= set((there.get("methods") or {}) if isinstance(there, dict) else ())
+        there = parse_yaml(written.read_text(encoding="utf-8"))
+        listed = (there.get("methods") or {}) if isinstance(there, dict) else {}
+        names |= {name for name in listed if is_method_name(name)}  # "../x" would clear a directory elsewhere
     for name in names:
         _clear(directory / name)
     _clear(directory)

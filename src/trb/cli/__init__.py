@@ -9,9 +9,12 @@ Nothing a model wrote is ever printed: a completion can hold terminal escape seq
 
 import argparse
 import errno
+import logging
 import os
 import shutil
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +28,11 @@ from trb.cli.display import (
     print_keys,
     print_paths,
     print_plan,
-    printable,
     score_table,
     study_table,
 )
 from trb.cli.doctor import run_doctor
+from trb.untrusted import printable
 
 if TYPE_CHECKING:
     from trb.config import Recipe
@@ -83,6 +86,8 @@ _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if argv is None:  # this process is the command, and nobody else's
+        _shield_terminal()
     # Threads that spin while they wait slow each other down wherever cores are shared; set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
@@ -112,6 +117,20 @@ def _is_explained(error: Exception) -> bool:
         trace = trace.tb_next
     module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
     return module == "trb" or module.startswith("trb.")
+
+
+def _shield_terminal() -> None:
+    """Let warnings and tracebacks, which quote files and what is in them, write plain text only."""
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *arguments, **options: printable(format_warning(*arguments, **options))
+    sys.excepthook = lambda *error: _say("".join(traceback.format_exception(*error)).rstrip())
+    if logging.lastResort is not None:  # what prints the log of a process that set up none
+        logging.lastResort.setFormatter(_PlainText())
+
+
+class _PlainText(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _say(text: str) -> None:
@@ -464,7 +483,7 @@ def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
 def _report(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.report import export, write_report
 
-    print(write_report(arguments.directory))
+    print(printable(str(write_report(arguments.directory)), lines=False))
     for path in export(arguments.directory, arguments.export) if arguments.export else ():
-        print(path)
+        print(printable(str(path), lines=False))
     return 0

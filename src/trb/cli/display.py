@@ -1,6 +1,7 @@
 """What the commands show: tables, progress bars, and text without control characters.
 
-Nothing a model wrote is ever printed, and what others named (files, keys, methods) only without escape sequences.
+Nothing a model wrote is ever printed, and what others named (files, keys, methods) only as `trb.untrusted.printable`
+lets it through, and never as markup.
 """
 
 import os
@@ -10,17 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trb.untrusted import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from trb.experiments import Listener
     from trb.study import Study
     from trb.sweep import StudyListener
-
-
-def printable(text: str) -> str:
-    """`text` without control characters: messages quote files and names that others wrote."""
-    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
 
 
 def message(error: Exception) -> str:
@@ -37,13 +35,13 @@ def new_console() -> "Console":
 def print_paths(**paths: Path) -> None:
     """Where everything is, a line each; never wrapped, so that it can be copied."""
     for label, path in paths.items():
-        new_console().print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
+        line = f"{label}: {printable(str(path), lines=False)}"
+        new_console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
     """Student before, each method, teacher: pass@1 in percent, its 95% interval, and the gain in points."""
     from rich.table import Table
-    from rich.text import Text
 
     names = {"student": "student before", "teacher": "teacher"}
     table = Table(caption_justify="left")
@@ -62,18 +60,25 @@ def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
             f"{score['mean_length']:.0f}" if "mean_length" in score else "",
             _percent(score.get("stop_rate")),
         ]
-        table.add_row(Text(printable(names.get(name, name))), *cells)
+        table.add_row(_cell(names.get(name, name)), *cells)
     return table
+
+
+def _cell(text: str) -> Any:
+    """Text of others for a table, where a plain string would be read as markup."""
+    from rich.text import Text
+
+    return Text(printable(text, lines=False))
 
 
 def print_plan(study: "Study") -> None:
     """What a study is about to run."""
     from rich.table import Table
 
-    table = Table("method", "configurations", "keys", title=study.name, title_justify="left")
+    table = Table("method", "configurations", "keys", title=_cell(study.name), title_justify="left")
     for method, configurations in study.methods.items():
         keys = ", ".join(dict.fromkeys(key for entry in configurations for key in entry))
-        table.add_row(printable(method), str(len(configurations)), printable(keys) or "nothing to choose")
+        table.add_row(_cell(method), str(len(configurations)), _cell(keys or "nothing to choose"))
     console = new_console()
     console.print(table)
     select, test = len(study.units("select")), len(study.methods) * len(study.settings) * len(study.seeds.test)
@@ -93,7 +98,7 @@ def study_table(setting: Mapping[str, Any]) -> Any:
     methods = setting["methods"]
     first = next(iter(methods.values()), {"seeds": 0, "problems": 0})
     title = f"{setting['title']}: {first['seeds']} paired seeds, {first['problems']} test problems"
-    table = Table(title=printable(title), title_justify="left")
+    table = Table(title=_cell(title), title_justify="left")
     for heading in ("", "pass@1 %", "95% interval", "minus opd", "95% interval", "p (Holm)"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name in ("student", "teacher"):
@@ -105,7 +110,7 @@ def study_table(setting: Mapping[str, Any]) -> Any:
         if difference is not None:
             ends = " to ".join(f"{100 * end:+.2f}" for end in difference["interval"])
             cells = [f"{100 * difference['estimate']:+.2f}", ends, f"{difference['p_value_holm']:.3f}"]
-        table.add_row(printable(name), _percent(score["pass_at_1"]), f"{low} to {high}", *cells)
+        table.add_row(_cell(name), _percent(score["pass_at_1"]), f"{low} to {high}", *cells)
     return table
 
 
@@ -145,6 +150,7 @@ def listening(quiet: bool) -> Iterator["Listener"]:
 def following(quiet: bool) -> Iterator["StudyListener"]:
     """A display of a whole study on standard error: one bar per phase on a terminal, a line per run elsewhere."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from trb.sweep import StudyListener
@@ -161,7 +167,7 @@ def following(quiet: bool) -> Iterator["StudyListener"]:
 
         def phase(self, name: str, done: int, total: int) -> None:
             self.name, self.done, self.total = name, done, total
-            self.task = self.progress.add_task(f"{name} runs", completed=done, total=total)
+            self.task = self.progress.add_task(escape(printable(f"{name} runs")), completed=done, total=total)
 
         def finished(self, job: str, seconds: float) -> None:
             self.done += 1
@@ -224,7 +230,7 @@ def live_display(console: "Console") -> Iterator["Listener"]:
         def run(self, name: str, done: int, steps: int) -> None:
             self.current = name
             self.steps[name] = steps
-            description = escape(f"{name}: training")
+            description = escape(printable(f"{name}: training", lines=False))
             self.progress.update(self.task, description=description, total=steps, completed=done)
             self._show_whole(done)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import trb
-from trb.cli.display import message, new_console, printable
+from trb.cli.display import message, new_console
+from trb.untrusted import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -175,7 +176,7 @@ def _outline(run: "RunConfig", role: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from trb.loading import load_model, prune_depth, resolve
+    from trb.loading import check_config, load_model, prune_depth, resolve
 
     spec, revision = getattr(run, role), getattr(run, f"{role}_revision")
     trust = getattr(run, f"{role}_trust_remote_code")
@@ -183,6 +184,7 @@ def _outline(run: "RunConfig", role: str) -> "PreTrainedModel":
     if (Path(spec).expanduser() / "adapter_config.json").is_file():
         return load_model(spec, trust_remote_code=trust, keep_layers=keep)
     source = resolve(spec, revision)
+    check_config(source, trust_remote_code=trust, revision=revision)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from trb.report.style import LABELS
+from trb.untrusted import parse_yaml, require_inside
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
 REFERENCES = ("student", "teacher")
@@ -109,7 +110,7 @@ def records(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]
     A last line that was cut off while being written (no line end, not valid JSON) is left out and added to
     `notes`. Raises ReportError for any other malformed line.
     """
-    with path.open("rb") as stream:
+    with _own(path).open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -180,7 +181,7 @@ def _is_run(directory: Path) -> bool:
 def _run_directories(directory: Path) -> Iterator[Path]:
     for child in sorted(directory.iterdir()):
         if child.is_dir() and _is_run(child):
-            yield child
+            yield _own(child)
 
 
 def _read_single(directory: Path, notes: list[str]) -> Source:
@@ -319,6 +320,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file; anything else raises ReportError."""
     if not path.is_file():
         return {}
+    _own(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -333,8 +335,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    _own(path)
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
@@ -342,6 +345,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict | None):
         raise ReportError(f"{path}: expected a mapping of options, found {type(value).__name__}.")
     return value or {}
+
+
+def _own(path: Path) -> Path:
+    """`path`, unless it is a link out of its directory: a page of somebody's runs must not show other files."""
+    try:
+        return require_inside(path, path.parent)
+    except ValueError as error:
+        raise ReportError(str(error)) from error
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

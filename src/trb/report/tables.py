@@ -363,13 +363,18 @@ def to_csv(table: Table) -> str:
     header: list[str] = []
     for title, has_interval in zip(table.header, intervals, strict=True):
         header += [title, f"{title}, low", f"{title}, high"] if has_interval else [title]
-    writer.writerow(header)
+    writer.writerow(map(_csv_text, header))
     for row in table.rows:
         line: list[Value] = []
         for cell, has_interval in zip(row, intervals, strict=True):
-            line += [cell.value, *((cell.interval or (None, None)) if has_interval else ())]
+            line += [_csv_text(cell.value), *((cell.interval or (None, None)) if has_interval else ())]
         writer.writerow(line)
     return stream.getvalue()
+
+
+def _csv_text(value: Value) -> Value:
+    """Text that a spreadsheet would run as a formula, with the apostrophe that makes it show it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def to_latex(table: Table) -> str:

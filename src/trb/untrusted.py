@@ -1,0 +1,238 @@
+"""What every reader of other people's files shares: text that is safe to print, bounded parsers, paths that stay
+inside, and a look into pickles without opening them.
+
+Functions refuse with a ValueError that says what is wrong; none of them executes, downloads or follows anything.
+`SECURITY.md` says which inputs are trusted and which are not.
+
+Left out on purpose: what a file has to contain (the modules that read it know), and the sizes of files.
+"""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import yaml
+
+__all__ = [
+    "MAX_YAML_NODES",
+    "check_checkpoint",
+    "check_weight_index",
+    "parse_json",
+    "parse_yaml",
+    "printable",
+    "read_object",
+    "require_inside",
+]
+
+# ---- terminals ----
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    """`text` with "?" for every character that a terminal obeys instead of showing.
+
+    Those are escape sequences, carriage returns and other control characters, changes of the writing direction, and
+    lone surrogates. Line ends stay unless `lines` is false.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else "?" for c in text)
+
+
+# ---- parsers ----
+
+MAX_YAML_NODES = 100_000  # values in one document, every use of an alias counted again
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` whose every refusal is a ValueError: also of nesting deeper than the interpreter's stack."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError naming the file for anything else, OSError if it cannot be read."""
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a value of type {type(value).__name__}; it must hold a JSON object")
+    return value
+
+
+def parse_yaml(text: str, loader: "type[yaml.SafeLoader] | None" = None) -> Any:
+    """One YAML document, read safely and bounded.
+
+    Aliases let a few lines stand for billions of values (each list holding the one before it ten times), which is
+    harmless until something prints or copies them: documents of more than MAX_YAML_NODES values are refused.
+
+    Raises yaml.YAMLError for what is no YAML or names types of Python, and ValueError for documents that are too large,
+    nested too deeply or hold themselves.
+    """
+    import yaml
+
+    if loader is not None and not issubclass(loader, yaml.SafeLoader):
+        raise TypeError(f"{loader.__name__} is no safe loader")
+    reader = (loader or yaml.SafeLoader)(text)
+    try:
+        node = reader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > MAX_YAML_NODES:
+            raise ValueError(f"it stands for more than {MAX_YAML_NODES:,} values, aliases written out")
+        return reader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply, or holds itself") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # PyYAML on tags such as !!bool 7
+        raise ValueError(f"a tag does not fit its value ({error!r})") from error
+    finally:
+        reader.dispose()
+
+
+def _expanded(node: "yaml.Node", known: dict[int, int]) -> int:
+    """How many nodes a document has when every alias is written out. A node that holds itself never ends."""
+    if id(node) not in known:
+        children = node.value if isinstance(node.value, list) else []
+        flat = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        known[id(node)] = 1 + sum(_expanded(child, known) for child in flat)
+    return known[id(node)]
+
+
+# ---- paths ----
+
+
+def require_inside(path: Path, folder: Path, *, also: Path | None = None) -> Path:
+    """`path`, unless links or ".." take it out of `folder` (and out of `also`). Raises ValueError naming where to."""
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is a link that leads nowhere: {error}") from error
+    if not any(target.is_relative_to(root.resolve()) for root in (folder, also) if root is not None):
+        raise ValueError(f"{path} leads out of {folder}, to {target}: copy what it names into the folder")
+    return path
+
+
+def check_weight_index(directory: Path) -> None:
+    """Refuse an index that sends a reader of `directory`'s weights elsewhere, or to a pickle. Raises ValueError."""
+    for index in sorted(directory.glob("*.index.json")):
+        shards = read_object(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} maps no weights to files: save the model again")
+        for shard in dict.fromkeys(map(str, shards.values())):
+            if not shard.endswith(".safetensors") or shard != os.path.basename(shard) or "\\" in shard:
+                raise ValueError(f"{index} names {printable(shard)!r:.200}: weights are *.safetensors files beside it")
+
+
+# ---- pickles ----
+
+_TRUST = "TRB_TRUST_CHECKPOINTS"
+# Whole names: a pickle's name may have dots, and "torch.distributed.checkpoint.metadata.os.system" is one.
+_RECORDS = ("ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata", "Metadata", "MetadataIndex")
+_SHARDING = {
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in (*_RECORDS, "TensorProperties", "StorageMeta")),
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
+    "torch.Size",
+    "collections.OrderedDict",
+    "builtins.set",
+    "pathlib.PosixPath",
+}
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Refuse to continue from a checkpoint that could run code, or that holds weights as pickles.
+
+    The states of the optimizer, the scheduler and the generators are pickles, by the libraries' choice. transformers
+    reads them with `weights_only=True`; here they are looked into without being opened, so that a hostile one is
+    refused by name before anything is loaded. A sharded checkpoint's .metadata is read by torch with a plain
+    pickle.load: it may name what torch itself writes there and nothing else. TRB_TRUST_CHECKPOINTS=1 turns the check
+    off, for checkpoints of your own that hold more (DeepSpeed's do).
+
+    Raises ValueError naming the file and what it would call.
+    """
+    if os.environ.get(_TRUST) == "1":
+        return
+    check_weight_index(directory)
+    for path in sorted(directory.rglob("*")):
+        require_inside(path, directory)
+        if path.is_file():
+            _check_file(path)
+
+
+def _check_file(path: Path) -> None:
+    if path.name == "training_args.bin":  # written by transformers, read by nobody
+        return
+    if path.suffix == ".bin" and path.name.startswith(("pytorch_model", "adapter_model")) and "fsdp" not in path.name:
+        raise ValueError(f"{path} holds weights as a pickle: only *.safetensors are read")
+    if path.name == ".metadata":
+        called = [name for name in _named_in_pickle(path) if not _is_sharding(name)]
+    elif path.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle"):
+        called = _unsafe_in_torch_file(path)
+    else:
+        return
+    if called:
+        raise ValueError(
+            f"{path} would call {printable(called[0])} when it is read, so it is not. If you wrote this checkpoint "
+            f"yourself and nobody else could change it, set {_TRUST}=1"
+        )
+
+
+def _unsafe_in_torch_file(path: Path) -> list[str]:
+    """What a file of torch.save names beyond tensors, plain values and the states of numpy's generators."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        with safe_globals():
+            return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception as error:  # its parser was not written for hostile files, and raises whatever happens
+        raise ValueError(f"{path} is no file of torch.save that can be looked into ({error}): not read") from error
+
+
+class _Inert:
+    """Stands for whatever a pickle names, and does nothing whatever is done with it."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def _ignore(self, *_: Any, **__: Any) -> None:
+        pass
+
+    __call__ = __setitem__ = __setstate__ = append = extend = add = update = _ignore
+
+
+class _NameReader(pickle.Unpickler):
+    """Runs a pickle with every name in it replaced by something inert, and notes the names."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.names: set[str] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        self.names.add(f"{module}.{name}")
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, _: Any) -> None:
+        return None
+
+
+def _named_in_pickle(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        reader = _NameReader(file)
+        try:
+            reader.load()
+        except Exception as error:  # the machine of pickle raises almost anything on damaged input
+            raise ValueError(f"{path} is damaged ({type(error).__name__}): not read") from error
+    return sorted(reader.names)
+
+
+def _is_sharding(name: str) -> bool:
+    """Whether torch.distributed.checkpoint writes this name into .metadata itself."""
+    import torch
+
+    is_dtype = name.startswith("torch.") and isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
+    return is_dtype or name in _SHARDING

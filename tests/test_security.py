@@ -1,0 +1,359 @@
+"""Hostile inputs are refused, and what honest tools write is not.
+
+The attempts are those of benchmarks/hostile.py, without the slow ones. The rest of this file holds the other side:
+every check has to let through what transformers, torch, datasets and PyYAML write themselves.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import pickle
+import random
+import re
+import shutil
+import socket
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import trb.rewards
+from trb import confinement, loading, zoo
+from trb.data import load_prompts
+from trb.loading import load_model, load_tokenizer
+from trb.rewards import Verifier
+from trb.templates import check_chat_template
+from trb.untrusted import check_checkpoint, check_weight_index, parse_json, parse_yaml, printable, require_inside
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def attempts() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hostile", ROOT / "benchmarks" / "hostile.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["hostile"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hostile = attempts()
+QUICK = [one for one in hostile.CASES if not one.slow]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=[f"{one.area}: {one.name}" for one in QUICK])
+def test_hostile_input_is_refused(case: Any, tmp_path: Path) -> None:
+    assert hostile.run(case, tmp_path)
+
+
+def test_an_attempt_that_succeeds_is_noticed(tmp_path: Path) -> None:
+    """The net itself: code that runs, and input that is accepted."""
+    bomb = pickle.dumps(hostile.Bomb(tmp_path))
+    runs = hostile.Case("", "", lambda folder: str(pickle.loads(bomb)))
+    with pytest.raises(hostile.SucceededError, match="its code ran"):
+        hostile.run(runs, tmp_path)
+    with pytest.raises(hostile.SucceededError, match="accepted"):
+        hostile.run(hostile.Case("", "", lambda folder: hostile.refused(lambda: 1)), tmp_path)
+
+
+# ---- the network ----
+
+
+def test_local_things_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody set HF_HUB_OFFLINE, and even where asking would have been cheap."""
+
+    def connect(*arguments: Any) -> None:
+        raise AssertionError(f"tried to reach {arguments[1:]}")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, connect)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: connect(None, *arguments))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert not huggingface_hub.is_offline_mode()
+    model = shutil.copytree(zoo.path("student"), tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "folder" / "train.jsonl")
+    for spec in ("zoo:teacher", str(model)):
+        assert load_model(spec).num_parameters() > 0
+        assert len(load_tokenizer(spec)) > 0
+    for spec in ("zoo:chains", tmp_path / "data.jsonl", tmp_path / "folder"):
+        assert len(load_prompts(spec, limit=1)) == 1
+    with pytest.raises(OSError, match="the hub did not provide"):  # a hub name, and nothing else, asks
+        load_model("owner/no-such-model")
+
+
+# ---- checkpoints ----
+
+
+def write_checkpoint(path: Path) -> Path:
+    """What transformers writes into one: see Trainer._save_checkpoint."""
+    path.mkdir()
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    torch.save(scheduler.state_dict(), path / "scheduler.pt")
+    generators = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    torch.save(generators, path / "rng_state.pth")
+    (path / "training_args.bin").write_bytes(pickle.dumps(hostile.Bomb(path)))  # which nobody reads
+    (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+def test_a_checkpoint_of_transformers_passes(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "checkpoint-1")
+    check_checkpoint(path)
+    assert not hostile.canary(path).exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoint_of_torch_passes(tmp_path: Path) -> None:
+    from torch.distributed import checkpoint
+
+    layer = torch.nn.Linear(2, 2).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    checkpoint.save(
+        {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "shards"
+    )
+    assert (tmp_path / "shards" / ".metadata").is_file()
+    check_checkpoint(tmp_path)
+
+
+def test_the_owner_may_turn_the_check_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_checkpoint(tmp_path / "checkpoint-1")
+    torch.save(hostile.Bomb(path), path / "states.pt")
+    with pytest.raises(ValueError, match=r"states.pt would call builtins.exec .* TRB_TRUST_CHECKPOINTS=1"):
+        check_checkpoint(path)
+    monkeypatch.setenv("TRB_TRUST_CHECKPOINTS", "1")
+    check_checkpoint(path)
+
+
+def test_an_index_of_transformers_passes(tmp_path: Path) -> None:
+    model = load_model("zoo:student")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    check_weight_index(tmp_path)
+    load_tokenizer("zoo:student").save_pretrained(tmp_path)
+    weights = load_model(str(tmp_path)).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+# ---- links ----
+
+
+def test_the_hub_s_cache_may_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its snapshots are links to blobs beside them."""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1"
+    shutil.copytree(zoo.path("student"), blobs)
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(os.path.relpath(blob, snapshot))
+    with pytest.raises(ValueError, match="leads out of"):
+        load_model(str(snapshot))
+    monkeypatch.setattr(loading, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_model(str(snapshot)).num_parameters() > 0
+
+
+def test_links_inside_a_folder_and_to_nowhere(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").write_text("x")
+    (folder / "b").symlink_to("a")
+    assert require_inside(folder / "b", folder) == folder / "b"
+    assert require_inside(folder / ".." / "folder" / "a", folder)
+    (tmp_path / "other").symlink_to(folder)
+    assert require_inside(tmp_path / "other" / "a", tmp_path / "other")  # the folder itself may be a link
+    (folder / "loop").symlink_to("loop")
+    (folder / "up").symlink_to("..")
+    for name in ("up", "../x", "up/folder2"):
+        with pytest.raises(ValueError, match="leads out of"):
+            require_inside(folder / name, folder)
+
+
+# ---- data ----
+
+
+def test_a_card_that_stays_at_home_is_honoured(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: b*.jsonl\n---\nA card.\n")
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    assert [row["prompt"][0]["content"] for row in load_prompts(tmp_path)] == ["b"]
+
+
+def test_saved_datasets_pass(tmp_path: Path) -> None:
+    Dataset.from_list([{"prompt": "x"}] * 4).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    assert len(load_prompts(tmp_path / "saved")) == 4
+
+
+def test_long_numbers_and_strange_text_are_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\0b\x1b[31m\u202e", "answer": 10**400}, {"prompt": "𝕏", "answer": 0.5}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_prompts(tmp_path / "data.jsonl").to_list()
+    assert [row["prompt"][0]["content"] for row in read] == [row["prompt"] for row in rows]
+    assert [row["answer"] for row in read] == ["1" + "0" * 400, "0.5"]
+
+
+# ---- chat templates ----
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% generation %}{% endgeneration %}{{ strftime_now('%d %b') }}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('none, please') }}{% endif %}x"
+
+
+@pytest.mark.parametrize("template", [None, {"default": CHATML, "tools": NO_SYSTEM}], ids=["none", "ordinary"])
+def test_ordinary_templates_pass(template: Any) -> None:
+    check_chat_template(template, "here")
+
+
+def test_our_own_templates_are_not_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def tried(*_: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(loading, "check_chat_template", tried)
+    load_tokenizer("zoo:student")
+    load_tokenizer(str(shutil.copytree(zoo.path("teacher"), tmp_path / "model")))
+
+
+# ---- parsers ----
+
+
+def test_anchors_and_merges_are_read() -> None:
+    text = "base: &b {x: 1, y: [1, 2]}\nother: {<<: *b, y: 3}\nlist: [*b, *b]\n"
+    assert parse_yaml(text) == yaml.safe_load(text)
+    assert parse_yaml("") is None
+
+
+def test_only_safe_loaders_are_taken() -> None:
+    with pytest.raises(TypeError, match="FullLoader is no safe loader"):
+        parse_yaml("a: 1", yaml.FullLoader)  # type: ignore[arg-type]
+
+
+def test_json_errors_keep_their_place() -> None:
+    with pytest.raises(json.JSONDecodeError, match="line 2 column 1"):
+        parse_json("{\n]")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000)
+
+
+# ---- terminals ----
+
+
+def test_ordinary_text_is_printed_as_it_is() -> None:
+    text = "Grüße, 你好, 🙂, naïve `[bold]` \\x1b %s\nsecond line"
+    assert printable(text) == text
+    assert printable(text, lines=False) == text.replace("\n", "?")
+
+
+# ---- graders ----
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("[['_', 'Q'], [1, -2.5]]", [["_", "Q"], [1, -2.5]]),
+        ("(0x1f + 2) * 3 // 4", 24),
+        ("{'a': 1, 2: (3,)}", {"a": 1, 2: (3,)}),
+    ],
+)
+def test_literals_and_arithmetic_are_evaluated(expression: str, value: Any) -> None:
+    assert confinement.arithmetic(expression) == value
+
+
+def test_sympy_reads_what_it_read_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sympy.parsing import sympy_parser
+
+    texts = [
+        "3*x**2 - sin(y)/2",
+        "sqrt(8) + cbrt(27)",
+        "5!",
+        "Integer(3) + Rational(1, 2)",
+        "log(x, 2)",
+        "pi + E",
+        "(1, 2)",
+    ]
+    before = [sympy_parser.parse_expr(text) for text in texts]
+    unevaluated = sympy_parser.parse_expr("1 + 2", evaluate=False)
+    monkeypatch.setattr(sympy_parser, "eval_expr", sympy_parser.eval_expr)  # put back at the end
+    confinement.tame_sympy()
+    assert [sympy_parser.parse_expr(text) for text in texts] == before
+    assert str(sympy_parser.parse_expr("1 + 2", evaluate=False)) == str(unevaluated)
+    with pytest.raises(ValueError, match=r"uses '.*', which answers may not"):
+        sympy_parser.parse_expr("__import__('os')")
+    with pytest.raises(ValueError, match=r"uses '.*', which answers may not"):
+        sympy_parser.parse_expr("x.__class__", evaluate=False)
+
+
+WITHOUT_LIMITS = "import sys; sys.modules['resource'] = None\n"
+
+
+def test_a_system_without_limits_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The module `resource` is missing on Windows; time is limited there all the same."""
+    monkeypatch.setattr(trb.rewards, "_BOOT", WITHOUT_LIMITS + trb.rewards._BOOT)
+    with caplog.at_level(logging.WARNING), Verifier(timeout_s=20) as verifier:
+        assert verifier.score([r"\boxed{x+1}"], [{"answer": "1+x"}]) == [1.0]
+    assert "cannot limit the memory" in caplog.text
+
+
+def test_the_limits_are_set_where_there_are_some(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("resource")
+    with caplog.at_level(logging.WARNING), Verifier(timeout_s=20) as verifier:
+        assert verifier.score([r"\boxed{x+1}"], [{"answer": "1+x"}]) == [1.0]
+    assert not caplog.text
+
+
+# ---- dependencies ----
+
+
+def locked() -> dict[str, list[str]]:
+    """`name==version` -> the hashes of its files, as requirements.lock has them."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line.startswith("    --hash=sha256:"):
+            found[name].append(line.removeprefix("    --hash=sha256:").removesuffix(" \\"))
+        elif line and not line.startswith("#"):
+            name = line.removesuffix(" \\")
+            found[name] = []
+    return found
+
+
+def test_the_lock_holds_every_dependency_in_the_tested_version() -> None:
+    lock = {Requirement(line).name: Requirement(line) for line in locked()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(text) for text in project["dependencies"]]
+    assert {item.name for item in needed} - lock.keys() == {"torch"}
+    pins = [
+        Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    ]
+    tested = {canonicalize_name(item.name): str(item.specifier) for item in pins}
+    for name, item in lock.items():
+        assert str(item.specifier).startswith("=="), f"{name} is not pinned"
+        assert str(item.specifier) == tested.get(name, str(item.specifier)), f"{name} differs from constraints.txt"
+    for item in needed:
+        if item.name != "torch":
+            version = str(lock[item.name].specifier).removeprefix("==")
+            assert item.specifier.contains(version), f"{item.name} {version} is outside of pyproject.toml's range"
+
+
+def test_the_lock_hashes_every_file() -> None:
+    for line, hashes in locked().items():
+        assert hashes, f"{line} has no hash"
+        assert all(re.fullmatch(r"[0-9a-f]{64}", value) for value in hashes), f"{line} has a hash that is none"
