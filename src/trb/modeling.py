@@ -106,7 +106,8 @@ class OutputHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[..., H]` to `[..., V]`."""
-        logits = self.projection(hidden)
+        # Past the module's hooks: those of FSDP2 would take the loss's inner gradients for the backward pass of the model.
+        logits = self.projection.forward(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:

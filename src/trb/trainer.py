@@ -16,11 +16,13 @@ TRL internals this module relies on, checked by a contract test against the inst
 Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -44,11 +46,13 @@ from trb.policies import (
     TemperaturePolicy,
     TrustRegionPolicy,
 )
+from trb.ranks import Ranks
 from trb.recording import RunRecorder, score_record
 from trb.sampling import METHODS as SAMPLERS
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.schedule import KINDS, kl_budget, ramp
 from trb.scoring import TokenScores, score_completions
+from trb.sharding import ExpireOnUpdate, Replica, check_sharding, shard_in_place, shards_parameters
 from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
 
 __all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
@@ -79,6 +83,12 @@ _UNSUPPORTED = {
     "generation_kwargs": (None, "trb's samplers take no generation options"),
     "cache_implementation": (None, "trb's samplers manage their own caches"),
 }
+
+# The dtype of what is sampled from under sharding; None is decided by the precision of training.
+REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# A step after every warm-up.
+_EVENTUALLY = 1 << 40
 
 # What the vocabulary projection of the supervised loss holds at once, in vocabulary entries.
 _SFT_VOCABULARY_CHUNK = 8192
@@ -155,6 +165,20 @@ class TRBConfig(DistillationConfig):
         default=None,
         metadata={"help": "Rows sampled at once per process, to bound KV-cache memory; None for all."},
     )
+    replica_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Under FSDP2 and ZeRO-3: dtype of the whole copies that are sampled from. auto is the precision of "
+            "training: bfloat16 with bf16, else the weights' own."
+        },
+    )
+    teacher_sharded: bool = field(
+        default=False,
+        metadata={
+            "help": "Under FSDP2 and ZeRO-3: shard the teacher, but for its head, once it has left the sampler. Until "
+            "then each process holds it whole."
+        },
+    )
     recorded_rollouts: int = field(
         default=4,
         metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."},
@@ -184,6 +208,7 @@ class TRBConfig(DistillationConfig):
         _check_choice("method", self.method, TRAINING_METHODS)
         _check_choice("budget_schedule", self.budget_schedule, KINDS)
         _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
         for name, (supported, why) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
@@ -282,6 +307,7 @@ class TRBTrainer(DistillationTrainer):
                 f"x processes x gradient_accumulation_steps), which num_generations={args.num_generations} does not "
                 "divide; change one of them"
             )
+        self._ranks = Ranks.of_launch()
         if isinstance(teacher_model, str):
             if teacher_processing_class is None:
                 teacher_processing_class = _load_tokenizer(teacher_model, args)
@@ -292,6 +318,8 @@ class TRBTrainer(DistillationTrainer):
         # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
         self._teacher_head = OutputHead.check(teacher_model)
+        self._student_replica = self._replica(teacher_model)
+        self._teacher_is_sharded = False
         self.teacher_model = self._prepared_teacher(teacher_model)
         self.reward_fn = reward_fn
         self.recorder = RunRecorder(str(args.output_dir))
@@ -301,11 +329,41 @@ class TRBTrainer(DistillationTrainer):
 
     # ---- set-up ----
 
+    def _replica(self, teacher: PreTrainedModel) -> Replica | None:
+        """The student's whole copy to sample from, where training will shard the student."""
+        if not shards_parameters(self.accelerator):
+            if self.args.teacher_sharded:
+                raise ValueError("teacher_sharded=True needs a launch with FSDP2 or ZeRO-3 (docs/distributed.md)")
+            return None
+        check_sharding(self.accelerator, self.model, teacher)
+        if self.args.teacher_sharded and self.behavior_policy(_EVENTUALLY).needs_teacher:
+            raise ValueError(
+                f"teacher_sharded=True saves nothing with method={self.args.method!r}, whose sampler needs the whole "
+                "teacher at every step; leave it at False"
+            )
+        mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        dtype = REPLICA_DTYPES[self.args.replica_dtype] or mixed
+        replica = Replica(self.model, device=self.accelerator.device, dtype=dtype)
+        self.add_callback(ExpireOnUpdate(replica))
+        return replica
+
     def _prepared_teacher(self, teacher: PreTrainedModel) -> nn.Module:
         teacher.requires_grad_(False)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
+        if self._student_replica is not None:
+            # Accelerate leaves placement to the sharding, which the teacher takes no part in.
+            teacher.to(self.accelerator.device)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _shard_teacher(self) -> None:
+        """Leave this process a shard of the teacher; collective. The head stays whole: the loss projects through it
+        outside the teacher's own passes."""
+        teacher, head = self.accelerator.unwrap_model(self.teacher_model), self._teacher_head
+        if self.is_deepspeed_enabled:
+            self._teacher_head = replace(head, projection=copy.deepcopy(head.projection))
+            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
+        else:
+            self.teacher_model = shard_in_place(teacher, whole=head.projection, accelerator=self.accelerator)
+        self._teacher_is_sharded = True
 
     def _shared_vocabulary(
         self, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase | None
@@ -373,13 +431,15 @@ class TRBTrainer(DistillationTrainer):
         training = self.model.training
         step = self.state.global_step
         policy = self.behavior_policy(step) if training else StudentPolicy()
+        if self._teacher_may_be_sharded(step):
+            self._shard_teacher()
         if self.use_vllm and policy in _STUDENT_LAWS:
             self._rollout = None
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         keys = [prompt_key(ids) for ids in prompt_ids]
         with self.compute_loss_context_manager():
             self._rollout = sample(
-                self.accelerator.unwrap_model(self.model_wrapped),
+                self.sampling_student(),
                 self.accelerator.unwrap_model(self.teacher_model) if policy.needs_teacher else None,
                 prompt_ids,
                 policy,
@@ -397,21 +457,38 @@ class TRBTrainer(DistillationTrainer):
             )
         return self._rollout.completions
 
+    def sampling_student(self) -> PreTrainedModel:
+        """The student to sample from: the model itself, or under FSDP2 and ZeRO-3 this process's whole copy of it.
+
+        Under sharding the first call after an optimizer step is collective: every process must make it.
+        """
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        if self._student_replica is None:
+            return student
+        self._student_replica.refresh(student)
+        return cast(PreTrainedModel, self._student_replica.module)
+
+    def _teacher_may_be_sharded(self, step: int) -> bool:
+        """Whether the teacher waits to be sharded and no longer takes part in sampling."""
+        if not self.args.teacher_sharded or self._teacher_is_sharded:
+            return False
+        return not self.behavior_policy(step).needs_teacher
+
     def _rollout_index(self, keys: list[int]) -> list[int]:
         """How often each row's prompt has occurred before it in the global batch, over all processes in order."""
-        halves = torch.tensor([[key >> 32, key & 0xFFFFFFFF] for key in keys], device=self.accelerator.device)
-        everywhere = [tuple(pair) for pair in self.accelerator.gather(halves).tolist()]
-        seen: Counter[tuple[int, ...]] = Counter()
+        everywhere = self._ranks.gather(keys)
+        seen = Counter(chain.from_iterable(everywhere[: self._ranks.index]))
         index = []
-        for pair in everywhere:
-            index.append(seen[pair])
-            seen[pair] += 1
-        first = self.accelerator.process_index * len(keys)
-        return index[first : first + len(keys)]
+        for key in keys:
+            index.append(seen[key])
+            seen[key] += 1
+        return index
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
+        if mode == "eval":
+            output["completion_mask"][self._own_rows(len(inputs)) :] = 0
         completions = [
             ids[mask.bool()].tolist()
             for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
@@ -430,6 +507,14 @@ class TRBTrainer(DistillationTrainer):
             if mode == "train" and self.accelerator.is_main_process:
                 self._record(texts, rewards)
         return output
+
+    def _own_rows(self, rows: int) -> int:
+        """How many of an evaluation batch's rows are new; the last batches are filled up with rows seen before, so that
+        every process gets equally many."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(rows, max(0, state.remainder - self._ranks.index * rows))
 
     def _add_rollout(self, mode: str, rollout: Rollout) -> None:
         stats, budget = rollout.stats, self.kl_budget(self.state.global_step) if mode == "train" else 0.0
@@ -482,11 +567,11 @@ class TRBTrainer(DistillationTrainer):
         every = self.args.recorded_scores_every * max(1, int(self.state.logging_steps))
         if not prompts or not every or self.state.global_step % every:
             return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return None  # sharded weights are whole only inside a pass that every process makes
+        if self._teacher_is_sharded:
+            return None  # its weights are whole only inside a pass that every process makes
         with self.compute_loss_context_manager():
             return score_completions(
-                self.accelerator.unwrap_model(self.model_wrapped),
+                self.sampling_student(),
                 self.accelerator.unwrap_model(self.teacher_model),
                 prompts,
                 completions,
@@ -508,6 +593,9 @@ class TRBTrainer(DistillationTrainer):
         teacher_NH = self._teacher_hidden(inputs, ids_BL, mask_BL, completion_BL)
         token_N = ids_BL[completion_BL.bool()]
         step = self.state.global_step
+        if num_items_in_batch is not None and "num_items_in_batch" in inputs:
+            # FSDP2 rounds floating-point arguments to the compute dtype on their way here; the count is an integer.
+            num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         loss, metrics = chunked_reverse_kl(
             student_NH,
             teacher_NH,
@@ -583,12 +671,13 @@ class TRBTrainer(DistillationTrainer):
     def _averages(self, mode: str) -> dict[str, float]:
         """Averages over everything since the last log, on all processes: token means are weighted by tokens."""
         sums, self._sums[mode] = self._sums[mode], {}
-        if not sums:
+        totals: dict[str, Tensor] = {}
+        for found in self._ranks.gather(sums):
+            for name, pair in found.items():
+                totals[name] = totals.get(name, 0) + pair
+        if not totals:
             return {}
-        names = sorted(sums)
-        table = torch.stack([sums[name] for name in names]).to(self.accelerator.device)
-        table = self.accelerator.reduce(table, reduction="sum").tolist()
-        averages = {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
+        averages = {name: float(total / count) for name, (total, count) in sorted(totals.items()) if count}
         # A pure student rollout is its own behavior policy: its divergence to the teacher is the loss's reverse KL.
         averages.setdefault("kl_teacher", averages.get("reverse_kl", math.nan))
         return averages
