@@ -332,6 +332,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     )
     from trb.files import write_json
     from trb.loading import quiet_libraries
+    from trb.ranks import Ranks
     from trb.rewards import Verifier
 
     quiet_libraries()
@@ -339,7 +340,8 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     folder = Path(arguments.output_dir) if arguments.output_dir else None
     recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
     run, args = recipe.run, recipe.training_config(folder or "unused")
-    if folder and not arguments.resume:
+    is_first = Ranks.of_launch().is_first
+    if folder and not arguments.resume and is_first:
         shutil.rmtree(folder / "evaluations", ignore_errors=True)
     with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
         listener.stage("loading the model and problems")
@@ -357,6 +359,8 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
             label=model_spec,
             listener=listener,
         )
+    if not is_first:
+        return 0
     results = {score["name"]: score for score in scores}
     if len(scores) > 1:
         results["mean"] = {**mean_of_suites(scores), "suites": list(results)}
