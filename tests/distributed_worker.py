@@ -18,13 +18,20 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, DistributedType
 from datasets import Dataset
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from trb import TRBConfig, TRBTrainer, zoo
+from trb.evaluation import evaluate
+from trb.policies import StudentPolicy
+from trb.ranks import Ranks
+from trb.sampling import sample
 
 GLOBAL_BATCH = 8
 SETTINGS: dict[str, Any] = {
     "max_steps": 3,
     "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 2,
     "learning_rate": 3e-4,
     "weight_decay": 0.0,
     "lr_scheduler_type": "constant",
@@ -88,6 +95,7 @@ def build(directory: Path, count: int, **changes: Any) -> TRBTrainer:
 
 
 def train(directory: Path, count: int, **changes: Any) -> dict[str, Any]:
+    """A training run from start to end: what was drawn, logged and learnt, and measurements of the trained student."""
     trainer = build(directory, count, **changes)
     drawn: list[list[list[int]]] = []
     generate = trainer._generate_single_turn
@@ -97,17 +105,104 @@ def train(directory: Path, count: int, **changes: Any) -> dict[str, Any]:
         return drawn[-1]
 
     trainer._generate_single_turn = watched  # type: ignore[method-assign]
+    gathered = count_refreshes(trainer)
     trainer.train()
-    return {
-        "completions": drawn,
-        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "logs": trainer.state.log_history,
-        "weights": {k: v.cpu() for k, v in trainer.accelerator.get_state_dict(trainer.model_wrapped).items()},
+    found = {
+        "drawn": drawn,
+        "logs": [row for row in trainer.state.log_history if "loss" in row],
+        "refreshes": len(gathered),
+        "weights": {name: value.cpu() for name, value in whole_weights(trainer).items()},
         "wrapper": type(trainer.model_wrapped).__name__,
+        "held_out": trainer.evaluate(),
+        "evaluation": measure(trainer, directory / "problems.jsonl"),
+        "alone": sample_alone(trainer),
     }
+    return found | shards_of(trainer)
 
 
-SCENARIOS = {"ddp": (nullcontext, train, {}), "fsdp2": (fsdp2_on_cpu, train, {})}
+def whole_weights(trainer: TRBTrainer) -> dict[str, Tensor]:
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+def count_refreshes(trainer: TRBTrainer) -> list[int]:
+    """Filled with the step of every time the student's weights are gathered."""
+    steps: list[int] = []
+    replica = trainer._student_replica
+    if replica is not None:
+        refresh = replica.refresh
+
+        def counted(original: Any) -> None:
+            if replica._stale:
+                steps.append(trainer.state.global_step)
+            refresh(original)
+
+        replica.refresh = counted  # type: ignore[method-assign]
+    return steps
+
+
+class ExactAnswers:
+    """A grader without a worker process."""
+
+    def score(self, texts: list[str], rows: list[dict[str, Any]]) -> list[float]:
+        return [float(str(row["answer"]) in text) for text, row in zip(texts, rows, strict=True)]
+
+
+def measure(trainer: TRBTrainer, path: Path, **changes: Any) -> dict[str, Any]:
+    """pass@1 over seven problems, four completions at a time: with two processes, a full round and a ragged one."""
+    options: dict[str, Any] = {"n": 2, "max_new_tokens": 24, "max_rows": 4, "verifier": ExactAnswers(), **changes}
+    problems = zoo.problems(7, seed=2, split="test")
+    ranks = Ranks.of_launch()
+    student, tokenizer = trainer.sampling_student(), trainer._tokenizer
+    result = evaluate(student, tokenizer, problems, results_path=path, ranks=ranks, progress=False, **options)
+    return {**result.to_dict(), "correct": result.correct}
+
+
+def sample_alone(trainer: TRBTrainer) -> list[list[int]]:
+    """What the last process samples while the others have no row to sample: a pass that needed them would hang."""
+    ranks, student = Ranks.of_launch(), trainer.sampling_student()
+    completions: list[list[int]] = []
+    if ranks.index == ranks.count - 1:
+        stop = trainer.vocabulary.stop_ids
+        prompts = [[5, 6, 7], [8, 9]]
+        completions = sample(
+            student, None, prompts, StudentPolicy(), max_new_tokens=16, eos_token_id=stop, seed=3
+        ).completions
+    trainer.accelerator.wait_for_everyone()
+    return completions
+
+
+def shards_of(trainer: TRBTrainer) -> dict[str, Any]:
+    """How much of the student and the teacher this process holds at the end, in weights."""
+    held = {}
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+        parts = [value.to_local() if isinstance(value, DTensor) else value for value in model.parameters()]
+        held[f"{name}_held"] = sum(part.numel() for part in parts)
+        held[f"{name}_weights"] = sum(value.numel() for value in model.parameters())
+    return held
+
+
+def resume_evaluation(directory: Path, count: int) -> dict[str, Any]:
+    """An evaluation that was killed after three of seven problems, gone on with; then one that must be refused."""
+    trainer = build(directory, count)
+    path = directory / "problems.jsonl"
+    straight = measure(trainer, path)
+    trainer.accelerator.wait_for_everyone()
+    if Ranks.of_launch().is_first:
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    resumed = measure(trainer, path)
+    refusal = ""
+    try:
+        measure(trainer, path, n=3)
+    except ValueError as error:
+        refusal = str(error)
+    return {"straight": straight, "resumed": resumed, "refusal": refusal}
+
+
+SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "ddp": (nullcontext, train, {"ddp_find_unused_parameters": False}),
+    "fsdp2": (fsdp2_on_cpu, train, {"teacher_sharded": True}),
+    "evaluation": (nullcontext, resume_evaluation, {}),
+}
 
 
 def main() -> None:

@@ -487,14 +487,14 @@ class TRBTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
-        if mode == "eval":
-            output["completion_mask"][self._own_rows(len(inputs)) :] = 0
+        own = len(inputs) if mode == "train" else self._own_rows(len(inputs))
+        output["completion_mask"][own:] = 0
         completions = [
             ids[mask.bool()].tolist()
-            for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
+            for ids, mask in zip(output["completion_ids"][:own], output["completion_mask"][:own], strict=True)
         ]
         texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
-        rewards = None if self.reward_fn is None else self.reward_fn(texts, inputs)
+        rewards = None if self.reward_fn is None else self.reward_fn(texts, inputs[:own])
         known = [reward for reward in rewards or [] if not math.isnan(reward)]  # nan: the row has no answer
         self._add(mode, "reward", sum(known), len(known))
         self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
