@@ -2,15 +2,16 @@
 
     python tests/distributed_worker.py RANK COUNT DIRECTORY SCENARIO...
 
-The processes meet through a file, so that no port can be taken by somebody else. Accelerate leaves FSDP to
-accelerators (GPUs); to run it here, `fsdp2_on_cpu` tells its state otherwise. Everything after that, from the wrapping
-of the layers to the collectives, is what runs on GPUs, with gloo in place of NCCL.
+The processes meet through a file, so that no port can be taken by somebody else. Accelerate leaves FSDP
+and DeepSpeed to accelerators (GPUs); to run them here, `launched_on_cpu` tells its state otherwise. Everything after
+that, from the wrapping of the layers to the collectives, is what runs on GPUs, with gloo in place of NCCL.
 """
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from trb.evaluation import evaluate
 from trb.policies import StudentPolicy
 from trb.ranks import Ranks
 from trb.sampling import sample
+from trb.sharding import loaded_whole
 
 GLOBAL_BATCH = 8
 SETTINGS: dict[str, Any] = {
@@ -56,37 +58,53 @@ FSDP2 = {
 }
 
 
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
 @contextmanager
-def fsdp2_on_cpu() -> Iterator[None]:
-    """Within the block a launch on CPUs is set up as `accelerate launch` sets up FSDP2 on GPUs."""
+def launched_on_cpu(variables: dict[str, str]) -> Iterator[None]:
+    """Within the block a launch on CPUs is set up as `accelerate launch`, with these variables, sets one up on GPUs."""
     plain = AcceleratorState.__init__
 
-    def as_fsdp(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+    def sharded(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
         plain(self, *args, **kwargs)
         if kwargs.get("fsdp_plugin") is not None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = kwargs["fsdp_plugin"]
+        if kwargs.get("deepspeed_plugin") is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+            self._mixed_precision = "no"
+            self.deepspeed_plugins = kwargs["deepspeed_plugin"]
+            self.deepspeed_plugins.set_mixed_precision("no")
+            self.deepspeed_plugins.select(_from_accelerator_state=True)
 
-    os.environ.update(FSDP2)
-    AcceleratorState.__init__ = as_fsdp
+    os.environ.update(variables)
+    AcceleratorState.__init__ = sharded
     try:
         yield
     finally:
         AcceleratorState.__init__ = plain
-        for name in FSDP2:
+        for name in variables:
             del os.environ[name]
 
 
 def build(directory: Path, count: int, **changes: Any) -> TRBTrainer:
     """A trainer whose global batch is the same for any number of processes, in float64."""
     rows = GLOBAL_BATCH // count // SETTINGS["gradient_accumulation_steps"]
-    student, tokenizer = zoo.load("student")
-    teacher, teacher_tokenizer = zoo.load("teacher")
-    settings = {**SETTINGS, "per_device_train_batch_size": rows, **changes}
+    args = TRBConfig(str(directory), **{**SETTINGS, "per_device_train_batch_size": rows, **changes})
+    with loaded_whole(args):
+        student, tokenizer = zoo.load("student")
+        teacher, teacher_tokenizer = zoo.load("teacher")
     return TRBTrainer(
         student.double(),
         teacher.double(),
-        TRBConfig(str(directory), **settings),
+        args,
         train_dataset=Dataset.from_list(zoo.problems(64, seed=0, split="train")),
         eval_dataset=Dataset.from_list(zoo.problems(5, seed=1, split="test")),
         processing_class=tokenizer,
@@ -110,18 +128,17 @@ def train(directory: Path, count: int, **changes: Any) -> dict[str, Any]:
     found = {
         "drawn": drawn,
         "logs": [row for row in trainer.state.log_history if "loss" in row],
-        "refreshes": len(gathered),
         "weights": {name: value.cpu() for name, value in whole_weights(trainer).items()},
         "wrapper": type(trainer.model_wrapped).__name__,
         "held_out": trainer.evaluate(),
         "evaluation": measure(trainer, directory / "problems.jsonl"),
         "alone": sample_alone(trainer),
     }
-    return found | shards_of(trainer)
+    return found | {"refreshes": gathered} | shards_of(trainer)
 
 
 def whole_weights(trainer: TRBTrainer) -> dict[str, Tensor]:
-    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # DeepSpeed: on the first process only
 
 
 def count_refreshes(trainer: TRBTrainer) -> list[int]:
@@ -175,10 +192,17 @@ def shards_of(trainer: TRBTrainer) -> dict[str, Any]:
     """How much of the student and the teacher this process holds at the end, in weights."""
     held = {}
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
-        parts = [value.to_local() if isinstance(value, DTensor) else value for value in model.parameters()]
-        held[f"{name}_held"] = sum(part.numel() for part in parts)
-        held[f"{name}_weights"] = sum(value.numel() for value in model.parameters())
+        sizes = [_sizes(value) for value in model.parameters()]
+        held[f"{name}_held"], held[f"{name}_weights"] = (sum(column) for column in zip(*sizes, strict=True))
     return held
+
+
+def _sizes(parameter: Any) -> tuple[int, int]:
+    """Elements of a parameter here, and in all."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.numel(), parameter.ds_numel
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.numel(), parameter.numel()
 
 
 def resume_evaluation(directory: Path, count: int) -> dict[str, Any]:
@@ -200,8 +224,10 @@ def resume_evaluation(directory: Path, count: int) -> dict[str, Any]:
 
 SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ddp": (nullcontext, train, {"ddp_find_unused_parameters": False}),
-    "fsdp2": (fsdp2_on_cpu, train, {"teacher_sharded": True}),
+    "fsdp2": (partial(launched_on_cpu, FSDP2), train, {"teacher_sharded": True}),
     "evaluation": (nullcontext, resume_evaluation, {}),
+    # Last: transformers remembers DeepSpeed for the rest of the process.
+    "zero3": (partial(launched_on_cpu, ZERO3), train, {"teacher_sharded": True}),
 }
 
 

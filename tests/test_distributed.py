@@ -2,12 +2,13 @@
 
 One launch of two processes over gloo makes every run (`distributed_worker`); the reference is made here, by one process
 with the same global batch, in float64. Sums over the batch are grouped differently in the two, which changes their last
-bits and nothing else.
+bits and nothing else. ZeRO-3 is tested where DeepSpeed is installed.
 """
 
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import distributed_worker as worker
@@ -16,6 +17,8 @@ import torch
 
 COUNT = 2
 STUCK_SECONDS = 420  # far beyond what the runs take on a busy machine: only a deadlock meets it
+# Relative, of what is logged and of weights. DeepSpeed updates a float32 copy of the weights.
+ROUNDING = {"ddp": 1e-9, "fsdp2": 1e-9, "zero3": 1e-5}
 # Per process rather than per batch, so that they say how the work was shared.
 PER_PROCESS = {"student_calls", "teacher_calls"}
 
@@ -25,7 +28,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     """What each of the two processes found, by scenario."""
     directory = tmp_path_factory.mktemp("pair")
     script = [sys.executable, worker.__file__]
-    arguments = [str(COUNT), str(directory), *worker.SCENARIOS]
+    scenarios = [name for name in worker.SCENARIOS if name != "zero3" or find_spec("deepspeed")]
+    arguments = [str(COUNT), str(directory), *scenarios]
     logs = [(directory / f"{rank}.log").open("w+b") for rank in range(COUNT)]
     processes = [
         subprocess.Popen([*script, str(rank), *arguments], stdout=log, stderr=log) for rank, log in enumerate(logs)
@@ -43,7 +47,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
             log.close()
     return {
         name: [torch.load(directory / f"{name}-{rank}.pt", weights_only=False) for rank in range(COUNT)]
-        for name in worker.SCENARIOS
+        for name in scenarios
     }
 
 
@@ -52,7 +56,12 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return worker.train(tmp_path_factory.mktemp("one"), 1)
 
 
-TRAININGS = pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+ZERO3 = pytest.param("zero3", marks=needs_deepspeed)
+TRAININGS = pytest.mark.parametrize("name", ["ddp", "fsdp2", ZERO3])
+SHARDED = pytest.mark.parametrize(
+    ("name", "wrapper"), [("fsdp2", "FSDP"), pytest.param("zero3", "DeepSpeed", marks=needs_deepspeed)]
+)
 
 
 @TRAININGS
@@ -73,8 +82,8 @@ def test_two_processes_log_what_one_logs(name: str, pair: Any, one: Any) -> None
     ).keys()
     for process in pair[name]:
         for ours, theirs in zip(process["logs"], one["logs"], strict=True):
-            assert compared(ours) == pytest.approx(compared(theirs), rel=1e-9)
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)  # transformers adds it up in float32
+            assert compared(ours) == pytest.approx(compared(theirs), rel=ROUNDING[name])
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)  # transformers adds it up in float32
 
 
 @TRAININGS
@@ -82,7 +91,8 @@ def test_two_processes_learn_what_one_learns(name: str, pair: Any, one: Any) -> 
     weights = pair[name][0]["weights"]
     assert weights.keys() == one["weights"].keys()
     for key, value in one["weights"].items():
-        torch.testing.assert_close(weights[key], value, atol=1e-9, rtol=1e-7, msg=key)
+        scale = value.abs().max().item()
+        torch.testing.assert_close(weights[key], value, atol=scale * ROUNDING[name], rtol=0, check_dtype=False, msg=key)
 
 
 @TRAININGS
@@ -95,7 +105,7 @@ def test_rows_that_fill_up_an_evaluation_are_not_counted(name: str, pair: Any, o
     }
     assert len(expected) > 5
     for process in pair[name]:
-        assert {key: process["held_out"][key] for key in expected} == pytest.approx(expected, rel=1e-9)
+        assert {key: process["held_out"][key] for key in expected} == pytest.approx(expected, rel=ROUNDING[name])
 
 
 @TRAININGS
@@ -111,19 +121,25 @@ def test_a_process_samples_while_the_others_have_nothing_to_sample(name: str, pa
     assert len(one["alone"]) == 2
 
 
-def test_fsdp2_shards_the_student_and_after_its_warm_up_the_teacher(pair: Any) -> None:
-    for process in pair["fsdp2"]:
-        assert process["wrapper"].startswith("FSDP")
+@SHARDED
+def test_the_student_is_sharded_and_after_its_warm_up_the_teacher(name: str, wrapper: str, pair: Any) -> None:
+    for process in pair[name]:
+        assert process["wrapper"].startswith(wrapper)
         assert process["student_held"] < 0.6 * process["student_weights"]
-        assert process["teacher_held"] < 0.7 * process["teacher_weights"]  # the head stays whole
-    assert pair["ddp"][0]["wrapper"] == "DistributedDataParallel"
-    assert all(process["student_held"] == process["student_weights"] for process in pair["ddp"])
+        assert process["teacher_held"] < 0.7 * process["teacher_weights"]  # under FSDP2 the head stays in place, whole
 
 
-def test_the_students_weights_are_gathered_once_a_step(pair: Any) -> None:
+@SHARDED
+def test_the_students_weights_are_gathered_once_a_step(name: str, wrapper: str, pair: Any) -> None:
     # Three steps of two accumulated batches each, and once for all that is measured afterwards.
-    assert [process["refreshes"] for process in pair["fsdp2"]] == [3, 3]
-    assert [process["refreshes"] for process in pair["ddp"]] == [0, 0]
+    assert [process["refreshes"] for process in pair[name]] == [[0, 1, 2, 3]] * COUNT
+
+
+def test_whole_weights_are_sampled_from_as_they_are(pair: Any) -> None:
+    for process in pair["ddp"]:
+        assert process["wrapper"] == "DistributedDataParallel"
+        assert process["student_held"] == process["student_weights"]
+        assert process["refreshes"] == []
 
 
 def test_a_killed_evaluation_goes_on_alike_everywhere_and_is_refused_alike(pair: Any) -> None:

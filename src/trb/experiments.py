@@ -54,6 +54,7 @@ from trb.modeling import without_adapters
 from trb.ranks import Ranks
 from trb.recording import append_jsonl, drop_after_step
 from trb.rewards import Verifier
+from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
 from trb.trainer import TRBConfig, TRBTrainer
 from trb.vocab import check_heads, check_same_tokenizer, head_rows
@@ -463,7 +464,8 @@ def _load(run: RunConfig, args: TRBConfig) -> _Material:
     tokenizer, teacher_tokenizer = load_tokenizers(run)
     prompts, held_out = _training_prompts(run, args, tokenizer)
     problems = problem_sets(run)
-    student, teacher = load_pair(run)
+    with loaded_whole(args):
+        student, teacher = load_pair(run)
     check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
     return _Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher)
 

@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-__all__ = ["ExpireOnUpdate", "Replica", "check_sharding", "shard_in_place", "shards_parameters"]
+__all__ = ["ExpireOnUpdate", "Replica", "check_sharding", "loaded_whole", "shard_in_place", "shards_parameters"]
 
 # What wrappers of a layer add to the names of the parameters inside it.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -54,9 +55,24 @@ def check_sharding(accelerator: Accelerator, *models: nn.Module) -> None:
         partitioned = next((name for name, value in model.named_parameters() if _is_sharded(value)), None)
         if partitioned is not None:
             raise ValueError(
-                f"{type(model).__name__} was sharded while it was loaded ({partitioned} is not whole): load it whole, "
-                "with zero3_init_flag: false in the Accelerate configuration and without a device mesh"
+                f"{type(model).__name__} was sharded while it was loaded ({partitioned} is not whole): pass a model "
+                "that was loaded within trb.sharding.loaded_whole(args), and without a device mesh"
             )
+
+
+@contextmanager
+def loaded_whole(args: TrainingArguments) -> Iterator[None]:
+    """Within the block models are loaded whole, also in a launch with ZeRO-3, where transformers would shard them at
+    once (whatever Accelerate's zero3_init_flag says)."""
+    config = getattr(args.deepspeed_plugin, "dschf", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 class Replica:

@@ -314,11 +314,13 @@ class TRBTrainer(DistillationTrainer):
             teacher_model = _load_teacher(teacher_model, args)
         if teacher_processing_class is not None:
             check_same_tokenizer(self._tokenizer, teacher_processing_class)
+        if shards_parameters(self.accelerator):
+            check_sharding(self.accelerator, self.model, teacher_model)
         self.vocabulary = self._shared_vocabulary(teacher_model, teacher_processing_class)
         # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
         self._teacher_head = OutputHead.check(teacher_model)
-        self._student_replica = self._replica(teacher_model)
+        self._student_replica = self._replica()
         self._teacher_is_sharded = False
         self.teacher_model = self._prepared_teacher(teacher_model)
         self.reward_fn = reward_fn
@@ -329,13 +331,12 @@ class TRBTrainer(DistillationTrainer):
 
     # ---- set-up ----
 
-    def _replica(self, teacher: PreTrainedModel) -> Replica | None:
+    def _replica(self) -> Replica | None:
         """The student's whole copy to sample from, where training will shard the student."""
         if not shards_parameters(self.accelerator):
             if self.args.teacher_sharded:
                 raise ValueError("teacher_sharded=True needs a launch with FSDP2 or ZeRO-3 (docs/distributed.md)")
             return None
-        check_sharding(self.accelerator, self.model, teacher)
         if self.args.teacher_sharded and self.behavior_policy(_EVENTUALLY).needs_teacher:
             raise ValueError(
                 f"teacher_sharded=True saves nothing with method={self.args.method!r}, whose sampler needs the whole "
