@@ -9,7 +9,7 @@ that, from the wrapping of the layers to the collectives, is what runs on GPUs, 
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -109,6 +109,7 @@ def build(directory: Path, count: int, **changes: Any) -> TRBTrainer:
         eval_dataset=Dataset.from_list(zoo.problems(5, seed=1, split="test")),
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
+        reward_fn=ExactAnswers().score,
     )
 
 
@@ -160,7 +161,7 @@ def count_refreshes(trainer: TRBTrainer) -> list[int]:
 class ExactAnswers:
     """A grader without a worker process."""
 
-    def score(self, texts: list[str], rows: list[dict[str, Any]]) -> list[float]:
+    def score(self, texts: list[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         return [float(str(row["answer"]) in text) for text, row in zip(texts, rows, strict=True)]
 
 

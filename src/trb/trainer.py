@@ -494,7 +494,8 @@ class TRBTrainer(DistillationTrainer):
             ids[mask.bool()].tolist()
             for ids, mask in zip(output["completion_ids"][:own], output["completion_mask"][:own], strict=True)
         ]
-        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        # Of no completions the tokenizer would make one text.
+        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
         rewards = None if self.reward_fn is None else self.reward_fn(texts, inputs[:own])
         known = [reward for reward in rewards or [] if not math.isnan(reward)]  # nan: the row has no answer
         self._add(mode, "reward", sum(known), len(known))
