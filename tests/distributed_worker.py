@@ -77,6 +77,8 @@ def launched_on_cpu(variables: dict[str, str]) -> Iterator[None]:
         if kwargs.get("fsdp_plugin") is not None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = kwargs["fsdp_plugin"]
+            if self._mixed_precision != "no":
+                self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
         if kwargs.get("deepspeed_plugin") is not None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
             self._mixed_precision = "no"

@@ -12,6 +12,7 @@ sharded while they were loaded, each refused by `check_sharding` or `Replica`.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-__all__ = ["ExpireOnUpdate", "Replica", "check_sharding", "loaded_whole", "shard_in_place", "shards_parameters"]
+__all__ = [
+    "ExpireOnUpdate",
+    "Replica",
+    "check_sharding",
+    "leave_outputs_alone",
+    "loaded_whole",
+    "shard_in_place",
+    "shards_parameters",
+]
 
 # What wrappers of a layer add to the names of the parameters inside it.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -126,6 +135,13 @@ class Replica:
                     with _whole(parameter, own.dtype) as value:
                         own.copy_(value)
         self._complete, self._stale = True, False
+
+
+def leave_outputs_alone(accelerator: Accelerator) -> None:
+    """Have FSDP2 leave what a pass returns in its own dtype: under bf16 it would round the loss to three digits."""
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.mixed_precision_policy is not None:
+        fsdp.mixed_precision_policy = replace(fsdp.mixed_precision_policy, output_dtype=None)
 
 
 class ExpireOnUpdate(TrainerCallback):

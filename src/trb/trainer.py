@@ -52,7 +52,14 @@ from trb.sampling import METHODS as SAMPLERS
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.schedule import KINDS, kl_budget, ramp
 from trb.scoring import TokenScores, score_completions
-from trb.sharding import ExpireOnUpdate, Replica, check_sharding, shard_in_place, shards_parameters
+from trb.sharding import (
+    ExpireOnUpdate,
+    Replica,
+    check_sharding,
+    leave_outputs_alone,
+    shard_in_place,
+    shards_parameters,
+)
 from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
 
 __all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
@@ -316,6 +323,7 @@ class TRBTrainer(DistillationTrainer):
             check_same_tokenizer(self._tokenizer, teacher_processing_class)
         if shards_parameters(self.accelerator):
             check_sharding(self.accelerator, self.model, teacher_model)
+            leave_outputs_alone(self.accelerator)
         self.vocabulary = self._shared_vocabulary(teacher_model, teacher_processing_class)
         # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
@@ -645,6 +653,20 @@ class TRBTrainer(DistillationTrainer):
             (),
         )
         return -log_probs.sum() / (max(1, len(token_N)) if num_items_in_batch is None else num_items_in_batch)
+
+    # ---- saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, and also under FSDP2 with sharded checkpoints, where transformers writes no model."""
+        sharded_checkpoints = self.is_fsdp_enabled and "SHARDED" in str(
+            self.accelerator.state.fsdp_plugin.state_dict_type
+        )
+        if _internal_call or not sharded_checkpoints:
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=whole)
 
     # ---- logging ----
 
