@@ -657,16 +657,18 @@ class TRBTrainer(DistillationTrainer):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, and also under FSDP2 with sharded checkpoints, where transformers writes no model."""
-        sharded_checkpoints = self.is_fsdp_enabled and "SHARDED" in str(
-            self.accelerator.state.fsdp_plugin.state_dict_type
-        )
-        if _internal_call or not sharded_checkpoints:
+        """As in transformers, and also where that writes no model: under FSDP2 with sharded checkpoints, and with
+        DeepSpeed before it has wrapped the model."""
+        state = self.accelerator.state
+        if not _internal_call and self.is_fsdp_enabled and "SHARDED" in str(state.fsdp_plugin.state_dict_type):
+            weights = self.accelerator.get_state_dict(self.model)
+        elif not _internal_call and self.is_deepspeed_enabled and self.model_wrapped is self.model:
+            weights = None
+        else:
             super().save_model(output_dir, _internal_call)
             return
-        whole = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:
-            self._save(output_dir, state_dict=whole)
+            self._save(output_dir, state_dict=weights)
 
     # ---- logging ----
 
