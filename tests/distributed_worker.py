@@ -63,7 +63,6 @@ ZERO3 = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    "DS_ACCELERATOR": "cpu",
 }
 
 
@@ -227,7 +226,8 @@ def resume_evaluation(directory: Path, count: int) -> dict[str, Any]:
 
 SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ddp": (nullcontext, train, {"ddp_find_unused_parameters": False}),
-    "fsdp2": (partial(launched_on_cpu, FSDP2), train, {"teacher_sharded": True}),
+    # Recomputed activations gather each layer's weights once more, in the backward pass.
+    "fsdp2": (partial(launched_on_cpu, FSDP2), train, {"teacher_sharded": True, "gradient_checkpointing": True}),
     "evaluation": (nullcontext, resume_evaluation, {}),
     # Last: transformers remembers DeepSpeed for the rest of the process.
     "zero3": (partial(launched_on_cpu, ZERO3), train, {"teacher_sharded": True}),
@@ -236,6 +236,7 @@ SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def main() -> None:
     rank, count, directory, names = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:]
+    os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory / 'meeting-point'}", rank=int(rank), world_size=int(count)
