@@ -11,7 +11,9 @@ TRL internals this module relies on, checked by a contract test against the inst
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
   inside the student's wrapper; `_forward_redirection` does the same for the teacher's;
-- `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; `log` averages `_metrics`.
+- `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; `log` averages `_metrics`;
+- `save_model` gathers sharded weights and calls `_save` where it should; Accelerate fills the last batch of an
+  evaluation up and says so in `gradient_state`.
 
 Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 """
