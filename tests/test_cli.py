@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -493,6 +494,57 @@ def test_doctor_on_too_little_memory(
     assert "Lower per_device_train_batch_size" in checks["memory estimate"][1]
     monkeypatch.setattr(cli.doctor, "_memory_bytes", lambda: 2 * resident)
     assert doctor(capsys, "--config", recipe)[1]["memory estimate"][0] == "ok"
+
+
+LAUNCHES = Path(__file__).parents[1] / "recipes" / "accelerate"
+
+
+def gigabytes(estimate: str, part: str) -> float:
+    return float(re.search(rf"{part} ([0-9.]+)", estimate)[1])  # type: ignore[index]
+
+
+def test_doctor_estimates_one_process_of_a_launch(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=2048, intermediate_size=8192, num_hidden_layers=8, max_position_embeddings=64
+    )
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Qwen3ForCausalLM(config).parameters())
+    config.save_pretrained(tmp_path / "wide")
+    (tmp_path / "wide" / "model.safetensors").touch()  # the doctor reads no weights
+    zoo.load("student")[1].save_pretrained(tmp_path / "wide")
+    pair = ("--config", recipe, "--student", tmp_path / "wide", "--teacher", tmp_path / "wide", "--bf16", "true")
+
+    def estimate(launch: str, *more: str) -> str:
+        return doctor(capsys, *pair, "--launch", LAUNCHES / f"{launch}.yaml", *more)[1]["memory estimate"][1]
+
+    states = 4 * 4 * count / 1e9  # weights, gradients and two moments, in float32
+    assert gigabytes(estimate("ddp"), "optimizer") == pytest.approx(states, abs=0.06)
+    assert "copy" not in estimate("ddp")
+    for launch in ("fsdp2", "zero3"):
+        found = estimate(launch)
+        assert gigabytes(found, "optimizer") == pytest.approx(states / 8, abs=0.06)
+        assert gigabytes(found, "sample from") == pytest.approx(2 * count / 1e9, abs=0.06)
+        assert gigabytes(found, "teacher") == pytest.approx(4 * count / 1e9, abs=0.06)
+    plain = estimate("fsdp2", "--method", "opd", "--teacher_sharded", "true", "--replica_dtype", "float32")
+    assert gigabytes(plain, "sample from") == pytest.approx(4 * count / 1e9, abs=0.06)
+    assert gigabytes(plain, "teacher") == pytest.approx(4 * count / 8 / 1e9, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [("fsdp_version: 1", "fsdp_version: 2"), ("fsdp_version: 2", "fsdp_cpu_ram_efficient_loading: false")],
+)
+def test_doctor_refuses_launches_that_cannot_be_sampled_in(
+    line: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = tmp_path / "launch.yaml"
+    launch.write_text(f"distributed_type: FSDP\nnum_processes: 2\nfsdp_config:\n  {line}\n")
+    code, checks = doctor(capsys, "--launch", launch)
+    assert code == 1
+    assert checks["launch"][0] == "fail"
+    assert remedy in checks["launch"][1]
 
 
 def test_doctor_needs_both_models(capsys: pytest.CaptureFixture[str]) -> None:

@@ -550,6 +550,7 @@ def test_an_empty_mask_of_the_chunked_loss_costs_nothing(normaliser: float | Non
     value.backward()
     assert value == 0
     assert (problem["student_hidden"].grad == 0).all()
+    assert all((parameter.grad == 0).all() for parameter in problem["student_head"].parameters())
     assert metrics.reverse_kl.shape == (0,)
 
 

@@ -103,6 +103,8 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
         "_get_train_sampler": ["self", "dataset"],
         "log": ["self", "logs", "start_time"],
+        "save_model": ["self", "output_dir", "_internal_call"],
+        "_save": ["self", "output_dir", "state_dict"],
     }
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(DistillationTrainer, name)).parameters) == parameters, name

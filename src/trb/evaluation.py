@@ -2,7 +2,8 @@
 
 pass@1 is the mean over problems of correct / n, where n completions are sampled per problem. Results are kept
 per problem in a JSONL file as they come, and a killed run picks up where it stopped: because every draw is a
-pure function of (seed, prompt, rollout index, position), the resumed run ends with exactly the same numbers.
+pure function of (seed, prompt, rollout index, position), the resumed run ends with exactly the same numbers. For the
+same reason several processes may share the problems: each samples and scores its part, and all get every result.
 
 Left out on purpose: comparing methods (paired intervals live in `trb.experiments`), pass@k for k > 1, and the
 serving engines; sampling goes through whatever `sampler` is given.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from rich.progress import Progress
 
 from trb.data import MATH_SYSTEM_PROMPT, load_prompts, render
 from trb.policies import StudentPolicy
+from trb.ranks import Ranks
 from trb.rewards import Verifier
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.untrusted import parse_json
@@ -122,6 +125,7 @@ def evaluate(
     progress: bool = True,
     save_completions: int = 0,
     sampler: Callable[..., Any] = sample,
+    ranks: Ranks | None = None,
 ) -> EvalResult:
     """Sample `n` completions of every problem, score them and return pass@1 with its 95% interval.
 
@@ -129,7 +133,9 @@ def evaluate(
     completions in flight. With `results_path`, finished problems are appended there in order (one JSON object
     per line under a header of settings), and a later call with the same settings continues the file; the model
     is not among the settings, so use one file per model and step. `save_completions` keeps that many
-    completions per problem in the file as text. `sampler` has the signature of `trb.sampling.sample`.
+    completions per problem in the file as text. `sampler` has the signature of `trb.sampling.sample`. With `ranks`,
+    every process of a launch calls this with the same arguments and a whole model: they share the problems, the first
+    one keeps the file, and all return the result.
 
     Raises ValueError for a problem without an answer, and for a results file of other settings or other content.
     """
@@ -159,18 +165,24 @@ def evaluate(
         seed=stream_seed(seed, "eval", name),
         max_rows=max_rows,
     )
+    ranks = ranks or Ranks()
+    # Between two saves every process samples `chunk` problems, the batches that one process would sample in turn.
     chunk = max(1, (max_rows or CHUNK_ROWS) // n)
-    results = _Results(None if results_path is None else Path(results_path), settings, chunk)
+    path = None if results_path is None or not ranks.is_first else Path(results_path)
+    results = _Results(path, settings, chunk * ranks.count, ranks)
     with ExitStack() as stack:
         scorer = stack.enter_context(Verifier()) if verifier is None else verifier
-        bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not progress))
+        bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not (progress and ranks.is_first)))
         task = bar.add_task(name, total=len(rows), completed=len(results.records))
-        for start in range(len(results.records), len(rows), chunk):
-            part = slice(start, start + chunk)
-            rollout = _rollout(draw, prompts[part], n)
-            texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-            scores = scorer.score(texts, [row for row in rows[part] for _ in range(n)])
-            results.append(_records(start, prompts[part], n, rollout, scores, texts, save_completions))
+        for start in range(len(results.records), len(rows), chunk * ranks.count):
+            part = _share(start, len(rows), chunk, ranks)
+            found: list[dict[str, Any]] = []
+            if prompts[part]:
+                rollout = _rollout(draw, prompts[part], n)
+                texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+                scores = scorer.score(texts, [row for row in rows[part] for _ in range(n)])
+                found = _records(part.start, prompts[part], n, rollout, scores, texts, save_completions)
+            results.append(list(chain.from_iterable(ranks.gather(found))))
             bar.update(task, completed=len(results.records))
     return _summary(name, results.records, n)
 
@@ -206,6 +218,14 @@ def _fingerprint(prompts: list[list[int]], rows: list[dict[str, Any]]) -> str:
         scoring = [row["answer"], row.get("verifier"), row.get("metadata")]
         digest.update(json.dumps([prompt, *scoring]).encode())
     return digest.hexdigest()[:16]
+
+
+def _share(start: int, stop: int, chunk: int, ranks: Ranks) -> slice:
+    """This process's problems of a round that begins with problem `start`: a chunk each, or equal parts of what is
+    left. The first processes have the first problems."""
+    size = min(chunk, math.ceil((stop - start) / ranks.count))
+    first = min(stop, start + ranks.index * size)
+    return slice(first, min(stop, first + size))
 
 
 def _rollout(draw: Callable[..., Rollout], prompts: list[list[int]], n: int) -> Rollout:
@@ -264,34 +284,14 @@ class _Results:
     """The finished problems, in order, and their file if there is one.
 
     The file is a header line with the settings, then one line per problem. A last line without its newline was
-    torn by a kill and is dropped. So are the finished problems of an unfinished chunk: a batch of another
-    composition rounds differently, and a resumed run must repeat the interrupted one exactly.
+    torn by a kill and is dropped. So are the finished problems of an unfinished round: a batch of another
+    composition rounds differently, and a resumed run must repeat the interrupted one exactly. The first process reads
+    the file for all, which therefore agree on what is left to do.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any], chunk: int) -> None:
-        self.records: list[dict[str, Any]] = []
+    def __init__(self, path: Path | None, settings: dict[str, Any], round_size: int, ranks: Ranks) -> None:
         self._path = path
-        if path is None:
-            return
-        header = json.dumps({"settings": settings}).encode() + b"\n"
-        content = path.read_bytes() if path.exists() else b""
-        if header.startswith(content):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(header)
-            return
-        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-        parsed = [_parse_line(line, number, path) for number, line in enumerate(lines, start=1)]
-        _check_settings(parsed[0] if parsed else {}, settings, path)
-        for number, record in enumerate(parsed[1:]):
-            if record.get("problem") != number:
-                raise ValueError(
-                    f"line {number + 2} of {path} is not problem {number} as it should be; delete the file"
-                )
-        kept = len(parsed) - 1
-        if kept < settings["n_problems"]:
-            kept -= kept % chunk
-        self.records = parsed[1 : kept + 1]
-        os.truncate(path, sum(map(len, lines[: kept + 1])))
+        self.records: list[dict[str, Any]] = ranks.from_first(lambda: _resumed(path, settings, round_size))
 
     def append(self, records: list[dict[str, Any]]) -> None:
         self.records += records
@@ -300,6 +300,29 @@ class _Results:
                 file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _resumed(path: Path | None, settings: dict[str, Any], round_size: int) -> list[dict[str, Any]]:
+    """The records of the finished rounds in a results file, which is cut to them, or begun."""
+    if path is None:
+        return []
+    header = json.dumps({"settings": settings}).encode() + b"\n"
+    content = path.read_bytes() if path.exists() else b""
+    if header.startswith(content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(header)
+        return []
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    parsed = [_parse_line(line, number, path) for number, line in enumerate(lines, start=1)]
+    _check_settings(parsed[0] if parsed else {}, settings, path)
+    for number, record in enumerate(parsed[1:]):
+        if record.get("problem") != number:
+            raise ValueError(f"line {number + 2} of {path} is not problem {number} as it should be; delete the file")
+    kept = len(parsed) - 1
+    if kept < settings["n_problems"]:
+        kept -= kept % round_size
+    os.truncate(path, sum(map(len, lines[: kept + 1])))
+    return parsed[1 : kept + 1]
 
 
 def _parse_line(line: bytes, number: int, path: Path) -> dict[str, Any]:

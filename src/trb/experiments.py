@@ -51,8 +51,10 @@ from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
 from trb.files import write_json, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate
 from trb.modeling import without_adapters
+from trb.ranks import Ranks
 from trb.recording import append_jsonl, drop_after_step
 from trb.rewards import Verifier
+from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
 from trb.trainer import TRBConfig, TRBTrainer
 from trb.untrusted import check_checkpoint, parse_yaml
@@ -323,8 +325,7 @@ class _Observer(TrainerCallback):
 
     def measure(self, step: int) -> None:
         """Evaluate the student as it is now and record the scores under `step`."""
-        trainer = self.trainer
-        student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        student = self.trainer.sampling_student()
         folder = self.directory / "evaluations" / f"step-{step:06d}"
         self.keep(step, self.score(student, folder=folder, label=f"{self.name}: step {step}", listener=self.listener))
 
@@ -336,7 +337,10 @@ class _Observer(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
 
     def scores_at(self, step: int) -> list[dict[str, Any]] | None:
-        """The recorded scores of `step`, or None."""
+        """The recorded scores of `step`, or None; the first process reads for all, so that they decide alike."""
+        return Ranks.of_launch().from_first(lambda: self._recorded(step))
+
+    def _recorded(self, step: int) -> list[dict[str, Any]] | None:
         if not self.path.exists():
             return None
         records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
@@ -463,7 +467,8 @@ def _load(run: RunConfig, args: TRBConfig) -> _Material:
     tokenizer, teacher_tokenizer = load_tokenizers(run)
     prompts, held_out = _training_prompts(run, args, tokenizer)
     problems = problem_sets(run)
-    student, teacher = load_pair(run)
+    with loaded_whole(args):
+        student, teacher = load_pair(run)
     check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
     return _Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher)
 
@@ -534,8 +539,8 @@ def evaluate_suites(
 ) -> list[dict[str, Any]]:
     """pass@1 of `model` on every problem set, as the lines of evals.jsonl without their step.
 
-    Sampling runs in the precision of training. Every process evaluates all of it, because a sharded model needs them
-    all; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
+    Sampling runs in the precision of training. The processes of a launch share the problems, so `model` must be whole
+    on each; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
     `outcomes` is filled with the number of right answers to every problem, by problem set.
     """
     longest = run.eval_max_new_tokens or int(args.max_completion_length or 0)
@@ -552,7 +557,8 @@ def evaluate_suites(
                 temperature=run.eval_temperature,
                 seed=run.eval_seed,
                 max_rows=run.eval_max_rows or _rows_in_flight(model, run.max_prompt_length + longest, args.device),
-                results_path=folder / f"{_slug(name)}.jsonl" if folder and args.process_index == 0 else None,
+                results_path=folder / f"{_slug(name)}.jsonl" if folder else None,
+                ranks=Ranks.of_launch(),
                 verifier=verifier,
                 name=name,
                 progress=False,
@@ -810,7 +816,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _require_writable(directory: Path) -> None:
     """Make the directory, and fail now rather than after an hour of training if nothing can be written there."""
-    probe = directory / f".trb-probe-{os.getpid()}"
+    probe = directory / f".trb-probe-{os.environ.get('RANK', '0')}-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)

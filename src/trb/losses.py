@@ -168,7 +168,9 @@ def chunked_reverse_kl(
     chosen = (mask.reshape(-1) != 0).nonzero().squeeze(-1)
     if not chosen.numel():
         empty_N = student_hidden.new_zeros(0)
-        return student_hidden.sum() * 0.0, TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
+        # The head takes part all the same: sharded weights are gathered by all processes or none, gradients averaged.
+        reached = student_head(student_hidden.reshape(-1, student_hidden.shape[-1])[:0])
+        return (student_hidden.sum() + reached.sum()) * 0.0, TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
     student_NH = student_hidden.reshape(-1, student_hidden.shape[-1])[chosen]
     teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])[chosen]
 

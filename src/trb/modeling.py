@@ -106,7 +106,9 @@ class OutputHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[..., H]` to `[..., V]`."""
-        logits = self.projection(hidden)
+        # Past the module's hooks: FSDP2's would take the loss's inner gradients for the model's backward pass, and free
+        # weights that the true one still needs.
+        logits = self.projection.forward(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:

@@ -11,16 +11,20 @@ TRL internals this module relies on, checked by a contract test against the inst
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
   inside the student's wrapper; `_forward_redirection` does the same for the teacher's;
-- `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; `log` averages `_metrics`.
+- `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; `log` averages `_metrics`;
+- `save_model` gathers sharded weights and calls `_save` where it should; Accelerate fills the last batch of an
+  evaluation up and says so in `gradient_state`.
 
 Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,11 +49,20 @@ from trb.policies import (
     TemperaturePolicy,
     TrustRegionPolicy,
 )
+from trb.ranks import Ranks
 from trb.recording import RunRecorder, score_record
 from trb.sampling import METHODS as SAMPLERS
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.schedule import KINDS, kl_budget, ramp
 from trb.scoring import TokenScores, score_completions
+from trb.sharding import (
+    ExpireOnUpdate,
+    Replica,
+    check_sharding,
+    leave_outputs_alone,
+    shard_in_place,
+    shards_parameters,
+)
 from trb.untrusted import check_checkpoint
 from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
 
@@ -81,6 +94,12 @@ _UNSUPPORTED = {
     "generation_kwargs": (None, "trb's samplers take no generation options"),
     "cache_implementation": (None, "trb's samplers manage their own caches"),
 }
+
+# The dtype of what is sampled from under sharding; None is decided by the precision of training.
+REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# A step after every warm-up.
+_EVENTUALLY = 1 << 40
 
 # What the vocabulary projection of the supervised loss holds at once, in vocabulary entries.
 _SFT_VOCABULARY_CHUNK = 8192
@@ -157,6 +176,20 @@ class TRBConfig(DistillationConfig):
         default=None,
         metadata={"help": "Rows sampled at once per process, to bound KV-cache memory; None for all."},
     )
+    replica_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Under FSDP2 and ZeRO-3: dtype of the whole copies that are sampled from. auto is the precision of "
+            "training: bfloat16 with bf16, else the weights' own."
+        },
+    )
+    teacher_sharded: bool = field(
+        default=False,
+        metadata={
+            "help": "Under FSDP2 and ZeRO-3: shard the teacher, but for its head, once it has left the sampler. Until "
+            "then each process holds it whole."
+        },
+    )
     recorded_rollouts: int = field(
         default=4,
         metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."},
@@ -186,6 +219,7 @@ class TRBConfig(DistillationConfig):
         _check_choice("method", self.method, TRAINING_METHODS)
         _check_choice("budget_schedule", self.budget_schedule, KINDS)
         _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
         for name, (supported, why) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
@@ -284,16 +318,22 @@ class TRBTrainer(DistillationTrainer):
                 f"x processes x gradient_accumulation_steps), which num_generations={args.num_generations} does not "
                 "divide; change one of them"
             )
+        self._ranks = Ranks.of_launch()
         if isinstance(teacher_model, str):
             if teacher_processing_class is None:
                 teacher_processing_class = _load_tokenizer(teacher_model, args)
             teacher_model = _load_teacher(teacher_model, args)
         if teacher_processing_class is not None:
             check_same_tokenizer(self._tokenizer, teacher_processing_class)
+        if shards_parameters(self.accelerator):
+            check_sharding(self.accelerator, self.model, teacher_model)
+            leave_outputs_alone(self.accelerator)
         self.vocabulary = self._shared_vocabulary(teacher_model, teacher_processing_class)
         # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
         self._teacher_head = OutputHead.check(teacher_model)
+        self._student_replica = self._replica()
+        self._teacher_is_sharded = False
         self.teacher_model = self._prepared_teacher(teacher_model)
         self.reward_fn = reward_fn
         self.recorder = RunRecorder(str(args.output_dir))
@@ -303,11 +343,40 @@ class TRBTrainer(DistillationTrainer):
 
     # ---- set-up ----
 
+    def _replica(self) -> Replica | None:
+        """The student's whole copy to sample from, where training will shard the student."""
+        if not shards_parameters(self.accelerator):
+            if self.args.teacher_sharded:
+                raise ValueError("teacher_sharded=True needs a launch with FSDP2 or ZeRO-3 (docs/distributed.md)")
+            return None
+        if self.args.teacher_sharded and self.behavior_policy(_EVENTUALLY).needs_teacher:
+            raise ValueError(
+                f"teacher_sharded=True saves nothing with method={self.args.method!r}, whose sampler needs the whole "
+                "teacher at every step; leave it at False"
+            )
+        mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        dtype = REPLICA_DTYPES[self.args.replica_dtype] or mixed
+        replica = Replica(self.model, device=self.accelerator.device, dtype=dtype)
+        self.add_callback(ExpireOnUpdate(replica))
+        return replica
+
     def _prepared_teacher(self, teacher: PreTrainedModel) -> nn.Module:
         teacher.requires_grad_(False)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
+        if self._student_replica is not None:
+            # Accelerate leaves placement to the sharding, which the teacher takes no part in.
+            teacher.to(self.accelerator.device)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _shard_teacher(self) -> None:
+        """Leave this process a shard of the teacher; collective. The head stays whole: the loss projects through it
+        outside the teacher's own passes."""
+        teacher, head = self.accelerator.unwrap_model(self.teacher_model), self._teacher_head
+        if self.is_deepspeed_enabled:
+            self._teacher_head = replace(head, projection=copy.deepcopy(head.projection))
+            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
+        else:
+            self.teacher_model = shard_in_place(teacher, whole=head.projection, accelerator=self.accelerator)
+        self._teacher_is_sharded = True
 
     def _shared_vocabulary(
         self, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase | None
@@ -379,13 +448,15 @@ class TRBTrainer(DistillationTrainer):
         training = self.model.training
         step = self.state.global_step
         policy = self.behavior_policy(step) if training else StudentPolicy()
+        if self._teacher_may_be_sharded(step):
+            self._shard_teacher()
         if self.use_vllm and policy in _STUDENT_LAWS:
             self._rollout = None
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         keys = [prompt_key(ids) for ids in prompt_ids]
         with self.compute_loss_context_manager():
             self._rollout = sample(
-                self.accelerator.unwrap_model(self.model_wrapped),
+                self.sampling_student(),
                 self.accelerator.unwrap_model(self.teacher_model) if policy.needs_teacher else None,
                 prompt_ids,
                 policy,
@@ -403,27 +474,45 @@ class TRBTrainer(DistillationTrainer):
             )
         return self._rollout.completions
 
+    def sampling_student(self) -> PreTrainedModel:
+        """The student to sample from: the model itself, or under FSDP2 and ZeRO-3 this process's whole copy of it.
+
+        Under sharding the first call after an optimizer step is collective: every process must make it.
+        """
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        if self._student_replica is None:
+            return student
+        self._student_replica.refresh(student)
+        return cast(PreTrainedModel, self._student_replica.module)
+
+    def _teacher_may_be_sharded(self, step: int) -> bool:
+        """Whether the teacher waits to be sharded and no longer takes part in sampling."""
+        if not self.args.teacher_sharded or self._teacher_is_sharded:
+            return False
+        return not self.behavior_policy(step).needs_teacher
+
     def _rollout_index(self, keys: list[int]) -> list[int]:
         """How often each row's prompt has occurred before it in the global batch, over all processes in order."""
-        halves = torch.tensor([[key >> 32, key & 0xFFFFFFFF] for key in keys], device=self.accelerator.device)
-        everywhere = [tuple(pair) for pair in self.accelerator.gather(halves).tolist()]
-        seen: Counter[tuple[int, ...]] = Counter()
+        everywhere = self._ranks.gather(keys)
+        seen = Counter(chain.from_iterable(everywhere[: self._ranks.index]))
         index = []
-        for pair in everywhere:
-            index.append(seen[pair])
-            seen[pair] += 1
-        first = self.accelerator.process_index * len(keys)
-        return index[first : first + len(keys)]
+        for key in keys:
+            index.append(seen[key])
+            seen[key] += 1
+        return index
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
+        own = len(inputs) if mode == "train" else self._own_rows(len(inputs))
+        output["completion_mask"][own:] = 0
         completions = [
             ids[mask.bool()].tolist()
-            for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
+            for ids, mask in zip(output["completion_ids"][:own], output["completion_mask"][:own], strict=True)
         ]
-        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
-        rewards = None if self.reward_fn is None else self.reward_fn(texts, inputs)
+        # Of no completions the tokenizer would make one text.
+        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
+        rewards = None if self.reward_fn is None else self.reward_fn(texts, inputs[:own])
         known = [reward for reward in rewards or [] if not math.isnan(reward)]  # nan: the row has no answer
         self._add(mode, "reward", sum(known), len(known))
         self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
@@ -436,6 +525,14 @@ class TRBTrainer(DistillationTrainer):
             if mode == "train" and self.accelerator.is_main_process:
                 self._record(texts, rewards)
         return output
+
+    def _own_rows(self, rows: int) -> int:
+        """How many of an evaluation batch's rows are new; the last batches are filled up with rows seen before, so that
+        every process gets equally many."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(rows, max(0, state.remainder - self._ranks.index * rows))
 
     def _add_rollout(self, mode: str, rollout: Rollout) -> None:
         stats, budget = rollout.stats, self.kl_budget(self.state.global_step) if mode == "train" else 0.0
@@ -488,11 +585,11 @@ class TRBTrainer(DistillationTrainer):
         every = self.args.recorded_scores_every * max(1, int(self.state.logging_steps))
         if not prompts or not every or self.state.global_step % every:
             return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return None  # sharded weights are whole only inside a pass that every process makes
+        if self._teacher_is_sharded:
+            return None  # its weights are whole only inside a pass that every process makes
         with self.compute_loss_context_manager():
             return score_completions(
-                self.accelerator.unwrap_model(self.model_wrapped),
+                self.sampling_student(),
                 self.accelerator.unwrap_model(self.teacher_model),
                 prompts,
                 completions,
@@ -514,6 +611,9 @@ class TRBTrainer(DistillationTrainer):
         teacher_NH = self._teacher_hidden(inputs, ids_BL, mask_BL, completion_BL)
         token_N = ids_BL[completion_BL.bool()]
         step = self.state.global_step
+        if num_items_in_batch is not None and "num_items_in_batch" in inputs:
+            # FSDP2 rounds floating-point arguments to the compute dtype on their way here; the count is an integer.
+            num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         loss, metrics = chunked_reverse_kl(
             student_NH,
             teacher_NH,
@@ -562,6 +662,22 @@ class TRBTrainer(DistillationTrainer):
         )
         return -log_probs.sum() / (max(1, len(token_N)) if num_items_in_batch is None else num_items_in_batch)
 
+    # ---- saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, and also where that writes no model: under FSDP2 with sharded checkpoints, and with
+        DeepSpeed before it has wrapped the model."""
+        state = self.accelerator.state
+        if not _internal_call and self.is_fsdp_enabled and "SHARDED" in str(state.fsdp_plugin.state_dict_type):
+            weights = self.accelerator.get_state_dict(self.model)
+        elif not _internal_call and self.is_deepspeed_enabled and self.model_wrapped is self.model:
+            weights = None
+        else:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
     # ---- logging ----
 
     def _add(self, mode: str, name: str, total: float | Tensor, count: int) -> None:
@@ -589,12 +705,13 @@ class TRBTrainer(DistillationTrainer):
     def _averages(self, mode: str) -> dict[str, float]:
         """Averages over everything since the last log, on all processes: token means are weighted by tokens."""
         sums, self._sums[mode] = self._sums[mode], {}
-        if not sums:
+        totals: dict[str, Tensor] = {}
+        for found in self._ranks.gather(sums):
+            for name, pair in found.items():
+                totals[name] = totals.get(name, 0) + pair
+        if not totals:
             return {}
-        names = sorted(sums)
-        table = torch.stack([sums[name] for name in names]).to(self.accelerator.device)
-        table = self.accelerator.reduce(table, reduction="sum").tolist()
-        averages = {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
+        averages = {name: float(total / count) for name, (total, count) in sorted(totals.items()) if count}
         # A pure student rollout is its own behavior policy: its divergence to the teacher is the loss's reverse KL.
         averages.setdefault("kl_teacher", averages.get("reverse_kl", math.nan))
         return averages

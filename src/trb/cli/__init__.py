@@ -76,7 +76,7 @@ _EXAMPLES = {
     "doctor": """\
     trb doctor
     trb doctor --student zoo:student --teacher zoo:teacher
-    trb doctor --config recipes/smollm2.yaml""",
+    trb doctor --config recipes/qwen3-1.7b-from-8b.yaml --launch recipes/accelerate/fsdp2.yaml""",
 }
 
 
@@ -276,6 +276,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="check the pair, lengths and batch of this recipe")
     parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
     parser.add_argument("--teacher", metavar="SPEC", help="with --student: check this pair")
+    parser.add_argument("--launch", metavar="FILE", help="estimate memory for this `accelerate launch` configuration")
 
 
 # ---- commands ----
@@ -351,6 +352,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     )
     from trb.files import write_json
     from trb.loading import quiet_libraries
+    from trb.ranks import Ranks
     from trb.rewards import Verifier
 
     quiet_libraries()
@@ -358,7 +360,8 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     folder = Path(arguments.output_dir) if arguments.output_dir else None
     recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
     run, args = recipe.run, recipe.training_config(folder or "unused")
-    if folder and not arguments.resume:
+    is_first = Ranks.of_launch().is_first
+    if folder and not arguments.resume and is_first:
         shutil.rmtree(folder / "evaluations", ignore_errors=True)
     with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
         listener.stage("loading the model and problems")
@@ -376,6 +379,8 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
             label=model_spec,
             listener=listener,
         )
+    if not is_first:
+        return 0
     results = {score["name"]: score for score in scores}
     if len(scores) > 1:
         results["mean"] = {**mean_of_suites(scores), "suites": list(results)}

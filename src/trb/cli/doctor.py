@@ -4,9 +4,9 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trb
 from trb.cli.display import message, new_console
@@ -28,10 +28,17 @@ class Check(NamedTuple):
     remedy: str = ""
 
 
+class Launch(NamedTuple):
+    """How many processes share a run, and whether they shard what is trained."""
+
+    processes: int = 1
+    sharded: bool = False
+
+
 def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from rich.text import Text
 
-    from trb.config import load_recipe, make_recipe, parse_overrides
+    from trb.config import load_recipe, make_recipe, parse_overrides, read_yaml
     from trb.loading import quiet_libraries
 
     options = {name: value for name in ("student", "teacher") if (value := getattr(arguments, name))}
@@ -42,8 +49,9 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
         recipe = load_recipe(arguments.config, options)
     elif options:
         recipe = make_recipe({"train_data": "none"}, options, source="options")
+    launch = None if arguments.launch is None else read_yaml(Path(arguments.launch))
     console, failed = new_console(), False
-    for check in _checks(recipe):
+    for check in _checks(recipe, launch):
         style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[check.status]
         remedy = f". {check.remedy}" if check.remedy else ""
         line = Text.assemble(
@@ -54,14 +62,34 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _checks(recipe: "Recipe | None") -> Iterator[Check]:
+def _checks(recipe: "Recipe | None", accelerate_config: Mapping[str, Any] | None) -> Iterator[Check]:
     from trb.loading import quiet_libraries
 
     quiet_libraries()
     yield from _check_software()
     yield from _check_machine()
+    launch = Launch()
+    if accelerate_config is not None:
+        launch, check = _check_launch(accelerate_config)
+        yield check
     if recipe is not None:
-        yield from _check_pair(recipe.run, recipe.training_config("unused"), has_lengths=recipe.source != "options")
+        args = recipe.training_config("unused")
+        yield from _check_pair(recipe.run, args, launch, has_lengths=recipe.source != "options")
+
+
+def _check_launch(config: Mapping[str, Any]) -> tuple[Launch, Check]:
+    """What a configuration of `accelerate launch` asks for, and whether runs can be made that way."""
+    kind, processes = str(config.get("distributed_type", "NO")), int(config.get("num_processes") or 1)
+    fsdp, deepspeed = config.get("fsdp_config") or {}, config.get("deepspeed_config") or {}
+    stage = f" ZeRO-{deepspeed['zero_stage']}" if "zero_stage" in deepspeed else ""
+    text = f"{kind}{stage}, {processes} process{'es' if processes > 1 else ''}"
+    remedy = ""
+    if kind == "FSDP" and fsdp.get("fsdp_version") != 2:
+        remedy = "Set fsdp_version: 2"
+    elif kind == "FSDP" and fsdp.get("fsdp_cpu_ram_efficient_loading", True):
+        remedy = "Set fsdp_cpu_ram_efficient_loading: false; the teacher of every process but one would be empty"
+    sharded = kind == "FSDP" or deepspeed.get("zero_stage") == 3
+    return Launch(processes, sharded), Check("fail" if remedy else "ok", "launch", text, remedy)
 
 
 def _check_software() -> Iterator[Check]:
@@ -124,7 +152,7 @@ def _memory_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def _check_pair(run: "RunConfig", args: "TRBConfig", *, has_lengths: bool) -> Iterator[Check]:
+def _check_pair(run: "RunConfig", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
     from trb.experiments import load_tokenizers
     from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
 
@@ -164,7 +192,7 @@ def _check_pair(run: "RunConfig", args: "TRBConfig", *, has_lengths: bool) -> It
     )
     if has_lengths:  # a bare pair has no recipe that says how long its sequences are
         yield _check_lengths(run, args, student, teacher)
-        yield _check_memory(run, args, student, teacher)
+        yield _check_memory(run, args, launch, student, teacher)
 
 
 def _ids(ids: Sequence[int]) -> str:
@@ -207,17 +235,22 @@ def _check_lengths(
     return Check("ok", "lengths", f"up to {longest} tokens fit both models")
 
 
-def _check_memory(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel") -> Check:
+def _check_memory(
+    run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
+) -> Check:
     import torch
 
-    needed = _memory_needed(run, args, student, teacher)
+    parts = _memory_parts(run, args, launch, student, teacher)
+    needed = sum(parts.values())
     on_gpu = torch.cuda.is_available()
     available = torch.cuda.mem_get_info()[0] if on_gpu else _memory_bytes()
     text = (
-        f"about {needed / 1e9:.1f} GB for both models, optimizer, caches and activations on one device "
-        f"(a rough estimate); {available / 1e9:.1f} GB are free"
+        f"about {needed / 1e9:.1f} GB on {'each' if launch.processes > 1 else 'one'} device (a rough estimate: "
+        + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
+        + f"); {available / 1e9:.1f} GB are free"
     )
-    remedy = "Lower per_device_train_batch_size or rollout_batch_size, use bfloat16 or lora_rank, or shard with FSDP"
+    remedy = "Lower per_device_train_batch_size or rollout_batch_size, use bfloat16 or lora_rank"
+    remedy += ", or set teacher_sharded" if launch.sharded else ", or shard with FSDP2"
     if needed > available:
         return Check("fail", "memory estimate", text, remedy)
     return (
@@ -227,17 +260,20 @@ def _check_memory(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel
     )
 
 
-def _memory_needed(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel") -> int:
-    """Bytes on one device: sampling and the update take turns, so the larger of the two counts."""
+def _memory_parts(
+    run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
+) -> dict[str, int]:
+    """Bytes on one device by purpose: sampling and the update take turns, so the larger of the two counts."""
     from trb.loading import memory_estimate
     from trb.losses import default_chunk_tokens
     from trb.vocab import head_rows
 
     length = run.max_prompt_length + int(args.max_completion_length or 0)
     batch = args.per_device_train_batch_size
-    rows = min(
-        args.rollout_batch_size or batch * args.gradient_accumulation_steps, batch * args.gradient_accumulation_steps
-    )
+    rows = batch * args.gradient_accumulation_steps
+    if run.prompts_per_step is not None:  # then the batch of a step is shared by the processes
+        rows = max(batch, rows // launch.processes)
+    rows = min(args.rollout_batch_size or rows, rows)
     if run.lora_rank:
         student.requires_grad_(False)
     update = memory_estimate(
@@ -248,7 +284,14 @@ def _memory_needed(run: "RunConfig", args: "TRBConfig", student: "PreTrainedMode
         dtype=run.student_dtype,
         logits_chunk=args.loss_chunk_tokens or default_chunk_tokens(head_rows(student), args.device.type),
     )
-    draft = memory_estimate(student, batch=rows, sequence_length=length, training=False, dtype=run.student_dtype)
+    replica_dtype = _replica_dtype(run, args)
+    draft = memory_estimate(
+        student,
+        batch=rows,
+        sequence_length=length,
+        training=False,
+        dtype=replica_dtype if launch.sharded else run.student_dtype,
+    )
     reference = memory_estimate(teacher, batch=rows, sequence_length=length, training=False, dtype=run.teacher_dtype)
     activations = update["activations"]
     if args.gradient_checkpointing:
@@ -256,6 +299,20 @@ def _memory_needed(run: "RunConfig", args: "TRBConfig", student: "PreTrainedMode
         config = student.config.get_text_config()
         layers, element = config.num_hidden_layers, update["weights"] // sum(p.numel() for p in student.parameters())
         activations = activations // layers + layers * batch * length * config.hidden_size * element
-    resident = update["weights"] + update["gradients"] + update["optimizer"] + reference["weights"]
+    trained = update["weights"] + update["gradients"] + update["optimizer"]
     sampling = draft["kv_cache"] + reference["kv_cache"] + draft["logits"] + reference["logits"]
-    return resident + max(sampling, activations + update["logits"])
+    shards = launch.processes if launch.sharded else 1
+    # A teacher that samples first is whole until it has left the sampler.
+    samples_first = args.method in ("trb", "fixed", "skd", "sft")
+    return {
+        "student and optimizer": trained // shards,
+        "its copy to sample from": draft["weights"] if launch.sharded else 0,
+        "teacher": reference["weights"] // (shards if args.teacher_sharded and not samples_first else 1),
+        "caches or activations": max(sampling, activations + update["logits"]),
+    }
+
+
+def _replica_dtype(run: "RunConfig", args: "TRBConfig") -> str:
+    if args.replica_dtype != "auto":
+        return args.replica_dtype
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else run.student_dtype

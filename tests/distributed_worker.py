@@ -1,0 +1,252 @@
+"""Small training runs that `test_distributed.py` makes in one process and, through this file's `main`, in several.
+
+    python tests/distributed_worker.py RANK COUNT DIRECTORY SCENARIO...
+
+The processes meet through a file, so that no port can be taken by somebody else. Accelerate leaves FSDP
+and DeepSpeed to accelerators (GPUs); to run them here, `launched_on_cpu` tells its state otherwise. Everything after
+that, from the wrapping of the layers to the collectives, is what runs on GPUs, with gloo in place of NCCL.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, DistributedType
+from datasets import Dataset
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from trb import TRBConfig, TRBTrainer, zoo
+from trb.evaluation import evaluate
+from trb.policies import StudentPolicy
+from trb.ranks import Ranks
+from trb.sampling import sample
+from trb.sharding import loaded_whole
+
+GLOBAL_BATCH = 8
+SETTINGS: dict[str, Any] = {
+    "max_steps": 3,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 2,
+    "learning_rate": 3e-4,
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "constant",
+    "max_completion_length": 24,
+    "initial_kl_budget": 0.5,
+    "blend_warmup_steps": 2,  # the last step's rollouts are the student's own
+    "logging_steps": 1,
+    "recorded_scores_every": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+
+
+@contextmanager
+def launched_on_cpu(variables: dict[str, str]) -> Iterator[None]:
+    """Within the block a launch on CPUs is set up as `accelerate launch`, with these variables, sets one up on GPUs."""
+    plain = AcceleratorState.__init__
+
+    def sharded(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        if kwargs.get("fsdp_plugin") is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = kwargs["fsdp_plugin"]
+            if self._mixed_precision != "no":
+                self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        if kwargs.get("deepspeed_plugin") is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+            self._mixed_precision = "no"
+            self.deepspeed_plugins = kwargs["deepspeed_plugin"]
+            self.deepspeed_plugins.set_mixed_precision("no")
+            self.deepspeed_plugins.select(_from_accelerator_state=True)
+
+    os.environ.update(variables)
+    AcceleratorState.__init__ = sharded
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = plain
+        for name in variables:
+            del os.environ[name]
+
+
+def build(directory: Path, count: int, **changes: Any) -> TRBTrainer:
+    """A trainer whose global batch is the same for any number of processes, in float64."""
+    rows = GLOBAL_BATCH // count // SETTINGS["gradient_accumulation_steps"]
+    args = TRBConfig(str(directory), **{**SETTINGS, "per_device_train_batch_size": rows, **changes})
+    with loaded_whole(args):
+        student, tokenizer = zoo.load("student")
+        teacher, teacher_tokenizer = zoo.load("teacher")
+    return TRBTrainer(
+        student.double(),
+        teacher.double(),
+        args,
+        train_dataset=Dataset.from_list(zoo.problems(64, seed=0, split="train")),
+        eval_dataset=Dataset.from_list(zoo.problems(5, seed=1, split="test")),
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        reward_fn=ExactAnswers().score,
+    )
+
+
+def train(directory: Path, count: int, **changes: Any) -> dict[str, Any]:
+    """A training run from start to end: what was drawn, logged and learnt, and measurements of the trained student."""
+    trainer = build(directory, count, **changes)
+    drawn: list[list[list[int]]] = []
+    generate = trainer._generate_single_turn
+
+    def watched(*args: Any, **kwargs: Any) -> list[list[int]]:
+        drawn.append(generate(*args, **kwargs))
+        return drawn[-1]
+
+    trainer._generate_single_turn = watched  # type: ignore[method-assign]
+    gathered = count_refreshes(trainer)
+    trainer.train()
+    found = {
+        "drawn": drawn,
+        "logs": [row for row in trainer.state.log_history if "loss" in row],
+        "weights": {name: value.cpu() for name, value in whole_weights(trainer).items()},
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "held_out": trainer.evaluate(),
+        "evaluation": measure(trainer, directory / "problems.jsonl"),
+        "alone": sample_alone(trainer),
+    }
+    return found | {"refreshes": gathered} | shards_of(trainer)
+
+
+def whole_weights(trainer: TRBTrainer) -> dict[str, Tensor]:
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # DeepSpeed: on the first process only
+
+
+def count_refreshes(trainer: TRBTrainer) -> list[int]:
+    """Filled with the step of every time the student's weights are gathered."""
+    steps: list[int] = []
+    replica = trainer._student_replica
+    if replica is not None:
+        refresh = replica.refresh
+
+        def counted(original: Any) -> None:
+            if replica._stale:
+                steps.append(trainer.state.global_step)
+            refresh(original)
+
+        replica.refresh = counted  # type: ignore[method-assign]
+    return steps
+
+
+class ExactAnswers:
+    """A grader without a worker process."""
+
+    def score(self, texts: list[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [float(str(row["answer"]) in text) for text, row in zip(texts, rows, strict=True)]
+
+
+def measure(trainer: TRBTrainer, path: Path, **changes: Any) -> dict[str, Any]:
+    """pass@1 over seven problems, four completions at a time: with two processes, a full round and a ragged one."""
+    options: dict[str, Any] = {"n": 2, "max_new_tokens": 24, "max_rows": 4, "verifier": ExactAnswers(), **changes}
+    problems = zoo.problems(7, seed=2, split="test")
+    ranks = Ranks.of_launch()
+    student, tokenizer = trainer.sampling_student(), trainer._tokenizer
+    result = evaluate(student, tokenizer, problems, results_path=path, ranks=ranks, progress=False, **options)
+    return {**result.to_dict(), "correct": result.correct}
+
+
+def sample_alone(trainer: TRBTrainer) -> list[list[int]]:
+    """What the last process samples while the others have no row to sample: a pass that needed them would hang."""
+    ranks, student = Ranks.of_launch(), trainer.sampling_student()
+    completions: list[list[int]] = []
+    if ranks.index == ranks.count - 1:
+        stop = trainer.vocabulary.stop_ids
+        prompts = [[5, 6, 7], [8, 9]]
+        completions = sample(
+            student, None, prompts, StudentPolicy(), max_new_tokens=16, eos_token_id=stop, seed=3
+        ).completions
+    trainer.accelerator.wait_for_everyone()
+    return completions
+
+
+def shards_of(trainer: TRBTrainer) -> dict[str, Any]:
+    """How much of the student and the teacher this process holds at the end, in weights."""
+    held = {}
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+        sizes = [_sizes(value) for value in model.parameters()]
+        held[f"{name}_held"], held[f"{name}_weights"] = (sum(column) for column in zip(*sizes, strict=True))
+    return held
+
+
+def _sizes(parameter: Any) -> tuple[int, int]:
+    """Elements of a parameter here, and in all."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.numel(), parameter.ds_numel
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.numel(), parameter.numel()
+
+
+def resume_evaluation(directory: Path, count: int) -> dict[str, Any]:
+    """An evaluation that was killed after three of seven problems, gone on with; then one that must be refused."""
+    trainer = build(directory, count)
+    path = directory / "problems.jsonl"
+    straight = measure(trainer, path)
+    trainer.accelerator.wait_for_everyone()
+    if Ranks.of_launch().is_first:
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    resumed = measure(trainer, path)
+    refusal = ""
+    try:
+        measure(trainer, path, n=3)
+    except ValueError as error:
+        refusal = str(error)
+    return {"straight": straight, "resumed": resumed, "refusal": refusal}
+
+
+SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "ddp": (nullcontext, train, {"ddp_find_unused_parameters": False}),
+    # Recomputed activations gather each layer's weights once more, in the backward pass.
+    "fsdp2": (partial(launched_on_cpu, FSDP2), train, {"teacher_sharded": True, "gradient_checkpointing": True}),
+    "evaluation": (nullcontext, resume_evaluation, {}),
+    # Last: transformers remembers DeepSpeed for the rest of the process.
+    "zero3": (partial(launched_on_cpu, ZERO3), train, {"teacher_sharded": True}),
+}
+
+
+def main() -> None:
+    rank, count, directory, names = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:]
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory / 'meeting-point'}", rank=int(rank), world_size=int(count)
+    )
+    for name in names:
+        context, scenario, changes = SCENARIOS[name]
+        with context():
+            torch.save(scenario(directory / name, int(count), **changes), directory / f"{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
