@@ -28,6 +28,8 @@ LAYERS = (
     "scoring",
     "zoo",
     "loading",
+    "machines",
+    "planning",
     "data",
     "rewards",
     "provenance",

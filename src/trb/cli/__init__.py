@@ -30,6 +30,7 @@ from trb.cli.display import (
     study_table,
 )
 from trb.cli.doctor import run_doctor
+from trb.cli.plan import add_plan_arguments
 
 if TYPE_CHECKING:
     from trb.config import Recipe
@@ -73,7 +74,8 @@ _EXAMPLES = {
     "doctor": """\
     trb doctor
     trb doctor --student zoo:student --teacher zoo:teacher
-    trb doctor --config recipes/smollm2.yaml""",
+    trb doctor --config recipes/smollm2.yaml
+    trb doctor --plan --config recipes/qwen3-1.7b-from-8b.yaml --machine h100 --gpus 8 --strategy fsdp""",
 }
 
 
@@ -257,6 +259,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="check the pair, lengths and batch of this recipe")
     parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
     parser.add_argument("--teacher", metavar="SPEC", help="with --student: check this pair")
+    add_plan_arguments(parser)
 
 
 # ---- commands ----

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import trb
 from trb.cli.display import message, new_console, printable
+from trb.cli.plan import run_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,10 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
         recipe = load_recipe(arguments.config, options)
     elif options:
         recipe = make_recipe({"train_data": "none"}, options, source="options")
+    if arguments.plan:
+        if recipe is None:
+            raise ValueError("--plan needs a recipe (--config) or a pair (--student and --teacher)")
+        return run_plan(recipe, arguments)
     console, failed = new_console(), False
     for check in _checks(recipe):
         style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[check.status]
@@ -140,7 +145,7 @@ def _check_pair(run: "RunConfig", args: "TRBConfig", *, has_lengths: bool) -> It
             "fail", "chat template", "the student's tokenizer has none", "Set chat_template to a Jinja file or plain"
         )
     try:
-        student, teacher = _outline(run, "student"), _outline(run, "teacher")
+        student, teacher = outline(run, "student"), outline(run, "teacher")
         used = max(tokenizer.get_vocab().values()) + 1
         rows = head_rows(student), head_rows(teacher)
         check_heads(*rows, used)
@@ -170,7 +175,7 @@ def _ids(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids))
 
 
-def _outline(run: "RunConfig", role: str) -> "PreTrainedModel":
+def outline(run: "RunConfig", role: str) -> "PreTrainedModel":
     """A model without weights: what it would be, without the memory to load it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
