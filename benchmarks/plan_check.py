@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,9 +41,8 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Trainer
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb.losses import chunked_reverse_kl
-from trb.machines import Figure, Machine
 from trb.modeling import OutputHead, completion_hidden_states
-from trb.planning import Layout, Pair, Plan, Shape, Work, make_plan
+from trb.planning import Figure, Layout, Machine, Pair, Plan, Shape, Work, make_plan
 from trb.policies import TrustRegionPolicy
 from trb.provenance import describe
 from trb.sampling import speculative
@@ -353,7 +351,7 @@ class Watcher(TrainerCallback):
 def train(sizes: dict[str, Any], budget: float, steps: int) -> dict[str, Any]:
     """A few steps of the trainer in this process (one of one or two): seconds by part of each, bytes by component."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = resident("VmRSS")
     student, teacher = pair(sizes)
     tokenizer = zoo.load("student")[1]
     local = ROLLOUTS // processes
@@ -391,14 +389,19 @@ def train(sizes: dict[str, Any], budget: float, steps: int) -> dict[str, Any]:
         watcher.trainer = trainer
         found = observe(trainer, clock, watcher)
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "steps": clock.steps[1:],
         "bytes": watcher.bytes,
-        "peak growth": peak - before,
+        "peak growth": resident("VmHWM") - before,
         "teacher's weights": sum(each.nbytes for each in teacher.parameters()),
         **found,
     }
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at its peak (Linux; getrusage's peak is inherited)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
 
 
 def observe(trainer: TRBTrainer, clock: Clock, watcher: Watcher) -> dict[str, Any]:

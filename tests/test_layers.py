@@ -28,7 +28,6 @@ LAYERS = (
     "scoring",
     "zoo",
     "loading",
-    "machines",
     "planning",
     "data",
     "rewards",

@@ -175,8 +175,11 @@ def _ids(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids))
 
 
-def outline(run: "RunConfig", role: str) -> "PreTrainedModel":
-    """A model without weights: what it would be, without the memory to load it."""
+def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrainedModel":
+    """A model without weights: what it would be, without the memory to load it.
+
+    With `weights=False` a directory that holds only a config.json will do.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -187,7 +190,9 @@ def outline(run: "RunConfig", role: str) -> "PreTrainedModel":
     keep = run.student_keep_layers if role == "student" else None
     if (Path(spec).expanduser() / "adapter_config.json").is_file():
         return load_model(spec, trust_remote_code=trust, keep_layers=keep)
-    source = resolve(spec, revision)
+    directory = Path(spec).expanduser()
+    shape_only = not weights and (directory / "config.json").is_file()
+    source = directory if shape_only else resolve(spec, revision)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)

@@ -9,8 +9,7 @@ from trb.cli.display import new_console, printable
 
 if TYPE_CHECKING:
     from trb.config import Recipe
-    from trb.machines import Machine
-    from trb.planning import Layout, Pair, Plan, Shape, Work
+    from trb.planning import Layout, Machine, Pair, Plan, Shape, Work
     from trb.trainer import TRBConfig
 
 # Methods whose rollouts are blended, and so have a budget that bounds what sampling costs.
@@ -29,6 +28,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine-gpus", type=int, default=0, metavar="N", help="accelerators of vLLM's own (default: 0, all shared)")
     add("--tensor-parallel", type=int, metavar="N", help="accelerators per copy of vLLM's models (default: fewest)")
     add("--shard-teacher", action="store_true", help="ranks share the loss's teacher instead of each holding it")
+    add("--eager-sampling", action="store_true", help="sampling launches kernel by kernel, not by CUDA graphs")
     add("--mean-completion", type=float, metavar="N", help="mean tokens of a completion (default: the longest)")
     add("--acceptance", type=float, metavar="A", help="rate at which drafts are kept (default: the budget's bound)")
     add("--json", action="store_true", help="print the plan as JSON")
@@ -36,10 +36,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
     """Print the plan of a recipe; 1 if it does not fit."""
-    from trb.machines import find_machine
-    from trb.planning import Layout, Shape, make_plan
+    from trb.planning import Layout, Shape, find_machine, make_plan
 
-    machine = find_machine(arguments.machine)
+    machine, args = find_machine(arguments.machine), recipe.training_config("unused")
     layout = Layout(
         accelerators=_accelerators(arguments, machine),
         strategy=arguments.strategy,
@@ -47,8 +46,8 @@ def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
         engine_accelerators=arguments.engine_gpus,
         tensor_parallel=arguments.tensor_parallel,
         teacher_sharded=arguments.shard_teacher,
+        eager_sampling=arguments.eager_sampling,
     )
-    args = recipe.training_config("unused")
     pair, work = _pair(recipe, args), _work(recipe, args, layout, arguments)
     plan = make_plan(pair, work, layout, machine)
     run = _whole_run(recipe, args, pair, work, layout, machine)
@@ -75,7 +74,7 @@ def _pair(recipe: "Recipe", args: "TRBConfig") -> "Pair":
     from trb.cli.doctor import outline
     from trb.planning import Pair
 
-    student, teacher = outline(recipe.run, "student"), outline(recipe.run, "teacher")
+    student, teacher = (outline(recipe.run, role, weights=False) for role in ("student", "teacher"))
     if recipe.run.lora_rank:
         student.requires_grad_(False)
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else None

@@ -6,7 +6,7 @@ and "between nodes", disks, and prices.
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,24 +124,24 @@ H100 = Machine(
 )
 
 _BY_ANALOGY = "as measured on an H100; not run on an A100"
+_NOT_BANDWIDTH = ("bandwidth_share", "flops_share", "layer", "eager_layer", "draw", "draw_entry", "column")
 
-A100 = replace(
-    H100,
+A100 = Machine(
     name="a100",
-    per_node=Figure(8, "data sheet", "NVIDIA DGX A100 data sheet"),
-    memory=Figure(80e9, "data sheet", _A100_SHEET),
-    bandwidth=Figure(2.039e12, "data sheet", _A100_SHEET),
-    flops=Figure(312e12, "data sheet", f"{_A100_SHEET}: bf16, dense"),
-    link=Figure(300e9, "data sheet", f"{_A100_SHEET}: NVLink 600 GB/s, both directions together"),
-    network=Figure(25e9, "data sheet", "NVIDIA DGX A100 data sheet: one 200 Gb/s adapter for each GPU"),
-    **{
-        name: Figure(getattr(H100, name).value, "assumed", _BY_ANALOGY)
-        for name in ("bandwidth_share", "flops_share", "layer", "eager_layer", "draw", "draw_entry", "column")
-    },
-    # Bound by memory, whose peak differs.
-    **{
+    device="cuda",
+    **H100.figures()
+    | {name: Figure(getattr(H100, name).value, "assumed", _BY_ANALOGY) for name in _NOT_BANDWIDTH}
+    | {
         name: Figure(getattr(H100, name).value * 3.35 / 2.039, "assumed", f"{_BY_ANALOGY}, scaled by bandwidth")
         for name in ("solve_entry", "loss_entry")
+    }
+    | {
+        "per_node": Figure(8, "data sheet", "NVIDIA DGX A100 data sheet"),
+        "memory": Figure(80e9, "data sheet", _A100_SHEET),
+        "bandwidth": Figure(2.039e12, "data sheet", _A100_SHEET),
+        "flops": Figure(312e12, "data sheet", f"{_A100_SHEET}: bf16, dense"),
+        "link": Figure(300e9, "data sheet", f"{_A100_SHEET}: NVLink 600 GB/s, both directions together"),
+        "network": Figure(25e9, "data sheet", "NVIDIA DGX A100 data sheet: one 200 Gb/s adapter for each GPU"),
     },
 )
 

@@ -1,311 +1,32 @@
-"""How much memory, traffic and time a step of distillation takes, before anything is run.
-
-Everything follows from the shapes of the two models (on the meta device, without weights), from what a step does, from
-how processes share the work, and from a machine (`trb.machines`). Nothing here measures, and nothing is added for
-comfort: collectives are counted as if nothing hid them, ranks as if they were equally long at work, and rows as if the
-longest completions came last. `docs/scaling.md` derives the formulas and compares them with runs.
-
-Left out: pipeline and sequence parallelism, offloading, quantised weights, data loading, rewards, logging, evaluation
-and checkpoints. Sizes are bytes, times seconds, of one optimizer step, on the rank that has most to do.
-
-A round drafts `k` tokens for each row, reads them in one teacher pass and yields `y = 1 + a + ... + a^(k-1)` tokens of
-it at a continuation rate `a`.
-"""
+"""Memory, traffic and time of one step, put together from the inputs, the transfers and the machine."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from trb.choices import did_you_mean
-from trb.loading import DTYPES, memory_estimate
+from trb.loading import memory_estimate
 from trb.losses import default_chunk_tokens
-from trb.machines import Machine
 from trb.modeling import length_groups
+from trb.planning.inputs import (
+    Layout,
+    Pair,
+    Shape,
+    Work,
+    bytes_of,
+    columns_decided,
+    micro_batches,
+    rollouts_of_a_rank,
+    tokens_per_round,
+)
+from trb.planning.machines import Machine
+from trb.planning.traffic import Transfer, sampling_transfers, transfer_seconds, update_transfers
 from trb.sampling.blocks import CANDIDATES
 
-__all__ = [
-    "ENGINES",
-    "STRATEGIES",
-    "Layout",
-    "Pair",
-    "Plan",
-    "Shape",
-    "Transfer",
-    "Work",
-    "continuation_rate",
-    "make_plan",
-    "pass_seconds",
-    "tokens_per_round",
-    "transfer_seconds",
-]
+__all__ = ["Plan", "make_plan", "pass_seconds", "run_seconds"]
 
-STRATEGIES = ("ddp", "fsdp", "zero3")
-ENGINES = ("in-process", "vllm")
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # AdamW reads a weight, its gradient and two moments and writes all but the gradient; clipping reads the gradient again.
 _OPTIMIZER_TOUCHES = 8
-# DistributedDataParallel's default, in bytes.
-_BUCKET = 25e6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a causal LM that decide what a pass costs; parameters are counted once, however often tied.
-
-    Attributes:
-        parameters: all of them.
-        trained: those that require a gradient.
-        layers: how many.
-        layer: parameters of the largest one.
-        root: parameters outside the layers: embeddings, last norm, output head.
-        dense: parameters of the layers that every token is multiplied with.
-        experts: parameters of the layers of which a token meets only `expert_share`.
-        expert_share: experts a token is sent to over experts there are; 1 without experts.
-        hidden: hidden size H.
-        query: query heads times their size.
-        cached: numbers that a token leaves in the key-value cache, all layers together.
-        vocabulary: rows of the output head V.
-    """
-
-    parameters: int
-    trained: int
-    layers: int
-    layer: int
-    root: int
-    dense: int
-    experts: int
-    expert_share: float
-    hidden: int
-    query: int
-    cached: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "Shape":
-        config = model.config.get_text_config()
-        in_layers: dict[int, int] = {}
-        experts = 0
-        for name, parameter in model.named_parameters():
-            found = _LAYER.search(name)
-            if found:
-                in_layers[int(found[1])] = in_layers.get(int(found[1]), 0) + parameter.numel()
-                experts += parameter.numel() if ".experts." in name else 0
-        if not in_layers:
-            raise ValueError(
-                f"cannot plan for {type(model).__name__}: none of its parameters belongs to a numbered layer"
-            )
-        total = sum(parameter.numel() for parameter in model.parameters())
-        cache = memory_estimate(model, batch=1, sequence_length=1, training=False)["kv_cache"]
-        return cls(
-            parameters=total,
-            trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-            layers=len(in_layers),
-            layer=max(in_layers.values()),
-            root=total - sum(in_layers.values()),
-            dense=sum(in_layers.values()) - experts,
-            experts=experts,
-            expert_share=_expert_share(config) if experts else 1.0,
-            hidden=config.hidden_size,
-            query=_query_width(config),
-            cached=cache // torch.float32.itemsize,
-            vocabulary=config.vocab_size,
-        )
-
-    @property
-    def head(self) -> int:
-        """Parameters of the output head."""
-        return self.hidden * self.vocabulary
-
-    def multiplied(self, *, head: bool) -> float:
-        """Parameters that a token is multiplied with."""
-        return self.dense + self.experts * self.expert_share + head * self.head
-
-    def read(self, tokens: float, *, head: bool) -> float:
-        """Parameters that a pass over so many tokens reads, tokens choosing experts independently."""
-        met = 1 - (1 - self.expert_share) ** tokens if self.experts else 1.0
-        return self.dense + self.experts * met + head * self.head
-
-
-def _expert_share(config: Any) -> float:
-    chosen = getattr(config, "num_experts_per_tok", None)
-    there = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    return chosen / there if chosen and there else 1.0
-
-
-def _query_width(config: Any) -> int:
-    heads = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two models, weights not needed, and the precisions they are kept and used in.
-
-    Attributes:
-        student: a causal LM; parameters that require no gradient are not trained.
-        teacher: the same, frozen.
-        student_dtype: of the student's own weights, a name of `trb.loading.DTYPES`.
-        teacher_dtype: of the teacher's.
-        compute_dtype: of the forward pass under autocast; None for the student's own.
-    """
-
-    student: PreTrainedModel
-    teacher: PreTrainedModel
-    student_dtype: str = "float32"
-    teacher_dtype: str = "bfloat16"
-    compute_dtype: str | None = "bfloat16"
-
-    @property
-    def master_bytes(self) -> int:
-        return _bytes_of(self.student_dtype, self.student)
-
-    @property
-    def compute_bytes(self) -> int:
-        return self.master_bytes if self.compute_dtype is None else _bytes_of(self.compute_dtype, self.student)
-
-    @property
-    def mixed(self) -> bool:
-        return self.compute_bytes != self.master_bytes
-
-    @property
-    def forward_dtype(self) -> str:
-        return self.student_dtype if self.compute_dtype is None else self.compute_dtype
-
-
-def _bytes_of(dtype: str, model: PreTrainedModel) -> int:
-    chosen = DTYPES[dtype]
-    return (chosen if isinstance(chosen, torch.dtype) else model.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one optimizer step does, all ranks together.
-
-    Attributes:
-        rollouts: completions of a step.
-        generations: of them, how many belong to one prompt.
-        prompt: tokens of a prompt.
-        completion: tokens of the longest completion.
-        mean_completion: tokens of the mean one; None when all are as long as the longest.
-        micro_batch: completions that a rank puts through one forward and backward pass.
-        rows: completions that a rank samples at once, in process; None for all it has.
-        kl_budget: ε, nats per token.
-        acceptance: rate at which a row goes on to its next draft; None for the bound that the budget gives.
-        block_size: tokens drafted before the teacher reads them; None for the fastest.
-        checkpointing: whether the backward pass computes activations again.
-        loss_chunk: tokens whose logits the loss holds at once; None for the package's choice.
-    """
-
-    rollouts: int
-    generations: int
-    prompt: int
-    completion: int
-    micro_batch: int
-    mean_completion: float | None = None
-    rows: int | None = None
-    kl_budget: float = 0.01
-    acceptance: float | None = None
-    block_size: int | None = None
-    checkpointing: bool = False
-    loss_chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("rollouts", "generations", "prompt", "completion", "micro_batch", "rows", "block_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 < self.mean <= self.completion:
-            raise ValueError(
-                f"mean_completion must lie above 0 and at most at completion={self.completion}, got {self.mean}"
-            )
-        if not self.kl_budget >= 0:
-            raise ValueError(f"kl_budget must be at least 0, got {self.kl_budget}")
-        if self.acceptance is not None and not 0 <= self.acceptance <= 1:
-            raise ValueError(f"acceptance must lie in [0, 1], got {self.acceptance}")
-
-    @property
-    def mean(self) -> float:
-        return float(self.completion if self.mean_completion is None else self.mean_completion)
-
-    @property
-    def rate(self) -> float:
-        return continuation_rate(self.kl_budget) if self.acceptance is None else self.acceptance
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How processes share the work.
-
-    Attributes:
-        accelerators: all of them, one process each.
-        strategy: of the student's training: ddp, fsdp (FSDP2) or zero3 (DeepSpeed).
-        engine: what samples: in-process, or vllm.
-        engine_accelerators: how many of them belong to vLLM alone; 0 where it shares all of them with training.
-        tensor_parallel: accelerators that share one copy of the engine's models; None for the fewest that hold it.
-        teacher_sharded: whether ranks share the teacher of the loss instead of each holding it.
-    """
-
-    accelerators: int = 1
-    strategy: str = "ddp"
-    engine: str = "in-process"
-    engine_accelerators: int = 0
-    tensor_parallel: int | None = None
-    teacher_sharded: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (("strategy", self.strategy, STRATEGIES), ("engine", self.engine, ENGINES)):
-            if value not in choices:
-                hint = did_you_mean(str(value), choices)
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}{hint}")
-        if self.accelerators < 1:
-            raise ValueError(f"a plan needs at least 1 accelerator, got {self.accelerators}")
-        if not 0 <= self.engine_accelerators < self.accelerators:
-            raise ValueError(
-                f"engine_accelerators={self.engine_accelerators} of {self.accelerators} leave none to train on"
-            )
-        if self.engine_accelerators and self.engine != "vllm":
-            raise ValueError("engine_accelerators are vLLM's: choose engine='vllm', or set them to 0")
-        if self.tensor_parallel is not None and not 1 <= self.tensor_parallel <= self.sampling_ranks:
-            raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} is out of range: {self.sampling_ranks} accelerators sample"
-            )
-
-    @property
-    def ranks(self) -> int:
-        """Processes that train."""
-        return self.accelerators - self.engine_accelerators
-
-    @property
-    def sampling_ranks(self) -> int:
-        return self.engine_accelerators or self.accelerators
-
-    @property
-    def sharded(self) -> bool:
-        return self.strategy != "ddp"
-
-
-# ---- acceptance and rounds ----
-
-
-def continuation_rate(kl_budget: float) -> float:
-    """The least rate at which drafts are kept at that budget: 1 - sqrt(ε/2), by Pinsker's inequality (0 at least)."""
-    return max(0.0, 1 - math.sqrt(kl_budget / 2))
-
-
-def tokens_per_round(block: int, rate: float) -> float:
-    """y: tokens of a row that a round of `block` drafts yields."""
-    return sum(rate**drafted for drafted in range(block))
-
-
-def columns_decided(block: int, rate: float, rows: float) -> float:
-    """Positions of a round that some row of `rows` still needs decided."""
-    return sum(1 - (1 - rate**drafted) ** rows for drafted in range(block))
 
 
 def pass_seconds(
@@ -317,11 +38,13 @@ def pass_seconds(
     context: float,
     element: int,
     ways: int = 1,
+    eager: bool = False,
 ) -> float:
     """One sampling pass over `tokens` new tokens of `rows` rows with `context` cached tokens each.
 
     A fixed time per layer, the weights and the caches read once at the reached bandwidth, and the products at the
-    reached rate, added up. `ways` accelerators share the pass, with two all-reduces a layer.
+    reached rate, added up. `ways` accelerators share the pass, with two all-reduces a layer. `eager` launches every
+    kernel from Python, which takes its own time while the accelerator works.
     """
     reads = element * (shape.read(tokens, head=True) + rows * context * shape.cached)
     operations = tokens * (2 * shape.multiplied(head=True) + 4 * shape.query * shape.layers * context)
@@ -331,99 +54,7 @@ def pass_seconds(
     if ways > 1:
         exchanged = Transfer("tensor parallel", "all-reduce", element * tokens * shape.hidden, 2 * shape.layers)
         seconds += transfer_seconds(exchanged, ways, machine)
-    return seconds
-
-
-# ---- traffic ----
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Collectives of one step that move the same thing.
-
-    Attributes:
-        name: what moves.
-        kind: all-gather, reduce-scatter, all-reduce or broadcast.
-        payload: bytes of the whole tensor, in one of them.
-        count: how many.
-        calls: into how many calls each is split, for their latency.
-    """
-
-    name: str
-    kind: str
-    payload: float
-    count: float
-    calls: float = 1
-
-    def received(self, ranks: int) -> float:
-        """Bytes that one rank receives, by the ring algorithms."""
-        rounds = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "broadcast": 1}[self.kind]
-        whole = 1.0 if self.kind == "broadcast" and ranks > 1 else (ranks - 1) / ranks
-        return self.count * rounds * whole * self.payload
-
-
-def transfer_seconds(transfer: Transfer, ranks: int, machine: Machine) -> float:
-    """The slower of two: what a rank receives over its link, and what a node receives over all its adapters."""
-    if ranks == 1:
-        return 0.0
-    per_node = machine.per_node.value
-    nodes = math.ceil(ranks / per_node)
-    across = transfer.received(nodes) / (per_node * machine.network.value) if nodes > 1 else 0.0
-    within = transfer.received(ranks) / machine.link.value if per_node > 1 else 0.0
-    moving = max(across, within) / machine.link_share.value
-    return moving + transfer.count * transfer.calls * machine.collective.value
-
-
-def update_transfers(student: Shape, teacher: Shape, pair: Pair, work: Work, layout: Layout) -> list[Transfer]:
-    """What the update of one step moves; the teacher's part belongs to steps that read it in the update."""
-    batches = micro_batches(work, layout)
-    # A layer is gathered for the forward pass of each length group and again for its backward pass.
-    passes = batches * length_groups(min(work.micro_batch, rollouts_of_a_rank(work, layout)))
-    layers = student.parameters - student.root
-    element, trained = pair.compute_bytes, student.trained
-    found = []
-    if layout.strategy == "ddp":
-        gradient = pair.master_bytes * trained
-        found.append(Transfer("gradients", "all-reduce", gradient, 1, math.ceil(gradient / _BUCKET)))
-    elif layout.strategy == "fsdp":
-        found.append(Transfer("layers for the passes", "all-gather", element * layers, 2 * passes, student.layers))
-        found.append(Transfer("embeddings and head", "all-gather", element * student.root, batches))
-        # The gradients of earlier micro-batches stay whole on every rank. They leave when the first length group of the
-        # last micro-batch is done, and its own gradients when the last one is.
-        last = 2 if batches > 1 and passes > batches else 1
-        share = trained / student.parameters
-        found.append(Transfer("gradients of layers", "reduce-scatter", element * layers * share, last, student.layers))
-        found.append(Transfer("gradients of the rest", "reduce-scatter", element * student.root * share, 1))
-    else:
-        found.append(Transfer("layers for the passes", "all-gather", element * layers, 2 * passes, student.layers))
-        found.append(Transfer("embeddings and head", "all-gather", element * student.root, 2 * batches))
-        found.append(Transfer("gradients", "reduce-scatter", element * trained, batches, student.layers + 1))
-    if layout.teacher_sharded:
-        whole = _bytes_of(pair.teacher_dtype, pair.teacher) * teacher.parameters
-        found.append(Transfer("teacher for its pass", "all-gather", whole, passes, teacher.layers + 1))
-    return found
-
-
-def sampling_transfers(student: Shape, pair: Pair, layout: Layout) -> list[Transfer]:
-    """What moves before rollouts: the student to where it samples."""
-    if layout.engine == "vllm":
-        return [Transfer("student to the engine", "broadcast", pair.compute_bytes * student.parameters, 1)]
-    if not layout.sharded:
-        return []
-    element = pair.compute_bytes if layout.strategy == "zero3" else pair.master_bytes
-    return [Transfer("student to its replica", "all-gather", element * student.parameters, 1, student.layers)]
-
-
-def rollouts_of_a_rank(work: Work, layout: Layout) -> int:
-    """Completions of the rank that trains on most."""
-    return math.ceil(work.rollouts / layout.ranks)
-
-
-def micro_batches(work: Work, layout: Layout) -> int:
-    return math.ceil(rollouts_of_a_rank(work, layout) / work.micro_batch)
-
-
-# ---- the plan ----
+    return max(seconds, shape.layers * machine.eager_layer.value) if eager else seconds
 
 
 @dataclass
@@ -464,7 +95,7 @@ class _Planner:
     def __init__(self, pair: Pair, work: Work, layout: Layout, machine: Machine) -> None:
         self.pair, self.work, self.layout, self.machine = pair, work, layout, machine
         self.student, self.teacher = Shape.of(pair.student), Shape.of(pair.teacher)
-        self.teacher_bytes = _bytes_of(pair.teacher_dtype, pair.teacher)
+        self.teacher_bytes = bytes_of(pair.teacher_dtype, pair.teacher)
         self.local = rollouts_of_a_rank(work, layout)
         self.length = work.prompt + work.completion
         self.vocabulary = min(self.student.vocabulary, self.teacher.vocabulary)
@@ -528,9 +159,12 @@ class _Planner:
             found["optimizer's moments"] = 8 * student.trained / ranks
         if self.layout.sharded and not self.engine:
             found["sampling replica"] = pair.compute_bytes * student.parameters
-        shared = ranks if self.layout.teacher_sharded else 1
-        found["teacher's weights"] = self.teacher_bytes * self.teacher.parameters / shared
+        divided = self.teacher.parameters - self.teacher.head if self._teacher_divided() else 0
+        found["teacher's weights"] = self.teacher_bytes * (self.teacher.parameters - divided + divided / ranks)
         return found
+
+    def _teacher_divided(self) -> bool:
+        return self.layout.teacher_sharded and (self.engine or self.work.kl_budget == 0)
 
     def _sampling_memory(self, block: int) -> dict[str, float]:
         """What sampling in process adds."""
@@ -587,8 +221,9 @@ class _Planner:
             found["gathered layers"] = pair.compute_bytes * (student.root + 2 * student.layer)
         found["activations"] = self._activations()
         found["logits"] = self._loss_logits()
-        if self.layout.teacher_sharded:
-            found["gathered teacher"] = self.teacher_bytes * (self.teacher.root + 2 * self.teacher.layer)
+        if self._teacher_divided():
+            outside = self.teacher.root - self.teacher.head
+            found["gathered teacher"] = self.teacher_bytes * (outside + 2 * self.teacher.layer)
         if not self.engine:
             found["teacher's hidden states"] = self._kept_hidden()
         return found
@@ -708,6 +343,7 @@ class _Planner:
             context=self.work.prompt + self.work.mean / 2,
             element=element,
             ways=self.ways,
+            eager=self.layout.eager_sampling,
         )
 
     def _prefill(self, shape: Shape) -> float:
@@ -761,11 +397,6 @@ class _Planner:
                     f"{phase} needs {needed / 1e9:.0f} GB of the {self.machine.usable / 1e9:.0f} GB that tensors can "
                     f"have on an accelerator, most for {' and '.join(largest)}: {self._remedy(largest[0], phase)}"
                 )
-        if self.layout.teacher_sharded and not self.engine:
-            found.append(
-                "a sharded teacher cannot take part in sampling, which reads it at other times on every rank: it must "
-                "be whole during the warm-up, or served by an engine (--engine vllm)"
-            )
         if self.work.rollouts % self.layout.ranks:
             found.append(
                 f"{self.work.rollouts} completions do not divide over {self.layout.ranks} ranks: change "
