@@ -61,8 +61,8 @@ SMALL: dict[str, Any] = {
 }
 LARGE: dict[str, Any] = {
     "vocabulary": 8192,
-    "student": {"hidden_size": 320, "num_hidden_layers": 8, "intermediate_size": 1024},
-    "teacher": {"hidden_size": 640, "num_hidden_layers": 12, "intermediate_size": 1920},
+    "student": {"hidden_size": 320, "num_hidden_layers": 8, "intermediate_size": 960},
+    "teacher": {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1536},
 }
 TINY: dict[str, Any] = {
     "vocabulary": 96,
@@ -70,7 +70,7 @@ TINY: dict[str, Any] = {
     "teacher": {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 96},
 }
 # Steps of the check; the first warms caches and is dropped. Sixteen completions a step, whatever the processes.
-STEPS, ROLLOUTS, MICRO_BATCH, COMPLETION = 5, 16, 4, 64
+STEPS, ROLLOUTS, MICRO_BATCH, COMPLETION = 4, 16, 4, 48
 
 
 def model(shape: dict[str, Any], vocabulary: int, seed: int, sharpness: float) -> PreTrainedModel:
@@ -160,6 +160,7 @@ def calibrate(sizes: dict[str, Any], repeats: int) -> tuple[Machine, dict[str, A
         collective=measured(collective, "all-reduce by gloo"),
         layer=measured(layer, "sampling passes"),
         eager_layer=measured(layer, "sampling passes"),
+        eager_slot_layer=measured(layer, "sampling passes"),
         draw=measured(draw, "inverse CDF"),
         draw_entry=measured(draw_entry, "inverse CDF"),
         column=measured(column, "solve and draw"),

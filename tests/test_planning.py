@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,6 +62,7 @@ def tiny(layers: int = 3, **changes: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(Qwen3Config(**{**SIZES, "num_hidden_layers": layers, **changes})).eval()
 
 
+@cache
 def published(name: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(ROOT / "benchmarks" / "shapes" / name)
     with torch.device("meta"):
@@ -241,8 +243,8 @@ def test_a_single_rank_receives_nothing() -> None:
 
 def machine(**changes: float) -> Machine:
     """Round numbers: 1 GB/s, 1 TFLOP/s, 100 MB/s links and 10 MB/s adapters, and nothing else unless asked for."""
-    zero = dict.fromkeys(("reserved", "collective", "layer", "eager_layer", "draw", "draw_entry"), 0.0)
-    zero |= dict.fromkeys(("column", "solve_entry", "loss_entry"), 0.0)
+    zero = dict.fromkeys(("reserved", "collective", "layer", "eager_layer", "eager_slot_layer"), 0.0)
+    zero |= dict.fromkeys(("draw", "draw_entry", "column", "solve_entry", "loss_entry"), 0.0)
     sizes = {"per_node": 8, "memory": 1e12, "bandwidth": 1e9, "flops": 1e12, "link": 1e8, "network": 1e7}
     shares = dict.fromkeys(("bandwidth_share", "flops_share", "narrow_share", "link_share"), 1.0)
     values = zero | sizes | shares | changes
@@ -355,7 +357,7 @@ def test_a_pass_by_hand() -> None:
     host = machine(bandwidth=1e6, flops=1e6, layer=0.5)
     found = pass_seconds(shape, host, tokens=3, rows=3, context=50, element=2)
     assert found == pytest.approx(2 * 0.5 + 0.016 + 0.024)
-    slow = machine(bandwidth=1e6, flops=1e6, layer=0.5, eager_layer=3.0)
+    slow = machine(bandwidth=1e6, flops=1e6, layer=0.5, eager_slot_layer=3.0)
     assert pass_seconds(shape, slow, tokens=3, rows=3, context=50, element=2, eager=True) == 6.0
     # Half the reading and multiplying each; four all-reduces of 3 x 10 numbers of 2 bytes, at 100 MB/s.
     shared = pass_seconds(shape, host, tokens=3, rows=3, context=50, element=2, ways=2)
@@ -530,12 +532,16 @@ def test_a_blended_step_reuses_the_teachers_hidden_states_only_in_process() -> N
 
 
 def test_an_engine_fills_its_memory_with_rows() -> None:
-    plan = make_plan(qwen(), PROTOCOL, Layout(8, "fsdp", "vllm", engine_accelerators=4), H100)
+    layout = Layout(8, "fsdp", "vllm", engine_accelerators=4)
+    plan = make_plan(qwen(), PROTOCOL, layout, H100)
     # Four accelerators train, four sample 64 rows each, as many at once as find room for caches of whole sequences.
     assert plan.numbers["tensor_parallel"] == 1
     row = 8192 * 2 * 2 * 128 * 8 * (28 + 36)  # tokens, keys and values, bytes, head size, heads, layers
+    paged = make_plan(qwen(), replace(PROTOCOL, mean_completion=3072.0), layout, H100)
     free = 74e9 - 2 * (1720574976 + 8190735360)
     assert plan.numbers["rows_that_fit"] == pytest.approx(free / row, rel=0.02)
+    # Pages are as long as the rows are: half as long, twice as many.
+    assert paged.numbers["rows_that_fit"] == pytest.approx(2 * free / row, rel=0.04)
     assert sum(plan.memory["engine"].values()) <= 74e9
     assert not plan.problems
 
@@ -625,9 +631,8 @@ def test_every_figure_says_where_it_comes_from(name: str) -> None:
 
 def test_the_measured_figures_of_the_h100_follow_from_their_file() -> None:
     sections = json.loads((ROOT / "benchmarks/results/gpu-first.json").read_text())["sections"]
-    solver, drawing, step, decoding = (
-        sections[name]["numbers"] for name in ("time_solver", "time_draw", "time_step", "time_decoding")
-    )
+    names = ("time_solver", "time_draw", "time_step", "time_decoding", "time_sampling")
+    solver, drawing, step, decoding, sampling = (sections[name]["numbers"] for name in names)
     copy = 1e9 * solver["copy"]["gb_per_s"]
     found = {"bandwidth_share": copy / 3.35e12}
     # One-token passes of 8 and 64 rows, on a line: what is left of no rows is the weights and the layers.
@@ -648,6 +653,9 @@ def test_the_measured_figures_of_the_h100_follow_from_their_file() -> None:
     found["loss_entry"] = (parts["loss_forward_s"] - products / rate) / (tokens * 151936)
     draws = [1e-3 * drawing[f"{rows} rows, V=151936"]["inverse_cdf_ms"] for rows in (8, 64, 512)]
     found["draw"] = sum(draws) / 3
+    alone = sampling["student, batch 8, speculative"]
+    # 64 tokens a row and a pass for the prompts; two draws for each token.
+    found["eager_slot_layer"] = (alone["seconds"] - 64 * 2 * found["draw"]) / 65 / 28
     solves = [1e-3 * solver[f"fused solve, {rows} rows, V=151936"]["milliseconds"] for rows in (8, 512)]
     found["solve_entry"] = (solves[1] - solves[0]) / 504 / 151936
     found["column"] = solves[0] - 8 * 151936 * found["solve_entry"] + found["draw"]

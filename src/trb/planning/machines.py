@@ -48,7 +48,8 @@ class Machine:
         link_share: the share of both that collectives reach.
         collective: seconds a collective takes however little it moves.
         layer: seconds that each layer adds to a pass however few tokens it reads, kernels replayed from a graph.
-        eager_layer: the same with every kernel launched from Python; the update runs so.
+        eager_layer: the same for whole sequences, every kernel launched from Python, as the update does.
+        eager_slot_layer: the same for sampling passes through the slots of a cache.
         draw: seconds to draw one drafted token of every row, however few rows.
         draw_entry: seconds that each row of such a draw adds, for one entry of the vocabulary.
         column: seconds to decide one drafted position of every row, however few rows.
@@ -72,6 +73,7 @@ class Machine:
     collective: Figure
     layer: Figure
     eager_layer: Figure
+    eager_slot_layer: Figure
     draw: Figure
     draw_entry: Figure
     column: Figure
@@ -116,6 +118,9 @@ H100 = Machine(
     collective=Figure(30e-6, "assumed", "no run on two GPUs was made"),
     layer=Figure(88e-6, "measured", f"{_GPU_RUN}: compiled one-token pass at no rows less its weights, time_decoding"),
     eager_layer=Figure(1.12e-3, "measured", f"{_GPU_RUN}: eager one-token pass, static cache, time_decoding"),
+    eager_slot_layer=Figure(
+        2.42e-3, "measured", f"{_GPU_RUN}: 8 rows, the student alone, less its draws, time_sampling"
+    ),
     draw=Figure(0.42e-3, "measured", f"{_GPU_RUN}: inverse CDF, time_draw"),
     draw_entry=Figure(0.0, "measured", f"{_GPU_RUN}: 8 to 512 rows draw in the same time, time_draw"),
     column=Figure(0.57e-3, "measured", f"{_GPU_RUN}: fused solve at no rows and one draw, time_solver, time_draw"),
@@ -124,7 +129,16 @@ H100 = Machine(
 )
 
 _BY_ANALOGY = "as measured on an H100; not run on an A100"
-_NOT_BANDWIDTH = ("bandwidth_share", "flops_share", "layer", "eager_layer", "draw", "draw_entry", "column")
+_NOT_BANDWIDTH = (
+    "bandwidth_share",
+    "flops_share",
+    "layer",
+    "eager_layer",
+    "eager_slot_layer",
+    "draw",
+    "draw_entry",
+    "column",
+)
 
 A100 = Machine(
     name="a100",
@@ -199,7 +213,18 @@ def _described(described: dict[str, Any], source: str) -> Machine:
 
 
 # Times may be zero (nothing is added); sizes and rates may not.
-_TIMES = ("reserved", "collective", "layer", "eager_layer", "draw", "draw_entry", "column", "solve_entry", "loss_entry")
+_TIMES = (
+    "reserved",
+    "collective",
+    "layer",
+    "eager_layer",
+    "eager_slot_layer",
+    "draw",
+    "draw_entry",
+    "column",
+    "solve_entry",
+    "loss_entry",
+)
 
 
 def _figure(name: str, given: Any, source: str) -> Figure:

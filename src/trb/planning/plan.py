@@ -54,7 +54,7 @@ def pass_seconds(
     if ways > 1:
         exchanged = Transfer("tensor parallel", "all-reduce", element * tokens * shape.hidden, 2 * shape.layers)
         seconds += transfer_seconds(exchanged, ways, machine)
-    return max(seconds, shape.layers * machine.eager_layer.value) if eager else seconds
+    return max(seconds, shape.layers * machine.eager_slot_layer.value) if eager else seconds
 
 
 @dataclass
@@ -171,7 +171,7 @@ class _Planner:
         found = {"caches": self._cache_bytes_per_row() * self.rows}
         if self.pair.mixed and not self.layout.sharded:
             found["weights cast for the pass"] = self.pair.compute_bytes * self.student.parameters
-        found["logits"] = self._logit_bytes_per_row(block) * self.rows
+        found["logits of a round"] = self._logit_bytes_per_row(block) * self.rows
         found["teacher's hidden states"] = self._kept_hidden()
         return found
 
@@ -180,7 +180,9 @@ class _Planner:
         return self.local * self.work.mean * self.teacher.hidden * self.teacher_bytes
 
     def _cache_bytes_per_row(self) -> float:
-        sizes: dict[str, Any] = {"batch": 1, "sequence_length": self.length, "training": False}
+        """Of both models: a slot is as long as the longest row, an engine's pages as long as the mean one."""
+        length = math.ceil(self.work.prompt + self.work.mean) if self.engine else self.length
+        sizes: dict[str, Any] = {"batch": 1, "sequence_length": length, "training": False}
         own = memory_estimate(self.pair.student, dtype=self.pair.forward_dtype, **sizes)["kv_cache"]
         return own + memory_estimate(self.pair.teacher, dtype=self.pair.teacher_dtype, **sizes)["kv_cache"]
 
@@ -193,7 +195,7 @@ class _Planner:
         """What vLLM takes of one accelerator."""
         return self._engine_weights() | {
             "caches": self._cache_bytes_per_row() * self.rows / self.ways,
-            "logits": self._logit_bytes_per_row(block) * self.rows,
+            "logits of a round": self._logit_bytes_per_row(block) * self.rows,
         }
 
     def _engine_weights(self) -> dict[str, float]:
@@ -220,7 +222,7 @@ class _Planner:
                 found["unsharded gradients"] = pair.compute_bytes * student.trained
             found["gathered layers"] = pair.compute_bytes * (student.root + 2 * student.layer)
         found["activations"] = self._activations()
-        found["logits"] = self._loss_logits()
+        found["logits of the loss"] = self._loss_logits()
         if self._teacher_divided():
             outside = self.teacher.root - self.teacher.head
             found["gathered teacher"] = self.teacher_bytes * (outside + 2 * self.teacher.layer)
@@ -395,7 +397,7 @@ class _Planner:
                 largest = sorted(parts, key=lambda name: -parts[name])[:2]
                 found.append(
                     f"{phase} needs {needed / 1e9:.0f} GB of the {self.machine.usable / 1e9:.0f} GB that tensors can "
-                    f"have on an accelerator, most for {' and '.join(largest)}: {self._remedy(largest[0], phase)}"
+                    f"have on an accelerator, most for {' and '.join(largest)}: {self._remedy(largest[0])}"
                 )
         if self.work.rollouts % self.layout.ranks:
             found.append(
@@ -404,13 +406,14 @@ class _Planner:
             )
         return found
 
-    def _remedy(self, component: str, phase: str) -> str:
+    def _remedy(self, component: str) -> str:
         more = "use more accelerators"
         sharding = more if self.layout.sharded else "shard it (--strategy fsdp), or use lora_rank"
         serving = "serve it (--engine vllm) with --tensor-parallel" if not self.engine else "raise --tensor-parallel"
         remedies: dict[str, str] = {
             "caches": "lower rollout_batch_size",
-            "logits": "lower loss_chunk_tokens" if phase == "update" else "lower rollout_batch_size",
+            "logits of the loss": "lower loss_chunk_tokens",
+            "logits of a round": "lower rollout_batch_size",
             "activations": "lower per_device_train_batch_size, or set gradient_checkpointing",
             "teacher's weights": "shard the loss's teacher (--shard-teacher)" if self.engine else serving,
             "engine's teacher": serving,
