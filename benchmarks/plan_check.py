@@ -617,13 +617,13 @@ def main() -> None:
             found = train({"large": LARGE, "tiny": TINY}[options.train], options.budget, options.steps)
         (options.report / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
         return
-    start = time.perf_counter()
+    start, provenance = time.perf_counter(), describe()
     machine, timings = calibrate(TINY if options.smoke else SMALL, 3 if options.smoke else 15)
     results = check(*((TINY, "tiny") if options.smoke else (LARGE, "large")), machine, 2 if options.smoke else STEPS)
     output = options.output or (None if options.smoke else OUTPUT)
     if output:
         report = {
-            "provenance": describe(),
+            "provenance": provenance,
             "threads": 1,
             "sizes": {"fitted on": SMALL, "predicted": LARGE},
             "work": {"rollouts": ROLLOUTS, "micro_batch": MICRO_BATCH, "completion": COMPLETION, "steps": STEPS - 1},
