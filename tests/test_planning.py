@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import runpy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -359,9 +360,13 @@ def test_a_pass_by_hand() -> None:
     assert found == pytest.approx(2 * 0.5 + 0.016 + 0.024)
     slow = machine(bandwidth=1e6, flops=1e6, layer=0.5, eager_slot_layer=3.0)
     assert pass_seconds(shape, slow, tokens=3, rows=3, context=50, element=2, eager=True) == 6.0
-    # Half the reading and multiplying each; four all-reduces of 3 x 10 numbers of 2 bytes, at 100 MB/s.
+    # Half the reading and multiplying each, as there are two key heads, and four all-reduces of 3 x 10 numbers of 2
+    # bytes at 100 MB/s.
     shared = pass_seconds(shape, host, tokens=3, rows=3, context=50, element=2, ways=2)
     assert shared == pytest.approx(1.0 + 0.008 + 0.012 + 4 * 60 / 1e8)
+    # Of four, each reads a quarter of the weights and still half of the cache.
+    more = pass_seconds(shape, host, tokens=3, rows=3, context=50, element=2, ways=4)
+    assert more == pytest.approx(1.0 + 0.001 + 0.006 + 0.006 + 4 * 90 / 1e8)
 
 
 # ---- rounds ----
@@ -705,3 +710,37 @@ def test_an_unknown_machine_is_refused(tmp_path: Path) -> None:
         find_machine("h10")
     with pytest.raises(FileNotFoundError, match="no machine file"):
         find_machine(str(tmp_path / "none.json"))
+
+
+# ---- what is on file ----
+
+
+def test_the_page_shows_the_plans_on_file_and_they_are_still_what_is_planned() -> None:
+    plans = runpy.run_path(str(ROOT / "benchmarks" / "plans.py"))
+    report = json.loads(plans["OUTPUT"].read_text())
+    page = plans["PAGE"].read_text(encoding="utf-8")
+    assert plans["filled"](page, report) == page, "run python benchmarks/plans.py"
+    kept = {(plan["pair"], plan["label"]): plan for plan in report["plans"]}
+    layouts = {(pair, label): (layout, changes) for pair, label, layout, changes in plans["LAYOUTS"]}
+    assert kept.keys() == layouts.keys()
+    for pair, label in (
+        ("1.7B <- 8B", "DDP, in process, rows of the recipe"),
+        ("0.6B <- 4B", "FSDP2 on four, vLLM on four"),
+        ("70B <- 405B", "FSDP2 on 256, vLLM on 64"),
+    ):
+        layout, changes = layouts[pair, label]
+        models, work = plans["pair_and_work"](pair)
+        fresh = plans["rounded"](make_plan(models, replace(work, **changes), layout, H100).as_dict())
+        assert {name: kept[pair, label][name] for name in fresh} == fresh, "run python benchmarks/plans.py"
+
+
+def test_the_check_on_file_predicted_bytes_exactly_and_times_roughly() -> None:
+    report = json.loads((ROOT / "benchmarks/results/plan_check.json").read_text())
+    assert len(report["results"]) == 4
+    for run in report["results"].values():
+        sizes = {name: row["ratio"] for name, row in run["bytes"].items()}
+        for name in ("student's weights", "gradients", "optimizer's moments", "teacher's weights"):
+            assert sizes[name] == pytest.approx(1, abs=0.005), name
+        for row in run["traffic"].values():
+            assert row["ratio"] == 1
+        assert 0.6 < run["seconds"]["step, processor seconds"]["ratio"] < 1.6

@@ -49,6 +49,7 @@ class Shape:
         hidden: hidden size H.
         query: query heads times their size.
         cached: numbers that a token leaves in the key-value cache, all layers together.
+        key_heads: key heads of a layer; more accelerators than that cannot divide the cache further.
         vocabulary: rows of the output head V.
     """
 
@@ -64,6 +65,7 @@ class Shape:
     hidden: int
     query: int
     cached: int
+    key_heads: int
     vocabulary: int
 
     @classmethod
@@ -95,6 +97,7 @@ class Shape:
             hidden=config.hidden_size,
             query=_query_width(config),
             cached=cache // torch.float32.itemsize,
+            key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             vocabulary=config.vocab_size,
         )
 

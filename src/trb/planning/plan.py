@@ -46,10 +46,11 @@ def pass_seconds(
     reached rate, added up. `ways` accelerators share the pass, with two all-reduces a layer. `eager` launches every
     kernel from Python, which takes its own time while the accelerator works.
     """
-    reads = element * (shape.read(tokens, head=True) + rows * context * shape.cached)
+    reads = element * shape.read(tokens, head=True) / ways
+    reads += element * rows * context * shape.cached / min(ways, shape.key_heads)
     operations = tokens * (2 * shape.multiplied(head=True) + 4 * shape.query * shape.layers * context)
     seconds = shape.layers * machine.layer.value
-    seconds += reads / ways / machine.reached_bandwidth
+    seconds += reads / machine.reached_bandwidth
     seconds += operations / ways / (machine.reached_flops * machine.narrow_share.value)
     if ways > 1:
         exchanged = Transfer("tensor parallel", "all-reduce", element * tokens * shape.hidden, 2 * shape.layers)
@@ -180,11 +181,13 @@ class _Planner:
         return self.local * self.work.mean * self.teacher.hidden * self.teacher_bytes
 
     def _cache_bytes_per_row(self) -> float:
-        """Of both models: a slot is as long as the longest row, an engine's pages as long as the mean one."""
+        """Of both models, on one accelerator. A slot is as long as the longest row, an engine's pages as long as the
+        mean one; a key head is not divided."""
         length = math.ceil(self.work.prompt + self.work.mean) if self.engine else self.length
         sizes: dict[str, Any] = {"batch": 1, "sequence_length": length, "training": False}
         own = memory_estimate(self.pair.student, dtype=self.pair.forward_dtype, **sizes)["kv_cache"]
-        return own + memory_estimate(self.pair.teacher, dtype=self.pair.teacher_dtype, **sizes)["kv_cache"]
+        taught = memory_estimate(self.pair.teacher, dtype=self.pair.teacher_dtype, **sizes)["kv_cache"]
+        return own / min(self.ways, self.student.key_heads) + taught / min(self.ways, self.teacher.key_heads)
 
     def _logit_bytes_per_row(self, block: int) -> float:
         sizes: dict[str, Any] = {"batch": block, "sequence_length": 1, "training": False}
@@ -194,7 +197,7 @@ class _Planner:
     def _engine_memory(self, block: int) -> dict[str, float]:
         """What vLLM takes of one accelerator."""
         return self._engine_weights() | {
-            "caches": self._cache_bytes_per_row() * self.rows / self.ways,
+            "caches": self._cache_bytes_per_row() * self.rows,
             "logits of a round": self._logit_bytes_per_row(block) * self.rows,
         }
 
@@ -286,7 +289,7 @@ class _Planner:
         if not self.engine:
             fixed["teacher's hidden states"] = self._kept_hidden()
         free = self.machine.usable - sum(fixed.values())
-        return max(0.0, free / (self._cache_bytes_per_row() / self.ways + self._logit_bytes_per_row(block)))
+        return max(0.0, free / (self._cache_bytes_per_row() + self._logit_bytes_per_row(block)))
 
     def _lanes(self) -> tuple[float, float]:
         """Tokens in the longest lane of a copy, and rows in flight on average.
