@@ -159,7 +159,35 @@ A100 = Machine(
     },
 )
 
-MACHINES = {machine.name: machine for machine in (H100, A100)}
+_CPU_RUN = "benchmarks/results/plan_check.json"
+
+# One process with one thread, on two cores of a shared machine: for small models, and for checking the model itself.
+CPU = Machine(
+    name="cpu",
+    device="cpu",
+    per_node=Figure(2, "measured", f"{_CPU_RUN}: two processes on two cores"),
+    memory=Figure(12600000000.0, "measured", f"{_CPU_RUN}: half of the machine's memory"),
+    reserved=Figure(0.0, "assumed", "a process takes what it allocates"),
+    bandwidth=Figure(10900000000.0, "measured", f"{_CPU_RUN}: reading weights in sampling passes, one thread"),
+    bandwidth_share=Figure(1.0, "measured", f"{_CPU_RUN}: the rates are those reached, not peaks"),
+    flops=Figure(44500000000.0, "measured", f"{_CPU_RUN}: forward and backward passes, one thread"),
+    flops_share=Figure(1.0, "measured", f"{_CPU_RUN}: the rates are those reached, not peaks"),
+    narrow_share=Figure(1.0, "measured", f"{_CPU_RUN}: sampling passes over forward passes, one thread"),
+    link=Figure(1110000000.0, "measured", f"{_CPU_RUN}: all-reduce by gloo, one thread"),
+    network=Figure(1110000000.0, "measured", f"{_CPU_RUN}: no network here: as inside the machine, one thread"),
+    link_share=Figure(1.0, "measured", f"{_CPU_RUN}: the rates are those reached, not peaks"),
+    collective=Figure(0.000633, "measured", f"{_CPU_RUN}: all-reduce by gloo, one thread"),
+    layer=Figure(0.00102, "measured", f"{_CPU_RUN}: sampling passes, one thread"),
+    eager_layer=Figure(0.00102, "measured", f"{_CPU_RUN}: sampling passes, one thread"),
+    eager_slot_layer=Figure(0.00102, "measured", f"{_CPU_RUN}: sampling passes, one thread"),
+    draw=Figure(8.36e-05, "measured", f"{_CPU_RUN}: inverse CDF, one thread"),
+    draw_entry=Figure(3.55e-09, "measured", f"{_CPU_RUN}: inverse CDF, one thread"),
+    column=Figure(0.00026, "measured", f"{_CPU_RUN}: solve and draw, one thread"),
+    solve_entry=Figure(1.21e-08, "measured", f"{_CPU_RUN}: solve and draw, one thread"),
+    loss_entry=Figure(0.0, "measured", f"{_CPU_RUN}: loss less its matrix products, one thread"),
+)
+
+MACHINES = {machine.name: machine for machine in (H100, A100, CPU)}
 
 
 def find_machine(spec: str) -> Machine:
