@@ -511,7 +511,8 @@ def compare(plan: Plan, blended: bool, ranks: list[dict[str, Any]]) -> dict[str,
         "reading prompts": (predicted["reading prompts"], part("reading prompts")),
         "drafting": (predicted["drafting"], part("drafting", "drawing")),
         "teacher's block passes": (predicted["teacher's block passes"], part("teacher's block passes")),
-        "deciding": (predicted["deciding"], part("deciding") - (part("drawing") if not blended else 0.0)),
+        # A step of student rollouts has its decisions, one draw a token, in its drafting.
+        "deciding": (predicted["deciding"], part("deciding") if blended else 0.0),
         "teacher's wide pass": (predicted["teacher's wide pass"], part("teacher's wide pass") if not blended else 0.0),
         "student's passes and loss": (
             predicted["student's forward and backward"] + predicted["loss"],

@@ -422,7 +422,7 @@ class _Planner:
             "engine's teacher": serving,
             "engine's student": serving,
             "sampling replica": serving,
-            "unsharded gradients": "use more accelerators, or a larger per_device_train_batch_size, until a rank has one micro-batch",
+            "unsharded gradients": f"{more} or a larger per_device_train_batch_size, until a rank has one micro-batch",
             "teacher's hidden states": more,
         }
         return remedies.get(component, sharding)
