@@ -73,7 +73,7 @@ LAYOUTS: tuple[tuple[str, str, Layout, dict[str, Any]], ...] = tuple(
         ("the same, passes launched eagerly", Layout(8, eager_sampling=True), {}),
         ("FSDP2, in process, rows of the recipe", Layout(8, "fsdp"), {}),
         ("FSDP2, in process, as many rows as fit", Layout(8, "fsdp"), {"rows": "fit"}),
-        ("ZeRO-3, in process, as many rows as fit", Layout(8, "zero3"), {"rows": "fit"}),
+        ("ZeRO-3, in process, rows of the recipe", Layout(8, "zero3"), {}),
         ("FSDP2, vLLM on the same eight", Layout(8, "fsdp", "vllm"), {}),
         ("FSDP2 on four, vLLM on four", Layout(8, "fsdp", "vllm", engine_accelerators=4), {}),
     )
@@ -216,7 +216,7 @@ def memory_table(report: dict[str, Any]) -> str:
     labels = {
         "DDP": "DDP, in process, rows of the recipe",
         "FSDP2": "FSDP2, in process, rows of the recipe",
-        "ZeRO-3": "ZeRO-3, in process, as many rows as fit",
+        "ZeRO-3": "ZeRO-3, in process, rows of the recipe",
     }
     plans_of_pair = {each["label"]: each["memory"] for each in report["plans"] if each["pair"] == "1.7B <- 8B"}
     found = {name: plans_of_pair[label] for name, label in labels.items()}

@@ -201,8 +201,10 @@ def test_ddp_reduces_what_the_plan_says(fake_ranks: None) -> None:
     pair = Pair(tiny(), tiny())
     assert sum(reduced) == planned_bytes(pair, work, Layout(RANKS), "all-reduce")[0]
     plan = make_plan(pair, work, Layout(RANKS), H100)
-    # Gradients have their own storage beside the buckets they travel in.
+    # Gradients have their own storage beside the buckets they travel in, which outlive them.
     assert plan.memory["update"]["buckets of gradients"] == sum(reduced)
+    assert plan.memory["sampling"]["buckets of gradients"] == sum(reduced)
+    assert "gradients" not in plan.memory["sampling"]
     assert plan.memory["update"]["gradients"] == sum(parameter.grad.nbytes for parameter in student.parameters())
     assert "buckets of gradients" not in make_plan(pair, work, Layout(1), H100).memory["update"]
 

@@ -151,6 +151,8 @@ class _Planner:
         if self.layout.strategy == "ddp":
             found["student's weights"] = pair.master_bytes * student.parameters
             found["optimizer's moments"] = 2 * pair.master_bytes * student.trained
+            if ranks > 1:  # allocated once, and kept while gradients come and go
+                found["buckets of gradients"] = pair.master_bytes * student.trained
         elif self.layout.strategy == "fsdp":
             found["student's weights"] = pair.master_bytes * student.parameters / ranks
             found["optimizer's moments"] = 2 * pair.master_bytes * student.trained / ranks
@@ -214,8 +216,6 @@ class _Planner:
         found: dict[str, float] = {}
         if self.layout.strategy == "ddp":
             found["gradients"] = pair.master_bytes * student.trained
-            if ranks > 1:
-                found["buckets of gradients"] = pair.master_bytes * student.trained
             if pair.mixed:
                 found["weights cast for the pass"] = pair.compute_bytes * student.parameters
         else:
