@@ -673,6 +673,13 @@ def test_the_measured_figures_of_the_h100_follow_from_their_file() -> None:
     assert abs(draws[2] - draws[0]) < 0.05 * draws[0]  # no growth with rows: draw_entry is 0
 
 
+def test_the_cpu_is_the_one_that_was_fitted() -> None:
+    fitted = json.loads((ROOT / "benchmarks/results/plan_check.json").read_text())["machine"]
+    for name, figure in MACHINES["cpu"].figures().items():
+        assert figure.value == pytest.approx(fitted[name]["value"], rel=0.005), name
+        assert figure.kind == fitted[name]["kind"], name
+
+
 def test_a_machine_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "b200.json"
     file.write_text(json.dumps({"like": "h100", "memory": {"value": 192e9, "kind": "data sheet", "source": "a sheet"}}))
