@@ -30,7 +30,6 @@ from trb.cli.display import (
     study_table,
 )
 from trb.cli.doctor import run_doctor
-from trb.cli.plan import add_plan_arguments
 
 if TYPE_CHECKING:
     from trb.config import Recipe
@@ -256,6 +255,8 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    from trb.cli.plan import add_plan_arguments
+
     parser.add_argument("--config", metavar="FILE", help="check the pair, lengths and batch of this recipe")
     parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
     parser.add_argument("--teacher", metavar="SPEC", help="with --student: check this pair")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import trb
 from trb.cli.display import message, new_console, printable
-from trb.cli.plan import run_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +42,8 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     elif options:
         recipe = make_recipe({"train_data": "none"}, options, source="options")
     if arguments.plan:
+        from trb.cli.plan import run_plan
+
         if recipe is None:
             raise ValueError("--plan needs a recipe (--config) or a pair (--student and --teacher)")
         return run_plan(recipe, arguments)
