@@ -568,6 +568,68 @@ def test_doctor_names_a_package_outside_its_range(
     assert "scipy" not in checks
 
 
+def planned(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> str:
+    assert main(["doctor", "--plan", *map(str, arguments)]) == code
+    return capsys.readouterr().out
+
+
+ZOO_PAIR = ("--student", "zoo:student", "--teacher", "zoo:teacher")
+
+
+def test_doctor_plans_a_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, "--config", recipe, "--gpus", 2, "--strategy", "fsdp")
+    assert "zoo:student" in text and "2 x h100, fsdp, in-process" in text
+    for part in ("sampling replica", "gathered layers", "layers for the passes", "drafting", "the run:"):
+        assert part in text
+    # Nothing unmeasured passes for measured.
+    assert "assumed, not measured: link_share" in text
+    assert "measured: bandwidth_share = 0.894 (benchmarks/results/gpu-first.json" in text
+
+
+def test_doctor_plan_as_json_says_what_it_was_made_from(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--gpus", 1, "--mean-completion", 64, "--acceptance", 0.97, "--max-completion-length", 128, "--json")
+    report = json.loads(planned(capsys, *ZOO_PAIR, *options))
+    student = zoo.load("student")[0]
+    assert report["student"]["parameters"] == sum(p.numel() for p in student.parameters())
+    assert (report["work"]["completion"], report["work"]["mean_completion"]) == (128, 64)
+    assert report["numbers"]["continuation_rate"] == 0.97
+    assert report["memory"]["update"]["gradients"] == sum(p.nbytes for p in student.parameters())
+    assert report["machine"]["flops"]["kind"] == "data sheet"
+    assert report["provenance"]["versions"]["torch"] == torch.__version__
+    assert report["run"] is None and report["problems"] == []
+
+
+def test_doctor_plans_from_shapes_alone_and_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = Path(__file__).parents[1] / "benchmarks" / "shapes"
+    pair = ("--student", shapes / "llama-70b", "--teacher", shapes / "llama-405b", "--teacher-dtype", "bfloat16")
+    text = planned(capsys, *pair, "--nodes", 2, "--strategy", "zero3", code=1)
+    assert "(70.55 B)" in text and "16 x h100, zero3" in text
+    assert "sampling needs" in text and "serve it (--engine vllm)" in text
+
+
+def test_doctor_plan_of_plain_distillation_has_no_blended_step(capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, *ZOO_PAIR, "--method", "opd", "--gpus", 1)
+    assert "blended" not in text and "student's rollouts" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "--plan needs a recipe (--config) or a pair"),
+        ((*ZOO_PAIR, "--machine", "h10"), "unknown machine 'h10'"),
+        ((*ZOO_PAIR, "--gpus", "9"), "--gpus=9 is out of range: a node of h100 has 8"),
+        ((*ZOO_PAIR, "--gpus", "4", "--nodes", "2"), "drop --gpus=4"),
+        ((*ZOO_PAIR, "--nodes", "0"), "--nodes must be at least 1"),
+        ((*ZOO_PAIR, "--strategy", "fsdp1"), "unknown strategy 'fsdp1'"),
+        ((*ZOO_PAIR, "--engine-gpus", "2"), "are vLLM's"),
+    ],
+)
+def test_doctor_refuses_impossible_plans(
+    arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert complaint in refused(capsys, "doctor", "--plan", *arguments)
+
+
 # ---- progress ----
 
 

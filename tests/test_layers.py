@@ -33,6 +33,7 @@ LAYERS = (
     "sharding",
     "zoo",
     "loading",
+    "planning",
     "data",
     "rewards",
     "provenance",

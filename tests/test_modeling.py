@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trb.modeling import OutputHead, completion_hidden_states, hidden_states
+from trb.modeling import OutputHead, completion_hidden_states, hidden_states, length_groups
 
 SIZES = {
     "vocab_size": 19,
@@ -66,6 +66,16 @@ def test_completion_hidden_states_are_those_of_unpadded_rows(name: str) -> None:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
     assert torch.allclose(ours, torch.cat(expected), atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 9, 16])
+def test_rows_are_read_in_as_many_passes_as_announced(rows: int) -> None:
+    model = build("llama")
+    passes: list[int] = []
+    model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    ids = torch.ones(rows, 3, dtype=torch.long)
+    completion_hidden_states(model, ids, ids, ids.clone().index_fill_(1, torch.tensor([0]), 0))
+    assert len(passes) == length_groups(rows)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

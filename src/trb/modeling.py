@@ -9,6 +9,7 @@ Shape suffixes: B sequences, R rows of one group, L padded length, T kept positi
 size, V head rows.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,11 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["OutputHead", "completion_hidden_states", "hidden_states", "without_adapters"]
+__all__ = ["OutputHead", "completion_hidden_states", "hidden_states", "length_groups", "without_adapters"]
 
 # Rows are read in groups of similar length. The number of groups depends on the batch size alone: under sharding every
 # rank must run the model equally often.
 _LENGTH_GROUPS = 4
+
+
+def length_groups(rows: int) -> int:
+    """Passes in which `completion_hidden_states` reads so many rows."""
+    return math.ceil(rows / math.ceil(rows / _LENGTH_GROUPS))
 
 
 def without_adapters(model: nn.Module) -> PreTrainedModel:

@@ -76,7 +76,9 @@ _EXAMPLES = {
     "doctor": """\
     trb doctor
     trb doctor --student zoo:student --teacher zoo:teacher
-    trb doctor --config recipes/qwen3-1.7b-from-8b.yaml --launch recipes/accelerate/fsdp2.yaml""",
+    trb doctor --config recipes/qwen3-1.7b-from-8b.yaml --launch recipes/accelerate/fsdp2.yaml
+    trb doctor --config recipes/smollm2.yaml
+    trb doctor --plan --config recipes/qwen3-1.7b-from-8b.yaml --machine h100 --gpus 8 --strategy fsdp""",
 }
 
 
@@ -273,10 +275,13 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    from trb.cli.plan import add_plan_arguments
+
     parser.add_argument("--config", metavar="FILE", help="check the pair, lengths and batch of this recipe")
     parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
     parser.add_argument("--teacher", metavar="SPEC", help="with --student: check this pair")
     parser.add_argument("--launch", metavar="FILE", help="estimate memory for this `accelerate launch` configuration")
+    add_plan_arguments(parser)
 
 
 # ---- commands ----

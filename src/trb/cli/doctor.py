@@ -50,6 +50,12 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     elif options:
         recipe = make_recipe({"train_data": "none"}, options, source="options")
     launch = None if arguments.launch is None else read_yaml(Path(arguments.launch))
+    if arguments.plan:
+        from trb.cli.plan import run_plan
+
+        if recipe is None:
+            raise ValueError("--plan needs a recipe (--config) or a pair (--student and --teacher)")
+        return run_plan(recipe, arguments)
     console, failed = new_console(), False
     for check in _checks(recipe, launch):
         style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[check.status]
@@ -169,7 +175,7 @@ def _check_pair(run: "RunConfig", args: "TRBConfig", launch: Launch, *, has_leng
             "fail", "chat template", "the student's tokenizer has none", "Set chat_template to a Jinja file or plain"
         )
     try:
-        student, teacher = _outline(run, "student"), _outline(run, "teacher")
+        student, teacher = outline(run, "student"), outline(run, "teacher")
         used = max(tokenizer.get_vocab().values()) + 1
         rows = head_rows(student), head_rows(teacher)
         check_heads(*rows, used)
@@ -199,8 +205,11 @@ def _ids(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids))
 
 
-def _outline(run: "RunConfig", role: str) -> "PreTrainedModel":
-    """A model without weights: what it would be, without the memory to load it."""
+def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrainedModel":
+    """A model without weights: what it would be, without the memory to load it.
+
+    With `weights=False` a directory that holds only a config.json will do.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -211,7 +220,9 @@ def _outline(run: "RunConfig", role: str) -> "PreTrainedModel":
     keep = run.student_keep_layers if role == "student" else None
     if (Path(spec).expanduser() / "adapter_config.json").is_file():
         return load_model(spec, trust_remote_code=trust, keep_layers=keep)
-    source = resolve(spec, revision)
+    directory = Path(spec).expanduser()
+    shape_only = not weights and (directory / "config.json").is_file()
+    source = directory if shape_only else resolve(spec, revision)
     check_config(source, trust_remote_code=trust, revision=revision)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
     with torch.device("meta"):
