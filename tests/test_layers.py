@@ -33,6 +33,8 @@ LAYERS = (
     "provenance",
     "evaluation",
     "recording",
+    "checkpoints",
+    "guard",
     "trainer",
     "config",
     "experiments",

@@ -49,13 +49,14 @@ def config(directory: Path, **changes: Any) -> TRBConfig:
 
 def build(directory: Path, *, student: Any = None, teacher: Any = None, **changes: Any) -> TRBTrainer:
     passed_on = {name: changes.pop(name) for name in ("reward_fn", "peft_config", "callbacks") if name in changes}
+    prompts = changes.pop("train_prompts", 64)
     own_student, tokenizer = zoo.load("student")
     own_teacher, teacher_tokenizer = zoo.load("teacher")
     trainer = TRBTrainer(
         own_student if student is None else student,
         own_teacher if teacher is None else teacher,
         config(directory, **changes),
-        train_dataset=Dataset.from_list(zoo.problems(64, seed=0, split="train")),
+        train_dataset=Dataset.from_list(zoo.problems(prompts, seed=0, split="train")),
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
         **passed_on,
@@ -102,6 +103,13 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
         "_get_train_sampler": ["self", "dataset"],
+        "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+        "_get_grad_norm": ["self", "model", "grad_norm"],
+        "_get_output_dir": ["self", "trial"],
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_save_rng_state": ["self", "output_dir"],
+        "_load_rng_state": ["self", "checkpoint"],
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
         "log": ["self", "logs", "start_time"],
     }
     for name, parameters in expected.items():
@@ -394,6 +402,43 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
 
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert recorded(name, "killed") == recorded(name, "straight")
+
+
+@pytest.mark.parametrize("killed_after", [5, 6], ids=["inside the second epoch", "where the second epoch begins"])
+def test_a_run_resumed_in_a_later_epoch_has_that_epochs_prompts_and_averages(tmp_path: Path, killed_after: int) -> None:
+    # 16 prompts, 4 a step: 4 steps an epoch. Averages are over 3 steps, checkpoints come every 4 or 5: inside a window.
+    settings = {
+        "train_prompts": 16,
+        "max_steps": 10,
+        "num_generations": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 6,
+        "logging_steps": 3,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": killed_after - 1 if killed_after == 6 else 4,
+    }
+    straight, resumed = Completions(), Completions()
+    whole = build(tmp_path / "straight", **settings)
+    straight.watch(whole)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "killed", callbacks=[Kill(killed_after)], **settings).train()
+    rest = build(tmp_path / "killed", **settings)
+    resumed.watch(rest)
+    rest.train(resume_from_checkpoint=True)
+    assert 0 < len(resumed.per_step) < len(straight.per_step) == 10
+    assert straight.per_step[-len(resumed.per_step) :] == resumed.per_step
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "killed")
+    ]
+    for one, other in zip(*lines, strict=True):
+        assert {key: one[key] for key in one if key != "step_time"} == {
+            key: other[key] for key in other if key != "step_time"
+        }
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(rest).values(), strict=True))
 
 
 def test_only_adapters_change_under_lora(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_directory", "finite", "write_bytes", "write_json", "write_text"]
+__all__ = ["cache_directory", "finite", "remove_unfinished", "write_bytes", "write_json", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -28,6 +28,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed inside `write_bytes` have left in a folder and those below it."""
+    for path in folder.rglob(".*.[0-9]*.partial"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
