@@ -19,6 +19,7 @@ from trb import experiments, zoo
 from trb.checkpoints import latest
 from trb.config import ConfigError, Recipe, load_recipe, make_recipe
 from trb.experiments import DiskFullError, Listener, RunDirectoryError, compare, mean_of_suites, train
+from trb.files import exclusive
 from trb.loading import load_model, load_tokenizer
 from trb.trainer import TRBTrainer
 from trb.zoo.tasks import split_of
@@ -257,6 +258,13 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("[")
     with pytest.raises(RunDirectoryError, match=r"config\.yaml is damaged"):
         train(small(), tmp_path)
+
+
+def test_two_runs_at_once_in_one_directory_are_refused(tmp_path: Path) -> None:
+    with exclusive(tmp_path), pytest.raises(RunDirectoryError, match="another run is writing to"):
+        train(small(max_steps=1, eval_data=[]), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    train(small(max_steps=1, eval_data=[], save_final_model=False), tmp_path)
 
 
 # ---- disks ----

@@ -26,6 +26,9 @@ from trb.vocab import align
 ROOT = Path(__file__).parents[1]
 
 
+PASSED_ON = ("reward_fn", "peft_config", "callbacks", "eval_dataset")
+
+
 def config(directory: Path, **changes: Any) -> TRBConfig:
     settings: dict[str, Any] = {
         "output_dir": str(directory),
@@ -48,7 +51,7 @@ def config(directory: Path, **changes: Any) -> TRBConfig:
 
 
 def build(directory: Path, *, student: Any = None, teacher: Any = None, **changes: Any) -> TRBTrainer:
-    passed_on = {name: changes.pop(name) for name in ("reward_fn", "peft_config", "callbacks") if name in changes}
+    passed_on = {name: changes.pop(name) for name in PASSED_ON if name in changes}
     prompts = changes.pop("train_prompts", 64)
     own_student, tokenizer = zoo.load("student")
     own_teacher, teacher_tokenizer = zoo.load("teacher")

@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +47,7 @@ from trb.checkpoints import CheckpointError
 from trb.config import ConfigError, Recipe, RunConfig
 from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
-from trb.files import remove_unfinished, write_json, write_text
+from trb.files import exclusive, remove_unfinished, write_json, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate
 from trb.modeling import without_adapters
 from trb.recording import append_jsonl, drop_after_step
@@ -201,17 +201,29 @@ def _train(
     recipe: Recipe, directory: Path, name: str, before: list[dict[str, Any]] | None, overwrite: bool, listener: Listener
 ) -> dict[str, Any]:
     """`train` under a name, with the initial student's scores where they are known already."""
-    run, args = recipe.run, recipe.training_config(directory)
-    if overwrite and args.process_index == 0:
-        _clear(directory)
-    args.distributed_state.wait_for_everyone()
-    if _finished(directory, recipe):
+    args = recipe.training_config(directory)
+    if not overwrite and _finished(directory, recipe):
         listener.finished(name)
         return json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    with _sole_run(directory, args):
+        if overwrite and args.process_index == 0:
+            _clear(directory)
+        args.distributed_state.wait_for_everyone()
+        return _train_alone(recipe, args, directory, name, before, listener)
+
+
+def _train_alone(
+    recipe: Recipe,
+    args: TRBConfig,
+    directory: Path,
+    name: str,
+    before: list[dict[str, Any]] | None,
+    listener: Listener,
+) -> dict[str, Any]:
+    """The run itself, in a directory that nobody else writes to."""
+    run = recipe.run
     checkpoint = _check_claim(directory, recipe, checkpoints.agreed(partial(checkpoints.latest, directory)))
     checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
-    _require_writable(directory)
-
     listener.stage(f"{name}: loading models and data")
     material = _load(run, args)
     _require_space(directory, material.student, run, args)
@@ -782,6 +794,23 @@ def _is_last(checkpoint: Path, args: TRBConfig) -> bool:
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+
+
+@contextmanager
+def _sole_run(directory: Path, args: TRBConfig) -> Iterator[None]:
+    """Keep a second start of the same run, by hand or by a scheduler, from writing into the first one's files."""
+    if args.process_index != 0:
+        yield
+        return
+    _require_writable(directory)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(directory))
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"another run is writing to {directory}; wait for it, or use another output directory"
+            ) from error
+        yield
 
 
 # ---- disks ----

@@ -631,7 +631,7 @@ class TRBTrainer(DistillationTrainer):
             )
         if in_a_row >= self.args.max_skipped_steps:
             raise NonFiniteError(
-                f"step {step}: the {what} is not finite, for the {in_a_row}th step in a row (max_skipped_steps). "
+                f"step {step}: the {what} is not finite, and so it was in max_skipped_steps={in_a_row} steps in a row. "
                 f"Nothing of them was applied. {self._way_back(path)}"
             )
         model.zero_grad(set_to_none=True)
