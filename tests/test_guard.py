@@ -11,6 +11,7 @@ from test_trainer import build, logged, weights
 from transformers import TrainerCallback
 
 from trb import trainer as trainer_module
+from trb import zoo
 from trb.guard import NonFiniteError
 from trb.trainer import TRBTrainer
 
@@ -103,6 +104,34 @@ def test_a_step_that_is_not_finite_changes_nothing_and_counts(
         assert len(row["reverse_kl"]) == len(row["completion_ids"]) > 0
         assert trainer._tokenizer.decode(row["prompt_ids"]) == row["prompt"]
         assert trainer._tokenizer.decode(row["completion_ids"]) == row["completion"]
+
+
+@pytest.mark.parametrize("method", ["trb", "opd", "skd"])
+def test_a_prompt_on_which_the_student_breaks_is_survived_and_named(tmp_path: Path, method: str) -> None:
+    """Logits of NaN reach the sampler first, as they do where bf16 overflows: it must not fall over them."""
+    student, tokenizer = zoo.load("student")
+    rows = zoo.problems(16, seed=0, split="train")
+    bad = tokenizer.convert_tokens_to_ids("z")  # no prompt has it
+    rows[5]["prompt"][-1]["content"] += "z"
+
+    def breaks(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == bad)[..., None], math.nan)
+
+    student.get_input_embeddings().register_forward_hook(breaks)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    trainer = build(tmp_path, student=student, method=method, train_rows=rows, **TINY)
+    trainer.train()
+    skipped = logged(trainer, "skipped_steps")[-1]
+    assert 0 < skipped < 4
+    saved = sorted((tmp_path / "skipped").iterdir())
+    assert len(saved) == skipped
+    for path in saved:
+        guilty = [json.loads(line) for line in path.read_text().splitlines()]
+        assert 0 < len(guilty) <= 4
+        assert all(bad in row["prompt_ids"] + row["completion_ids"] for row in guilty)
+    after = weights(trainer)
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in after)
 
 
 def test_where_rows_can_be_told_apart_only_the_bad_ones_are_saved(

@@ -52,14 +52,14 @@ def config(directory: Path, **changes: Any) -> TRBConfig:
 
 def build(directory: Path, *, student: Any = None, teacher: Any = None, **changes: Any) -> TRBTrainer:
     passed_on = {name: changes.pop(name) for name in PASSED_ON if name in changes}
-    prompts = changes.pop("train_prompts", 64)
+    rows = changes.pop("train_rows", None) or zoo.problems(64, seed=0, split="train")
     own_student, tokenizer = zoo.load("student")
     own_teacher, teacher_tokenizer = zoo.load("teacher")
     trainer = TRBTrainer(
         own_student if student is None else student,
         own_teacher if teacher is None else teacher,
         config(directory, **changes),
-        train_dataset=Dataset.from_list(zoo.problems(prompts, seed=0, split="train")),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
         **passed_on,
@@ -411,7 +411,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
 def test_a_run_resumed_in_a_later_epoch_has_that_epochs_prompts_and_averages(tmp_path: Path, killed_after: int) -> None:
     # 16 prompts, 4 a step: 4 steps an epoch. Averages are over 3 steps, checkpoints come every 4 or 5: inside a window.
     settings = {
-        "train_prompts": 16,
+        "train_rows": zoo.problems(16, seed=0, split="train"),
         "max_steps": 10,
         "num_generations": 1,
         "per_device_train_batch_size": 2,
