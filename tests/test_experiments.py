@@ -214,6 +214,14 @@ def test_a_named_checkpoint_must_be_one(finished: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in records(tmp_path / "run" / "metrics.jsonl")] == [5, 6]
 
 
+def test_logs_do_not_pile_up_in_memory_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "_KEPT_LOGS", 2)
+    train(small(save_strategy="steps", save_steps=6, eval_data=[]), tmp_path)
+    assert len(records(tmp_path / "metrics.jsonl")) == 6
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == [5, 6]
+
+
 # ---- directories ----
 
 

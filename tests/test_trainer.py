@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import DistillationTrainer, SFTConfig, SFTTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
@@ -557,6 +558,89 @@ def test_a_teacher_without_rows_for_ids_in_use_is_refused(tmp_path: Path) -> Non
     teacher.resize_token_embeddings(12)
     with pytest.raises(ValueError, match="teacher's head has 12 rows"):
         build(tmp_path, teacher=teacher)
+
+
+def test_a_tokenizer_without_a_pad_token_trains_alike(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("student")
+    teacher, other = zoo.load("teacher")
+    tokenizer.pad_token = other.pad_token = None
+    trainer = TRBTrainer(
+        student,
+        teacher,
+        config(tmp_path / "without", max_completion_length=8),
+        train_dataset=Dataset.from_list(zoo.problems(64, seed=0, split="train")),
+        processing_class=tokenizer,
+        teacher_processing_class=other,
+    )
+    trainer.train()
+    usual = build(tmp_path / "with", max_completion_length=8)
+    usual.train()
+    assert losses(trainer) == losses(usual)
+
+
+def test_a_grader_that_fails_costs_its_rewards_once_it_has_worked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def reward(texts: list[str], rows: Any) -> list[float]:
+        calls.append(len(texts))
+        if len(calls) == 2:
+            raise RuntimeError("the answer-checking worker did not start")
+        return [0.25] * len(texts)
+
+    trainer = build(tmp_path / "later", reward_fn=reward, max_steps=3, max_completion_length=4)
+    trainer.train()
+    assert [row.get("trb/reward") for row in trainer.state.log_history if "loss" in row] == [0.25, None, 0.25]
+    assert "no rewards, as their function failed: RuntimeError('the answer-checking worker" in caplog.text
+
+    def broken(texts: list[str], rows: Any) -> list[float]:
+        raise RuntimeError("misspelt")
+
+    with pytest.raises(RuntimeError, match="misspelt"):
+        build(tmp_path / "at once", reward_fn=broken, max_steps=1, max_completion_length=4).train()
+
+
+class DeadService(TensorBoardCallback):
+    """A logging service that is up while the run starts, and then not."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls.append("begin")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.calls.append("log")
+        raise ConnectionError("no route to host")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls.append("end")
+
+
+def test_a_logging_service_that_fails_is_left_alone_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = DeadService()
+    trainer = build(tmp_path / "dead", callbacks=[service], max_steps=5, max_completion_length=4)
+    trainer.train()
+    assert service.calls == ["begin", "log", "log", "log"]
+    assert caplog.text.count("DeadService failed in on_log") == 3
+    assert caplog.text.count("is left alone from now on") == 1
+    assert trainer.state.global_step == 5
+    usual = build(tmp_path / "usual", max_steps=5, max_completion_length=4)
+    usual.train()
+    assert losses(trainer) == losses(usual)
+    assert len((tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_other_callbacks_still_end_a_run_when_they_fail(tmp_path: Path) -> None:
+    class Mine(TrainerCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        build(tmp_path, callbacks=[Mine()], max_steps=1, max_completion_length=4).train()
 
 
 def test_different_tokenizers_are_refused(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ _MEASUREMENTS = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jso
 _RUN_FILES = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "report.html")
 _CPU_CACHE_BYTES = 2 << 30
 _FULL_BYTES = 1 << 20
+_KEPT_LOGS = 10
 _MOST_ROWS = 512
 
 
@@ -320,6 +321,8 @@ class _Observer(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._logs = dict(logs or {})
+        # metrics.jsonl has them all. Here they would fill the memory, and each checkpoint's trainer_state.json.
+        del state.log_history[:-_KEPT_LOGS]
         if "loss" in self._logs:
             self.listener.step(state.global_step, self._logs)
 

@@ -26,7 +26,7 @@ from trb.recording import jsonl
 __all__ = ["NonFiniteError", "StepGuard"]
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite; the message says where to look."""
 
 

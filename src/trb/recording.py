@@ -10,6 +10,7 @@ resumed run hold the same steps as those of an uninterrupted one. Logging servic
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from trb.scoring import TokenScores
 
 __all__ = ["RunRecorder", "append_jsonl", "drop_after_step", "jsonl", "score_record", "survive_failures"]
 
-# Failures in a row after which a logging service is left alone: each may be a time-out of a minute.
+# Failures in a row, of one kind of event, after which a logging service is left alone: each may be a minute's time-out.
 _PATIENCE = 3
 
 logger = logging.get_logger(__name__)
@@ -80,22 +81,22 @@ class _Shield:
     """Replaces a callback's events on the callback itself, as transformers looks callbacks up by their class."""
 
     def __init__(self, callback: TrainerCallback) -> None:
-        self.name, self.failures = type(callback).__name__, 0
+        self.name, self.in_a_row = type(callback).__name__, Counter[str]()
         for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
             setattr(callback, event, self._shielded(event, getattr(callback, event)))
 
     def _shielded(self, event: str, handler: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self.failures >= _PATIENCE:
+            if max(self.in_a_row.values(), default=0) >= _PATIENCE:
                 return None
             try:
                 result = handler(*args, **kwargs)
             except Exception as error:
-                self.failures += 1
-                given_up = ", and is left alone from now on" if self.failures == _PATIENCE else ""
+                self.in_a_row[event] += 1
+                given_up = ", and is left alone from now on" if self.in_a_row[event] == _PATIENCE else ""
                 logger.warning(f"{self.name} failed in {event}{given_up}: {error!r}. The run goes on")
                 return None
-            self.failures = 0
+            self.in_a_row[event] = 0
             return result
 
         return call

@@ -627,16 +627,16 @@ class TRBTrainer(DistillationTrainer):
         what, in_a_row = " and ".join(found), self._guard.in_a_row + 1
         if self.is_deepspeed_enabled and not self.args.fp16:  # with fp16, its own loss scaling has skipped the step
             raise NonFiniteError(
-                f"step {step}: the {what} is not finite, and DeepSpeed has applied it already. {self._way_back(path)}"
+                f"step {step}: {what} not finite, and DeepSpeed has applied the step already. {self._way_back(path)}"
             )
         if in_a_row >= self.args.max_skipped_steps:
             raise NonFiniteError(
-                f"step {step}: the {what} is not finite, and so it was in max_skipped_steps={in_a_row} steps in a row. "
-                f"Nothing of them was applied. {self._way_back(path)}"
+                f"step {step}: {what} not finite, in max_skipped_steps={in_a_row} steps in a row. None of them was "
+                f"applied. {self._way_back(path)}"
             )
         model.zero_grad(set_to_none=True)
         self._tr_loss.copy_(self._loss_before)
-        logger.warning(f"step {step} is skipped: its {what} is not finite; its rollouts are in {path}")
+        logger.warning(f"step {step} is skipped: {what} not finite; its rollouts are in {path}")
 
     def _way_back(self, skipped: Path) -> str:
         saved = checkpoints.latest(Path(str(self.args.output_dir)), contents=False, warn=None)
