@@ -1,7 +1,7 @@
 """Kills, starves, corrupts and wears out training runs, and compares what is left with runs that nobody touched.
 
     python benchmarks/torture.py --out benchmarks/results/torture.json     under half an hour on two cores
-    python benchmarks/torture.py --quick                                   what `make test` runs, half a minute of one core
+    python benchmarks/torture.py --quick                                   the short version of `make test`
 
 Runs are those of `trb train` on the embedded pair: 8 steps over nearly three epochs, with gradient accumulation,
 evaluations, held-out prompts, checkpoints of which two are kept, and averages over more steps than lie between two

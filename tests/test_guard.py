@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,8 @@ import torch
 from test_trainer import build, logged, weights
 from transformers import TrainerCallback
 
+from trb import checkpoints, zoo
 from trb import trainer as trainer_module
-from trb import zoo
 from trb.guard import NonFiniteError
 from trb.trainer import TRBTrainer
 
@@ -192,6 +195,35 @@ def test_the_count_survives_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
         resumed = build(tmp_path, **settings)
         with pytest.raises(NonFiniteError, match="max_skipped_steps=3 steps in a row"):
             resumed.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.slow
+def test_two_processes_decide_alike_and_resume_alike(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [*launch, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
+    for found in (first, second):
+        assert found["skipped"] == [0, 1, 1, 1]
+        assert found["unchanged"] == [True, False, False]  # from step 1 to 2, 2 to 3, 3 to 4
+        assert found["same_losses"] and found["same_weights"]
+    assert first["sum_of_weights"] == second["sum_of_weights"]
+    rows = [json.loads(line) for line in (tmp_path / "straight/skipped/step-000002.jsonl").read_text().splitlines()]
+    assert [row["process"] for row in rows] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert all(row["non_finite"] == ["loss"] for row in rows)
+    (last,) = (tmp_path / "straight").glob("checkpoint-*")
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trb_state_0.json", "trb_state_1.json"} <= {
+        path.name for path in last.iterdir()
+    }
+    checkpoints.verify(last)
+    assert not list(tmp_path.glob("*/*.partial"))
 
 
 def test_limits_below_one_are_refused(tmp_path: Path) -> None:
