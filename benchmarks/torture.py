@@ -783,7 +783,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few of each, in half a minute")
     parser.add_argument(
-        "--kills", type=int, default=60, metavar="N", help="file operations killed before (default: 60)"
+        "--kills", type=int, default=40, metavar="N", help="file operations killed before (default: 40)"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="of the long run (default: 2000, with --quick 20)")
     parser.add_argument("--seed", type=int, default=0, help="of moments and damages (default: 0)")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trb import experiments, zoo
+from trb import checkpoints, experiments, zoo
 from trb.checkpoints import latest
 from trb.config import ConfigError, Recipe, load_recipe, make_recipe
 from trb.experiments import DiskFullError, Listener, RunDirectoryError, compare, mean_of_suites, train
@@ -212,6 +212,25 @@ def test_a_named_checkpoint_must_be_one(finished: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "config.yaml").exists()
     train(small(resume_from_checkpoint=str(finished / "checkpoint-4"), save_strategy="no"), tmp_path / "run")
     assert [row["step"] for row in records(tmp_path / "run" / "metrics.jsonl")] == [5, 6]
+
+
+def test_a_kill_between_a_save_and_the_removal_of_older_ones_leaves_no_more_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(max_steps=4, eval_data=[], save_strategy="steps", save_steps=2, save_total_limit=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        prune = checkpoints.prune
+
+        def killed(directory: Path, newest: int, *rest: Any) -> None:
+            if newest == 4:
+                raise Killed
+            prune(directory, newest, *rest)
+
+        patch.setattr(checkpoints, "prune", killed)
+        train(recipe, tmp_path)
+    assert checkpoints.numbered(tmp_path).keys() == {2, 4}
+    train(recipe, tmp_path)
+    assert checkpoints.numbered(tmp_path).keys() == {4}
 
 
 def test_logs_do_not_pile_up_in_memory_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +488,22 @@ def test_lora_trains_adapters_that_load_again(tmp_path: Path) -> None:
     changed = {name for name in start if not torch.allclose(merged[name], start[name])}
     assert changed
     assert all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+def test_adapters_killed_and_resumed_end_like_those_that_were_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"lora_rank": 2, "lora_target_modules": ["q_proj", "v_proj"]}
+    recipe = small(max_steps=4, eval_data=[], save_strategy="steps", save_steps=2, **lora)
+    train(recipe, tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(2, patch)
+        train(recipe, tmp_path / "killed")
+    train(recipe, tmp_path / "killed")
+    one, other = (tmp_path / name / "model" / "adapter_model.safetensors" for name in ("straight", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert repeatable(tmp_path / "straight" / name) == repeatable(tmp_path / "killed" / name), name
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

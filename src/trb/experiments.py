@@ -232,6 +232,8 @@ def _train_alone(
         if args.process_index == 0:
             # Not before: a run that could not load must not claim the directory.
             _begin(directory, recipe, afresh=checkpoint is None)
+            if checkpoint is not None and args.resume_from_checkpoint is None:
+                _finish_pruning(directory, checkpoint, args)
         args.distributed_state.wait_for_everyone()
         score = partial(
             evaluate_suites,
@@ -760,6 +762,12 @@ def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
         drop_after_step(directory / name, sys.maxsize)  # a kill may have cut the last line off
     write_text(directory / "config.yaml", recipe.to_yaml())
     provenance.write(directory)
+
+
+def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
+    """Remove what `save_total_limit` leaves over: a kill may have come between a save and that."""
+    state = _state_of(checkpoint)
+    checkpoints.prune(directory, state.global_step, args.save_total_limit, [state.best_model_checkpoint])
 
 
 def _clear_comparison(directory: Path, recipe: Recipe) -> None:
