@@ -35,7 +35,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test lint format smollm2 bench study study-smollm2 zoo hostile fuzz audit lock plans clean
+.PHONY: help setup quickstart test lint format smollm2 bench study study-smollm2 zoo hostile fuzz audit lock plans torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,8 @@ bench: $(VENV)/run.stamp ## time sampling, the solve and whole steps beside thei
 plans: $(VENV)/run.stamp ## check the cost model against runs of one and two processes, and write the tables of docs/scaling.md
 	$(BIN)/python benchmarks/plan_check.py
 	$(BIN)/python benchmarks/plans.py
+torture: $(VENV)/run.stamp ## kill, corrupt, starve and wear out runs; a table of what survived (half an hour, see docs/robustness.md)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py --out benchmarks/results/torture.json
 
 # Restartable at every point: pairs, runs and probes that are finished are kept.
 study: $(VENV)/run.stamp ## the study of docs/experiments.md, from training its models to its report (about five hours on two cores)

@@ -39,6 +39,8 @@ LAYERS = (
     "provenance",
     "evaluation",
     "recording",
+    "checkpoints",
+    "guard",
     "trainer",
     "config",
     "experiments",

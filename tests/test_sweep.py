@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
+import psutil
 import pytest
 
 from trb import sweep
@@ -141,6 +142,21 @@ def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path):
     with pytest.raises(StudyError, match=r"chains/select/opd/0/seed-100: .*missing\.jsonl.*run the same command again"):
         run_study(study(settings={"chains": broken}), tmp_path / "study", workers=1)
     assert (tmp_path / "study" / "chains" / "reference" / "teacher.json").exists()
+
+
+def test_a_worker_that_dies_is_reported_and_the_rest_kept(tmp_path):
+    class Assassin(Diary):
+        def finished(self, job, seconds):
+            super().finished(job, seconds)
+            for worker in psutil.Process().children():
+                if "spawn_main" in " ".join(worker.cmdline()):
+                    worker.kill()
+
+    victim = Assassin()
+    with pytest.raises(StudyError, match=r"a worker process died .* run the same command again"):
+        run_study(study(), tmp_path / "study", workers=1, listener=victim)
+    assert victim.runs == ["chains/reference/student"]
+    assert (tmp_path / "study" / "chains" / "reference" / "student.json").exists()
 
 
 def test_more_seeds_may_join_and_only_they_are_run(finished):

@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import DistillationTrainer, SFTConfig, SFTTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
@@ -24,6 +25,9 @@ from trb.sampling import sample
 from trb.vocab import align
 
 ROOT = Path(__file__).parents[1]
+
+
+PASSED_ON = ("reward_fn", "peft_config", "callbacks", "eval_dataset")
 
 
 def config(directory: Path, **changes: Any) -> TRBConfig:
@@ -48,14 +52,15 @@ def config(directory: Path, **changes: Any) -> TRBConfig:
 
 
 def build(directory: Path, *, student: Any = None, teacher: Any = None, **changes: Any) -> TRBTrainer:
-    passed_on = {name: changes.pop(name) for name in ("reward_fn", "peft_config", "callbacks") if name in changes}
+    passed_on = {name: changes.pop(name) for name in PASSED_ON if name in changes}
+    rows = changes.pop("train_rows", None) or zoo.problems(64, seed=0, split="train")
     own_student, tokenizer = zoo.load("student")
     own_teacher, teacher_tokenizer = zoo.load("teacher")
     trainer = TRBTrainer(
         own_student if student is None else student,
         own_teacher if teacher is None else teacher,
         config(directory, **changes),
-        train_dataset=Dataset.from_list(zoo.problems(64, seed=0, split="train")),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
         **passed_on,
@@ -102,6 +107,13 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
         "_get_train_sampler": ["self", "dataset"],
+        "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+        "_get_grad_norm": ["self", "model", "grad_norm"],
+        "_get_output_dir": ["self", "trial"],
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_save_rng_state": ["self", "output_dir"],
+        "_load_rng_state": ["self", "checkpoint"],
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
         "log": ["self", "logs", "start_time"],
         "save_model": ["self", "output_dir", "_internal_call"],
         "_save": ["self", "output_dir", "state_dict"],
@@ -398,6 +410,43 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
         assert recorded(name, "killed") == recorded(name, "straight")
 
 
+@pytest.mark.parametrize("killed_after", [5, 6], ids=["inside the second epoch", "where the second epoch begins"])
+def test_a_run_resumed_in_a_later_epoch_has_that_epochs_prompts_and_averages(tmp_path: Path, killed_after: int) -> None:
+    # 16 prompts, 4 a step: 4 steps an epoch. Averages are over 3 steps, checkpoints come every 4 or 5: inside a window.
+    settings = {
+        "train_rows": zoo.problems(16, seed=0, split="train"),
+        "max_steps": 10,
+        "num_generations": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 6,
+        "logging_steps": 3,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": killed_after - 1 if killed_after == 6 else 4,
+    }
+    straight, resumed = Completions(), Completions()
+    whole = build(tmp_path / "straight", **settings)
+    straight.watch(whole)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "killed", callbacks=[Kill(killed_after)], **settings).train()
+    rest = build(tmp_path / "killed", **settings)
+    resumed.watch(rest)
+    rest.train(resume_from_checkpoint=True)
+    assert 0 < len(resumed.per_step) < len(straight.per_step) == 10
+    assert straight.per_step[-len(resumed.per_step) :] == resumed.per_step
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "killed")
+    ]
+    for one, other in zip(*lines, strict=True):
+        assert {key: one[key] for key in one if key != "step_time"} == {
+            key: other[key] for key in other if key != "step_time"
+        }
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(rest).values(), strict=True))
+
+
 def test_only_adapters_change_under_lora(tmp_path: Path) -> None:
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = build(tmp_path, peft_config=adapter)
@@ -511,6 +560,89 @@ def test_a_teacher_without_rows_for_ids_in_use_is_refused(tmp_path: Path) -> Non
     teacher.resize_token_embeddings(12)
     with pytest.raises(ValueError, match="teacher's head has 12 rows"):
         build(tmp_path, teacher=teacher)
+
+
+def test_a_tokenizer_without_a_pad_token_trains_alike(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("student")
+    teacher, other = zoo.load("teacher")
+    tokenizer.pad_token = other.pad_token = None
+    trainer = TRBTrainer(
+        student,
+        teacher,
+        config(tmp_path / "without", max_completion_length=8),
+        train_dataset=Dataset.from_list(zoo.problems(64, seed=0, split="train")),
+        processing_class=tokenizer,
+        teacher_processing_class=other,
+    )
+    trainer.train()
+    usual = build(tmp_path / "with", max_completion_length=8)
+    usual.train()
+    assert losses(trainer) == losses(usual)
+
+
+def test_a_grader_that_fails_costs_its_rewards_once_it_has_worked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def reward(texts: list[str], rows: Any) -> list[float]:
+        calls.append(len(texts))
+        if len(calls) == 2:
+            raise RuntimeError("the answer-checking worker did not start")
+        return [0.25] * len(texts)
+
+    trainer = build(tmp_path / "later", reward_fn=reward, max_steps=3, max_completion_length=4)
+    trainer.train()
+    assert [row.get("trb/reward") for row in trainer.state.log_history if "loss" in row] == [0.25, None, 0.25]
+    assert "no rewards, as their function failed: RuntimeError('the answer-checking worker" in caplog.text
+
+    def broken(texts: list[str], rows: Any) -> list[float]:
+        raise RuntimeError("misspelt")
+
+    with pytest.raises(RuntimeError, match="misspelt"):
+        build(tmp_path / "at once", reward_fn=broken, max_steps=1, max_completion_length=4).train()
+
+
+class DeadService(TensorBoardCallback):
+    """A logging service that is up while the run starts, and then not."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls.append("begin")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.calls.append("log")
+        raise ConnectionError("no route to host")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls.append("end")
+
+
+def test_a_logging_service_that_fails_is_left_alone_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = DeadService()
+    trainer = build(tmp_path / "dead", callbacks=[service], max_steps=5, max_completion_length=4)
+    trainer.train()
+    assert service.calls == ["begin", "log", "log", "log"]
+    assert caplog.text.count("DeadService failed in on_log") == 3
+    assert caplog.text.count("is left alone from now on") == 1
+    assert trainer.state.global_step == 5
+    usual = build(tmp_path / "usual", max_steps=5, max_completion_length=4)
+    usual.train()
+    assert losses(trainer) == losses(usual)
+    assert len((tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_other_callbacks_still_end_a_run_when_they_fail(tmp_path: Path) -> None:
+    class Mine(TrainerCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        build(tmp_path, callbacks=[Mine()], max_steps=1, max_completion_length=4).train()
 
 
 def test_different_tokenizers_are_refused(tmp_path: Path) -> None:

@@ -22,9 +22,8 @@ import re
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,11 +42,12 @@ from transformers import (
     set_seed,
 )
 
-from trb import provenance
+from trb import checkpoints, provenance
+from trb.checkpoints import CheckpointError
 from trb.config import ConfigError, Recipe, RunConfig, is_method_name
 from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
-from trb.files import write_json, write_text
+from trb.files import exclusive, remove_unfinished, write_json, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate
 from trb.modeling import without_adapters
 from trb.ranks import Ranks
@@ -69,7 +68,6 @@ __all__ = [
     "RunDirectoryError",
     "compare",
     "evaluate_suites",
-    "last_checkpoint",
     "load_pair",
     "load_student",
     "load_tokenizers",
@@ -93,6 +91,8 @@ _MAY_CHANGE = {
     "save_total_limit",
     "save_final_model",
     "resume_from_checkpoint",
+    "checkpoint_checksums",
+    "max_skipped_steps",
     "report_to",
     "run_name",
 }
@@ -100,6 +100,7 @@ _MEASUREMENTS = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jso
 _RUN_FILES = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "report.html")
 _CPU_CACHE_BYTES = 2 << 30
 _FULL_BYTES = 1 << 20
+_KEPT_LOGS = 10
 _MOST_ROWS = 512
 
 
@@ -181,7 +182,8 @@ def compare(
     args.distributed_state.wait_for_everyone()
     _check_shared_recipe(directory, recipe)
     for name, variant in recipes.items():
-        _check_claim(directory / name, variant)
+        # Sizes will do here: contents are compared once more before anything is resumed from.
+        _check_claim(directory / name, variant, checkpoints.latest(directory / name, contents=False, warn=None))
     listener.plan({name: max(0, variant.training_config(directory).max_steps) for name, variant in recipes.items()})
     _require_writable(directory)
     with _explained_disk_errors(directory):
@@ -203,17 +205,29 @@ def _train(
     recipe: Recipe, directory: Path, name: str, before: list[dict[str, Any]] | None, overwrite: bool, listener: Listener
 ) -> dict[str, Any]:
     """`train` under a name, with the initial student's scores where they are known already."""
-    run, args = recipe.run, recipe.training_config(directory)
-    if overwrite and args.process_index == 0:
-        _clear(directory)
-    args.distributed_state.wait_for_everyone()
-    checkpoint = _check_claim(directory, recipe)
-    if _finished(directory, recipe):
+    args = recipe.training_config(directory)
+    if not overwrite and _finished(directory, recipe):
         listener.finished(name)
         return json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
-    _require_writable(directory)
+    with _sole_run(directory, args):
+        if overwrite and args.process_index == 0:
+            _clear(directory)
+        args.distributed_state.wait_for_everyone()
+        return _train_alone(recipe, args, directory, name, before, listener)
 
+
+def _train_alone(
+    recipe: Recipe,
+    args: TRBConfig,
+    directory: Path,
+    name: str,
+    before: list[dict[str, Any]] | None,
+    listener: Listener,
+) -> dict[str, Any]:
+    """The run itself, in a directory that nobody else writes to."""
+    run = recipe.run
+    checkpoint = _check_claim(directory, recipe, checkpoints.agreed(partial(checkpoints.latest, directory)))
+    checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
     listener.stage(f"{name}: loading models and data")
     material = _load(run, args)
     _require_space(directory, material.student, run, args)
@@ -221,6 +235,8 @@ def _train(
         if args.process_index == 0:
             # Not before: a run that could not load must not claim the directory.
             _begin(directory, recipe, afresh=checkpoint is None)
+            if checkpoint is not None and args.resume_from_checkpoint is None:
+                _finish_pruning(directory, checkpoint, args)
         args.distributed_state.wait_for_everyone()
         score = partial(
             evaluate_suites,
@@ -289,7 +305,7 @@ def _take_steps(trainer: TRBTrainer, checkpoint: Path | None) -> None:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = _state_of(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint), verify=False)  # it was, before anything was loaded
 
 
 class _Observer(TrainerCallback):
@@ -312,6 +328,8 @@ class _Observer(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._logs = dict(logs or {})
+        # metrics.jsonl has them all. Here they would fill the memory, and each checkpoint's trainer_state.json.
+        del state.log_history[:-_KEPT_LOGS]
         if "loss" in self._logs:
             self.listener.step(state.global_step, self._logs)
 
@@ -696,9 +714,8 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
     return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
 
 
-def _check_claim(directory: Path, recipe: Recipe) -> Path | None:
+def _check_claim(directory: Path, recipe: Recipe, checkpoint: Path | None) -> Path | None:
     """The checkpoint to go on from, if any. Raises RunDirectoryError if the directory holds another run."""
-    checkpoint = last_checkpoint(directory)
     if checkpoint is not None and not (directory / "config.yaml").exists():
         raise RunDirectoryError(
             f"{directory} holds checkpoints but no config.yaml, so it is unknown what they are; "
@@ -735,9 +752,9 @@ def _clear(directory: Path) -> None:
     """Remove what a run writes, and nothing else."""
     for name in _RUN_FILES:
         (directory / name).unlink(missing_ok=True)
-    for path in (*directory.glob("checkpoint-*"), *(directory / name for name in ("model", "model.partial"))):
+    folders = ("model", "model.partial", "evaluations", "skipped", checkpoints.PARTIAL)
+    for path in (*directory.glob("checkpoint-*"), *(directory / name for name in folders)):
         shutil.rmtree(path, ignore_errors=True)
-    shutil.rmtree(directory / "evaluations", ignore_errors=True)
 
 
 def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
@@ -746,11 +763,20 @@ def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
     if afresh:
         for name in _MEASUREMENTS:
             (directory / name).unlink(missing_ok=True)
-        shutil.rmtree(directory / "evaluations", ignore_errors=True)
+        for name in ("evaluations", "skipped"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+    checkpoints.clear_partial(directory)
+    remove_unfinished(directory)
     for name in _MEASUREMENTS:
         drop_after_step(directory / name, sys.maxsize)  # a kill may have cut the last line off
     write_text(directory / "config.yaml", recipe.to_yaml())
     provenance.write(directory)
+
+
+def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
+    """Remove what `save_total_limit` leaves over: a kill may have come between a save and that."""
+    state = _state_of(checkpoint)
+    checkpoints.prune(directory, state.global_step, args.save_total_limit, [state.best_model_checkpoint])
 
 
 def _clear_comparison(directory: Path, recipe: Recipe) -> None:
@@ -766,24 +792,16 @@ def _clear_comparison(directory: Path, recipe: Recipe) -> None:
     written.unlink(missing_ok=True)
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The latest checkpoint that was written to its end, or None."""
-    numbered = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in directory.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    }
-    return next((numbered[step] for step in sorted(numbered, reverse=True) if _is_complete(numbered[step])), None)
-
-
 def _named_checkpoint(name: str | None) -> Path | None:
     if name is None:
         return None
     path = Path(name).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint is {name!r}, and there is no such directory")
-    if not _is_complete(path):
-        raise RunDirectoryError(f"resume_from_checkpoint is {name!r}, which is no complete checkpoint")
+    try:
+        checkpoints.agreed(partial(checkpoints.verify, path))
+    except CheckpointError as error:
+        raise RunDirectoryError(f"resume_from_checkpoint is {name!r}: {error}") from error
     return path
 
 
@@ -799,16 +817,21 @@ def _is_last(checkpoint: Path, args: TRBConfig) -> bool:
     return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the file that is written last is whole, and no other is cut off."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for weights in checkpoint.glob("*.safetensors"):
-            with safe_open(weights, "pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return all(zipfile.is_zipfile(path) for path in checkpoint.glob("*.pt"))
+@contextmanager
+def _sole_run(directory: Path, args: TRBConfig) -> Iterator[None]:
+    """Keep a second start of the same run, by hand or by a scheduler, from writing into the first one's files."""
+    if args.process_index != 0:
+        yield
+        return
+    _require_writable(directory)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(directory))
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"another run is writing to {directory}; wait for it, or use another output directory"
+            ) from error
+        yield
 
 
 # ---- disks ----
@@ -853,10 +876,9 @@ def _explained_disk_errors(directory: Path) -> Iterator[None]:
     except Exception as error:
         if not (_is_disk_full(error) or _free_bytes(directory) < _FULL_BYTES):
             raise
-        for torn in (path for path in directory.glob("checkpoint-*") if not _is_complete(path)):
-            shutil.rmtree(torn, ignore_errors=True)
+        checkpoints.clear_partial(directory)
         shutil.rmtree(directory / "model.partial", ignore_errors=True)
-        checkpoint = last_checkpoint(directory)
+        checkpoint = checkpoints.latest(directory, contents=False, warn=None)
         resume = f"continue from {checkpoint.name}" if checkpoint else "start over (no checkpoint was complete yet)"
         raise DiskFullError(
             errno.ENOSPC,

@@ -3,14 +3,16 @@
 Left out on purpose: what the files mean, which is the business of the modules that write them.
 """
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_directory", "finite", "write_bytes", "write_json", "write_text"]
+__all__ = ["cache_directory", "exclusive", "finite", "remove_unfinished", "write_bytes", "write_json", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,6 +32,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed inside `write_bytes` have left in a folder and those below it."""
+    for path in folder.rglob(".*.[0-9]*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by `value` as JSON, at once. Raises ValueError for infinities and NaN: see `finite`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -44,6 +52,30 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. The system lets go of it with the process, however that ends, and no file stays.
+
+    Raises BlockingIOError if another process holds it. Where folders cannot be locked (Windows, some network file
+    systems), nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise BlockingIOError(error.errno, f"{folder} is in use") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def cache_directory() -> Path:

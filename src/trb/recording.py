@@ -10,16 +10,32 @@ resumed run hold the same steps as those of an uninterrupted one. Logging servic
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import logging
 
 from trb.files import finite, write_text
 from trb.scoring import TokenScores
 
-__all__ = ["RunRecorder", "append_jsonl", "drop_after_step", "jsonl", "logged_metrics", "score_record"]
+__all__ = [
+    "RunRecorder",
+    "append_jsonl",
+    "drop_after_step",
+    "jsonl",
+    "logged_metrics",
+    "score_record",
+    "survive_failures",
+]
+
+# Failures in a row, of one kind of event, after which a logging service is left alone: each may be a minute's time-out.
+_PATIENCE = 3
+
+logger = logging.get_logger(__name__)
 
 
 class RunRecorder(TrainerCallback):
@@ -37,6 +53,9 @@ class RunRecorder(TrainerCallback):
                 drop_after_step(self.directory / name, state.global_step)
             # Rollouts are drawn before their step's update, so a resumed run draws those of `global_step` again.
             drop_after_step(self.directory / "rollouts.jsonl", state.global_step - 1)
+            for path in (self.directory / "skipped").glob("step-*.jsonl"):
+                if path.stem.removeprefix("step-").isdecimal() and int(path.stem[5:]) > state.global_step:
+                    path.unlink()
 
     def on_log(
         self,
@@ -57,6 +76,38 @@ class RunRecorder(TrainerCallback):
     def write_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollout records; call on the main process only."""
         append_jsonl(self.directory / "rollouts.jsonl", rows)
+
+
+def survive_failures(callbacks: Iterable[TrainerCallback]) -> None:
+    """Let a logging service that fails cost its own records and not the run: metrics.jsonl has them all."""
+    for callback in callbacks:
+        if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
+            _Shield(callback)
+
+
+class _Shield:
+    """Replaces a callback's events on the callback itself, as transformers looks callbacks up by their class."""
+
+    def __init__(self, callback: TrainerCallback) -> None:
+        self.name, self.in_a_row = type(callback).__name__, Counter[str]()
+        for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
+            setattr(callback, event, self._shielded(event, getattr(callback, event)))
+
+    def _shielded(self, event: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if max(self.in_a_row.values(), default=0) >= _PATIENCE:
+                return None
+            try:
+                result = handler(*args, **kwargs)
+            except Exception as error:
+                self.in_a_row[event] += 1
+                given_up = ", and is left alone from now on" if self.in_a_row[event] == _PATIENCE else ""
+                logger.warning(f"{self.name} failed in {event}{given_up}: {error!r}. The run goes on")
+                return None
+            self.in_a_row[event] = 0
+            return result
+
+        return call
 
 
 def score_record(scores: TokenScores, row: int, decode: Callable[[int], str]) -> dict[str, Any]:

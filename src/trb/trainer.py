@@ -15,13 +15,20 @@ TRL internals this module relies on, checked by a contract test against the inst
 - `save_model` gathers sharded weights and calls `_save` where it should; Accelerate fills the last batch of an
   evaluation up and says so in `gradient_state`.
 
+And of transformers, for runs that lose nothing (`trb.checkpoints`, `trb.guard`):
+- `_save_checkpoint` writes into `_get_output_dir()`/checkpoint-N and rotates there; `_push_from_checkpoint` uploads it;
+- `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
+  latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
+- `_get_grad_norm` comes once per optimizer step, after clipping and right before `optimizer.step()`.
+
 Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 """
 
 import copy
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
@@ -39,6 +46,9 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
+from trb import checkpoints
+from trb.files import write_text
+from trb.guard import NonFiniteError, StepGuard
 from trb.losses import TokenMetrics, chunked_reverse_kl
 from trb.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import (
@@ -50,7 +60,7 @@ from trb.policies import (
     TrustRegionPolicy,
 )
 from trb.ranks import Ranks
-from trb.recording import RunRecorder, score_record
+from trb.recording import RunRecorder, score_record, survive_failures
 from trb.sampling import METHODS as SAMPLERS
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.schedule import KINDS, kl_budget, ramp
@@ -209,6 +219,18 @@ class TRBConfig(DistillationConfig):
         },
     )
 
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "The run stops when so many steps in a row had a loss or gradient that is not finite. Such steps "
+            "are skipped, and saved in skipped/."
+        },
+    )
+    checkpoint_checksums: bool = field(
+        default=True,
+        metadata={"help": "Checksums of checkpoints' contents, about 2 GB/s; false records and compares sizes only."},
+    )
+
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             # On a machine with only a CPU the defaults of TRL (bf16, pinned memory) fail or warn at every run.
@@ -223,7 +245,7 @@ class TRBConfig(DistillationConfig):
         for name, (supported, why) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
-        for name in ("num_generations", "loss_chunk_tokens", "block_size"):
+        for name in ("num_generations", "loss_chunk_tokens", "block_size", "max_skipped_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -338,6 +360,11 @@ class TRBTrainer(DistillationTrainer):
         self.reward_fn = reward_fn
         self.recorder = RunRecorder(str(args.output_dir))
         self.add_callback(self.recorder)
+        survive_failures(self.callback_handler.callbacks)
+        self._guard = StepGuard(Path(str(args.output_dir)) / "skipped")
+        self._loss_before = torch.zeros(())
+        self._unfinished: Path | None = None
+        self._rewards_work = False
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._rollout: Rollout | None = None
 
@@ -391,7 +418,8 @@ class TRBTrainer(DistillationTrainer):
         return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        return RepeatSampler(
+        return _EpochSampler(
+            epoch=lambda: int(self.state.epoch or 0),
             data_source=cast(Sized, self.train_dataset if dataset is None else dataset),
             mini_repeat_count=self.args.num_generations,
             batch_size=self._global_batch() // self.args.num_generations,
@@ -512,7 +540,7 @@ class TRBTrainer(DistillationTrainer):
         ]
         # Of no completions the tokenizer would make one text.
         texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
-        rewards = None if self.reward_fn is None else self.reward_fn(texts, inputs[:own])
+        rewards = self._rewards(texts, inputs[:own])
         known = [reward for reward in rewards or [] if not math.isnan(reward)]  # nan: the row has no answer
         self._add(mode, "reward", sum(known), len(known))
         self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
@@ -533,6 +561,20 @@ class TRBTrainer(DistillationTrainer):
         if not state.end_of_dataloader or state.remainder <= 0:
             return rows
         return min(rows, max(0, state.remainder - self._ranks.index * rows))
+
+    def _rewards(self, texts: list[str], rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+        """Rewards are only logged: once they have worked, a grader that fails costs its numbers and not the run."""
+        if self.reward_fn is None:
+            return None
+        try:
+            rewards = self.reward_fn(texts, rows)
+        except Exception as error:
+            if not self._rewards_work:
+                raise
+            logger.warning(f"step {self.state.global_step}: no rewards, as their function failed: {error!r}")
+            return [math.nan] * len(texts)
+        self._rewards_work = True
+        return rewards
 
     def _add_rollout(self, mode: str, rollout: Rollout) -> None:
         stats, budget = rollout.stats, self.kl_budget(self.state.global_step) if mode == "train" else 0.0
@@ -629,6 +671,8 @@ class TRBTrainer(DistillationTrainer):
             chunk_tokens=self.args.loss_chunk_tokens,
         )
         self._add_token_metrics(metrics)
+        if self.model.training:
+            self._guard.watch(inputs, metrics.reverse_kl)
         if self.model.training and self._is_supervised(step):
             loss = self._supervised_loss(student_NH, token_N, num_items_in_batch)
         return loss, metrics.student_entropy.sum(), inputs["completion_mask"].sum()
@@ -678,10 +722,142 @@ class TRBTrainer(DistillationTrainer):
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
 
+    # ---- steps that must not be taken ----
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if not self._guard.began:
+            self._loss_before = self._tr_loss.clone()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Every gradient is there, and none was applied: the last moment to keep the optimizer from this step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        found = self._guard.judge(self.accelerator, grad_norm)
+        if found:
+            self._skip_step(model, found)
+        self._guard.count(skipped=bool(found))
+        self._guard.reset()
+        return grad_norm
+
+    def _skip_step(self, model: nn.Module, found: list[str]) -> None:
+        """An optimizer finds no gradients, and changes nothing. The step counts all the same."""
+        step, process = self.state.global_step + 1, self.accelerator.process_index
+        path = self._guard.save(step, found, process, self._tokenizer.decode)
+        what, in_a_row = " and ".join(found), self._guard.in_a_row + 1
+        if self.is_deepspeed_enabled and not self.args.fp16:  # with fp16, its own loss scaling has skipped the step
+            raise NonFiniteError(
+                f"step {step}: {what} not finite, and DeepSpeed has applied the step already. {self._way_back(path)}"
+            )
+        if in_a_row >= self.args.max_skipped_steps:
+            raise NonFiniteError(
+                f"step {step}: {what} not finite, in max_skipped_steps={in_a_row} steps in a row. None of them was "
+                f"applied. {self._way_back(path)}"
+            )
+        model.zero_grad(set_to_none=True)
+        self._tr_loss.copy_(self._loss_before)
+        logger.warning(f"step {step} is skipped: {what} not finite; its rollouts are in {path}")
+
+    def _way_back(self, skipped: Path) -> str:
+        saved = checkpoints.latest(Path(str(self.args.output_dir)), contents=False, warn=None)
+        where = f"The last checkpoint is {saved}" if saved else "There is no checkpoint yet"
+        return f"{where}; the rollouts of this step are in {skipped}. A lower learning_rate is the usual remedy"
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, verify: bool = True, **kwargs: Any) -> Any:
+        """Train, as transformers' `Trainer.train`.
+
+        `resume_from_checkpoint=True` takes the latest checkpoint of the output directory that is whole. `verify=False`
+        trusts one that is named.
+
+        Raises:
+            CheckpointError: the checkpoint named is damaged or not one of this trainer's.
+            NonFiniteError: `max_skipped_steps` steps in a row had a loss or gradient that is not finite.
+        """
+        self._guard.reset()
+        if resume_from_checkpoint is True:
+            found = checkpoints.agreed(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
+            resume_from_checkpoint = True if found is None else str(found)  # True: transformers says that there is none
+        elif resume_from_checkpoint and verify:
+            named = Path(resume_from_checkpoint)
+            checkpoints.agreed(lambda: checkpoints.verify(named))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write it beside, seal it, and rename it into place; then remove those that `save_total_limit` leaves over."""
+        directory = Path(self._get_output_dir(trial))
+        step, name = self.state.global_step, f"checkpoint-{self.state.global_step}"
+        if self.accelerator.is_local_main_process:
+            checkpoints.clear_partial(directory)
+        self.accelerator.wait_for_everyone()
+        self._unfinished = directory / checkpoints.PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(self._unfinished / name):
+                self.state.best_model_checkpoint = str(directory / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(self._unfinished / name / "trainer_state.json"))
+        finally:
+            self._unfinished = None
+        # The second round is for nodes whose disks are their own.
+        for publishes in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+            self.accelerator.wait_for_everyone()
+            if publishes and (directory / checkpoints.PARTIAL / name).exists():
+                checkpoints.seal(directory / checkpoints.PARTIAL / name, checksums=self.args.checkpoint_checksums)
+                checkpoints.publish(directory, name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.prune(directory, step, self.args.save_total_limit, [self.state.best_model_checkpoint])
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(directory / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._unfinished is None:  # else it is about to be renamed, and is pushed then
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        write_text(self._progress_file(output_dir), json.dumps(self._progress()))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._progress_file(checkpoint).exists():  # another trainer writes none
+            self._go_on_from(json.loads(self._progress_file(checkpoint).read_text(encoding="utf-8")))
+
+    def _progress_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"trb_state_{self.accelerator.process_index}.json"
+
+    def _progress(self) -> dict[str, Any]:
+        """What this process has added up since the last log, and counted since the first step: JSON keeps every bit."""
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "metrics": dict(self._metrics["train"]),
+            "sums": {name: pair.tolist() for name, pair in self._sums["train"].items()},
+            "guard": self._guard.state(),
+        }
+
+    def _go_on_from(self, progress: Mapping[str, Any]) -> None:
+        self._tr_loss.fill_(progress["loss"])
+        self._total_loss_scalar = progress["total_loss"]
+        self._globalstep_last_logged = progress["last_logged"]
+        self._metrics["train"].update(progress["metrics"])
+        pairs = progress["sums"].items()
+        self._sums["train"] = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in pairs}
+        self._guard.load(progress["guard"])
+
     # ---- logging ----
 
     def _add(self, mode: str, name: str, total: float | Tensor, count: int) -> None:
         pair = torch.stack([torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (total, count)])
+        if not pair.isfinite().all():
+            return  # of a step that is skipped: it would leave nothing of the others' average
         self._sums[mode][name] = self._sums[mode].get(name, torch.zeros(2, dtype=torch.float64)) + pair
 
     def _add_token_metrics(self, metrics: TokenMetrics) -> None:
@@ -700,6 +876,9 @@ class TRBTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in self._averages(mode).items():
             self._metrics[mode][f"trb/{name}"] = [value]
+        if "loss" in logs:
+            self._metrics[mode]["trb/skipped_steps"] = [self._guard.skipped]
+            logs["loss"] = self._guard.mean_loss(logs["loss"])
         super().log(logs, start_time)
 
     def _averages(self, mode: str) -> dict[str, float]:
@@ -715,6 +894,21 @@ class TRBTrainer(DistillationTrainer):
         # A pure student rollout is its own behavior policy: its divergence to the teacher is the loss's reverse KL.
         averages.setdefault("kl_teacher", averages.get("reverse_kl", math.nan))
         return averages
+
+
+class _EpochSampler(RepeatSampler):
+    """TRL's order of prompts, as a function of seed and epoch: a run that starts in its third epoch has the third's."""
+
+    def __init__(self, *, epoch: Callable[[], int], **options: Any) -> None:
+        super().__init__(**options)
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(cast(int, self.seed))
+            for _ in range(self._epoch()):  # the permutations of the epochs before
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
 
 
 def _load_teacher(name: str, args: TRBConfig) -> PreTrainedModel:

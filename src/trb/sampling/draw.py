@@ -25,7 +25,9 @@ def inverse_cdf(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
     beyond_NW = place_NW >= weights_NV.shape[-1]
     bin_NW = weights_NV.gather(-1, place_NW.masked_fill(beyond_NW, 0)).double().masked_fill_(beyond_NW, 0.0)
     _, _, offset_N1 = _locate(bin_NW, level_N1 - before_N1)
-    return (bin_N1 * _BIN + offset_N1).squeeze(-1)
+    # Weights that are NaN lead nowhere, and must not lead outside: on a GPU that would end the process. Whatever is
+    # drawn then, the loss at that prefix is NaN as well.
+    return (bin_N1 * _BIN + offset_N1).squeeze(-1).clamp_max(weights_NV.shape[-1] - 1)
 
 
 def _bin_sums(weights_NV: Tensor) -> Tensor:

@@ -1,0 +1,215 @@
+"""Checkpoints that are whole or not there: written beside, sealed with checksums, renamed into place, verified.
+
+A run writes checkpoint N into checkpoint.partial/checkpoint-N. When every process is done, checksums.json is written
+there (the size and the SHA-256 of every file), everything is flushed to the disk, and the folder is renamed to
+checkpoint-N. Killed at any moment, the run keeps its earlier checkpoints, and at most a checkpoint.partial that the
+next save removes. On resume every file is compared with its checksum; a checkpoint that differs is passed over for the
+one before it, with a warning that names the file.
+
+Hashing reads each file once after writing and once before resuming: about 2 GB/s where the processor has instructions
+for SHA-256, 0.4 GB/s elsewhere. `checksums=False` keeps sizes only.
+
+Left out on purpose: what is in a checkpoint, which is transformers' affair, and authenticity: whoever can change a file
+can change its checksum too.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from stat import S_ISREG
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers.utils import logging
+
+__all__ = [
+    "PARTIAL",
+    "CheckpointError",
+    "agreed",
+    "clear_partial",
+    "latest",
+    "numbered",
+    "prune",
+    "publish",
+    "seal",
+    "verify",
+]
+
+T = TypeVar("T")
+
+PARTIAL = "checkpoint.partial"  # transformers looks for checkpoint-*, and must not find it
+_CHECKSUMS = "checksums.json"
+_STATE = "trainer_state.json"  # what makes a folder a checkpoint
+_PREFIX = "checkpoint-"
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be trusted; the message names it and the file that is wrong."""
+
+
+# ---- writing ----
+
+
+def seal(checkpoint: Path, *, checksums: bool = True) -> None:
+    """Write checksums.json into a finished folder, and flush its files to the disk."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _CHECKSUMS):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            entry: dict[str, Any] = {"bytes": os.fstat(file.fileno()).st_size}
+            if checksums:
+                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(checkpoint).as_posix()] = entry
+    with (checkpoint / _CHECKSUMS).open("w", encoding="utf-8") as file:
+        json.dump({"files": files, "sha256": _digest(files)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for folder in {checkpoint, *(checkpoint / name for name in map(os.path.dirname, files))}:
+        flush(folder)
+
+
+def publish(directory: Path, name: str) -> None:
+    """Move the sealed checkpoint `name` out of checkpoint.partial, in place of one that has its name already.
+
+    The records beside it (*.jsonl) are flushed first: they must reach at least as far as the checkpoint.
+    """
+    partial = directory / PARTIAL
+    for records in directory.glob("*.jsonl"):
+        flush(records)
+    if (directory / name).exists():  # damaged, or of steps that are being taken again
+        (directory / name).rename(partial / "replaced")
+    (partial / name).rename(directory / name)
+    flush(directory)
+    clear_partial(directory)
+
+
+def clear_partial(directory: Path) -> None:
+    """Remove what a save that was cut off has left."""
+    shutil.rmtree(directory / PARTIAL, ignore_errors=True)
+
+
+def prune(directory: Path, newest: int, limit: int | None, protected: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Keep `limit` checkpoints: the one of step `newest`, which is known to be whole, and those before it.
+
+    Checkpoints of later steps go first: they are damaged, or the run that is now at `newest` would not have started
+    before them. None or 0 keeps all.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {Path(path).absolute() for path in protected if path is not None}
+    found = numbered(directory)
+    order = sorted(found, key=lambda step: (step <= newest, step))
+    spare = [step for step in order if step != newest and found[step].absolute() not in kept]
+    for step in spare[: max(0, len(found) - limit)]:
+        shutil.rmtree(found[step], ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk, where it can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder, on a system without handles for them
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # a file system that does not know how
+        return
+    finally:
+        os.close(handle)
+
+
+# ---- reading ----
+
+
+def numbered(directory: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, whole or not."""
+    names = ((path.name.removeprefix(_PREFIX), path) for path in directory.glob(f"{_PREFIX}*"))
+    return {int(step): path for step, path in names if step.isdecimal()}
+
+
+def latest(
+    directory: Path, *, contents: bool = True, warn: Callable[[str], None] | None = logger.warning
+) -> Path | None:
+    """The latest checkpoint that is whole, or None. `warn` hears of every one that was passed over.
+
+    `contents=False` compares sizes only.
+    """
+    found = numbered(directory)
+    for step in sorted(found, reverse=True):
+        try:
+            verify(found[step], contents=contents)
+        except CheckpointError as error:
+            if warn is not None:
+                warn(f"{error}; it is passed over")
+        else:
+            return found[step]
+    return None
+
+
+def agreed(choose: Callable[[], T]) -> T:
+    """What the main process chooses, or the CheckpointError that it meets, on every process."""
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [choose()]
+        except CheckpointError as error:
+            outcome = [error]
+    (result,) = broadcast_object_list(outcome)
+    if isinstance(result, CheckpointError):
+        raise result
+    return result
+
+
+def verify(checkpoint: Path, *, contents: bool = True) -> None:
+    """Compare a checkpoint with its checksums.json: sizes, and contents unless told otherwise.
+
+    Raises:
+        CheckpointError: a file is missing or differs, or there are no checksums.
+    """
+    files = _sealed_files(checkpoint)
+    for name, entry in files.items():
+        path = checkpoint / name
+        try:
+            status = path.stat()
+            if not S_ISREG(status.st_mode):
+                raise CheckpointError(f"{checkpoint} is damaged: {name} is not a file")
+            if status.st_size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{checkpoint} is damaged: {name} has {status.st_size} bytes instead of {entry['bytes']}"
+                )
+            if contents and "sha256" in entry:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != entry["sha256"]:
+                    raise CheckpointError(f"{checkpoint} is damaged: the contents of {name} differ from its checksum")
+        except OSError as error:
+            raise CheckpointError(f"{checkpoint} is damaged: {name} cannot be read ({error.strerror})") from error
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    path = checkpoint / _CHECKSUMS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = content["files"]
+        if content["sha256"] != _digest(files):
+            raise ValueError("differs from its own checksum")
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name} is not inside")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_CHECKSUMS}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {_CHECKSUMS} cannot be read") from error
+    if _STATE not in files:
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_STATE}")
+    return files

@@ -1,0 +1,138 @@
+"""Optimizer steps that must not be taken: a loss or gradient that is not finite, found before the optimizer sees it.
+
+One decision per optimizer step, the same on every process: the losses of its micro-batches are added up on the device,
+and one small all-reduce carries that sum's and the gradient norm's verdict. A step that is skipped counts as a step
+(the scheduler and the budget go on), changes neither weights nor optimizer state, and leaves its prompts and
+completions in skipped/step-N.jsonl, N being the step's number in metrics.jsonl.
+
+Left out on purpose: dropping the gradients (the trainer's affair), repairing numbers, and DeepSpeed, which takes its
+step inside the backward pass: there a number that is not finite can only end the run.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from trb.files import write_text
+from trb.recording import jsonl
+
+__all__ = ["NonFiniteError", "StepGuard"]
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is not finite; the message says where to look."""
+
+
+@dataclass
+class _Part:
+    """One micro-batch: what it was made of, and the reverse KL of each of its completion tokens."""
+
+    inputs: dict[str, Tensor]
+    reverse_kl_N: Tensor
+
+
+class StepGuard:
+    """Watches the micro-batches of an optimizer step, judges it, and counts.
+
+    Attributes:
+        skipped: steps skipped so far in this run.
+        in_a_row: of these, the ones since the last step that was taken.
+        taken, left_out: steps since the last log, by whether they were taken.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.skipped = self.in_a_row = self.taken = self.left_out = 0
+        self._parts: list[_Part] = []
+        self._loss: Tensor | None = None
+
+    @property
+    def began(self) -> bool:
+        """Whether a micro-batch of the present step was seen."""
+        return self._loss is not None
+
+    def reset(self) -> None:
+        """Forget the present step."""
+        self._parts, self._loss = [], None
+
+    def watch(self, inputs: dict[str, Tensor], reverse_kl_N: Tensor) -> None:
+        """Keep a micro-batch until its step is judged."""
+        self._parts.append(_Part(inputs, reverse_kl_N.detach()))
+
+    def add_loss(self, loss: Tensor) -> None:
+        """The loss of a micro-batch; stays on its device."""
+        # A sum is finite only if every term is: infinities and NaN never cancel out.
+        self._loss = loss.detach().float() if self._loss is None else self._loss + loss.detach().float()
+
+    def judge(self, accelerator: Accelerator, grad_norm: Tensor | float | None) -> list[str]:
+        """Which of "loss" and "gradient" was not finite, on any process. Call on all of them, once per step."""
+        loss = torch.zeros((), device=accelerator.device) if self._loss is None else self._loss
+        whole = getattr(grad_norm, "full_tensor", lambda: grad_norm)()  # of a sharded model, it may be sharded too
+        norm = torch.as_tensor(0.0 if whole is None else whole, dtype=loss.dtype, device=loss.device)
+        wrong = torch.stack([loss, norm]).isfinite().logical_not().float()
+        verdict = accelerator.reduce(wrong, reduction="sum").tolist()
+        return [name for name, count in zip(("loss", "gradient"), verdict, strict=True) if count]
+
+    def count(self, *, skipped: bool) -> None:
+        """Count the step that was judged."""
+        self.skipped += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        self.taken, self.left_out = self.taken + (not skipped), self.left_out + skipped
+
+    def mean_loss(self, mean: float) -> float:
+        """The mean loss of the steps that were taken, from one to which skipped steps added 0; starts a new mean."""
+        taken, left_out = self.taken, self.left_out
+        self.taken = self.left_out = 0
+        if not left_out:
+            return mean
+        return mean * (taken + left_out) / taken if taken else math.nan
+
+    def save(self, step: int, found: list[str], process: int, decode: Callable[[list[int]], str]) -> Path:
+        """Write the rows of the step, those of every process, and return the file. Call on all processes.
+
+        Where a row's own reverse KL is not finite, only such rows are written; where none is, all are.
+        """
+        rows = [{"step": step, "non_finite": found, "process": process, **row} for row in self._rows(decode)]
+        rows = gather_object(rows)
+        guilty = [row for row in rows if not all(map(math.isfinite, row["reverse_kl"]))]
+        path = self.directory / f"step-{step:06d}.jsonl"
+        if process == 0:
+            write_text(path, jsonl(guilty or rows))
+        return path
+
+    def _rows(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+        rows = []
+        for number, part in enumerate(self._parts):
+            lengths = part.inputs["completion_mask"].sum(dim=1).tolist()
+            for row, divergences in enumerate(part.reverse_kl_N.float().split(lengths)):
+                prompt, completion = (
+                    part.inputs[f"{name}_ids"][row][part.inputs[f"{name}_mask"][row].bool()].tolist()
+                    for name in ("prompt", "completion")
+                )
+                rows.append(
+                    {
+                        "micro_batch": number,
+                        "prompt": decode(prompt),
+                        "completion": decode(completion),
+                        "prompt_ids": prompt,
+                        "completion_ids": completion,
+                        "reverse_kl": divergences.tolist(),
+                    }
+                )
+        return rows
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint must hold for the count to go on."""
+        return {name: getattr(self, name) for name in ("skipped", "in_a_row", "taken", "left_out")}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Take `state()` back."""
+        for name in self.state():
+            setattr(self, name, state[name])
