@@ -73,6 +73,7 @@ bench: $(VENV)/run.stamp ## time sampling, the solve and whole steps beside thei
 plans: $(VENV)/run.stamp ## check the cost model against runs of one and two processes, and write the tables of docs/scaling.md
 	$(BIN)/python benchmarks/plan_check.py
 	$(BIN)/python benchmarks/plans.py
+
 torture: $(VENV)/run.stamp ## kill, corrupt, starve and wear out runs; a table of what survived (half an hour, see docs/robustness.md)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py --out benchmarks/results/torture.json
 
