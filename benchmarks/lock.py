@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADER = """\
 # What the package needs at run time, every version pinned and every published file hashed. After torch is installed:
 #   pip install --no-deps --require-hashes -r requirements.lock
-# Resolved for Linux. torch is left out: which of its builds fits depends on the machine; constraints.txt pins its version.
+# Resolved for Linux. torch is left out: which of its builds fits depends on the machine; constraints.txt pins it.
 # `make lock` writes this file anew, `make audit` looks its versions up in the database of known vulnerabilities.
 """
 OPTIONS = (

@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import trb.rewards
-from trb import confinement, loading, zoo
+from trb import confinement, loading, sweep, zoo
 from trb.data import load_prompts
 from trb.loading import load_model, load_tokenizer
 from trb.rewards import Verifier
@@ -91,6 +91,18 @@ def test_local_things_need_no_network(tmp_path: Path, monkeypatch: pytest.Monkey
         assert len(load_prompts(spec, limit=1)) == 1
     with pytest.raises(OSError, match="the hub did not provide"):  # a hub name, and nothing else, asks
         load_model("owner/no-such-model")
+
+
+def test_ray_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    ray = ModuleType("ray")
+    ray.init = lambda **_: seen.append(os.environ.get("RAY_USAGE_STATS_ENABLED"))  # type: ignore[attr-defined]
+    ray.shutdown = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+    with sweep._ray_session("local"):
+        assert seen == ["0"]
 
 
 # ---- checkpoints ----

@@ -355,6 +355,7 @@ def _ray_session(address: str) -> Iterator[None]:
         import ray
     except ImportError as error:
         raise ImportError("--ray needs Ray: pip install 'trb[ray]'") from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by init; a local cluster would report itself
     ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
     try:
         yield
