@@ -554,6 +554,20 @@ def test_an_empty_mask_of_the_chunked_loss_costs_nothing(normaliser: float | Non
     assert metrics.reverse_kl.shape == (0,)
 
 
+def test_with_and_without_tokens_a_half_precision_loss_has_one_dtype() -> None:
+    """Processes gather these values, and one of them may have no token."""
+    problem = chunk_problem()
+    for name in ("student_hidden", "teacher_hidden"):
+        problem[name] = problem[name].detach().bfloat16().requires_grad_()
+    problem["student_head"].bfloat16()
+    problem["teacher_head"].bfloat16()
+    found = []
+    for mask in (torch.ones(B, T), torch.zeros(B, T)):
+        value, metrics = chunked_reverse_kl(**{**problem, "mask": mask})
+        found.append([value.dtype, *(column.dtype for column in vars(metrics).values())])
+    assert found == [[torch.float32] * 6] * 2
+
+
 def test_without_a_vocabulary_the_heads_are_already_shared() -> None:
     problem = chunk_problem()
     problem["teacher_head"] = nn.Linear(H_TEACHER, ROWS_STUDENT).double()

@@ -216,8 +216,8 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
     def trainer(**kwargs: Any) -> Any:
         fake = SimpleNamespace(
             args=kwargs["args"],
-            model_wrapped=model,
-            accelerator=SimpleNamespace(unwrap_model=lambda model: model, wait_for_everyone=lambda: None),
+            sampling_student=lambda: model,
+            accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
             eval_dataset=kwargs["eval_dataset"],
             state=SimpleNamespace(global_step=3, max_steps=3, is_world_process_zero=True),
             remove_callback=lambda callback: None,

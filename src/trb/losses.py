@@ -167,10 +167,13 @@ def chunked_reverse_kl(
         raise ValueError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
     chosen = (mask.reshape(-1) != 0).nonzero().squeeze(-1)
     if not chosen.numel():
-        empty_N = student_hidden.new_zeros(0)
+        wide = _wide(student_hidden)  # as with tokens: what processes add up must have one dtype
+        empty_N = student_hidden.new_zeros(0, dtype=wide)
         # The head takes part all the same: sharded weights are gathered by all processes or none, gradients averaged.
         reached = student_head(student_hidden.reshape(-1, student_hidden.shape[-1])[:0])
-        return (student_hidden.sum() + reached.sum()) * 0.0, TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
+        return (student_hidden.sum() + reached.sum()).to(wide) * 0.0, TokenMetrics(
+            *[empty_N] * len(fields(TokenMetrics))
+        )
     student_NH = student_hidden.reshape(-1, student_hidden.shape[-1])[chosen]
     teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])[chosen]
 
