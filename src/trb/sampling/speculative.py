@@ -35,6 +35,8 @@ __all__ = ["sample_speculative"]
 # Waiting prompts are admitted once this share of the slots is free: one wide prompt pass instead of several narrow.
 _ADMIT_SHARE = 0.125
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
+# On an accelerator several columns of a block are decided at once, up to this many elements of a `[N, V]` tensor.
+_VERIFY_ELEMENTS = 1 << 27
 
 
 @dataclass
@@ -86,6 +88,7 @@ def sample_speculative(
     )
     with attention_through_slots(*[student] if taught is None else [student, taught]):
         sampler.run(prompts, rows, slots)
+    sampler.close()
     return sampler.rollout(prompts, rows)
 
 
@@ -98,6 +101,18 @@ def _chooser(
     if block_size == "measured":
         return BlockChooser(MeasuredCosts(planned))
     return BlockChooser(planned, fixed=None if block_size == "planned" else int(block_size))
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """The student's law from its logits, and a token drawn from it: read and drawn in one pass."""
+
+    vocabulary: SharedVocabulary
+    temperature: float
+
+    def __call__(self, logits_R1V: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+        log_student_RV = log_probs(self.vocabulary.fold(logits_R1V[:, 0]), self.temperature)
+        return inverse_cdf(log_student_RV.exp(), uniform_R), log_student_RV
 
 
 @dataclass
@@ -131,6 +146,10 @@ class _Sampler:
             for slot in sorted(finished, reverse=True):
                 self._leave(flying, slot)
 
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
     def _admit(self, prompts: Sequence[Sequence[int]], flying: list[_Row], rows: list[_Row]) -> None:
         slots = range(len(flying), len(flying) + len(rows))
         flying.extend(rows)
@@ -156,13 +175,15 @@ class _Sampler:
         place_RK1 = drawn_RK.clamp_max(self.max_new_tokens - 1)[..., None].to(self._device)
         uniform_RK3 = self._uniform_ST3[: len(flying)].gather(1, place_RK1.expand(-1, -1, 3))
         position_RK = torch.tensor([row.cached for row in flying])[:, None] + torch.arange(block)
+        position_RK = position_RK.to(self._device)
+        left_R = torch.tensor([self.max_new_tokens - len(row.completion) for row in flying], device=self._device)
         longest = max(row.cached for row in flying) + block
         read_RK, log_student_K = self._draft(flying, uniform_RK3[..., 0], position_RK, longest)
         logits_RKV = None
         if self.teacher is not None:
-            with self._timed("teacher", len(flying) * block):
+            with self._timed("teacher", len(flying) * block, self.teacher):
                 logits_RKV = self.teacher.read(read_RK[:, :-1], position_RK, longest)
-        return self._settle(flying, self._verify(flying, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
+        return self._settle(flying, self._verify(left_R, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
 
     def _own_uniforms(self, rows: list[_Row]) -> Tensor:
         """`[rows, max_new_tokens, 3]` random numbers of whole completions: computed once, not in every round."""
@@ -179,16 +200,20 @@ class _Sampler:
         """`[R, 1 + K]` newest tokens and drafts, and the student's log-probabilities at each drafted position."""
         token_R = torch.tensor([row.newest for row in flying], device=self._device)
         read, log_student_K = [token_R], []
+        drafting = _Drafting(self.vocabulary, self.temperature)
         for drafted in range(position_RK.shape[1]):
-            with self._timed("student", len(flying)):
-                logits_RV = self.student.read(read[-1][:, None], position_RK[:, drafted : drafted + 1], longest)[:, 0]
-                log_student_K.append(log_probs(self.vocabulary.fold(logits_RV), self.temperature))
-                read.append(inverse_cdf(log_student_K[-1].exp(), uniform_RK[:, drafted]))
+            position_R1 = position_RK[:, drafted : drafted + 1]
+            with self._timed("student", len(flying), self.student):
+                token_R, log_student_RV = self.student.read(
+                    read[-1][:, None], position_R1, longest, drafting, uniform_RK[:, drafted]
+                )
+            read.append(token_R)
+            log_student_K.append(log_student_RV)
         return torch.stack(read, dim=1), log_student_K
 
     def _verify(
         self,
-        flying: list[_Row],
+        left_R: Tensor,
         draft_RK: Tensor,
         log_student_K: list[Tensor],
         logits_RKV: Tensor | None,
@@ -196,53 +221,60 @@ class _Sampler:
     ) -> Tensor:
         """`[1 + columns, R, K]`: the token, or -1 where none was decided, and its stats.
 
-        Column by column, so that nothing is solved after a row's first replaced draft or its end.
+        Columns are decided in turn, so that nothing is solved after a row's first replaced draft or its end; on an
+        accelerator many at once, where solving what is then dropped costs less than asking which rows are left.
         """
         rows, block = draft_RK.shape
         seen = torch.full((1 + len(_COLUMNS), rows, block), -1.0, dtype=torch.float64, device=self._device)
-        left_R = torch.tensor([self.max_new_tokens - len(row.completion) for row in flying], device=self._device)
         live = torch.arange(rows, device=self._device)
         synchronize(self._device)
         start, verified = time.perf_counter(), 0
-        for column in range(block):
-            every = len(live) == rows
-            log_student_NV = log_student_K[column] if every else log_student_K[column][live]
+        for columns in self._column_groups(rows, block):
+            log_student_NV = _stacked(log_student_K[columns.start : columns.stop], live)
+            row_N = live.repeat(len(columns))
+            column_N = torch.arange(columns.start, columns.stop, device=self._device).repeat_interleave(len(live))
             log_teacher_NV = None
             if logits_RKV is not None:
-                folded_NV = self.vocabulary.fold(logits_RKV[live.to(logits_RKV.device), column])
-                log_teacher_NV = log_probs(folded_NV.to(self._device), self.temperature)
+                place = row_N.to(logits_RKV.device), column_N.to(logits_RKV.device)
+                log_teacher_NV = log_probs(self.vocabulary.fold(logits_RKV[place]).to(self._device), self.temperature)
             target = self.policy.target(log_student_NV, log_teacher_NV)
-            accept_N, residual_N = uniform_RK3[live, column, 1], uniform_RK3[live, column, 2]
+            accept_N, residual_N = uniform_RK3[row_N, column_N, 1], uniform_RK3[row_N, column_N, 2]
             token_N, accepted_N = accept_or_replace(
-                target, log_student_NV, draft_RK[live, column], accept_N, residual_N
+                target, log_student_NV, draft_RK[row_N, column_N], accept_N, residual_N
             )
-            goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (left_R[live] > column + 1)
-            seen[0, live, column] = token_N.double()
+            goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (left_R[row_N] > column_N + 1)
+            going_KR = goes_on_N.view(len(columns), -1).cumprod(0).bool()
+            reached_N = torch.cat([torch.ones_like(going_KR[:1]), going_KR[:-1]]).view(-1)
+            seen[0, row_N, column_N] = torch.where(reached_N, token_N, -1).double()
             numbers = {"accepted": accepted_N.double()}
             for name in ("teacher_weight", "kl_student", "kl_teacher"):
                 numbers[name] = getattr(target, name)
-            for place, name in enumerate(_COLUMNS, start=1):
+            for place_in_seen, name in enumerate(_COLUMNS, start=1):
                 if numbers[name] is not None:
-                    seen[place, live, column] = numbers[name].double()
-            verified += len(live)
-            live = live[goes_on_N]
+                    seen[place_in_seen, row_N, column_N] = numbers[name].double()
+            verified += len(row_N)
+            if columns.stop == block:
+                break
+            live = live[going_KR[-1]]
             if not len(live):
                 break
         self._observe("verify", verified, start)
         return seen
 
+    def _column_groups(self, rows: int, block: int) -> list[range]:
+        together = 1 if self._device.type == "cpu" else max(1, _VERIFY_ELEMENTS // (rows * self.vocabulary.size))
+        return [range(first, min(first + together, block)) for first in range(0, block, together)]
+
     def _settle(self, flying: list[_Row], seen: Tensor) -> list[int]:
         """Give each row its decided tokens; the slots of the rows that finished."""
         tokens, *columns = seen.tolist()
         verified = continued = 0
-        finished = []
+        finished, taken = [], []
         for slot, row in enumerate(flying):
             new = [int(token) for token in tokens[slot] if token >= 0]
             row.completion.extend(new)
             for name, column in zip(_COLUMNS, columns, strict=True):
                 row.stats[name].extend(column[slot][: len(new)])
-            if self.teacher is not None and self.teacher.hidden is not None:
-                row.hidden.append(self.teacher.hidden[slot, : len(new)].clone())
             row.cached += len(new)
             row.newest = new[-1]
             verified += len(new)
@@ -251,14 +283,19 @@ class _Sampler:
                 finished.append(slot)
             # Every token but the newest was followed by the next draft; the newest is if it was a draft itself.
             continued += len(new) - (ended or not row.stats["accepted"][-1])
+            taken.append(len(new))
+        if self.teacher is not None and self.teacher.hidden is not None:
+            for row, hidden in zip(flying, _firsts(self.teacher.hidden, taken), strict=True):
+                row.hidden.append(hidden)
         self.chooser.observe(verified, continued)
         return finished
 
     @contextmanager
-    def _timed(self, part: str, tokens: int) -> Iterator[None]:
+    def _timed(self, part: str, tokens: int, reader: SlotReader) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._observe(part, tokens, start)
+        if reader.is_settled:
+            self._observe(part, tokens, start)
 
     def _observe(self, part: str, tokens: int, start: float) -> None:
         if isinstance(self.chooser.costs, MeasuredCosts):
@@ -279,3 +316,17 @@ class _Sampler:
             student_calls=self.student.calls,
             teacher_hidden=[torch.cat(row.hidden) for row in rows] if rows and rows[0].hidden else None,
         )
+
+
+def _stacked(log_student_K: list[Tensor], live: Tensor) -> Tensor:
+    """`[N, V]` the live rows of each column, one column after the other; nothing is copied that need not be."""
+    parts = [column if len(column) == len(live) else column[live] for column in log_student_K]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _firsts(values_RKH: Tensor, count_R: list[int]) -> tuple[Tensor, ...]:
+    """The first so many of each row, in storage of their own."""
+    row_N = [row for row, count in enumerate(count_R) for _ in range(count)]
+    column_N = [column for count in count_R for column in range(count)]
+    place = torch.tensor([row_N, column_N], device=values_RKH.device)
+    return values_RKH[place[0], place[1]].split(count_R)
