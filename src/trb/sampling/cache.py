@@ -166,9 +166,13 @@ class SlotReader:
         assert logits_RQV.shape[:2] == ids_RQ.shape
         return (*hidden, logits_RQV) if finish is None else (*hidden, *finish(logits_RQV, *beside_R))
 
+    @property
+    def _layers(self) -> list["_SlotLayer"]:
+        return self._state.layers
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot over another."""
-        for layer in self._state.layers:
+        for layer in self._layers:
             layer.move(source, target, length)
 
     @contextmanager
