@@ -456,17 +456,17 @@ def test_a_pass_that_asks_the_gpu_for_a_value_is_found_out_on_a_gpu(recorded: li
 @needs_gpu
 def test_a_capture_that_fails_leaves_the_process_in_order_on_a_gpu() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    recorder, value = graphs.CudaRecorder(device), torch.ones(8, device=device)
+    value = torch.ones(8, device=device)
     with pytest.raises(RuntimeError):
-        recorder.record(lambda: (value * int(value.sum()),))
+        graphs.CudaRecorder(device).record(lambda: (value * int(value.sum()),))
     with pytest.raises(ZeroDivisionError):
-        recorder.record(lambda: (value * (1 // 0),))
+        graphs.CudaRecorder(device).record(lambda: (value * (1 // 0),))
     # Random numbers, the allocator's recovery from a full device, and captures all work afterwards.
     assert torch.nn.functional.dropout(torch.ones(1000, device=device), 0.5).sum() > 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         torch.empty(1 << 50, device=device)
     torch.cuda.empty_cache()
-    played = recorder.record(lambda: (value + 1,))
+    played = graphs.CudaRecorder(device).record(lambda: (value + 1,))
     played.replay()
     assert played.outputs[0].tolist() == [2.0] * 8
 

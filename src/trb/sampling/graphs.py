@@ -139,17 +139,23 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._keeper: torch.cuda.CUDAGraph | None = None
         self._stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             # A stream's matrix workspace is made on first use, and must not lie in the pool of some graph.
             for dtype in (torch.float32, torch.bfloat16):
                 torch.zeros(16, 16, dtype=dtype, device=device) @ torch.zeros(16, 16, dtype=dtype, device=device)
+        # A pool that no graph refers to is closed for good: this one outlives the others.
+        self._keeper, _ = self._capture(lambda: (torch.zeros(1, device=device),))
 
     def rehearse(self, function: Callable[[], Outputs]) -> Outputs:
         with _synchronising_is_an_error():
             return function()
 
     def record(self, function: Callable[[], Outputs]) -> Recorded:
+        return _CudaRecorded(*self._capture(function))
+
+    def _capture(self, function: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream), _no_garbage_collection():
@@ -161,10 +167,13 @@ class CudaRecorder:
             except BaseException:
                 self._abandon(graph)
                 raise
-        return _CudaRecorded(graph, outputs)
+        return graph, outputs
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Undo what a capture that failed leaves behind: the allocator's and the random generator's capture modes."""
+        """Undo what a capture that failed leaves behind: the allocator's and the random generator's capture modes.
+
+        Its memory pool stays marked as in use and this recorder is done for; others are not touched.
+        """
         with suppress(RuntimeError):
             graph.capture_end()
         with suppress(RuntimeError):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.policies import BehaviorPolicy
+from trb.policies import BehaviorPolicy, Target
 from trb.sampling.blocks import BlockChooser, MeasuredCosts, PlannedCosts, synchronize
 from trb.sampling.cache import SlotReader, attention_through_slots
 from trb.sampling.draw import accept_or_replace, inverse_cdf
@@ -37,6 +37,8 @@ _ADMIT_SHARE = 0.125
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
 # On an accelerator several columns of a block are decided at once, up to this many elements of a `[N, V]` tensor.
 _VERIFY_ELEMENTS = 1 << 27
+# A block size is kept for this share of its speed, where passes are captured by shape.
+_TOLERANCE = 0.05
 
 
 @dataclass
@@ -98,9 +100,10 @@ def _chooser(
     if teacher is None:
         return BlockChooser(PlannedCosts(student, student, vocabulary.size), fixed=1)
     planned = PlannedCosts(student, teacher, vocabulary.size)
+    tolerance = _TOLERANCE if student.device.type == "cuda" else 0.0
     if block_size == "measured":
-        return BlockChooser(MeasuredCosts(planned))
-    return BlockChooser(planned, fixed=None if block_size == "planned" else int(block_size))
+        return BlockChooser(MeasuredCosts(planned), tolerance=tolerance)
+    return BlockChooser(planned, fixed=None if block_size == "planned" else int(block_size), tolerance=tolerance)
 
 
 @dataclass(frozen=True)
@@ -170,20 +173,20 @@ class _Sampler:
         """Draft, read and decide one block; the slots of the rows that finished."""
         remaining = max(self.max_new_tokens - len(row.completion) for row in flying)
         block = self.chooser.choose(len(flying), remaining)
-        drawn_RK = torch.tensor([len(row.completion) for row in flying])[:, None] + torch.arange(block)
+        rows_R3 = torch.tensor([(row.newest, row.cached, len(row.completion)) for row in flying]).to(self._device)
+        newest_R, cached_R, drawn_R = rows_R3.unbind(-1)
+        ahead_K = torch.arange(block, device=self._device)
         # A row near its limit drafts tokens that will be dropped; any random number does for them.
-        place_RK1 = drawn_RK.clamp_max(self.max_new_tokens - 1)[..., None].to(self._device)
+        place_RK1 = (drawn_R[:, None] + ahead_K).clamp_max(self.max_new_tokens - 1)[..., None]
         uniform_RK3 = self._uniform_ST3[: len(flying)].gather(1, place_RK1.expand(-1, -1, 3))
-        position_RK = torch.tensor([row.cached for row in flying])[:, None] + torch.arange(block)
-        position_RK = position_RK.to(self._device)
-        left_R = torch.tensor([self.max_new_tokens - len(row.completion) for row in flying], device=self._device)
+        position_RK = cached_R[:, None] + ahead_K
         longest = max(row.cached for row in flying) + block
-        read_RK, log_student_K = self._draft(flying, uniform_RK3[..., 0], position_RK, longest)
+        read_RK, log_student_K = self._draft(newest_R, uniform_RK3[..., 0], position_RK, longest)
         logits_RKV = None
         if self.teacher is not None:
             with self._timed("teacher", len(flying) * block, self.teacher):
                 logits_RKV = self.teacher.read(read_RK[:, :-1], position_RK, longest)
-        return self._settle(flying, self._verify(left_R, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
+        return self._settle(flying, self._verify(drawn_R, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
 
     def _own_uniforms(self, rows: list[_Row]) -> Tensor:
         """`[rows, max_new_tokens, 3]` random numbers of whole completions: computed once, not in every round."""
@@ -195,15 +198,14 @@ class _Sampler:
         return uniforms(self.seed, *words).view(*shape, 3)
 
     def _draft(
-        self, flying: list[_Row], uniform_RK: Tensor, position_RK: Tensor, longest: int
+        self, newest_R: Tensor, uniform_RK: Tensor, position_RK: Tensor, longest: int
     ) -> tuple[Tensor, list[Tensor]]:
         """`[R, 1 + K]` newest tokens and drafts, and the student's log-probabilities at each drafted position."""
-        token_R = torch.tensor([row.newest for row in flying], device=self._device)
-        read, log_student_K = [token_R], []
+        read, log_student_K = [newest_R], []
         drafting = _Drafting(self.vocabulary, self.temperature)
         for drafted in range(position_RK.shape[1]):
             position_R1 = position_RK[:, drafted : drafted + 1]
-            with self._timed("student", len(flying), self.student):
+            with self._timed("student", len(newest_R), self.student):
                 token_R, log_student_RV = self.student.read(
                     read[-1][:, None], position_R1, longest, drafting, uniform_RK[:, drafted]
                 )
@@ -213,7 +215,7 @@ class _Sampler:
 
     def _verify(
         self,
-        left_R: Tensor,
+        drawn_R: Tensor,
         draft_RK: Tensor,
         log_student_K: list[Tensor],
         logits_RKV: Tensor | None,
@@ -225,7 +227,7 @@ class _Sampler:
         accelerator many at once, where solving what is then dropped costs less than asking which rows are left.
         """
         rows, block = draft_RK.shape
-        seen = torch.full((1 + len(_COLUMNS), rows, block), -1.0, dtype=torch.float64, device=self._device)
+        seen = torch.full((rows, block, 1 + len(_COLUMNS)), -1.0, dtype=torch.float64, device=self._device)
         live = torch.arange(rows, device=self._device)
         synchronize(self._device)
         start, verified = time.perf_counter(), 0
@@ -242,16 +244,15 @@ class _Sampler:
             token_N, accepted_N = accept_or_replace(
                 target, log_student_NV, draft_RK[row_N, column_N], accept_N, residual_N
             )
-            goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (left_R[row_N] > column_N + 1)
+            goes_on_N = (
+                accepted_N
+                & (token_N != self.vocabulary.stop_id)
+                & (drawn_R[row_N] + column_N + 1 < self.max_new_tokens)
+            )
             going_KR = goes_on_N.view(len(columns), -1).cumprod(0).bool()
             reached_N = torch.cat([torch.ones_like(going_KR[:1]), going_KR[:-1]]).view(-1)
-            seen[0, row_N, column_N] = torch.where(reached_N, token_N, -1).double()
-            numbers = {"accepted": accepted_N.double()}
-            for name in ("teacher_weight", "kl_student", "kl_teacher"):
-                numbers[name] = getattr(target, name)
-            for place_in_seen, name in enumerate(_COLUMNS, start=1):
-                if numbers[name] is not None:
-                    seen[place_in_seen, row_N, column_N] = numbers[name].double()
+            decided_N = torch.where(reached_N, token_N, -1)
+            seen[row_N, column_N] = torch.stack([decided_N.double(), *_numbers(target, accepted_N)], dim=-1)
             verified += len(row_N)
             if columns.stop == block:
                 break
@@ -259,7 +260,7 @@ class _Sampler:
             if not len(live):
                 break
         self._observe("verify", verified, start)
-        return seen
+        return seen.movedim(-1, 0)
 
     def _column_groups(self, rows: int, block: int) -> list[range]:
         together = 1 if self._device.type == "cpu" else max(1, _VERIFY_ELEMENTS // (rows * self.vocabulary.size))
@@ -316,6 +317,14 @@ class _Sampler:
             student_calls=self.student.calls,
             teacher_hidden=[torch.cat(row.hidden) for row in rows] if rows and rows[0].hidden else None,
         )
+
+
+def _numbers(target: Target, accepted_N: Tensor) -> list[Tensor]:
+    """The columns of `RolloutStats`, `[N]` float64 each; -1 for one that the policy does not have."""
+    found = {"teacher_weight": target.teacher_weight, "kl_student": target.kl_student, "kl_teacher": target.kl_teacher}
+    missing_N = torch.full_like(accepted_N, -1.0, dtype=torch.float64)
+    columns = [accepted_N if name == "accepted" else found[name] for name in _COLUMNS]
+    return [missing_N if column is None else column.double() for column in columns]
 
 
 def _stacked(log_student_K: list[Tensor], live: Tensor) -> Tensor:
