@@ -120,6 +120,7 @@ class Bench:
         device: where everything runs.
         shapes: the sizes.
         smoke: a rehearsal, on any device.
+        compiled: time compiled decoding as well.
         numbers: what the current section has measured so far.
         failures: checks that failed, in words.
         models: student and teacher, built by the first section that asks for them.
@@ -128,6 +129,7 @@ class Bench:
     device: torch.device
     shapes: Shapes
     smoke: bool
+    compiled: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     models: tuple[Qwen3ForCausalLM, Qwen3ForCausalLM] | None = None
@@ -441,7 +443,8 @@ def time_sampling(bench: Bench) -> None:
             for name, options in sampler_cases(bench.shapes):
                 if policy.needs_teacher or "block_size" not in options:
                     label = f"{policy_name}, batch {batch}, {name}"
-                    time_sampler(bench, label, batch, policy, options, graphs=False)
+                    if options.get("block_size") != bench.shapes.block_sizes[-1] or bench.smoke:
+                        time_sampler(bench, label, batch, policy, options, graphs=False)
                     if options["method"] == "speculative":
                         time_sampler(bench, f"{label}, graphs", batch, policy, options, graphs=True)
 
@@ -541,14 +544,15 @@ def time_decoding(bench: Bench) -> None:
     steps, capacity = (4, 16) if bench.smoke else (40, 512)
     # Compiling for a CPU needs a C++ compiler, and says nothing about CUDA graphs.
     compiler: dict[str, Any] = {"backend": "eager"} if bench.device.type == "cpu" else {"mode": "reduce-overhead"}
-    variants: tuple[tuple[str, Callable[..., Any], bool], ...] = (
+    variants: list[tuple[str, Callable[..., Any], bool]] = [
         ("eager, growing cache", student.forward, False),
         ("eager, static cache", student.forward, True),
-        ("compiled, static cache", torch.compile(student.forward, dynamic=False, **compiler), True),
-    )
+    ]
+    if bench.compiled:  # about 40 s for each batch size
+        compiled = torch.compile(student.forward, dynamic=False, **compiler)
+        variants.append(("compiled, static cache", compiled, True))
     for name, forward, static in variants:
-        # Compiling takes about 40 s for each batch size.
-        for batch in bench.shapes.batches[-1:] if name.startswith("compiled") else bench.shapes.batches:
+        for batch in bench.shapes.batches:
             label = f"{name}, batch {batch}"
             try:
                 cache = StaticCache(config=student.config, max_cache_len=capacity) if static else None
@@ -617,6 +621,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=[section.__name__ for section, _ in SECTIONS], help="sections to run"
     )
+    parser.add_argument("--compiled", action="store_true", help="time compiled decoding too; takes 90 s more")
     parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/gpu.json; with --smoke, none)")
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -628,7 +633,7 @@ def main() -> int:
     start = time.perf_counter()
     options = arguments()
     shapes = SMOKE if options.smoke else SMALL if options.small else FULL
-    bench = Bench(torch.device(options.device), shapes, options.smoke)
+    bench = Bench(torch.device(options.device), shapes, options.smoke, options.compiled)
     output = options.output or (None if options.smoke else Path(__file__).parent / "results" / "gpu.json")
     record = provenance(bench, options)
     print(f"{record['device']}, torch {torch.__version__}, triton {record['versions']['triton']}")

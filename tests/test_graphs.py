@@ -9,6 +9,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -100,9 +101,9 @@ class Bench:
         monkeypatch.setattr(graphs, "LENGTH_STEP", 4)
         monkeypatch.setattr(cache, "_FIRST_ROOM", 2)
 
-    def new_replays(self, model: PreTrainedModel) -> graphs.Replays:
+    def new_replays(self, model: PreTrainedModel, most_rows: int) -> graphs.Replays:
         self.recorders.append(Recorder(self.refuse))
-        return graphs.Replays(self.recorders[-1])
+        return graphs.Replays(self.recorders[-1], most_rows)
 
     @property
     def recorded(self) -> int:
@@ -197,9 +198,8 @@ def test_what_a_broken_call_left_in_the_buffers_harms_no_other(
     """Weights that diverged fill the cache with NaN; once they are restored in place nothing of it is left."""
     policy, weight = StudentPolicy(), pair[0].model.layers[0].self_attn.v_proj.weight
     kept = weight.clone()
-    long = {"max_new_tokens": 20}
-    draw(*pair, policy, **long)
-    reader = SlotReader(pair[0], 4)
+    draw(*pair, policy)
+    reader = SlotReader(pair[0], len(PROMPTS))
     for layer in reader._state.layers:
         layer.keys.fill_(math.nan)
         layer.values.fill_(math.nan)
@@ -301,10 +301,10 @@ def test_buckets_waste_little_and_are_few() -> None:
     sizes = [graphs.bucket(rows) for rows in range(1, 513)]
     assert sizes == sorted(sizes)
     assert [graphs.bucket(size) for size in sizes] == sizes
-    assert len(set(sizes)) == 15
+    assert len(set(sizes)) == 12
     for rows, size in enumerate(sizes, start=1):
         assert rows <= size
-        assert size < 1.5 * rows + 1 or size <= 16
+        assert size <= max(16, 1.5 * rows)
 
 
 def test_one_position_is_left_for_scratch() -> None:
@@ -320,7 +320,7 @@ def double(values: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_a_shape_is_rehearsed_then_recorded_then_replayed() -> None:
     recorder = Recorder()
-    replays = graphs.Replays(recorder)
+    replays = graphs.Replays(recorder, 64)
     for turn, rows in enumerate((5, 7, 8, 6)):  # one bucket
         values = torch.arange(2.0 * rows).view(rows, 2) + turn
         found = replays.run(double, "key", (values, values[:, :1]), (0, -1))
@@ -334,13 +334,13 @@ def test_a_shape_is_rehearsed_then_recorded_then_replayed() -> None:
 
 
 def test_results_are_not_overwritten_by_the_next_replay() -> None:
-    replays = graphs.Replays(Recorder())
+    replays = graphs.Replays(Recorder(), 64)
     results = [replays.run(double, 0, (torch.full((2, 1), value),) * 2, (0, 0)) for value in range(5)]
     assert [found[0].tolist() for found in results if found] == [[[2 * value]] * 2 for value in range(5)]
 
 
 def test_wide_passes_are_not_captured() -> None:
-    replays = graphs.Replays(Recorder())
+    replays = graphs.Replays(Recorder(), 1024)
     wide = torch.zeros(graphs._MOST_TOKENS // 8 + 1, 8)
     assert replays.run(double, 0, (wide, wide), (0, 0)) is None
     assert replays.settled
@@ -348,7 +348,7 @@ def test_wide_passes_are_not_captured() -> None:
 
 def test_graphs_are_dropped_by_number_and_by_size() -> None:
     recorder = Recorder()
-    replays = graphs.Replays(recorder, memory=32 * 100)  # a hundred bytes of results
+    replays = graphs.Replays(recorder, 4, memory=32 * 100)  # a hundred bytes of results
     value = torch.ones(4, 1)  # results of 32 bytes
     for key in (*"aabbccdd", *"dcba"):
         assert replays.run(double, key, (value, value), (0, 0)) is not None
@@ -356,7 +356,7 @@ def test_graphs_are_dropped_by_number_and_by_size() -> None:
     # Four shapes do not fit: the oldest had to be made again.
     assert len(recorder.recorded) == 4
     assert recorder.rehearsals > 4
-    many = graphs.Replays(Recorder())
+    many = graphs.Replays(Recorder(), 4)
     for key in range(3 * graphs._MOST_GRAPHS):
         many.run(double, key, (value, value), (0, 0))
     assert len(many._shapes) == graphs._MOST_GRAPHS
@@ -423,14 +423,14 @@ def test_long_completions_grow_the_buffers_on_a_gpu(recorded: list[Any], monkeyp
     student = tiny_llama(6, seed=41)
     student.config.max_position_embeddings = 4096
     student = student.to("cuda", torch.float32)
-    options: dict[str, Any] = {"max_new_tokens": 700, "eos_token_id": 5}
+    options: dict[str, Any] = {"max_new_tokens": 300, "eos_token_id": 5}
     with torch.no_grad():
         student.lm_head.weight[5] -= 4 * student.lm_head.weight[5].abs()  # seldom stops
     ours = draw(student, student, StudentPolicy(), **options)
-    assert len(recorded) > 2
+    assert len(recorded) > 1
     monkeypatch.setenv("TRB_CUDA_GRAPHS", "0")
     assert_same(ours, draw(student, student, StudentPolicy(), **options))
-    assert max(map(len, ours.completions)) > 300
+    assert max(map(len, ours.completions)) > 260
 
 
 @pytest.mark.gpu
@@ -452,23 +452,31 @@ def test_a_pass_that_asks_the_gpu_for_a_value_is_found_out_on_a_gpu(recorded: li
     assert len(asked) > 10
 
 
+def ask(value: Tensor) -> tuple[Tensor]:
+    return (value * int(value.sum()),)
+
+
+def fail(value: Tensor) -> tuple[Tensor]:
+    raise ZeroDivisionError
+
+
 @pytest.mark.gpu
 @needs_gpu
-def test_a_capture_that_fails_leaves_the_process_in_order_on_a_gpu() -> None:
+@pytest.mark.parametrize(("function", "error"), [(fail, ZeroDivisionError), (ask, RuntimeError)])
+def test_a_capture_that_fails_leaves_the_process_in_order_on_a_gpu(
+    function: Callable[[Tensor], Any], error: type[Exception]
+) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    value = torch.ones(8, device=device)
-    with pytest.raises(RuntimeError):
-        graphs.CudaRecorder(device).record(lambda: (value * int(value.sum()),))
-    with pytest.raises(ZeroDivisionError):
-        graphs.CudaRecorder(device).record(lambda: (value * (1 // 0),))
-    # Random numbers, the allocator's recovery from a full device, and captures all work afterwards.
-    assert torch.nn.functional.dropout(torch.ones(1000, device=device), 0.5).sum() > 0
+    value = torch.ones(1000, device=device)
+    with pytest.raises(error):
+        graphs.CudaRecorder(device).record(partial(function, value))
+    assert torch.nn.functional.dropout(value, 0.5).sum() > 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        torch.empty(1 << 50, device=device)
+        torch.empty(1 << 42, device=device)
     torch.cuda.empty_cache()
     played = graphs.CudaRecorder(device).record(lambda: (value + 1,))
     played.replay()
-    assert played.outputs[0].tolist() == [2.0] * 8
+    assert torch.equal(played.outputs[0], value + 1)
 
 
 @pytest.mark.gpu

@@ -170,10 +170,14 @@ class SlotReader:
     def _layers(self) -> list["_SlotLayer"]:
         return self._state.layers
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot over another."""
+    def move(self, source: int | Sequence[int], target: int | Sequence[int], length: int) -> None:
+        """Copy the first `length` positions of one slot over another, or of several at once over as many others."""
+        one, other = (
+            slots if isinstance(slots, int) else torch.tensor(slots, device=self.model.device)
+            for slots in (source, target)
+        )
         for layer in self._layers:
-            layer.move(source, target, length)
+            layer.move(one, other, length)
 
     @contextmanager
     def _captured_hidden(self) -> Iterator[list[Tensor]]:
@@ -249,10 +253,9 @@ class _State:
     def of(cls, model: PreTrainedModel, slots: int) -> "_State":
         if not graphs.wanted(model):
             return cls(slots, None)
-        slots = graphs.bucket(slots)
         left: _State | None = graphs.take(model)
-        if left is None or left.slots < slots:
-            return cls(slots, graphs.new_replays(model))
+        if left is None or left.slots != slots:
+            return cls(slots, graphs.new_replays(model, slots))
         for layer in left.layers:
             layer.clear()  # as new: what another call left there need not be finite
         return left
@@ -317,7 +320,7 @@ class _SlotLayer(CacheLayerMixin):
             assert buffer is not None
             buffer[slots, :length] = states.transpose(1, 2).to(buffer.dtype)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(self, source: int | Tensor, target: int | Tensor, length: int) -> None:
         for buffer in (self.keys, self.values):
             assert buffer is not None
             buffer[target, :length] = buffer[source, :length]

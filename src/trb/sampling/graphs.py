@@ -49,8 +49,11 @@ _MOST_MODELS = 2
 
 
 def bucket(rows: int) -> int:
-    """The number of rows a graph is captured for: a power of two, or three quarters of one (at least 16 rows)."""
-    power = 1 << (rows - 1).bit_length()
+    """The number of rows a graph is captured for: a power of two, or three quarters of one, and at least 8.
+
+    A pass over 8 rows takes as long as one over a single row, which reads the same weights.
+    """
+    power = max(8, 1 << (rows - 1).bit_length())
     return power * 3 // 4 if power > 16 and rows <= power * 3 // 4 else power
 
 
@@ -133,6 +136,9 @@ class _CudaRecorded:
         self.graph.replay()
 
 
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
 class CudaRecorder:
     """Captures on a stream of its own, with one memory pool for all graphs of a model."""
 
@@ -174,6 +180,7 @@ class CudaRecorder:
 
         Its memory pool stays marked as in use and this recorder is done for; others are not touched.
         """
+        _ABANDONED.append(graph)  # the allocator of host memory may ask it yet which stream it was captured from
         with suppress(RuntimeError):
             graph.capture_end()
         with suppress(RuntimeError):
@@ -232,13 +239,19 @@ class _Shape:
 class Replays:
     """The captured passes of one model.
 
+    Args:
+        recorder: how to capture.
+        most_rows: no pass has more.
+        memory: of the device, bytes.
+
     Attributes:
         settled: whether the last `run` took as long as those to come will: False where a graph was in the making.
     """
 
-    def __init__(self, recorder: Recorder, memory: float = math.inf) -> None:
+    def __init__(self, recorder: Recorder, most_rows: int, memory: float = math.inf) -> None:
         self.settled = True
         self._recorder = recorder
+        self._most_rows = most_rows
         self._most_bytes = _RESULT_SHARE * memory
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         self._refused = False
@@ -257,7 +270,7 @@ class Replays:
             padding: what to fill missing rows with, for each tensor.
         """
         rows = len(tensors[0])
-        padded = bucket(rows)
+        padded = min(bucket(rows), self._most_rows)
         self.settled = True
         if self._refused or padded * tensors[0][0].numel() > _MOST_TOKENS:
             return None
@@ -310,9 +323,9 @@ def wanted(model: PreTrainedModel) -> bool:
     return reason is None
 
 
-def new_replays(model: PreTrainedModel) -> Replays:
+def new_replays(model: PreTrainedModel, most_rows: int) -> Replays:
     """A place for the graphs of a model on a GPU."""
-    return Replays(CudaRecorder(model.device), _memory(model))
+    return Replays(CudaRecorder(model.device), most_rows, _memory(model))
 
 
 def _memory(model: PreTrainedModel) -> float:

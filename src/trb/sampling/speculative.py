@@ -145,9 +145,7 @@ class _Sampler:
             free = slots - len(flying)
             if waiting and (not flying or free >= max(1, _ADMIT_SHARE * slots)):
                 self._admit(prompts, flying, [waiting.popleft() for _ in range(min(free, len(waiting)))])
-            finished = self._round(flying)
-            for slot in sorted(finished, reverse=True):
-                self._leave(flying, slot)
+            self._leave(flying, self._round(flying))
 
     def close(self) -> None:
         for reader in self._readers:
@@ -160,14 +158,19 @@ class _Sampler:
         for reader in self._readers:
             reader.admit([prompts[row.number][:-1] for row in rows], slots)
 
-    def _leave(self, flying: list[_Row], slot: int) -> None:
-        """The last row in flight takes the slot, so that those in use stay the first ones."""
-        last = flying.pop()
-        if slot < len(flying):
-            flying[slot] = last
-            self._uniform_ST3[slot] = self._uniform_ST3[len(flying)]
+    def _leave(self, flying: list[_Row], finished: list[int]) -> None:
+        """The last rows in flight take the slots of those that finished, so that those in use stay the first ones."""
+        staying = len(flying) - len(finished)
+        free = [slot for slot in finished if slot < staying]
+        moved = sorted(set(range(staying, len(flying))) - set(finished))
+        for source, target in zip(moved, free, strict=True):
+            flying[target] = flying[source]
+        del flying[staying:]
+        if moved:
+            self._uniform_ST3[free] = self._uniform_ST3[moved]
+            longest = max(flying[slot].cached for slot in free)
             for reader in self._readers:
-                reader.move(len(flying), slot, last.cached)
+                reader.move(moved, free, longest)
 
     def _round(self, flying: list[_Row]) -> list[int]:
         """Draft, read and decide one block; the slots of the rows that finished."""
