@@ -11,9 +11,9 @@ The exit status is 1 if a check failed or a section broke.
 """
 
 import argparse
-import inspect
 import json
 import math
+import os
 import signal
 import statistics
 import time
@@ -34,7 +34,8 @@ from trb.losses import chunked_reverse_kl
 from trb.modeling import OutputHead, hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.provenance import describe
-from trb.sampling import METHODS, sample
+from trb.sampling import sample
+from trb.sampling.cache import SlotReader, attention_through_slots
 from trb.sampling.draw import inverse_cdf
 
 KL_BUDGET = 0.02
@@ -119,6 +120,7 @@ class Bench:
         device: where everything runs.
         shapes: the sizes.
         smoke: a rehearsal, on any device.
+        compiled: time compiled decoding as well.
         numbers: what the current section has measured so far.
         failures: checks that failed, in words.
         models: student and teacher, built by the first section that asks for them.
@@ -127,6 +129,7 @@ class Bench:
     device: torch.device
     shapes: Shapes
     smoke: bool
+    compiled: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     models: tuple[Qwen3ForCausalLM, Qwen3ForCausalLM] | None = None
@@ -419,12 +422,11 @@ def prompts_of(bench: Bench, batch: int) -> list[list[int]]:
 
 
 def sampler_cases(shapes: Shapes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, keyword arguments of `sample`): every method, and block sizes where one knows them."""
-    for method in METHODS:
-        yield method, {"method": method}
-        if method != "lockstep" and "block_size" in inspect.signature(sample).parameters:
-            for block_size in shapes.block_sizes:
-                yield f"{method}, blocks of {block_size}", {"method": method, "block_size": block_size}
+    """(name, keyword arguments of `sample`): every method, and the block sizes the speculative one is given."""
+    yield "lockstep", {"method": "lockstep"}
+    yield "speculative", {"method": "speculative"}
+    for block_size in shapes.block_sizes:
+        yield f"speculative, blocks of {block_size}", {"method": "speculative", "block_size": block_size}
 
 
 def time_sampling(bench: Bench) -> None:
@@ -440,10 +442,22 @@ def time_sampling(bench: Bench) -> None:
         for policy_name, policy in policies:
             for name, options in sampler_cases(bench.shapes):
                 if policy.needs_teacher or "block_size" not in options:
-                    time_sampler(bench, f"{policy_name}, batch {batch}, {name}", batch, policy, options)
+                    label = f"{policy_name}, batch {batch}, {name}"
+                    if options.get("block_size") != bench.shapes.block_sizes[-1] or bench.smoke:
+                        time_sampler(bench, label, batch, policy, options, graphs=False)
+                    if options["method"] == "speculative":
+                        time_sampler(bench, f"{label}, graphs", batch, policy, options, graphs=True)
 
 
-def time_sampler(bench: Bench, name: str, batch: int, policy: BehaviorPolicy, options: dict[str, Any]) -> None:
+@contextmanager
+def with_graphs(on: bool) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {"TRB_CUDA_GRAPHS": "1" if on else "0"}):
+        yield
+
+
+def time_sampler(
+    bench: Bench, name: str, batch: int, policy: BehaviorPolicy, options: dict[str, Any], *, graphs: bool
+) -> None:
     student, teacher = models_of(bench)
     prompts, stop = prompts_of(bench, batch), bench.shapes.student["vocab_size"] - 1
 
@@ -452,9 +466,13 @@ def time_sampler(bench: Bench, name: str, batch: int, policy: BehaviorPolicy, op
             student, teacher, prompts, policy, max_new_tokens=new_tokens, eos_token_id=stop, seed=seed, **options
         )
 
-    run(min(8, bench.shapes.new_tokens), 1)
-    with bench.peak_memory() as memory:
-        seconds, rollout = bench.once(run, bench.shapes.new_tokens, 0)
+    with with_graphs(graphs):
+        # Graphs are captured in the first calls and serve the later ones, as they do in training.
+        first_s, _ = bench.once(run, bench.shapes.new_tokens if graphs else min(8, bench.shapes.new_tokens), 1)
+        if graphs:
+            run(bench.shapes.new_tokens, 2)
+        with bench.peak_memory() as memory:
+            seconds, rollout = bench.once(run, bench.shapes.new_tokens, 0)
     lengths = [len(completion) for completion in rollout.completions]
     accepted = [value for row in rollout.stats.accepted for value in row]
     costs = [value for row in rollout.stats.kl_student for value in row]
@@ -462,6 +480,7 @@ def time_sampler(bench: Bench, name: str, batch: int, policy: BehaviorPolicy, op
         name,
         tokens_per_s=sum(lengths) / seconds,
         seconds=seconds,
+        **({"first_call_seconds": first_s} if graphs else {}),
         tokens=sum(lengths),
         # A pass over the whole batch counts once, and so does a position of the longest completion.
         teacher_passes_per_token=rollout.teacher_calls / max(lengths),
@@ -509,22 +528,29 @@ def time_step(bench: Bench) -> None:
     parts = {key: statistics.median(repeat[key] for repeat in repeats) for key in repeats[0]}
     tokens_trained = shapes.step_batch * shapes.step_completion
     bench.log("losses and gradients", **parts, tokens_per_s=tokens_trained / sum(parts.values()), **memory)
-    time_sampler(
-        bench, "sampling for it", shapes.step_batch, TrustRegionPolicy(KL_BUDGET), {"method": next(iter(METHODS))}
-    )
+    options = {"method": "speculative", "block_size": "planned", "keep_teacher_hidden": True}
+    time_sampler(bench, "sampling for it", shapes.step_batch, TrustRegionPolicy(KL_BUDGET), options, graphs=True)
 
 
 def time_decoding(bench: Bench) -> None:
-    """the student's one-token forward pass: eager with a growing cache, eager and compiled with a static one"""
+    """the student's one-token pass: on the library's caches, compiled, and in slots without and with graphs"""
     student, _ = models_of(bench)
+    for batch in bench.shapes.batches:
+        for graphs in (False, True):
+            name = f"slots{', graphs' if graphs else ''}, batch {batch}"
+            with with_graphs(graphs):
+                step_s = time_slots(bench, batch)
+            bench.log(name, milliseconds=1e3 * step_s, tokens_per_s=batch / step_s)
     steps, capacity = (4, 16) if bench.smoke else (40, 512)
     # Compiling for a CPU needs a C++ compiler, and says nothing about CUDA graphs.
     compiler: dict[str, Any] = {"backend": "eager"} if bench.device.type == "cpu" else {"mode": "reduce-overhead"}
-    variants: tuple[tuple[str, Callable[..., Any], bool], ...] = (
+    variants: list[tuple[str, Callable[..., Any], bool]] = [
         ("eager, growing cache", student.forward, False),
         ("eager, static cache", student.forward, True),
-        ("compiled, static cache", torch.compile(student.forward, dynamic=False, **compiler), True),
-    )
+    ]
+    if bench.compiled:  # about 40 s for each batch size
+        compiled = torch.compile(student.forward, dynamic=False, **compiler)
+        variants.append(("compiled, static cache", compiled, True))
     for name, forward, static in variants:
         for batch in bench.shapes.batches:
             label = f"{name}, batch {batch}"
@@ -535,6 +561,23 @@ def time_decoding(bench: Bench) -> None:
             # Compilers and static caches fail in many ways on new versions; that is a finding, not a failed run.
             except Exception as error:
                 bench.log(label, error=f"{type(error).__name__}: {error}"[:1000])
+
+
+@torch.no_grad()
+def time_slots(bench: Bench, batch: int) -> float:
+    """Median seconds of one token of each row, read as the sampler reads it."""
+    student, _ = models_of(bench)
+    prompts = prompts_of(bench, batch)
+    reader = SlotReader(student, batch)
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=bench.device)
+    position = torch.tensor([[len(prompt)] for prompt in prompts], device=bench.device)
+    longest = max(map(len, prompts)) + 1
+    with attention_through_slots(student):
+        reader.admit(prompts, range(batch))
+        for _ in range(3):
+            reader.read(ids, position, longest)
+        times = [bench.once(reader.read, ids, position, longest)[0] for _ in range(4 if bench.smoke else 40)]
+    return statistics.median(times)
 
 
 @torch.no_grad()
@@ -578,6 +621,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=[section.__name__ for section, _ in SECTIONS], help="sections to run"
     )
+    parser.add_argument("--compiled", action="store_true", help="time compiled decoding too; takes 90 s more")
     parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/gpu.json; with --smoke, none)")
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -589,7 +633,7 @@ def main() -> int:
     start = time.perf_counter()
     options = arguments()
     shapes = SMOKE if options.smoke else SMALL if options.small else FULL
-    bench = Bench(torch.device(options.device), shapes, options.smoke)
+    bench = Bench(torch.device(options.device), shapes, options.smoke, options.compiled)
     output = options.output or (None if options.smoke else Path(__file__).parent / "results" / "gpu.json")
     record = provenance(bench, options)
     print(f"{record['device']}, torch {torch.__version__}, triton {record['versions']['triton']}")

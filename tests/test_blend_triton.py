@@ -301,9 +301,11 @@ pointers = {"student": "*bf16", "teacher": "*bf16", "log_probs": "*fp32", "passe
 pointers |= dict.fromkeys(("budgets", "teacher_weight", "kl_student", "kl_teacher"), "*fp64")
 types = {name: pointers.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
 source = ASTSource(kernel, types, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
-options = {"num_warps": 16, "enable_fp_fusion": True}
+options = {"num_warps": 32, "enable_fp_fusion": True}
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 assert len(compiled.asm["cubin"]) > 1000
+# A constant compared with a float64 number must not have passed through float32, which lifts 5e-4 above itself.
+assert "5.000000e-04 : f64" in compiled.asm["ttir"], compiled.asm["ttir"]
 """
 
 

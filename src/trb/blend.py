@@ -240,6 +240,8 @@ def _solve_in_blocks(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, d
 
 
 def _checked_budget(kl_budget: float | Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+    if not isinstance(kl_budget, Tensor) and kl_budget >= 0:  # without asking an accelerator
+        return torch.full(leading, kl_budget, dtype=torch.float64, device=device)
     budget = torch.as_tensor(kl_budget, dtype=torch.float64, device=device)
     invalid = ~(budget >= 0)
     if invalid.any():

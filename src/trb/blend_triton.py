@@ -43,9 +43,11 @@ _FLOAT32_BUDGET_FLOOR = 5e-4
 _MARGIN = 2e-5
 # With the student's mean log-ratio above this, e^{βr} of the centred ratio, times r², stays a float32 number.
 _MEAN_RATIO_FLOOR = -64.0
-# Wide enough that a row's loads hide their latency, narrow enough that the lanes of a sweep stay in registers.
+# Wide enough that a row's loads hide their latency. One program solves one row, so that few rows leave most of a GPU
+# idle and want every warp a program may have: on an H100, 32 warps beat 16 from 8 rows (0.145 ms against 0.159) to 512
+# (0.810 against 0.943; benchmarks/results/gpu-first.json, time_solver).
 _LARGEST_BLOCK = 4096
-_LANES_PER_THREAD = 8
+_LANES_PER_THREAD = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Decided when the kernels are decorated, so setting the variable later changes nothing.
 _INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -198,7 +200,9 @@ def _solve_kernel(
     # The log-ratio is `ratio - centre + mean`, where `ratio` is the difference of the logits below their maxima.
     mean = centre.to(tl.float64) + norm_s_64 - norm_t_64
     solvable = (lowest >= LOG_PROB_FLOOR) & (differ == 0) & (mean >= MEAN_RATIO_FLOOR) & (kl_end >= 0)
-    solvable = solvable & ((budget == 0) | (budget >= BUDGET_FLOOR))
+    # Written out in float64: a bare constant would be rounded to float32 first, which lifts 5e-4 above itself.
+    budget_floor = tl.full((), BUDGET_FLOOR, tl.float64)
+    solvable = solvable & ((budget == 0) | (budget >= budget_floor))
 
     room = budget * (1 - MARGIN)
     slack = budget * WINDOW

@@ -71,8 +71,11 @@ class SharedVocabulary:
         """`[..., rows]` logits on the shared events `[..., V]`; a new tensor, probability conserved."""
         shared = logits[..., : self.size].clone()
         if self.folded_ids:
-            shared[..., self.stop_id] = _log_sum_exp(shared[..., self.stop_ids]).to(shared.dtype)
-            shared[..., list(self.folded_ids)] = -math.inf
+            # One column at a time: a list of ids would travel to the device, and wait for it, in every call.
+            stops = torch.stack([shared[..., token_id] for token_id in self.stop_ids], dim=-1)
+            shared[..., self.stop_id] = _log_sum_exp(stops).to(shared.dtype)
+            for token_id in self.folded_ids:
+                shared[..., token_id] = -math.inf
         return shared
 
 

@@ -49,11 +49,15 @@ class BlockChooser:
     Args:
         costs: of the two models.
         fixed: always this block size; None to choose.
+        tolerance: the last choice stands while none is better by more than this share. Where a graph is captured for
+            every block size, changing it for little costs more than it gains.
     """
 
-    def __init__(self, costs: Costs, fixed: int | None = None) -> None:
+    def __init__(self, costs: Costs, fixed: int | None = None, tolerance: float = 0.0) -> None:
         self.costs = costs
         self._fixed = fixed
+        self._tolerance = tolerance
+        self._last: int | None = None
         self._continued = _PRIOR_RATE * _PRIOR_POSITIONS
         self._verified = _PRIOR_POSITIONS
 
@@ -71,7 +75,11 @@ class BlockChooser:
         if self._fixed is not None:
             return min(self._fixed, longest_remaining)
         feasible = [size for size in CANDIDATES if size <= longest_remaining]
-        return max(feasible, key=lambda size: self._tokens_per_row(size) / self._cost(size, rows))
+        speed = {size: self._tokens_per_row(size) / self._cost(size, rows) for size in feasible}
+        best = max(feasible, key=speed.__getitem__)
+        if self._last not in speed or speed[best] > (1 + self._tolerance) * speed[self._last]:
+            self._last = best
+        return self._last
 
     def _tokens_per_row(self, size: int) -> float:
         return sum(self.rate**drafted for drafted in range(size))

@@ -2,7 +2,8 @@
 
 A slot holds the keys and values of one row. Every read names the position of each of its tokens, so that rows of
 different lengths share a batch without padding, taking tokens back is only a smaller position, and a finished row's
-slot goes to the next prompt. Buffers are written in place and grow by half, never by concatenation.
+slot goes to the next prompt. Buffers are written in place and grow by half, never by concatenation. On CUDA, reads
+are replayed as graphs where they can be (`graphs`).
 
 Works with any Hugging Face causal LM built on the standard cache and attention interfaces (full and sliding-window
 attention). Recurrent layers keep a state that cannot be taken back: `supports_slots` tells them apart. Grouped-query
@@ -16,6 +17,7 @@ head, D head size, U unique prompts, V head rows.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from trb.sampling import graphs
 
 __all__ = ["SlotReader", "attention_through_slots", "supports_slots"]
 
@@ -52,11 +56,9 @@ class SlotReader:
         self.model = model
         self.calls = 0
         self.hidden: Tensor | None = None
-        self._slots = slots
         self._keep_hidden = keep_hidden
         self._parameters = inspect.signature(model.forward).parameters
-        self._plan = _Plan()
-        self._layers: list[_SlotLayer] = []
+        self._state = _State.of(model, slots)
         config = model.config.get_text_config()
         self._windows = _windows(config)
         self._limit = getattr(config, "max_position_embeddings", None)
@@ -84,23 +86,72 @@ class SlotReader:
         self.calls += 1
         source = torch.tensor([row for row, owned in enumerate(owners.values()) for _ in owned], device=device)
         target = torch.tensor([slot for owned in owners.values() for slot in owned], device=device)
-        self._reserve(longest)
-        for ours, theirs in zip(self._layers_of(len(cache.layers)), cache.layers, strict=True):
+        self._state.reserve(longest)
+        for ours, theirs in zip(self._state.layers_of(len(cache.layers)), cache.layers, strict=True):
             assert isinstance(theirs, CacheLayerMixin) and theirs.keys is not None and theirs.values is not None
             ours.put(theirs.keys[source], theirs.values[source], target)
 
-    def read(self, ids_RQ: Tensor, position_RQ: Tensor, longest: int) -> Tensor:
-        """`[R, Q, V]` logits after each of the tokens, read into the first R slots.
+    def read(
+        self,
+        ids_RQ: Tensor,
+        position_RQ: Tensor,
+        longest: int,
+        finish: Callable[..., tuple[Tensor, ...]] | None = None,
+        *beside_R: Tensor,
+    ) -> Any:
+        """`[R, Q, V]` logits after each of the tokens, read into the first R slots; the other slots must be free.
 
         Args:
             ids_RQ: token ids.
             position_RQ: their positions, consecutive in each row; earlier positions must have been read.
             longest: one more than the largest position (known to the caller without a device synchronisation).
+            finish: what to make of the logits in the same pass, row by row; `finish(logits, *beside_R)` is then
+                returned. It must be hashable, and equal to another only if it computes the same.
+            beside_R: further arguments of `finish`, of R rows each.
         """
-        self._reserve(longest)
-        rows, device = len(ids_RQ), self.model.device
-        ids_RQ, position_RQ = ids_RQ.to(device), position_RQ.to(device)
-        self._plan.aim(position_RQ, longest)
+        device = self.model.device
+        given = tuple(tensor.to(device) for tensor in (ids_RQ, position_RQ, *beside_R))
+        found = self._replayed(longest, finish, given)
+        if found is None:
+            self._state.reserve(longest)
+            found = self._pass(longest, finish, *given)
+        self.calls += 1
+        if self._keep_hidden:
+            self.hidden, *found = found
+        return found[0] if finish is None else tuple(found)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last read took as long as such reads will: not one that a graph was made of."""
+        return self._state.replays is None or self._state.replays.settled
+
+    def close(self) -> None:
+        """No more reads; what can serve the next reader of this model is left to it."""
+        if self._state.replays is not None:
+            graphs.leave(self.model, self._state, self._state.bytes)
+
+    def _replayed(
+        self, longest: int, finish: Callable[..., tuple[Tensor, ...]] | None, given: tuple[Tensor, ...]
+    ) -> Sequence[Tensor] | None:
+        if self._state.replays is None:
+            return None
+        length = graphs.attended(longest)
+        self._state.reserve(length)
+        # Rows that only fill a bucket write where no row in use ever reads.
+        padding = (0, self._state.plan.capacity - 1, *(0 for _ in given[2:]))
+        key = (length, finish, self._keep_hidden)
+        return self._state.replays.run(lambda *tensors: self._pass(length, finish, *tensors), key, given, padding)
+
+    def _pass(
+        self,
+        longest: int,
+        finish: Callable[..., tuple[Tensor, ...]] | None,
+        ids_RQ: Tensor,
+        position_RQ: Tensor,
+        *beside_R: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """What `read` returns, after the hidden states if those are kept. Depends on device tensors alone."""
+        self._state.plan.aim(position_RQ, longest)
         inputs: dict[str, Any] = {
             "input_ids": ids_RQ,
             "attention_mask": self._masks(position_RQ, longest),
@@ -110,29 +161,38 @@ class SlotReader:
         if "position_ids" in self._parameters:
             # Drafts past a row's limit are dropped later, but a learned position must exist to be looked up.
             inputs["position_ids"] = position_RQ if self._limit is None else position_RQ.clamp_max(self._limit - 1)
-        with self._captured_hidden():
+        with self._captured_hidden() as hidden:
             logits_RQV = self.model(**inputs).logits
-        self.calls += 1
-        assert logits_RQV.shape[:2] == (rows, ids_RQ.shape[1])
-        return logits_RQV
+        assert logits_RQV.shape[:2] == ids_RQ.shape
+        return (*hidden, logits_RQV) if finish is None else (*hidden, *finish(logits_RQV, *beside_R))
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot over another."""
+    @property
+    def _layers(self) -> list["_SlotLayer"]:
+        return self._state.layers
+
+    def move(self, source: int | Sequence[int], target: int | Sequence[int], length: int) -> None:
+        """Copy the first `length` positions of one slot over another, or of several at once over as many others."""
+        one, other = (
+            slots if isinstance(slots, int) else torch.tensor(slots, device=self.model.device)
+            for slots in (source, target)
+        )
         for layer in self._layers:
-            layer.move(source, target, length)
+            layer.move(one, other, length)
 
     @contextmanager
-    def _captured_hidden(self) -> Iterator[None]:
+    def _captured_hidden(self) -> Iterator[list[Tensor]]:
+        """Receives the input of the output head inside the block, when `keep_hidden`."""
+        hidden: list[Tensor] = []
         if not self._keep_hidden:
-            yield
+            yield hidden
             return
 
         def capture(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.hidden = arguments[0]
+            hidden.append(arguments[0])
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(capture)
         try:
-            yield
+            yield hidden
         finally:
             handle.remove()
 
@@ -148,20 +208,8 @@ class SlotReader:
             masks["sliding_attention"] = _additive(near_RQL, self.model.dtype)
         return masks
 
-    def _layers_of(self, count: int) -> list["_SlotLayer"]:
-        if not self._layers:
-            self._layers = [_SlotLayer(self._plan, self._slots) for _ in range(count)]
-        return self._layers
-
     def _cache(self) -> Cache:
-        return Cache(layers=[*self._layers_of(self.model.config.get_text_config().num_hidden_layers)])
-
-    def _reserve(self, positions: int) -> None:
-        if positions > self._plan.capacity:
-            grown = max(positions, self._plan.capacity + self._plan.capacity // 2)
-            self._plan.capacity = grown if self._plan.capacity else positions + _FIRST_ROOM
-            for layer in self._layers:
-                layer.grow()
+        return Cache(layers=[*self._state.layers_of(self.model.config.get_text_config().num_hidden_layers)])
 
 
 def _windows(config: Any) -> int | None:
@@ -190,6 +238,49 @@ class _Plan:
         self.rows, self.longest = len(position_RQ), longest
         first_R1 = torch.arange(self.rows, device=position_RQ.device)[:, None] * self.capacity
         self.index_N = (first_R1 + position_RQ).reshape(-1)
+
+
+@dataclass
+class _State:
+    """What a reader keeps on the device, and may leave to the next reader of its model."""
+
+    slots: int
+    replays: graphs.Replays | None
+    plan: "_Plan" = field(default_factory=_Plan)
+    layers: list["_SlotLayer"] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, slots: int) -> "_State":
+        if not graphs.wanted(model):
+            return cls(slots, None)
+        left: _State | None = graphs.take(model)
+        if left is None or left.slots != slots:
+            return cls(slots, graphs.new_replays(model, slots))
+        for layer in left.layers:
+            layer.clear()  # as new: what another call left there need not be finite
+        return left
+
+    def layers_of(self, count: int) -> list["_SlotLayer"]:
+        if not self.layers:
+            self.layers = [_SlotLayer(self.plan, self.slots) for _ in range(count)]
+        return self.layers
+
+    def reserve(self, positions: int) -> None:
+        capacity = self.plan.capacity
+        if positions <= capacity:
+            return
+        grown = max(positions, capacity + capacity // 2) if capacity else positions + _FIRST_ROOM
+        if self.replays is not None:
+            grown = graphs.attended(grown - 1)
+            self.replays.forget()
+        self.plan.capacity = grown
+        for layer in self.layers:
+            layer.grow()
+
+    @property
+    def bytes(self) -> int:
+        graphs_too = 0 if self.replays is None else self.replays.bytes
+        return graphs_too + sum(layer.bytes for layer in self.layers)
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -229,10 +320,19 @@ class _SlotLayer(CacheLayerMixin):
             assert buffer is not None
             buffer[slots, :length] = states.transpose(1, 2).to(buffer.dtype)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(self, source: int | Tensor, target: int | Tensor, length: int) -> None:
         for buffer in (self.keys, self.values):
             assert buffer is not None
             buffer[target, :length] = buffer[source, :length]
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (self.keys, self.values) if buffer is not None)
+
+    def clear(self) -> None:
+        for buffer in (self.keys, self.values):
+            if buffer is not None:
+                buffer.zero_()
 
     def grow(self) -> None:
         if self.is_initialized:

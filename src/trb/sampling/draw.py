@@ -9,6 +9,7 @@ Shape suffixes: N prefixes, V vocabulary, B bins, W tokens of one bin.
 import torch
 from torch import Tensor
 
+from trb.blend import DenseLaw
 from trb.policies import Target
 
 __all__ = ["accept_or_replace", "inverse_cdf"]
@@ -66,6 +67,8 @@ def accept_or_replace(
     Returns:
         Token ids `[N]` and whether the draft was kept `[N]`.
     """
+    if target.overlap is None and isinstance(target.law, DenseLaw) and target.law.log_probs is log_student_NV:
+        return draft_N, torch.ones_like(draft_N, dtype=torch.bool)  # drawn from the very law: nothing to decide
     drafts = draft_N[:, None]
     drafted_N = log_student_NV.gather(-1, drafts).squeeze(-1).double().exp()
     if target.overlap is None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.policies import BehaviorPolicy
+from trb.policies import BehaviorPolicy, Target
 from trb.sampling.blocks import BlockChooser, MeasuredCosts, PlannedCosts, synchronize
 from trb.sampling.cache import SlotReader, attention_through_slots
 from trb.sampling.draw import accept_or_replace, inverse_cdf
@@ -35,6 +35,10 @@ __all__ = ["sample_speculative"]
 # Waiting prompts are admitted once this share of the slots is free: one wide prompt pass instead of several narrow.
 _ADMIT_SHARE = 0.125
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
+# On an accelerator several columns of a block are decided at once, up to this many elements of a `[N, V]` tensor.
+_VERIFY_ELEMENTS = 1 << 27
+# A block size is kept for this share of its speed, where passes are captured by shape.
+_TOLERANCE = 0.05
 
 
 @dataclass
@@ -86,6 +90,7 @@ def sample_speculative(
     )
     with attention_through_slots(*[student] if taught is None else [student, taught]):
         sampler.run(prompts, rows, slots)
+    sampler.close()
     return sampler.rollout(prompts, rows)
 
 
@@ -95,9 +100,22 @@ def _chooser(
     if teacher is None:
         return BlockChooser(PlannedCosts(student, student, vocabulary.size), fixed=1)
     planned = PlannedCosts(student, teacher, vocabulary.size)
+    tolerance = _TOLERANCE if student.device.type == "cuda" else 0.0
     if block_size == "measured":
-        return BlockChooser(MeasuredCosts(planned))
-    return BlockChooser(planned, fixed=None if block_size == "planned" else int(block_size))
+        return BlockChooser(MeasuredCosts(planned), tolerance=tolerance)
+    return BlockChooser(planned, fixed=None if block_size == "planned" else int(block_size), tolerance=tolerance)
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """The student's law from its logits, and a token drawn from it: read and drawn in one pass."""
+
+    vocabulary: SharedVocabulary
+    temperature: float
+
+    def __call__(self, logits_R1V: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+        log_student_RV = log_probs(self.vocabulary.fold(logits_R1V[:, 0]), self.temperature)
+        return inverse_cdf(log_student_RV.exp(), uniform_R), log_student_RV
 
 
 @dataclass
@@ -127,9 +145,11 @@ class _Sampler:
             free = slots - len(flying)
             if waiting and (not flying or free >= max(1, _ADMIT_SHARE * slots)):
                 self._admit(prompts, flying, [waiting.popleft() for _ in range(min(free, len(waiting)))])
-            finished = self._round(flying)
-            for slot in sorted(finished, reverse=True):
-                self._leave(flying, slot)
+            self._leave(flying, self._round(flying))
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
 
     def _admit(self, prompts: Sequence[Sequence[int]], flying: list[_Row], rows: list[_Row]) -> None:
         slots = range(len(flying), len(flying) + len(rows))
@@ -138,31 +158,38 @@ class _Sampler:
         for reader in self._readers:
             reader.admit([prompts[row.number][:-1] for row in rows], slots)
 
-    def _leave(self, flying: list[_Row], slot: int) -> None:
-        """The last row in flight takes the slot, so that those in use stay the first ones."""
-        last = flying.pop()
-        if slot < len(flying):
-            flying[slot] = last
-            self._uniform_ST3[slot] = self._uniform_ST3[len(flying)]
+    def _leave(self, flying: list[_Row], finished: list[int]) -> None:
+        """The last rows in flight take the slots of those that finished, so that those in use stay the first ones."""
+        staying = len(flying) - len(finished)
+        free = [slot for slot in finished if slot < staying]
+        moved = sorted(set(range(staying, len(flying))) - set(finished))
+        for source, target in zip(moved, free, strict=True):
+            flying[target] = flying[source]
+        del flying[staying:]
+        if moved:
+            self._uniform_ST3[free] = self._uniform_ST3[moved]
+            longest = max(flying[slot].cached for slot in free)
             for reader in self._readers:
-                reader.move(len(flying), slot, last.cached)
+                reader.move(moved, free, longest)
 
     def _round(self, flying: list[_Row]) -> list[int]:
         """Draft, read and decide one block; the slots of the rows that finished."""
         remaining = max(self.max_new_tokens - len(row.completion) for row in flying)
         block = self.chooser.choose(len(flying), remaining)
-        drawn_RK = torch.tensor([len(row.completion) for row in flying])[:, None] + torch.arange(block)
+        rows_R3 = torch.tensor([(row.newest, row.cached, len(row.completion)) for row in flying]).to(self._device)
+        newest_R, cached_R, drawn_R = rows_R3.unbind(-1)
+        ahead_K = torch.arange(block, device=self._device)
         # A row near its limit drafts tokens that will be dropped; any random number does for them.
-        place_RK1 = drawn_RK.clamp_max(self.max_new_tokens - 1)[..., None].to(self._device)
+        place_RK1 = (drawn_R[:, None] + ahead_K).clamp_max(self.max_new_tokens - 1)[..., None]
         uniform_RK3 = self._uniform_ST3[: len(flying)].gather(1, place_RK1.expand(-1, -1, 3))
-        position_RK = torch.tensor([row.cached for row in flying])[:, None] + torch.arange(block)
+        position_RK = cached_R[:, None] + ahead_K
         longest = max(row.cached for row in flying) + block
-        read_RK, log_student_K = self._draft(flying, uniform_RK3[..., 0], position_RK, longest)
+        read_RK, log_student_K = self._draft(newest_R, uniform_RK3[..., 0], position_RK, longest)
         logits_RKV = None
         if self.teacher is not None:
-            with self._timed("teacher", len(flying) * block):
+            with self._timed("teacher", len(flying) * block, self.teacher):
                 logits_RKV = self.teacher.read(read_RK[:, :-1], position_RK, longest)
-        return self._settle(flying, self._verify(flying, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
+        return self._settle(flying, self._verify(drawn_R, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
 
     def _own_uniforms(self, rows: list[_Row]) -> Tensor:
         """`[rows, max_new_tokens, 3]` random numbers of whole completions: computed once, not in every round."""
@@ -174,21 +201,24 @@ class _Sampler:
         return uniforms(self.seed, *words).view(*shape, 3)
 
     def _draft(
-        self, flying: list[_Row], uniform_RK: Tensor, position_RK: Tensor, longest: int
+        self, newest_R: Tensor, uniform_RK: Tensor, position_RK: Tensor, longest: int
     ) -> tuple[Tensor, list[Tensor]]:
         """`[R, 1 + K]` newest tokens and drafts, and the student's log-probabilities at each drafted position."""
-        token_R = torch.tensor([row.newest for row in flying], device=self._device)
-        read, log_student_K = [token_R], []
+        read, log_student_K = [newest_R], []
+        drafting = _Drafting(self.vocabulary, self.temperature)
         for drafted in range(position_RK.shape[1]):
-            with self._timed("student", len(flying)):
-                logits_RV = self.student.read(read[-1][:, None], position_RK[:, drafted : drafted + 1], longest)[:, 0]
-                log_student_K.append(log_probs(self.vocabulary.fold(logits_RV), self.temperature))
-                read.append(inverse_cdf(log_student_K[-1].exp(), uniform_RK[:, drafted]))
+            position_R1 = position_RK[:, drafted : drafted + 1]
+            with self._timed("student", len(newest_R), self.student):
+                token_R, log_student_RV = self.student.read(
+                    read[-1][:, None], position_R1, longest, drafting, uniform_RK[:, drafted]
+                )
+            read.append(token_R)
+            log_student_K.append(log_student_RV)
         return torch.stack(read, dim=1), log_student_K
 
     def _verify(
         self,
-        flying: list[_Row],
+        drawn_R: Tensor,
         draft_RK: Tensor,
         log_student_K: list[Tensor],
         logits_RKV: Tensor | None,
@@ -196,53 +226,59 @@ class _Sampler:
     ) -> Tensor:
         """`[1 + columns, R, K]`: the token, or -1 where none was decided, and its stats.
 
-        Column by column, so that nothing is solved after a row's first replaced draft or its end.
+        Columns are decided in turn, so that nothing is solved after a row's first replaced draft or its end; on an
+        accelerator many at once, where solving what is then dropped costs less than asking which rows are left.
         """
         rows, block = draft_RK.shape
-        seen = torch.full((1 + len(_COLUMNS), rows, block), -1.0, dtype=torch.float64, device=self._device)
-        left_R = torch.tensor([self.max_new_tokens - len(row.completion) for row in flying], device=self._device)
+        seen = torch.full((rows, block, 1 + len(_COLUMNS)), -1.0, dtype=torch.float64, device=self._device)
         live = torch.arange(rows, device=self._device)
         synchronize(self._device)
         start, verified = time.perf_counter(), 0
-        for column in range(block):
-            every = len(live) == rows
-            log_student_NV = log_student_K[column] if every else log_student_K[column][live]
+        for columns in self._column_groups(rows, block):
+            log_student_NV = _stacked(log_student_K[columns.start : columns.stop], live)
+            row_N = live.repeat(len(columns))
+            column_N = torch.arange(columns.start, columns.stop, device=self._device).repeat_interleave(len(live))
             log_teacher_NV = None
             if logits_RKV is not None:
-                folded_NV = self.vocabulary.fold(logits_RKV[live.to(logits_RKV.device), column])
-                log_teacher_NV = log_probs(folded_NV.to(self._device), self.temperature)
+                place = row_N.to(logits_RKV.device), column_N.to(logits_RKV.device)
+                log_teacher_NV = log_probs(self.vocabulary.fold(logits_RKV[place]).to(self._device), self.temperature)
             target = self.policy.target(log_student_NV, log_teacher_NV)
-            accept_N, residual_N = uniform_RK3[live, column, 1], uniform_RK3[live, column, 2]
+            accept_N, residual_N = uniform_RK3[row_N, column_N, 1], uniform_RK3[row_N, column_N, 2]
             token_N, accepted_N = accept_or_replace(
-                target, log_student_NV, draft_RK[live, column], accept_N, residual_N
+                target, log_student_NV, draft_RK[row_N, column_N], accept_N, residual_N
             )
-            goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (left_R[live] > column + 1)
-            seen[0, live, column] = token_N.double()
-            numbers = {"accepted": accepted_N.double()}
-            for name in ("teacher_weight", "kl_student", "kl_teacher"):
-                numbers[name] = getattr(target, name)
-            for place, name in enumerate(_COLUMNS, start=1):
-                if numbers[name] is not None:
-                    seen[place, live, column] = numbers[name].double()
-            verified += len(live)
-            live = live[goes_on_N]
+            goes_on_N = (
+                accepted_N
+                & (token_N != self.vocabulary.stop_id)
+                & (drawn_R[row_N] + column_N + 1 < self.max_new_tokens)
+            )
+            going_KR = goes_on_N.view(len(columns), -1).cumprod(0).bool()
+            reached_N = torch.cat([torch.ones_like(going_KR[:1]), going_KR[:-1]]).view(-1)
+            decided_N = torch.where(reached_N, token_N, -1)
+            seen[row_N, column_N] = torch.stack([decided_N.double(), *_numbers(target, accepted_N)], dim=-1)
+            verified += len(row_N)
+            if columns.stop == block:
+                break
+            live = live[going_KR[-1]]
             if not len(live):
                 break
         self._observe("verify", verified, start)
-        return seen
+        return seen.movedim(-1, 0)
+
+    def _column_groups(self, rows: int, block: int) -> list[range]:
+        together = 1 if self._device.type == "cpu" else max(1, _VERIFY_ELEMENTS // (rows * self.vocabulary.size))
+        return [range(first, min(first + together, block)) for first in range(0, block, together)]
 
     def _settle(self, flying: list[_Row], seen: Tensor) -> list[int]:
         """Give each row its decided tokens; the slots of the rows that finished."""
         tokens, *columns = seen.tolist()
         verified = continued = 0
-        finished = []
+        finished, taken = [], []
         for slot, row in enumerate(flying):
             new = [int(token) for token in tokens[slot] if token >= 0]
             row.completion.extend(new)
             for name, column in zip(_COLUMNS, columns, strict=True):
                 row.stats[name].extend(column[slot][: len(new)])
-            if self.teacher is not None and self.teacher.hidden is not None:
-                row.hidden.append(self.teacher.hidden[slot, : len(new)].clone())
             row.cached += len(new)
             row.newest = new[-1]
             verified += len(new)
@@ -251,14 +287,19 @@ class _Sampler:
                 finished.append(slot)
             # Every token but the newest was followed by the next draft; the newest is if it was a draft itself.
             continued += len(new) - (ended or not row.stats["accepted"][-1])
+            taken.append(len(new))
+        if self.teacher is not None and self.teacher.hidden is not None:
+            for row, hidden in zip(flying, _firsts(self.teacher.hidden, taken), strict=True):
+                row.hidden.append(hidden)
         self.chooser.observe(verified, continued)
         return finished
 
     @contextmanager
-    def _timed(self, part: str, tokens: int) -> Iterator[None]:
+    def _timed(self, part: str, tokens: int, reader: SlotReader) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._observe(part, tokens, start)
+        if reader.is_settled:
+            self._observe(part, tokens, start)
 
     def _observe(self, part: str, tokens: int, start: float) -> None:
         if isinstance(self.chooser.costs, MeasuredCosts):
@@ -279,3 +320,25 @@ class _Sampler:
             student_calls=self.student.calls,
             teacher_hidden=[torch.cat(row.hidden) for row in rows] if rows and rows[0].hidden else None,
         )
+
+
+def _numbers(target: Target, accepted_N: Tensor) -> list[Tensor]:
+    """The columns of `RolloutStats`, `[N]` float64 each; -1 for one that the policy does not have."""
+    found = {"teacher_weight": target.teacher_weight, "kl_student": target.kl_student, "kl_teacher": target.kl_teacher}
+    missing_N = torch.full_like(accepted_N, -1.0, dtype=torch.float64)
+    columns = [accepted_N if name == "accepted" else found[name] for name in _COLUMNS]
+    return [missing_N if column is None else column.double() for column in columns]
+
+
+def _stacked(log_student_K: list[Tensor], live: Tensor) -> Tensor:
+    """`[N, V]` the live rows of each column, one column after the other; nothing is copied that need not be."""
+    parts = [column if len(column) == len(live) else column[live] for column in log_student_K]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _firsts(values_RKH: Tensor, count_R: list[int]) -> tuple[Tensor, ...]:
+    """The first so many of each row, in storage of their own."""
+    row_N = [row for row, count in enumerate(count_R) for _ in range(count)]
+    column_N = [column for count in count_R for column in range(count)]
+    place = torch.tensor([row_N, column_N], device=values_RKH.device)
+    return values_RKH[place[0], place[1]].split(count_R)
