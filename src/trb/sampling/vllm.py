@@ -1,0 +1,234 @@
+"""Blended sampling inside vLLM: an engine with the student as its draft model and the teacher as its target.
+
+`BlendEngine` is the front: it starts the engine, hands it prompts with the policy of the moment, takes the completions and
+what the samplers saw at every token, and gives the draft model new weights. `trb.sampling.sample(..., engine=...)` is the
+call. The rule is in `sampling.verification`, what is replaced inside vLLM in `sampling.vllm_plugin`.
+
+Left out on purpose: plain student sampling after the warm-up, which is TRL's own vLLM path.
+"""
+
+import gc
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+from trb.policies import BehaviorPolicy
+from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.verification import BlendRequest
+from trb.sampling.vllm_plugin import EXTENSION, REQUEST_KEY, register, require_supported_version
+from trb.vocab import SharedVocabulary
+
+__all__ = ["BlendEngine", "engine_options", "serve_command"]
+
+logger = logging.get_logger(__name__)
+
+_COLUMNS = tuple(RolloutStats.__dataclass_fields__)
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
+
+def engine_options(student: str, teacher: str, block_size: int) -> dict[str, Any]:
+    """The options of vLLM that make an engine a blended one."""
+    return {
+        "model": teacher,
+        "speculative_config": {"model": student, "method": "draft_model", "num_speculative_tokens": block_size},
+        "worker_extension_cls": EXTENSION,
+        "async_scheduling": False,
+        "skip_tokenizer_init": True,
+    }
+
+
+def serve_command(student: str, teacher: str, block_size: int) -> list[str]:
+    """The command that serves the same engine over HTTP; see docs/vllm.md."""
+    options = engine_options(student, teacher, block_size)
+    speculative = json.dumps(options["speculative_config"])
+    return [
+        *("vllm", "serve", teacher, "--speculative-config", speculative),
+        *("--worker-extension-cls", EXTENSION, "--no-async-scheduling", "--skip-tokenizer-init"),
+    ]
+
+
+class BlendEngine:
+    """A vLLM engine that samples from behavior policies.
+
+    ```python
+    with BlendEngine("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-4B", max_model_len=8192) as engine:
+        rollout = sample(student, teacher, prompts, TrustRegionPolicy(0.01), engine=engine, max_new_tokens=512, ...)
+        engine.update_student(student.named_parameters())  # after each optimizer step
+    ```
+
+    Args:
+        student: directory or hub name of the student's checkpoint; runs as the draft model.
+        teacher: the same of the teacher; runs as the target.
+        block_size: tokens drafted before the teacher reads them.
+        separate_process: run the engine in a process of its own; weights then pass through a file.
+        options: further options of `vllm.LLM`, such as `max_model_len`, `dtype`, `tensor_parallel_size`,
+            `gpu_memory_utilization`, `max_num_seqs`, `enforce_eager`. Prompts, completions and `block_size + 1` drafted
+            tokens must fit into `max_model_len`.
+
+    Raises:
+        ImportError: vLLM is missing, or of a version whose internals the plugin does not know.
+    """
+
+    def __init__(
+        self, student: str, teacher: str, *, block_size: int = 4, separate_process: bool = False, **options: Any
+    ) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        require_supported_version()
+        register()
+        self._names = count()
+        self._separate = separate_process
+        self._runner_was_set = _RUNNER in os.environ
+        # Read again and again while the engine lives, so it stays set until `release`.
+        os.environ.setdefault(_RUNNER, "0")
+        with _environment(_SEPARATE, str(int(separate_process))):
+            import vllm
+
+            self.llm: Any = vllm.LLM(**{**engine_options(student, teacher, block_size), **options})
+
+    def __enter__(self) -> "BlendEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        policy: BehaviorPolicy,
+        *,
+        vocabulary: SharedVocabulary,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        prompt_keys: Sequence[int],
+        rollout_index: Sequence[int],
+    ) -> Rollout:
+        """One completion per prompt; arguments as in `trb.sampling.sample`, which validates them.
+
+        Raises:
+            ValueError: a prompt and its completion leave vLLM no room to draft to the end.
+        """
+        from vllm import SamplingParams
+
+        requests = [
+            BlendRequest(
+                f"{next(self._names)}", policy, vocabulary, temperature, max_new_tokens, seed, int(key), int(index)
+            )
+            for key, index in zip(prompt_keys, rollout_index, strict=True)
+        ]
+        parameters = [SamplingParams(**sampling_parameters(request)) for request in requests]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._live().generate(inputs, parameters, use_tqdm=False)
+        names = [request.name for request in requests]
+        records = self._ask("trb_take_records", names)
+        return rollout_of(
+            prompts,
+            [list(output.outputs[0].token_ids) for output in outputs],
+            [records[name] for name in names],
+            vocabulary,
+        )
+
+    def counters(self) -> dict[str, int]:
+        """How often what happened inside the engine, summed up over its life (`BlendState.counters`)."""
+        return self._ask("trb_counters")
+
+    def update_student(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Give the draft model new weights, in the names of the student's checkpoint; what was cached is dropped."""
+        if self._separate:
+            self._update_through_file(dict(weights))
+        else:
+            self._live().collective_rpc("trb_update_student", args=(weights,))
+        if not self._live().reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, which holds the student's old keys: is a request running?")
+
+    def _update_through_file(self, weights: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        directory = Path(tempfile.mkdtemp(prefix="trb-student-"))
+        try:
+            # Tied weights share memory, which the format does not allow.
+            whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+            save_file(whole, directory / "student.safetensors")
+            self._live().collective_rpc("trb_update_student", kwargs={"path": str(directory / "student.safetensors")})
+        finally:
+            shutil.rmtree(directory)
+
+    def release(self) -> None:
+        """Shut the engine down and give its memory back; may be called more than once."""
+        if self.llm is None:
+            return
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        if not self._runner_was_set:
+            os.environ.pop(_RUNNER, None)
+        gc.collect()
+
+    def _live(self) -> Any:
+        if self.llm is None:
+            raise RuntimeError("this engine was released; start another BlendEngine")
+        return self.llm
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """What the workers answer; they all hold the same, so the first one's."""
+        return self._live().collective_rpc(method, args=arguments)[0]
+
+
+def sampling_parameters(request: BlendRequest) -> dict[str, Any]:
+    """vLLM's own parameters of a blended request: when it ends. The rest is in the request's text."""
+    return {
+        "temperature": 1.0,
+        "max_tokens": request.max_new_tokens,
+        "ignore_eos": True,
+        "stop_token_ids": [request.vocabulary.stop_id],
+        "detokenize": False,
+        "extra_args": {REQUEST_KEY: request.to_text()},
+    }
+
+
+def rollout_of(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[list[int]],
+    records: Sequence[Mapping[str, Any]],
+    vocabulary: SharedVocabulary,
+) -> Rollout:
+    """The engine's completions with the records that were kept of them.
+
+    Raises:
+        RuntimeError: a completion is not the one recorded: something else than the plugin has sampled or cut it.
+    """
+    for row, (completion, record) in enumerate(zip(completions, records, strict=True)):
+        if completion != record["tokens"]:
+            raise RuntimeError(
+                f"vLLM returned {completion} for prompt {row}, but {record['tokens']} was sampled: the completion "
+                "cannot be trusted"
+            )
+    return Rollout(
+        prompts=[list(prompt) for prompt in prompts],
+        completions=list(completions),
+        stopped=[completion[-1] == vocabulary.stop_id for completion in completions],
+        stats=RolloutStats(**{name: [list(record[name]) for record in records] for name in _COLUMNS}),
+    )
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
