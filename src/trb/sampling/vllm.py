@@ -10,6 +10,7 @@ Left out on purpose: plain student sampling after the warm-up, which is TRL's ow
 import gc
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,13 +19,21 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from trb.policies import BehaviorPolicy
 from trb.sampling.rollout import Rollout, RolloutStats
 from trb.sampling.verification import BlendRequest
-from trb.sampling.vllm_plugin import EXTENSION, REQUEST_KEY, register, require_supported_version
+from trb.sampling.vllm_plugin import (
+    EXTENSION,
+    REQUEST_KEY,
+    process_group_kept,
+    register,
+    require_supported_version,
+)
 from trb.vocab import SharedVocabulary
 
 __all__ = ["BlendEngine", "engine_options", "serve_command"]
@@ -33,23 +42,29 @@ logger = logging.get_logger(__name__)
 
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+# How long a separate process may take to end before it is killed.
+_SHUTDOWN_SECONDS = 30.0
 _SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
-def engine_options(student: str, teacher: str, block_size: int) -> dict[str, Any]:
+def engine_options(student: str, teacher: str, num_speculative_tokens: int) -> dict[str, Any]:
     """The options of vLLM that make an engine a blended one."""
     return {
         "model": teacher,
-        "speculative_config": {"model": student, "method": "draft_model", "num_speculative_tokens": block_size},
+        "speculative_config": {
+            "model": student,
+            "method": "draft_model",
+            "num_speculative_tokens": num_speculative_tokens,
+        },
         "worker_extension_cls": EXTENSION,
         "async_scheduling": False,
         "skip_tokenizer_init": True,
     }
 
 
-def serve_command(student: str, teacher: str, block_size: int) -> list[str]:
+def serve_command(student: str, teacher: str, num_speculative_tokens: int) -> list[str]:
     """The command that serves the same engine over HTTP; see docs/vllm.md."""
-    options = engine_options(student, teacher, block_size)
+    options = engine_options(student, teacher, num_speculative_tokens)
     speculative = json.dumps(options["speculative_config"])
     return [
         *("vllm", "serve", teacher, "--speculative-config", speculative),
@@ -66,35 +81,45 @@ class BlendEngine:
         engine.update_student(student.named_parameters())  # after each optimizer step
     ```
 
+    A process can hold one such engine at a time, unless each has a process of its own.
+
     Args:
         student: directory or hub name of the student's checkpoint; runs as the draft model.
         teacher: the same of the teacher; runs as the target.
-        block_size: tokens drafted before the teacher reads them.
+        num_speculative_tokens: tokens drafted before the teacher reads them.
         separate_process: run the engine in a process of its own; weights then pass through a file.
         options: further options of `vllm.LLM`, such as `max_model_len`, `dtype`, `tensor_parallel_size`,
-            `gpu_memory_utilization`, `max_num_seqs`, `enforce_eager`. Prompts, completions and `block_size + 1` drafted
-            tokens must fit into `max_model_len`.
+            `gpu_memory_utilization`, `max_num_seqs`, `enforce_eager`. A prompt, its completion and
+            twice `num_speculative_tokens` more must fit into `max_model_len`.
 
     Raises:
         ImportError: vLLM is missing, or of a version whose internals the plugin does not know.
     """
 
     def __init__(
-        self, student: str, teacher: str, *, block_size: int = 4, separate_process: bool = False, **options: Any
+        self,
+        student: str,
+        teacher: str,
+        *,
+        num_speculative_tokens: int = 4,
+        separate_process: bool = False,
+        **options: Any,
     ) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if num_speculative_tokens < 1:
+            raise ValueError(f"num_speculative_tokens must be at least 1, got {num_speculative_tokens}")
         require_supported_version()
         register()
         self._names = count()
         self._separate = separate_process
+        self._found_process_group = torch.distributed.is_initialized()
         self._runner_was_set = _RUNNER in os.environ
         # Read again and again while the engine lives, so it stays set until `release`.
         os.environ.setdefault(_RUNNER, "0")
-        with _environment(_SEPARATE, str(int(separate_process))):
+        # An engine in this process seeds the global generators, which belong to the caller.
+        with _environment(_SEPARATE, str(int(separate_process))), _generators_kept():
             import vllm
 
-            self.llm: Any = vllm.LLM(**{**engine_options(student, teacher, block_size), **options})
+            self.llm: Any = vllm.LLM(**{**engine_options(student, teacher, num_speculative_tokens), **options})
 
     def __enter__(self) -> "BlendEngine":
         return self
@@ -168,7 +193,8 @@ class BlendEngine:
         """Shut the engine down and give its memory back; may be called more than once."""
         if self.llm is None:
             return
-        self.llm.llm_engine.engine_core.shutdown()
+        with process_group_kept(self._found_process_group):
+            self.llm.llm_engine.engine_core.shutdown(timeout=_SHUTDOWN_SECONDS)
         self.llm = None
         if not self._runner_was_set:
             os.environ.pop(_RUNNER, None)
@@ -219,6 +245,20 @@ def rollout_of(
         stopped=[completion[-1] == vocabulary.stop_id for completion in completions],
         stats=RolloutStats(**{name: [list(record[name]) for record in records] for name in _COLUMNS}),
     )
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ Seams, all of vLLM's first model runner (V1), each held by a contract test:
   `SpeculativeConfig.verify_equal_vocab_size_if_draft_model()`: heads padded to different sizes are cut to what both have;
 - `GPUModelRunner.sample_tokens(grammar)` finds `self.execute_model_state` of the step just run, and calls
 - `GPUModelRunner._sample(logits, spec_decode_metadata)`, which returns the tokens of each row, -1 where there are none,
-  and then `GPUModelRunner.propose_draft_token_ids(scheduler_output, sampled_token_ids, ...)`;
+  then `_input_fits_in_drafter(metadata)`, and if so `propose_draft_token_ids(scheduler_output, sampled_token_ids, ...)`;
 - `SpecDecodeBaseProposer.propose(...)` runs the draft model and calls `_sample_draft_tokens(hidden_states, ...)` once for
   each drafted position; `set_inputs_first_pass(...)` returns which hidden states it will read first;
-- `initialize_layerwise_reload`, `finalize_layerwise_reload`: load weights into a model that is in use.
+- `initialize_layerwise_reload`, `finalize_layerwise_reload`: load weights into a model that is in use;
+- an engine in the caller's process, when it is shut down, destroys the process group, whoever made it.
 
 Where no draft was made at a row's next position (the first token after a prompt, or drafts lost with a preemption), the
 draft model is run over the step's tokens once more, read one token earlier: the student's distribution exists at every
@@ -25,7 +26,8 @@ parallelism, which are refused; and what is done with logits, which `sampling.ve
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +38,15 @@ from torch import Tensor
 
 from trb.sampling.verification import BlendRequest, BlendRow, BlendState, Proposal
 
-__all__ = ["EXTENSION", "REQUEST_KEY", "SUPPORTED_VERSIONS", "register", "require_supported_version"]
+__all__ = [
+    "EXTENSION",
+    "REQUEST_KEY",
+    "SUPPORTED_VERSIONS",
+    "drafting_room",
+    "process_group_kept",
+    "register",
+    "require_supported_version",
+]
 
 SUPPORTED_VERSIONS = ("0.32.0",)
 # Distributions that bring the module `vllm`.
@@ -92,6 +102,7 @@ def register() -> None:
         (SpecDecodeBaseProposer, "set_inputs_first_pass", _set_inputs_first_pass),
         (GPUModelRunner, "sample_tokens", _sample_tokens),
         (GPUModelRunner, "_sample", _sample),
+        (GPUModelRunner, "_input_fits_in_drafter", _input_fits_in_drafter),
         (GPUModelRunner, "propose_draft_token_ids", _propose_draft_token_ids),
     ):
         _replace(owner, name, replacement)
@@ -157,6 +168,23 @@ class _BlendWorker:
             finalize_layerwise_reload(model, runner.speculative_config.draft_model_config)
 
 
+@contextmanager
+def process_group_kept(keep: bool) -> Iterator[None]:
+    """Shut an engine down without the process group that a trainer had before it."""
+    original = torch.distributed.destroy_process_group
+
+    def destroy(group: Any = None) -> None:
+        if group is not None:
+            original(group)
+
+    if keep:
+        torch.distributed.destroy_process_group = destroy
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = original
+
+
 def _state(runner: Any) -> BlendState:
     if not hasattr(runner, "trb_state"):
         runner.trb_state = BlendState()
@@ -187,12 +215,12 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
             f"(teacher) and {rows[1]} (student) rows"
         )
     limit, needed = _positions(self.vllm_config), len(request.prompt_token_ids) + blend.max_new_tokens
-    room = 1 + self.vllm_config.speculative_config.num_speculative_tokens
+    room = drafting_room(self.vllm_config.speculative_config.num_speculative_tokens)
     if needed + room > limit:
         raise ValueError(
             f"a prompt of {len(request.prompt_token_ids)} tokens plus max_new_tokens={blend.max_new_tokens} plus {room} "
             f"drafted ones exceeds max_model_len={limit}: near that length vLLM stops drafting. Raise max_model_len, or "
-            "lower max_new_tokens or the block size"
+            "lower max_new_tokens or num_speculative_tokens"
         )
     return request
 
@@ -211,6 +239,14 @@ def _check_config(vllm_config: Any) -> None:
         raise ValueError("a blended engine decides on the host: start it with async_scheduling=False")
     if parallel.pipeline_parallel_size > 1:
         raise ValueError("a blended engine cannot be pipeline parallel; use tensor_parallel_size")
+
+
+def drafting_room(num_speculative_tokens: int) -> int:
+    """Tokens that must fit into an engine's length beyond a prompt and its completion.
+
+    A step that could be a request's last holds a block of drafts, and vLLM drafts after it only if another block fits.
+    """
+    return 2 * num_speculative_tokens
 
 
 def _head_rows(vllm_config: Any) -> tuple[int, int]:
@@ -337,7 +373,7 @@ def _sample(original: Callable[..., Any], self: Any, logits: Tensor, spec_decode
     decided = _state(self).decide(
         [rows[place] for place in deciding],
         [scheduled[place] for place in deciding],
-        logits if len(line_L) == len(logits) else logits[torch.tensor(line_L, device=logits.device)],
+        logits if len(line_L) == len(logits) else logits[torch.tensor(line_L, dtype=torch.int64, device=logits.device)],
     )
     width = 1 + max(map(len, scheduled))
     table = [[-1] * width for _ in rows]
@@ -356,6 +392,13 @@ def _lines(scheduled: list[list[int]], deciding: set[int]) -> list[int]:
             lines.extend(range(line, line + 1 + len(tokens)))
         line += 1 + len(tokens)
     return lines
+
+
+def _input_fits_in_drafter(original: Callable[..., Any], self: Any, metadata: Any) -> bool:
+    """Requests are refused so that this holds; a step that the draft model did not read would spoil its cache."""
+    if not original(self, metadata):
+        raise RuntimeError(f"a step of blended requests came too close to max_model_len={self.max_model_len} to draft")
+    return True
 
 
 def _propose_draft_token_ids(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
