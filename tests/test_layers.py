@@ -33,6 +33,7 @@ LAYERS = (
     "provenance",
     "evaluation",
     "recording",
+    "vllm_rollouts",
     "trainer",
     "config",
     "experiments",

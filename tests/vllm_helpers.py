@@ -1,6 +1,8 @@
 """Engines on tiny pairs for the tests that need vLLM; everything here runs on a CPU, in float32."""
 
+import copy
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+# What vLLM and TRL warn of on being imported is theirs to mend; here they are imported once and for all.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import trl.trainer.distillation_trainer  # noqa: F401
+    import vllm  # noqa: F401
+
+import torch
 from conftest import NO_SPECIAL_IDS, STUDENT_EOS, STUDENT_ROWS, TEACHER_EOS, TEACHER_ROWS, TinyPair, random_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -80,3 +89,43 @@ def start(paths: tuple[str, str], **options: Any) -> BlendEngine:
         "enforce_eager": True,
     }
     return BlendEngine(*paths, **{**defaults, **options})
+
+
+def widened(student: PreTrainedModel, head_dim: int = 32) -> PreTrainedModel:
+    """The same function with wider attention heads, which vLLM's kernels need; `student` is a Qwen3 model.
+
+    The new components of queries, keys and values are zero, and training keeps them so. Longer vectors change three
+    things, which are undone: the mean square in the norms of queries and keys, the scale of attention scores, and the
+    rotary frequencies, which LongRoPE's factors say one by one.
+    """
+    config, old = copy.deepcopy(student.config), student.config.head_dim
+    base = config.rope_parameters["rope_theta"]
+    half = head_dim // 2
+    factors = [base ** (2 * i / old - 2 * i / head_dim) if i < old // 2 else 1.0 for i in range(half)]
+    config.head_dim = head_dim
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": base,
+        "short_factor": factors,
+        "long_factor": factors,
+        "original_max_position_embeddings": config.max_position_embeddings,
+        "factor": 1.0,
+    }
+    model = type(student)(config).to(student.dtype)
+    # Component i of a head turns with component i + half of it.
+    place = torch.tensor([i if i < old // 2 else half + i - old // 2 for i in range(old)])
+    wide = {}
+    for name, weight in student.state_dict().items():
+        target = torch.zeros_like(model.state_dict()[name])
+        if ".q_norm." in name or ".k_norm." in name:
+            target[place] = weight * (old / head_dim) ** 0.5 * ((head_dim / old) ** 0.5 if ".q_norm." in name else 1.0)
+        elif any(part in name for part in (".q_proj.", ".k_proj.", ".v_proj.")):
+            target.view(-1, head_dim, weight.shape[1])[:, place] = weight.view(-1, old, weight.shape[1])
+        elif ".o_proj." in name:
+            target.view(len(weight), -1, head_dim)[..., place] = weight.view(len(weight), -1, old)
+        else:
+            target = weight.clone()
+        wide[name] = target
+    model.load_state_dict(wide)
+    model.generation_config = student.generation_config
+    return model.eval()

@@ -1,7 +1,8 @@
 """`TRBTrainer`: TRL's `DistillationTrainer` with two things replaced, how completions are sampled and the loss.
 
-While the behavior policy needs the teacher, completions come from `trb.sampling.sample`; afterwards from plain
-student sampling (TRL's own vLLM path with `use_vllm=True`). The loss is the reverse KL on the student's top-k.
+While the behavior policy needs the teacher, completions come from `trb.sampling.sample`, in process or inside vLLM
+(`use_vllm=True`, colocate mode); afterwards from plain student sampling (then TRL's own vLLM path). The loss is the
+reverse KL on the student's top-k.
 Everything else (loop, sharding, PEFT, resume, logging, hub) is TRL's and transformers'.
 
 TRL internals this module relies on, checked by a contract test against the installed version:
@@ -47,8 +48,10 @@ from trb.policies import (
 from trb.recording import RunRecorder, score_record
 from trb.sampling import METHODS as SAMPLERS
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
+from trb.sampling.vllm import BlendEngine
 from trb.schedule import KINDS, kl_budget, ramp
 from trb.scoring import TokenScores, score_completions
+from trb.vllm_rollouts import ReleaseEngine, WarmupEngine, deferred_generation
 from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
 
 __all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
@@ -154,6 +157,13 @@ class TRBConfig(DistillationConfig):
     rollout_batch_size: int | None = field(
         default=None,
         metadata={"help": "Rows sampled at once per process, to bound KV-cache memory; None for all."},
+    )
+    vllm_blended: bool = field(
+        default=True,
+        metadata={
+            "help": "With use_vllm in colocate mode: rollouts that need the teacher come from vLLM as well, from an "
+            "engine with copies of both models that is released when the warm-up ends. false blends without vLLM."
+        },
     )
     recorded_rollouts: int = field(
         default=4,
@@ -265,15 +275,16 @@ class TRBTrainer(DistillationTrainer):
             raise ValueError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
         if kwargs.get("tools"):
             raise ValueError("TRBTrainer samples single turns; tools are not supported")
-        super().__init__(
-            model=model,
-            teacher_model=None,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with deferred_generation():
+            super().__init__(
+                model=model,
+                teacher_model=None,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         if self._is_vlm:
             raise ValueError(f"TRBTrainer handles text models only, got {type(self.model).__name__}")
         if self._global_batch() % args.num_generations:
@@ -292,6 +303,10 @@ class TRBTrainer(DistillationTrainer):
         # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
         self._teacher_head = OutputHead.check(teacher_model)
+        self._warmup_engine: WarmupEngine | None = None
+        if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_blended:
+            self._warmup_engine = WarmupEngine(self.vllm_generation, self.model, teacher_model, args)
+            self.add_callback(ReleaseEngine(self._warmup_engine))
         self.teacher_model = self._prepared_teacher(teacher_model)
         self.reward_fn = reward_fn
         self.recorder = RunRecorder(str(args.output_dir))
@@ -373,7 +388,8 @@ class TRBTrainer(DistillationTrainer):
         training = self.model.training
         step = self.state.global_step
         policy = self.behavior_policy(step) if training else StudentPolicy()
-        if self.use_vllm and policy in _STUDENT_LAWS:
+        engine = self._engine(step)
+        if self.use_vllm and engine is None and policy in _STUDENT_LAWS:
             self._rollout = None
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         keys = [prompt_key(ids) for ids in prompt_ids]
@@ -394,8 +410,18 @@ class TRBTrainer(DistillationTrainer):
                 max_rows=self.args.rollout_batch_size,
                 block_size=self.args.block_size or "planned",
                 keep_teacher_hidden=training,
+                engine=engine,
             )
         return self._rollout.completions
+
+    def _engine(self, step: int) -> BlendEngine | None:
+        """vLLM as long as training rollouts need the teacher (evaluation included); then its memory is given back."""
+        if self._warmup_engine is None:
+            return None
+        if self.behavior_policy(step).needs_teacher:
+            return self._warmup_engine.at_step(step)
+        self._warmup_engine.release()
+        return None
 
     def _rollout_index(self, keys: list[int]) -> list[int]:
         """How often each row's prompt has occurred before it in the global batch, over all processes in order."""

@@ -1,8 +1,9 @@
 """Blended sampling inside vLLM: an engine with the student as its draft model and the teacher as its target.
 
-`BlendEngine` is the front: it starts the engine, hands it prompts with the policy of the moment, takes the completions and
-what the samplers saw at every token, and gives the draft model new weights. `trb.sampling.sample(..., engine=...)` is the
-call. The rule is in `sampling.verification`, what is replaced inside vLLM in `sampling.vllm_plugin`.
+`BlendEngine` is the front: it starts the engine, hands it prompts with the policy of the moment, takes the
+completions and what the samplers saw at every token, and gives the draft model new weights. `trb.sampling.sample(...,
+engine=...)` is the call. The rule is in `sampling.verification`, what is replaced inside vLLM in
+`sampling.vllm_plugin`.
 
 Left out on purpose: plain student sampling after the warm-up, which is TRL's own vLLM path.
 """
@@ -30,13 +31,23 @@ from trb.sampling.verification import BlendRequest
 from trb.sampling.vllm_plugin import (
     EXTENSION,
     REQUEST_KEY,
+    drafting_room,
     process_group_kept,
     register,
     require_supported_version,
 )
 from trb.vocab import SharedVocabulary
 
-__all__ = ["BlendEngine", "engine_options", "serve_command"]
+__all__ = [
+    "BlendEngine",
+    "drafting_room",
+    "engine_options",
+    "generators_kept",
+    "require_supported_version",
+    "rollout_of",
+    "sampling_parameters",
+    "serve_command",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -115,8 +126,7 @@ class BlendEngine:
         self._runner_was_set = _RUNNER in os.environ
         # Read again and again while the engine lives, so it stays set until `release`.
         os.environ.setdefault(_RUNNER, "0")
-        # An engine in this process seeds the global generators, which belong to the caller.
-        with _environment(_SEPARATE, str(int(separate_process))), _generators_kept():
+        with _environment(_SEPARATE, str(int(separate_process))), generators_kept():
             import vllm
 
             self.llm: Any = vllm.LLM(**{**engine_options(student, teacher, num_speculative_tokens), **options})
@@ -248,7 +258,8 @@ def rollout_of(
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
+    """Start an engine in this process, which seeds the global generators, without changing the caller's."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:

