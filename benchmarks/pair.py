@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.loading import _cache_root, load_model, load_tokenizer, prune_depth
+from trb.files import cache_directory
+from trb.loading import load_model, load_tokenizer, prune_depth
 from trb.losses import chunked_reverse_kl
 from trb.modeling import OutputHead, completion_hidden_states
 from trb.policies import StudentPolicy
@@ -46,7 +47,7 @@ def smollm2_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenize
     """Student in float32 (master weights), teacher in bfloat16, and their tokenizer."""
     teacher, tokenizer = load_model(TEACHER, dtype="bfloat16").eval(), load_tokenizer(TEACHER)
     key = "-".join(str(value) for value in (LAYERS, *HEALING.values()))
-    directory = _cache_root() / "bench" / f"smollm2-{key}"
+    directory = cache_directory() / "bench" / f"smollm2-{key}"
     if not (directory / "config.json").exists():
         _heal(teacher, tokenizer, directory)
     return load_model(str(directory), dtype="float32"), teacher, tokenizer
