@@ -1,4 +1,4 @@
-"""Blended sampling inside vLLM: does it have the law of the in-process sampler, how fast is it, and what takes the time?
+"""Blended sampling inside vLLM: has it the law of the in-process sampler, how fast is it, and what takes the time?
 
     python benchmarks/vllm_rows.py                       all sections, into benchmarks/results/vllm.json
     python benchmarks/vllm_rows.py --sections law        one section; the others of an existing file are kept
@@ -52,8 +52,8 @@ _SMALLEST_CELL = 20
 def law(options: argparse.Namespace) -> dict[str, Any]:
     """Completions of the shipped pair, as many from each sampler, with different seeds: chi-square of homogeneity.
 
-    Cells are whole completions of up to `tokens` tokens, rare ones pooled by their prompt. As a check of power, the same
-    test compares vLLM's completions with those of another budget.
+    Cells are whole completions of up to `tokens` tokens, rare ones pooled by their prompt. As a check of power, the
+    same test compares vLLM's completions with those of another budget.
     """
     original, tokenizer = zoo.load("student")
     teacher, _ = zoo.load("teacher")
@@ -137,10 +137,16 @@ def measure(contender: str, batch: int, options: argparse.Namespace) -> dict[str
     student, teacher = student.to(torch.bfloat16).eval(), teacher.to(torch.bfloat16).eval()
     rows = prompts(tokenizer, 16, 4, seed=11)
     rows = [rows[index % len(rows)] for index in range(batch)]
-    cell: dict[str, Any] = {"contender": contender, "batch": batch, "load": [round(load, 1) for load in os.getloadavg()]}
+    cell: dict[str, Any] = {
+        "contender": contender,
+        "batch": batch,
+        "load": [round(load, 1) for load in os.getloadavg()],
+    }
     common: dict[str, Any] = {"max_new_tokens": options.tokens, "eos_token_id": STOP}
     if contender == "in-process":
-        speed(cell, options, lambda seed: sample(student, teacher, rows, TrustRegionPolicy(BUDGET), seed=seed, **common))
+        speed(
+            cell, options, lambda seed: sample(student, teacher, rows, TrustRegionPolicy(BUDGET), seed=seed, **common)
+        )
         return cell
     with tempfile.TemporaryDirectory() as directory:
         paths = tuple(f"{directory}/{name}" for name in ("student", "teacher"))

@@ -99,8 +99,11 @@ def test_a_run_inside_vllm_is_the_run_in_process(
         assert plain._started
         # The same completions and, from them, the same steps: also proof that each step sampled with its own weights.
         assert losses(inside)[:WARMUP] == pytest.approx(losses(beside)[:WARMUP], rel=1e-4)
-        for name in ("accept_rate", "teacher_weight", "kl_student", "completion_length"):
-            assert warm_up(inside, name) == pytest.approx(warm_up(beside, name), rel=1e-3)
+        for name in ("accept_rate", "completion_length"):
+            assert warm_up(inside, name) == pytest.approx(warm_up(beside, name), rel=1e-6)
+        # Where both models agree the weight is anyone's guess, and rounding picks one: hence no closer.
+        for name in ("kl_student", "teacher_weight"):
+            assert warm_up(inside, name) == pytest.approx(warm_up(beside, name), rel=0.03)
         # Plain rollouts have other noise: as far apart as another seed's, give or take.
         seeds = max(abs(a - b) for a, b in zip(losses(beside), losses(spread), strict=True))
         for ours, theirs in zip(losses(inside)[WARMUP:], losses(beside)[WARMUP:], strict=True):
