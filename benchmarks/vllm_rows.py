@@ -31,9 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from pair import STOP, prompts, smollm2_pair
 from scipy.stats import chi2_contingency
-from vllm_helpers import start, widened
+from vllm_helpers import make_pair, start
 
-from trb import zoo
 from trb.policies import TrustRegionPolicy
 from trb.provenance import describe
 from trb.sampling import Rollout, sample
@@ -50,24 +49,21 @@ _SMALLEST_CELL = 20
 
 
 def law(options: argparse.Namespace) -> dict[str, Any]:
-    """Completions of the shipped pair, as many from each sampler, with different seeds: chi-square of homogeneity.
+    """Completions of the tests' tiny pair, as many of each sampler, with different seeds: chi-square of homogeneity.
 
-    Cells are whole completions of up to `tokens` tokens, rare ones pooled by their prompt. As a check of power, the
-    same test compares vLLM's completions with those of another budget.
+    The pair is the one of tests/test_vllm.py: two architectures with random weights, different stop ids and heads,
+    whose completions spread over many cells. Cells are whole completions, rare ones pooled by their prompt. As a check
+    of power, the same test compares vLLM's completions with those of another budget.
     """
-    original, tokenizer = zoo.load("student")
-    teacher, _ = zoo.load("teacher")
-    student = widened(original)
-    rows = [
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        for row in zoo.problems(5, seed=1, split="train")
-    ]
-    count, tokens, budget = options.completions, 4, 0.3
+    pair = make_pair()
+    student, teacher = pair.student, pair.teacher
+    rows = [[1], [2, 3, 1], [3, 5, 2, 2, 1]]
+    count, tokens, budget = options.completions, 5, 0.05
     prompts = [rows[index % len(rows)] for index in range(count)]
     common: dict[str, Any] = {
         "max_new_tokens": tokens,
-        "eos_token_id": student.generation_config.eos_token_id,
-        "teacher_eos_token_id": teacher.generation_config.eos_token_id,
+        "eos_token_id": pair.student_eos,
+        "teacher_eos_token_id": pair.teacher_eos,
     }
 
     def draw(seed: int, kl_budget: float, **more: Any) -> Rollout:
@@ -85,7 +81,7 @@ def law(options: argparse.Namespace) -> dict[str, Any]:
     same, different = homogeneity(inside, in_process), homogeneity(inside, other)
     print(json.dumps({"same": same, "different": different}), flush=True)
     return {
-        "pair": "zoo, the student's heads widened from 24 to 32 components",
+        "pair": "tests/vllm_helpers.py: make_pair",
         "completions_each": count,
         "max_new_tokens": tokens,
         "kl_budget": budget,

@@ -6,9 +6,16 @@ pass or fail for good.) The chi-square tests need no such agreement: had their s
 sampler would fail this file with probability below 5e-4 (`LEVEL` times fewer than 30 tests).
 """
 
+import os
+import socket
+import subprocess
+import time
+import urllib.request
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +33,7 @@ from vllm_helpers import lease, make_pair, make_wide_pair, release, save_pair, s
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
 from trb.sampling.verification import BlendRequest
-from trb.sampling.vllm import BlendEngine, sampling_parameters
+from trb.sampling.vllm import SERVER_ENVIRONMENT, BlendEngine, ServedEngine, sampling_parameters, serve_command
 from trb.vocab import SharedVocabulary
 
 # What vLLM and the torch it drives deprecate on being imported and started is theirs to mend.
@@ -270,6 +277,45 @@ def test_an_engine_in_a_process_of_its_own(pair: TinyPair, paths: tuple[str, str
         assert_same(draw(pair, policy, prompts, engine=engine), draw(pair, policy, prompts))
         engine.update_student(other.student.named_parameters())
         assert_same(draw(other, policy, prompts, engine=engine), draw(other, policy, prompts))
+
+
+# --- over HTTP ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(paths: tuple[str, str]) -> Iterator[ServedEngine]:
+    """The same engine behind vLLM's own server, in another process, on a free port of this machine."""
+    release()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*serve_command(*paths, 3), "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-model-len", "64", "--kv-cache-memory-bytes", str(32 << 20)]
+    process = subprocess.Popen(command, env=os.environ | SERVER_ENVIRONMENT)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, "the server ended instead of starting"
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            time.sleep(0.5)
+        yield ServedEngine(f"http://127.0.0.1:{port}/", paths[1])
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_a_server_samples_the_same_completions(pair: TinyPair, server: ServedEngine, tmp_path: Path) -> None:
+    """Records come back, a plain request harms nobody, and new weights are read from a file."""
+    policy, prompts = TrustRegionPolicy(0.3), ragged(24)
+    expected = draw(pair, policy, prompts)
+    assert_same(draw(pair, policy, prompts, engine=server), expected)
+    with pytest.raises(RuntimeError, match="/v1/completions answered"):
+        server._post("/v1/completions", {"model": server._model, "prompt": [1], "max_tokens": 2})
+    other = TinyPair(vllm_student(seed=42), pair.teacher, pair.student_eos, pair.teacher_eos, pair.rows)
+    other.student.save_pretrained(tmp_path)
+    server.update_student(str(tmp_path / "model.safetensors"))
+    assert_same(draw(other, policy, prompts, engine=server), draw(other, policy, prompts))
+    assert server.counters()["drafts_made_first"] == 2 * len(prompts)
 
 
 # --- weights ------------------------------------------------------------------------------------

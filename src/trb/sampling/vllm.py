@@ -13,8 +13,13 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
+import urllib.error
+import urllib.request
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -39,7 +44,9 @@ from trb.sampling.vllm_plugin import (
 from trb.vocab import SharedVocabulary
 
 __all__ = [
+    "SERVER_ENVIRONMENT",
     "BlendEngine",
+    "ServedEngine",
     "drafting_room",
     "engine_options",
     "generators_kept",
@@ -53,6 +60,9 @@ logger = logging.get_logger(__name__)
 
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+# What a server needs: the first model runner, and the routes over which records are taken and weights are loaded. Those
+# let anyone who reaches the port call methods of the workers: keep it inside a trusted network.
+SERVER_ENVIRONMENT = {_RUNNER: "0", "VLLM_SERVER_DEV_MODE": "1"}
 # How long a separate process may take to end before it is killed.
 _SHUTDOWN_SECONDS = 30.0
 _SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -74,11 +84,14 @@ def engine_options(student: str, teacher: str, num_speculative_tokens: int) -> d
 
 
 def serve_command(student: str, teacher: str, num_speculative_tokens: int) -> list[str]:
-    """The command that serves the same engine over HTTP; see docs/vllm.md."""
+    """The command that serves the same engine over HTTP, for `ServedEngine`; further options of vLLM may follow.
+
+    It needs `SERVER_ENVIRONMENT`. vLLM's module, because its `vllm` command does not start in the build for CPUs.
+    """
     options = engine_options(student, teacher, num_speculative_tokens)
-    speculative = json.dumps(options["speculative_config"])
     return [
-        *("vllm", "serve", teacher, "--speculative-config", speculative),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", teacher),
+        *("--speculative-config", json.dumps(options["speculative_config"])),
         *("--worker-extension-cls", EXTENSION, "--no-async-scheduling", "--skip-tokenizer-init"),
     ]
 
@@ -157,9 +170,7 @@ class BlendEngine:
         from vllm import SamplingParams
 
         requests = [
-            BlendRequest(
-                f"{next(self._names)}", policy, vocabulary, temperature, max_new_tokens, seed, int(key), int(index)
-            )
+            BlendRequest(str(next(self._names)), policy, vocabulary, temperature, max_new_tokens, seed, key, index)
             for key, index in zip(prompt_keys, rollout_index, strict=True)
         ]
         parameters = [SamplingParams(**sampling_parameters(request)) for request in requests]
@@ -218,6 +229,78 @@ class BlendEngine:
     def _ask(self, method: str, *arguments: Any) -> Any:
         """What the workers answer; they all hold the same, so the first one's."""
         return self._live().collective_rpc(method, args=arguments)[0]
+
+
+class ServedEngine:
+    """Samples from an engine that `serve_command` started, on this machine or another.
+
+    Args:
+        url: of the server, such as `http://host:8000`.
+        model: the teacher's name, as given to the server.
+        connections: requests in flight at once.
+        timeout_s: seconds one completion may take.
+    """
+
+    def __init__(self, url: str, model: str, *, connections: int = 64, timeout_s: float = 600.0) -> None:
+        self._url, self._model, self._connections, self._timeout = url.rstrip("/"), model, connections, timeout_s
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        policy: BehaviorPolicy,
+        *,
+        vocabulary: SharedVocabulary,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        prompt_keys: Sequence[int],
+        rollout_index: Sequence[int],
+    ) -> Rollout:
+        """As `BlendEngine.sample`.
+
+        Raises:
+            RuntimeError: the server refused a request; its answer is in the message.
+        """
+        call = uuid.uuid4().hex  # several clients may share a server
+        requests = [
+            BlendRequest(f"{call}-{row}", policy, vocabulary, temperature, max_new_tokens, seed, key, index)
+            for row, (key, index) in enumerate(zip(prompt_keys, rollout_index, strict=True))
+        ]
+        with ThreadPoolExecutor(self._connections) as pool:
+            completions = list(pool.map(self._complete, prompts, requests))
+        names = [request.name for request in requests]
+        records = self._ask("trb_take_records", names)
+        return rollout_of(prompts, completions, [records[name] for name in names], vocabulary)
+
+    def counters(self) -> dict[str, int]:
+        """As `BlendEngine.counters`."""
+        return self._ask("trb_counters")
+
+    def update_student(self, path: str) -> None:
+        """Have the server load the student's weights from a safetensors file that it can read under this path."""
+        self._post("/collective_rpc", {"method": "trb_update_student", "kwargs": {"path": path}})
+        self._post("/reset_prefix_cache", {})
+
+    def _complete(self, prompt: Sequence[int], request: BlendRequest) -> list[int]:
+        parameters = sampling_parameters(request)
+        extra = parameters.pop("extra_args")
+        del parameters["detokenize"]
+        body = {"model": self._model, "prompt": list(prompt), "vllm_xargs": extra, "return_token_ids": True}
+        return self._post("/v1/completions", body | parameters)["choices"][0]["token_ids"]
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return self._post("/collective_rpc", {"method": method, "args": list(arguments)})["results"][0]
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            raise RuntimeError(f"{self._url}{path} answered {error.code}: {said:.500}") from error
 
 
 def sampling_parameters(request: BlendRequest) -> dict[str, Any]:
