@@ -3,9 +3,9 @@
     python benchmarks/vllm_rows.py                       all sections, into benchmarks/results/vllm.json
     python benchmarks/vllm_rows.py --sections law        one section; the others of an existing file are kept
 
-Needs vLLM's environment (`make test-vllm` makes it). Every contender runs in a process of its own, one after the other,
-as a process holds one engine; so absolute speeds are compared, on a machine whose load is recorded with them. Sections:
-law, throughput.
+Needs vLLM's environment (`make test-vllm` makes it). Every contender runs in a process of its own, one after another,
+as a process holds one engine. Speeds are given by the clock and by processor time, which other work on the machine
+hardly touches; its load is recorded. Sections: law, throughput.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def measure(contender: str, batch: int, options: argparse.Namespace) -> dict[str
                 started=shares.clear,
             )
             cell["counters"] = engine.counters()
-    cell["seconds_in"] = {name: round(seconds, 3) for name, seconds in shares.items()}
+    cell["cpu_seconds_in"] = {name: round(seconds, 3) for name, seconds in shares.items()}
     return cell
 
 
@@ -176,15 +176,19 @@ def speed(
     """Tokens per second of each repetition, after one that warms caches."""
     draw(0)
     started()
-    seconds, speeds, kept = [], [], []
+    speeds: dict[str, list[float]] = {"tokens_per_second": [], "tokens_per_cpu_second": []}
+    kept: list[float] = []
+    begin_cpu = time.process_time()
     for seed in range(1, options.repeats + 1):
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         rollout = draw(seed)
-        seconds.append(time.perf_counter() - begin)
-        speeds.append(sum(map(len, rollout.completions)) / seconds[-1])
+        tokens = sum(map(len, rollout.completions))
+        for name, now, before in zip(speeds, (time.perf_counter(), time.process_time()), begin, strict=True):
+            speeds[name].append(tokens / (now - before))
         kept += [value for row in rollout.stats.accepted for value in row]
-    cell["tokens_per_second"] = {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)}
-    cell["seconds"] = sum(seconds)
+    cell["cpu_seconds"] = round(time.process_time() - begin_cpu, 3)
+    for name, values in speeds.items():
+        cell[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     if kept:
         cell["accepted"] = statistics.fmean(kept)
 
@@ -211,7 +215,7 @@ def plain(
 
 @contextmanager
 def parts(seconds: Counter[str]) -> Iterator[None]:
-    """Time the parts of an engine's steps: the teacher's pass, deciding, drafting, and drawing within drafting."""
+    """Processor time of the parts of an engine's steps: the teacher's pass, deciding, drafting, and drawing within drafting."""
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -222,11 +226,11 @@ def parts(seconds: Counter[str]) -> Iterator[None]:
 
         @wraps(original)
         def timed(*arguments: Any, **keywords: Any) -> Any:
-            begin = time.perf_counter()
+            begin = time.process_time()
             try:
                 return original(*arguments, **keywords)
             finally:
-                seconds[part] += time.perf_counter() - begin
+                seconds[part] += time.process_time() - begin
 
         setattr(owner, name, timed)
         return owner, name, original
