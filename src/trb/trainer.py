@@ -1,7 +1,8 @@
 """`TRBTrainer`: TRL's `DistillationTrainer` with two things replaced, how completions are sampled and the loss.
 
-While the behavior policy needs the teacher, completions come from `trb.sampling.sample`; afterwards from plain
-student sampling (TRL's own vLLM path with `use_vllm=True`). The loss is the reverse KL on the student's top-k.
+While the behavior policy needs the teacher, completions come from `trb.sampling.sample`, in process or inside vLLM
+(`use_vllm=True`, colocate mode); afterwards from plain student sampling (then TRL's own vLLM path). The loss is the
+reverse KL on the student's top-k.
 Everything else (loop, sharding, PEFT, resume, logging, hub) is TRL's and transformers'.
 
 TRL internals this module relies on, checked by a contract test against the installed version:
@@ -63,6 +64,7 @@ from trb.ranks import Ranks
 from trb.recording import RunRecorder, score_record, survive_failures
 from trb.sampling import METHODS as SAMPLERS
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
+from trb.sampling.vllm import BlendEngine
 from trb.schedule import KINDS, kl_budget, ramp
 from trb.scoring import TokenScores, score_completions
 from trb.sharding import (
@@ -74,6 +76,7 @@ from trb.sharding import (
     shards_parameters,
 )
 from trb.untrusted import check_checkpoint
+from trb.vllm_rollouts import ReleaseEngine, WarmupEngine, deferred_generation
 from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
 
 __all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
@@ -200,6 +203,13 @@ class TRBConfig(DistillationConfig):
             "then each process holds it whole."
         },
     )
+    vllm_blended: bool = field(
+        default=True,
+        metadata={
+            "help": "With use_vllm in colocate mode: rollouts that need the teacher come from vLLM as well, from an "
+            "engine with copies of both models that is released when the warm-up ends. false blends without vLLM."
+        },
+    )
     recorded_rollouts: int = field(
         default=4,
         metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."},
@@ -323,15 +333,16 @@ class TRBTrainer(DistillationTrainer):
             raise ValueError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
         if kwargs.get("tools"):
             raise ValueError("TRBTrainer samples single turns; tools are not supported")
-        super().__init__(
-            model=model,
-            teacher_model=None,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with deferred_generation():
+            super().__init__(
+                model=model,
+                teacher_model=None,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         if self._is_vlm:
             raise ValueError(f"TRBTrainer handles text models only, got {type(self.model).__name__}")
         if self._global_batch() % args.num_generations:
@@ -356,6 +367,10 @@ class TRBTrainer(DistillationTrainer):
         self._teacher_head = OutputHead.check(teacher_model)
         self._student_replica = self._replica()
         self._teacher_is_sharded = False
+        self._warmup_engine: WarmupEngine | None = None
+        if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_blended:
+            self._warmup_engine = WarmupEngine(self.vllm_generation, self.model, teacher_model, args)
+            self.add_callback(ReleaseEngine(self._warmup_engine))
         self.teacher_model = self._prepared_teacher(teacher_model)
         self.reward_fn = reward_fn
         self.recorder = RunRecorder(str(args.output_dir))
@@ -476,9 +491,10 @@ class TRBTrainer(DistillationTrainer):
         training = self.model.training
         step = self.state.global_step
         policy = self.behavior_policy(step) if training else StudentPolicy()
+        engine = self._engine(step)
         if self._teacher_may_be_sharded(step):
             self._shard_teacher()
-        if self.use_vllm and policy in _STUDENT_LAWS:
+        if self.use_vllm and engine is None and policy in _STUDENT_LAWS:
             self._rollout = None
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         keys = [prompt_key(ids) for ids in prompt_ids]
@@ -499,6 +515,7 @@ class TRBTrainer(DistillationTrainer):
                 max_rows=self.args.rollout_batch_size,
                 block_size=self.args.block_size or "planned",
                 keep_teacher_hidden=training,
+                engine=engine,
             )
         return self._rollout.completions
 
@@ -518,6 +535,15 @@ class TRBTrainer(DistillationTrainer):
         if not self.args.teacher_sharded or self._teacher_is_sharded:
             return False
         return not self.behavior_policy(step).needs_teacher
+
+    def _engine(self, step: int) -> BlendEngine | None:
+        """vLLM as long as training rollouts need the teacher (evaluation included); then its memory is given back."""
+        if self._warmup_engine is None:
+            return None
+        if self.behavior_policy(step).needs_teacher:
+            return self._warmup_engine.at_step(step)
+        self._warmup_engine.release()
+        return None
 
     def _rollout_index(self, keys: list[int]) -> list[int]:
         """How often each row's prompt has occurred before it in the global batch, over all processes in order."""

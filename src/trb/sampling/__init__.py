@@ -5,7 +5,7 @@ Every sampler draws from the same law, with the same randomness; `method` choose
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,12 +22,30 @@ from trb.sampling.speculative import sample_speculative
 from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
 from trb.vocab import SharedVocabulary, head_rows
 
-__all__ = ["BLOCK_SIZES", "METHODS", "Rollout", "RolloutStats", "prompt_key", "sample", "stream_seed"]
+__all__ = ["BLOCK_SIZES", "METHODS", "Engine", "Rollout", "RolloutStats", "prompt_key", "sample", "stream_seed"]
 
 logger = logging.get_logger(__name__)
 
 METHODS = {"speculative": sample_speculative, "lockstep": sample_lockstep}
 BLOCK_SIZES = ("measured", "planned")
+
+
+class Engine(Protocol):
+    """Samples in place of the models given to `sample`, which it holds copies of; see `trb.sampling.vllm`."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        policy: BehaviorPolicy,
+        *,
+        vocabulary: SharedVocabulary,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        prompt_keys: Sequence[int],
+        rollout_index: Sequence[int],
+    ) -> Rollout:
+        """One completion per prompt, from the policy's law; the arguments are those of `trb.sampling.sample`."""
 
 
 def sample(
@@ -48,6 +66,7 @@ def sample(
     vocab_size: int | None = None,
     max_rows: int | None = None,
     keep_teacher_hidden: bool = False,
+    engine: Engine | None = None,
 ) -> Rollout:
     """Draw one completion per prompt, exactly from the policy's law at every prefix.
 
@@ -75,6 +94,9 @@ def sample(
             a finished row to the next prompt.
         keep_teacher_hidden: speculative only: return `Rollout.teacher_hidden`, with which the loss needs no second
             teacher pass.
+        engine: a serving engine that samples instead, such as `trb.sampling.vllm.BlendEngine`, with the weights it was
+            last given; the models say what to check. How it lays the work out (`method`, `block_size`, `max_rows`) is
+            its own affair, it returns no hidden states, and it counts no passes.
 
     Raises:
         ValueError: names the offending argument: an empty prompt, an id outside the heads, a missing teacher, keys
@@ -95,7 +117,10 @@ def sample(
     if not rows:
         return Rollout()
     options: dict[str, Any] = {"vocabulary": vocabulary, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    options |= {"seed": seed, "prompt_keys": keys, "rollout_index": index, "max_rows": max_rows}
+    options |= {"seed": seed, "prompt_keys": keys, "rollout_index": index}
+    if engine is not None:
+        return engine.sample(rows, policy, **options)
+    options["max_rows"] = max_rows
     if method == "speculative" and _in_slots(models):
         options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
         sampler: Callable[..., Rollout] = sample_speculative

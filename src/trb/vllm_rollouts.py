@@ -1,0 +1,174 @@
+"""vLLM in a training process (TRL's colocate mode): blended rollouts in the warm-up, plain student rollouts after it.
+
+`WarmupEngine` holds the engine of the warm-up, starts it at the first rollout, gives it the student's weights once
+per optimizer step and gives its memory back when the warm-up ends. `DeferredGeneration` is TRL's own vLLM, started
+only then, so that the two never hold memory together.
+
+TRL internals relied on, checked by a contract test: `DistillationTrainer` builds `VLLMGeneration` under that name,
+whose constructor ends with `_init_vllm()`; `sync_weights()` and `generate(...)` are all that is called of it; and
+`_iter_named_params()` yields whole parameters under their checkpoint names, on every process, for DDP, FSDP,
+DeepSpeed and PEFT.
+
+Left out on purpose: TRL's server mode, whose server samples from the student only (docs/vllm.md says how to serve
+blended rollouts), and engines that several processes share by tensor parallelism.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import distillation_trainer
+
+from trb.modeling import without_adapters
+from trb.sampling.vllm import BlendEngine, drafting_room, generators_kept, require_supported_version
+
+__all__ = ["DeferredGeneration", "ReleaseEngine", "WarmupEngine", "deferred_generation"]
+
+# Tokens drafted at once where `block_size` leaves the choice open: with the paper's budgets four in five are kept.
+_BLOCK = 4
+
+
+class WarmupEngine:
+    """The blended engine of a training run.
+
+    Args:
+        generation: TRL's vLLM of the same run, of which only the iteration over the student's parameters is used.
+        student: the model in training, PEFT wrapper included.
+        teacher: as loaded, before it was wrapped.
+        args: a `TRBConfig`.
+
+    Raises:
+        ImportError: a vLLM whose internals the plugin does not know.
+        ValueError: engines of several processes were asked for.
+    """
+
+    def __init__(self, generation: VLLMGeneration, student: Any, teacher: PreTrainedModel, args: Any) -> None:
+        require_supported_version()
+        if args.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: blended rollouts in the training "
+                "processes need one engine per process; set it to 1, or vllm_blended=False to blend without vLLM"
+            )
+        self._generation, self._student, self._teacher, self._args = generation, student, teacher, args
+        self._engine: BlendEngine | None = None
+        self._step: int | None = None
+
+    def at_step(self, step: int) -> BlendEngine:
+        """The engine with the student's weights of optimizer step `step`; every process calls this together."""
+        if self._engine is None:
+            self._engine = self._start()
+        if step != self._step:
+            self._engine.update_student(self._generation._iter_named_params())
+            self._step = step
+        return self._engine
+
+    def release(self) -> None:
+        """Give the engine's memory back, if it is running."""
+        if self._engine is not None:
+            self._engine.release()
+            self._engine = self._step = None
+
+    def _start(self) -> BlendEngine:
+        args, block = self._args, self._args.block_size or _BLOCK
+        length, several = args.vllm_max_model_length, self._generation.accelerator.num_processes > 1
+        with ExitStack() as stack:
+            return BlendEngine(
+                stack.enter_context(_student_checkpoint(self._student, self._generation)),
+                stack.enter_context(_teacher_checkpoint(self._teacher)),
+                num_speculative_tokens=block,
+                max_model_len=None if length is None else length + drafting_room(block),
+                max_num_seqs=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                dtype=_dtype(args, self._student),
+                model_impl=args.vllm_model_impl,
+                trust_remote_code=args.trust_remote_code,
+                distributed_executor_backend="external_launcher" if several else None,
+            )
+
+
+def _dtype(args: Any, student: Any) -> str:
+    """What the models compute in: autocast's dtype, or the student's own."""
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    return str(student.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _student_checkpoint(student: Any, generation: VLLMGeneration) -> Iterator[str]:
+    """A checkpoint of the student's shape. Its weights are replaced before the first rollout."""
+    inner = without_adapters(student)
+    if inner is not student or generation._dist.is_fsdp or generation.accelerator.distributed_type == "DEEPSPEED":
+        yield str(inner.name_or_path)  # cannot be written by one process as it is
+        return
+    with _saved(inner) as path:
+        yield path
+
+
+@contextmanager
+def _teacher_checkpoint(teacher: PreTrainedModel) -> Iterator[str]:
+    if teacher.name_or_path:
+        yield teacher.name_or_path
+        return
+    with _saved(teacher) as path:
+        yield path
+
+
+@contextmanager
+def _saved(model: PreTrainedModel) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="trb-vllm-") as directory:
+        model.save_pretrained(Path(directory))
+        yield directory
+
+
+class ReleaseEngine(TrainerCallback):
+    """Ends the warm-up's engine with a training that ends before the warm-up does."""
+
+    def __init__(self, engine: WarmupEngine) -> None:
+        self._engine = engine
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._engine.release()
+
+
+class DeferredGeneration(VLLMGeneration):
+    """TRL's vLLM, which a colocated run starts when it is first used."""
+
+    _started = False
+
+    def _init_vllm(self) -> None:
+        if self.mode != "colocate":
+            self._start()
+
+    def _start(self) -> None:
+        if not self._started:
+            with generators_kept():
+                super()._init_vllm()
+            self._started = True
+
+    def sync_weights(self) -> None:
+        self._start()
+        if self.mode == "colocate" and self.accelerator.device.type == "cpu":
+            # On a CPU vLLM repacks its linear layers, which TRL's way of loading does not expect.
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._iter_named_params()})
+            self.llm.reset_prefix_cache()
+        else:
+            super().sync_weights()
+
+    def generate(self, *args: Any, **kwargs: Any) -> tuple:
+        self._start()
+        return super().generate(*args, **kwargs)
+
+
+@contextmanager
+def deferred_generation() -> Iterator[None]:
+    """Have `DistillationTrainer` build a `DeferredGeneration`."""
+    original: Any = distillation_trainer.VLLMGeneration
+    distillation_trainer.VLLMGeneration = DeferredGeneration  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        distillation_trainer.VLLMGeneration = original  # type: ignore[misc]

@@ -1,0 +1,146 @@
+"""`use_vllm=True`: a whole run of the shipped pair, blended inside vLLM and then plain, beside the in-process run."""
+
+import gc
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+import torch
+from vllm_helpers import release, widened
+
+# isort: split
+from test_trainer import build, losses
+
+from trb import TRBTrainer, zoo
+from trb.policies import StudentPolicy
+from trb.sampling.vllm import BlendEngine
+from trb.vllm_rollouts import DeferredGeneration
+
+# What vLLM, TRL's check of its version and the torch they drive warn of is theirs to mend.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:TRL currently supports vLLM versions"),
+]
+
+STEPS, WARMUP = 5, 3
+
+
+@pytest.fixture
+def students(tmp_path: Path) -> Iterator[Any]:
+    """Makes fresh copies of the shipped student, its heads widened to what vLLM's kernels take."""
+    release()
+    directory = tmp_path / "student"
+    widened(zoo.load("student")[0]).save_pretrained(directory)
+
+    def fresh() -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+
+    yield fresh
+    gc.collect()
+
+
+def run(directory: Path, student: Any, **changes: Any) -> TRBTrainer:
+    settings = {"max_steps": STEPS, "blend_warmup_steps": WARMUP, "initial_kl_budget": 0.3, "seed": 3}
+    return build(directory, student=student, **{**settings, **changes})
+
+
+def warm_up(trainer: TRBTrainer, name: str) -> list[float]:
+    """A sampler's number of each blended step; plain rollouts have none."""
+    return [row[f"trb/{name}"] for row in trainer.state.log_history[:WARMUP]]
+
+
+def shut_down(trainer: TRBTrainer) -> None:
+    """TRL leaves its engine to the end of the process; the next test needs the place."""
+    if trainer.vllm_generation._started:
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+
+
+def test_the_shipped_student_is_the_same_with_wider_heads(students: Any) -> None:
+    original, _ = zoo.load("student")
+    ids = torch.randint(3, 60, (4, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (students()(ids).logits - original(ids).logits).abs().max()
+    assert difference < 5e-4
+
+
+def test_a_run_inside_vllm_is_the_run_in_process(
+    tmp_path: Path, students: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts of the warm-up are the same completions, so its losses are the same; then vLLM has its own noise."""
+    engines: list[tuple[int, Any]] = []
+    original = BlendEngine.sample
+
+    def watched(self: BlendEngine, *args: Any, **kwargs: Any) -> Any:
+        engines.append((inside.state.global_step, self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(BlendEngine, "sample", watched)
+    beside = run(tmp_path / "a", students())
+    beside.train()
+    spread = run(tmp_path / "b", students(), seed=4)
+    spread.train()
+    vllm = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 64}
+    inside = run(tmp_path / "c", students(), **vllm)
+    plain = inside.vllm_generation
+    assert isinstance(plain, DeferredGeneration)
+    inside.train()
+    try:
+        assert [step for step, _ in engines] == list(range(WARMUP))
+        assert len({id(engine) for _, engine in engines}) == 1
+        assert engines[0][1].llm is None, "the blended engine outlived the warm-up"
+        assert plain._started
+        # The same completions and, from them, the same steps: also proof that each step sampled with its own weights.
+        assert losses(inside)[:WARMUP] == pytest.approx(losses(beside)[:WARMUP], rel=1e-4)
+        for name in ("accept_rate", "completion_length"):
+            assert warm_up(inside, name) == pytest.approx(warm_up(beside, name), rel=1e-6)
+        # Where both models agree the weight is anyone's guess, and rounding picks one: hence no closer.
+        for name in ("kl_student", "teacher_weight"):
+            assert warm_up(inside, name) == pytest.approx(warm_up(beside, name), rel=0.03)
+        # Plain rollouts have other noise: as far apart as another seed's, give or take.
+        seeds = max(abs(a - b) for a, b in zip(losses(beside), losses(spread), strict=True))
+        for ours, theirs in zip(losses(inside)[WARMUP:], losses(beside)[WARMUP:], strict=True):
+            assert abs(ours - theirs) <= 3 * seeds
+    finally:
+        shut_down(inside)
+
+
+def test_evaluation_during_the_warm_up_uses_the_engine_that_is_there(tmp_path: Path, students: Any) -> None:
+    trainer = run(tmp_path, students(), use_vllm=True, vllm_max_model_length=64)
+    trainer.model.eval()
+    drawn = trainer._generate_single_turn([[5, 6], [7]], None, {})
+    assert trainer._warmup_engine is not None
+    engine = trainer._warmup_engine._engine
+    assert isinstance(engine, BlendEngine)
+    assert drawn == trainer._rollout.completions
+    assert trainer._rollout.stats.accepted == [[1.0] * len(row) for row in drawn]
+    assert trainer.behavior_policy(0).needs_teacher
+    assert not StudentPolicy().needs_teacher
+    trainer._warmup_engine.release()
+    trainer._warmup_engine.release()
+    assert engine.llm is None
+
+
+def test_what_the_deferral_relies_on(tmp_path: Path) -> None:
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.trainer import distillation_trainer
+
+    assert distillation_trainer.VLLMGeneration is VLLMGeneration
+    assert "self._init_vllm()" in inspect.getsource(VLLMGeneration.__init__).splitlines()[-1]
+    assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
+    assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
+    used = inspect.getsource(distillation_trainer).count("self.vllm_generation.")
+    known = ("sync_weights()", "generate(", "llm.llm_engine.model_config.max_model_len")
+    assert used == sum(inspect.getsource(distillation_trainer).count(f"self.vllm_generation.{name}") for name in known)
+
+
+def test_engines_shared_by_processes_are_refused(tmp_path: Path, students: Any) -> None:
+    with pytest.raises(ValueError, match=r"vllm_tensor_parallel_size=2.*vllm_blended=False"):
+        run(tmp_path, students(), use_vllm=True, vllm_tensor_parallel_size=2)
