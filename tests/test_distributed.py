@@ -15,6 +15,9 @@ import distributed_worker as worker
 import pytest
 import torch
 
+# One launch serves all of these tests, so one worker of pytest-xdist must run them (--dist loadgroup).
+pytestmark = pytest.mark.xdist_group("distributed")
+
 COUNT = 2
 STUCK_SECONDS = 420  # far beyond what the runs take on a busy machine: only a deadlock meets it
 # Relative, of what is logged and of weights. DeepSpeed updates a float32 copy of the weights.
