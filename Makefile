@@ -54,7 +54,7 @@ quickstart: $(VENV)/run.stamp ## distil the embedded student by every method of 
 # Offline, as no test may need the network; one thread a process, as two test processes share two cores. The solver's own
 # tests run once more without its compiled kernel, as on a machine without a compiler.
 test: lint ## everything CI runs: format, lint, types, tests
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/test_blend.py tests/test_policies.py
 
 test-vllm: $(VLLM_VENV)/run.stamp ## what needs vLLM, in an environment of its own (a download of about 1 GB)

@@ -15,8 +15,11 @@ import distributed_worker as worker
 import pytest
 import torch
 
+# One launch serves all of these tests, so one worker of pytest-xdist must run them (--dist loadgroup).
+pytestmark = pytest.mark.xdist_group("distributed")
+
 COUNT = 2
-STUCK_SECONDS = 420  # far beyond what the runs take on a busy machine: only a deadlock meets it
+STUCK_SECONDS = 900  # far beyond what the runs take on a busy machine: only a deadlock meets it
 # Relative, of what is logged and of weights. DeepSpeed updates a float32 copy of the weights.
 ROUNDING = {"ddp": 1e-9, "fsdp2": 1e-9, "zero3": 1e-5}
 # Per process rather than per batch, so that they say how the work was shared.
