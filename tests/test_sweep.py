@@ -144,6 +144,7 @@ def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path):
     assert (tmp_path / "study" / "chains" / "reference" / "teacher.json").exists()
 
 
+@pytest.mark.torture
 def test_a_worker_that_dies_is_reported_and_the_rest_kept(tmp_path):
     class Assassin(Diary):
         def finished(self, job, seconds):
