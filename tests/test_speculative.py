@@ -3,6 +3,7 @@
 That its samples have the exact law is shown in test_sampling_exactness.py, where every test runs for both samplers.
 """
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -389,6 +390,20 @@ def test_the_block_size_adapts_down_to_one_and_to_what_is_left() -> None:
     assert dear_teacher.choose(8, 3) == 3
     fixed = BlockChooser(Prices((1.0, 0.0), (0.0, 0.0)), fixed=6)
     assert (fixed.choose(8, 100), fixed.choose(8, 2)) == (6, 2)
+
+
+def test_a_tolerant_choice_stands_until_another_is_clearly_better() -> None:
+    prices = Prices((1.0, 0.0), (3.0, 0.0))
+    exact, tolerant = BlockChooser(prices), BlockChooser(prices, tolerance=0.1)
+    chosen: list[tuple[int, int]] = []
+    for _ in range(40):  # the rate rises from 0.85 to 0.97
+        chosen.append((exact.choose(8, 100), tolerant.choose(8, 100)))
+        for chooser in (exact, tolerant):
+            chooser.observe(10, 10)
+    assert chosen[0][0] == chosen[0][1]
+    assert chosen[-1][0] > chosen[0][0]
+    changes = [sum(a != b for a, b in itertools.pairwise(sizes)) for sizes in zip(*chosen, strict=True)]
+    assert 0 < changes[1] < changes[0]
 
 
 def test_acceptance_is_learnt() -> None:

@@ -236,8 +236,7 @@ class _Sampler:
         start, verified = time.perf_counter(), 0
         for columns in self._column_groups(rows, block):
             log_student_NV = _stacked(log_student_K[columns.start : columns.stop], live)
-            row_N = live.repeat(len(columns))
-            column_N = torch.arange(columns.start, columns.stop, device=self._device).repeat_interleave(len(live))
+            row_N, column_N = self._places(live, columns)
             log_teacher_NV = None
             if logits_RKV is not None:
                 place = row_N.to(logits_RKV.device), column_N.to(logits_RKV.device)
@@ -252,10 +251,12 @@ class _Sampler:
                 & (token_N != self.vocabulary.stop_id)
                 & (drawn_R[row_N] + column_N + 1 < self.max_new_tokens)
             )
-            going_KR = goes_on_N.view(len(columns), -1).cumprod(0).bool()
-            reached_N = torch.cat([torch.ones_like(going_KR[:1]), going_KR[:-1]]).view(-1)
-            decided_N = torch.where(reached_N, token_N, -1)
-            seen[row_N, column_N] = torch.stack([decided_N.double(), *_numbers(target, accepted_N)], dim=-1)
+            going_KR = goes_on_N.view(len(columns), -1)
+            if len(columns) > 1:
+                going_KR = going_KR.cumprod(0).bool()
+                reached_N = torch.cat([torch.ones_like(going_KR[:1]), going_KR[:-1]]).view(-1)
+                token_N = torch.where(reached_N, token_N, -1)
+            seen[row_N, column_N] = torch.stack([token_N.double(), *_numbers(target, accepted_N)], dim=-1)
             verified += len(row_N)
             if columns.stop == block:
                 break
@@ -264,6 +265,13 @@ class _Sampler:
                 break
         self._observe("verify", verified, start)
         return seen.movedim(-1, 0)
+
+    def _places(self, live: Tensor, columns: range) -> tuple[Tensor, Tensor]:
+        """Rows and columns `[N]` of the live rows of every column, one column after the other."""
+        if len(columns) == 1:
+            return live, torch.full_like(live, columns.start)
+        column_K = torch.arange(columns.start, columns.stop, device=self._device)
+        return live.repeat(len(columns)), column_K.repeat_interleave(len(live))
 
     def _column_groups(self, rows: int, block: int) -> list[range]:
         together = 1 if self._device.type == "cpu" else max(1, _VERIFY_ELEMENTS // (rows * self.vocabulary.size))
@@ -324,10 +332,11 @@ class _Sampler:
 
 def _numbers(target: Target, accepted_N: Tensor) -> list[Tensor]:
     """The columns of `RolloutStats`, `[N]` float64 each; -1 for one that the policy does not have."""
-    found = {"teacher_weight": target.teacher_weight, "kl_student": target.kl_student, "kl_teacher": target.kl_teacher}
-    missing_N = torch.full_like(accepted_N, -1.0, dtype=torch.float64)
-    columns = [accepted_N if name == "accepted" else found[name] for name in _COLUMNS]
-    return [missing_N if column is None else column.double() for column in columns]
+    columns = [accepted_N if name == "accepted" else getattr(target, name) for name in _COLUMNS]
+    return [
+        torch.full_like(accepted_N, -1.0, dtype=torch.float64) if column is None else column.double()
+        for column in columns
+    ]
 
 
 def _stacked(log_student_K: list[Tensor], live: Tensor) -> Tensor:
