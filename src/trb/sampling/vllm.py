@@ -277,7 +277,10 @@ class ServedEngine:
         return self._ask("trb_counters")
 
     def update_student(self, path: str) -> None:
-        """Have the server load the student's weights from a safetensors file that it can read under this path."""
+        """Have the server load the student's weights from a safetensors file that it can read under this path.
+
+        Between calls of `sample`: a completion that is under way would go on with other weights than it began with.
+        """
         self._post("/collective_rpc", {"method": "trb_update_student", "kwargs": {"path": path}})
         self._post("/reset_prefix_cache", {})
 
