@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from trb.policies import BehaviorPolicy
 from trb.sampling.rollout import Rollout, RolloutStats
@@ -55,8 +54,6 @@ __all__ = [
     "sampling_parameters",
     "serve_command",
 ]
-
-logger = logging.get_logger(__name__)
 
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
