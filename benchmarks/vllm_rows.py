@@ -215,7 +215,7 @@ def plain(
 
 @contextmanager
 def parts(seconds: Counter[str]) -> Iterator[None]:
-    """Processor time by part of an engine's steps: the teacher's pass, deciding, drafting, and drawing within that."""
+    """Processor time of an engine's parts: the teacher's pass, deciding, drafting, and drawing within drafting."""
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 

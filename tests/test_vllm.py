@@ -365,3 +365,21 @@ def test_the_callers_generators_are_left_alone_and_memory_comes_back(pair: TinyP
     assert [reference() for reference in held] == [None] * len(held)
     with pytest.raises(RuntimeError, match="was released"):
         draw(pair, StudentPolicy(), [[1]], engine=engine)
+
+
+def test_a_trainers_process_group_outlives_the_engine(paths: tuple[str, str], tmp_path: Path) -> None:
+    """By itself vLLM would destroy it on its way out, and with it the training of several processes."""
+    release()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        start(paths).release()
+        assert torch.distributed.is_initialized()
+        one = torch.ones(1)
+        torch.distributed.all_reduce(one)
+        assert one.item() == 1.0
+    finally:
+        torch.distributed.destroy_process_group()
+    engine = start(paths)  # without one before, none is left after
+    assert torch.distributed.is_initialized()
+    engine.release()
+    assert not torch.distributed.is_initialized()

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from trb.policies import BehaviorPolicy
 from trb.sampling.rollout import Rollout, RolloutStats
@@ -55,8 +54,6 @@ __all__ = [
     "sampling_parameters",
     "serve_command",
 ]
-
-logger = logging.get_logger(__name__)
 
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -277,7 +274,10 @@ class ServedEngine:
         return self._ask("trb_counters")
 
     def update_student(self, path: str) -> None:
-        """Have the server load the student's weights from a safetensors file that it can read under this path."""
+        """Have the server load the student's weights from a safetensors file that it can read under this path.
+
+        Between calls of `sample`: a completion that is under way would go on with other weights than it began with.
+        """
         self._post("/collective_rpc", {"method": "trb_update_student", "kwargs": {"path": path}})
         self._post("/reset_prefix_cache", {})
 
