@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:TRL currently supports vLLM versions"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <function Context.__del__"),
 ]
 
 STEPS, WARMUP = 5, 3
