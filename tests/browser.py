@@ -157,10 +157,15 @@ class Tab:
         return self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map((n) => n.textContent)")
 
     def place(self, selector: str, index: int = 0) -> dict[str, float]:
-        """The box of an element inside the window, after scrolling it into view."""
+        """The box of an element inside the window, after scrolling it into view.
+
+        Two frames later: input is dispatched by what was last drawn, and a click may otherwise land where the element
+        was before the page scrolled.
+        """
         found = f"document.querySelectorAll({json.dumps(selector)})[{index}]"
         return self.evaluate(
-            f"(() => {{ {found}.scrollIntoView({{ block: 'center', behavior: 'instant' }});"
+            f"(async () => {{ {found}.scrollIntoView({{ block: 'center', behavior: 'instant' }});"
+            " for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);"
             f" const box = {found}.getClientRects()[0];"
             " return { left: box.left, top: box.top, width: box.width, height: box.height }; })()"
         )
