@@ -20,6 +20,7 @@ from trb.statistics import (
     auroc,
     auroc_estimate,
     band,
+    combined_p_value,
     expected_standard_error,
     holm,
     mean_estimate,
@@ -482,3 +483,17 @@ HOLE = [[0.0, 1.0], [math.nan, 0.0]]
 def test_refusals_name_the_argument_and_the_value(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("seeds", [(5, 5), (3, 20), (2, 40)])
+def test_the_p_value_of_a_mean_of_two_settings_is_that_of_welch(seeds: tuple[int, int]) -> None:
+    """The mean of two estimates is a difference with one sign turned, which Welch's test is about."""
+    rng = np.random.default_rng(7)
+    first, second = (rng.normal(0.3, spread, count) for spread, count in zip((1.0, 0.2), seeds, strict=True))
+    parts = [(sample.mean(), stats.sem(sample), len(sample) - 1) for sample in (first, second)]
+    assert combined_p_value(parts) == pytest.approx(stats.ttest_ind(first, -second, equal_var=False).pvalue, rel=1e-6)
+
+
+def test_a_p_value_of_known_errors_is_normal() -> None:
+    assert combined_p_value([(0.5, 0.3, 0), (0.1, 0.4, 0)]) == pytest.approx(2 * stats.norm.sf(0.6 / 0.5))
+    assert combined_p_value([(0.0, 0.0, 4)]) == 1.0 and combined_p_value([(0.1, 0.0, 4)]) == 0.0

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import NormalDist, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from trb.statistics import (
     area_under_curve,
     band,
     combined_interval,
+    combined_p_value,
     holm,
     mean_estimate,
     paired_difference,
@@ -328,7 +329,7 @@ def _average(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         found[method] = {
             "pass_at_1": math.fsum(entry["pass_at_1"] for entry in entries) / len(entries),
             "interval": list(combined_interval([(entry["pass_at_1"], entry["interval"]) for entry in entries])),
-            "difference_to_opd": None if None in against else _combined_difference(against),
+            "difference_to_opd": None if None in against else _combined_difference(against, entries),
             "best": False,
         }
     p_values = {name: entry["difference_to_opd"]["p_value"] for name, entry in found.items() if name != BASELINE}
@@ -338,15 +339,14 @@ def _average(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"methods": found}
 
 
-def _combined_difference(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    mean = math.fsum(part["estimate"] for part in parts) / len(parts)
-    error = math.hypot(*(part["standard_error"] for part in parts)) / len(parts)
-    p_value = 1.0 if error == 0 else 2 * NormalDist().cdf(-abs(mean) / error)
+def _combined_difference(parts: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    seeds = [entry["seeds"] for entry in entries]
+    known = [(part["estimate"], part["standard_error"], count - 1) for part, count in zip(parts, seeds, strict=True)]
     return {
-        "estimate": mean,
+        "estimate": math.fsum(part["estimate"] for part in parts) / len(parts),
         "interval": list(combined_interval([(part["estimate"], part["interval"]) for part in parts])),
-        "standard_error": error,
-        "p_value": p_value,
+        "standard_error": math.hypot(*(part["standard_error"] for part in parts)) / len(parts),
+        "p_value": combined_p_value(known),
     }
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "auroc_estimate",
     "band",
     "combined_interval",
+    "combined_p_value",
     "expected_standard_error",
     "holm",
     "mean_estimate",
@@ -377,6 +378,22 @@ def combined_interval(parts: Sequence[tuple[float, Sequence[float]]]) -> tuple[f
     mean = math.fsum(value for value, _ in parts) / len(parts)
     below, above = (math.hypot(*(value - interval[end] for value, interval in parts)) / len(parts) for end in (0, 1))
     return mean - below, mean + above
+
+
+def combined_p_value(parts: Sequence[tuple[float, float, int]]) -> float:
+    """Two-sided p-value of a mean of zero, for the unweighted mean of independent estimates.
+
+    Args:
+        parts: value, standard error and degrees of freedom of each; 0 degrees where a standard error is taken as known.
+
+    Student's t with the degrees of freedom of Welch and Satterthwaite: few seeds in every part make few in the mean.
+    """
+    mean, variance = math.fsum(value for value, _, _ in parts), math.fsum(error**2 for _, error, _ in parts)
+    if variance == 0:
+        return 1.0 if mean == 0 else 0.0
+    doubt = math.fsum(error**4 / degrees for _, error, degrees in parts if degrees)
+    ratio = -abs(mean) / math.sqrt(variance)
+    return 2 * (_noncentral_t_cdf(ratio, variance**2 / doubt, 0.0) if doubt else NormalDist().cdf(ratio))
 
 
 def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> float:
