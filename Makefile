@@ -89,7 +89,7 @@ plans: $(VENV)/run.stamp ## check the cost model against runs of one and two pro
 	$(BIN)/python benchmarks/plan_check.py
 	$(BIN)/python benchmarks/plans.py
 
-torture: $(VENV)/dev.stamp ## kill, corrupt, starve and wear out runs; a table of what survived (half an hour, see docs/robustness.md)
+torture: $(VENV)/dev.stamp ## kill, corrupt, starve and wear out runs; a table of what survived (seven to thirty minutes, see docs/robustness.md)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py --out benchmarks/results/torture.json
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture
 
