@@ -1,6 +1,6 @@
 """Whole runs through `use_vllm=True` beside runs in process: do their curves lie where other seeds' would?
 
-    python benchmarks/vllm_training.py        four seeds, each inside vLLM and in process, into results/vllm_training.json
+    python benchmarks/vllm_training.py    four seeds, each inside vLLM and in process, into results/vllm_training.json
 
 Needs vLLM's environment (`make test-vllm` makes it). The shipped pair, with the student's heads widened to what vLLM's
 kernels take; each run is `trb train` in a process of its own. In the warm-up a seed's completions inside vLLM are those
