@@ -191,7 +191,7 @@ def long_prompts(rows: int, longest: int = 60) -> list[list[int]]:
     return [[(5 + row * 7 + 3 * place) % 90 + 5 for place in range(1 + row * 13 % longest)] for row in range(rows)]
 
 
-@pytest.mark.parametrize("block", [1, 2, 5, 8])
+@pytest.mark.parametrize("block", [1, 2, 4, 5, 6, 7, 8])
 def test_block_sizes_up_to_the_longest_length(wide_pair: TinyPair, wide_paths: tuple[str, str], block: int) -> None:
     """The engine is as short as can be: the longest prompt, its completion and the drafts end at `max_model_len`."""
     policy, prompts, length = TrustRegionPolicy(0.1), long_prompts(24, longest=40), 20
