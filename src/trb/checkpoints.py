@@ -20,16 +20,13 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
-from typing import Any, TypeVar
+from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 __all__ = [
     "PARTIAL",
     "CheckpointError",
-    "agreed",
     "clear_partial",
     "latest",
     "numbered",
@@ -38,8 +35,6 @@ __all__ = [
     "seal",
     "verify",
 ]
-
-T = TypeVar("T")
 
 PARTIAL = "checkpoint.partial"  # transformers looks for checkpoint-*, and must not find it
 _CHECKSUMS = "checksums.json"
@@ -150,20 +145,6 @@ def latest(
         else:
             return found[step]
     return None
-
-
-def agreed(choose: Callable[[], T]) -> T:
-    """What the main process chooses, or the CheckpointError that it meets, on every process."""
-    outcome: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            outcome = [choose()]
-        except CheckpointError as error:
-            outcome = [error]
-    (result,) = broadcast_object_list(outcome)
-    if isinstance(result, CheckpointError):
-        raise result
-    return result
 
 
 def verify(checkpoint: Path, *, contents: bool = True) -> None:

@@ -226,7 +226,7 @@ def _train_alone(
 ) -> dict[str, Any]:
     """The run itself, in a directory that nobody else writes to."""
     run = recipe.run
-    checkpoint = _check_claim(directory, recipe, checkpoints.agreed(partial(checkpoints.latest, directory)))
+    checkpoint = _check_claim(directory, recipe, Ranks.of_launch().from_first(partial(checkpoints.latest, directory)))
     checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
     listener.stage(f"{name}: loading models and data")
     material = _load(run, args)
@@ -799,7 +799,7 @@ def _named_checkpoint(name: str | None) -> Path | None:
     if not path.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint is {name!r}, and there is no such directory")
     try:
-        checkpoints.agreed(partial(checkpoints.verify, path))
+        Ranks.of_launch().from_first(partial(checkpoints.verify, path))
     except CheckpointError as error:
         raise RunDirectoryError(f"resume_from_checkpoint is {name!r}: {error}") from error
     return path

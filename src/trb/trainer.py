@@ -804,11 +804,11 @@ class TRBTrainer(DistillationTrainer):
         """
         self._guard.reset()
         if resume_from_checkpoint is True:
-            found = checkpoints.agreed(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
+            found = self._ranks.from_first(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
             resume_from_checkpoint = True if found is None else str(found)  # True: transformers says that there is none
         elif resume_from_checkpoint and verify:
             named = Path(resume_from_checkpoint)
-            checkpoints.agreed(lambda: checkpoints.verify(named))
+            self._ranks.from_first(lambda: checkpoints.verify(named))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
