@@ -4,8 +4,7 @@
     python benchmarks/plans.py --check      fail if either would change
 
 Nothing is run: `trb.planning` works from the shapes in benchmarks/shapes (the published configurations) and from the
-figures of `trb.planning.machines`. The recipes give the protocol. The last section predicts what gpu-first.json
-measured.
+figures of `trb.planning.machines`. The recipes give the protocol. The last section predicts what gpu.json measured.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from trb.schedule import kl_budget
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "benchmarks" / "results" / "plans.json"
 CHECK = ROOT / "benchmarks" / "results" / "plan_check.json"
-GPU_RUN = ROOT / "benchmarks" / "results" / "gpu-first.json"
+GPU_RUN = ROOT / "benchmarks" / "results" / "gpu.json"
 PAGE = ROOT / "docs" / "scaling.md"
 STEPS, WARMUP = 400, 25
 PAIRS = {
@@ -112,15 +111,15 @@ def plans() -> list[dict[str, Any]]:
 
 
 def against_the_gpu_run() -> list[dict[str, Any]]:
-    """Sampling in gpu-first.json, whose passes were launched eagerly, beside the plan's."""
+    """Sampling in gpu.json, passes replayed as graphs, beside the plan's."""
     report = json.loads(GPU_RUN.read_text())
     numbers, shapes = report["sections"]["time_sampling"]["numbers"], report["shapes"]
     pair = Pair(shape("qwen3-1.7b"), shape("qwen3-8b"), student_dtype="bfloat16", compute_dtype=None)
     found = []
     for batch in shapes["batches"]:
         for block in (*shapes["block_sizes"], None):
-            name = f"trust region, batch {batch}, speculative, blocks of {block}"
-            measured = numbers[name if block else f"student, batch {batch}, speculative"]
+            name = f"trust region, batch {batch}, speculative, blocks of {block}, graphs"
+            measured = numbers[name if block else f"student, batch {batch}, speculative, graphs"]
             work = Work(
                 rollouts=batch,
                 generations=1,
@@ -131,7 +130,7 @@ def against_the_gpu_run() -> list[dict[str, Any]]:
                 acceptance=measured["acceptance"],
                 block_size=block or 1,
             )
-            plan = make_plan(pair, work, Layout(1, eager_sampling=True), find_machine("h100"))
+            plan = make_plan(pair, work, Layout(1), find_machine("h100"))
             parts = plan.warmup if block else plan.plain
             names = ("reading prompts", "drafting", "teacher's block passes", "deciding")
             seconds = sum(parts[name] for name in names)

@@ -583,7 +583,7 @@ def test_doctor_plans_a_recipe(recipe: Path, capsys: pytest.CaptureFixture[str])
         assert part in text
     # Nothing unmeasured passes for measured.
     assert "assumed, not measured: link_share" in text
-    assert "measured: bandwidth_share = 0.894 (benchmarks/results/gpu-first.json" in text
+    assert "measured: bandwidth_share = 0.896 (benchmarks/results/gpu.json" in text
 
 
 def test_doctor_plan_as_json_says_what_it_was_made_from(capsys: pytest.CaptureFixture[str]) -> None:

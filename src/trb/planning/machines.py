@@ -97,7 +97,7 @@ class Machine:
         return self.flops.value * self.flops_share.value
 
 
-_GPU_RUN = "benchmarks/results/gpu-first.json"
+_GPU_RUN = "benchmarks/results/gpu.json"
 _H100_SHEET = "NVIDIA H100 SXM5 80 GB data sheet"
 _A100_SHEET = "NVIDIA A100 SXM4 80 GB data sheet"
 
@@ -108,24 +108,24 @@ H100 = Machine(
     memory=Figure(80e9, "data sheet", _H100_SHEET),
     reserved=Figure(6e9, "assumed", "driver context, collectives' buffers and fragmentation"),
     bandwidth=Figure(3.35e12, "data sheet", _H100_SHEET),
-    bandwidth_share=Figure(0.894, "measured", f"{_GPU_RUN}: a copy, time_solver"),
+    bandwidth_share=Figure(0.896, "measured", f"{_GPU_RUN}: a copy, time_solver"),
     flops=Figure(989.4e12, "data sheet", f"{_H100_SHEET}: bf16, dense"),
-    flops_share=Figure(0.356, "measured", f"{_GPU_RUN}: forward passes and backward pass of 8 x 512 tokens, time_step"),
+    flops_share=Figure(0.320, "measured", f"{_GPU_RUN}: forward passes and backward pass of 8 x 512 tokens, time_step"),
     narrow_share=Figure(1.0, "assumed", "sampling passes read memory; their products hide behind it"),
     link=Figure(450e9, "data sheet", f"{_H100_SHEET}: NVLink 900 GB/s, both directions together"),
     network=Figure(50e9, "data sheet", "NVIDIA DGX H100 data sheet: one 400 Gb/s adapter for each GPU"),
     link_share=Figure(0.8, "assumed", "no run on two GPUs was made"),
     collective=Figure(30e-6, "assumed", "no run on two GPUs was made"),
-    layer=Figure(88e-6, "measured", f"{_GPU_RUN}: compiled one-token pass at no rows less its weights, time_decoding"),
-    eager_layer=Figure(1.12e-3, "measured", f"{_GPU_RUN}: eager one-token pass, static cache, time_decoding"),
+    layer=Figure(152e-6, "measured", f"{_GPU_RUN}: replayed one-token pass at no rows less its weights, time_decoding"),
+    eager_layer=Figure(0.947e-3, "measured", f"{_GPU_RUN}: eager one-token pass, static cache, time_decoding"),
     eager_slot_layer=Figure(
-        2.42e-3, "measured", f"{_GPU_RUN}: 8 rows, the student alone, less its draws, time_sampling"
+        3.07e-3, "measured", f"{_GPU_RUN}: 8 rows, the student alone, less its draws, time_sampling"
     ),
-    draw=Figure(0.42e-3, "measured", f"{_GPU_RUN}: inverse CDF, time_draw"),
-    draw_entry=Figure(0.0, "measured", f"{_GPU_RUN}: 8 to 512 rows draw in the same time, time_draw"),
-    column=Figure(0.57e-3, "measured", f"{_GPU_RUN}: fused solve at no rows and one draw, time_solver, time_draw"),
-    solve_entry=Figure(1.02e-11, "measured", f"{_GPU_RUN}: fused solve of 512 rows less 8 rows, time_solver"),
-    loss_entry=Figure(3.8e-11, "measured", f"{_GPU_RUN}: loss less its matrix products, time_step"),
+    draw=Figure(0.371e-3, "measured", f"{_GPU_RUN}: inverse CDF, time_draw"),
+    draw_entry=Figure(3.3e-13, "measured", f"{_GPU_RUN}: inverse CDF of 512 rows less 8 rows, time_draw"),
+    column=Figure(0.502e-3, "measured", f"{_GPU_RUN}: fused solve at no rows and one draw, time_solver, time_draw"),
+    solve_entry=Figure(8.59e-12, "measured", f"{_GPU_RUN}: fused solve of 512 rows less 8 rows, time_solver"),
+    loss_entry=Figure(3.23e-11, "measured", f"{_GPU_RUN}: loss less its matrix products, time_step"),
 )
 
 _BY_ANALOGY = "as measured on an H100; not run on an A100"
