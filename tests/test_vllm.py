@@ -13,7 +13,7 @@ import time
 import urllib.request
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from exact_laws import POLICIES
 from reference.statistics import goodness_of_fit
 from test_sampling_exactness import HORIZON, LEVEL, PROMPTS, exact_law
 from vllm import SamplingParams
-from vllm_helpers import lease, make_pair, make_wide_pair, release, save_pair, start, vllm_student
+from vllm_helpers import lease, make_pair, make_wide_pair, release, save_pair, start
 
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
@@ -274,7 +274,7 @@ def test_requests_that_arrive_at_different_times(pair: TinyPair, engine: BlendEn
 def test_an_engine_in_a_process_of_its_own(pair: TinyPair, paths: tuple[str, str]) -> None:
     """The plugin is loaded there as well, records come back, and new weights get there through a file."""
     policy, prompts = TrustRegionPolicy(0.3), ragged(24)
-    other = TinyPair(vllm_student(seed=42), pair.teacher, pair.student_eos, pair.teacher_eos, pair.rows)
+    other = make_pair(seed=42)
     with lease(paths, separate_process=True) as engine:
         assert_same(draw(pair, policy, prompts, engine=engine), draw(pair, policy, prompts))
         engine.update_student(other.student.named_parameters())
@@ -313,7 +313,7 @@ def test_a_server_samples_the_same_completions(pair: TinyPair, server: ServedEng
     assert_same(draw(pair, policy, prompts, engine=server), expected)
     with pytest.raises(RuntimeError, match="/v1/completions answered"):
         server._post("/v1/completions", {"model": server._model, "prompt": [1], "max_tokens": 2})
-    other = TinyPair(vllm_student(seed=42), pair.teacher, pair.student_eos, pair.teacher_eos, pair.rows)
+    other = make_pair(seed=42)
     other.student.save_pretrained(tmp_path)
     server.update_student(str(tmp_path / "model.safetensors"))
     assert_same(draw(other, policy, prompts, engine=server), draw(other, policy, prompts))
@@ -323,14 +323,37 @@ def test_a_server_samples_the_same_completions(pair: TinyPair, server: ServedEng
 # --- weights ------------------------------------------------------------------------------------
 
 
-def test_samples_follow_the_students_weights(pair: TinyPair, engine: BlendEngine) -> None:
+def assert_follows(engine: BlendEngine, pairs: Sequence[TinyPair]) -> None:
+    """The engine is given each pair's student and then samples what that pair samples in process."""
     policy, prompts = TrustRegionPolicy(0.02), ragged(48)
-    other = TinyPair(vllm_student(seed=42), pair.teacher, pair.student_eos, pair.teacher_eos, pair.rows)
-    expected = {id(one): draw(one, policy, prompts) for one in (pair, other)}
-    assert expected[id(pair)].completions != expected[id(other)].completions
-    for one in (other, pair):
-        engine.update_student(one.student.named_parameters())
-        assert_same(draw(one, policy, prompts, engine=engine), expected[id(one)])
+    expected = [draw(pair, policy, prompts) for pair in pairs]
+    assert len({str(rollout.completions) for rollout in expected}) == len({id(pair) for pair in pairs})
+    for pair, rollout in zip(pairs, expected, strict=True):
+        engine.update_student(pair.student.named_parameters())
+        assert_same(draw(pair, policy, prompts, engine=engine), rollout)
+
+
+def test_samples_follow_the_students_weights(pair: TinyPair, engine: BlendEngine) -> None:
+    assert_follows(engine, [make_pair(seed=42), pair])
+
+
+def test_a_head_tied_to_the_embeddings_follows_too(tmp_path: Path) -> None:
+    """On a CPU vLLM computes with packed copies of weights, and a reload leaves a tied head's as it was."""
+    first, second = (make_pair(seed=seed, tie_word_embeddings=True) for seed in (41, 42))
+    with lease(save_pair(first, tmp_path)) as engine:
+        assert_follows(engine, [second, first])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_engine_whose_student_brings_its_weights_later(tied: bool, tmp_path: Path) -> None:
+    """A configuration is enough to start; sampling waits for the weights."""
+    pair = make_pair(tie_word_embeddings=tied)
+    _, teacher = save_pair(pair, tmp_path)
+    pair.student.config.save_pretrained(tmp_path / "shape")
+    with lease((str(tmp_path / "shape"), teacher), weights_follow=True) as engine:
+        with pytest.raises(RuntimeError, match="call update_student before sampling"):
+            draw(pair, TrustRegionPolicy(0.02), ragged(2), engine=engine)
+        assert_follows(engine, [pair])
 
 
 # --- what is refused ----------------------------------------------------------------------------

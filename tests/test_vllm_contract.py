@@ -14,6 +14,8 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 import vllm_helpers  # noqa: F401 (imports vLLM with its warnings silenced)
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import reload
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
@@ -34,6 +36,7 @@ SEAMS: list[tuple[type, str, list[str]]] = [
     (SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", ["self"]),
     (InputProcessor, "process_inputs", ["self", "request_id", "prompt", "params", "supported_tasks"]),
     (DraftModelProposer, "_raise_if_vocab_size_mismatch", ["self"]),
+    (DraftModelProposer, "_create_draft_vllm_config", ["self"]),
     (SpecDecodeBaseProposer, "_sample_draft_tokens", ["self", "hidden_states", "sampling_metadata"]),
     (GPUModelRunner, "sample_tokens", ["self", "grammar_output"]),
     (GPUModelRunner, "_sample", ["self", "logits", "spec_decode_metadata"]),
@@ -112,10 +115,20 @@ def test_rows_still_reading_are_marked() -> None:
     assert "self.discard_request_mask.np[:num_reqs] =" in source(GPUModelRunner._prepare_inputs)
 
 
+def test_a_draft_model_is_loaded_as_the_target_is() -> None:
+    """If this ever fails, `draft_load_config` may have come to count, and `_create_draft_vllm_config` can go."""
+    assert "load_config" not in source(stock(DraftModelProposer, "_create_draft_vllm_config"))
+    assert "load_config" not in source(DraftModelProposer._get_model)
+    assert "draft_load_config" in SpeculativeConfig.__dataclass_fields__
+
+
 def test_loading_into_a_model_in_use() -> None:
     assert list(inspect.signature(reload.initialize_layerwise_reload).parameters) == ["model"]
     assert callable(reload.finalize_layerwise_reload)
     assert callable(GPUModelRunner.get_draft_model)
+    packing = source(UnquantizedEmbeddingMethod.process_weights_after_loading)
+    assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=False)" in packing
+    assert "layer.cpu_linear =" in source(dispatch_cpu_unquantized_gemm)
 
 
 def test_shutting_down_takes_the_process_group_along() -> None:

@@ -37,17 +37,20 @@ SHAPE = {
 SPREAD = 0.2
 
 
-def vllm_student(seed: int = 41, rows: int = STUDENT_ROWS) -> PreTrainedModel:
-    return random_model(LlamaForCausalLM, LlamaConfig(vocab_size=rows, **SHAPE), seed, SPREAD).float()
+def vllm_student(seed: int = 41, rows: int = STUDENT_ROWS, **options: Any) -> PreTrainedModel:
+    return random_model(LlamaForCausalLM, LlamaConfig(vocab_size=rows, **SHAPE, **options), seed, SPREAD).float()
 
 
 def vllm_teacher(seed: int = 69, rows: int = TEACHER_ROWS) -> PreTrainedModel:
     return random_model(Qwen3ForCausalLM, Qwen3Config(vocab_size=rows, **SHAPE), seed, SPREAD).float()
 
 
-def make_pair() -> TinyPair:
-    """As `conftest.tiny_pair`: two architectures, different stop ids, heads padded to different sizes."""
-    return TinyPair(vllm_student(), vllm_teacher(), STUDENT_EOS, TEACHER_EOS, STUDENT_ROWS)
+def make_pair(seed: int = 41, **options: Any) -> TinyPair:
+    """As `conftest.tiny_pair`: two architectures, different stop ids, heads padded to different sizes.
+
+    `seed` is the student's, `options` are further ones of its configuration.
+    """
+    return TinyPair(vllm_student(seed, **options), vllm_teacher(), STUDENT_EOS, TEACHER_EOS, STUDENT_ROWS)
 
 
 def make_wide_pair() -> TinyPair:

@@ -16,7 +16,6 @@ blended rollouts), and engines that several processes share by tensor parallelis
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback
@@ -24,7 +23,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
 from trb.modeling import without_adapters
-from trb.sampling.vllm import BlendEngine, drafting_room, generators_kept, require_supported_version
+from trb.sampling.vllm import BlendEngine, drafting_room, generators_kept, repack_heads, require_supported_version
 
 __all__ = ["DeferredGeneration", "ReleaseEngine", "WarmupEngine", "deferred_generation"]
 
@@ -77,8 +76,9 @@ class WarmupEngine:
         length, several = args.vllm_max_model_length, self._generation.accelerator.num_processes > 1
         with ExitStack() as stack:
             return BlendEngine(
-                stack.enter_context(_student_checkpoint(self._student, self._generation)),
-                stack.enter_context(_teacher_checkpoint(self._teacher)),
+                stack.enter_context(_configuration(self._student)),
+                stack.enter_context(_teacher_checkpoint(self._teacher, several)),
+                weights_follow=True,
                 num_speculative_tokens=block,
                 max_model_len=None if length is None else length + drafting_room(block),
                 max_num_seqs=args.per_device_train_batch_size * args.gradient_accumulation_steps,
@@ -98,29 +98,25 @@ def _dtype(args: Any, student: Any) -> str:
 
 
 @contextmanager
-def _student_checkpoint(student: Any, generation: VLLMGeneration) -> Iterator[str]:
-    """A checkpoint of the student's shape. Its weights are replaced before the first rollout."""
-    inner = without_adapters(student)
-    if inner is not student or generation._dist.is_fsdp or generation.accelerator.distributed_type == "DEEPSPEED":
-        yield str(inner.name_or_path)  # cannot be written by one process as it is
-        return
-    with _saved(inner) as path:
-        yield path
+def _configuration(student: Any) -> Iterator[str]:
+    """A directory with the student's shape, which may differ from that of the checkpoint it was loaded from."""
+    with tempfile.TemporaryDirectory(prefix="trb-vllm-") as directory:
+        without_adapters(student).config.save_pretrained(directory)
+        yield directory
 
 
 @contextmanager
-def _teacher_checkpoint(teacher: PreTrainedModel) -> Iterator[str]:
+def _teacher_checkpoint(teacher: PreTrainedModel, several: bool) -> Iterator[str]:
     if teacher.name_or_path:
         yield teacher.name_or_path
         return
-    with _saved(teacher) as path:
-        yield path
-
-
-@contextmanager
-def _saved(model: PreTrainedModel) -> Iterator[str]:
+    if several:  # transformers writes on the first process alone, and nodes need not share a disk
+        raise ValueError(
+            "the teacher was not loaded from a directory or the hub, so several processes cannot give it to their "
+            "engines: save it (save_pretrained) and load it from there, or set vllm_blended=False"
+        )
     with tempfile.TemporaryDirectory(prefix="trb-vllm-") as directory:
-        model.save_pretrained(Path(directory))
+        teacher.save_pretrained(directory)
         yield directory
 
 
@@ -154,6 +150,7 @@ class DeferredGeneration(VLLMGeneration):
         if self.mode == "colocate" and self.accelerator.device.type == "cpu":
             # On a CPU vLLM repacks its linear layers, which TRL's way of loading does not expect.
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._iter_named_params()})
+            repack_heads(self.llm.llm_engine.model_executor.driver_worker.model_runner.model)
             self.llm.reset_prefix_cache()
         else:
             super().sync_weights()

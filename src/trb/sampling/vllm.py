@@ -38,6 +38,7 @@ from trb.sampling.vllm_plugin import (
     drafting_room,
     process_group_kept,
     register,
+    repack_heads,
     require_supported_version,
 )
 from trb.vocab import SharedVocabulary
@@ -49,6 +50,7 @@ __all__ = [
     "drafting_room",
     "engine_options",
     "generators_kept",
+    "repack_heads",
     "require_supported_version",
     "rollout_of",
     "sampling_parameters",
@@ -109,6 +111,8 @@ class BlendEngine:
         teacher: the same of the teacher; runs as the target.
         num_speculative_tokens: tokens drafted before the teacher reads them.
         separate_process: run the engine in a process of its own; weights then pass through a file.
+        weights_follow: `student` holds a configuration only; `update_student` brings the weights before anything is
+            sampled.
         options: further options of `vllm.LLM`, such as `max_model_len`, `dtype`, `tensor_parallel_size`,
             `gpu_memory_utilization`, `max_num_seqs`, `enforce_eager`. A prompt, its completion and
             twice `num_speculative_tokens` more must fit into `max_model_len`.
@@ -124,6 +128,7 @@ class BlendEngine:
         *,
         num_speculative_tokens: int = 4,
         separate_process: bool = False,
+        weights_follow: bool = False,
         **options: Any,
     ) -> None:
         if num_speculative_tokens < 1:
@@ -131,7 +136,7 @@ class BlendEngine:
         require_supported_version()
         register()
         self._names = count()
-        self._separate = separate_process
+        self._separate, self._waits_for_weights = separate_process, weights_follow
         self._found_process_group = torch.distributed.is_initialized()
         self._runner_was_set = _RUNNER in os.environ
         # Read again and again while the engine lives, so it stays set until `release`.
@@ -139,7 +144,10 @@ class BlendEngine:
         with _environment(_SEPARATE, str(int(separate_process))), generators_kept():
             import vllm
 
-            self.llm: Any = vllm.LLM(**{**engine_options(student, teacher, num_speculative_tokens), **options})
+            given = engine_options(student, teacher, num_speculative_tokens)
+            if weights_follow:
+                given["speculative_config"]["draft_load_config"] = {"load_format": "dummy"}
+            self.llm: Any = vllm.LLM(**{**given, **options})
 
     def __enter__(self) -> "BlendEngine":
         return self
@@ -163,9 +171,12 @@ class BlendEngine:
 
         Raises:
             ValueError: a prompt and its completion leave vLLM no room to draft to the end.
+            RuntimeError: the engine was started with `weights_follow=True` and still waits for them.
         """
         from vllm import SamplingParams
 
+        if self._waits_for_weights:
+            raise RuntimeError("the student has no weights yet: call update_student before sampling")
         requests = [
             BlendRequest(str(next(self._names)), policy, vocabulary, temperature, max_new_tokens, seed, key, index)
             for key, index in zip(prompt_keys, rollout_index, strict=True)
@@ -194,6 +205,7 @@ class BlendEngine:
             self._live().collective_rpc("trb_update_student", args=(weights,))
         if not self._live().reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, which holds the student's old keys: is a request running?")
+        self._waits_for_weights = False
 
     def _update_through_file(self, weights: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save_file

@@ -10,13 +10,16 @@ Seams, all of vLLM's first model runner (V1), each held by a contract test:
 - `EngineArgs.create_speculative_config(...)` and `DraftModelProposer._raise_if_vocab_size_mismatch()` ask
   `SpeculativeConfig.verify_equal_vocab_size_if_draft_model()`: heads padded to different sizes are cut to what both
   have;
+- `DraftModelProposer._create_draft_vllm_config()` loads the draft model as the target is loaded, whatever
+  `draft_load_config` says;
 - `GPUModelRunner.sample_tokens(grammar)` finds `self.execute_model_state` of the step just run, and calls
 - `GPUModelRunner._sample(logits, spec_decode_metadata)`, which returns the tokens of each row, -1 where there are
   none, then `_input_fits_in_drafter(metadata)`, and if so `propose_draft_token_ids(scheduler_output,
   sampled_token_ids, ...)`;
 - `SpecDecodeBaseProposer.propose(...)` runs the draft model and calls `_sample_draft_tokens(hidden_states, ...)` once
   for each drafted position; `set_inputs_first_pass(...)` returns which hidden states it will read first;
-- `initialize_layerwise_reload`, `finalize_layerwise_reload`: load weights into a model that is in use;
+- `initialize_layerwise_reload`, `finalize_layerwise_reload`: load weights into a model that is in use, all but the
+  packed copy that a tied head computes with on a CPU (`cpu_linear`);
 - an engine in the caller's process, when it is shut down, destroys the process group, whoever made it.
 
 Where no draft was made at a row's next position (the first token after a prompt, or drafts lost with a preemption), the
@@ -47,6 +50,7 @@ __all__ = [
     "drafting_room",
     "process_group_kept",
     "register",
+    "repack_heads",
     "require_supported_version",
 ]
 
@@ -100,6 +104,7 @@ def register() -> None:
         (SpeculativeConfig, "verify_equal_vocab_size_if_draft_model", _verify_equal_vocab_size),
         (InputProcessor, "process_inputs", _process_inputs),
         (DraftModelProposer, "_raise_if_vocab_size_mismatch", _raise_if_vocab_size_mismatch),
+        (DraftModelProposer, "_create_draft_vllm_config", _create_draft_vllm_config),
         (SpecDecodeBaseProposer, "_sample_draft_tokens", _sample_draft_tokens),
         (SpecDecodeBaseProposer, "set_inputs_first_pass", _set_inputs_first_pass),
         (GPUModelRunner, "sample_tokens", _sample_tokens),
@@ -168,6 +173,20 @@ class _BlendWorker:
             initialize_layerwise_reload(model)
             model.load_weights(weights)
             finalize_layerwise_reload(model, runner.speculative_config.draft_model_config)
+            repack_heads(model)
+
+
+def repack_heads(model: torch.nn.Module) -> None:
+    """After a reload: have each head compute with the weights it holds.
+
+    On a CPU vLLM computes with packed copies, and a reload packs again only what it loaded. A head tied to the
+    embeddings is not loaded, so it would go on with the weights from before.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for layer in model.modules():
+        if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 @contextmanager
@@ -286,6 +305,14 @@ def _verify_equal_vocab_size(original: Callable[..., Any], self: Any) -> None:
 
 def _raise_if_vocab_size_mismatch(original: Callable[..., Any], self: Any) -> None:
     """Heads of different sizes are fine: drafts and decisions use the rows that both have."""
+
+
+def _create_draft_vllm_config(original: Callable[..., Any], self: Any) -> Any:
+    """How the draft model is loaded may differ: a student whose weights follow has none to load."""
+    from vllm.config.utils import replace
+
+    config, load = original(self), self.speculative_config.draft_load_config
+    return config if load is None else replace(config, load_config=load)
 
 
 # ---- a step ----
