@@ -2,6 +2,10 @@
 
 import gc
 import inspect
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,11 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import torch
+from peft import LoraConfig
 from vllm_helpers import release, widened
 
 # isort: split
-from test_trainer import build, losses
+from test_trainer import Completions, build, losses
 
 from trb import TRBTrainer, zoo
 from trb.policies import StudentPolicy
@@ -140,6 +145,52 @@ def test_what_the_deferral_relies_on(tmp_path: Path) -> None:
     used = inspect.getsource(distillation_trainer).count("self.vllm_generation.")
     known = ("sync_weights()", "generate(", "llm.llm_engine.model_config.max_model_len")
     assert used == sum(inspect.getsource(distillation_trainer).count(f"self.vllm_generation.{name}") for name in known)
+
+
+def test_adapters_are_merged_for_the_engine(tmp_path: Path, students: Any) -> None:
+    """LoRA: the engine samples with the adapted weights of each step, and training goes on with unmerged ones."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    vllm = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 64}
+    drawn, found = [], []
+    for name, changes in (("beside", {}), ("frozen", {"learning_rate": 0.0}), ("inside", vllm)):
+        settings = {"max_steps": WARMUP, "learning_rate": 1e-2, **changes}
+        trainer = run(tmp_path / name, students(), peft_config=adapter, **settings)
+        completions = Completions()
+        completions.watch(trainer)
+        trainer.train()
+        drawn.append(completions.per_step)
+        found.append(losses(trainer))
+    beside, frozen, inside = drawn
+    assert inside == beside
+    assert found[2] == pytest.approx(found[0], rel=1e-3)  # merging and taking apart rounds the weights
+    assert frozen[0] == beside[0], "before the first step the adapter does nothing"
+    assert all(kept != moved for kept, moved in zip(frozen[1:], beside[1:], strict=True))
+
+
+def test_two_processes_have_an_engine_each(tmp_path: Path, students: Any) -> None:
+    """DDP and FSDP2, which gathers the student for it: every process draws what it draws without an engine."""
+    students().save_pretrained(tmp_path / "student")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    worker, student = Path(__file__).with_name("vllm_worker.py"), tmp_path / "student"
+    done = subprocess.run(
+        [*launch, str(worker), str(student), str(tmp_path), "ddp", "fsdp2"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    for name, wrapper in (("ddp", "DistributedDataParallel"), ("fsdp2", "FSDP")):
+        found = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+        for each in found:
+            assert each["in_vllm"]["processes"] == 2
+            assert each["in_vllm"]["wrapper"].startswith(wrapper)
+            assert len(each["in_vllm"]["drawn"]) == WARMUP
+            assert each["in_vllm"]["drawn"] == each["in_process"]["drawn"]
+            assert each["in_vllm"]["losses"] == pytest.approx(each["in_process"]["losses"], rel=1e-4)
+        first, second = (each["in_vllm"]["drawn"] for each in found)
+        assert first != second, "both processes were given the same prompts"
 
 
 def test_engines_shared_by_processes_are_refused(tmp_path: Path, students: Any) -> None:
