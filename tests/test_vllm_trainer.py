@@ -16,6 +16,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import torch
 from peft import LoraConfig
+from vllm import SamplingParams
 from vllm_helpers import release, widened
 
 # isort: split
@@ -165,6 +166,35 @@ def test_adapters_are_merged_for_the_engine(tmp_path: Path, students: Any) -> No
     assert found[2] == pytest.approx(found[0], rel=1e-3)  # merging and taking apart rounds the weights
     assert frozen[0] == beside[0], "before the first step the adapter does nothing"
     assert all(kept != moved for kept, moved in zip(frozen[1:], beside[1:], strict=True))
+
+
+def test_plain_rollouts_follow_a_head_tied_to_the_embeddings(tmp_path: Path, students: Any) -> None:
+    """TRL's engine draws the likeliest tokens of the student as it is, not as it was when the engine started."""
+    trainer = run(tmp_path, students(), method="opd", max_steps=1, use_vllm=True)
+    student = trainer.model.eval()
+    assert student.config.tie_word_embeddings
+    prompts = [[5, 6, 7], [8, 9], [20, 21, 22, 23]]
+
+    def likeliest(model: Any) -> list[int]:
+        with torch.no_grad():
+            return [int(model(torch.tensor([prompt])).logits[0, -1].argmax()) for prompt in prompts]
+
+    trainer.train()
+    before = likeliest(student)
+    embeddings = student.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings.normal_(std=float(embeddings.std()), generator=torch.Generator().manual_seed(0))
+    try:
+        trainer.vllm_generation.sync_weights()
+        outputs = trainer.vllm_generation.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(temperature=0.0, max_tokens=1, detokenize=False),
+            use_tqdm=False,
+        )
+        assert [output.outputs[0].token_ids[0] for output in outputs] == likeliest(student.eval())
+        assert likeliest(student) != before
+    finally:
+        shut_down(trainer)
 
 
 def test_two_processes_have_an_engine_each(tmp_path: Path, students: Any) -> None:
