@@ -5,7 +5,7 @@ Every sampler draws from the same law, with the same randomness; `method` choose
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from trb.modeling import without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.cache import supports_slots
 from trb.sampling.lockstep import sample_lockstep
-from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.rollout import EngineOptions, Rollout, RolloutStats
 from trb.sampling.speculative import sample_speculative
 from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
 from trb.vocab import SharedVocabulary, head_rows
@@ -34,16 +34,7 @@ class Engine(Protocol):
     """Samples in place of the models given to `sample`, which it holds copies of; see `trb.sampling.vllm`."""
 
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        policy: BehaviorPolicy,
-        *,
-        vocabulary: SharedVocabulary,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        prompt_keys: Sequence[int],
-        rollout_index: Sequence[int],
+        self, prompts: Sequence[Sequence[int]], policy: BehaviorPolicy, **options: Unpack[EngineOptions]
     ) -> Rollout:
         """One completion per prompt, from the policy's law; the arguments are those of `trb.sampling.sample`."""
 
@@ -116,11 +107,17 @@ def sample(
 
     if not rows:
         return Rollout()
-    options: dict[str, Any] = {"vocabulary": vocabulary, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    options |= {"seed": seed, "prompt_keys": keys, "rollout_index": index}
+    shared: EngineOptions = {
+        "vocabulary": vocabulary,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "prompt_keys": keys,
+        "rollout_index": index,
+    }
     if engine is not None:
-        return engine.sample(rows, policy, **options)
-    options["max_rows"] = max_rows
+        return engine.sample(rows, policy, **shared)
+    options: dict[str, Any] = {**shared, "max_rows": max_rows}
     if method == "speculative" and _in_slots(models):
         options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
         sampler: Callable[..., Rollout] = sample_speculative

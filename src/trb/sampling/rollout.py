@@ -1,10 +1,25 @@
 """The record of one sampling call: completions and what the sampler saw at every token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from torch import Tensor
 
-__all__ = ["Rollout", "RolloutStats"]
+from trb.vocab import SharedVocabulary
+
+__all__ = ["EngineOptions", "Rollout", "RolloutStats"]
+
+
+class EngineOptions(TypedDict):
+    """What `trb.sampling.sample` asks of an engine besides prompts and policy; checked, and defaults filled in."""
+
+    vocabulary: SharedVocabulary
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    prompt_keys: Sequence[int]
+    rollout_index: Sequence[int]
 
 
 @dataclass

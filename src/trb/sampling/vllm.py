@@ -23,14 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trb.policies import BehaviorPolicy
-from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.rollout import EngineOptions, Rollout, RolloutStats
 from trb.sampling.verification import BlendRequest
 from trb.sampling.vllm_plugin import (
     EXTENSION,
@@ -41,7 +41,6 @@ from trb.sampling.vllm_plugin import (
     repack_heads,
     require_supported_version,
 )
-from trb.vocab import SharedVocabulary
 
 __all__ = [
     "SERVER_ENVIRONMENT",
@@ -58,6 +57,8 @@ __all__ = [
 ]
 
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
+# What all requests of a call have in common.
+_SHARED = ("vocabulary", "temperature", "max_new_tokens", "seed")
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 # What a server needs: the first model runner, and the routes over which records are taken and weights are loaded. Those
 # let anyone who reaches the port call methods of the workers: keep it inside a trusted network.
@@ -156,16 +157,7 @@ class BlendEngine:
         self.release()
 
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        policy: BehaviorPolicy,
-        *,
-        vocabulary: SharedVocabulary,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        prompt_keys: Sequence[int],
-        rollout_index: Sequence[int],
+        self, prompts: Sequence[Sequence[int]], policy: BehaviorPolicy, **options: Unpack[EngineOptions]
     ) -> Rollout:
         """One completion per prompt; arguments as in `trb.sampling.sample`, which validates them.
 
@@ -177,21 +169,12 @@ class BlendEngine:
 
         if self._waits_for_weights:
             raise RuntimeError("the student has no weights yet: call update_student before sampling")
-        requests = [
-            BlendRequest(str(next(self._names)), policy, vocabulary, temperature, max_new_tokens, seed, key, index)
-            for key, index in zip(prompt_keys, rollout_index, strict=True)
-        ]
-        parameters = [SamplingParams(**sampling_parameters(request)) for request in requests]
+        requests = requests_of(map(str, self._names), policy, options)
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        parameters = [SamplingParams(**sampling_parameters(request)) for request in requests]
         outputs = self._live().generate(inputs, parameters, use_tqdm=False)
-        names = [request.name for request in requests]
-        records = self._ask("trb_take_records", names)
-        return rollout_of(
-            prompts,
-            [list(output.outputs[0].token_ids) for output in outputs],
-            [records[name] for name in names],
-            vocabulary,
-        )
+        completions = [list(output.outputs[0].token_ids) for output in outputs]
+        return rollout_of(prompts, requests, completions, self._ask("trb_take_records", names_of(requests)))
 
     def counters(self) -> dict[str, int]:
         """How often what happened inside the engine, summed up over its life (`BlendState.counters`)."""
@@ -254,16 +237,7 @@ class ServedEngine:
         self._url, self._model, self._connections, self._timeout = url.rstrip("/"), model, connections, timeout_s
 
     def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        policy: BehaviorPolicy,
-        *,
-        vocabulary: SharedVocabulary,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        prompt_keys: Sequence[int],
-        rollout_index: Sequence[int],
+        self, prompts: Sequence[Sequence[int]], policy: BehaviorPolicy, **options: Unpack[EngineOptions]
     ) -> Rollout:
         """As `BlendEngine.sample`.
 
@@ -271,15 +245,10 @@ class ServedEngine:
             RuntimeError: the server refused a request; its answer is in the message.
         """
         call = uuid.uuid4().hex  # several clients may share a server
-        requests = [
-            BlendRequest(f"{call}-{row}", policy, vocabulary, temperature, max_new_tokens, seed, key, index)
-            for row, (key, index) in enumerate(zip(prompt_keys, rollout_index, strict=True))
-        ]
+        requests = requests_of((f"{call}-{row}" for row in count()), policy, options)
         with ThreadPoolExecutor(self._connections) as pool:
             completions = list(pool.map(self._complete, prompts, requests))
-        names = [request.name for request in requests]
-        records = self._ask("trb_take_records", names)
-        return rollout_of(prompts, completions, [records[name] for name in names], vocabulary)
+        return rollout_of(prompts, requests, completions, self._ask("trb_take_records", names_of(requests)))
 
     def counters(self) -> dict[str, int]:
         """As `BlendEngine.counters`."""
@@ -327,18 +296,33 @@ def sampling_parameters(request: BlendRequest) -> dict[str, Any]:
     }
 
 
+def requests_of(names: Iterable[str], policy: BehaviorPolicy, options: EngineOptions) -> list[BlendRequest]:
+    """A request for each row; `names` may go on for longer."""
+    shared: dict[str, Any] = {name: options[name] for name in _SHARED}  # type: ignore[literal-required]
+    rows = zip(options["prompt_keys"], options["rollout_index"], names, strict=False)
+    return [
+        BlendRequest(name=name, policy=policy, prompt_key=key, rollout_index=index, **shared)
+        for key, index, name in rows
+    ]
+
+
+def names_of(requests: Sequence[BlendRequest]) -> list[str]:
+    return [request.name for request in requests]
+
+
 def rollout_of(
     prompts: Sequence[Sequence[int]],
+    requests: Sequence[BlendRequest],
     completions: Sequence[list[int]],
-    records: Sequence[Mapping[str, Any]],
-    vocabulary: SharedVocabulary,
+    records: Mapping[str, Mapping[str, Any]],
 ) -> Rollout:
-    """The engine's completions with the records that were kept of them.
+    """The engine's completions with the records that were kept of them, by the requests' names.
 
     Raises:
         RuntimeError: a completion is not the one recorded: something else than the plugin has sampled or cut it.
     """
-    for row, (completion, record) in enumerate(zip(completions, records, strict=True)):
+    rows = [records[name] for name in names_of(requests)]
+    for row, (completion, record) in enumerate(zip(completions, rows, strict=True)):
         if completion != record["tokens"]:
             raise RuntimeError(
                 f"vLLM returned {completion} for prompt {row}, but {record['tokens']} was sampled: the completion "
@@ -347,8 +331,11 @@ def rollout_of(
     return Rollout(
         prompts=[list(prompt) for prompt in prompts],
         completions=list(completions),
-        stopped=[completion[-1] == vocabulary.stop_id for completion in completions],
-        stats=RolloutStats(**{name: [list(record[name]) for record in records] for name in _COLUMNS}),
+        stopped=[
+            completion[-1] == request.vocabulary.stop_id
+            for completion, request in zip(completions, requests, strict=True)
+        ],
+        stats=RolloutStats(**{name: [list(record[name]) for record in rows] for name in _COLUMNS}),
     )
 
 
