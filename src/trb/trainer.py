@@ -63,8 +63,7 @@ from trb.policies import (
 from trb.ranks import Ranks
 from trb.recording import RunRecorder, score_record, survive_failures
 from trb.sampling import METHODS as SAMPLERS
-from trb.sampling import Rollout, prompt_key, sample, stream_seed
-from trb.sampling.vllm import BlendEngine
+from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
 from trb.schedule import KINDS, kl_budget, ramp
 from trb.scoring import TokenScores, score_completions
 from trb.sharding import (
@@ -536,7 +535,7 @@ class TRBTrainer(DistillationTrainer):
             return False
         return not self.behavior_policy(step).needs_teacher
 
-    def _engine(self, step: int) -> BlendEngine | None:
+    def _engine(self, step: int) -> Engine | None:
         """vLLM as long as training rollouts need the teacher (evaluation included); then its memory is given back."""
         if self._warmup_engine is None:
             return None

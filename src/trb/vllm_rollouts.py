@@ -10,22 +10,27 @@ whose constructor ends with `_init_vllm()`; `sync_weights()` and `generate(...)`
 DeepSpeed and PEFT.
 
 Left out on purpose: TRL's server mode, whose server samples from the student only (docs/vllm.md says how to serve
-blended rollouts), and engines that several processes share by tensor parallelism.
+blended rollouts).
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Unpack
 
 from transformers import PreTrainedModel, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
 from trb.modeling import without_adapters
+from trb.policies import BehaviorPolicy
+from trb.ranks import Ranks
+from trb.sampling import Engine, EngineOptions, Rollout
 from trb.sampling.vllm import BlendEngine, drafting_room, generators_kept, repack_heads, require_supported_version
 
-__all__ = ["DeferredGeneration", "ReleaseEngine", "WarmupEngine", "deferred_generation"]
+__all__ = ["DeferredGeneration", "ReleaseEngine", "SharedEngine", "WarmupEngine", "deferred_generation"]
 
 # Tokens drafted at once where `block_size` leaves the choice open: with the paper's budgets four in five are kept.
 _BLOCK = 4
@@ -42,28 +47,29 @@ class WarmupEngine:
 
     Raises:
         ImportError: a vLLM whose internals the plugin does not know.
-        ValueError: engines of several processes were asked for.
+        ValueError: `vllm_tensor_parallel_size` does not divide the number of processes.
     """
 
     def __init__(self, generation: VLLMGeneration, student: Any, teacher: PreTrainedModel, args: Any) -> None:
         require_supported_version()
-        if args.vllm_tensor_parallel_size > 1:
+        self._ranks, self._shared_by = Ranks.of_launch(), args.vllm_tensor_parallel_size
+        if self._ranks.count % self._shared_by:
             raise ValueError(
-                f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: blended rollouts in the training "
-                "processes need one engine per process; set it to 1, or vllm_blended=False to blend without vLLM"
+                f"vllm_tensor_parallel_size={self._shared_by} does not divide the number of processes, "
+                f"{self._ranks.count}: an engine is shared by so many of them"
             )
         self._generation, self._student, self._teacher, self._args = generation, student, teacher, args
         self._engine: BlendEngine | None = None
         self._step: int | None = None
 
-    def at_step(self, step: int) -> BlendEngine:
+    def at_step(self, step: int) -> Engine:
         """The engine with the student's weights of optimizer step `step`; every process calls this together."""
         if self._engine is None:
             self._engine = self._start()
         if step != self._step:
             self._engine.update_student(self._generation._iter_named_params())
             self._step = step
-        return self._engine
+        return self._engine if self._shared_by == 1 else SharedEngine(self._engine, self._ranks, self._shared_by)
 
     def release(self) -> None:
         """Give the engine's memory back, if it is running."""
@@ -73,7 +79,8 @@ class WarmupEngine:
 
     def _start(self) -> BlendEngine:
         args, block = self._args, self._args.block_size or _BLOCK
-        length, several = args.vllm_max_model_length, self._generation.accelerator.num_processes > 1
+        length, several = args.vllm_max_model_length, self._ranks.count > 1
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         with ExitStack() as stack:
             return BlendEngine(
                 stack.enter_context(_configuration(self._student)),
@@ -81,13 +88,39 @@ class WarmupEngine:
                 weights_follow=True,
                 num_speculative_tokens=block,
                 max_model_len=None if length is None else length + drafting_room(block),
-                max_num_seqs=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+                max_num_seqs=rows * self._shared_by,
+                tensor_parallel_size=self._shared_by,
                 gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                 dtype=_dtype(args, self._student),
                 model_impl=args.vllm_model_impl,
                 trust_remote_code=args.trust_remote_code,
                 distributed_executor_backend="external_launcher" if several else None,
             )
+
+
+@dataclass(frozen=True)
+class SharedEngine:
+    """An engine whose models are split over `size` processes in a row, which sample together.
+
+    Each of them hands it the rows of all and keeps its own. A completion does not depend on which rows are sampled
+    beside it, so sharing changes nothing else.
+    """
+
+    engine: Engine
+    ranks: Ranks
+    size: int
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], policy: BehaviorPolicy, **options: Unpack[EngineOptions]
+    ) -> Rollout:
+        """As `Engine.sample`; every process of the launch calls it together."""
+        own = (list(prompts), list(options["prompt_keys"]), list(options["rollout_index"]))
+        first = self.ranks.index // self.size * self.size
+        parts = self.ranks.gather(own)[first : first + self.size]
+        everyones, keys, index = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
+        shared: EngineOptions = {**options, "prompt_keys": keys, "rollout_index": index}
+        start = sum(len(rows) for rows, _, _ in parts[: self.ranks.index - first])
+        return self.engine.sample(everyones, policy, **shared).rows(start, start + len(own[0]))
 
 
 def _dtype(args: Any, student: Any) -> str:

@@ -22,7 +22,17 @@ from trb.sampling.speculative import sample_speculative
 from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
 from trb.vocab import SharedVocabulary, head_rows
 
-__all__ = ["BLOCK_SIZES", "METHODS", "Engine", "Rollout", "RolloutStats", "prompt_key", "sample", "stream_seed"]
+__all__ = [
+    "BLOCK_SIZES",
+    "METHODS",
+    "Engine",
+    "EngineOptions",
+    "Rollout",
+    "RolloutStats",
+    "prompt_key",
+    "sample",
+    "stream_seed",
+]
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,7 @@
 """The record of one sampling call: completions and what the sampler saw at every token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 from torch import Tensor
@@ -65,6 +65,20 @@ class Rollout:
     teacher_calls: int = 0
     student_calls: int = 0
     teacher_hidden: list[Tensor] | None = None
+
+    def rows(self, start: int, stop: int) -> "Rollout":
+        """Some of the rows; the passes are those of the whole call."""
+        part = slice(start, stop)
+        columns = {name: getattr(self.stats, name)[part] for name in self.stats.__dataclass_fields__}
+        hidden = None if self.teacher_hidden is None else self.teacher_hidden[part]
+        return replace(
+            self,
+            prompts=self.prompts[part],
+            completions=self.completions[part],
+            stopped=self.stopped[part],
+            stats=RolloutStats(**columns),
+            teacher_hidden=hidden,
+        )
 
     def extend(self, other: "Rollout") -> None:
         """Append another call's rows and add its passes."""
