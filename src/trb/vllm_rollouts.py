@@ -93,6 +93,8 @@ class WarmupEngine:
                 gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                 dtype=_dtype(args, self._student),
                 model_impl=args.vllm_model_impl,
+                # On a CPU compiling takes longer than the rollouts of most warm-ups there.
+                enforce_eager=self._generation.accelerator.device.type == "cpu",
                 trust_remote_code=args.trust_remote_code,
                 distributed_executor_backend="external_launcher" if several else None,
             )
