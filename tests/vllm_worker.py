@@ -24,23 +24,23 @@ from transformers import AutoModelForCausalLM
 
 from trb.sampling.vllm_plugin import process_group_kept
 
-STEPS = 4
+WARMUP = 3
 INSIDE = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 64}
 SCENARIOS: dict[str, Any] = {
-    "ddp": (nullcontext, {"ddp_find_unused_parameters": False}, {}),
+    "ddp": (nullcontext, {"ddp_find_unused_parameters": False, "max_steps": WARMUP + 1}, {}),
     "tensor-parallel": (nullcontext, {"ddp_find_unused_parameters": False}, {"vllm_tensor_parallel_size": 2}),
     "fsdp2": (partial(launched_on_cpu, FSDP2), {}, {}),
 }
 
 
 def train(directory: Path, student: str, **changes: Any) -> dict[str, Any]:
-    """A run whose last step is not blended: what this process drew, and the losses of all."""
+    """A run, blended but for steps beyond the warm-up: what this process drew, and the losses of all."""
     trainer = build(
         directory,
         student=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, local_files_only=True),
         **{
-            "max_steps": STEPS,
-            "blend_warmup_steps": STEPS - 1,
+            "max_steps": WARMUP,
+            "blend_warmup_steps": WARMUP,
             "initial_kl_budget": 0.3,
             "learning_rate": 1e-3,
             **changes,
@@ -49,7 +49,9 @@ def train(directory: Path, student: str, **changes: Any) -> dict[str, Any]:
     drawn = Completions()
     drawn.watch(trainer)
     trainer.train()
-    if trainer.use_vllm:  # TRL leaves its engine to the end of the process; the next scenario needs the place
+    if (
+        trainer.use_vllm and trainer.vllm_generation._started
+    ):  # TRL leaves its engine to the end of the process; the next scenario needs the place
         with process_group_kept(True):
             trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
     found = {"wrapper": type(trainer.model_wrapped).__name__, "processes": trainer.accelerator.num_processes}
