@@ -49,9 +49,8 @@ def train(directory: Path, student: str, **changes: Any) -> dict[str, Any]:
     drawn = Completions()
     drawn.watch(trainer)
     trainer.train()
-    if (
-        trainer.use_vllm and trainer.vllm_generation._started
-    ):  # TRL leaves its engine to the end of the process; the next scenario needs the place
+    if trainer.use_vllm and trainer.vllm_generation._started:
+        # TRL leaves its engine to the end of the process; the next scenario needs the place.
         with process_group_kept(True):
             trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
     found = {"wrapper": type(trainer.model_wrapped).__name__, "processes": trainer.accelerator.num_processes}
