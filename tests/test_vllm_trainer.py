@@ -229,6 +229,18 @@ def test_two_processes_have_an_engine_each(tmp_path: Path, students: Any) -> Non
         assert first != second, "both processes were given the same prompts"
 
 
+def test_a_student_unlike_its_checkpoint_is_refused(tmp_path: Path, students: Any) -> None:
+    student = students()
+    path = Path(student.name_or_path) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}))
+    with pytest.raises(ValueError, match=r"which has 3 layers; the student was pruned to 2: save the student"):
+        run(tmp_path, student, use_vllm=True)
+    student.name_or_path = ""
+    with pytest.raises(ValueError, match="this student has none: save the student"):
+        run(tmp_path, student, use_vllm=True)
+
+
 def test_engines_shared_by_more_processes_than_there_are_are_refused(tmp_path: Path, students: Any) -> None:
     with pytest.raises(ValueError, match=r"vllm_tensor_parallel_size=2 does not divide the number of processes, 1"):
         run(tmp_path, students(), use_vllm=True, vllm_tensor_parallel_size=2)

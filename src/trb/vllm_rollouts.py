@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Unpack
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
@@ -171,7 +171,9 @@ class DeferredGeneration(VLLMGeneration):
     _started = False
 
     def _init_vllm(self) -> None:
-        if self.mode != "colocate":
+        if self.mode == "colocate":
+            _check_shape(without_adapters(self.model), self.trust_remote_code)
+        else:
             self._start()
 
     def _start(self) -> None:
@@ -193,6 +195,23 @@ class DeferredGeneration(VLLMGeneration):
     def generate(self, *args: Any, **kwargs: Any) -> tuple:
         self._start()
         return super().generate(*args, **kwargs)
+
+
+def _check_shape(student: PreTrainedModel, trust_remote_code: bool) -> None:
+    """Raises ValueError for a student unlike its checkpoint: TRL's engine is started from that, and a pruned student's
+    weights would then fill only some of the engine's layers."""
+    path, here = student.name_or_path, student.config.get_text_config().num_hidden_layers
+    remedy = "save the student (save_pretrained), its tokenizer beside it, and train from there, or set use_vllm=False"
+    if not path:
+        raise ValueError(
+            f"use_vllm=True starts vLLM from the student's checkpoint, and this student has none: {remedy}"
+        )
+    saved = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config().num_hidden_layers
+    if saved != here:
+        raise ValueError(
+            f"use_vllm=True starts vLLM from the student's checkpoint {path}, which has {saved} layers; the student "
+            f"was pruned to {here}: {remedy}"
+        )
 
 
 @contextmanager
