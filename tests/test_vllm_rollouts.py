@@ -1,4 +1,4 @@
-"""What of `trb.vllm_rollouts` can be told without vLLM: how processes share an engine. The rest is test_vllm_trainer."""
+"""What of `trb.vllm_rollouts` can be told without vLLM: how processes share an engine. Else see test_vllm_trainer."""
 
 from dataclasses import dataclass, field
 from typing import Any
