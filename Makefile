@@ -94,7 +94,7 @@ torture: $(VENV)/dev.stamp ## kill, corrupt, starve and wear out runs; a table o
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture
 
 # Restartable at every point: pairs, runs and probes that are finished are kept.
-study: $(VENV)/run.stamp ## the study of docs/experiments.md, from training its models to its report (about five hours on two cores)
+study: $(VENV)/run.stamp ## the study of docs/experiments.md, from training its models to its report (about seven hours on two shared cores)
 	for pair in long-chains clock; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m trb.zoo.train --pair $$pair --out runs/pairs/$$pair --eval-problems 1000 --keep; done
 	$(BIN)/trb sweep --config recipes/studies/zoo.yaml --output-dir runs/zoo-study
