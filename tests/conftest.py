@@ -10,7 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +34,21 @@ STUDENT_ROWS = 6
 TEACHER_ROWS = 8
 STUDENT_EOS = 0
 TEACHER_EOS = 4
+
+
+def run_in_two_processes(script: str, *arguments: object, timeout: float) -> None:
+    """Run one of the scripts beside this file by torchrun, on CPUs; it finds the other test files."""
+    directory = Path(__file__).parent
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = [str(directory), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [*launch, str(directory / script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import run_in_two_processes
 from test_trainer import build, logged, weights
 from transformers import TrainerCallback
 
@@ -236,16 +234,7 @@ def test_the_verdict_is_shared_in_one_exchange(
 
 @pytest.mark.torture
 def test_two_processes_decide_alike_and_resume_alike(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [*launch, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_in_two_processes("two_processes.py", tmp_path, timeout=600)
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
     for found in (first, second):
         assert found["skipped"] == [0, 1, 1, 1]

@@ -3,9 +3,6 @@
 import gc
 import inspect
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import torch
+from conftest import run_in_two_processes
 from peft import LoraConfig
 from vllm import SamplingParams
-from vllm_helpers import release, widened
+from vllm_helpers import INSIDE, release, shut_down, widened
 
 # isort: split
 from test_trainer import Completions, build, losses
@@ -64,12 +62,6 @@ def warm_up(trainer: TRBTrainer, name: str) -> list[float]:
     return [row[f"trb/{name}"] for row in trainer.state.log_history[:WARMUP]]
 
 
-def shut_down(trainer: TRBTrainer) -> None:
-    """TRL leaves its engine to the end of the process; the next test needs the place."""
-    if trainer.vllm_generation._started:
-        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
-
-
 def test_the_shipped_student_is_the_same_with_wider_heads(students: Any) -> None:
     original, _ = zoo.load("student")
     ids = torch.randint(3, 60, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -94,8 +86,7 @@ def test_a_run_inside_vllm_is_the_run_in_process(
     beside.train()
     spread = run(tmp_path / "b", students(), seed=4)
     spread.train()
-    vllm = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 64}
-    inside = run(tmp_path / "c", students(), **vllm)
+    inside = run(tmp_path / "c", students(), **INSIDE)
     plain = inside.vllm_generation
     assert isinstance(plain, DeferredGeneration)
     inside.train()
@@ -151,9 +142,8 @@ def test_what_the_deferral_relies_on(tmp_path: Path) -> None:
 def test_adapters_are_merged_for_the_engine(tmp_path: Path, students: Any) -> None:
     """LoRA: the engine samples with the adapted weights of each step, and training goes on with unmerged ones."""
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    vllm = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 64}
     drawn, found = [], []
-    for name, changes in (("beside", {}), ("frozen", {"learning_rate": 0.0}), ("inside", vllm)):
+    for name, changes in (("beside", {}), ("frozen", {"learning_rate": 0.0}), ("inside", INSIDE)):
         settings = {"max_steps": WARMUP, "learning_rate": 1e-2, **changes}
         trainer = run(tmp_path / name, students(), peft_config=adapter, **settings)
         completions = Completions()
@@ -203,18 +193,8 @@ def test_two_processes_have_an_engine_each(tmp_path: Path, students: Any) -> Non
     DDP goes on for a step after the warm-up: that one is TRL's engine's, with its own noise.
     """
     students().save_pretrained(tmp_path / "student")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     scenarios = {"ddp": "DistributedDataParallel", "tensor-parallel": "DistributedDataParallel", "fsdp2": "FSDP"}
-    worker, student = Path(__file__).with_name("vllm_worker.py"), tmp_path / "student"
-    done = subprocess.run(
-        [*launch, str(worker), str(student), str(tmp_path), *scenarios],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_in_two_processes("vllm_worker.py", tmp_path / "student", tmp_path, *scenarios, timeout=900)
     for name, wrapper in scenarios.items():
         found = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
         for each in found:

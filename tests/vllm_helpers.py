@@ -22,6 +22,7 @@ from conftest import NO_SPECIAL_IDS, STUDENT_EOS, STUDENT_ROWS, TEACHER_EOS, TEA
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from trb.sampling.vllm import BlendEngine
+from trb.sampling.vllm_plugin import process_group_kept
 
 # vLLM's attention on a CPU takes heads of at least 32.
 SHAPE = {
@@ -35,6 +36,8 @@ SHAPE = {
     **NO_SPECIAL_IDS,
 }
 SPREAD = 0.2
+# A trainer with engines small enough for these tests.
+INSIDE = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 64}
 
 
 def vllm_student(seed: int = 41, rows: int = STUDENT_ROWS, **options: Any) -> PreTrainedModel:
@@ -71,6 +74,13 @@ def release() -> None:
     """Shut the current engine down, if there is one: a process holds one at a time."""
     while _leased:
         _leased.pop()[1].release()
+
+
+def shut_down(trainer: Any) -> None:
+    """TRL leaves its engine to the end of the process; the next one needs the place."""
+    if trainer.vllm_generation._started:
+        with process_group_kept(torch.distributed.is_initialized()):
+            trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
 
 
 def lease(paths: tuple[str, str], **options: Any) -> BlendEngine:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import vllm_helpers  # noqa: F401 (its settings come before vLLM is imported)
+from vllm_helpers import INSIDE, shut_down  # first: its settings come before vLLM is imported
 
 # isort: split
 import torch
@@ -22,10 +22,7 @@ from distributed_worker import FSDP2, launched_on_cpu
 from test_trainer import Completions, build, losses
 from transformers import AutoModelForCausalLM
 
-from trb.sampling.vllm_plugin import process_group_kept
-
 WARMUP = 3
-INSIDE = {"use_vllm": True, "vllm_gpu_memory_utilization": 0.2, "vllm_max_model_length": 64}
 SCENARIOS: dict[str, Any] = {
     "ddp": (nullcontext, {"ddp_find_unused_parameters": False, "max_steps": WARMUP + 1}, {}),
     "tensor-parallel": (nullcontext, {"ddp_find_unused_parameters": False}, {"vllm_tensor_parallel_size": 2}),
@@ -49,10 +46,8 @@ def train(directory: Path, student: str, **changes: Any) -> dict[str, Any]:
     drawn = Completions()
     drawn.watch(trainer)
     trainer.train()
-    if trainer.use_vllm and trainer.vllm_generation._started:
-        # TRL leaves its engine to the end of the process; the next scenario needs the place.
-        with process_group_kept(True):
-            trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+    if trainer.use_vllm:
+        shut_down(trainer)
     found = {"wrapper": type(trainer.model_wrapped).__name__, "processes": trainer.accelerator.num_processes}
     return {**found, "drawn": drawn.per_step, "losses": losses(trainer)}
 

@@ -47,17 +47,11 @@ class WarmupEngine:
 
     Raises:
         ImportError: a vLLM whose internals the plugin does not know.
-        ValueError: `vllm_tensor_parallel_size` does not divide the number of processes.
     """
 
     def __init__(self, generation: VLLMGeneration, student: Any, teacher: PreTrainedModel, args: Any) -> None:
         require_supported_version()
         self._ranks, self._shared_by = Ranks.of_launch(), args.vllm_tensor_parallel_size
-        if self._ranks.count % self._shared_by:
-            raise ValueError(
-                f"vllm_tensor_parallel_size={self._shared_by} does not divide the number of processes, "
-                f"{self._ranks.count}: an engine is shared by so many of them"
-            )
         self._generation, self._student, self._teacher, self._args = generation, student, teacher, args
         self._engine: BlendEngine | None = None
         self._step: int | None = None
@@ -166,13 +160,14 @@ class ReleaseEngine(TrainerCallback):
 
 
 class DeferredGeneration(VLLMGeneration):
-    """TRL's vLLM, which a colocated run starts when it is first used."""
+    """TRL's vLLM, which a colocated run starts when it is first used; what it would refuse then is refused at once."""
 
     _started = False
 
     def _init_vllm(self) -> None:
         if self.mode == "colocate":
             _check_shape(without_adapters(self.model), self.trust_remote_code)
+            _check_sharing(self.tensor_parallel_size, self.accelerator.num_processes)
         else:
             self._start()
 
@@ -211,6 +206,14 @@ def _check_shape(student: PreTrainedModel, trust_remote_code: bool) -> None:
         raise ValueError(
             f"use_vllm=True starts vLLM from the student's checkpoint {path}, which has {saved} layers; the student "
             f"was pruned to {here}: {remedy}"
+        )
+
+
+def _check_sharing(size: int, processes: int) -> None:
+    if processes % size:
+        raise ValueError(
+            f"vllm_tensor_parallel_size={size} does not divide the number of processes, {processes}: an engine is "
+            "shared by so many of them"
         )
 
 

@@ -57,8 +57,6 @@ __all__ = [
 ]
 
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
-# What all requests of a call have in common.
-_SHARED = ("vocabulary", "temperature", "max_new_tokens", "seed")
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 # What a server needs: the first model runner, and the routes over which records are taken and weights are loaded. Those
 # let anyone who reaches the port call methods of the workers: keep it inside a trusted network.
@@ -296,13 +294,13 @@ def sampling_parameters(request: BlendRequest) -> dict[str, Any]:
     }
 
 
-def requests_of(names: Iterable[str], policy: BehaviorPolicy, options: EngineOptions) -> list[BlendRequest]:
-    """A request for each row; `names` may go on for longer."""
-    shared: dict[str, Any] = {name: options[name] for name in _SHARED}  # type: ignore[literal-required]
-    rows = zip(options["prompt_keys"], options["rollout_index"], names, strict=False)
+def requests_of(names: Iterator[str], policy: BehaviorPolicy, options: EngineOptions) -> list[BlendRequest]:
+    """A request for each row, with the next of the names."""
+    shared: dict[str, Any] = dict(options)
+    rows = zip(shared.pop("prompt_keys"), shared.pop("rollout_index"), strict=True)
     return [
-        BlendRequest(name=name, policy=policy, prompt_key=key, rollout_index=index, **shared)
-        for key, index, name in rows
+        BlendRequest(name=next(names), policy=policy, prompt_key=key, rollout_index=index, **shared)
+        for key, index in rows
     ]
 
 
