@@ -2,22 +2,41 @@
 
 Logits of every completion token at once, `[B, T, V]`, are the largest tensor of a distillation step. Keeping the
 head as a function of hidden states lets the loss project a chunk of tokens at a time. Architectures that transform
-logits after the projection (scaling, soft-capping) do so in their own ways, so `OutputHead.check` compares the head
-with the model's own logits once, before training starts.
+logits after the projection (scaling, soft-capping) do so in their own ways, so `OutputHead.check` compares both with
+the model's own logits once, before training starts, and refuses by name a model whose law at a prefix depends on
+anything but the prefix. How models are read token by token is the affair of `trb.sampling`.
 
 Shape suffixes: B sequences, R rows of one group, L padded length, T kept positions, N completion tokens, H hidden
 size, V head rows.
 """
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["OutputHead", "completion_hidden_states", "hidden_states", "length_groups", "without_adapters"]
+__all__ = [
+    "OutputHead",
+    "UnsupportedModelError",
+    "accepts",
+    "check_causal",
+    "completion_hidden_states",
+    "disagreement",
+    "hidden_states",
+    "length_groups",
+    "plain_logits",
+    "probe_rows",
+    "rope_switch",
+    "tolerance",
+    "windows",
+    "without_adapters",
+]
 
 # Rows are read in groups of similar length. The number of groups depends on the batch size alone: under sharding every
 # rank must run the model equally often.
@@ -29,9 +48,110 @@ def length_groups(rows: int) -> int:
     return math.ceil(rows / math.ceil(rows / _LENGTH_GROUPS))
 
 
+# Lengths up to which the checks pass rows through the models themselves; longer windows are checked on their masks.
+_LONGEST_PROBE = 1100
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose completions could not be sampled, or trained on, exactly; names the model type and the reason."""
+
+    def __init__(self, model: nn.Module, reason: str) -> None:
+        inner = without_adapters(model)
+        super().__init__(f"{inner.config.model_type} ({type(inner).__name__}) is not supported: {reason}")
+
+
 def without_adapters(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside a PEFT wrapper (its adapters stay in place), or the model itself."""
+    """The Hugging Face model inside torch.compile's and PEFT's wrappers (adapters stay in place), or the model itself.
+
+    Wrappers hide the signature of the model's forward pass, and with it whether positions can be given.
+    """
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+
+
+def accepts(model: PreTrainedModel, name: str) -> bool:
+    """Whether the forward pass of a model takes an argument of that name; asked of the class, which nothing wraps."""
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
+    """`[T, V]` logits of one row in one pass of the model's own, without cache, padding or any help of ours."""
+    options: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    return model(input_ids=torch.tensor([list(tokens)], device=model.device), **options).logits[0]
+
+
+def rope_switch(model: PreTrainedModel) -> int | None:
+    """The length beyond which a whole pass rotates *every* position by other factors (LongRoPE), or None."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    found = [
+        int(each.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+        for each in (parameters, *(value for value in parameters.values() if isinstance(value, dict)))
+        if each.get("rope_type") == "longrope"
+    ]
+    return min(found, default=None)
+
+
+def probe_rows(model: PreTrainedModel, tokens_after: int) -> list[list[int]]:
+    """Three rows of different lengths to compare ways of reading on, one of them past every window that a pass of
+    affordable length reaches; each at least `tokens_after` + 1 long."""
+    config = model.config.get_text_config()
+    limits = [limit for limit in (getattr(config, "max_position_embeddings", None), rope_switch(model)) if limit]
+    most = min([_LONGEST_PROBE, *limits])
+    window = max([size for size in windows(model) if size + tokens_after + 3 <= most], default=4)
+    lengths = [min(most, first + tokens_after) for first in (window + 3, 1, 4)]
+    reserved = {token for name in ("pad_token_id", "bos_token_id", "eos_token_id") for token in _ids(config, name)}
+    ordinary = [token for token in range(min(config.vocab_size, 997)) if token not in reserved] or [0]
+    # Multiples of a prime visit all residues: neighbours differ, and nothing repeats within a window.
+    step = next(p for p in (7919, 104729) if len(ordinary) == 1 or p % len(ordinary))
+    return [[ordinary[(row * 31 + i * step) % len(ordinary)] for i in range(n)] for row, n in enumerate(lengths)]
+
+
+def _ids(config: Any, name: str) -> list[int]:
+    value = getattr(config, name, None)
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def windows(model: PreTrainedModel) -> list[int]:
+    """Every size by which attention may be local, whatever the family calls it; some may be switched off."""
+    config = model.config.get_text_config()
+    names = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "sliding_window_size")
+    values = [getattr(config, name, None) for name in names]
+    return [size for size in values if isinstance(size, int) and size > 0]
+
+
+def disagreement(ours: Sequence[Tensor], own: Sequence[Tensor]) -> float:
+    """How far `[T, V]` logits of several rows are from the model's own, relative to the spread of these.
+
+    In float32 and float64 the largest difference at any token. In less, rounding alone may send a token to another
+    expert: the median over the tokens of a row of the mean square, and the worst row. Logits that are not finite where
+    the model's own are count as infinitely far.
+    """
+    worst = 0.0
+    for one, other in zip(ours, own, strict=True):
+        coarse = one.dtype not in (torch.float32, torch.float64)
+        possible = other.isfinite()
+        if not one[possible].isfinite().all():
+            return math.inf
+        gap, size = (x.double().masked_fill(~possible, 0.0) for x in (one - other, other - _centre(other, possible)))
+        if coarse:
+            worst = max(worst, (gap.pow(2).mean(-1) / size.pow(2).mean(-1).clamp_min(1e-12)).sqrt().median().item())
+        else:
+            worst = max(worst, (gap.abs().max() / size.abs().max().clamp_min(1e-3)).item())
+    return worst
+
+
+def _centre(logits: Tensor, possible: Tensor) -> Tensor:
+    total = logits.masked_fill(~possible, 0.0).sum(-1, keepdim=True)
+    return total / possible.sum(-1, keepdim=True).clamp_min(1)
+
+
+def tolerance(logits: Tensor) -> float:
+    """Of `disagreement`, for two ways to compute the same logits: rounding adds up over layers and keys, and attention
+    in float64 may still take its softmax in float32. A wrong mask or position is off by a share of order one."""
+    if logits.dtype in (torch.float32, torch.float64):
+        return 1e-5 if logits.dtype == torch.float64 else 2e-3
+    return 0.1
 
 
 def hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep: int) -> Tensor:
@@ -50,7 +170,8 @@ def completion_hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, 
     """`[N, H]` hidden states that predict the N completion tokens, row by row.
 
     Rows are cut to their real tokens, sorted by length and read in groups, padded on the right: a causal model's real
-    tokens never see that padding, so attention needs no mask.
+    tokens never see that padding, so attention needs no mask. Where the length of a pass changes the model (LongRoPE),
+    tokens up to that length and those beyond it are read in passes of their own, as they were sampled.
 
     Args:
         model: a causal LM, or a PEFT wrapper around one.
@@ -60,6 +181,34 @@ def completion_hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, 
     """
     inner = without_adapters(model)
     length_B, start_B = mask_BL.sum(-1), mask_BL.argmax(-1)
+    switch = rope_switch(inner)
+    if switch is None:
+        return _hidden_states_that_predict(inner, ids_BL, start_B, length_B, completion_BL)
+    place_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) - start_B[:, None]
+    before_BL, after_BL = (completion_BL * near for near in (place_BL <= switch, place_BL > switch))
+    # Rows that do not reach beyond are read for company: every process makes equally many passes.
+    parts = [
+        _hidden_states_that_predict(
+            inner, ids_BL, start_B, length_B.clamp_max(switch + 1), before_BL, pass_length=switch
+        ),
+        _hidden_states_that_predict(inner, ids_BL, start_B, length_B, after_BL),
+    ]
+    place = [(part_BL != 0)[completion_BL != 0] for part_BL in (before_BL, after_BL)]
+    found_NH = torch.zeros(len(place[0]), parts[0].shape[-1], dtype=parts[0].dtype, device=parts[0].device)
+    for part_NH, chosen_N in zip(parts, place, strict=True):
+        found_NH = found_NH.index_put((chosen_N.nonzero().squeeze(-1),), part_NH)
+    return found_NH
+
+
+def _hidden_states_that_predict(
+    inner: PreTrainedModel,
+    ids_BL: Tensor,
+    start_B: Tensor,
+    length_B: Tensor,
+    completion_BL: Tensor,
+    pass_length: int | None = None,
+) -> Tensor:
+    """`completion_hidden_states` of rows cut to `length_B` real tokens, in passes of at most `pass_length`."""
     order_B = length_B.argsort()
     longest_B = length_B[order_B].tolist()
     found = []
@@ -68,11 +217,18 @@ def completion_hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, 
         column_L = torch.arange(longest, device=ids_BL.device)
         place_RL = (start_B[chosen_R, None] + column_L).clamp_max(ids_BL.shape[1] - 1)
         ids_RL = ids_BL[chosen_R].gather(-1, place_RL)
-        output = inner.base_model(input_ids=ids_RL, attention_mask=torch.ones_like(ids_RL), use_cache=False)
+        read_RL = ids_RL if pass_length is None else ids_RL[:, :pass_length]
+        output = inner.base_model(input_ids=read_RL, attention_mask=torch.ones_like(read_RL), **_without_extras(inner))
         real_RL = column_L < length_B[chosen_R, None]
         predicts_RL = (completion_BL[chosen_R].gather(-1, place_RL) != 0) & real_RL
-        found.append(output.last_hidden_state[:, :-1][predicts_RL[:, 1:]])
+        states_RLH = output.last_hidden_state[:, : max(1, longest - 1)]
+        found.append(states_RLH[predicts_RL[:, 1:]] if longest > 1 else states_RLH[:, :0].flatten(0, 1))
     return torch.cat(found)[_row_order(order_B, (completion_BL != 0).sum(-1))]
+
+
+def _without_extras(inner: PreTrainedModel) -> dict[str, bool]:
+    """Options that keep a pass to its hidden states, as far as the model knows them."""
+    return {name: False for name in ("use_cache",) if accepts(cast(PreTrainedModel, inner.base_model), name)}
 
 
 def _row_order(order_B: Tensor, count_B: Tensor) -> Tensor:
@@ -126,28 +282,78 @@ class OutputHead:
 
     @classmethod
     def check(cls, model: nn.Module) -> "OutputHead":
-        """The head, after comparing it with the model's own logits on a few tokens.
+        """The head, after comparing it, and hidden states read in padded groups, with the model's own logits of a few
+        short rows, one row and one pass at a time.
 
         Raises:
-            ValueError: the architecture computes its logits in a way this class does not know.
+            UnsupportedModelError: the model is no causal LM, or computes its logits in a way that is not known here.
         """
-        head, inner = cls.of(model), without_adapters(model)
-        ids_BL = torch.arange(4, device=inner.device)[None] % inner.config.get_text_config().vocab_size
-        mask_BL = torch.ones_like(ids_BL)
+        inner = without_adapters(model)
+        check_causal(model)
+        head = cls.of(model)
         was_training = model.training
         model.eval()
-        with torch.no_grad():
-            own_TV = inner(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits[0, :-1]
-            our_TV = head(hidden_states(model, ids_BL, mask_BL, 3))[0]
-        model.train(was_training)
-        scale = own_TV.abs().max().clamp_min(1.0)
-        tolerance = 64 * torch.finfo(own_TV.dtype).eps
-        if not (own_TV - our_TV).abs().max() <= tolerance * scale:
-            raise ValueError(
-                f"{type(inner).__name__} computes its logits in a way trb.modeling.OutputHead does not reproduce "
-                f"(largest difference {(own_TV - our_TV).abs().max().item():.3g}); please report the architecture"
+        try:
+            with torch.no_grad():
+                rows = probe_rows(inner, 3)
+                own = [plain_logits(inner, row)[:-1] for row in rows]
+                ours = head(_probe_hidden_states(model, rows)).split([len(row) - 1 for row in rows])
+        finally:
+            model.train(was_training)
+        gap = disagreement(ours, own)
+        if not gap <= tolerance(own[0]):
+            raise UnsupportedModelError(
+                model,
+                f"hidden states and output head, as the loss reads them, give other logits than the model itself "
+                f"(off by {gap:.2g} of their spread)",
             )
         return head
+
+
+def _probe_hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    """`[N, H]` hidden states of every token of the rows but the last, as the loss reads them."""
+    longest = max(map(len, rows))
+    ids_BL, mask_BL = torch.zeros(2, len(rows), longest, dtype=torch.long).unbind(0)
+    for row, tokens in enumerate(rows):  # prompts end in one column: padding on both sides
+        end = longest - row
+        ids_BL[row, end - len(tokens) : end] = torch.tensor(tokens)
+        mask_BL[row, end - len(tokens) : end] = 1
+    completion_BL = mask_BL * (mask_BL.cumsum(-1) > 1)
+    device = without_adapters(model).device
+    return completion_hidden_states(model, ids_BL.to(device), mask_BL.to(device), completion_BL.to(device))
+
+
+_CAUSAL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model whose logits at a token are not a function of the tokens up to it; once per model and process.
+
+    Raises:
+        UnsupportedModelError: an encoder-decoder, a model that reads ahead, or one whose own logits are not finite.
+    """
+    inner = without_adapters(model)
+    if inner in _CAUSAL:
+        return
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(model, "it is an encoder-decoder; student and teacher must be decoder-only")
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            row = probe_rows(inner, 6)[0]
+            whole = plain_logits(inner, row)
+            parts = [plain_logits(inner, row[:length])[-1:] for length in (len(row) - 4, len(row) - 1)]
+    finally:
+        model.train(was_training)
+    if not torch.isfinite(whole.logsumexp(-1)).all():
+        raise UnsupportedModelError(model, "its own logits are not finite, for ordinary tokens")
+    gap = disagreement(parts, [whole[len(row) - 5 : len(row) - 4], whole[len(row) - 2 : len(row) - 1]])
+    if not gap <= tolerance(whole):
+        raise UnsupportedModelError(
+            model, f"its logits at a token change with the tokens after it (by {gap:.2g} of their spread): not causal"
+        )
+    _CAUSAL[inner] = True
 
 
 def _logit_scale(config: object) -> float:

@@ -3,20 +3,20 @@
 Every sampler draws from the same law, with the same randomness; `method` chooses how the work is laid out.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, Unpack
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, Unpack, cast
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from trb.choices import did_you_mean
-from trb.modeling import without_adapters
+from trb.modeling import rope_switch, without_adapters
 from trb.policies import BehaviorPolicy
-from trb.sampling.cache import supports_slots
 from trb.sampling.lockstep import sample_lockstep
+from trb.sampling.reading import Way, sampling_mode, way_of
 from trb.sampling.rollout import EngineOptions, Rollout, RolloutStats
 from trb.sampling.speculative import sample_speculative
 from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
@@ -34,9 +34,7 @@ __all__ = [
     "stream_seed",
 ]
 
-logger = logging.get_logger(__name__)
-
-METHODS = {"speculative": sample_speculative, "lockstep": sample_lockstep}
+METHODS = ("speculative", "lockstep")
 BLOCK_SIZES = ("measured", "planned")
 
 
@@ -75,7 +73,7 @@ def sample(
     other rows, of `max_rows`, or of earlier calls (up to floating-point rounding of batched matrix products).
 
     Args:
-        student: any Hugging Face causal LM; drafts every token.
+        student: any Hugging Face causal LM, or a PEFT wrapper around one; drafts every token.
         teacher: the same, with the student's tokenizer; may be None when `policy.needs_teacher` is False.
         prompts: token ids of each row, not padded, not empty.
         policy: one of `trb.policies`.
@@ -85,7 +83,9 @@ def sample(
         temperature: divides both models' logits, after stop ids are folded into one.
         seed: 64-bit seed of the call's random stream.
         method: `"speculative"`, blocks drafted by the student and read by the teacher in one pass; or `"lockstep"`,
-            both models token by token, the reference. Models with recurrent layers are sampled in lockstep.
+            both models token by token, the reference. Before a model is first sampled, each way of reading it is
+            compared with its own plain passes (`trb.sampling.reading`): one that is not exact for it, such as blocks
+            for recurrent layers, is replaced by the next slower one, with a warning.
         block_size: speculative only: tokens drafted before the teacher reads them. `"measured"` adapts it to acceptance
             and to the clock, `"planned"` to acceptance and the models' shapes, which repeats from run to run.
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
@@ -102,11 +102,13 @@ def sample(
     Raises:
         ValueError: names the offending argument: an empty prompt, an id outside the heads, a missing teacher, keys
             of another length than the prompts, prompts too long for the model, an unknown method.
+        UnsupportedModelError: a model that cannot be sampled exactly; names the model type and the reason.
     """
     rows = [list(map(int, prompt)) for prompt in prompts]
     keys = list(range(len(rows))) if prompt_keys is None else list(prompt_keys)
     index = [0] * len(rows) if rollout_index is None else list(rollout_index)
     student = without_adapters(student)
+    teacher = None if teacher is None else without_adapters(teacher)
     models = [student] if teacher is None else [student, teacher]
     sizes = [head_rows(model) for model in models] + ([] if vocab_size is None else [vocab_size])
     vocabulary = SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id)
@@ -127,24 +129,88 @@ def sample(
     }
     if engine is not None:
         return engine.sample(rows, policy, **shared)
-    options: dict[str, Any] = {**shared, "max_rows": max_rows}
-    if method == "speculative" and _in_slots(models):
-        options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
-        sampler: Callable[..., Rollout] = sample_speculative
-    else:
-        sampler = sample_lockstep
-    with torch.no_grad(), _evaluation_mode(*models):
-        return sampler(student, teacher, rows, policy, **options)
+    read = [student, teacher] if policy.needs_teacher and teacher is not None else [student]
+    with torch.no_grad(), sampling_mode(*models):
+        ways = _ways(read, slots=method == "speculative")
+        options: dict[str, Any] = {**shared, "max_rows": max_rows}
+        if ways[0].in_slots:
+            options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
+        return _in_stretches(_Sampling(student, teacher, policy, ways, options), rows, max_new_tokens)
 
 
-def _in_slots(models: list[PreTrainedModel]) -> bool:
-    for model in models:
-        if not supports_slots(model):
-            logger.warning_once(
-                f"{type(model).__name__} keeps a recurrent state that cannot be taken back: sampling in lockstep"
-            )
-            return False
-    return True
+def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
+    """How to read each model; through slots all of them or none."""
+    ways = [way_of(model, slots=slots) for model in models]
+    if len({way.in_slots for way in ways}) > 1:
+        ways = [way_of(model, slots=False) for model in models]
+    return ways
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """One call of `sample`, less the rows."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    policy: BehaviorPolicy
+    ways: Sequence[Way]
+    options: dict[str, Any]
+
+    def __call__(self, rows: Sequence[Sequence[int]], end: int | None, beyond_switch: bool, **columns: Any) -> Rollout:
+        if self.ways[0].in_slots:
+            attentions = [way.attention for way in self.ways]
+            how: dict[str, Any] = {"attentions": attentions, "end": end, "beyond_switch": beyond_switch}
+            sampler: Callable[..., Rollout] = sample_speculative
+        else:
+            how = {"readers": [partial(cast(Any, way.reader), end=end) for way in self.ways]}
+            sampler = sample_lockstep
+        return sampler(self.student, self.teacher, rows, self.policy, **{**self.options, **columns, **how})
+
+
+def _in_stretches(sampling: _Sampling, prompts: list[list[int]], max_new_tokens: int) -> Rollout:
+    """Rows in batches, none of which crosses a length at which one of the models changes its factors (LongRoPE): a pass
+    over one row that is longer would change every row of its batch, and what a cache holds of the row itself. A row
+    that reaches the length is read anew, with the other factors, and goes on where it was.
+    """
+    models = [sampling.student, sampling.teacher] if sampling.teacher is not None else [sampling.student]
+    switches = sorted({switch for model in models if (switch := rope_switch(model)) is not None})
+    if len(switches) > 1:
+        raise ValueError(f"student and teacher change their rotary factors at different lengths: {switches} tokens")
+    if not switches or max(map(len, prompts)) + max_new_tokens - 1 <= switches[0]:
+        end = switches[0] if switches else None
+        count = len(prompts)
+        return sampling(prompts, end, False, drawn=[0] * count, max_new_tokens=[max_new_tokens] * count)
+    return _across(switches[0], sampling, prompts, max_new_tokens)
+
+
+def _across(switch: int, sampling: _Sampling, prompts: list[list[int]], max_new_tokens: int) -> Rollout:
+    """`_in_stretches` where rows may come to be longer than `switch`: first up to that length, then beyond it."""
+    whole = Rollout([*prompts], [[] for _ in prompts], [False] * len(prompts), RolloutStats.empty(len(prompts)))
+    hidden: list[list[Tensor]] = [[] for _ in prompts]
+    for beyond in (False, True):
+        rows = [
+            row
+            for row, (prompt, completion) in enumerate(zip(prompts, whole.completions, strict=True))
+            if not whole.stopped[row]
+            and len(completion) < max_new_tokens
+            and (len(prompt) + len(completion) > switch) == beyond
+        ]
+        if not rows:
+            continue
+        drawn = [len(whole.completions[row]) for row in rows]
+        left = [
+            max_new_tokens - before if beyond else min(max_new_tokens, switch - len(prompts[row]) + 1)
+            for row, before in zip(rows, drawn, strict=True)
+        ]
+        columns = {name: [sampling.options[name][row] for row in rows] for name in ("prompt_keys", "rollout_index")}
+        begun = [prompts[row] + whole.completions[row] for row in rows]
+        part = sampling(begun, None if beyond else switch, beyond, drawn=drawn, max_new_tokens=left, **columns)
+        whole.continue_rows(rows, part)
+        for row, states in zip(rows, part.teacher_hidden or [], strict=bool(part.teacher_hidden)):
+            hidden[row].append(states)
+    if any(hidden):
+        whole.teacher_hidden = [torch.cat(states) for states in hidden]
+    return whole
 
 
 def _check_options(
@@ -199,13 +265,3 @@ def _check_positions(models: list[PreTrainedModel], prompts: list[list[int]], ma
                 f"a prompt of {longest} tokens plus max_new_tokens={max_new_tokens} exceeds the {limit} positions of "
                 f"{type(model).__name__}; shorten the prompts or lower max_new_tokens"
             )
-
-
-@contextmanager
-def _evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Dropout off (and gradient checkpointing, which would drop the KV cache) while sampling; restored after."""
-    with ExitStack() as stack:
-        for model in models:
-            stack.callback(model.train, model.training)
-            model.eval()
-        yield

@@ -5,8 +5,10 @@ different lengths share a batch without padding, taking tokens back is only a sm
 slot goes to the next prompt. Buffers are written in place and grow by half, never by concatenation. On CUDA, reads
 are replayed as graphs where they can be (`graphs`).
 
-Works with any Hugging Face causal LM built on the standard cache and attention interfaces (full and sliding-window
-attention). Recurrent layers keep a state that cannot be taken back: `supports_slots` tells them apart. Grouped-query
+Masks are the library's own: the model chooses a mask function for each of its layers, and here it is evaluated at the
+positions of each row rather than at those of a rectangular batch. Works with any Hugging Face causal LM built on the
+standard cache, mask and attention interfaces; `trb.sampling.reading` finds out, by comparing, which those are.
+Recurrent layers keep a state that cannot be taken back: `supports_slots` tells them apart beforehand. Grouped-query
 models attend through `grouped_attention`, because the library's own path copies every key and value once per query
 head when a mask is given.
 
@@ -14,54 +16,84 @@ Shape suffixes: S slots, R rows in use, Q tokens read at once, L cached position
 head, D head size, U unique prompts, V head rows.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
+from trb.modeling import accepts, rope_switch
 from trb.sampling import graphs
 
-__all__ = ["SlotReader", "attention_through_slots", "supports_slots"]
+__all__ = [
+    "SlotReader",
+    "at_own_positions",
+    "attention_through_slots",
+    "exact_masks",
+    "masks_by",
+    "slot_attentions",
+    "supports_slots",
+]
 
-_ATTENTION = "trb_grouped_sdpa"
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+GROUPED = "trb_grouped_sdpa"
+# Layers whose cache is something else than keys and values.
+_STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "hybrid", "rwkv", "moe_mamba")
 # Buffers start with room for the prompts and this many tokens, and grow by half when full.
 _FIRST_ROOM = 64
 
 
 def supports_slots(model: PreTrainedModel) -> bool:
-    """Whether every layer of the model keeps only keys and values, each a function of its own position's prefix."""
-    config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return not getattr(model, "_is_stateful", False) and layer_types <= _LAYER_TYPES
+    """Whether, as far as the model says, every layer keeps only keys and values, each a function of its own prefix."""
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    stateful = any(name in str(kind) for kind in layer_types for name in _STATEFUL_LAYERS)
+    return not getattr(model, "_is_stateful", False) and not stateful and accepts(model, "past_key_values")
 
 
 class SlotReader:
     """Feeds tokens to one model at explicit positions and returns its logits there.
+
+    Args:
+        model: a causal LM without wrappers.
+        slots: rows in flight at most.
+        keep_hidden: keep what the output head reads.
+        end: positions from here on are drafted past a row's limit and dropped later; the model is not told of them.
+        beyond_switch: every row is longer than the length at which the model changes its factors (`rope_switch`).
+        replay: on CUDA, replay passes as graphs.
 
     Attributes:
         calls: forward passes so far, prompts included.
         hidden: `[R, Q, hidden size]` input of the output head in the last `read`, when `keep_hidden`.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, *, keep_hidden: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        slots: int,
+        *,
+        keep_hidden: bool = False,
+        end: int | None = None,
+        beyond_switch: bool = False,
+        replay: bool = True,
+    ) -> None:
         self.model = model
         self.calls = 0
         self.hidden: Tensor | None = None
         self._keep_hidden = keep_hidden
-        self._parameters = inspect.signature(model.forward).parameters
-        self._state = _State.of(model, slots)
-        config = model.config.get_text_config()
-        self._windows = _windows(config)
-        self._limit = getattr(config, "max_position_embeddings", None)
+        self._state = _State.of(model, slots) if replay else _State(slots, None)
+        limits = (getattr(model.config.get_text_config(), "max_position_embeddings", None), end)
+        self._limit = min([limit for limit in limits if limit is not None], default=None)
+        switch = rope_switch(model)
+        self._shortest_pass = switch + 1 if switch is not None and beyond_switch else 0
+        self._options: dict[str, Any] = (
+            {"output_router_logits": False} if accepts(model, "output_router_logits") else {}
+        )
+        self._takes_positions = accepts(model, "position_ids")
 
     def admit(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> None:
         """Read prompts into slots; equal prompts are read once. An empty prompt leaves its slot empty."""
@@ -71,7 +103,7 @@ class SlotReader:
                 owners.setdefault(tuple(prompt), []).append(slot)
         if not owners:
             return
-        device, longest = self.model.device, max(map(len, owners))
+        device, longest = self.model.device, max(self._shortest_pass, *map(len, owners))
         # On the right of a causal model padding changes nothing before it; what it writes is overwritten in time.
         ids_UL = torch.zeros(len(owners), longest, dtype=torch.long)
         for row, prompt in enumerate(owners):
@@ -82,6 +114,7 @@ class SlotReader:
             attention_mask=torch.ones_like(ids_UL).to(device),
             past_key_values=cache,
             use_cache=True,
+            **self._options,
         )
         self.calls += 1
         source = torch.tensor([row for row, owned in enumerate(owners.values()) for _ in owned], device=device)
@@ -154,11 +187,11 @@ class SlotReader:
         self._state.plan.aim(position_RQ, longest)
         inputs: dict[str, Any] = {
             "input_ids": ids_RQ,
-            "attention_mask": self._masks(position_RQ, longest),
-            "past_key_values": self._cache(),
+            "past_key_values": _SlotCache(self._all_layers(), position_RQ[:, 0]),
             "use_cache": True,
+            **self._options,
         }
-        if "position_ids" in self._parameters:
+        if self._takes_positions:
             # Drafts past a row's limit are dropped later, but a learned position must exist to be looked up.
             inputs["position_ids"] = position_RQ if self._limit is None else position_RQ.clamp_max(self._limit - 1)
         with self._captured_hidden() as hidden:
@@ -196,33 +229,61 @@ class SlotReader:
         finally:
             handle.remove()
 
-    def _masks(self, position_RQ: Tensor, longest: int) -> Tensor | dict[str, Tensor]:
-        cached_L = torch.arange(longest, device=position_RQ.device)
-        visible_RQL = cached_L <= position_RQ[..., None]
-        full = _additive(visible_RQL, self.model.dtype)
-        if self._windows is None:
-            return full
-        masks = {"full_attention": full}
-        if self._windows:
-            near_RQL = visible_RQL & (cached_L > position_RQ[..., None] - self._windows)
-            masks["sliding_attention"] = _additive(near_RQL, self.model.dtype)
-        return masks
-
-    def _cache(self) -> Cache:
-        return Cache(layers=[*self._state.layers_of(self.model.config.get_text_config().num_hidden_layers)])
+    def _all_layers(self) -> list["_SlotLayer"]:
+        return self._state.layers_of(self.model.config.get_text_config().num_hidden_layers)
 
 
-def _windows(config: Any) -> int | None:
-    """The sliding window of a model that takes one mask per layer type; 0 without a window; None for one mask."""
-    layer_types = getattr(config, "layer_types", None)
-    if not layer_types:
-        return None
-    return (getattr(config, "sliding_window", None) or 0) if "sliding_attention" in layer_types else 0
+class _SlotCache(Cache):
+    """The library's view of the slots in one read: how far each row has come, as a tensor where it expects a number.
+
+    The library hands that on to whoever makes the mask, which is `at_own_positions`.
+    """
+
+    def __init__(self, layers: list["_SlotLayer"], first_R: Tensor) -> None:
+        super().__init__(layers=[*layers])
+        self._first_R = first_R
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self._first_R
 
 
-def _additive(visible_RQL: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = torch.zeros(visible_RQL.shape, dtype=dtype, device=visible_RQL.device)
-    return mask.masked_fill_(~visible_RQL, torch.finfo(dtype).min)[:, None]
+def at_own_positions(first_R: Tensor, mask_function: Callable[..., Tensor], **arguments: Any) -> Tensor:
+    """`[R, 1, Q, L]`, True where a token of a row may look: the library's mask function at the row's own positions."""
+
+    def at_row(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(row, head, first_R[row] + query, key)
+
+    whole = {"q_offset": 0, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return cast(Tensor, sdpa_mask(**{**arguments, **whole, "mask_function": at_row}))
+
+
+def _grouped_mask(*, q_offset: Any = 0, **arguments: Any) -> Tensor | None:
+    """Additive in reads through slots, one for all layers that share it; as the library makes it for prompts."""
+    if _is_per_row(q_offset):
+        return _additive(at_own_positions(q_offset, **arguments), arguments["dtype"])
+    return sdpa_mask(q_offset=q_offset, **arguments)
+
+
+def _eager_mask(*, q_offset: Any = 0, dtype: torch.dtype = torch.float32, **arguments: Any) -> Tensor | None:
+    """As the library's, with two differences: reads through slots, and what hides a key in float64.
+
+    Eager attention takes its softmax in float32, where float64's lowest number is minus infinity: a padding token that
+    sees nothing then becomes NaN, and a NaN times weight zero reaches the tokens that do not see it.
+    """
+    if _is_per_row(q_offset):
+        return _additive(at_own_positions(q_offset, **arguments), dtype)
+    mask = eager_mask(q_offset=q_offset, dtype=dtype, **arguments)
+    return mask if mask is None or dtype != torch.float64 else mask.clamp_min(torch.finfo(torch.float32).min)
+
+
+def _is_per_row(q_offset: Any) -> bool:
+    return isinstance(q_offset, Tensor) and q_offset.dim() == 1
+
+
+def _additive(visible_R1QL: Tensor, dtype: torch.dtype) -> Tensor:
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    mask = torch.zeros(visible_R1QL.shape, dtype=dtype, device=visible_R1QL.device)
+    return mask.masked_fill_(~visible_R1QL, lowest)
 
 
 class _Plan:
@@ -380,35 +441,81 @@ def grouped_attention(
     rows, heads, length, size = query.shape
     groups = heads // key.shape[1]
     plain = not any(kwargs.get(name) is not None for name in ("position_bias", "s_aux", "cache"))
-    if attention_mask is None or groups == 1 or not plain:
+    # A whole prompt past a window has a mask too; repeating its keys costs less than repeating that.
+    whole = length == key.shape[2] > 1
+    if attention_mask is None or groups == 1 or whole or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask.dtype != torch.bool:  # what is added to the scores; True and False are not
+        attention_mask = attention_mask.to(query.dtype)
     output = nn.functional.scaled_dot_product_attention(
         query.reshape(rows, key.shape[1], groups * length, size),
         key,
         value,
-        attn_mask=attention_mask.to(query.dtype).repeat(1, 1, groups, 1),
+        attn_mask=attention_mask.repeat(1, 1, groups, 1),
         scale=kwargs.get("scaling"),
     )
     return output.reshape(rows, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_ATTENTION, grouped_attention)
-# For prompts, whose masks the library makes.
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, _grouped_mask)
+
+
+def slot_attentions(model: PreTrainedModel) -> list[str]:
+    """Ways of attending to try through slots, the likeliest first; None of them is taken on trust (`reading`).
+
+    Implementations that take no mask per row (Flash Attention, flex) are replaced: by ours, or by the model's own eager
+    one, which alone knows about soft-capped scores and attention sinks.
+    """
+    before = model.config._attn_implementation
+    if before in ("eager", "sdpa", None) or not model._can_set_attn_implementation():
+        return ["eager" if before == "eager" else GROUPED]
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return ["eager", GROUPED] if capped or not model._supports_sdpa else [GROUPED, "eager"]
 
 
 @contextmanager
-def attention_through_slots(*models: PreTrainedModel) -> Iterator[None]:
-    """Within the block the models attend through `grouped_attention`; `eager` models keep their own, which takes the
-    same masks."""
-    changed: list[tuple[Callable[[str], None], str]] = []
-    try:
+def attention_through_slots(*models: PreTrainedModel, attention: str | None = None) -> Iterator[None]:
+    """Within the block the models attend in a way that takes masks per row: `attention`, or the first of
+    `slot_attentions`."""
+    with ExitStack() as stack:
+        stack.enter_context(exact_masks())
         for model in models:
-            before = model.config._attn_implementation
-            if before != "eager":
-                model.set_attn_implementation(_ATTENTION)
-                changed.append((model.set_attn_implementation, before))
+            chosen = attention or slot_attentions(model)[0]
+            if chosen != model.config._attn_implementation and model._can_set_attn_implementation():
+                stack.enter_context(_attending(model, chosen))
+        yield
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    # Set back directly: asking for an implementation again may look for its kernels on the network again.
+    before = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
+    model.set_attn_implementation(implementation)
+    try:
         yield
     finally:
-        for restore, before in changed:
-            restore(before)
+        for config, name in before.values():
+            config._attn_implementation_internal = name
+
+
+@contextmanager
+def exact_masks() -> Iterator[None]:
+    """Within the block `eager` models can be read through slots, and in float64 with padding."""
+    with masks_by("eager", _eager_mask):
+        yield
+
+
+@contextmanager
+def masks_by(attention: str, make: Callable[..., Any]) -> Iterator[None]:
+    """Within the block the library lets `make` make the masks of one attention implementation."""
+    local = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping
+    before = local.get(attention)
+    local[attention] = make
+    try:
+        yield
+    finally:
+        del local[attention]
+        if before is not None:
+            local[attention] = before

@@ -1,14 +1,13 @@
 """Token-by-token sampling from a behavior policy: the reference every faster sampler is held to.
 
-Both models read every token, one KV cache each; each position draws exactly once from μ. Clarity first: the only
-optimisation is that finished rows leave the batch. It shares no cache with the speculative sampler: rows of different
-lengths are padded on the left once, at the prompt, and the library's own cache grows by concatenation.
+Both models read every token; each position draws exactly once from μ. Clarity first: the only optimisation is that
+finished rows leave the batch. It shares no cache with the speculative sampler: `readers` has the library's own, and
+none at all.
 
-Shape suffixes: R rows in flight, P padded prompt length, V shared vocabulary or head rows.
+Shape suffixes: R rows in flight, V shared vocabulary or head rows.
 """
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trb.policies import BehaviorPolicy, Target
 from trb.sampling.draw import accept_or_replace, inverse_cdf
+from trb.sampling.readers import PaddedReader, Reader
 from trb.sampling.rollout import Rollout, RolloutStats
 from trb.sampling.uniforms import as_int64, uniforms
 from trb.vocab import SharedVocabulary, log_probs
@@ -34,61 +34,69 @@ def sample_lockstep(
     policy: BehaviorPolicy,
     *,
     max_rows: int | None,
+    max_new_tokens: Sequence[int],
+    drawn: Sequence[int],
     prompt_keys: Sequence[int],
     rollout_index: Sequence[int],
+    readers: Sequence[Callable[[PreTrainedModel], Reader]] = (PaddedReader, PaddedReader),
     **options: Any,
 ) -> Rollout:
-    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated."""
+    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for two.
+
+    Args:
+        max_new_tokens: of each row.
+        drawn: tokens of each row's completion that its prompt already holds.
+        readers: how to read the student, and the teacher.
+    """
     rollout = Rollout()
     step = max_rows or max(1, len(prompts))
+    rows = list(zip(prompts, max_new_tokens, drawn, prompt_keys, rollout_index, strict=True))
     for start in range(0, len(prompts), step):
-        part = slice(start, start + step)
-        keys, index = prompt_keys[part], rollout_index[part]
-        rollout.extend(
-            _sample_batch(student, teacher, prompts[part], policy, prompt_keys=keys, rollout_index=index, **options)
-        )
+        rollout.extend(_sample_batch(student, teacher, policy, rows[start : start + step], readers, **options))
     return rollout
 
 
 def _sample_batch(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    prompts: Sequence[Sequence[int]],
     policy: BehaviorPolicy,
+    rows: Sequence[tuple[Sequence[int], int, int, int, int]],
+    readers_of: Sequence[Callable[[PreTrainedModel], Reader]],
     *,
     vocabulary: SharedVocabulary,
-    max_new_tokens: int,
     temperature: float,
     seed: int,
-    prompt_keys: Sequence[int],
-    rollout_index: Sequence[int],
 ) -> Rollout:
     device = student.device
-    readers = [_Reader(student)]
+    models = [student]
     if policy.needs_teacher:
         assert teacher is not None
-        readers.append(_Reader(teacher))
-    keys_R = as_int64(prompt_keys, device)
-    index_R = torch.tensor(list(rollout_index), device=device)
+        models.append(teacher)
+    readers = [read(model) for read, model in zip(readers_of, models, strict=False)]
+    prompts, limits, drawn, keys, indices = map(list, zip(*rows, strict=True))
+    keys_R = as_int64(keys, device)
+    limit_R, first_R, index_R = (torch.tensor(values, device=device) for values in (limits, drawn, indices))
     rows_R = torch.arange(len(prompts), device=device)
     open_R = torch.ones_like(rows_R, dtype=torch.bool)
-    trace = _Trace(len(prompts), max_new_tokens, device)
+    longest = max(limits)
+    trace = _Trace(len(prompts), longest, device)
 
     logits = [reader.read_prompts(prompts) for reader in readers]
-    for position in range(max_new_tokens):
-        uniform_R3 = uniforms(seed, keys_R, index_R, torch.full_like(index_R, position))
+    for position in range(longest):
+        uniform_R3 = uniforms(seed, keys_R, index_R, first_R + position)
         student_and_teacher = [log_probs(vocabulary.fold(rows).to(device), temperature) for rows in logits]
         token_R, accepted_R, target = _draw(policy, student_and_teacher, uniform_R3)
         trace.write(position, rows_R[open_R], token_R[open_R], accepted_R[open_R], target, open_R)
-        open_R = open_R & (token_R != vocabulary.stop_id)
+        open_R = open_R & (token_R != vocabulary.stop_id) & (position + 1 < limit_R)
         still_open = int(open_R.sum())
-        if not still_open or position + 1 == max_new_tokens:
+        if not still_open:
             break
         if still_open <= (1 - _DROP_SHARE) * len(open_R):
             kept = open_R.nonzero().squeeze(-1)
             for reader in readers:
                 reader.keep(kept.to(reader.model.device))
-            token_R, rows_R, keys_R, index_R = token_R[kept], rows_R[kept], keys_R[kept], index_R[kept]
+            token_R, rows_R, keys_R = token_R[kept], rows_R[kept], keys_R[kept]
+            index_R, first_R, limit_R = index_R[kept], first_R[kept], limit_R[kept]
             open_R = torch.ones_like(rows_R, dtype=torch.bool)
         logits = [reader.read_tokens(token_R.to(reader.model.device)) for reader in readers]
 
@@ -146,57 +154,3 @@ class _Trace:
             setattr(stats, name, ragged)
         stopped = [bool(completion) and completion[-1] == stop_id for completion in completions]
         return Rollout(list(map(list, prompts)), completions, stopped, stats, teacher_calls, student_calls)
-
-
-class _Reader:
-    """Feeds tokens to one model and returns its logits at the newest position of each row."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.calls = 0
-        self._parameters = inspect.signature(model.forward).parameters
-        self._cache: Any = None
-        self._mask_RP: Tensor | None = None
-        self._position_R = torch.empty(0, dtype=torch.long)
-
-    def read_prompts(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read whole prompts; `[R, V]` logits of the first completion token."""
-        longest, device = max(map(len, prompts)), self.model.device
-        ids_RP = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask_RP = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids_RP[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask_RP[row, longest - len(prompt) :] = 1
-        position_RP = (mask_RP.cumsum(-1) - 1).clamp_min(0).to(device)
-        self._position_R = position_RP[:, -1] + 1
-        # Without padding no mask is passed: attention kernels are faster without one.
-        self._mask_RP = None if bool(mask_RP.all()) else mask_RP.to(device)
-        return self._forward(ids_RP.to(device), position_RP)
-
-    def read_tokens(self, token_R: Tensor) -> Tensor:
-        """Read one more token per row; `[R, V]` logits of the next one."""
-        position_R1 = self._position_R[:, None]
-        self._position_R = self._position_R + 1
-        if self._mask_RP is not None:
-            self._mask_RP = torch.cat([self._mask_RP, self._mask_RP.new_ones(len(token_R), 1)], dim=1)
-        return self._forward(token_R[:, None], position_R1)
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop every row but `rows` (indices, ascending)."""
-        self._cache.batch_select_indices(rows)
-        self._position_R = self._position_R[rows]
-        if self._mask_RP is not None:
-            self._mask_RP = self._mask_RP[rows]
-
-    def _forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, "past_key_values": self._cache}
-        if self._mask_RP is not None:
-            inputs["attention_mask"] = self._mask_RP
-        if "position_ids" in self._parameters:
-            inputs["position_ids"] = position_ids
-        if "logits_to_keep" in self._parameters:
-            inputs["logits_to_keep"] = 1
-        output = self.model(**inputs)
-        self._cache = output.past_key_values
-        self.calls += 1
-        return output.logits[:, -1]

@@ -38,6 +38,11 @@ class RolloutStats:
     kl_teacher: list[list[float]] = field(default_factory=list)
     accepted: list[list[float]] = field(default_factory=list)
 
+    @classmethod
+    def empty(cls, rows: int) -> "RolloutStats":
+        columns: dict[str, list[list[float]]] = {name: [[] for _ in range(rows)] for name in cls.__dataclass_fields__}
+        return cls(**columns)
+
     def extend(self, other: "RolloutStats") -> None:
         for name in self.__dataclass_fields__:
             getattr(self, name).extend(getattr(other, name))
@@ -85,5 +90,15 @@ class Rollout:
         for name in ("prompts", "completions", "stopped"):
             getattr(self, name).extend(getattr(other, name))
         self.stats.extend(other.stats)
+        self.teacher_calls += other.teacher_calls
+        self.student_calls += other.student_calls
+
+    def continue_rows(self, rows: Sequence[int], other: "Rollout") -> None:
+        """Append to some rows what another call drew after them, and add its passes."""
+        for place, row in enumerate(rows):
+            self.completions[row].extend(other.completions[place])
+            self.stopped[row] = other.stopped[place]
+            for name in self.stats.__dataclass_fields__:
+                getattr(self.stats, name)[row].extend(getattr(other.stats, name)[place])
         self.teacher_calls += other.teacher_calls
         self.student_calls += other.student_calls

@@ -15,8 +15,9 @@ Shape suffixes: S slots, R rows in flight, K block, T longest completion, V shar
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,16 @@ _TOLERANCE = 0.05
 
 @dataclass
 class _Row:
-    """One prompt on its way: the caches hold every token but the newest."""
+    """One prompt on its way: the caches hold every token but the newest. `first` tokens of its completion were drawn
+    before, and are part of the prompt; at most `limit` are drawn here."""
 
     number: int
     key: int
     index: int
     cached: int
     newest: int
+    first: int
+    limit: int
     completion: list[int] = field(default_factory=list)
     stats: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
     hidden: list[Tensor] = field(default_factory=list)
@@ -62,7 +66,8 @@ def sample_speculative(
     policy: BehaviorPolicy,
     *,
     vocabulary: SharedVocabulary,
-    max_new_tokens: int,
+    max_new_tokens: Sequence[int],
+    drawn: Sequence[int],
     temperature: float,
     seed: int,
     prompt_keys: Sequence[int],
@@ -70,25 +75,40 @@ def sample_speculative(
     max_rows: int | None = None,
     block_size: int | str = "measured",
     keep_teacher_hidden: bool = False,
+    attentions: Sequence[str | None] = (None, None),
+    end: int | None = None,
+    beyond_switch: bool = False,
 ) -> Rollout:
-    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated."""
+    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for these.
+
+    Args:
+        max_new_tokens: of each row.
+        drawn: tokens of each row's completion that its prompt already holds.
+        attentions: how the student, and the teacher, attend through slots.
+        end: no row reaches this position (see `SlotReader`).
+        beyond_switch: every row is longer than the models' `rope_switch`.
+    """
+    columns = zip(prompts, prompt_keys, rollout_index, drawn, max_new_tokens, strict=True)
     rows = [
-        _Row(number, key, index, len(prompt) - 1, prompt[-1])
-        for number, (prompt, key, index) in enumerate(zip(prompts, prompt_keys, rollout_index, strict=True))
+        _Row(number, key, index, len(prompt) - 1, prompt[-1], first, limit)
+        for number, (prompt, key, index, first, limit) in enumerate(columns)
     ]
     slots = max(1, min(max_rows or len(rows), len(rows)))
     taught = teacher if policy.needs_teacher else None
+    ends: dict[str, Any] = {"end": end, "beyond_switch": beyond_switch}
     sampler = _Sampler(
-        SlotReader(student, slots),
-        None if taught is None else SlotReader(taught, slots, keep_hidden=keep_teacher_hidden),
+        SlotReader(student, slots, **ends),
+        None if taught is None else SlotReader(taught, slots, keep_hidden=keep_teacher_hidden, **ends),
         policy,
         vocabulary,
-        max_new_tokens,
+        max(max_new_tokens),
         temperature,
         seed,
         _chooser(student, taught, vocabulary, block_size),
     )
-    with attention_through_slots(*[student] if taught is None else [student, taught]):
+    with ExitStack() as stack:
+        for model, attention in zip([student] if taught is None else [student, taught], attentions, strict=False):
+            stack.enter_context(attention_through_slots(model, attention=attention))
         sampler.run(prompts, rows, slots)
     sampler.close()
     return sampler.rollout(prompts, rows)
@@ -174,10 +194,10 @@ class _Sampler:
 
     def _round(self, flying: list[_Row]) -> list[int]:
         """Draft, read and decide one block; the slots of the rows that finished."""
-        remaining = max(self.max_new_tokens - len(row.completion) for row in flying)
+        remaining = max(row.limit - len(row.completion) for row in flying)
         block = self.chooser.choose(len(flying), remaining)
-        rows_R3 = torch.tensor([(row.newest, row.cached, len(row.completion)) for row in flying]).to(self._device)
-        newest_R, cached_R, drawn_R = rows_R3.unbind(-1)
+        rows = [(row.newest, row.cached, len(row.completion), row.limit) for row in flying]
+        newest_R, cached_R, drawn_R, limit_R = torch.tensor(rows).to(self._device).unbind(-1)
         ahead_K = torch.arange(block, device=self._device)
         # A row near its limit drafts tokens that will be dropped; any random number does for them.
         place_RK1 = (drawn_R[:, None] + ahead_K).clamp_max(self.max_new_tokens - 1)[..., None]
@@ -189,15 +209,17 @@ class _Sampler:
         if self.teacher is not None:
             with self._timed("teacher", len(flying) * block, self.teacher):
                 logits_RKV = self.teacher.read(read_RK[:, :-1], position_RK, longest)
-        return self._settle(flying, self._verify(drawn_R, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
+        left_R = limit_R - drawn_R
+        return self._settle(flying, self._verify(left_R, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
 
     def _own_uniforms(self, rows: list[_Row]) -> Tensor:
         """`[rows, max_new_tokens, 3]` random numbers of whole completions: computed once, not in every round."""
         shape = (len(rows), self.max_new_tokens)
         keys_R1 = as_int64([row.key for row in rows], self._device)[:, None]
         index_R1 = torch.tensor([row.index for row in rows], device=self._device)[:, None]
-        position_T = torch.arange(self.max_new_tokens, device=self._device)
-        words = [word.expand(shape).reshape(-1) for word in (keys_R1, index_R1, position_T)]
+        first_R1 = torch.tensor([row.first for row in rows], device=self._device)[:, None]
+        position_RT = first_R1 + torch.arange(self.max_new_tokens, device=self._device)
+        words = [word.expand(shape).reshape(-1) for word in (keys_R1, index_R1, position_RT)]
         return uniforms(self.seed, *words).view(*shape, 3)
 
     def _draft(
@@ -218,7 +240,7 @@ class _Sampler:
 
     def _verify(
         self,
-        drawn_R: Tensor,
+        left_R: Tensor,
         draft_RK: Tensor,
         log_student_K: list[Tensor],
         logits_RKV: Tensor | None,
@@ -246,11 +268,7 @@ class _Sampler:
             token_N, accepted_N = accept_or_replace(
                 target, log_student_NV, draft_RK[row_N, column_N], accept_N, residual_N
             )
-            goes_on_N = (
-                accepted_N
-                & (token_N != self.vocabulary.stop_id)
-                & (drawn_R[row_N] + column_N + 1 < self.max_new_tokens)
-            )
+            goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (column_N + 1 < left_R[row_N])
             going_KR = goes_on_N.view(len(columns), -1)
             if len(columns) > 1:
                 going_KR = going_KR.cumprod(0).bool()
@@ -290,7 +308,7 @@ class _Sampler:
             row.cached += len(new)
             row.newest = new[-1]
             verified += len(new)
-            ended = new[-1] == self.vocabulary.stop_id or len(row.completion) == self.max_new_tokens
+            ended = new[-1] == self.vocabulary.stop_id or len(row.completion) == row.limit
             if ended:
                 finished.append(slot)
             # Every token but the newest was followed by the next draft; the newest is if it was a draft itself.
