@@ -13,6 +13,7 @@ size, V head rows.
 import inspect
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -27,6 +28,7 @@ __all__ = [
     "accepts",
     "check_causal",
     "completion_hidden_states",
+    "decoder",
     "disagreement",
     "hidden_states",
     "length_groups",
@@ -72,6 +74,13 @@ def without_adapters(model: nn.Module) -> PreTrainedModel:
 def accepts(model: PreTrainedModel, name: str) -> bool:
     """Whether the forward pass of a model takes an argument of that name; asked of the class, which nothing wraps."""
     return name in inspect.signature(type(model).forward).parameters
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM that gives its last hidden states."""
+    base = model.base_model
+    # The text halves of some families for images inherit the name of a base that only the whole has.
+    return cast(nn.Module, model.model) if base is model else base
 
 
 def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
@@ -162,7 +171,7 @@ def hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep: int) 
     """
     inner = without_adapters(model)
     position_BL = (mask_BL.cumsum(-1) - 1).clamp_min(0)
-    output = inner.base_model(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, use_cache=False)
+    output = decoder(inner)(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, use_cache=False)
     return output.last_hidden_state[:, -keep - 1 : -1]
 
 
@@ -218,7 +227,7 @@ def _hidden_states_that_predict(
         place_RL = (start_B[chosen_R, None] + column_L).clamp_max(ids_BL.shape[1] - 1)
         ids_RL = ids_BL[chosen_R].gather(-1, place_RL)
         read_RL = ids_RL if pass_length is None else ids_RL[:, :pass_length]
-        output = inner.base_model(input_ids=read_RL, attention_mask=torch.ones_like(read_RL), **_without_extras(inner))
+        output = decoder(inner)(input_ids=read_RL, attention_mask=torch.ones_like(read_RL), **_without_extras(inner))
         real_RL = column_L < length_B[chosen_R, None]
         predicts_RL = (completion_BL[chosen_R].gather(-1, place_RL) != 0) & real_RL
         states_RLH = output.last_hidden_state[:, : max(1, longest - 1)]
@@ -228,7 +237,7 @@ def _hidden_states_that_predict(
 
 def _without_extras(inner: PreTrainedModel) -> dict[str, bool]:
     """Options that keep a pass to its hidden states, as far as the model knows them."""
-    return {name: False for name in ("use_cache",) if accepts(cast(PreTrainedModel, inner.base_model), name)}
+    return {name: False for name in ("use_cache",) if accepts(cast(PreTrainedModel, decoder(inner)), name)}
 
 
 def _row_order(order_B: Tensor, count_B: Tensor) -> Tensor:
@@ -263,7 +272,7 @@ class OutputHead:
         return cls(
             inner.get_output_embeddings(),
             _logit_scale(config),
-            getattr(config, "final_logit_softcapping", None),
+            _soft_cap(config),
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -288,18 +297,11 @@ class OutputHead:
         Raises:
             UnsupportedModelError: the model is no causal LM, or computes its logits in a way that is not known here.
         """
-        inner = without_adapters(model)
         check_causal(model)
-        head = cls.of(model)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                rows = probe_rows(inner, 3)
-                own = [plain_logits(inner, row)[:-1] for row in rows]
-                ours = head(_probe_hidden_states(model, rows)).split([len(row) - 1 for row in rows])
-        finally:
-            model.train(was_training)
+        with _probing(model, "hidden states and output head cannot be read apart") as inner:
+            head, rows = cls.of(model), probe_rows(inner, 3)
+            own = [plain_logits(inner, row)[:-1] for row in rows]
+            ours = head(_probe_hidden_states(model, rows)).split([len(row) - 1 for row in rows])
         gap = disagreement(ours, own)
         if not gap <= tolerance(own[0]):
             raise UnsupportedModelError(
@@ -323,6 +325,22 @@ def _probe_hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Ten
     return completion_hidden_states(model, ids_BL.to(device), mask_BL.to(device), completion_BL.to(device))
 
 
+@contextmanager
+def _probing(model: nn.Module, failing: str) -> Iterator[PreTrainedModel]:
+    """The model in evaluation mode and without gradients; what its own code raises then becomes a refusal by name."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield without_adapters(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(model, f"{failing}: {type(error).__name__}: {error}") from error
+    finally:
+        model.train(was_training)
+
+
 _CAUSAL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -337,15 +355,10 @@ def check_causal(model: nn.Module) -> None:
         return
     if getattr(inner.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(model, "it is an encoder-decoder; student and teacher must be decoder-only")
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            row = probe_rows(inner, 6)[0]
-            whole = plain_logits(inner, row)
-            parts = [plain_logits(inner, row[:length])[-1:] for length in (len(row) - 4, len(row) - 1)]
-    finally:
-        model.train(was_training)
+    with _probing(model, "a plain pass over token ids fails"):
+        row = probe_rows(inner, 6)[0]
+        whole = plain_logits(inner, row)
+        parts = [plain_logits(inner, row[:length])[-1:] for length in (len(row) - 4, len(row) - 1)]
     if not torch.isfinite(whole.logsumexp(-1)).all():
         raise UnsupportedModelError(model, "its own logits are not finite, for ordinary tokens")
     gap = disagreement(parts, [whole[len(row) - 5 : len(row) - 4], whole[len(row) - 2 : len(row) - 1]])
@@ -356,12 +369,17 @@ def check_causal(model: nn.Module) -> None:
     _CAUSAL[inner] = True
 
 
+def _soft_cap(config: object) -> float | None:
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
 def _logit_scale(config: object) -> float:
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value is not None:
             return float(value)
-    scaling = getattr(config, "logits_scaling", None)
+    scaling = getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None)
     if scaling is None:
         return 1.0
     return float(scaling) if getattr(config, "model_type", "") == "hyperclovax" else 1.0 / float(scaling)

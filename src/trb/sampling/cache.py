@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
-from trb.modeling import accepts, rope_switch
+from trb.modeling import accepts, decoder, rope_switch
 from trb.sampling import graphs
 
 __all__ = [
@@ -109,7 +109,7 @@ class SlotReader:
         for row, prompt in enumerate(owners):
             ids_UL[row, : len(prompt)] = torch.tensor(prompt)
         cache = DynamicCache()
-        self.model.base_model(
+        decoder(self.model)(
             input_ids=ids_UL.to(device),
             attention_mask=torch.ones_like(ids_UL).to(device),
             past_key_values=cache,

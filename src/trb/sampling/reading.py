@@ -82,7 +82,7 @@ def way_of(model: PreTrainedModel, *, slots: bool = True) -> Way:
     implementation, device and precision.
 
     Args:
-        model: a causal LM without wrappers, in evaluation mode; autocast as it will be sampled under.
+        model: a causal LM without wrappers, in `sampling_mode`; autocast as it will be sampled under.
         slots: whether slots may be used.
 
     Raises:
@@ -150,8 +150,7 @@ def _fault(model: PreTrainedModel, way: Way, rows: list[list[int]], own: list[Te
             if fault is not None:
                 return fault
         else:
-            with exact_masks():
-                ours = _by_reader(way.reader(model), rows)
+            ours = _by_reader(way.reader(model), rows)
     except UnsupportedModelError:
         raise
     # Whatever a family's code may raise when it is read in a way that it was not written for.
@@ -248,11 +247,13 @@ def _recorded_masks(model: PreTrainedModel) -> Iterator[list[Callable[..., Tenso
 
 @contextmanager
 def sampling_mode(*models: PreTrainedModel) -> Iterator[None]:
-    """Dropout off (and gradient checkpointing, which would drop the cache) while sampling; restored after.
+    """Dropout off (and gradient checkpointing, which would drop the cache) while sampling, and masks that leave no NaN;
+    restored after.
 
     Compiled models are read as they were written: what was compiled for one cache is silently wrong with another.
     """
     with ExitStack() as stack:
+        stack.enter_context(exact_masks())
         for model in models:
             stack.callback(model.train, model.training)
             model.eval()
