@@ -3,7 +3,6 @@
 That its samples have the exact law is shown in test_sampling_exactness.py, where every test runs for both samplers.
 """
 
-import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -27,7 +26,6 @@ from trb.policies import (
     TrustRegionPolicy,
 )
 from trb.sampling import Rollout, sample
-from trb.sampling.blocks import CANDIDATES, BlockChooser, MeasuredCosts, PlannedCosts
 from trb.sampling.cache import SlotReader, attention_through_slots, grouped_attention, supports_slots
 
 PROMPTS = [[1], [2, 3, 1], [3, 5, 2, 2, 1], [5], [3, 3], [1, 2, 3, 5, 1, 2, 3]] * 3

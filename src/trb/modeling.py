@@ -102,7 +102,7 @@ def rope_switch(model: PreTrainedModel) -> int | None:
 
 
 def probe_rows(model: PreTrainedModel, tokens_after: int) -> list[list[int]]:
-    """Four rows to compare ways of reading on, each at least `tokens_after` + 1 long: the first past every window that a
+    """Four rows to compare ways of reading on, each over `tokens_after` long: the first past every window that a
     pass of affordable length reaches, the last two equally long."""
     config = model.config.get_text_config()
     limits = [limit for limit in (getattr(config, "max_position_embeddings", None), rope_switch(model)) if limit]
