@@ -164,12 +164,12 @@ def test_loss_is_the_mean_over_completion_tokens_of_unpadded_rows_at_the_samplin
         completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()].tolist()
         ids = torch.tensor([prompt + completion])
         pair = align(
-            student(input_ids=ids).logits,
-            teacher(input_ids=ids).logits,
+            student(input_ids=ids).logits / 0.7,
+            teacher(input_ids=ids).logits / 0.7,
             stop,
             teacher.generation_config.eos_token_id,
         )
-        predicting = [logits[0, len(prompt) - 1 : -1] / 0.7 for logits in pair]
+        predicting = [logits[0, len(prompt) - 1 : -1] for logits in pair]
         mask = torch.ones(len(completion))
         total += topk_reverse_kl(*predicting, mask).item() * len(completion)
         tokens += len(completion)
