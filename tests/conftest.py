@@ -28,6 +28,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from trb import zoo
+
 torch.set_num_threads(1)
 
 STUDENT_ROWS = 6
@@ -106,6 +108,23 @@ def tiny_gpt2(rows: int, seed: int, *, spread: float = 0.35) -> PreTrainedModel:
         **NO_SPECIAL_IDS,
     )
     return random_model(GPT2LMHeadModel, config, seed, spread)
+
+
+def student_stopping_as_the_teacher() -> PreTrainedModel:
+    """The embedded student with the head's rows of its own stop id and of the teacher's exchanged.
+
+    It reads what the embedded student reads, and stops where that one does, with the teacher's id; on the shared events
+    of the pair the two are one model.
+    """
+    model, _ = zoo.load("student")
+    ends = [zoo.load(name)[0].generation_config.eos_token_id for name in zoo.NAMES]
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+    model.config.tie_word_embeddings = False
+    with torch.no_grad():
+        head.weight.copy_(model.get_input_embeddings().weight)
+        head.weight[ends] = head.weight[ends[::-1]].clone()
+    model.set_output_embeddings(head)
+    return model
 
 
 @pytest.fixture(scope="session")

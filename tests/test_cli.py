@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import student_stopping_as_the_teacher
 from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -336,6 +337,25 @@ def test_eval_reads_runs_and_averages_suites(recipe: Path, tmp_path: Path, capsy
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["model"] == str(run / "model")
     assert results["mean"]["n_problems"] == 4
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank=2", "--lora-target-modules=[q_proj]"]], ids=["whole", "adapter"])
+def test_eval_of_a_run_agrees_with_its_training(recipe: Path, tmp_path: Path, lora: list[str]) -> None:
+    """The saved student stops as it did in training: with the teacher's id too, which here it prefers to its own."""
+    student, run, out = tmp_path / "student", tmp_path / "run", tmp_path / "out"
+    student_stopping_as_the_teacher().save_pretrained(student)
+    zoo.load("student")[1].save_pretrained(student)
+    train = ["train", "--config", str(recipe), "--student", str(student), "--output-dir", str(run), "--quiet", *lora]
+    assert main([*train, "--max-steps=1", "--eval-max-new-tokens=48", "--eval-samples=4"]) == 0
+    last = json.loads((run / "evals.jsonl").read_text().splitlines()[-1])
+    assert last.pop("step") == 1 and last["stop_rate"] > 0.7
+    evaluation = ["eval", "--model", str(run), "--data", "zoo:chains", "--limit", "4", "--samples", "4", "--quiet"]
+    assert main([*evaluation, "--max-new-tokens", "48", "--output-dir", str(out)]) == 0
+    found = json.loads((out / "results.json").read_text())["zoo:chains"]
+    if lora:  # merging rounds the weights, and a draw may fall on the other side
+        assert found["stop_rate"] == pytest.approx(last["stop_rate"], abs=1 / 16)
+    else:
+        assert found == last
 
 
 @pytest.mark.parametrize(

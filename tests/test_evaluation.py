@@ -12,15 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import student_stopping_as_the_teacher
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trb import zoo
 from trb.data import MATH_SYSTEM_PROMPT, render
 from trb.evaluation import BENCHMARKS, EvalResult, evaluate, load_benchmark, pass_at_1_interval
 from trb.policies import StudentPolicy
 from trb.rewards import Verifier
 from trb.sampling import Rollout, prompt_key, stream_seed
+from trb.vocab import SharedVocabulary
 
 BENCHMARK_COPIES = Path(__file__).parent / "data" / "benchmarks"
 STOP = "<stop>"
@@ -119,6 +122,19 @@ def test_the_sampler_is_asked_for_every_rollout_of_every_problem(tokenizer: PreT
         assert call["policy"] == StudentPolicy()
         assert (call["temperature"], call["max_new_tokens"], call["eos_token_id"]) == (0.7, 32, [0])
         assert call["max_rows"] == 8
+
+
+def test_a_model_of_a_pair_stops_with_every_stop_id_of_the_pair() -> None:
+    """A base model often puts its stop probability on its teacher's id: in training that ends a completion."""
+    (student, tokenizer), (teacher, teacher_tokenizer) = zoo.load("student"), zoo.load("teacher")
+    other = student_stopping_as_the_teacher()
+    pair = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
+    chains = zoo.problems(4, seed=3, split="test")
+    options: dict = {"n": 2, "max_new_tokens": 48, "progress": False}
+    expected = evaluate(student, tokenizer, chains, **options, vocabulary=pair)
+    assert expected.stop_rate > 0.7
+    assert evaluate(other, tokenizer, chains, **options, vocabulary=pair) == expected
+    assert evaluate(other, tokenizer, chains, **options).stop_rate < 0.3, "its own stop ids alone do not end it"
 
 
 def test_result_depends_on_seed_and_name_but_not_on_chunks(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -257,6 +273,7 @@ def test_a_file_torn_anywhere_is_repaired(tokenizer: PreTrainedTokenizerFast, tm
         ("max_new_tokens", 33, "max_new_tokens is 32 there and 33 here"),
         ("temperature", 0.5, "temperature is 1.0 there and 0.5 here"),
         ("name", "other", "name is 'eval' there and 'other' here"),
+        ("vocabulary", SharedVocabulary(257, 0, (4,)), r"stop_ids is \[0\] there and \[0, 4\] here"),
         ("problems", problems(8), "n_problems is 7 there and 8 here"),
         ("problems", [problems(8)[i] for i in (0, 1, 2, 3, 4, 5, 7)], "problems is"),
         ("problems", [row | {"answer": "1"} for row in problems(7)], "problems is"),

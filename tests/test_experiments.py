@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import student_stopping_as_the_teacher
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -416,6 +417,18 @@ def test_a_comparison_leaves_one_run_per_method_and_shared_scores(compared: Path
         assert not (compared / name / "evaluations" / "step-000000").exists(), "measured once, for all"
         assert json.loads((compared / name / "results.json").read_text())[name] == results[name]
     assert {path.name for path in compared.iterdir() if path.is_dir()} == {"opd", "trb", "free", "evaluations"}
+
+
+def test_every_score_of_a_comparison_stops_with_every_stop_id_of_the_pair(tmp_path: Path) -> None:
+    """Of a student that stops with the teacher's id: before training, during it, after it, and of the teacher."""
+    student = tmp_path / "student"
+    student_stopping_as_the_teacher().save_pretrained(student)
+    zoo.load("student")[1].save_pretrained(student)
+    recipe = small(student=str(student), methods={"opd": {}}, max_steps=2, eval_every=1, eval_max_new_tokens=48)
+    results = compare(recipe, tmp_path / "runs")
+    rates = [row["stop_rate"] for row in records(tmp_path / "runs" / "opd" / "evals.jsonl")]
+    assert len(rates) == 3
+    assert min(*rates, *(results[name]["stop_rate"] for name in ("student", "opd", "teacher"))) >= 0.5
 
 
 def test_methods_are_paired(compared: Path) -> None:

@@ -232,7 +232,12 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
         return fake
 
     for name, result in (
-        ("load_tokenizer", lambda *a, **k: SimpleNamespace(chat_template="own", get_vocab=tokenizer.get_vocab)),
+        (
+            "load_tokenizer",
+            lambda *a, **k: SimpleNamespace(
+                chat_template="own", get_vocab=tokenizer.get_vocab, eos_token_id=tokenizer.eos_token_id
+            ),
+        ),
         ("load_model", lambda *a, **k: model),
         ("check_same_tokenizer", lambda *a: None),
         ("load_prompts", lambda *a, **k: rows),

@@ -57,14 +57,12 @@ def conditionals(
     pair: TinyPair, prompt: tuple[int, ...], temperature: float = 1.0
 ) -> tuple[Callable[[Prefix], Array], Callable[[Prefix], Array]]:
     """The two models' probabilities of the next event after a prefix of the completion."""
-    temper = laws.temperature(temperature)
 
     @cache
     def both(prefix: Prefix) -> tuple[Array, Array]:
         student, teacher = next_token_logits(pair, prompt + prefix)
         student, teacher = student[: pair.rows], teacher[: pair.rows]
-        p_student, p_teacher = shared_events(student, teacher, pair.student_eos, pair.teacher_eos)
-        return temper(p_student, p_student), temper(p_teacher, p_teacher)
+        return shared_events(student, teacher, pair.student_eos, pair.teacher_eos, temperature)
 
     return (lambda prefix: both(prefix)[0]), (lambda prefix: both(prefix)[1])
 
@@ -148,18 +146,24 @@ def test_the_chi_square_sees_small_mistakes(tiny_pair: TinyPair, prompt: int) ->
 
 
 @every_method
-def test_temperature_sharpens_the_events_of_both_models(tiny_pair: TinyPair, method: str) -> None:
-    """Stop ids are merged before the temperature applies: one temperature, on one event space, as in the loss."""
+def test_temperature_sharpens_both_models_before_their_stop_ids_are_merged(tiny_pair: TinyPair, method: str) -> None:
+    """What is shared are the models' own laws at the temperature: stopping gets the sum of what its ids have there."""
     out = rollouts(tiny_pair, TrustRegionPolicy(1.0), N, method=method, temperature=0.5)
     blend = laws.trust_region(1.0)
 
+    sharpen = laws.temperature(0.5)
+
     def of_the_student_only(p: Array, q: Array) -> Array:
-        return blend(laws.temperature(0.5)(p, p), q)
+        return blend(sharpen(p, p), q)
+
+    def of_the_merged_events(p: Array, q: Array) -> Array:
+        return blend(sharpen(p, p), sharpen(q, q))
 
     for prompt, tokens in enumerate(PROMPTS):
         samples = of_prompt(out, prompt)
         assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, blend, temperature=0.5)) > LEVEL
-        assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, of_the_student_only)) < LEVEL
+        for wrong in (of_the_student_only, of_the_merged_events):
+            assert goodness_of_fit(samples, exact_law(tiny_pair, tokens, wrong)) < LEVEL
 
 
 @every_method

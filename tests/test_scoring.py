@@ -44,9 +44,7 @@ def prefix_laws(pair: TinyPair, prefix: list[int], temperature: float) -> tuple[
     row = torch.tensor([prefix])
     with torch.no_grad():
         logits = [model(input_ids=row).logits[0, -1].double().numpy() for model in (pair.student, pair.teacher)]
-    student, teacher = shared_events(logits[0], logits[1], pair.student_eos, pair.teacher_eos)
-    temper = laws.temperature(temperature)
-    return temper(student, student), temper(teacher, teacher)
+    return shared_events(logits[0], logits[1], pair.student_eos, pair.teacher_eos, temperature)
 
 
 def log(p: Array) -> Array:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import student_stopping_as_the_teacher
 
-from trb import sweep
+from trb import sweep, zoo
 from trb.experiments import RunDirectoryError
-from trb.study import Study
+from trb.study import ROLES, Reference, Study
 from trb.sweep import StudyError, StudyListener, default_workers, run_study
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -97,6 +98,19 @@ def test_the_test_split_is_scored_after_the_choice_is_on_disk(finished):
     directory, _ = finished
     chosen = (directory / "chains" / "selection.json").stat().st_mtime_ns
     assert all(path.stat().st_mtime_ns > chosen for path in directory.rglob("test.json"))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_references_stop_with_every_stop_id_of_the_pair(tmp_path, role):
+    student = tmp_path / "student"
+    student_stopping_as_the_teacher().save_pretrained(student)
+    zoo.load("student")[1].save_pretrained(student)
+    chains = STUDY["settings"]["chains"]
+    recipe = {**chains["recipe"], "student": str(student), "max_completion_length": 48}
+    reference = Reference("chains", role)
+    sweep._score_reference(study(settings={"chains": {**chains, "recipe": recipe}}), tmp_path, reference)
+    suites = json.loads((tmp_path / reference.path).read_text())["test"]["suites"]
+    assert [suite["stop_rate"] >= 0.5 for suite in suites.values()] == [True, True]
 
 
 def test_a_finished_study_is_not_run_again(finished):

@@ -19,6 +19,7 @@ from trl import DistillationTrainer, SFTConfig, SFTTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb import trainer as trainer_module
+from trb.loading import load_model
 from trb.losses import topk_reverse_kl
 from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
 from trb.sampling import sample
@@ -123,6 +124,74 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
     assert inspect.signature(DistillationTrainer.__init__).parameters["teacher_model"].default is None
 
 
+# ---- the events that end a completion ----
+
+
+class Served:
+    """Stands in for TRL's vLLM: every completion is a few tokens and then the stop id that the engine came to first."""
+
+    def __init__(self, stop: int) -> None:
+        self.generation_kwargs: dict[str, Any] = {}
+        self.stop = stop
+
+    def sync_weights(self) -> None:
+        pass
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> tuple:
+        return prompts, [[*range(10, 13 + row % 3), self.stop] for row in range(len(prompts))], None, None
+
+
+@pytest.mark.parametrize("ends_with", zoo.NAMES)
+def test_plain_rollouts_of_an_engine_end_with_any_stop_id_and_count_as_the_students(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_with: str
+) -> None:
+    stops = [zoo.load(name)[0].generation_config.eos_token_id for name in zoo.NAMES]
+    served = Served(stops[zoo.NAMES.index(ends_with)])
+
+    def with_engine(self: Any, *args: Any, **options: Any) -> None:
+        construct(self, *args, **options)
+        self.use_vllm, self.vllm_generation, self._last_loaded_step = True, served, -1
+
+    construct = DistillationTrainer.__init__
+    monkeypatch.setattr(DistillationTrainer, "__init__", with_engine)
+    trainer = build(tmp_path, method="opd", max_steps=1)
+    assert served.generation_kwargs == {"ignore_eos": True, "stop_token_ids": stops}
+    seen = Completions()
+    seen.watch(trainer)
+    trainer.train()
+    assert seen.per_step == [[[*range(10, 13 + row % 3), stops[0]] for row in range(8)]]
+    assert logged(trainer, "stop_rate") == [1.0]
+    assert [row["completions/clipped_ratio"] for row in trainer.state.log_history if "loss" in row] == [0.0]
+    assert -30 < logged(trainer, "teacher_log_prob")[0] < 0
+
+
+def test_the_loss_reads_a_stop_id_of_the_teacher_as_the_stop_event(tmp_path: Path) -> None:
+    """Rows of another origin, as they came: neither the loss nor what is logged depends on which stop id they have."""
+    trainer = build(tmp_path)
+    inputs = trainer._prepare_inputs([trainer.train_dataset[0]] * 8)
+    inputs.pop("rollout_row")  # of the sampler's own rows
+    emitted, folded = trainer.vocabulary.stop_ids
+    assert (inputs["completion_ids"] == emitted).any()
+    found = []
+    for stop in (emitted, folded):
+        ids = inputs["completion_ids"].masked_fill(inputs["completion_ids"] == emitted, stop)
+        loss, *_ = trainer._compute_loss(trainer.model, {**inputs, "completion_ids": ids}, None)
+        found.append((loss.item(), trainer._averages("train")["teacher_log_prob"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapter"])
+def test_the_saved_student_says_with_what_its_completions_end(tmp_path: Path, adapted: bool) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapted else None
+    student = zoo.load("student")[0]
+    trainer = build(tmp_path / "run", student=student, peft_config=lora)
+    trainer.save_model(str(tmp_path / "saved"))
+    stops = [zoo.load(name)[0].generation_config.eos_token_id for name in zoo.NAMES]
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == stops
+    assert (tmp_path / "saved" / "adapter_config.json").exists() == adapted
+    assert load_model(str(tmp_path / "saved")).generation_config.eos_token_id == stops
+
+
 # ---- the method ----
 
 
@@ -164,12 +233,12 @@ def test_loss_is_the_mean_over_completion_tokens_of_unpadded_rows_at_the_samplin
         completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()].tolist()
         ids = torch.tensor([prompt + completion])
         pair = align(
-            student(input_ids=ids).logits,
-            teacher(input_ids=ids).logits,
+            student(input_ids=ids).logits / 0.7,
+            teacher(input_ids=ids).logits / 0.7,
             stop,
             teacher.generation_config.eos_token_id,
         )
-        predicting = [logits[0, len(prompt) - 1 : -1] / 0.7 for logits in pair]
+        predicting = [logits[0, len(prompt) - 1 : -1] for logits in pair]
         mask = torch.ones(len(completion))
         total += topk_reverse_kl(*predicting, mask).item() * len(completion)
         tokens += len(completion)

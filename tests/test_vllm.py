@@ -125,7 +125,7 @@ def test_neither_the_batch_nor_what_is_cached_matters(pair: TinyPair, engine: Bl
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.7])
-def test_temperature_applies_after_stop_ids_are_merged(pair: TinyPair, engine: BlendEngine, temperature: float) -> None:
+def test_temperature_comes_before_stop_ids_are_merged(pair: TinyPair, engine: BlendEngine, temperature: float) -> None:
     policy, prompts = TrustRegionPolicy(0.3), ragged(24)
     expected = draw(pair, policy, prompts, temperature=temperature)
     assert_same(draw(pair, policy, prompts, temperature=temperature, engine=engine), expected)

@@ -1,13 +1,25 @@
-"""What of `trb.vllm_rollouts` can be told without vLLM: how processes share an engine. Else see test_vllm_trainer."""
+"""What of vLLM's rollouts can be told without vLLM: how processes share an engine, and what an engine is asked for.
+
+The rest is in test_vllm_trainer.
+"""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
+from torch import nn
+from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 
 from trb.policies import StudentPolicy
 from trb.ranks import Ranks
 from trb.sampling import EngineOptions, Rollout, RolloutStats
+from trb.sampling.verification import BlendRequest
+from trb.sampling.vllm import sampling_parameters, stopping_parameters
+from trb.sampling.vllm_plugin import REQUEST_KEY
 from trb.vllm_rollouts import SharedEngine
 from trb.vocab import SharedVocabulary
 
@@ -67,3 +79,66 @@ def test_processes_that_share_an_engine_ask_for_all_their_rows_and_keep_their_ow
     for column in ("teacher_weight", "kl_student", "kl_teacher", "accepted"):
         assert getattr(found.stats, column) == [[float(place)] for place in places]
     assert (found.teacher_calls, found.student_calls) == (5, 6)
+
+
+# ---- the events that end a completion ----
+
+PAIR = SharedVocabulary(9, 2, (0, 5))
+
+
+def test_a_blended_request_ends_with_the_events_it_was_drawn_from() -> None:
+    request = BlendRequest("row", StudentPolicy(), PAIR, 1.0, 7, 0, 0, 0)
+    parameters = sampling_parameters(request)
+    assert (parameters["stop_token_ids"], parameters["ignore_eos"]) == ([2, 0, 5], True)
+    assert BlendRequest.from_text(parameters["extra_args"][REQUEST_KEY]).vocabulary == PAIR
+
+
+def trls_generation(mode: str) -> VLLMGeneration:
+    """TRL's vLLM as a trainer leaves it, without an engine."""
+    generation = object.__new__(VLLMGeneration)
+    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+    vars(generation).update(
+        settings,
+        mode=mode,
+        model=nn.Identity(),
+        accelerator=Accelerator(cpu=True),
+        max_completion_length=7,
+        logprobs=None,
+        structured_outputs_regex=None,
+        enable_sleep_mode=False,
+        tensor_parallel_size=1,
+        generation_kwargs=stopping_parameters(PAIR),
+    )
+    return generation
+
+
+def test_trls_engine_in_this_process_ends_completions_with_every_stop_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def complete(prompts: list, sampling_params: dict[str, Any], use_tqdm: bool) -> list:
+        asked.append(sampling_params)
+        completion = SimpleNamespace(token_ids=[7, 5], logprobs=None)
+        return [SimpleNamespace(prompt_token_ids=row["prompt_token_ids"], outputs=[completion]) for row in prompts]
+
+    monkeypatch.setattr(vllm_generation, "SamplingParams", dict, raising=False)
+    generation = trls_generation("colocate")
+    generation.llm = SimpleNamespace(generate=complete)
+    _, completions, *_ = generation.generate([[1], [3, 4]], None, 1)
+    assert completions == [[7, 5], [7, 5]]
+    assert (asked[0]["stop_token_ids"], asked[0]["ignore_eos"], asked[0]["max_tokens"]) == ([2, 0, 5], True, 7)
+
+
+def test_trls_server_is_asked_to_end_completions_with_every_stop_id() -> None:
+    posted: list[dict[str, Any]] = []
+
+    def answer(url: str, json: dict[str, Any]) -> dict[str, Any]:
+        posted.append(json)
+        return {"choices": [{"prompt_token_ids": row, "token_ids": [7, 5], "logprobs": None} for row in json["prompt"]]}
+
+    client = object.__new__(VLLMClient)
+    vars(client).update(base_url="http://localhost", model="student", _post=answer)
+    generation = trls_generation("server")
+    generation.vllm_client = client
+    _, completions, *_ = generation.generate([[1], [3, 4]], None, 1)
+    assert completions == [[7, 5], [7, 5]]
+    assert (posted[0]["stop_token_ids"], posted[0]["ignore_eos"], posted[0]["max_tokens"]) == ([2, 0, 5], True, 7)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TinyPair
+from conftest import TinyPair, tiny_llama
 from reference.distributions import shared_events
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -139,10 +139,58 @@ def test_a_student_that_never_stops_is_refused() -> None:
 def test_shared_vocabulary_of_several_heads() -> None:
     shared = SharedVocabulary.of([8, 6, 7], [2, 5], 1)
     assert (shared.size, shared.stop_id) == (6, 2)
-    logits = random_logits(4, 8)
-    assert probabilities(shared.fold(logits)) == pytest.approx(
-        shared_events(logits[:, :6].numpy(), logits[:, :6].numpy(), [2, 5], 1)[0], abs=1e-6
-    )
+    assert shared.stop_ids == [2, 5, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 1.7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("teacher_eos", [2, 1, [1, 5, 3]], ids=str)
+def test_each_models_own_law_at_the_temperature_is_folded(
+    teacher_eos: Eos, dtype: torch.dtype, temperature: float
+) -> None:
+    shared, logits = SharedVocabulary.of([6, 8], 2, teacher_eos), random_logits(50, 8).to(dtype)
+    given = logits.double().numpy()[:, :6]
+    expected = shared_events(given, given, 2, teacher_eos, temperature)[0]
+    # The logits are at most 8 / 0.2 = 40 after division, so their rounding is at most 20 eps in a log-probability.
+    wide = dtype if dtype == torch.float64 else torch.float32
+    found = shared.log_probs(logits, temperature)
+    assert found.dtype == wide
+    assert found.exp().double().numpy() == pytest.approx(expected, abs=40 * torch.finfo(wide).eps)
+    assert ((found == -math.inf).numpy() == (expected == 0)).all()
+    # Logits at temperature 1 stay in their dtype.
+    kept = dtype if temperature == 1.0 else wide
+    for_gradients = shared.event_logits(logits, temperature)
+    assert for_gradients.dtype == kept
+    assert probabilities(for_gradients) == pytest.approx(expected, abs=40 * torch.finfo(kept).eps)
+    assert torch.equal(logits.double(), torch.from_numpy(random_logits(50, 8).to(dtype).double().numpy()))
+
+
+def test_a_cold_model_does_not_stop_on_what_it_finds_unlikely() -> None:
+    """Merged first, two ids that together outweigh the likeliest token would stop a row that almost never stops."""
+    shared, logits = SharedVocabulary.of([4], 0, 1), torch.tensor([0.3, 0.3, 0.4, 0.0]).log()
+    assert shared.log_probs(logits, 0.01)[0] < -20
+    assert float(shared.log_probs(logits, 0.01)[2]) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_gradients_at_a_temperature_are_those_of_the_definition(temperature: float) -> None:
+    """d log p_stop / d z_i = (p_i / p_stop [i stops] - p_i) / T, with p the law over ids at T."""
+    logits = random_logits(1, 7).double().requires_grad_()
+    shared = SharedVocabulary.of([6, 7], 0, [4, 3])
+    torch.log_softmax(shared.event_logits(logits, temperature), -1)[0, 0].backward()
+    p = probabilities(logits.detach()[:, :6] / temperature)[0]
+    expected = -p
+    expected[[0, 3, 4]] += p[[0, 3, 4]] / p[[0, 3, 4]].sum()
+    assert logits.grad is not None
+    assert logits.grad[0].numpy() == pytest.approx([*expected / temperature, 0.0], abs=1e-12)
+
+
+def test_tokens_are_events() -> None:
+    shared = SharedVocabulary.of([9], [2, 5], 7)
+    tokens = torch.arange(9)
+    assert [shared.event_of(token) for token in range(9)] == [0, 1, 2, 3, 4, 2, 6, 2, 8]
+    assert shared.events(tokens.view(3, 3)).flatten().tolist() == [0, 1, 2, 3, 4, 2, 6, 2, 8]
+    assert tokens.tolist() == list(range(9)), "the ids themselves are needed: they are what models read"
 
 
 # --- tokenizers, heads, stop ids ----------------------------------------------------------------
@@ -175,6 +223,24 @@ def test_heads_must_cover_the_tokenizer() -> None:
         check_heads(8, 5, 6)
     with pytest.raises(ValueError, match=r"student.*\b5\b"):
         check_heads(5, 8, 6)
+
+
+def test_a_pair_stops_with_every_id_of_either_model_or_tokenizer(tiny_pair: TinyPair) -> None:
+    student, teacher = tiny_llama(6, seed=1), tiny_llama(8, seed=2)
+    words = {letter: token for token, letter in enumerate("abcdef")}
+    student_tokenizer, teacher_tokenizer = tokenizer(words, eos_token="d"), tokenizer(words, eos_token="e")
+    student.generation_config = GenerationConfig(eos_token_id=[2, 1])
+    teacher.generation_config = GenerationConfig(eos_token_id=[1, 5])
+    shared = SharedVocabulary.of_pair(student, teacher, student_tokenizer, teacher_tokenizer)
+    assert (shared.size, shared.stop_ids) == (6, [2, 1, 3, 5, 4])
+    assert SharedVocabulary.of_pair(student, teacher, student_tokenizer).stop_ids == [2, 1, 3, 5]
+    # A student that says so itself, as a saved one does, makes the same pair again.
+    student.generation_config.eos_token_id = shared.stop_ids
+    assert SharedVocabulary.of_pair(student, teacher, student_tokenizer, teacher_tokenizer) == shared
+    with pytest.raises(ValueError, match=r"teacher's head has 5 rows .* up to 5"):
+        SharedVocabulary.of_pair(student, tiny_llama(5, seed=3), student_tokenizer)
+    with pytest.raises(ValueError, match="no end-of-sequence id"):
+        SharedVocabulary.of_pair(student, tiny_pair.teacher, student_tokenizer)
 
 
 def test_head_rows_and_stop_ids_of_a_model(tiny_pair: TinyPair) -> None:

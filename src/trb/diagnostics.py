@@ -47,7 +47,7 @@ from trb.rewards import Verifier
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.scoring import TokenScores, score_completions
 from trb.statistics import Estimate, auroc_estimate, band, mean_estimate, paired_difference
-from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
+from trb.vocab import SharedVocabulary, check_heads, head_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,9 +188,8 @@ class Subject:
 
     @cached_property
     def vocabulary(self) -> SharedVocabulary:
-        sizes = head_rows(self.student), head_rows(self.teacher)
-        student_stops = stop_token_ids(self.student, self.tokenizer)
-        return SharedVocabulary.of(sizes, student_stops, stop_token_ids(self.teacher, self.teacher_tokenizer))
+        """The events of the pair."""
+        return SharedVocabulary.of_pair(self.student, self.teacher, self.tokenizer, self.teacher_tokenizer)
 
     @property
     def problem_of_row(self) -> list[int]:

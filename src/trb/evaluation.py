@@ -30,7 +30,7 @@ from trb.ranks import Ranks
 from trb.rewards import Verifier
 from trb.sampling import Rollout, prompt_key, sample, stream_seed
 from trb.untrusted import parse_json
-from trb.vocab import stop_token_ids
+from trb.vocab import SharedVocabulary, stop_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -126,6 +126,7 @@ def evaluate(
     save_completions: int = 0,
     sampler: Callable[..., Any] = sample,
     ranks: Ranks | None = None,
+    vocabulary: SharedVocabulary | None = None,
 ) -> EvalResult:
     """Sample `n` completions of every problem, score them and return pass@1 with its 95% interval.
 
@@ -135,7 +136,9 @@ def evaluate(
     is not among the settings, so use one file per model and step. `save_completions` keeps that many
     completions per problem in the file as text. `sampler` has the signature of `trb.sampling.sample`. With `ranks`,
     every process of a launch calls this with the same arguments and a whole model: they share the problems, the first
-    one keeps the file, and all return the result.
+    one keeps the file, and all return the result. `vocabulary` is that of the model's pair, whose stop ids then end a
+    completion as they do in training; by default the model's own do. Either way all rows of its head take part, as in
+    any engine that loads it.
 
     Raises ValueError for a problem without an answer, and for a results file of other settings or other content.
     """
@@ -146,6 +149,7 @@ def evaluate(
         if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
             raise ValueError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
     prompts = render(tokenizer, rows)
+    stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
     settings = {
         "name": name,
         "problems": _fingerprint(prompts, rows),
@@ -154,13 +158,14 @@ def evaluate(
         "seed": seed,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "stop_ids": stop_ids,
     }
     draw = partial(
         sampler,
         model,
         None,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_token_ids(model, tokenizer),
+        eos_token_id=stop_ids,
         temperature=temperature,
         seed=stream_seed(seed, "eval", name),
         max_rows=max_rows,

@@ -57,7 +57,7 @@ from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
 from trb.trainer import TRBConfig, TRBTrainer
 from trb.untrusted import check_checkpoint, parse_yaml
-from trb.vocab import check_heads, check_same_tokenizer, head_rows
+from trb.vocab import SharedVocabulary, check_same_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -245,6 +245,7 @@ def _train_alone(
             run=run,
             args=args,
             verifier=verifier,
+            vocabulary=material.vocabulary,
         )
         observer = _Observer(directory, name, run.eval_every if material.problems else 0, score, listener)
         trainer = observer.trainer = _trainer(material, run, args, verifier, observer)
@@ -478,6 +479,7 @@ class _Material:
     problems: dict[str, "Dataset"]
     student: PreTrainedModel
     teacher: PreTrainedModel
+    vocabulary: SharedVocabulary
 
 
 def _load(run: RunConfig, args: TRBConfig) -> _Material:
@@ -487,8 +489,8 @@ def _load(run: RunConfig, args: TRBConfig) -> _Material:
     problems = problem_sets(run)
     with loaded_whole(args):
         student, teacher = load_pair(run)
-    check_heads(head_rows(student), head_rows(teacher), max(tokenizer.get_vocab().values()) + 1)
-    return _Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher)
+    vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
+    return _Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
 
 
 def _training_prompts(
@@ -554,12 +556,14 @@ def evaluate_suites(
     label: str = "",
     listener: Listener | None = None,
     outcomes: dict[str, list[int]] | None = None,
+    vocabulary: SharedVocabulary | None = None,
 ) -> list[dict[str, Any]]:
     """pass@1 of `model` on every problem set, as the lines of evals.jsonl without their step.
 
     Sampling runs in the precision of training. The processes of a launch share the problems, so `model` must be whole
     on each; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
-    `outcomes` is filled with the number of right answers to every problem, by problem set.
+    `outcomes` is filled with the number of right answers to every problem, by problem set. `vocabulary` is as in
+    `trb.evaluation.evaluate`.
     """
     longest = run.eval_max_new_tokens or int(args.max_completion_length or 0)
     scores = []
@@ -580,6 +584,7 @@ def evaluate_suites(
                 verifier=verifier,
                 name=name,
                 progress=False,
+                vocabulary=vocabulary,
             )
         if outcomes is not None:
             outcomes[name] = result.correct
@@ -640,6 +645,7 @@ def _initial_scores(
                     folder=folder / name,
                     label=f"{name} before training" if name == "student" else name,
                     listener=listener,
+                    vocabulary=material.vocabulary,
                 )
                 if args.process_index == 0:
                     write_json(paths[name], scores)

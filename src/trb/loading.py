@@ -343,7 +343,10 @@ def _load_adapter(directory: Path, dtype: str, trust_remote_code: bool, keep_lay
     if adapter.get("layers_to_transform") is None:
         _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
     with _explained(directory, "adapter"):
-        return PeftModel.from_pretrained(base, directory).merge_and_unload()
+        model = PeftModel.from_pretrained(base, directory).merge_and_unload()
+        if (directory / "generation_config.json").is_file():  # what ends a completion may be the adapter's own
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        return model
 
 
 def _check_adapter_depth(directory: Path, depth: int) -> None:

@@ -151,11 +151,11 @@ def chunked_reverse_kl(
         teacher_hidden: `[..., H_teacher]`.
         student_head: maps hidden states to `[..., V_student]` logits; its parameters receive gradients.
         teacher_head: the same for the teacher; receives none.
-        tokens: `[...]` ids that the positions predict.
+        tokens: `[...]` ids that the positions predict; any stop id of `vocabulary` counts as the stop event.
         mask: `[...]`, non-zero on completion tokens.
         k: support size, 0 for the full vocabulary.
-        vocabulary: folds both models' logits onto shared events; None if they are already shared.
-        temperature: divides both models' logits; must be the sampler's.
+        vocabulary: the events that both models share; None if the heads give them already.
+        temperature: divides both models' logits, before stop ids are folded into one; must be the sampler's.
         veto_strength: b of Veto's target, 0 for the teacher itself.
         normaliser: divides the sum over tokens; by default the number of unmasked tokens.
         chunk_tokens: tokens projected to the vocabulary at once; by default as many as the device handles best.
@@ -176,13 +176,16 @@ def chunked_reverse_kl(
         )
     student_NH = student_hidden.reshape(-1, student_hidden.shape[-1])[chosen]
     teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])[chosen]
+    token_N = tokens.reshape(-1)[chosen]
+    if vocabulary is not None:
+        token_N = vocabulary.events(token_N)
 
     size = vocabulary.size if vocabulary is not None else _UNKNOWN_SIZE
     chunks = _Chunks(
         student_head,
         teacher_head,
         teacher_NH,
-        tokens.reshape(-1)[chosen],
+        token_N,
         vocabulary,
         temperature,
         k,
@@ -246,29 +249,36 @@ class _Chunks:
     def _row_terms(
         self, logits_RV: Tensor, taught_RV: Tensor, token_R: Tensor, wanted: bool
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        raw_RV = logits_RV.detach().requires_grad_(wanted)
-        with torch.set_grad_enabled(wanted):
-            events_RV = self._events(raw_RV)
-        log_student_RV, log_teacher_RV = log_probs(events_RV.detach()), log_probs(self._events(taught_RV))
+        log_student_RV, log_teacher_RV = self._log_probs(logits_RV), self._log_probs(taught_RV)
         student_RV, teacher_RV = log_student_RV.exp(), log_teacher_RV.exp()
         metrics = _token_metrics(log_student_RV, log_teacher_RV, student_RV, teacher_RV, token_R)
         target_RV = log_teacher_RV
         if self.veto_strength:
             target_RV = veto_target(log_student_RV, log_teacher_RV, self.veto_strength)
             teacher_RV = target_RV.exp()
-        if 0 < self.k < events_RV.shape[-1]:
+        if 0 < self.k < log_student_RV.shape[-1]:
             loss_R, gradient_RV, mass_R = _top_k_terms(log_student_RV, target_RV, student_RV, self.k)
         else:
             loss_R, gradient_RV, mass_R = _full_terms(log_student_RV, target_RV, student_RV, teacher_RV)
-        if wanted and events_RV is not raw_RV:
-            (gradient_RV,) = torch.autograd.grad(events_RV, raw_RV, gradient_RV.to(events_RV.dtype))
+        if wanted:
+            gradient_RV = self._gradient_by_logits(gradient_RV, logits_RV)
         return loss_R.sum(), gradient_RV, (*metrics, mass_R)
 
-    def _events(self, logits_RV: Tensor) -> Tensor:
-        """Logits over the shared events, at the temperature."""
-        if self.vocabulary is not None:
-            logits_RV = self.vocabulary.fold(logits_RV)
-        return logits_RV if self.temperature == 1.0 else logits_RV.to(_wide(logits_RV)) / self.temperature
+    def _log_probs(self, logits_RV: Tensor) -> Tensor:
+        """Of the shared events, at the temperature."""
+        if self.vocabulary is None:
+            return log_probs(logits_RV, self.temperature)
+        return self.vocabulary.log_probs(logits_RV, self.temperature)
+
+    def _gradient_by_logits(self, gradient_RV: Tensor, logits_RV: Tensor) -> Tensor:
+        """From the gradient by the logits of shared events at the temperature."""
+        if self.vocabulary is None:
+            return gradient_RV if self.temperature == 1.0 else gradient_RV / self.temperature
+        raw_RV = logits_RV.detach().requires_grad_()
+        with torch.enable_grad():
+            events_RV = self.vocabulary.event_logits(raw_RV, self.temperature)
+        (found_RV,) = torch.autograd.grad(events_RV, raw_RV, gradient_RV.to(events_RV.dtype))
+        return found_RV
 
 
 def _top_k_terms(

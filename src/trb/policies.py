@@ -81,7 +81,11 @@ class StudentPolicy:
 
 @dataclass(frozen=True)
 class TemperaturePolicy:
-    """The student at another temperature (paper, section 6: temperature warm-up). 1 is the student itself."""
+    """The student at another temperature (paper, section 6: temperature warm-up). 1 is the student itself.
+
+    It acts on shared events, where stopping is one event however many stop ids share its probability: p_stop^(1/T), not
+    the sum of the ids' own powers, which the student's log-probabilities no longer tell apart.
+    """
 
     temperature: float
     needs_teacher: ClassVar[bool] = False
@@ -123,7 +127,8 @@ class TrustRegionPolicy:
 class SKDPolicy:
     """Interleaved teacher injection (paper, section 6: SKD).
 
-    A student token outside the teacher's `teacher_top_k` is replaced by a teacher sample at `teacher_temperature`.
+    A student token outside the teacher's `teacher_top_k` is replaced by a teacher sample at `teacher_temperature`. Both
+    act on shared events: stopping counts once among the top k, and is tempered as one event (see `TemperaturePolicy`).
     """
 
     teacher_top_k: int

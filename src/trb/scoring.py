@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from trb.losses import default_chunk_tokens
 from trb.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import BehaviorPolicy, Target
-from trb.vocab import SharedVocabulary, head_rows, log_probs
+from trb.vocab import SharedVocabulary, head_rows
 
 __all__ = ["Alternatives", "TokenScores", "score_completions"]
 
@@ -128,7 +128,7 @@ class _Scorer:
 
     def score(self, rows: list[Row], scores: TokenScores) -> None:
         """Append the numbers of a group of rows to `scores`."""
-        token_N = torch.tensor([self._event(token) for _, completion in rows for token in completion])
+        token_N = torch.tensor([self.vocabulary.event_of(token) for _, completion in rows for token in completion])
         lengths = [len(completion) for _, completion in rows]
         columns: list[list[float]] = [[] for _ in _COLUMNS]
         alternatives: list[Alternatives] = []
@@ -142,9 +142,6 @@ class _Scorer:
         if scores.alternatives is not None:
             scores.alternatives.extend(_ragged(alternatives, lengths))
 
-    def _event(self, token: int) -> int:
-        return self.vocabulary.stop_id if token in self.vocabulary.folded_ids else token
-
     def _chunks(self, rows: list[Row], token_N: Tensor) -> Iterator[tuple[Tensor, list[Alternatives]]]:
         """`[columns, C]` numbers and the alternatives of one chunk of tokens after the other."""
         student_NH, teacher_NH = (_hidden(model, rows) for model in (self.student, self.teacher))
@@ -153,7 +150,7 @@ class _Scorer:
         for start in range(0, len(token_N), size):
             part = slice(start, start + size)
             log_student_CV, log_teacher_CV = (
-                log_probs(self.vocabulary.fold(head(hidden_NH[part])).to(token_N.device), self.temperature)
+                self.vocabulary.log_probs(head(hidden_NH[part]).to(token_N.device), self.temperature)
                 for head, hidden_NH in zip(heads, (student_NH, teacher_NH), strict=True)
             )
             target = self.policy.target(log_student_CV, log_teacher_CV)

@@ -42,6 +42,7 @@ from trb.loading import load_model, quiet_libraries
 from trb.rewards import Verifier
 from trb.study import ROLES, ProblemSets, Reference, Study, Unit, load_study
 from trb.untrusted import parse_yaml
+from trb.vocab import SharedVocabulary
 
 __all__ = ["StudyError", "StudyListener", "default_workers", "run_study"]
 
@@ -152,8 +153,11 @@ def _score_reference(study: Study, directory: Path, job: Reference) -> None:
     setting = study.settings[job.setting]
     run = study.scoring_recipe(job.setting, setting.dev).run
     student, teacher = load_pair(run)
+    vocabulary = SharedVocabulary.of_pair(student, teacher, *load_tokenizers(run))
     model = student if job.role == "student" else teacher
-    scores = {name: _score(study, job.setting, getattr(setting, name), model, None) for name in ("dev", "test")}
+    scores = {
+        name: _score(study, job.setting, getattr(setting, name), model, None, vocabulary) for name in ("dev", "test")
+    }
     write_json(directory / job.path, scores)
 
 
@@ -168,11 +172,18 @@ def _score_trained(study: Study, job: Unit, run: Path) -> None:
     """Score the model of a finished run on the test split, and keep the outcome of every problem."""
     problems = study.settings[job.setting].test
     dtype = study.scoring_recipe(job.setting, problems).run.student_dtype
-    model = load_model(str(run / "model"), dtype=dtype)
+    model = load_model(str(run / "model"), dtype=dtype)  # it was saved with every stop id of its pair
     write_json(run / "test.json", _score(study, job.setting, problems, model, run / "scoring"))
 
 
-def _score(study: Study, setting: str, problems: ProblemSets, model: Any, folder: Path | None) -> dict[str, Any]:
+def _score(
+    study: Study,
+    setting: str,
+    problems: ProblemSets,
+    model: Any,
+    folder: Path | None,
+    vocabulary: SharedVocabulary | None = None,
+) -> dict[str, Any]:
     """Scores per suite, each with the number of right answers to every problem. Goes on where `folder` has results."""
     recipe = study.scoring_recipe(setting, problems)
     args = recipe.training_config("unused")
@@ -189,6 +200,7 @@ def _score(study: Study, setting: str, problems: ProblemSets, model: Any, folder
             verifier=verifier,
             folder=folder,
             outcomes=outcomes,
+            vocabulary=vocabulary,
         )
     return {"suites": {score["name"]: score | {"correct": outcomes[score["name"]]} for score in scores}}
 

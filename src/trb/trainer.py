@@ -12,6 +12,8 @@ TRL internals this module relies on, checked by a contract test against the inst
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
   inside the student's wrapper; `_forward_redirection` does the same for the teacher's;
+- `eos_token_ids` are the stop ids of its own generation and of its metrics, and `vllm_generation.generation_kwargs` go
+  into every request of its vLLM, in this process or served;
 - `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; `log` averages `_metrics`;
 - `save_model` gathers sharded weights and calls `_save` where it should; Accelerate fills the last batch of an
   evaluation up and says so in `gradient_state`.
@@ -40,7 +42,7 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -64,6 +66,7 @@ from trb.ranks import Ranks
 from trb.recording import RunRecorder, score_record, survive_failures
 from trb.sampling import METHODS as SAMPLERS
 from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
+from trb.sampling.vllm import stopping_parameters
 from trb.schedule import KINDS, kl_budget, ramp
 from trb.scoring import TokenScores, score_completions
 from trb.sharding import (
@@ -76,7 +79,7 @@ from trb.sharding import (
 )
 from trb.untrusted import check_checkpoint
 from trb.vllm_rollouts import ReleaseEngine, WarmupEngine, deferred_generation
-from trb.vocab import SharedVocabulary, check_heads, check_same_tokenizer, head_rows, stop_token_ids
+from trb.vocab import SharedVocabulary, check_same_tokenizer
 
 __all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
 
@@ -361,6 +364,7 @@ class TRBTrainer(DistillationTrainer):
             check_sharding(self.accelerator, self.model, teacher_model)
             leave_outputs_alone(self.accelerator)
         self.vocabulary = self._shared_vocabulary(teacher_model, teacher_processing_class)
+        self._stop_everywhere_at(self.vocabulary)
         # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
         self._teacher_head = OutputHead.check(teacher_model)
@@ -422,10 +426,15 @@ class TRBTrainer(DistillationTrainer):
     def _shared_vocabulary(
         self, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase | None
     ) -> SharedVocabulary:
-        student_rows, teacher_rows = head_rows(without_adapters(self.model)), head_rows(teacher)
-        check_heads(student_rows, teacher_rows, max(self._tokenizer.get_vocab().values()) + 1)
-        teacher_eos = stop_token_ids(teacher, teacher_tokenizer)
-        return SharedVocabulary.of((student_rows, teacher_rows), self.eos_token_ids, teacher_eos)
+        student, teacher = without_adapters(self.model), without_adapters(teacher)
+        return SharedVocabulary.of_pair(student, teacher, self._tokenizer, teacher_tokenizer)
+
+    def _stop_everywhere_at(self, vocabulary: SharedVocabulary) -> None:
+        """Tell whatever else ends completions: TRL and its vLLM, and any engine that loads the saved student."""
+        self.eos_token_ids = vocabulary.stop_ids
+        without_adapters(self.model).generation_config.eos_token_id = vocabulary.stop_ids
+        if self.use_vllm:
+            self.vllm_generation.generation_kwargs |= stopping_parameters(vocabulary)
 
     def _global_batch(self) -> int:
         args = self.args
@@ -495,7 +504,8 @@ class TRBTrainer(DistillationTrainer):
             self._shard_teacher()
         if self.use_vllm and engine is None and policy in _STUDENT_LAWS:
             self._rollout = None
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+            completions = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+            return [[self.vocabulary.event_of(token) for token in ids] for ids in completions]
         keys = [prompt_key(ids) for ids in prompt_ids]
         with self.compute_loss_context_manager():
             self._rollout = sample(
@@ -746,6 +756,13 @@ class TRBTrainer(DistillationTrainer):
             return
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """An adapter too is saved with the ids that end its completions, which its base may not know."""
+        super()._save(output_dir, state_dict)
+        if without_adapters(self.model) is not self.model:
+            directory = self.args.output_dir if output_dir is None else output_dir
+            GenerationConfig(eos_token_id=self.vocabulary.stop_ids).save_pretrained(str(directory))
 
     # ---- steps that must not be taken ----
 

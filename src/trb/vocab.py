@@ -31,7 +31,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """The events two models share: the first `size` head rows, with every stop id folded into `stop_id`."""
+    """The events that two models share, and those of them that end a completion; built once per pair.
+
+    Attributes:
+        size: the first so many head rows are shared.
+        stop_id: the event "stop", the id that is emitted: the student's first.
+        folded_ids: every other stop id of either model. Their probability is that of `stop_id`, and a token that is
+            one of them counts as it.
+    """
 
     size: int
     stop_id: int
@@ -62,29 +69,84 @@ class SharedVocabulary:
                 )
         return cls(size, student_ids[0], tuple(token_id for token_id in every_id if token_id != student_ids[0]))
 
+    @classmethod
+    def of_pair(
+        cls,
+        student: "PreTrainedModel",
+        teacher: "PreTrainedModel",
+        student_tokenizer: "PreTrainedTokenizerBase",
+        teacher_tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> "SharedVocabulary":
+        """The shared events of a loaded pair: what rollouts, loss, evaluation and serving engines all go by.
+
+        Each model stops with what `stop_token_ids` says of it. The models come without adapter wrappers.
+
+        Raises:
+            ValueError: a head without rows for ids in use, a model without an end-of-sequence id, or one that lies
+                outside the shared rows.
+        """
+        rows = head_rows(student), head_rows(teacher)
+        check_heads(*rows, max(student_tokenizer.get_vocab().values()) + 1)
+        return cls.of(rows, stop_token_ids(student, student_tokenizer), stop_token_ids(teacher, teacher_tokenizer))
+
     @property
     def stop_ids(self) -> list[int]:
         """Every id that means stop, the one to emit first."""
         return [self.stop_id, *self.folded_ids]
 
-    def fold(self, logits: Tensor) -> Tensor:
-        """`[..., rows]` logits on the shared events `[..., V]`; a new tensor, probability conserved."""
-        shared = logits[..., : self.size].clone()
+    def log_probs(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """`[..., V]` log-probabilities of the shared events, from `[..., rows]` logits of one model.
+
+        The model's own law at the temperature is folded: temperature first, then the sum over stop ids. In float64 for
+        float64 logits and in float32 for all others. Gradients go through `event_logits`.
+        """
+        found = log_probs(logits[..., : self.size], temperature)
+        self._fold_(found)
+        return found
+
+    def event_logits(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """`[..., V]` logits of the law of `log_probs`, through which gradients reach the `[..., rows]` logits.
+
+        A new tensor. At temperature 1 the dtype is kept; at others it is that of `log_probs`.
+        """
+        shared = logits[..., : self.size]
+        shared = shared.clone() if temperature == 1.0 else _tempered(shared, temperature)
+        self._fold_(shared)
+        return shared
+
+    def _fold_(self, scores: Tensor) -> None:
+        """Move the probability of every stop id to the emitted one, in place."""
         if self.folded_ids:
             # One column at a time: a list of ids would travel to the device, and wait for it, in every call.
-            stops = torch.stack([shared[..., token_id] for token_id in self.stop_ids], dim=-1)
-            shared[..., self.stop_id] = _log_sum_exp(stops).to(shared.dtype)
+            stops = torch.stack([scores[..., token_id] for token_id in self.stop_ids], dim=-1)
+            scores[..., self.stop_id] = _log_sum_exp(stops).to(scores.dtype)
             for token_id in self.folded_ids:
-                shared[..., token_id] = -math.inf
-        return shared
+                scores[..., token_id] = -math.inf
+
+    def event_of(self, token: int) -> int:
+        """The event that a token id is: any stop id is `stop_id`."""
+        return self.stop_id if token in self.folded_ids else token
+
+    def events(self, tokens: Tensor) -> Tensor:
+        """`event_of` of every entry of a tensor of token ids."""
+        for token_id in self.folded_ids:
+            tokens = tokens.masked_fill(tokens == token_id, self.stop_id)
+        return tokens
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`[..., V]` log-probabilities at a temperature, in float64 for float64 logits and in float32 for all others."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if temperature != 1.0:
-        logits = logits.to(wide) / temperature
-    return torch.log_softmax(logits, dim=-1, dtype=wide)
+        logits = _tempered(logits, temperature)
+    return torch.log_softmax(logits, dim=-1, dtype=_wide(logits))
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits.to(_wide(logits)) / temperature
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def align(
@@ -98,6 +160,9 @@ def align(
     Heads are cut to the rows both have. In each model the probability of *every* stop id of either model moves to
     the student's first one (so none is lost), and the other stop ids become `-inf`.
 
+    Events come after temperature: what is shared is each model's own law at T, so divide logits by T before they come
+    here. Afterwards, a stop event of ids with probabilities p1 and p2 would get (p1 + p2)^(1/T).
+
     Args:
         student_logits: `[..., V_student]`.
         teacher_logits: `[..., V_teacher]`.
@@ -108,7 +173,7 @@ def align(
         ValueError: an end-of-sequence id lies outside the shared rows.
     """
     shared = SharedVocabulary.of((student_logits.shape[-1], teacher_logits.shape[-1]), student_eos, teacher_eos)
-    return shared.fold(student_logits), shared.fold(teacher_logits)
+    return shared.event_logits(student_logits), shared.event_logits(teacher_logits)
 
 
 def check_same_tokenizer(

@@ -38,22 +38,18 @@ def entropy(log_p: ArrayLike) -> Array:
     return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0).sum(-1)
 
 
-def temper(log_p: ArrayLike, temperature: float) -> Array:
-    """The distribution proportional to p^(1 / temperature)."""
-    return log_normalise(np.asarray(log_p, np.float64) / temperature)
-
-
 def shared_events(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     student_eos: int | Sequence[int],
     teacher_eos: int | Sequence[int],
+    temperature: float = 1.0,
 ) -> tuple[Array, Array]:
     """Both models' probabilities (not logarithms) of the events they share, indexed by student token id.
 
-    Each model is first conditioned on the rows both heads have. An id in either model's set of stop ids is
-    the same event, "stop": its probability sits on the student's first stop id, and the other ids of the set
-    have probability 0.
+    Each model is first conditioned on the rows both heads have, then tempered as a law over token ids. An id in
+    either model's set of stop ids is the same event, "stop": its probability at the temperature sits on the
+    student's first stop id, and the other ids of the set have probability 0.
     """
     first = student_eos if isinstance(student_eos, int) else student_eos[0]
     stops = {*np.atleast_1d(student_eos).tolist(), *np.atleast_1d(teacher_eos).tolist()}
@@ -61,7 +57,8 @@ def shared_events(
     rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
 
     def merged(logits: Array) -> Array:
-        p = np.exp(log_normalise(logits[..., :rows]))
+        p = np.exp(log_normalise(logits[..., :rows])) ** (1.0 / temperature)
+        p /= p.sum(-1, keepdims=True)
         total = sum(p[..., i] for i in stops)
         for i in stops:
             p[..., i] = 0.0

@@ -186,7 +186,7 @@ def _check_pair(run: "RunConfig", args: "TRBConfig", launch: Launch, *, has_leng
     yield Check("ok", "heads", f"student {rows[0]} rows, teacher {rows[1]}, tokenizer uses {used}{same}")
     try:
         stops = stop_token_ids(student, tokenizer), stop_token_ids(teacher, teacher_tokenizer)
-        shared = SharedVocabulary.of(rows, *stops)
+        shared = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
     except ValueError as error:
         yield Check("fail", "end of sequence", str(error), "Set eos_token_id in the model's generation_config.json")
         return

@@ -80,7 +80,7 @@ def sample(
         max_new_tokens: the longest completion, stop token included.
         eos_token_id: the id, or ids, that end a completion; the first is the one emitted.
         teacher_eos_token_id: the teacher's stop ids; None means the student's.
-        temperature: divides both models' logits, after stop ids are folded into one.
+        temperature: divides both models' logits, before stop ids are folded into one.
         seed: 64-bit seed of the call's random stream.
         method: `"speculative"`, blocks drafted by the student and read by the teacher in one pass; or `"lockstep"`,
             both models token by token, the reference. Before a model is first sampled, each way of reading it is

@@ -19,7 +19,7 @@ from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.readers import PaddedReader, Reader
 from trb.sampling.rollout import Rollout, RolloutStats
 from trb.sampling.uniforms import as_int64, uniforms
-from trb.vocab import SharedVocabulary, log_probs
+from trb.vocab import SharedVocabulary
 
 __all__ = ["sample_lockstep"]
 
@@ -84,7 +84,7 @@ def _sample_batch(
     logits = [reader.read_prompts(prompts) for reader in readers]
     for position in range(longest):
         uniform_R3 = uniforms(seed, keys_R, index_R, first_R + position)
-        student_and_teacher = [log_probs(vocabulary.fold(rows).to(device), temperature) for rows in logits]
+        student_and_teacher = [vocabulary.log_probs(rows.to(device), temperature) for rows in logits]
         token_R, accepted_R, target = _draw(policy, student_and_teacher, uniform_R3)
         trace.write(position, rows_R[open_R], token_R[open_R], accepted_R[open_R], target, open_R)
         open_R = open_R & (token_R != vocabulary.stop_id) & (position + 1 < limit_R)

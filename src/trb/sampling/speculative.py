@@ -29,7 +29,7 @@ from trb.sampling.cache import SlotReader, attention_through_slots
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import Rollout, RolloutStats
 from trb.sampling.uniforms import as_int64, uniforms
-from trb.vocab import SharedVocabulary, log_probs
+from trb.vocab import SharedVocabulary
 
 __all__ = ["sample_speculative"]
 
@@ -134,7 +134,7 @@ class _Drafting:
     temperature: float
 
     def __call__(self, logits_R1V: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
-        log_student_RV = log_probs(self.vocabulary.fold(logits_R1V[:, 0]), self.temperature)
+        log_student_RV = self.vocabulary.log_probs(logits_R1V[:, 0], self.temperature)
         return inverse_cdf(log_student_RV.exp(), uniform_R), log_student_RV
 
 
@@ -262,7 +262,7 @@ class _Sampler:
             log_teacher_NV = None
             if logits_RKV is not None:
                 place = row_N.to(logits_RKV.device), column_N.to(logits_RKV.device)
-                log_teacher_NV = log_probs(self.vocabulary.fold(logits_RKV[place]).to(self._device), self.temperature)
+                log_teacher_NV = self.vocabulary.log_probs(logits_RKV[place].to(self._device), self.temperature)
             target = self.policy.target(log_student_NV, log_teacher_NV)
             accept_N, residual_N = uniform_RK3[row_N, column_N, 1], uniform_RK3[row_N, column_N, 2]
             token_N, accepted_N = accept_or_replace(

@@ -39,7 +39,7 @@ from trb.policies import (
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import RolloutStats
 from trb.sampling.uniforms import as_int64, uniforms
-from trb.vocab import SharedVocabulary, log_probs
+from trb.vocab import SharedVocabulary
 
 __all__ = ["BlendRequest", "BlendRow", "BlendState", "Proposal"]
 
@@ -63,7 +63,7 @@ class BlendRequest:
         name: files the completion's record; unique among the requests of an engine.
         policy: one of `trb.policies`.
         vocabulary: the events both models share.
-        temperature: divides both models' logits, after stop ids are folded into one.
+        temperature: divides both models' logits, before stop ids are folded into one.
         max_new_tokens: the longest completion, stop token included.
         seed, prompt_key, rollout_index: the completion's place in the random stream, as in `trb.sampling.sample`.
     """
@@ -255,7 +255,7 @@ class Proposal:
             request = self._rows[places[0]].request
             every = len(places) == len(self._rows)
             logits_GV = logits_BV if every else logits_BV[places]
-            log_student_GV = log_probs(request.vocabulary.fold(logits_GV), request.temperature)
+            log_student_GV = request.vocabulary.log_probs(logits_GV, request.temperature)
             drawn = [self._rows[place].uniform(self._starts[place] + drafted, 0) for place in places]
             uniform_G = torch.tensor(drawn, dtype=torch.float64, device=logits_BV.device)
             token_B[places] = inverse_cdf(log_student_GV.exp(), uniform_G)
@@ -325,8 +325,8 @@ def _decide_alike(rows: list[tuple[BlendRow, int, int]], logits_LV: Tensor) -> N
         log_teacher_NV = None
         if request.policy.needs_teacher:
             line_N = torch.tensor([first + column for _, first, _ in live], device=logits_LV.device)
-            folded_NV = request.vocabulary.fold(logits_LV[line_N])
-            log_teacher_NV = log_probs(folded_NV, request.temperature).to(log_student_NV.device)
+            logits_NV = logits_LV[line_N].to(log_student_NV.device)
+            log_teacher_NV = request.vocabulary.log_probs(logits_NV, request.temperature)
         target = request.policy.target(log_student_NV, log_teacher_NV)
         draft_N = torch.tensor([draft.tokens[column] for draft in drafts], device=log_student_NV.device)
         accept_N, residual_N = (

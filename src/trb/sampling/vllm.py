@@ -41,6 +41,7 @@ from trb.sampling.vllm_plugin import (
     repack_heads,
     require_supported_version,
 )
+from trb.vocab import SharedVocabulary
 
 __all__ = [
     "SERVER_ENVIRONMENT",
@@ -54,6 +55,7 @@ __all__ = [
     "rollout_of",
     "sampling_parameters",
     "serve_command",
+    "stopping_parameters",
 ]
 
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
@@ -287,11 +289,18 @@ def sampling_parameters(request: BlendRequest) -> dict[str, Any]:
     return {
         "temperature": 1.0,
         "max_tokens": request.max_new_tokens,
-        "ignore_eos": True,
-        "stop_token_ids": [request.vocabulary.stop_id],
+        **stopping_parameters(request.vocabulary),
         "detokenize": False,
         "extra_args": {REQUEST_KEY: request.to_text()},
     }
+
+
+def stopping_parameters(vocabulary: SharedVocabulary) -> dict[str, Any]:
+    """vLLM's parameters for completions that end with any stop id of the pair, and with nothing else.
+
+    Left to itself, an engine goes by the generation config of the checkpoint that it was started from.
+    """
+    return {"ignore_eos": True, "stop_token_ids": vocabulary.stop_ids}
 
 
 def requests_of(names: Iterator[str], policy: BehaviorPolicy, options: EngineOptions) -> list[BlendRequest]:
