@@ -104,7 +104,7 @@ def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float)
     if strength == 0:
         return log_teacher
     log_student = log_probs(student_logits.detach())
-    return torch.log_softmax(log_teacher + strength * log_student, dim=-1)
+    return log_probs(log_teacher + strength * log_student)
 
 
 @dataclass(frozen=True)
