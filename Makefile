@@ -57,6 +57,15 @@ test: lint ## everything CI runs: format, lint, types, tests
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/test_blend.py tests/test_policies.py
 
+# What a processor or a missing compiler could change: torch picks its kernels by ATEN_CPU_CAPABILITY, and adds in another
+# order with each.
+NUMERIC_TESTS := $(addprefix tests/test_,$(addsuffix .py,blend policies losses vocab scoring modeling uniforms verification))
+test-processors: $(VENV)/dev.stamp ## the numeric tests as on processors without AVX-512 and AVX2, and without the compiled solver
+	for capability in default avx2; do for native in 0 1; do \
+	  echo "ATEN_CPU_CAPABILITY=$$capability TRB_NATIVE=$$native"; \
+	  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=$$capability ONEDNN_MAX_CPU_ISA=$${isa} TRB_NATIVE=$$native \
+	    $(BIN)/python -m pytest $(NUMERIC_TESTS); done; done
+
 test-vllm: $(VLLM_VENV)/run.stamp ## what needs vLLM, in an environment of its own (a download of about 1 GB)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(VLLM_TESTS)
 

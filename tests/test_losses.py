@@ -142,6 +142,36 @@ def test_impossible_tokens() -> None:
             assert float(value) == pytest.approx(reference.reverse_kl(student, teacher, torch.ones(4), k), rel=1e-9)
 
 
+@pytest.mark.parametrize("unlikely", [-math.inf, -2000.0])
+@pytest.mark.parametrize("k", [1, 3, V - 2, V, 0])
+@pytest.mark.parametrize("strength", [0.0, 0.4])
+def test_what_the_student_never_draws_costs_nothing_where_the_teacher_forbids_it(
+    unlikely: float, k: int, strength: float
+) -> None:
+    """Also where it is e^log π that underflows: plain and chunked, against the teacher and against Veto's target."""
+    student, teacher, mask = logits(0, B, T, V), logits(1, B, T, V), ragged_mask()
+    student[..., [2, 5]], teacher[..., 5] = unlikely, -math.inf
+    target = reference.veto_target(student, teacher, strength) if strength else teacher.numpy()
+    expected = reference.reverse_kl(student, target, mask, k)
+    with np.errstate(invalid="ignore"):
+        numeric = reference.central_difference(reference.mean_objective(student, target, mask, k), student)
+    numeric[..., [2, 5]] = 0.0  # the difference of two infinities, where the logit is one
+    plain = student.clone().requires_grad_()
+    in_chunks = student.clone().requires_grad_()
+    values = (
+        topk_reverse_kl(plain, veto_target(plain, teacher, strength), mask, k),
+        chunked_reverse_kl(
+            in_chunks, teacher, nn.Identity(), nn.Identity(), torch.zeros(B, T, dtype=torch.long), mask,
+            k=k, veto_strength=strength, chunk_tokens=3,
+        )[0],
+    )  # fmt: skip
+    for value, leaf in zip(values, (plain, in_chunks), strict=True):
+        assert float(value.detach()) == pytest.approx(expected, rel=1e-9)
+        (found,) = torch.autograd.grad(value, leaf)
+        assert found.numpy() == pytest.approx(numeric, abs=1e-9)
+        assert found.abs().max() > 1e-2
+
+
 def test_refusals() -> None:
     x, mask = torch.zeros(2, 3, 5), torch.ones(2, 3)
     with pytest.raises(ValueError, match="-1"):

@@ -299,10 +299,11 @@ def _full_terms(
     log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, target_CV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_top_k_terms` with the whole vocabulary as support: the gradient is p (r - KL)."""
-    # A token the student cannot draw contributes only the target's mass.
-    ratio_CV = (log_student_CV - log_target_CV).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
     mass_C, target_mass_C = student_CV.sum(-1), target_CV.sum(-1)
-    weighted_CV = ratio_CV.mul_(student_CV)
+    # A token the student cannot draw, or whose probability underflows, contributes only the target's mass: zero times an
+    # infinite ratio is NaN. A NaN of the logits stays in the masses.
+    weighted_CV = (log_student_CV - log_target_CV).mul_(student_CV)
+    weighted_CV.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     divergence_C = weighted_CV.sum(-1)
     gradient_CV = weighted_CV.addcmul_(student_CV, divergence_C[:, None], value=-1).div_(mass_C[:, None])
     return (divergence_C - mass_C + target_mass_C) / mass_C, gradient_CV, mass_C

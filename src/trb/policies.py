@@ -166,9 +166,10 @@ class TeacherPolicy:
 
 
 def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p || q) per row, with 0 log 0 = 0."""
-    terms_NV = log_p_NV.exp() * (log_p_NV - log_q_NV)
-    return terms_NV.masked_fill_(log_p_NV.isneginf(), 0.0).sum(-1).clamp_min(0)
+    """KL(p || q) per row, with 0 log 0 = 0, also where it is e^log p that underflows."""
+    p_NV = log_p_NV.exp()
+    terms_NV = p_NV * (log_p_NV - log_q_NV)
+    return terms_NV.masked_fill_(p_NV == 0, 0.0).sum(-1).clamp_min(0)
 
 
 def _check_temperature(temperature: float) -> None:
