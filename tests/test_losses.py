@@ -16,7 +16,7 @@ from reference import losses as reference
 from reference.distributions import entropy, kl, log_normalise, shared_events
 from torch import Tensor, nn
 
-from trb.losses import chunked_reverse_kl, full_reverse_kl, topk_reverse_kl, veto_target
+from trb.losses import chunked_cross_entropy, chunked_reverse_kl, full_reverse_kl, topk_reverse_kl, veto_target
 from trb.vocab import SharedVocabulary, align
 
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -613,3 +613,31 @@ def test_without_a_vocabulary_the_heads_are_already_shared() -> None:
     teacher = problem["teacher_head"](problem["teacher_hidden"])
     expected = topk_reverse_kl(student, teacher, problem["mask"], 4)
     assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+# --- the supervised loss ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, None])
+@pytest.mark.parametrize("normaliser", [None, 3.0, torch.tensor(5.0)])
+def test_the_supervised_loss_is_the_cross_entropy(chunk_tokens: int | None, normaliser: float | Tensor | None) -> None:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(6, V), nn.Tanh()).double()  # more than a projection
+    hidden, tokens = logits(0, 7, 6).requires_grad_(), torch.tensor([0, 8, 3, 3, 1, 5, 8])
+    value = chunked_cross_entropy(hidden, head, tokens, normaliser=normaliser, chunk_tokens=chunk_tokens)
+    total = nn.functional.cross_entropy(head(hidden), tokens, reduction="sum")
+    expected = total / (7 if normaliser is None else normaliser)
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    leaves = [hidden, *head.parameters()]
+    for one, other in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert one.numpy() == pytest.approx(other.numpy(), rel=1e-9, abs=1e-14)
+        assert other.abs().max() > 1e-3
+
+
+def test_a_supervised_loss_over_no_tokens_takes_part_in_the_backward_pass() -> None:
+    head = nn.Linear(6, V)
+    hidden = torch.zeros(0, 6, requires_grad=True)
+    value = chunked_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long))
+    value.backward()
+    assert value == 0
+    assert all((parameter.grad == 0).all() for parameter in head.parameters())

@@ -169,12 +169,14 @@ def test_a_token_whose_probability_underflows_costs_nothing(name: str) -> None:
         target = policy.target(torch.log_softmax(student, -1), torch.log_softmax(teacher, -1))
         mu = expected_law(law, torch.log_softmax(student, -1), torch.log_softmax(teacher, -1))
         with np.errstate(divide="ignore"):
-            kl_student, kl_teacher = (kl(np.log(mu), torch.log_softmax(side, -1).numpy()) for side in (student, teacher))
-        # A thousandth of a budget of 0.5 may be left unused, and is worth at most as much to the teacher's side here.
+            kl_student, kl_teacher = (
+                kl(np.log(mu), torch.log_softmax(side, -1).numpy()) for side in (student, teacher)
+            )
+        # A thousandth of a budget of 0.5 may be left unused, and what it buys on the teacher's side with it.
         slack = 1e-3 * 0.5 if "budget" in name else 1e-9
         assert target.kl_student.numpy() == pytest.approx(kl_student, abs=slack)
         assert target.kl_teacher is not None
-        assert target.kl_teacher.numpy() == pytest.approx(kl_teacher, abs=slack)
+        assert target.kl_teacher.numpy() == pytest.approx(kl_teacher, abs=slack, rel=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])

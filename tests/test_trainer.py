@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -420,6 +420,34 @@ def test_supervised_warm_up_is_trls_sft_loss_on_teacher_completions(tmp_path: Pa
     batch = next(iter(reference.get_train_dataloader()))
     theirs = reference.compute_loss(reference.model, batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_supervised_warm_up_trains_what_wraps_the_head(tmp_path: Path) -> None:
+    """LoRA on the output head is in the loss, and gets its gradient."""
+    student, _ = zoo.load("student")
+    student.config.tie_word_embeddings = False  # PEFT warns of adapters on tied layers
+    student = inject_adapter_in_model(LoraConfig(r=4, target_modules=["lm_head"]), student)
+    adapter = {name: value for name, value in student.named_parameters() if "lora_" in name}
+    generator = torch.Generator().manual_seed(0)
+    for value in adapter.values():
+        torch.nn.init.normal_(value, std=0.5, generator=generator)
+    trainer = build(tmp_path, student=student, method="sft", sft_warmup_steps=5)
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
+    ours, *_ = trainer._compute_loss(trainer.model, inputs, None)
+
+    total, tokens = torch.zeros(()), 0
+    for row in range(8):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+        read = student(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(read, completion, reduction="sum")
+        tokens += len(completion)
+    assert ours.item() == pytest.approx(total.item() / tokens, rel=1e-4)
+    learnt = [value for value in adapter.values() if value.requires_grad]
+    assert len(learnt) == 2
+    for one, other in zip(torch.autograd.grad(ours, learnt), torch.autograd.grad(total / tokens, learnt), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        assert other.abs().max() > 1e-3
 
 
 def test_a_support_that_misses_most_of_the_student_is_reported(

@@ -45,14 +45,13 @@ from torch.utils.data import Sampler
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from trb import checkpoints
 from trb.files import write_text
 from trb.guard import NonFiniteError, StepGuard
-from trb.losses import TokenMetrics, chunked_reverse_kl
+from trb.losses import TokenMetrics, chunked_cross_entropy, chunked_reverse_kl
 from trb.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import (
     BehaviorPolicy,
@@ -115,9 +114,6 @@ REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bflo
 
 # A step after every warm-up.
 _EVENTUALLY = 1 << 40
-
-# What the vocabulary projection of the supervised loss holds at once, in vocabulary entries.
-_SFT_VOCABULARY_CHUNK = 8192
 
 # Below this share of the student's probability, a top-k loss was seen to make the student worse (docs/experiments.md).
 _THIN_SUPPORT = 0.5
@@ -726,20 +722,14 @@ class TRBTrainer(DistillationTrainer):
             )
 
     def _supervised_loss(self, student_NH: Tensor, token_N: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-        """TRL's own supervised loss on the completion, for SFT warm-up."""
-        head = self._student_head
-        log_probs, *_ = ChunkedLogProbFunction.apply(
+        """The supervised loss on the completion, for SFT warm-up: through the head itself, adapters included."""
+        return chunked_cross_entropy(
             student_NH,
-            head.projection.weight,
-            getattr(head.projection, "bias", None),
+            self._student_head,
             token_N,
-            1.0,
-            _SFT_VOCABULARY_CHUNK,
-            head.soft_cap,
-            head.scale,
-            (),
+            normaliser=num_items_in_batch,
+            chunk_tokens=self.args.loss_chunk_tokens,
         )
-        return -log_probs.sum() / (max(1, len(token_N)) if num_items_in_batch is None else num_items_in_batch)
 
     # ---- saving ----
 
