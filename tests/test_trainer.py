@@ -399,6 +399,16 @@ def test_veto_changes_the_target_and_its_strength_falls_to_zero(tmp_path: Path) 
     assert with_veto.item() < without.item()  # a target nearer the student
 
 
+def test_the_divergence_of_another_law_than_the_students_is_not_the_students(tmp_path: Path) -> None:
+    """At another temperature no teacher takes part in sampling: KL(behavior || teacher) is unknown, and not logged."""
+    trainer = build(tmp_path, method="temperature", max_steps=3, temperature_warmup_steps=2, initial_temperature=0.5)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert ["trb/kl_teacher" in row for row in rows] == [False, False, True]
+    assert rows[2]["trb/kl_teacher"] == rows[2]["trb/reverse_kl"]
+    assert trainer.evaluate(Dataset.from_list(zoo.problems(4, seed=1, split="test")))["eval_trb/kl_teacher"] > 0
+
+
 def test_supervised_warm_up_is_trls_sft_loss_on_teacher_completions(tmp_path: Path) -> None:
     trainer = build(tmp_path / "sft", method="sft", sft_warmup_steps=5)
     inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
@@ -574,6 +584,23 @@ def test_dropout_is_off_while_training(tmp_path: Path) -> None:
     build(tmp_path, student=student)
     assert noisy.p == 0
     assert TRBConfig(str(tmp_path), bf16=False).disable_dropout
+
+
+def test_the_teacher_is_evaluated_without_its_dropout(tmp_path: Path) -> None:
+    """It comes as its owner left it, here as it was trained."""
+    teacher, _ = zoo.load("teacher")
+    for layer in teacher.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.5))
+    teacher.train()
+    trainer = build(tmp_path, teacher=teacher, method="opd")
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
+    found = [trainer._compute_loss(trainer.model, inputs, None)[0].item() for _ in range(2)]
+    assert found[0] == found[1]
+    plain = build(tmp_path / "plain", method="opd")
+    assert plain._compute_loss(plain.model, inputs, None)[0].item() == pytest.approx(found[0], rel=1e-5)
+    trainer.train()  # rollouts, recorded scores and the loss leave it so
+    assert not any(module.training for module in teacher.modules())
 
 
 def test_rewards_are_logged_and_never_trained_on(tmp_path: Path) -> None:

@@ -403,6 +403,7 @@ class TRBTrainer(DistillationTrainer):
 
     def _prepared_teacher(self, teacher: PreTrainedModel) -> nn.Module:
         teacher.requires_grad_(False)
+        teacher.eval()  # for good: nothing trains it, and its dropout would make the target a draw
         if self._student_replica is not None:
             # Accelerate leaves placement to the sharding, which the teacher takes no part in.
             teacher.to(self.accelerator.device)
@@ -469,6 +470,10 @@ class TRBTrainer(DistillationTrainer):
             return TeacherPolicy()
         return StudentPolicy()
 
+    def _rollout_policy(self, step: int) -> BehaviorPolicy:
+        """The policy of the rollouts at hand: evaluation is of the student."""
+        return self.behavior_policy(step) if self.model.training else StudentPolicy()
+
     def kl_budget(self, step: int) -> float:
         """ε of optimizer step `step`: nats per token; 0 for methods without a budget."""
         args = self.args
@@ -494,7 +499,7 @@ class TRBTrainer(DistillationTrainer):
     ) -> list[list[int]]:
         training = self.model.training
         step = self.state.global_step
-        policy = self.behavior_policy(step) if training else StudentPolicy()
+        policy = self._rollout_policy(step)
         engine = self._engine(step)
         if self._teacher_may_be_sharded(step):
             self._shard_teacher()
@@ -897,6 +902,9 @@ class TRBTrainer(DistillationTrainer):
         tokens = metrics.reverse_kl.numel()
         for name in ("reverse_kl", "teacher_entropy", "teacher_log_prob", "support_mass"):
             self._add(mode, name, getattr(metrics, name).sum().item(), tokens)
+        if self._rollout_policy(self.state.global_step) in _STUDENT_LAWS:
+            # The student is then its own behavior policy. Of another law without a teacher, nothing is known.
+            self._add(mode, "kl_teacher", metrics.reverse_kl.sum().item(), tokens)
         if tokens and metrics.support_mass.mean() < _THIN_SUPPORT:
             logger.warning_once(
                 f"the student's top {self.args.loss_top_k} tokens hold only {metrics.support_mass.mean():.0%} of its "
@@ -920,12 +928,7 @@ class TRBTrainer(DistillationTrainer):
         for found in self._ranks.gather(sums):
             for name, pair in found.items():
                 totals[name] = totals.get(name, 0) + pair
-        if not totals:
-            return {}
-        averages = {name: float(total / count) for name, (total, count) in sorted(totals.items()) if count}
-        # A pure student rollout is its own behavior policy: its divergence to the teacher is the loss's reverse KL.
-        averages.setdefault("kl_teacher", averages.get("reverse_kl", math.nan))
-        return averages
+        return {name: float(total / count) for name, (total, count) in sorted(totals.items()) if count}
 
 
 class _EpochSampler(RepeatSampler):
