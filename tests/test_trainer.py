@@ -1,5 +1,6 @@
 """`TRBTrainer` held to plain torch, to TRL, and to itself under another batch layout or a restart."""
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -12,10 +13,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from trl import DistillationTrainer, SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb import trainer as trainer_module
@@ -104,6 +106,7 @@ class Completions(TrainerCallback):
 
 def test_trl_still_has_the_seams_that_are_overridden() -> None:
     expected = {
+        "_tokenize_prompts": ["self", "prompts"],
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
@@ -316,6 +319,19 @@ def test_completions_are_those_of_the_public_sampler(tmp_path: Path) -> None:
             rollout_index=[index],
         )
         assert alone.completions == [drawn[row]]
+
+
+def test_a_rendered_prompt_keeps_its_one_bos_token(tmp_path: Path) -> None:
+    trainer = build(tmp_path, max_completion_length=2)
+    tokenizer = trainer._tokenizer
+    bos = tokenizer.bos_token = tokenizer.eos_token
+    template = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    plain, rendered = ({"prompt": text, "answer": ""} for text in ("1+2", f"{bos}1+2"))
+    inputs = trainer._prepare_inputs([plain, rendered] * 4)
+    assert inputs["prompt_mask"].all()
+    assert len({tuple(row) for row in inputs["prompt_ids"].tolist()}) == 1
+    assert (inputs["prompt_ids"] == tokenizer.bos_token_id).sum() == 8
 
 
 def test_budget_falls_every_optimizer_step_and_the_teacher_leaves_the_sampler(tmp_path: Path) -> None:
@@ -660,9 +676,8 @@ def test_evaluation_reports_the_loss_on_student_rollouts(tmp_path: Path) -> None
         ({"method": "tbr"}, "tbr"),
         ({"budget_schedule": "square"}, "square"),
         ({"sampler": "fast"}, "fast"),
-        ({"top_p": 0.9}, "top_p"),
-        ({"beta": 0.5}, "beta"),
-        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs"),
+        ({"max_completion_length": None}, "max_completion_length"),
+        ({"max_completion_length": 0}, "max_completion_length"),
         ({"num_generations": 0}, "num_generations"),
         ({"loss_top_k": -1}, "loss_top_k"),
         ({"skd_teacher_top_k": 0}, "teacher_top_k"),
@@ -672,6 +687,95 @@ def test_evaluation_reports_the_loss_on_student_rollouts(tmp_path: Path) -> None
 def test_a_bad_option_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+# Every option of the installed TRL and transformers, by what it does to the sampled law and to the loss.
+REFUSED = {
+    "auto_find_batch_size": True,
+    "average_tokens_across_devices": False,
+    "beta": 0.5,
+    "cache_implementation": "static",
+    "data_seed": 3,
+    "dataloader_in_order": False,
+    "generation_kwargs": {"num_beams": 2},
+    "label_smoothing_factor": 0.1,
+    "min_p": 0.1,
+    "neftune_noise_alpha": 5.0,
+    "repetition_penalty": 1.1,
+    "top_k": 50,
+    "top_p": 0.9,
+    "train_sampling_strategy": "group_by_length",
+    "vllm_structured_outputs_regex": "[0-9]+",
+}
+# Of these the law or the loss follows: prompts and their order, lengths, weights as they were loaded, arithmetic.
+HONOURED = """
+    bf16 bf16_full_eval chat_template_kwargs disable_dropout fp16 fp16_full_eval full_determinism
+    gradient_accumulation_steps max_completion_length model_init_kwargs num_train_epochs max_steps
+    per_device_eval_batch_size per_device_train_batch_size seed shuffle_dataset teacher_model_init_kwargs
+    teacher_model_revision temperature tf32 torch_compile torch_compile_backend torch_compile_mode trust_remote_code
+    use_liger_kernel liger_kernel_config vllm_max_model_length ignore_data_skip
+"""
+# The optimizer's step from a gradient that is the same.
+OPTIMISER = """
+    adam_beta1 adam_beta2 adam_epsilon learning_rate lr_scheduler_kwargs lr_scheduler_type max_grad_norm optim
+    optim_args optim_target_modules warmup_steps weight_decay
+"""
+# Where and how it is computed, logged and saved; or read by scripts, and by nothing here.
+HARMLESS = """
+    accelerator_config batch_eval_metrics dataloader_drop_last dataloader_multiprocessing_context
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug
+    deepspeed disable_tqdm do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint
+    eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy
+    eval_use_gather_object fsdp fsdp_config gradient_checkpointing gradient_checkpointing_kwargs greater_is_better
+    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
+    include_num_input_tokens_seen label_names length_column_name load_best_model_at_end local_rank log_completions
+    log_level log_level_replica log_on_each_node log_unique_prompts logging_first_step logging_nan_inf_filter
+    logging_steps logging_strategy max_tool_calling_iterations metric_for_best_model num_completions_to_print
+    output_dir pad_to_multiple_of parallelism_config prediction_loss_only project push_to_hub remove_unused_columns
+    report_to restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
+    save_only_model save_steps save_strategy save_total_limit skip_memory_metrics teacher_model_name_or_path
+    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_cpu use_vllm
+    vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_mode vllm_model_impl vllm_server_base_url
+    vllm_server_host vllm_server_port vllm_server_timeout vllm_tensor_parallel_size
+"""
+
+
+def test_every_option_of_the_libraries_is_classified() -> None:
+    """A new one must be looked at: does it change the law or the loss, and does this trainer do what it says?"""
+    groups = [[*REFUSED], HONOURED.split(), OPTIMISER.split(), HARMLESS.split()]
+    classified = [name for group in groups for name in group]
+    assert len(classified) == len(set(classified))
+    assert set(classified) == {item.name for item in dataclasses.fields(DistillationConfig)}
+    assert set(REFUSED) == set(trainer_module._UNSUPPORTED)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_option_that_changes_the_law_or_the_loss_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}=.* is not supported .*; leave it at"):
+        config(tmp_path, **{name: REFUSED[name]})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "v2"}]
+)
+def test_how_to_load_a_teacher_that_is_loaded_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.*loaded already"):
+        build(tmp_path, **changes)
+
+
+def mixture(**changes: Any) -> MixtralForCausalLM:
+    rows = zoo.load("student")[0].config.vocab_size
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 1, "bos_token_id": None}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=rows, **sizes, **experts, **changes))
+
+
+def test_a_router_loss_is_refused_by_name_before_anything_is_sampled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mixtral: .*router_aux_loss_coef=0\.02.*output_router_logits=False"):
+        build(tmp_path, student=mixture(output_router_logits=True, router_aux_loss_coef=0.02))
+    build(tmp_path, student=mixture(output_router_logits=False, router_aux_loss_coef=0.02))
+    build(tmp_path, student=mixture(output_router_logits=True, router_aux_loss_coef=0.0))
 
 
 def test_a_batch_that_rollouts_do_not_divide_is_refused(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def chunked_cross_entropy(
     normaliser: float | Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """`-log π(token)` from hidden states, summed and divided: the supervised loss, as `chunked_reverse_kl` takes its own.
+    """The supervised loss, -log π(token), from hidden states: a chunk of tokens at a time, as `chunked_reverse_kl`.
 
     Args:
         student_hidden: `[N, H]`, gradients flow.
@@ -355,8 +355,8 @@ def _full_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_top_k_terms` with the whole vocabulary as support: the gradient is p (r - KL)."""
     mass_C, target_mass_C = student_CV.sum(-1), target_CV.sum(-1)
-    # A token the student cannot draw, or whose probability underflows, contributes only the target's mass: zero times an
-    # infinite ratio is NaN. A NaN of the logits stays in the masses.
+    # A token the student cannot draw, or whose probability underflows, contributes only the target's mass: zero times
+    # an infinite ratio is NaN. A NaN of the logits stays in the masses.
     weighted_CV = (log_student_CV - log_target_CV).mul_(student_CV)
     weighted_CV.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     divergence_C = weighted_CV.sum(-1)
