@@ -41,7 +41,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-vllm lint format smollm2 bench bench-vllm study study-smollm2 zoo hostile fuzz audit lock plans torture clean
+.PHONY: help setup quickstart test test-processors test-vllm lint format smollm2 bench bench-vllm study study-smollm2 zoo hostile fuzz audit lock plans torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,16 @@ quickstart: $(VENV)/run.stamp ## distil the embedded student by every method of 
 test: lint ## everything CI runs: format, lint, types, tests
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/test_blend.py tests/test_policies.py
+
+# torch chooses its kernels by the processor, and each adds in another order: the tests whose bounds that could reach run
+# as on processors without AVX-512 and without AVX2, with the compiled solver and without.
+NUMERIC_TESTS := $(patsubst %,tests/test_%.py,blend policies losses vocab blend_native scoring modeling verification uniforms)
+test-processors: $(VENV)/dev.stamp ## the numeric tests with the kernels of other processors (three minutes)
+	for capability in avx2 default; do \
+	  export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=$$capability; \
+	  echo "ATEN_CPU_CAPABILITY=$$capability"; $(BIN)/python -m pytest $(NUMERIC_TESTS); \
+	  echo "ATEN_CPU_CAPABILITY=$$capability TRB_NATIVE=0"; \
+	  TRB_NATIVE=0 $(BIN)/python -m pytest $(wordlist 1,4,$(NUMERIC_TESTS)); done
 
 test-vllm: $(VLLM_VENV)/run.stamp ## what needs vLLM, in an environment of its own (a download of about 1 GB)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(VLLM_TESTS)

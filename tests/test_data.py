@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from trb.data import (
@@ -27,6 +28,7 @@ from trb.data import (
     last_boxed,
     load_prompts,
     render,
+    token_ids,
 )
 
 CHAT_TEMPLATE = (
@@ -409,6 +411,26 @@ def test_render_uses_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> No
     assert words(tokenizer, second) == "user three stop assistant"
     assert words(tokenizer, render(tokenizer, rows[1:], shout=True)[0]) == "user three stop assistant loud"
     assert type(first) is list and all(type(token) is int for token in first)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_text_that_begins_with_the_bos_token_gets_no_second(tokenizer: PreTrainedTokenizerFast, adds: bool) -> None:
+    tokenizer.bos_token = "stop"
+    if adds:
+        bos = TemplateProcessing(single="stop $A", special_tokens=[("stop", WORDS.index("stop"))])
+        tokenizer.backend_tokenizer.post_processor = bos
+    first = "stop " if adds else ""
+    for text, expected in (
+        ("one two", first + "one two"),
+        ("stop one two", "stop one two"),
+        ("stop stop one", "stop stop one"),
+        ("one stop", first + "one stop"),
+        ("stop", "stop"),
+        ("", first.strip()),
+    ):
+        assert words(tokenizer, token_ids(tokenizer, text)) == expected
+        rows = [{"prompt": [{"role": "user", "content": text}]}]
+        assert words(tokenizer, render(tokenizer, rows, plain=True)[0]) == expected
 
 
 def test_no_chat_template_is_an_error_unless_plain(tokenizer: PreTrainedTokenizerFast) -> None:

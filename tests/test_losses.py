@@ -16,7 +16,7 @@ from reference import losses as reference
 from reference.distributions import entropy, kl, log_normalise, shared_events
 from torch import Tensor, nn
 
-from trb.losses import chunked_reverse_kl, full_reverse_kl, topk_reverse_kl, veto_target
+from trb.losses import chunked_cross_entropy, chunked_reverse_kl, full_reverse_kl, topk_reverse_kl, veto_target
 from trb.vocab import SharedVocabulary, align
 
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -140,6 +140,36 @@ def test_impossible_tokens() -> None:
         assert (grad[:, [2, 5]] == 0).all()
         if k in (1, 0):
             assert float(value) == pytest.approx(reference.reverse_kl(student, teacher, torch.ones(4), k), rel=1e-9)
+
+
+@pytest.mark.parametrize("unlikely", [-math.inf, -2000.0])
+@pytest.mark.parametrize("k", [1, 3, V - 2, V, 0])
+@pytest.mark.parametrize("strength", [0.0, 0.4])
+def test_what_the_student_never_draws_costs_nothing_where_the_teacher_forbids_it(
+    unlikely: float, k: int, strength: float
+) -> None:
+    """Also where it is e^log π that underflows: plain and chunked, against the teacher and against Veto's target."""
+    student, teacher, mask = logits(0, B, T, V), logits(1, B, T, V), ragged_mask()
+    student[..., [2, 5]], teacher[..., 5] = unlikely, -math.inf
+    target = reference.veto_target(student, teacher, strength) if strength else teacher.numpy()
+    expected = reference.reverse_kl(student, target, mask, k)
+    with np.errstate(invalid="ignore"):
+        numeric = reference.central_difference(reference.mean_objective(student, target, mask, k), student)
+    numeric[..., [2, 5]] = 0.0  # the difference of two infinities, where the logit is one
+    plain = student.clone().requires_grad_()
+    in_chunks = student.clone().requires_grad_()
+    values = (
+        topk_reverse_kl(plain, veto_target(plain, teacher, strength), mask, k),
+        chunked_reverse_kl(
+            in_chunks, teacher, nn.Identity(), nn.Identity(), torch.zeros(B, T, dtype=torch.long), mask,
+            k=k, veto_strength=strength, chunk_tokens=3,
+        )[0],
+    )  # fmt: skip
+    for value, leaf in zip(values, (plain, in_chunks), strict=True):
+        assert float(value.detach()) == pytest.approx(expected, rel=1e-9)
+        (found,) = torch.autograd.grad(value, leaf)
+        assert found.numpy() == pytest.approx(numeric, abs=1e-9)
+        assert found.abs().max() > 1e-2
 
 
 def test_refusals() -> None:
@@ -583,3 +613,31 @@ def test_without_a_vocabulary_the_heads_are_already_shared() -> None:
     teacher = problem["teacher_head"](problem["teacher_hidden"])
     expected = topk_reverse_kl(student, teacher, problem["mask"], 4)
     assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+# --- the supervised loss ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, None])
+@pytest.mark.parametrize("normaliser", [None, 3.0, torch.tensor(5.0)])
+def test_the_supervised_loss_is_the_cross_entropy(chunk_tokens: int | None, normaliser: float | Tensor | None) -> None:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(6, V), nn.Tanh()).double()  # more than a projection
+    hidden, tokens = logits(0, 7, 6).requires_grad_(), torch.tensor([0, 8, 3, 3, 1, 5, 8])
+    value = chunked_cross_entropy(hidden, head, tokens, normaliser=normaliser, chunk_tokens=chunk_tokens)
+    total = nn.functional.cross_entropy(head(hidden), tokens, reduction="sum")
+    expected = total / (7 if normaliser is None else normaliser)
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    leaves = [hidden, *head.parameters()]
+    for one, other in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert one.numpy() == pytest.approx(other.numpy(), rel=1e-9, abs=1e-14)
+        assert other.abs().max() > 1e-3
+
+
+def test_a_supervised_loss_over_no_tokens_takes_part_in_the_backward_pass() -> None:
+    head = nn.Linear(6, V)
+    hidden = torch.zeros(0, 6, requires_grad=True)
+    value = chunked_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long))
+    value.backward()
+    assert value == 0
+    assert all((parameter.grad == 0).all() for parameter in head.parameters())

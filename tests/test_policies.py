@@ -158,6 +158,27 @@ def test_impossible_tokens(name: str) -> None:
         assert not scalar.isnan().any()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_token_whose_probability_underflows_costs_nothing(name: str) -> None:
+    """Its logarithm is finite and the other model's is not: 0 log(0 / 0) = 0."""
+    policy, law = CASES[name]
+    pair = [log_probs(13), log_probs(14)]
+    for student, teacher in (pair, pair[::-1]):
+        student, teacher = student.clone(), teacher.clone()
+        student[:, 1], teacher[:, 1] = -2000.0, -math.inf
+        target = policy.target(torch.log_softmax(student, -1), torch.log_softmax(teacher, -1))
+        mu = expected_law(law, torch.log_softmax(student, -1), torch.log_softmax(teacher, -1))
+        with np.errstate(divide="ignore"):
+            kl_student, kl_teacher = (
+                kl(np.log(mu), torch.log_softmax(side, -1).numpy()) for side in (student, teacher)
+            )
+        # A thousandth of a budget of 0.5 may be left unused, and what it buys on the teacher's side with it.
+        slack = 1e-3 * 0.5 if "budget" in name else 1e-9
+        assert target.kl_student.numpy() == pytest.approx(kl_student, abs=slack)
+        assert target.kl_teacher is not None
+        assert target.kl_teacher.numpy() == pytest.approx(kl_teacher, abs=slack, rel=1e-3)
+
+
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
 def test_skd_with_impossible_tokens(temperature: float) -> None:
     student, teacher = log_probs(15), log_probs(16)

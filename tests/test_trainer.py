@@ -1,5 +1,6 @@
 """`TRBTrainer` held to plain torch, to TRL, and to itself under another batch layout or a restart."""
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from trl import DistillationTrainer, SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb import trainer as trainer_module
@@ -104,6 +106,7 @@ class Completions(TrainerCallback):
 
 def test_trl_still_has_the_seams_that_are_overridden() -> None:
     expected = {
+        "_tokenize_prompts": ["self", "prompts"],
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
@@ -318,6 +321,19 @@ def test_completions_are_those_of_the_public_sampler(tmp_path: Path) -> None:
         assert alone.completions == [drawn[row]]
 
 
+def test_a_rendered_prompt_keeps_its_one_bos_token(tmp_path: Path) -> None:
+    trainer = build(tmp_path, max_completion_length=2)
+    tokenizer = trainer._tokenizer
+    bos = tokenizer.bos_token = tokenizer.eos_token
+    template = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    plain, rendered = ({"prompt": text, "answer": ""} for text in ("1+2", f"{bos}1+2"))
+    inputs = trainer._prepare_inputs([plain, rendered] * 4)
+    assert inputs["prompt_mask"].all()
+    assert len({tuple(row) for row in inputs["prompt_ids"].tolist()}) == 1
+    assert (inputs["prompt_ids"] == tokenizer.bos_token_id).sum() == 8
+
+
 def test_budget_falls_every_optimizer_step_and_the_teacher_leaves_the_sampler(tmp_path: Path) -> None:
     trainer = build(
         tmp_path,
@@ -399,6 +415,16 @@ def test_veto_changes_the_target_and_its_strength_falls_to_zero(tmp_path: Path) 
     assert with_veto.item() < without.item()  # a target nearer the student
 
 
+def test_the_divergence_of_another_law_than_the_students_is_not_the_students(tmp_path: Path) -> None:
+    """At another temperature no teacher takes part in sampling: KL(behavior || teacher) is unknown, and not logged."""
+    trainer = build(tmp_path, method="temperature", max_steps=3, temperature_warmup_steps=2, initial_temperature=0.5)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert ["trb/kl_teacher" in row for row in rows] == [False, False, True]
+    assert rows[2]["trb/kl_teacher"] == rows[2]["trb/reverse_kl"]
+    assert trainer.evaluate(Dataset.from_list(zoo.problems(4, seed=1, split="test")))["eval_trb/kl_teacher"] > 0
+
+
 def test_supervised_warm_up_is_trls_sft_loss_on_teacher_completions(tmp_path: Path) -> None:
     trainer = build(tmp_path / "sft", method="sft", sft_warmup_steps=5)
     inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
@@ -420,6 +446,34 @@ def test_supervised_warm_up_is_trls_sft_loss_on_teacher_completions(tmp_path: Pa
     batch = next(iter(reference.get_train_dataloader()))
     theirs = reference.compute_loss(reference.model, batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_supervised_warm_up_trains_what_wraps_the_head(tmp_path: Path) -> None:
+    """LoRA on the output head is in the loss, and gets its gradient."""
+    student, _ = zoo.load("student")
+    student.config.tie_word_embeddings = False  # PEFT warns of adapters on tied layers
+    student = inject_adapter_in_model(LoraConfig(r=4, target_modules=["lm_head"]), student)
+    adapter = {name: value for name, value in student.named_parameters() if "lora_" in name}
+    generator = torch.Generator().manual_seed(0)
+    for value in adapter.values():
+        torch.nn.init.normal_(value, std=0.5, generator=generator)
+    trainer = build(tmp_path, student=student, method="sft", sft_warmup_steps=5)
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
+    ours, *_ = trainer._compute_loss(trainer.model, inputs, None)
+
+    total, tokens = torch.zeros(()), 0
+    for row in range(8):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        completion = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+        read = student(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(read, completion, reduction="sum")
+        tokens += len(completion)
+    assert ours.item() == pytest.approx(total.item() / tokens, rel=1e-4)
+    learnt = [value for value in adapter.values() if value.requires_grad]
+    assert len(learnt) == 2
+    for one, other in zip(torch.autograd.grad(ours, learnt), torch.autograd.grad(total / tokens, learnt), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        assert other.abs().max() > 1e-3
 
 
 def test_a_support_that_misses_most_of_the_student_is_reported(
@@ -548,6 +602,23 @@ def test_dropout_is_off_while_training(tmp_path: Path) -> None:
     assert TRBConfig(str(tmp_path), bf16=False).disable_dropout
 
 
+def test_the_teacher_is_evaluated_without_its_dropout(tmp_path: Path) -> None:
+    """It comes as its owner left it, here as it was trained."""
+    teacher, _ = zoo.load("teacher")
+    for layer in teacher.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.5))
+    teacher.train()
+    trainer = build(tmp_path, teacher=teacher, method="opd")
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)])
+    found = [trainer._compute_loss(trainer.model, inputs, None)[0].item() for _ in range(2)]
+    assert found[0] == found[1]
+    plain = build(tmp_path / "plain", method="opd")
+    assert plain._compute_loss(plain.model, inputs, None)[0].item() == pytest.approx(found[0], rel=1e-5)
+    trainer.train()  # rollouts, recorded scores and the loss leave it so
+    assert not any(module.training for module in teacher.modules())
+
+
 def test_rewards_are_logged_and_never_trained_on(tmp_path: Path) -> None:
     calls = []
 
@@ -605,9 +676,8 @@ def test_evaluation_reports_the_loss_on_student_rollouts(tmp_path: Path) -> None
         ({"method": "tbr"}, "tbr"),
         ({"budget_schedule": "square"}, "square"),
         ({"sampler": "fast"}, "fast"),
-        ({"top_p": 0.9}, "top_p"),
-        ({"beta": 0.5}, "beta"),
-        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs"),
+        ({"max_completion_length": None}, "max_completion_length"),
+        ({"max_completion_length": 0}, "max_completion_length"),
         ({"num_generations": 0}, "num_generations"),
         ({"loss_top_k": -1}, "loss_top_k"),
         ({"skd_teacher_top_k": 0}, "teacher_top_k"),
@@ -617,6 +687,95 @@ def test_evaluation_reports_the_loss_on_student_rollouts(tmp_path: Path) -> None
 def test_a_bad_option_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+# Every option of the installed TRL and transformers, by what it does to the sampled law and to the loss.
+REFUSED = {
+    "auto_find_batch_size": True,
+    "average_tokens_across_devices": False,
+    "beta": 0.5,
+    "cache_implementation": "static",
+    "data_seed": 3,
+    "dataloader_in_order": False,
+    "generation_kwargs": {"num_beams": 2},
+    "label_smoothing_factor": 0.1,
+    "min_p": 0.1,
+    "neftune_noise_alpha": 5.0,
+    "repetition_penalty": 1.1,
+    "top_k": 50,
+    "top_p": 0.9,
+    "train_sampling_strategy": "group_by_length",
+    "vllm_structured_outputs_regex": "[0-9]+",
+}
+# Of these the law or the loss follows: prompts and their order, lengths, weights as they were loaded, arithmetic.
+HONOURED = """
+    bf16 bf16_full_eval chat_template_kwargs disable_dropout fp16 fp16_full_eval full_determinism
+    gradient_accumulation_steps max_completion_length model_init_kwargs num_train_epochs max_steps
+    per_device_eval_batch_size per_device_train_batch_size seed shuffle_dataset teacher_model_init_kwargs
+    teacher_model_revision temperature tf32 torch_compile torch_compile_backend torch_compile_mode trust_remote_code
+    use_liger_kernel liger_kernel_config vllm_max_model_length ignore_data_skip
+"""
+# The optimizer's step from a gradient that is the same.
+OPTIMISER = """
+    adam_beta1 adam_beta2 adam_epsilon learning_rate lr_scheduler_kwargs lr_scheduler_type max_grad_norm optim
+    optim_args optim_target_modules warmup_steps weight_decay
+"""
+# Where and how it is computed, logged and saved; or read by scripts, and by nothing here.
+HARMLESS = """
+    accelerator_config batch_eval_metrics dataloader_drop_last dataloader_multiprocessing_context
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug
+    deepspeed disable_tqdm do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint
+    eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy
+    eval_use_gather_object fsdp fsdp_config gradient_checkpointing gradient_checkpointing_kwargs greater_is_better
+    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
+    include_num_input_tokens_seen label_names length_column_name load_best_model_at_end local_rank log_completions
+    log_level log_level_replica log_on_each_node log_unique_prompts logging_first_step logging_nan_inf_filter
+    logging_steps logging_strategy max_tool_calling_iterations metric_for_best_model num_completions_to_print
+    output_dir pad_to_multiple_of parallelism_config prediction_loss_only project push_to_hub remove_unused_columns
+    report_to restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
+    save_only_model save_steps save_strategy save_total_limit skip_memory_metrics teacher_model_name_or_path
+    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_cpu use_vllm
+    vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_mode vllm_model_impl vllm_server_base_url
+    vllm_server_host vllm_server_port vllm_server_timeout vllm_tensor_parallel_size
+"""
+
+
+def test_every_option_of_the_libraries_is_classified() -> None:
+    """A new one must be looked at: does it change the law or the loss, and does this trainer do what it says?"""
+    groups = [[*REFUSED], HONOURED.split(), OPTIMISER.split(), HARMLESS.split()]
+    classified = [name for group in groups for name in group]
+    assert len(classified) == len(set(classified))
+    assert set(classified) == {item.name for item in dataclasses.fields(DistillationConfig)}
+    assert set(REFUSED) == set(trainer_module._UNSUPPORTED)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_option_that_changes_the_law_or_the_loss_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}=.* is not supported .*; leave it at"):
+        config(tmp_path, **{name: REFUSED[name]})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {"teacher_model_revision": "v2"}]
+)
+def test_how_to_load_a_teacher_that_is_loaded_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.*loaded already"):
+        build(tmp_path, **changes)
+
+
+def mixture(**changes: Any) -> MixtralForCausalLM:
+    rows = zoo.load("student")[0].config.vocab_size
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 1, "bos_token_id": None}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=rows, **sizes, **experts, **changes))
+
+
+def test_a_router_loss_is_refused_by_name_before_anything_is_sampled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mixtral: .*router_aux_loss_coef=0\.02.*output_router_logits=False"):
+        build(tmp_path, student=mixture(output_router_logits=True, router_aux_loss_coef=0.02))
+    build(tmp_path, student=mixture(output_router_logits=False, router_aux_loss_coef=0.02))
+    build(tmp_path, student=mixture(output_router_logits=True, router_aux_loss_coef=0.0))
 
 
 def test_a_batch_that_rollouts_do_not_divide_is_refused(tmp_path: Path) -> None:

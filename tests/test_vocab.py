@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyPair, tiny_llama
-from reference.distributions import shared_events
+from reference.distributions import log_normalise, shared_events
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trb.blend import solve
-from trb.vocab import SharedVocabulary, align, check_heads, check_same_tokenizer, head_rows, stop_token_ids
+from trb.policies import SKDPolicy, TemperaturePolicy
+from trb.vocab import SharedVocabulary, align, check_heads, check_same_tokenizer, head_rows, log_probs, stop_token_ids
 
 Eos = int | list[int]
 
@@ -257,3 +258,36 @@ def test_head_rows_and_stop_ids_of_a_model(tiny_pair: TinyPair) -> None:
         assert stop_token_ids(model, words) == [5, 2, 3]
     finally:
         model.generation_config = original
+
+
+# ---- log-probabilities ----
+
+
+def after_one_likely_token(size: int, rows: int) -> Tensor:
+    """One token that takes nearly everything, and a long tail: added up in order, the tail is rounded away."""
+    logits = 0.01 * torch.randn(rows, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    logits[:, 0] += 17.0
+    return logits.float()
+
+
+@pytest.mark.parametrize("size", [256, 257, 151_936])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_log_probabilities_are_as_exact_as_their_dtype(size: int, shape: tuple[int, ...]) -> None:
+    logits = after_one_likely_token(size, math.prod(shape)).reshape(*shape, size)
+    exact = log_normalise(logits.numpy())
+    # Log-probabilities near -17, and a sum of blocks of 256 terms in at least four lanes.
+    tolerance = torch.finfo(torch.float32).eps / 2 * (4 * 18 + 256 / 4)
+    assert np.abs(log_probs(logits).double().numpy() - exact).max() <= tolerance
+    learnt = logits.clone().requires_grad_()
+    log_probs(learnt)[..., 5].sum().backward()
+    expected = -np.exp(exact)
+    expected[..., 5] += 1
+    assert learnt.grad is not None
+    assert np.abs(learnt.grad.double().numpy() - expected).max() <= tolerance
+
+
+def test_the_laws_of_policies_sum_to_one_over_a_long_tail() -> None:
+    student, teacher = log_probs(after_one_likely_token(151_936, 1)), log_probs(after_one_likely_token(151_936, 1))
+    for policy in (TemperaturePolicy(0.9), SKDPolicy(25, 0.6)):
+        total = policy.target(student, teacher).log_probs.double().exp().sum(-1).log()
+        assert float(total) == pytest.approx(0.0, abs=torch.finfo(torch.float32).eps / 2 * (4 * 18 + 256 / 4))

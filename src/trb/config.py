@@ -232,12 +232,9 @@ class Recipe:
                 options["gradient_accumulation_steps"] = self._accumulation_steps()
             if self.run.held_out_prompts:
                 options |= {"eval_strategy": "steps", "eval_steps": self.run.held_out_every}
-            args = TRBConfig(output_dir=str(output_dir), disable_tqdm=True, **options)
+            return TRBConfig(output_dir=str(output_dir), disable_tqdm=True, **options)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ConfigError(f"{self.source}: {error}") from error
-        if not (args.max_completion_length or 0) >= 1:
-            raise ConfigError(f"{self.source}: max_completion_length is {args.max_completion_length}; give 1 or more")
-        return args
 
     def _accumulation_steps(self) -> int:
         if "gradient_accumulation_steps" in self.training:

@@ -43,6 +43,7 @@ __all__ = [
     "last_boxed",
     "load_prompts",
     "render",
+    "token_ids",
 ]
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def render(
         if chat_template_kwargs:
             raise ValueError(f"plain=True uses no chat template; remove {sorted(chat_template_kwargs)}")
         texts = ("\n\n".join(message["content"] for message in row["prompt"]) for row in rows)
-        return [list(tokenizer(text)["input_ids"]) for text in texts]
+        return [token_ids(tokenizer, text) for text in texts]
     if not tokenizer.chat_template and "chat_template" not in chat_template_kwargs:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template "
@@ -144,6 +145,17 @@ def render(
     options = chat_template_kwargs | {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     rendered: list[Any] = [tokenizer.apply_chat_template(row["prompt"], **options) for row in rows]
     return [list(ids) for ids in rendered]
+
+
+def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a prompt as text. One that begins with the BOS token, as a rendered chat does, gets no second."""
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    bos = tokenizer.bos_token
+    if not bos or not text.startswith(str(bos)):
+        return ids
+    own: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    added = ids[:1] == [tokenizer.bos_token_id] and ids[1 : 1 + len(own)] == own
+    return ids[1:] if added else ids
 
 
 def check_lengths(

@@ -10,8 +10,8 @@ whose gradient is Σ_S w (log p - log q) ∇ log p with w = p / Z_S held fixed (
 non-negative, and with S the whole vocabulary it is exactly the reverse KL. The plain Σ_S p log(p/q) has another
 gradient: it adds ∇Z_S and pushes mass out of S.
 
-Nothing here samples, and no gradient reaches the teacher. Other directions and divergences, and the supervised loss
-of SFT warm-up, are left to TRL.
+The supervised loss of SFT warm-up is here for the sake of its chunks, which it shares. Nothing here samples, and no
+gradient reaches the teacher. Other directions and divergences are left to TRL.
 
 Shape suffixes: N tokens, K support, V vocabulary, H hidden size, C tokens of one chunk.
 """
@@ -29,6 +29,7 @@ from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = [
     "TokenMetrics",
+    "chunked_cross_entropy",
     "chunked_reverse_kl",
     "default_chunk_tokens",
     "full_reverse_kl",
@@ -104,7 +105,7 @@ def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float)
     if strength == 0:
         return log_teacher
     log_student = log_probs(student_logits.detach())
-    return torch.log_softmax(log_teacher + strength * log_student, dim=-1)
+    return log_probs(log_teacher + strength * log_student)
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,8 @@ def chunked_reverse_kl(
         raise ValueError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
     chosen = (mask.reshape(-1) != 0).nonzero().squeeze(-1)
     if not chosen.numel():
-        wide = _wide(student_hidden)  # as with tokens: what processes add up must have one dtype
-        empty_N = student_hidden.new_zeros(0, dtype=wide)
-        # The head takes part all the same: sharded weights are gathered by all processes or none, gradients averaged.
-        reached = student_head(student_hidden.reshape(-1, student_hidden.shape[-1])[:0])
-        return (student_hidden.sum() + reached.sum()).to(wide) * 0.0, TokenMetrics(
-            *[empty_N] * len(fields(TokenMetrics))
-        )
+        empty_N = student_hidden.new_zeros(0, dtype=_wide(student_hidden))
+        return _no_loss(student_hidden, student_head), TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
     student_NH = student_hidden.reshape(-1, student_hidden.shape[-1])[chosen]
     teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])[chosen]
     token_N = tokens.reshape(-1)[chosen]
@@ -192,9 +188,46 @@ def chunked_reverse_kl(
         veto_strength,
         chunk_tokens or default_chunk_tokens(size, teacher_NH.device.type),
     )
-    learnt = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
-    total, *metrics = _ChunkedLoss.apply(chunks, student_NH, *learnt)
+    total, *metrics = _ChunkedLoss.apply(chunks, student_NH, *_learnt(student_head))
     return total / (chosen.numel() if normaliser is None else normaliser), TokenMetrics(*metrics)
+
+
+def chunked_cross_entropy(
+    student_hidden: Tensor,
+    student_head: Head,
+    tokens: Tensor,
+    *,
+    normaliser: float | Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """The supervised loss, -log π(token), from hidden states: a chunk of tokens at a time, as `chunked_reverse_kl`.
+
+    Args:
+        student_hidden: `[N, H]`, gradients flow.
+        student_head: maps hidden states to `[..., V]` logits; its parameters receive gradients.
+        tokens: `[N]` ids that the positions predict.
+        normaliser: divides the sum over tokens; by default their number.
+        chunk_tokens: tokens projected to the vocabulary at once; by default as many as the device handles best.
+    """
+    if not len(tokens):
+        return _no_loss(student_hidden, student_head)
+    width = chunk_tokens or default_chunk_tokens(_UNKNOWN_SIZE, student_hidden.device.type)
+    chunks = _SupervisedChunks(student_head, tokens, width)
+    (total,) = _ChunkedLoss.apply(chunks, student_hidden, *_learnt(student_head))
+    return total / (len(tokens) if normaliser is None else normaliser)
+
+
+def _no_loss(student_hidden: Tensor, student_head: Head) -> Tensor:
+    """Zero, with a zero gradient, in the dtype of a loss over tokens: what processes add up must have one.
+
+    The head takes part all the same: sharded weights are gathered by all processes or none, gradients averaged.
+    """
+    reached = student_head(student_hidden.reshape(-1, student_hidden.shape[-1])[:0])
+    return (student_hidden.sum() + reached.sum()).to(_wide(student_hidden)) * 0.0
+
+
+def _learnt(head: Head) -> list[Tensor]:
+    return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -281,6 +314,28 @@ class _Chunks:
         return found_RV
 
 
+@dataclass(frozen=True)
+class _SupervisedChunks:
+    """As `_Chunks`, for the supervised loss; without metrics."""
+
+    student_head: Head
+    token_N: Tensor
+    chunk_tokens: int
+
+    def __iter__(self) -> Iterator[slice]:
+        for start in range(0, len(self.token_N), self.chunk_tokens):
+            yield slice(start, min(start + self.chunk_tokens, len(self.token_N)))
+
+    def terms(self, logits_CV: Tensor, part: slice, gradient_CV: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        token_C1 = self.token_N[part, None]
+        log_student_CV = log_probs(logits_CV)
+        loss = -log_student_CV.gather(-1, token_C1).sum()
+        if gradient_CV is not None:
+            pull_CV = log_student_CV.exp_()
+            gradient_CV.copy_(pull_CV.scatter_add_(-1, token_C1, pull_CV.new_full(token_C1.shape, -1.0)))
+        return loss, []
+
+
 def _top_k_terms(
     log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,10 +354,11 @@ def _full_terms(
     log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, target_CV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_top_k_terms` with the whole vocabulary as support: the gradient is p (r - KL)."""
-    # A token the student cannot draw contributes only the target's mass.
-    ratio_CV = (log_student_CV - log_target_CV).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
     mass_C, target_mass_C = student_CV.sum(-1), target_CV.sum(-1)
-    weighted_CV = ratio_CV.mul_(student_CV)
+    # A token the student cannot draw, or whose probability underflows, contributes only the target's mass: zero times
+    # an infinite ratio is NaN. A NaN of the logits stays in the masses.
+    weighted_CV = (log_student_CV - log_target_CV).mul_(student_CV)
+    weighted_CV.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     divergence_C = weighted_CV.sum(-1)
     gradient_CV = weighted_CV.addcmul_(student_CV, divergence_C[:, None], value=-1).div_(mass_C[:, None])
     return (divergence_C - mass_C + target_mass_C) / mass_C, gradient_CV, mass_C
@@ -312,7 +368,9 @@ class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients in one sweep over the chunks; the backward pass only scales what the forward pass found."""
 
     @staticmethod
-    def forward(ctx: Any, chunks: _Chunks, student_NH: Tensor, *learnt: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, chunks: _Chunks | _SupervisedChunks, student_NH: Tensor, *learnt: Tensor
+    ) -> tuple[Tensor, ...]:
         wanted = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=_wide(student_NH), device=student_NH.device)
         hidden_gradient_NH = torch.zeros_like(student_NH) if wanted else None

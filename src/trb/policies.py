@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from trb.blend import DenseLaw, Law, weigh
+from trb.blend import DenseLaw, Law, log_softmax, weigh
 
 __all__ = [
     "BehaviorPolicy",
@@ -96,7 +96,7 @@ class TemperaturePolicy:
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None = None) -> Target:
         if self.temperature == 1:
             return StudentPolicy().target(student_log_probs, teacher_log_probs)
-        law_NV = torch.log_softmax(student_log_probs / self.temperature, dim=-1)
+        law_NV = log_softmax(student_log_probs / self.temperature, student_log_probs.dtype)
         kl_teacher_N = None if teacher_log_probs is None else _kl(law_NV, teacher_log_probs)
         weight_N = law_NV.new_zeros(law_NV.shape[0])
         return Target(DenseLaw(law_NV), None, weight_N, _kl(law_NV, student_log_probs), kl_teacher_N)
@@ -148,7 +148,7 @@ class SKDPolicy:
         student_NV = student_log_probs.exp()
         kept_NV = student_NV.masked_fill(~trusted_NV, 0.0)
         replaced_N = student_NV.masked_fill(trusted_NV, 0.0).sum(-1)
-        replacement_NV = torch.softmax(teacher_NV / self.teacher_temperature, dim=-1)
+        replacement_NV = log_softmax(teacher_NV / self.teacher_temperature, teacher_NV.dtype).exp()
         law_NV = (kept_NV + replaced_N[:, None] * replacement_NV).log()
         return Target(DenseLaw(law_NV), kept_NV, replaced_N, _kl(law_NV, student_log_probs), _kl(law_NV, teacher_NV))
 
@@ -166,9 +166,10 @@ class TeacherPolicy:
 
 
 def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p || q) per row, with 0 log 0 = 0."""
-    terms_NV = log_p_NV.exp() * (log_p_NV - log_q_NV)
-    return terms_NV.masked_fill_(log_p_NV.isneginf(), 0.0).sum(-1).clamp_min(0)
+    """KL(p || q) per row, with 0 log 0 = 0, also where it is e^log p that underflows."""
+    p_NV = log_p_NV.exp()
+    terms_NV = p_NV * (log_p_NV - log_q_NV)
+    return terms_NV.masked_fill_(p_NV == 0, 0.0).sum(-1).clamp_min(0)
 
 
 def _check_temperature(temperature: float) -> None:

@@ -8,6 +8,7 @@ Everything else (loop, sharding, PEFT, resume, logging, hub) is TRL's and transf
 TRL internals this module relies on, checked by a contract test against the installed version:
 - `DistillationTrainer.__init__` accepts `teacher_model=None` and then leaves `self.teacher_model = None` to us
   (we prepare the teacher ourselves because TRL refuses heads padded to different sizes);
+- `_tokenize_prompts(prompts)` returns token ids, images and multimodal fields of a batch of prompts;
 - `_generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)` returns completion ids, stop token
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
@@ -45,14 +46,14 @@ from torch.utils.data import Sampler
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from trb import checkpoints
+from trb.data import token_ids
 from trb.files import write_text
 from trb.guard import NonFiniteError, StepGuard
-from trb.losses import TokenMetrics, chunked_reverse_kl
+from trb.losses import TokenMetrics, chunked_cross_entropy, chunked_reverse_kl
 from trb.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import (
     BehaviorPolicy,
@@ -99,7 +100,8 @@ TRAINING_METHODS = {
 # Policies at the end of their warm-up: plain student sampling, which TRL's vLLM path can do as well.
 _STUDENT_LAWS = (StudentPolicy(), TrustRegionPolicy(0.0), TemperaturePolicy(1.0))
 
-# Options of TRL that would change the sampled law or the loss, with the only value this trainer supports.
+# Options of TRL and transformers that would change the sampled law, the prompts of a step or the loss, with the only
+# value this trainer supports. A test classifies every option of the installed versions.
 _UNSUPPORTED = {
     "beta": (1.0, "the loss is the reverse KL"),
     "top_p": (1.0, "completions are drawn from the exact law; truncating it is not supported"),
@@ -108,6 +110,14 @@ _UNSUPPORTED = {
     "repetition_penalty": (1.0, "completions are drawn from the exact law"),
     "generation_kwargs": (None, "trb's samplers take no generation options"),
     "cache_implementation": (None, "trb's samplers manage their own caches"),
+    "vllm_structured_outputs_regex": (None, "completions are drawn from the exact law; a grammar would truncate it"),
+    "label_smoothing_factor": (0.0, "the loss is the reverse KL, which has no labels"),
+    "neftune_noise_alpha": (None, "the loss is taken at the policy that was sampled from, without noise"),
+    "average_tokens_across_devices": (True, "the loss is the mean over the completion tokens of all processes"),
+    "auto_find_batch_size": (False, "a step has as many rollouts as its batch; set per_device_train_batch_size"),
+    "train_sampling_strategy": ("random", "each prompt is repeated for its rollouts; set shuffle_dataset"),
+    "data_seed": (None, "the order of prompts follows seed"),
+    "dataloader_in_order": (True, "rollouts are reused over accumulation steps, which takes batches in their order"),
 }
 
 # The dtype of what is sampled from under sharding; None is decided by the precision of training.
@@ -115,9 +125,6 @@ REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bflo
 
 # A step after every warm-up.
 _EVENTUALLY = 1 << 40
-
-# What the vocabulary projection of the supervised loss holds at once, in vocabulary entries.
-_SFT_VOCABULARY_CHUNK = 8192
 
 # Below this share of the student's probability, a top-k loss was seen to make the student worse (docs/experiments.md).
 _THIN_SUPPORT = 0.5
@@ -257,7 +264,15 @@ class TRBConfig(DistillationConfig):
         for name, (supported, why) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
-        for name in ("num_generations", "loss_chunk_tokens", "block_size", "max_skipped_steps"):
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length=None is not supported; set the longest completion in tokens")
+        for name in (
+            "num_generations",
+            "max_completion_length",
+            "loss_chunk_tokens",
+            "block_size",
+            "max_skipped_steps",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -305,8 +320,8 @@ class TRBTrainer(DistillationTrainer):
         callbacks, optimizers, quantization_config, peft_config: as in `DistillationTrainer`.
 
     Raises:
-        ValueError: different tokenizers, a head without rows for ids in use, an unsupported option, or a batch that
-            `num_generations` does not divide.
+        ValueError: different tokenizers, a head without rows for ids in use, an unsupported option, a student with a
+            router loss, or a batch that `num_generations` does not divide.
     """
 
     _tag_names = ["trl", "trb"]  # noqa: RUF012
@@ -347,6 +362,7 @@ class TRBTrainer(DistillationTrainer):
             )
         if self._is_vlm:
             raise ValueError(f"TRBTrainer handles text models only, got {type(self.model).__name__}")
+        _check_router_loss(self.model)
         if self._global_batch() % args.num_generations:
             raise ValueError(
                 f"the batch of one optimizer step is {self._global_batch()} completions (per_device_train_batch_size "
@@ -358,6 +374,8 @@ class TRBTrainer(DistillationTrainer):
             if teacher_processing_class is None:
                 teacher_processing_class = _load_tokenizer(teacher_model, args)
             teacher_model = _load_teacher(teacher_model, args)
+        else:
+            _check_loaded(args)
         if teacher_processing_class is not None:
             check_same_tokenizer(self._tokenizer, teacher_processing_class)
         if shards_parameters(self.accelerator):
@@ -407,6 +425,7 @@ class TRBTrainer(DistillationTrainer):
 
     def _prepared_teacher(self, teacher: PreTrainedModel) -> nn.Module:
         teacher.requires_grad_(False)
+        teacher.eval()  # for good: nothing trains it, and its dropout would make the target a draw
         if self._student_replica is not None:
             # Accelerate leaves placement to the sharding, which the teacher takes no part in.
             teacher.to(self.accelerator.device)
@@ -473,6 +492,10 @@ class TRBTrainer(DistillationTrainer):
             return TeacherPolicy()
         return StudentPolicy()
 
+    def _rollout_policy(self, step: int) -> BehaviorPolicy:
+        """The policy of the rollouts at hand: evaluation is of the student."""
+        return self.behavior_policy(step) if self.model.training else StudentPolicy()
+
     def kl_budget(self, step: int) -> float:
         """ε of optimizer step `step`: nats per token; 0 for methods without a budget."""
         args = self.args
@@ -493,12 +516,17 @@ class TRBTrainer(DistillationTrainer):
 
     # ---- replaced: how completions are sampled ----
 
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        if isinstance(prompts[0], str):
+            return [token_ids(self._tokenizer, text) for text in prompts], None, {}
+        return super()._tokenize_prompts(prompts)
+
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, has_tool_images: bool = False
     ) -> list[list[int]]:
         training = self.model.training
         step = self.state.global_step
-        policy = self.behavior_policy(step) if training else StudentPolicy()
+        policy = self._rollout_policy(step)
         engine = self._engine(step)
         if self._teacher_may_be_sharded(step):
             self._shard_teacher()
@@ -726,20 +754,14 @@ class TRBTrainer(DistillationTrainer):
             )
 
     def _supervised_loss(self, student_NH: Tensor, token_N: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-        """TRL's own supervised loss on the completion, for SFT warm-up."""
-        head = self._student_head
-        log_probs, *_ = ChunkedLogProbFunction.apply(
+        """The supervised loss on the completion, for SFT warm-up: through the head itself, adapters included."""
+        return chunked_cross_entropy(
             student_NH,
-            head.projection.weight,
-            getattr(head.projection, "bias", None),
+            self._student_head,
             token_N,
-            1.0,
-            _SFT_VOCABULARY_CHUNK,
-            head.soft_cap,
-            head.scale,
-            (),
+            normaliser=num_items_in_batch,
+            chunk_tokens=self.args.loss_chunk_tokens,
         )
-        return -log_probs.sum() / (max(1, len(token_N)) if num_items_in_batch is None else num_items_in_batch)
 
     # ---- saving ----
 
@@ -907,6 +929,9 @@ class TRBTrainer(DistillationTrainer):
         tokens = metrics.reverse_kl.numel()
         for name in ("reverse_kl", "teacher_entropy", "teacher_log_prob", "support_mass"):
             self._add(mode, name, getattr(metrics, name).sum().item(), tokens)
+        if self._rollout_policy(self.state.global_step) in _STUDENT_LAWS:
+            # The student is then its own behavior policy. Of another law without a teacher, nothing is known.
+            self._add(mode, "kl_teacher", metrics.reverse_kl.sum().item(), tokens)
         if tokens and metrics.support_mass.mean() < _THIN_SUPPORT:
             logger.warning_once(
                 f"the student's top {self.args.loss_top_k} tokens hold only {metrics.support_mass.mean():.0%} of its "
@@ -930,12 +955,7 @@ class TRBTrainer(DistillationTrainer):
         for found in self._ranks.gather(sums):
             for name, pair in found.items():
                 totals[name] = totals.get(name, 0) + pair
-        if not totals:
-            return {}
-        averages = {name: float(total / count) for name, (total, count) in sorted(totals.items()) if count}
-        # A pure student rollout is its own behavior policy: its divergence to the teacher is the loss's reverse KL.
-        averages.setdefault("kl_teacher", averages.get("reverse_kl", math.nan))
-        return averages
+        return {name: float(total / count) for name, (total, count) in sorted(totals.items()) if count}
 
 
 class _EpochSampler(RepeatSampler):
@@ -961,6 +981,27 @@ def _load_teacher(name: str, args: TRBConfig) -> PreTrainedModel:
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(name, **options)
+
+
+def _check_loaded(args: TRBConfig) -> None:
+    """Refuse options of a teacher that is to be loaded, where one is given that is."""
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} does nothing for a teacher_model that is loaded already: load it so, "
+                "or pass its path or hub id"
+            )
+
+
+def _check_router_loss(student: nn.Module) -> None:
+    """Refuse a router loss that the library would add to its own loss, and this trainer to none."""
+    config = without_adapters(student).config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if getattr(config, "output_router_logits", False) and coefficient:
+        raise ValueError(
+            f"{config.model_type}: output_router_logits=True asks for a router loss (router_aux_loss_coef="
+            f"{coefficient}), which TRBTrainer does not train on; set model.config.output_router_logits=False"
+        )
 
 
 def _load_tokenizer(name: str, args: TRBConfig) -> PreTrainedTokenizerBase:

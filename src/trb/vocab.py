@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trb.blend import log_softmax
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -138,7 +140,7 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`[..., V]` log-probabilities at a temperature, in float64 for float64 logits and in float32 for all others."""
     if temperature != 1.0:
         logits = _tempered(logits, temperature)
-    return torch.log_softmax(logits, dim=-1, dtype=_wide(logits))
+    return log_softmax(logits, _wide(logits))
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
