@@ -445,20 +445,21 @@ def model_of_run(spec: str) -> str:
     return str(model) if model.is_dir() and not (model.parent / "config.json").exists() else spec
 
 
-def load_student(run: RunConfig) -> PreTrainedModel:
-    """The student, pruned where the recipe says so."""
+def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedModel:
+    """The student, pruned where the recipe says so. An adapter stays apart from its base, but for training."""
     return load_model(
         run.student,
         dtype=run.student_dtype,
         trust_remote_code=run.student_trust_remote_code,
         revision=run.student_revision,
         keep_layers=run.student_keep_layers,
+        merge_adapter=for_training,
     )
 
 
-def load_pair(run: RunConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student and the teacher."""
-    student = load_student(run)
+def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The student and the teacher; see `load_student`."""
+    student = load_student(run, for_training=for_training)
     teacher = load_model(
         run.teacher,
         dtype=run.teacher_dtype,
@@ -488,7 +489,7 @@ def _load(run: RunConfig, args: TRBConfig) -> _Material:
     prompts, held_out = _training_prompts(run, args, tokenizer)
     problems = problem_sets(run)
     with loaded_whole(args):
-        student, teacher = load_pair(run)
+        student, teacher = load_pair(run, for_training=True)
     vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
     return _Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
 

@@ -52,8 +52,9 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path
 from trb import checkpoints
 from trb.files import write_text
 from trb.guard import NonFiniteError, StepGuard
+from trb.loading import adapter_base, attach_adapter, load_tokenizer, resolve
 from trb.losses import TokenMetrics, chunked_reverse_kl
-from trb.modeling import OutputHead, completion_hidden_states, without_adapters
+from trb.modeling import OutputHead, completion_hidden_states, has_adapters, without_adapters
 from trb.policies import (
     BehaviorPolicy,
     SKDPolicy,
@@ -293,8 +294,8 @@ class TRBTrainer(DistillationTrainer):
 
     Args:
         model: student; a path or hub id, or a loaded causal LM.
-        teacher_model: teacher; the same. It must share the student's tokenizer; the head may be padded differently
-            and the end-of-sequence id may differ.
+        teacher_model: teacher; the same, or a directory with a LoRA adapter, or a `PeftModel`. It must share the
+            student's tokenizer; the head may be padded differently and the end-of-sequence id may differ.
         args: a `TRBConfig`.
         train_dataset: map-style dataset with a `"prompt"` column.
         eval_dataset: prompts on which `evaluate` reports the loss on student rollouts.
@@ -305,8 +306,8 @@ class TRBTrainer(DistillationTrainer):
         callbacks, optimizers, quantization_config, peft_config: as in `DistillationTrainer`.
 
     Raises:
-        ValueError: different tokenizers, a head without rows for ids in use, an unsupported option, or a batch that
-            `num_generations` does not divide.
+        ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
+            or a batch that `num_generations` does not divide.
     """
 
     _tag_names = ["trl", "trb"]  # noqa: RUF012
@@ -357,7 +358,7 @@ class TRBTrainer(DistillationTrainer):
         if isinstance(teacher_model, str):
             if teacher_processing_class is None:
                 teacher_processing_class = _load_tokenizer(teacher_model, args)
-            teacher_model = _load_teacher(teacher_model, args)
+            teacher_model = _load_teacher(teacher_model, args, args.teacher_model_revision)
         if teacher_processing_class is not None:
             check_same_tokenizer(self._tokenizer, teacher_processing_class)
         if shards_parameters(self.accelerator):
@@ -953,10 +954,16 @@ class _EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-def _load_teacher(name: str, args: TRBConfig) -> PreTrainedModel:
+def _load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTrainedModel:
+    adapted = adapter_base(name)
+    if adapted is not None:
+        base = _load_teacher(str(resolve(adapted[0])), args, adapted[1])
+        if has_adapters(base):  # an adapter may stand on another one
+            base = cast(Any, base).merge_and_unload()
+        return attach_adapter(base, Path(name).expanduser())
     options: dict[str, Any] = dict(cast(dict, args.teacher_model_init_kwargs) or {})
-    if args.teacher_model_revision is not None:
-        options.setdefault("revision", args.teacher_model_revision)
+    if revision is not None:
+        options.setdefault("revision", revision)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
@@ -966,6 +973,8 @@ def _load_teacher(name: str, args: TRBConfig) -> PreTrainedModel:
 def _load_tokenizer(name: str, args: TRBConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if adapter_base(name) is not None:  # with its base's tokenizer, unless it has one
+        return load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     return AutoTokenizer.from_pretrained(
         name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
     )
