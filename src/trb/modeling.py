@@ -35,6 +35,7 @@ __all__ = [
     "hidden_states",
     "length_groups",
     "plain_logits",
+    "positions",
     "probe_rows",
     "rope_switch",
     "tolerance",
@@ -107,6 +108,11 @@ def check_adapter(config: Any) -> None:
     else:
         return
     raise ValueError(f"adapters of the kind {kind} are not supported: {why}. Use a LoRA adapter, or a whole model")
+
+
+def positions(model: nn.Module) -> int | None:
+    """The longest sequence a model was made for, in tokens; None where its configuration names none."""
+    return getattr(without_adapters(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def has_adapters(model: nn.Module) -> bool:
