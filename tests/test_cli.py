@@ -261,6 +261,12 @@ def test_train(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "holds another configuration: seed is 3 there and 4 here" in refused(
         capsys, "train", "--config", recipe, "--output-dir", out, "--seed", "4", "--method", "opd"
     )
+    place = ["--config", str(recipe), "--output-dir", str(tmp_path / "saved"), "--quiet"]
+    saved = ["train", *place, "--save-strategy=steps", "--save-steps=1", "--eval-data=[]"]
+    assert main(saved) == 0
+    changed = [*saved, "--max-steps=3", "--seed=5"]
+    assert "or --accept-changes to go on from its last checkpoint all the same" in refused(capsys, *changed)
+    assert main([*changed, "--accept-changes"]) == 0
     assert (
         main(["train", "--config", str(recipe), "--output-dir", str(out), "--max-steps=1", "--overwrite", "--quiet"])
         == 0

@@ -83,6 +83,18 @@ def run(tokenizer: PreTrainedTokenizerFast, sampler: FakeSampler | None = None, 
     return evaluate(MODEL, tokenizer, **(defaults | options), sampler=sampler)
 
 
+def test_a_problem_that_is_too_long_is_found_before_anything_is_sampled(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("student")
+    rows = zoo.problems(8, seed=0, split="test")
+    rows[6]["prompt"][0]["content"] = "1 + 1 " * 600
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(
+        ValueError, match=r"chains\[6\] has \d+ tokens, and with max_new_tokens=5 more exceeds the 512 "
+    ):
+        evaluate(student, tokenizer, rows, n=1, max_new_tokens=5, max_rows=2, results_path=path, name="chains")
+    assert not path.exists()
+
+
 # --- pass@1 ----------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from trb.config import ConfigError, Recipe, load_recipe, make_recipe
 from trb.experiments import DiskFullError, Listener, RunDirectoryError, compare, mean_of_suites, train
 from trb.files import exclusive
 from trb.loading import load_model, load_tokenizer
+from trb.resume import ChangedRunError
 from trb.trainer import TRBTrainer
 from trb.zoo.tasks import split_of
 
@@ -266,6 +268,74 @@ def test_a_run_can_be_made_longer(finished: Path, tmp_path: Path) -> None:
     assert_same_run(directory, finished)
 
 
+LINEAR: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "eval_data": [], "lr_scheduler_type": "linear"}
+
+
+def test_a_run_whose_schedule_ends_with_it_is_made_longer_only_if_that_is_accepted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(small(**LINEAR, max_steps=1), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ChangedRunError, match=r"max_steps: 1 -> 2.*--accept-changes"):
+        train(small(**LINEAR, max_steps=2), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    results = train(small(**LINEAR, max_steps=2), tmp_path, accept_changes=True)
+    assert results["trb"]["steps"] == 2
+    assert "with changes (saved -> now): max_steps: 1 -> 2" in caplog.text
+
+
+def test_data_that_changed_under_its_name_is_found(tmp_path: Path) -> None:
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    rows = zoo.problems(8, seed=0, split="train")
+    recipe: dict[str, Any] = LINEAR | {"train_data": str(data), "train_limit": None, "max_steps": 2, "save_steps": 1}
+    data.write_text("\n".join(json.dumps({"prompt": row["prompt"], "answer": row["answer"]}) for row in rows))
+    train(small(**recipe), run)
+    shutil.rmtree(run / "checkpoint-2")
+    (run / "results.json").unlink()
+    data.write_text("\n".join(json.dumps({"prompt": row["prompt"], "answer": "7"}) for row in rows))
+    with pytest.raises(ChangedRunError, match=r"train_dataset\.answers: "):
+        train(small(**recipe), run)
+    assert train(small(**recipe), run, accept_changes=True)["trb"]["steps"] == 2
+
+
+def test_a_changed_recipe_goes_on_if_that_is_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(small(**LINEAR, max_steps=1), tmp_path)
+    longer = LINEAR | {"max_steps": 2, "method": "opd"}
+    with pytest.raises(RunDirectoryError, match=r"method is 'trb' there and 'opd' here.*--accept-changes"):
+        train(small(**longer), tmp_path)
+    results = train(small(**longer), tmp_path, accept_changes=True)
+    assert results["opd"]["steps"] == 2
+    assert "goes on with changes: method is 'trb' there and 'opd' here" in caplog.text
+    assert "method: opd" in (tmp_path / "config.yaml").read_text()
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    train(small(max_steps=1, eval_data=[]), tmp_path)
+    with pytest.raises(RunDirectoryError, match="seed is 42 there and 1 here") as caught:
+        train(small(max_steps=1, eval_data=[], seed=1), tmp_path, accept_changes=True)
+    assert "--accept-changes" not in str(caught.value)
+
+
+def test_what_a_comparison_shares_stays_though_changes_are_accepted(tmp_path: Path) -> None:
+    shared = {**LINEAR, "eval_data": "zoo:chains", "eval_every": 0, "save_final_model": False}
+    compare(small(**shared, max_steps=1, methods={"opd": {}}), tmp_path)
+    with pytest.raises(RunDirectoryError, match="eval_seed is 0 there and 1 here"):
+        compare(small(**shared, max_steps=1, eval_seed=1, methods={"opd": {}}), tmp_path, accept_changes=True)
+    with pytest.raises(RunDirectoryError, match="loss_top_k is 16 there and 8 here"):
+        compare(small(**shared, max_steps=2, methods={"opd": {"loss_top_k": 8}}), tmp_path)
+    results = compare(small(**shared, max_steps=2, methods={"opd": {"loss_top_k": 8}}), tmp_path, accept_changes=True)
+    assert results["opd"]["steps"] == 2
+
+
+def test_a_prompt_without_room_is_found_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "evaluate", lambda *args, **options: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"train_dataset\[0\] has .* exceeds the \d+ positions"):
+        train(small(max_completion_length=2000), tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_a_run_that_cannot_load_does_not_claim_its_directory(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         train(small(teacher=str(tmp_path / "nowhere")), tmp_path / "run")
@@ -497,7 +567,8 @@ def test_lora_trains_adapters_that_load_again(tmp_path: Path) -> None:
     train(small(max_steps=2, eval_every=0, lora_rank=2, lora_target_modules=["q_proj", "v_proj"]), tmp_path)
     assert json.loads((tmp_path / "model" / "adapter_config.json").read_text())["r"] == 2
     assert not (tmp_path / "model" / "model.safetensors").exists()
-    merged, start = load_model(str(tmp_path / "model")).state_dict(), zoo.load("student")[0].state_dict()
+    trained = load_model(str(tmp_path / "model"), merge_adapter=True)
+    merged, start = trained.state_dict(), zoo.load("student")[0].state_dict()
     changed = {name for name in start if not torch.allclose(merged[name], start[name])}
     assert changed
     assert all("q_proj" in name or "v_proj" in name for name in changed)

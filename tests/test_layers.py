@@ -40,6 +40,7 @@ LAYERS = (
     "evaluation",
     "recording",
     "checkpoints",
+    "resume",
     "guard",
     "vllm_rollouts",
     "trainer",

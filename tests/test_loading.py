@@ -1,6 +1,7 @@
 """Loading: specs, errors, GGUF conversion and its cache, depth pruning, adapters and the memory estimate."""
 
 import copy
+import errno
 import importlib.util
 import json
 import logging
@@ -242,12 +243,26 @@ def save_adapter(base: PreTrainedModel, base_name: str, directory: Path) -> torc
     return logits(adapted)
 
 
+def test_a_file_that_may_not_be_read_is_named_and_not_called_damaged(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(saved / "model.safetensors"))
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*/model\.safetensors'"):
+        load_model(str(saved))
+
+
 def test_an_adapter_directory_loads_as_the_merged_model(saved: Path, tmp_path: Path) -> None:
     expected = save_adapter(load_model(str(saved)), str(saved), tmp_path / "adapter")
     model = load_model(str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(model), expected)
     assert not torch.allclose(logits(model), logits(build("llama")))
-    assert type(model).__name__ == "LlamaForCausalLM"
+    merged = load_model(str(tmp_path / "adapter"), merge_adapter=True)
+    torch.testing.assert_close(logits(merged), expected)
+    assert (type(model).__name__, type(merged).__name__) == ("PeftModel", "LlamaForCausalLM")
+    assert all(weight.requires_grad for weight in merged.parameters())  # it is loaded so to be trained
     assert load_tokenizer(str(tmp_path / "adapter")).eos_token == "<eos>"
 
 

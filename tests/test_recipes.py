@@ -221,6 +221,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
             eval_dataset=kwargs["eval_dataset"],
             state=SimpleNamespace(global_step=3, max_steps=3, is_world_process_zero=True),
             remove_callback=lambda callback: None,
+            check_prompts=lambda: None,
         )
         fake.train = lambda **options: [
             kwargs["callbacks"][0].on_step_end(

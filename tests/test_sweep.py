@@ -1,5 +1,6 @@
 """Sweeps that really run: small studies of the embedded pair, finished, continued, refused and killed."""
 
+import errno
 import fcntl
 import importlib.util
 import json
@@ -141,6 +142,20 @@ def test_a_directory_with_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunDirectoryError, match="not empty"):
         run_study(study(), tmp_path)
+
+
+@pytest.mark.parametrize("error", [PermissionError, BlockingIOError])
+def test_a_file_inside_a_study_that_is_refused_is_named_itself(tmp_path, monkeypatch, error):
+    """And is neither the study's directory nor another sweep."""
+    refused = str(tmp_path / "chains" / "selection.json")
+
+    def begin(*arguments):
+        raise error(errno.EACCES, "not for you", refused)
+
+    monkeypatch.setattr(sweep, "_begin", begin)
+    with pytest.raises(error) as caught:
+        run_study(Study.model_validate(STUDY), tmp_path)
+    assert caught.value.filename == refused
 
 
 def test_development_problems_among_the_test_problems_are_refused(tmp_path):

@@ -25,6 +25,7 @@ from trb.policies import (
 )
 from trb.sampling import Rollout, sample
 from trb.sampling.verification import BlendRequest, BlendRow, BlendState, Proposal
+from trb.sampling.vllm import ServedEngine
 from trb.vocab import SharedVocabulary
 
 PROMPTS = [[1], [2, 3, 1], [3, 5, 2, 2, 1], [5, 5], [1, 2]]
@@ -151,6 +152,16 @@ def test_whatever_is_scheduled_the_completions_are_those_of_lockstep(
 def test_a_request_survives_its_journey_as_text(tiny_pair: TinyPair) -> None:
     for request in requests(tiny_pair, POLICIES):
         assert BlendRequest.from_text(request.to_text()) == request
+
+
+@pytest.mark.parametrize("name", ["MyPolicy", "TrustRegionPolicy"])
+def test_a_policy_of_ones_own_is_refused_by_its_class_before_anything_is_sent(tiny_pair: TinyPair, name: str) -> None:
+    """Also one that is called as one of ours: the engine would sample ours in its place."""
+    own = type(name, (TrustRegionPolicy,), {"__module__": "my.policies"})(0.1)
+    engine = ServedEngine("http://127.0.0.1:1", "nobody listens there")
+    student, teacher = tiny_pair.student, tiny_pair.teacher
+    with pytest.raises(ValueError, match=rf"my\.policies\.{name} cannot be sampled inside vLLM.*vllm_blended=False"):
+        sample(student, teacher, [[1]], own, max_new_tokens=2, eos_token_id=tiny_pair.student_eos, engine=engine)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"policy": {"name": "NoPolicy"}}'])

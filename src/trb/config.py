@@ -93,7 +93,9 @@ class RunConfig:
     student: str = field(
         metadata={"help": "Model to train: zoo:student, smollm2-135m, a directory or a hub id (owner/name)."}
     )
-    teacher: str = field(metadata={"help": "Model to learn from, with the student's tokenizer; written the same way."})
+    teacher: str = field(
+        metadata={"help": "Model to learn from, with the student's tokenizer; written the same way, or an adapter."}
+    )
     train_data: str = field(
         metadata={"help": "Prompts: zoo:chains, reasoning-gym:TASK, a .jsonl or .parquet file, or a hub name."}
     )

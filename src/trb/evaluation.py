@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from trb.data import MATH_SYSTEM_PROMPT, load_prompts, render
+from trb.data import MATH_SYSTEM_PROMPT, check_room, load_prompts, render
+from trb.modeling import positions
 from trb.policies import StudentPolicy
 from trb.ranks import Ranks
 from trb.rewards import Verifier
@@ -140,7 +141,8 @@ def evaluate(
     completion as they do in training; by default the model's own do. Either way all rows of its head take part, as in
     any engine that loads it.
 
-    Raises ValueError for a problem without an answer, and for a results file of other settings or other content.
+    Raises ValueError for a problem without an answer, for one that is too long for the model, and for a results file
+    of other settings or other content.
     """
     if n < 1 or not len(problems):
         raise ValueError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
@@ -149,6 +151,9 @@ def evaluate(
         if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
             raise ValueError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
     prompts = render(tokenizer, rows)
+    # Another sampler may have other limits.
+    limits = {f"the model ({type(model).__name__})": positions(model) if sampler is sample else None}
+    check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob="max_new_tokens")
     stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
     settings = {
         "name": name,

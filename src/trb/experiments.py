@@ -15,6 +15,7 @@ Left out on purpose: sweeps over settings and seeds, machines other than this on
 import errno
 import gc
 import json
+import logging
 import math
 import os
 import random
@@ -42,7 +43,7 @@ from transformers import (
     set_seed,
 )
 
-from trb import checkpoints, provenance
+from trb import checkpoints, provenance, resume
 from trb.checkpoints import CheckpointError
 from trb.config import ConfigError, Recipe, RunConfig, is_method_name
 from trb.data import check_lengths, load_prompts
@@ -79,23 +80,13 @@ __all__ = [
     "train",
 ]
 
+logger = logging.getLogger(__name__)
+
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
 
-# What may differ when a run is continued: how long it is, and what it leaves behind, not what it computes.
-_MAY_CHANGE = {
-    "max_steps",
-    "num_train_epochs",
-    "eval_every",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "save_final_model",
-    "resume_from_checkpoint",
-    "checkpoint_checksums",
-    "max_skipped_steps",
-    "report_to",
-    "run_name",
-}
+# What may differ when a run is continued: how long it is (the trainer refuses that where its schedule depends on it),
+# and what it leaves behind, not what it computes.
+_MAY_CHANGE = {*resume.FREE, *resume.LENGTH, "eval_every", "eval_max_rows", "save_final_model"}
 _MEASUREMENTS = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
 _RUN_FILES = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "report.html")
 _CPU_CACHE_BYTES = 2 << 30
@@ -136,6 +127,7 @@ def train(
     output_dir: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    accept_changes: bool = False,
     listener: Listener | None = None,
     initial_scores: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -146,6 +138,8 @@ def train(
         output_dir: the run directory. A finished run with this recipe is returned as it is; an interrupted one goes on
             from its last complete checkpoint.
         overwrite: remove the run that the directory holds, and start over.
+        accept_changes: go on from a checkpoint though the recipe, the data or the models have changed, with a warning.
+            What was measured before stays as it was measured.
         listener: hears about progress.
         initial_scores: what `evaluate_suites` said of the untrained student, where that is known already.
 
@@ -159,17 +153,23 @@ def train(
         raise ConfigError(f"{recipe.source} has methods: choose one with for_method, or use compare")
     listener, args = listener or Listener(), recipe.training_config(output_dir)
     listener.plan({args.method: max(0, args.max_steps)})
-    return _train(recipe, Path(output_dir), args.method, initial_scores, overwrite, listener)
+    return _train(recipe, Path(output_dir), args.method, initial_scores, overwrite, listener, accept_changes)
 
 
 def compare(
-    recipe: Recipe, output_dir: str | os.PathLike[str], *, overwrite: bool = False, listener: Listener | None = None
+    recipe: Recipe,
+    output_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Train every entry of `methods` from the same student; returns what results.json holds.
 
     The student and the teacher are evaluated once, and each method has a run directory of its name. What is finished
     is not repeated. Arguments and errors are those of `train`; ConfigError also for a recipe without methods or
-    evaluation data.
+    evaluation data. `accept_changes` is for single methods and for the length of training: what all methods share
+    stays as it is.
     """
     listener, directory = listener or Listener(), Path(output_dir)
     for needed in ("methods", "eval_data"):
@@ -183,14 +183,15 @@ def compare(
     _check_shared_recipe(directory, recipe)
     for name, variant in recipes.items():
         # Sizes will do here: contents are compared once more before anything is resumed from.
-        _check_claim(directory / name, variant, checkpoints.latest(directory / name, contents=False, warn=None))
+        checkpoint = checkpoints.latest(directory / name, contents=False, warn=None)
+        _check_claim(directory / name, variant, checkpoint, accept_changes, warn=False)
     listener.plan({name: max(0, variant.training_config(directory).max_steps) for name, variant in recipes.items()})
     _require_writable(directory)
     with _explained_disk_errors(directory):
         initial = _initial_scores(recipe, args, directory, listener)
         results = {"student": mean_of_suites(initial["student"])}
         for name, variant in recipes.items():
-            finished = _train(variant, directory / name, name, initial["student"], False, listener)
+            finished = _train(variant, directory / name, name, initial["student"], False, listener, accept_changes)
             results[name] = finished[name]
             complete = {**results, "teacher": mean_of_suites(initial["teacher"]), "provenance": provenance.describe()}
             if args.process_index == 0:
@@ -202,7 +203,13 @@ def compare(
 
 
 def _train(
-    recipe: Recipe, directory: Path, name: str, before: list[dict[str, Any]] | None, overwrite: bool, listener: Listener
+    recipe: Recipe,
+    directory: Path,
+    name: str,
+    before: list[dict[str, Any]] | None,
+    overwrite: bool,
+    listener: Listener,
+    accept_changes: bool,
 ) -> dict[str, Any]:
     """`train` under a name, with the initial student's scores where they are known already."""
     args = recipe.training_config(directory)
@@ -213,7 +220,7 @@ def _train(
         if overwrite and args.process_index == 0:
             _clear(directory)
         args.distributed_state.wait_for_everyone()
-        return _train_alone(recipe, args, directory, name, before, listener)
+        return _train_alone(recipe, args, directory, name, before, listener, accept_changes)
 
 
 def _train_alone(
@@ -223,21 +230,17 @@ def _train_alone(
     name: str,
     before: list[dict[str, Any]] | None,
     listener: Listener,
+    accept_changes: bool,
 ) -> dict[str, Any]:
     """The run itself, in a directory that nobody else writes to."""
     run = recipe.run
-    checkpoint = _check_claim(directory, recipe, Ranks.of_launch().from_first(partial(checkpoints.latest, directory)))
+    found = Ranks.of_launch().from_first(partial(checkpoints.latest, directory))
+    checkpoint = _check_claim(directory, recipe, found, accept_changes)
     checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
     listener.stage(f"{name}: loading models and data")
     material = _load(run, args)
     _require_space(directory, material.student, run, args)
     with Verifier(run.reward_timeout_s) as verifier, _explained_disk_errors(directory):
-        if args.process_index == 0:
-            # Not before: a run that could not load must not claim the directory.
-            _begin(directory, recipe, afresh=checkpoint is None)
-            if checkpoint is not None and args.resume_from_checkpoint is None:
-                _finish_pruning(directory, checkpoint, args)
-        args.distributed_state.wait_for_everyone()
         score = partial(
             evaluate_suites,
             tokenizer=material.tokenizer,
@@ -249,10 +252,19 @@ def _train_alone(
         )
         observer = _Observer(directory, name, run.eval_every if material.problems else 0, score, listener)
         trainer = observer.trainer = _trainer(material, run, args, verifier, observer)
+        trainer.check_prompts()
+        if checkpoint is not None and not accept_changes and not _is_last(checkpoint, args):
+            trainer.check_same_run(checkpoint)
+        if args.process_index == 0:
+            # Not before: a run that cannot start must not claim the directory.
+            _begin(directory, recipe, afresh=checkpoint is None)
+            if checkpoint is not None and args.resume_from_checkpoint is None:
+                _finish_pruning(directory, checkpoint, args)
+        args.distributed_state.wait_for_everyone()
         if observer.scores_at(0) is None:
             observer.measure(0) if before is None else observer.keep(0, before)
         start = time.monotonic()
-        _take_steps(trainer, checkpoint)
+        _take_steps(trainer, checkpoint, accept_changes)
         seconds = round(time.monotonic() - start, 1)
         steps = trainer.state.global_step
         if run.save_final_model:
@@ -294,7 +306,7 @@ def _trainer(
     return trainer
 
 
-def _take_steps(trainer: TRBTrainer, checkpoint: Path | None) -> None:
+def _take_steps(trainer: TRBTrainer, checkpoint: Path | None, accept_changes: bool) -> None:
     """Train to the end, from a checkpoint where there is one. Raises ValueError for one that could run code."""
     if checkpoint is not None:
         check_checkpoint(checkpoint)  # the trainer does too, but DeepSpeed's files are read elsewhere
@@ -306,7 +318,8 @@ def _take_steps(trainer: TRBTrainer, checkpoint: Path | None) -> None:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = _state_of(checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint), verify=False)  # it was, before anything was loaded
+        # Verified it was, before anything was loaded.
+        trainer.train(resume_from_checkpoint=str(checkpoint), verify=False, accept_changes=accept_changes)
 
 
 class _Observer(TrainerCallback):
@@ -445,20 +458,21 @@ def model_of_run(spec: str) -> str:
     return str(model) if model.is_dir() and not (model.parent / "config.json").exists() else spec
 
 
-def load_student(run: RunConfig) -> PreTrainedModel:
-    """The student, pruned where the recipe says so."""
+def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedModel:
+    """The student, pruned where the recipe says so. An adapter stays apart from its base, but for training."""
     return load_model(
         run.student,
         dtype=run.student_dtype,
         trust_remote_code=run.student_trust_remote_code,
         revision=run.student_revision,
         keep_layers=run.student_keep_layers,
+        merge_adapter=for_training,
     )
 
 
-def load_pair(run: RunConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student and the teacher."""
-    student = load_student(run)
+def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The student and the teacher; see `load_student`."""
+    student = load_student(run, for_training=for_training)
     teacher = load_model(
         run.teacher,
         dtype=run.teacher_dtype,
@@ -488,7 +502,7 @@ def _load(run: RunConfig, args: TRBConfig) -> _Material:
     prompts, held_out = _training_prompts(run, args, tokenizer)
     problems = problem_sets(run)
     with loaded_whole(args):
-        student, teacher = load_pair(run)
+        student, teacher = load_pair(run, for_training=True)
     vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
     return _Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
 
@@ -720,7 +734,9 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
     return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
 
 
-def _check_claim(directory: Path, recipe: Recipe, checkpoint: Path | None) -> Path | None:
+def _check_claim(
+    directory: Path, recipe: Recipe, checkpoint: Path | None, accept_changes: bool, *, warn: bool = True
+) -> Path | None:
     """The checkpoint to go on from, if any. Raises RunDirectoryError if the directory holds another run."""
     if checkpoint is not None and not (directory / "config.yaml").exists():
         raise RunDirectoryError(
@@ -730,8 +746,10 @@ def _check_claim(directory: Path, recipe: Recipe, checkpoint: Path | None) -> Pa
     found = _differences(directory / "config.yaml", recipe)
     # A longer run may go on from a checkpoint; without one it would silently start over.
     refused = [difference for difference in found if difference.key not in _MAY_CHANGE or checkpoint is None]
-    if refused:
-        _refuse(directory, refused)
+    if refused and not (accept_changes and checkpoint is not None):
+        _refuse(directory, refused, can_accept=checkpoint is not None)
+    if refused and warn:
+        logger.warning("%s goes on with changes: %s", directory, "; ".join(map(str, refused)))
     return checkpoint
 
 
@@ -739,15 +757,14 @@ def _check_shared_recipe(directory: Path, recipe: Recipe) -> None:
     ignore = frozenset({"methods", *_MAY_CHANGE})
     differences = _differences(directory / "recipe.yaml", recipe, ignore)
     if differences:
-        _refuse(directory, differences)
+        _refuse(directory, differences, can_accept=False)
 
 
-def _refuse(directory: Path, differences: list[_Difference]) -> None:
-    more = f", and {len(differences) - 5} more" if len(differences) > 5 else ""
-    raise RunDirectoryError(
-        f"{directory} holds another configuration: {'; '.join(map(str, differences[:5]))}{more}. "
-        "Use another output directory, or --overwrite to remove what is there"
-    )
+def _refuse(directory: Path, differences: list[_Difference], *, can_accept: bool) -> None:
+    remedy = "Use another output directory, or --overwrite to remove what is there"
+    if can_accept:
+        remedy += ", or --accept-changes to go on from its last checkpoint all the same"
+    raise RunDirectoryError(f"{directory} holds another configuration: {'; '.join(map(str, differences))}. {remedy}")
 
 
 def _finished(directory: Path, recipe: Recipe) -> bool:
@@ -885,11 +902,11 @@ def _explained_disk_errors(directory: Path) -> Iterator[None]:
         checkpoints.clear_partial(directory)
         shutil.rmtree(directory / "model.partial", ignore_errors=True)
         checkpoint = checkpoints.latest(directory, contents=False, warn=None)
-        resume = f"continue from {checkpoint.name}" if checkpoint else "start over (no checkpoint was complete yet)"
+        way_on = f"continue from {checkpoint.name}" if checkpoint else "start over (no checkpoint was complete yet)"
         raise DiskFullError(
             errno.ENOSPC,
             f"the disk of {directory} is full: what was being written is lost, and everything saved before is intact. "
-            f"Free some space and run the same command again to {resume}; save_total_limit: 1 keeps fewer checkpoints",
+            f"Free some space and run the same command again to {way_on}; save_total_limit: 1 keeps fewer checkpoints",
         ) from error
 
 

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -44,12 +45,15 @@ from transformers import (
 from trb import zoo
 from trb.choices import did_you_mean
 from trb.files import cache_directory
+from trb.modeling import check_adapter, without_adapters
 from trb.templates import check_chat_template
 from trb.untrusted import check_weight_index, printable, read_object, require_inside
 
 __all__ = [
     "BUILT_IN",
     "DTYPES",
+    "adapter_base",
+    "attach_adapter",
     "check_config",
     "kept_layers",
     "load_model",
@@ -81,25 +85,35 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     keep_layers: int | None = None,
+    merge_adapter: bool = False,
 ) -> PreTrainedModel:
     """The causal LM that `spec` names, in eval mode, with a generation config that holds token ids only.
 
     `keep_layers` prunes it to that many layers (`prune_depth`); `revision` is for hub ids only. A local path
     wins over a hub id of the same name, and a spec that looks like a path is never looked up on the hub. An
-    adapter directory loads its base model, which `keep_layers` then prunes, and merges the adapter into it.
+    adapter directory loads its base model, which `keep_layers` then prunes, and puts the adapter in place: the result
+    is a `peft.PeftModel` around the base. `merge_adapter` adds it to the base's weights instead, for training.
 
-    Raises ValueError for an unknown dtype, spec or layer count and for files that would run code or lead out of
-    the directory, FileNotFoundError for a missing path, and OSError when the hub cannot provide the model, its
-    files are damaged or lack some of the weights.
+    Raises ValueError for an unknown dtype, spec, layer count or kind of adapter and for files that would run code or
+    lead out of the directory, FileNotFoundError for a missing path, and OSError when the hub cannot provide the model,
+    its files are damaged or lack some of the weights.
     """
     _check_dtype(dtype)
     source = resolve(spec, revision)
     if isinstance(source, Path) and _is_adapter(source):
-        model = _load_adapter(source, dtype, trust_remote_code, keep_layers)
-    else:
-        model = _load_weights(source, dtype, trust_remote_code, revision)
-        if keep_layers is not None:
-            model = prune_depth(model, keep_layers)
+        adapter = _adapter_config(source)
+        base = load_model(
+            adapter["base_model_name_or_path"],
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=adapter.get("revision"),
+            keep_layers=keep_layers,
+            merge_adapter=True,
+        )
+        return attach_adapter(base, source, merge=merge_adapter)
+    model = _load_weights(source, dtype, trust_remote_code, revision)
+    if keep_layers is not None:
+        model = prune_depth(model, keep_layers)
     model.generation_config = _token_ids_only(model)
     return model.eval()
 
@@ -206,8 +220,8 @@ def _explained(source: Path | str, what: str) -> Iterator[None]:
     """Say which files are meant, whatever a library raised about them: its parsers raise anything on damaged ones."""
     try:
         yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
+    except (ImportError, MemoryError, PermissionError, torch.OutOfMemoryError):
+        raise  # these say what is wrong; PermissionError names the file
     except (OSError, HFValidationError, SafetensorError) as error:
         raise _unavailable(source, what) from error
     except ValueError as error:
@@ -301,8 +315,23 @@ def _token_ids_only(model: PreTrainedModel) -> GenerationConfig:
 # Adapters
 
 
+def adapter_base(spec: str) -> tuple[str, str | None] | None:
+    """Spec and revision of the model that the adapter in a directory stands on; None for any other spec.
+
+    Raises ValueError for an adapter that cannot be used, and what `load_model` does for files that are missing.
+    """
+    directory = Path(spec).expanduser()
+    if not directory.is_dir() or not _is_adapter(directory):
+        return None
+    _check_directory(directory)
+    adapter = _adapter_config(directory)
+    return adapter["base_model_name_or_path"], adapter.get("revision")
+
+
 def _is_adapter(directory: Path) -> bool:
-    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
+    """Whether it holds an adapter and no whole model; the configuration of its base may lie beside it."""
+    weights = {path.name for path in directory.glob("*.safetensors")}
+    return (directory / "adapter_config.json").is_file() and weights <= {"adapter_model.safetensors"}
 
 
 def _adapter_config(directory: Path) -> dict[str, Any]:
@@ -325,28 +354,32 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not name its base_model_name_or_path: add it there")
     if config.get("megatron_config"):  # peft imports the module that megatron_core names
         raise ValueError(f"{path} asks for Megatron's layers, which are not supported: remove megatron_config")
+    try:
+        check_adapter(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return config
 
 
-def _load_adapter(directory: Path, dtype: str, trust_remote_code: bool, keep_layers: int | None) -> PreTrainedModel:
-    """The base model of a LoRA checkpoint with the adapter merged into its weights."""
+def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = False) -> PreTrainedModel:
+    """A `peft.PeftModel` around `base`, with the adapter of a directory in place, in eval mode and in base's dtype.
+
+    `merge` adds the adapter to the weights and returns `base` itself. Raises ValueError for an adapter that does not
+    fit, and OSError for one that is damaged or lacks some of its weights.
+    """
     from peft import PeftModel
 
-    adapter = _adapter_config(directory)
-    base = load_model(
-        adapter["base_model_name_or_path"],
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        revision=adapter.get("revision"),
-        keep_layers=keep_layers,
-    )
-    if adapter.get("layers_to_transform") is None:
+    if _adapter_config(directory).get("layers_to_transform") is None:
         _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
-    with _explained(directory, "adapter"):
-        model = PeftModel.from_pretrained(base, directory).merge_and_unload()
+    with _explained(directory, "adapter"), warnings.catch_warnings():
+        # Left alone, missing weights are drawn at random or are zero, and the adapter does less than it should.
+        warnings.filterwarnings("error", message=".*Found missing adapter keys")
+        adapted: Any = PeftModel.from_pretrained(base, directory, autocast_adapter_dtype=False)
         if (directory / "generation_config.json").is_file():  # what ends a completion may be the adapter's own
-            model.generation_config = GenerationConfig.from_pretrained(directory)
-        return model
+            base.generation_config = GenerationConfig.from_pretrained(directory)
+            base.generation_config = _token_ids_only(base)
+    # PEFT froze what a merged model may want to train.
+    return adapted.merge_and_unload().requires_grad_(True).eval() if merge else adapted.eval()
 
 
 def _check_adapter_depth(directory: Path, depth: int) -> None:
@@ -592,7 +625,7 @@ def memory_estimate(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     _check_dtype(dtype)
-    model = model_or_config if isinstance(model_or_config, PreTrainedModel) else _on_meta(model_or_config)
+    model = without_adapters(model_or_config) if isinstance(model_or_config, nn.Module) else _on_meta(model_or_config)
     config = model.config.get_text_config()
     element = _element_size(dtype, model.dtype)
     tokens = batch * sequence_length

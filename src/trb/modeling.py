@@ -12,7 +12,7 @@ size, V head rows.
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,13 +26,16 @@ __all__ = [
     "OutputHead",
     "UnsupportedModelError",
     "accepts",
+    "check_adapter",
     "check_causal",
     "completion_hidden_states",
     "decoder",
     "disagreement",
+    "has_adapters",
     "hidden_states",
     "length_groups",
     "plain_logits",
+    "positions",
     "probe_rows",
     "rope_switch",
     "tolerance",
@@ -43,6 +46,10 @@ __all__ = [
 # Rows are read in groups of similar length. The number of groups depends on the batch size alone: under sharding every
 # rank must run the model equally often.
 _LENGTH_GROUPS = 4
+
+# Kinds of PEFT adapters, in its own names.
+_IN_PLACE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "HRA", "MISS")
+_VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
 
 
 def length_groups(rows: int) -> int:
@@ -66,9 +73,51 @@ def without_adapters(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside torch.compile's and PEFT's wrappers (adapters stay in place), or the model itself.
 
     Wrappers hide the signature of the model's forward pass, and with it whether positions can be given.
+
+    Raises:
+        ValueError: adapters that do not stay in place (`check_adapter`).
     """
     model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+    if not hasattr(model, "get_base_model"):
+        return model  # type: ignore[return-value]
+    for config in model.peft_config.values():  # type: ignore[operator]
+        check_adapter(config)
+    return model.get_base_model()  # type: ignore[operator]
+
+
+def check_adapter(config: Any) -> None:
+    """Refuse an adapter that is lost where the model inside its wrapper is called.
+
+    Samplers and losses call that model. It holds adapters that replace single layers by layers of the same inputs
+    and outputs, as LoRA does; virtual tokens, and what is switched on by the tokens of a prompt, are the wrapper's.
+
+    Args:
+        config: a `peft.PeftConfig`, or what stands in an adapter_config.json, as a mapping.
+
+    Raises:
+        ValueError: names the kind of adapter and the reason.
+    """
+    options = config if isinstance(config, Mapping) else vars(config)
+    kind = str(getattr(options.get("peft_type"), "value", options.get("peft_type")))
+    if kind in _VIRTUAL_TOKENS:
+        why = "it puts virtual tokens before the prompt, which are not part of the model that is sampled from"
+    elif kind not in _IN_PLACE:
+        why = f"only adapters that replace single layers are ({', '.join(_IN_PLACE)})"
+    elif options.get("alora_invocation_tokens"):
+        kind, why = "activated LoRA", "its adapter begins to act at a place inside the prompt"
+    else:
+        return
+    raise ValueError(f"adapters of the kind {kind} are not supported: {why}. Use a LoRA adapter, or a whole model")
+
+
+def positions(model: nn.Module) -> int | None:
+    """The longest sequence a model was made for, in tokens; None where its configuration names none."""
+    return getattr(without_adapters(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of the model are replaced by an adapter's, inside a PEFT wrapper or without one."""
+    return hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules())
 
 
 def accepts(model: PreTrainedModel, name: str) -> bool:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -394,16 +394,20 @@ def _with_environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _claimed(directory: Path) -> Iterator[None]:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory / ".lock", wait=False):
-            yield
-    except BlockingIOError as error:
-        raise RunDirectoryError(f"another sweep is running in {directory}; wait for it, or use another one") from error
-    except PermissionError as error:
-        raise RunDirectoryError(
-            f"cannot write to {directory}: {error.strerror}; choose another --output-dir"
-        ) from error
+    with ExitStack() as stack:
+        # Around the claim alone: what is refused later on has a file of its own to name.
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(directory / ".lock", wait=False))
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"another sweep is running in {directory}; wait for it, or use another one"
+            ) from error
+        except PermissionError as error:
+            raise RunDirectoryError(
+                f"cannot write to {error.filename or directory}: {error.strerror}; choose another --output-dir"
+            ) from error
+        yield
 
 
 @contextmanager

@@ -34,7 +34,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -49,12 +49,13 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
-from trb import checkpoints
-from trb.data import token_ids
+from trb import checkpoints, resume
+from trb.data import check_room, token_ids
 from trb.files import write_text
 from trb.guard import NonFiniteError, StepGuard
+from trb.loading import adapter_base, attach_adapter, load_tokenizer, resolve
 from trb.losses import TokenMetrics, chunked_cross_entropy, chunked_reverse_kl
-from trb.modeling import OutputHead, completion_hidden_states, without_adapters
+from trb.modeling import OutputHead, completion_hidden_states, has_adapters, positions, without_adapters
 from trb.policies import (
     BehaviorPolicy,
     SKDPolicy,
@@ -125,6 +126,9 @@ REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bflo
 
 # A step after every warm-up.
 _EVENTUALLY = 1 << 40
+
+# Prompts handed to the tokenizer at once when they are measured.
+_TOKENIZED_AT_ONCE = 1024
 
 # Below this share of the student's probability, a top-k loss was seen to make the student worse (docs/experiments.md).
 _THIN_SUPPORT = 0.5
@@ -308,8 +312,8 @@ class TRBTrainer(DistillationTrainer):
 
     Args:
         model: student; a path or hub id, or a loaded causal LM.
-        teacher_model: teacher; the same. It must share the student's tokenizer; the head may be padded differently
-            and the end-of-sequence id may differ.
+        teacher_model: teacher; the same, or a directory with a LoRA adapter, or a `PeftModel`. It must share the
+            student's tokenizer; the head may be padded differently and the end-of-sequence id may differ.
         args: a `TRBConfig`.
         train_dataset: map-style dataset with a `"prompt"` column.
         eval_dataset: prompts on which `evaluate` reports the loss on student rollouts.
@@ -320,8 +324,8 @@ class TRBTrainer(DistillationTrainer):
         callbacks, optimizers, quantization_config, peft_config: as in `DistillationTrainer`.
 
     Raises:
-        ValueError: different tokenizers, a head without rows for ids in use, an unsupported option, a student with a
-            router loss, or a batch that `num_generations` does not divide.
+        ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
+            a student with a router loss, or a batch that `num_generations` does not divide.
     """
 
     _tag_names = ["trl", "trb"]  # noqa: RUF012
@@ -373,7 +377,7 @@ class TRBTrainer(DistillationTrainer):
         if isinstance(teacher_model, str):
             if teacher_processing_class is None:
                 teacher_processing_class = _load_tokenizer(teacher_model, args)
-            teacher_model = _load_teacher(teacher_model, args)
+            teacher_model = _load_teacher(teacher_model, args, args.teacher_model_revision)
         else:
             _check_loaded(args)
         if teacher_processing_class is not None:
@@ -400,6 +404,8 @@ class TRBTrainer(DistillationTrainer):
         self._guard = StepGuard(Path(str(args.output_dir)) / "skipped")
         self._loss_before = torch.zeros(())
         self._unfinished: Path | None = None
+        self._description: dict[str, Any] | None = None
+        self._prompts_checked = False
         self._rewards_work = False
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._rollout: Rollout | None = None
@@ -469,6 +475,49 @@ class TRBTrainer(DistillationTrainer):
             shuffle=bool(self.shuffle_dataset),
             seed=self.args.seed,
         )
+
+    def check_prompts(self) -> None:
+        """Refuse prompts that would end the run later: fewer than one step needs, or too long for a model.
+
+        `train` begins with it. Prompts for training and evaluation are tokenised as they will be sampled from, once.
+
+        Raises:
+            ValueError: names the dataset and the numbers, or the row.
+        """
+        if self._prompts_checked:
+            return
+        args, rows = self.args, len(cast(Sized, self.train_dataset))
+        needed = self._global_batch() // args.num_generations
+        if rows < needed:
+            raise ValueError(
+                f"train_dataset has {rows} prompts, fewer than the {needed} of one optimizer step: "
+                f"per_device_train_batch_size={args.per_device_train_batch_size} x {self.accelerator.num_processes} "
+                f"processes x gradient_accumulation_steps={args.gradient_accumulation_steps} completions, "
+                f"num_generations={args.num_generations} of each prompt. Add prompts, or lower one of the first two"
+            )
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
+        evaluated = {f"eval_dataset[{key!r}]": rows for key, rows in (several or {}).items()}
+        if several is None and self.eval_dataset is not None:
+            evaluated = {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
+            if not isinstance(dataset, IterableDataset):
+                self._ranks.from_first(partial(self._check_room, name, dataset))
+        self._prompts_checked = True
+
+    def _check_room(self, name: str, dataset: Any) -> None:
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        limits = {
+            f"the {role} ({type(without_adapters(model)).__name__})": positions(model)
+            for role, model in (("student", self.model), ("teacher", teacher))
+        }
+        if self.use_vllm:
+            limits["vLLM (vllm_max_model_length)"] = self.args.vllm_max_model_length
+        if all(limit is None for limit in limits.values()):
+            return
+        prompts = [dataset[row]["prompt"] for row in range(len(dataset))]
+        chunks = (prompts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(prompts), _TOKENIZED_AT_ONCE))
+        lengths = [len(ids) for chunk in chunks for ids in self._tokenize_prompts(chunk)[0]]
+        check_room(lengths, name, int(self.max_completion_length or 0), limits, knob="max_completion_length")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(Path(resume_from_checkpoint))
@@ -830,16 +879,30 @@ class TRBTrainer(DistillationTrainer):
 
     # ---- checkpoints ----
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, verify: bool = True, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: Any = None,
+        *args: Any,
+        verify: bool = True,
+        accept_changes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Train, as transformers' `Trainer.train`.
 
         `resume_from_checkpoint=True` takes the latest checkpoint of the output directory that is whole. `verify=False`
-        trusts one that is named.
+        trusts one that is named. A checkpoint of a run that differs in what changes results (`trb.resume` says what
+        does: options, prompts, models) is refused; `accept_changes=True` warns and goes on.
 
         Raises:
+            ValueError: prompts that cannot be trained on (`check_prompts`).
+            ChangedRunError: lists everything that differs from the checkpoint's run.
             CheckpointError: the checkpoint named is damaged or not one of this trainer's.
             NonFiniteError: `max_skipped_steps` steps in a row had a loss or gradient that is not finite.
         """
+        self.check_prompts()
+        if not self._teacher_is_sharded:  # options may have changed since, and both models are whole
+            self._description = None
+        self._describe_run()
         self._guard.reset()
         if resume_from_checkpoint is True:
             found = self._ranks.from_first(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
@@ -847,7 +910,43 @@ class TRBTrainer(DistillationTrainer):
         elif resume_from_checkpoint and verify:
             named = Path(resume_from_checkpoint)
             self._ranks.from_first(lambda: checkpoints.verify(named))
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            self.check_same_run(Path(resume_from_checkpoint), accept_changes=accept_changes)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _describe_run(self) -> dict[str, Any]:
+        """What this run is, for its checkpoints; collective the first time."""
+        if self._description is None:
+            describe = partial(
+                resume.describe,
+                self.args,
+                world_size=self.accelerator.num_processes,
+                train_dataset=self.train_dataset,
+                tokenizer=self._tokenizer,
+                vocabulary=self.vocabulary,
+                student=self.model,
+                teacher=self.accelerator.unwrap_model(self.teacher_model),
+            )
+            self._description = self._ranks.from_first(describe)
+        return self._description
+
+    def check_same_run(self, checkpoint: Path, *, accept_changes: bool = False) -> None:
+        """Compare this run with a checkpoint's; collective. `train` does so before it resumes.
+
+        Raises:
+            ChangedRunError: lists everything that differs, unless `accept_changes` turns that into a warning.
+        """
+        saved = self._ranks.from_first(lambda: resume.read(checkpoint))
+        if saved is None:
+            logger.warning(f"{checkpoint} does not say which run it is of: its settings and data are not compared")
+            return
+        found = resume.differences(saved, self._describe_run(), length=resume.length_matters(self.args))
+        if not found:
+            return
+        text = resume.explain(checkpoint, found, accepted=accept_changes)
+        if not accept_changes:
+            raise resume.ChangedRunError(text)
+        logger.warning(text)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
@@ -859,6 +958,7 @@ class TRBTrainer(DistillationTrainer):
         if self.accelerator.is_local_main_process:
             checkpoints.clear_partial(directory)
         self.accelerator.wait_for_everyone()
+        description = self._describe_run()
         self._unfinished = directory / checkpoints.PARTIAL
         try:
             super()._save_checkpoint(model, trial)
@@ -872,6 +972,7 @@ class TRBTrainer(DistillationTrainer):
         for publishes in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             self.accelerator.wait_for_everyone()
             if publishes and (directory / checkpoints.PARTIAL / name).exists():
+                resume.write(directory / checkpoints.PARTIAL / name, description)
                 checkpoints.seal(directory / checkpoints.PARTIAL / name, checksums=self.args.checkpoint_checksums)
                 checkpoints.publish(directory, name)
         self.accelerator.wait_for_everyone()
@@ -973,10 +1074,16 @@ class _EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-def _load_teacher(name: str, args: TRBConfig) -> PreTrainedModel:
+def _load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTrainedModel:
+    adapted = adapter_base(name)
+    if adapted is not None:
+        base = _load_teacher(str(resolve(adapted[0])), args, adapted[1])
+        if has_adapters(base):  # an adapter may stand on another one
+            base = cast(Any, base).merge_and_unload()
+        return attach_adapter(base, Path(name).expanduser())
     options: dict[str, Any] = dict(cast(dict, args.teacher_model_init_kwargs) or {})
-    if args.teacher_model_revision is not None:
-        options.setdefault("revision", args.teacher_model_revision)
+    if revision is not None:
+        options.setdefault("revision", revision)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
@@ -1007,6 +1114,8 @@ def _check_router_loss(student: nn.Module) -> None:
 def _load_tokenizer(name: str, args: TRBConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if adapter_base(name) is not None:  # with its base's tokenizer, unless it has one
+        return load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     return AutoTokenizer.from_pretrained(
         name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
     )

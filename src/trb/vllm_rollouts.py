@@ -13,6 +13,7 @@ Left out on purpose: TRL's server mode, whose server samples from the student on
 blended rollouts).
 """
 
+import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ from transformers import AutoConfig, PreTrainedModel, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
-from trb.modeling import without_adapters
+from trb.modeling import has_adapters, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.ranks import Ranks
 from trb.sampling import Engine, EngineOptions, Rollout
@@ -136,17 +137,32 @@ def _configuration(student: Any) -> Iterator[str]:
 
 @contextmanager
 def _teacher_checkpoint(teacher: PreTrainedModel, several: bool) -> Iterator[str]:
-    if teacher.name_or_path:
+    adapted = has_adapters(teacher)  # its name is that of the base, without them
+    if teacher.name_or_path and not adapted:
         yield teacher.name_or_path
         return
     if several:  # transformers writes on the first process alone, and nodes need not share a disk
+        what = "has adapters" if adapted else "was not loaded from a directory or the hub"
         raise ValueError(
-            "the teacher was not loaded from a directory or the hub, so several processes cannot give it to their "
-            "engines: save it (save_pretrained) and load it from there, or set vllm_blended=False"
+            f"the teacher {what}, so several processes cannot give it to their engines: save it as a whole model "
+            "(merge_and_unload, save_pretrained) and load it from there, or set vllm_blended=False"
         )
     with tempfile.TemporaryDirectory(prefix="trb-vllm-") as directory:
-        teacher.save_pretrained(directory)
+        _merged(teacher).save_pretrained(directory)
         yield directory
+
+
+def _merged(model: Any) -> PreTrainedModel:
+    """The model with its adapters in its weights, in a copy."""
+    if not has_adapters(model):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"{type(model).__name__} has adapters in place and no PEFT wrapper that could merge them for vLLM: pass "
+            "the PeftModel, or set vllm_blended=False"
+        )
+    without_adapters(model)  # refuses kinds that do not merge
+    return copy.deepcopy(model).merge_and_unload()
 
 
 class ReleaseEngine(TrainerCallback):

@@ -203,6 +203,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="the recipe, a YAML file")
     parser.add_argument("--output-dir", "--output_dir", metavar="DIR", help="default: runs/ and the recipe's name")
     parser.add_argument("--overwrite", action="store_true", help="remove the run in the output directory first")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="continue from a checkpoint of other settings, data or models, with a warning",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
 
 
@@ -305,7 +310,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         recipe = recipe.for_method(name)
         directory = directory if arguments.output_dir else directory / name
     with listening(arguments.quiet) as listener:
-        results = train(recipe, directory, overwrite=arguments.overwrite, listener=listener)
+        results = train(recipe, directory, **_conditions(arguments), listener=listener)
     return _conclude(results, directory)
 
 
@@ -317,7 +322,7 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
     if recipe.run.methods and "method" in recipe.training:
         raise ConfigError("method means nothing to `trb compare`: it runs every entry of methods")
     with listening(arguments.quiet) as listener:
-        results = compare(recipe, directory, overwrite=arguments.overwrite, listener=listener)
+        results = compare(recipe, directory, **_conditions(arguments), listener=listener)
     return _conclude(results, directory)
 
 
@@ -330,6 +335,11 @@ def _recipe(arguments: argparse.Namespace, rest: list[str]) -> tuple["Recipe", P
     quiet_libraries()
     recipe = load_recipe(arguments.config, parse_overrides(rest))
     return recipe, Path(arguments.output_dir or Path("runs") / Path(arguments.config).stem)
+
+
+def _conditions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What may happen to a run that is in the output directory."""
+    return {"overwrite": arguments.overwrite, "accept_changes": arguments.accept_changes}
 
 
 def _conclude(results: Mapping[str, Any], directory: Path) -> int:

@@ -219,7 +219,7 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
     trust = getattr(run, f"{role}_trust_remote_code")
     keep = run.student_keep_layers if role == "student" else None
     if (Path(spec).expanduser() / "adapter_config.json").is_file():
-        return load_model(spec, trust_remote_code=trust, keep_layers=keep)
+        return load_model(spec, trust_remote_code=trust, keep_layers=keep, merge_adapter=role == "student")
     directory = Path(spec).expanduser()
     shape_only = not weights and (directory / "config.json").is_file()
     source = directory if shape_only else resolve(spec, revision)

@@ -78,9 +78,17 @@ class BlendRequest:
     rollout_index: int
 
     def to_text(self) -> str:
+        """Raises ValueError for a policy of one's own, which the engine could not make again from text."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         policy: Any = self.policy
-        values["policy"] = {"name": type(policy).__name__, **dataclasses.asdict(policy)}
+        own = type(policy)
+        if _POLICIES.get(own.__name__) is not own:
+            raise ValueError(
+                f"{own.__module__}.{own.__qualname__} cannot be sampled inside vLLM, which knows "
+                f"{', '.join(_POLICIES)} of trb.policies: sample it in this process (engine=None; in training "
+                "vllm_blended=False), or add it to trb.sampling.verification in every process of the engine"
+            )
+        values["policy"] = {"name": own.__name__, **dataclasses.asdict(policy)}
         values["vocabulary"] = dataclasses.asdict(self.vocabulary)
         return json.dumps(values)
 
@@ -90,7 +98,13 @@ class BlendRequest:
         try:
             values = json.loads(text)
             policy = dict(values["policy"])
-            values["policy"] = _POLICIES[policy.pop("name")](**policy)
+            name = policy.pop("name")
+            if name not in _POLICIES:
+                raise ValueError(
+                    f"not a blended request: its policy is {name!r:.100}, and this engine knows "
+                    f"{', '.join(_POLICIES)}; write it with BlendRequest.to_text"
+                )
+            values["policy"] = _POLICIES[name](**policy)
             vocabulary = values["vocabulary"]
             values["vocabulary"] = SharedVocabulary(**{**vocabulary, "folded_ids": tuple(vocabulary["folded_ids"])})
             request = cls(**values)

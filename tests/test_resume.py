@@ -1,0 +1,373 @@
+"""A resumed run compares itself with its checkpoint: every option is classified, and every change is named."""
+
+import copy
+import dataclasses
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from test_trainer import build, config, weights
+from transformers import get_scheduler
+
+from trb import TRBConfig, checkpoints, resume, zoo
+from trb.resume import ChangedRunError, spread
+from trb.trainer import TRBTrainer
+
+TINY: dict[str, Any] = {"max_completion_length": 4, "per_device_train_batch_size": 4, "num_generations": 2}
+SAVED = TINY | {"save_strategy": "steps", "save_steps": 1}
+ROWS = zoo.problems(64, seed=0, split="train")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run's first step."""
+    directory = tmp_path_factory.mktemp("saved")
+    build(directory, **SAVED, max_steps=1).train()
+    return directory / "checkpoint-1"
+
+
+def resumed(saved: Path, directory: Path, *, accept: bool = False, **changes: Any) -> TRBTrainer:
+    trainer = build(directory, **{**TINY, "max_steps": 2, **changes})
+    trainer.train(resume_from_checkpoint=str(saved), accept_changes=accept)
+    return trainer
+
+
+# ---- the table of options ----
+
+
+def test_every_option_is_classified_once() -> None:
+    """A new option, of ours or of a library, must be thought of: does it change results?"""
+    lists = [*resume.FREE, *resume.LENGTH, *resume.COMPARED]
+    assert len(lists) == len(set(lists))
+    assert set(lists) == {item.name for item in dataclasses.fields(TRBConfig)}
+    assert set(resume._LAYOUT) - {"world_size"} <= set(resume.COMPARED)
+
+
+def test_an_option_that_is_in_no_list_is_compared(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class MyConfig(TRBConfig):
+        my_option: int = 1
+
+    one, other = (described(MyConfig(str(tmp_path), bf16=False, report_to=[], my_option=value)) for value in (1, 2))
+    assert [str(found) for found in resume.differences(one, other, length=True)] == ["my_option: 1 -> 2"]
+
+
+def described(args: TRBConfig, **changes: Any) -> dict[str, Any]:
+    student, tokenizer = zoo.load("student")
+    whole: dict[str, Any] = {
+        "world_size": 1,
+        "train_dataset": Dataset.from_list(ROWS),
+        "tokenizer": tokenizer,
+        "vocabulary": resume.SharedVocabulary(4, 1, (2,)),
+        "student": student,
+        "teacher": zoo.load("teacher")[0],
+    }
+    return resume.describe(args, **{**whole, **changes})
+
+
+def keys_of(one: dict[str, Any], other: dict[str, Any], *, length: bool = True) -> list[str]:
+    return [difference.key for difference in resume.differences(one, other, length=length)]
+
+
+def test_free_options_change_nothing_that_is_kept_and_each_other_one_is_found(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    before = described(args)
+    assert keys_of(before, before) == []
+    for item in dataclasses.fields(TRBConfig):
+        other = copy.copy(args)
+        setattr(other, item.name, "something else" if item.name in resume.FREE else 7.25)
+        now = before | {
+            key.name: resume._plain(getattr(other, key.name))
+            for key in dataclasses.fields(TRBConfig)
+            if key.name not in resume.FREE
+        }
+        expected = [] if item.name in resume.FREE else [item.name]
+        if item.name == "num_train_epochs":  # max_steps wins
+            expected = []
+        assert keys_of(before, now) == expected, item.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "matters"),
+    [
+        ({"lr_scheduler_type": "constant"}, False),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 0.1}, False),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}, False),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, True),
+        ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 5}, False),
+        ({"lr_scheduler_type": "linear"}, True),
+        ({"lr_scheduler_type": "cosine"}, True),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, True),
+        ({"method": "veto"}, True),
+        ({"method": "veto", "veto_steps": 5}, False),
+    ],
+)
+def test_the_length_matters_where_a_schedule_depends_on_it(
+    tmp_path: Path, changes: dict[str, Any], matters: bool
+) -> None:
+    """Held to transformers' own schedules: the rate of step 3 in a run of 10 steps and in one of 1,000."""
+    args = config(tmp_path, **changes)
+    assert resume.length_matters(args) == matters
+    if args.method != "veto" and args.lr_scheduler_type != "warmup_stable_decay":
+        rates = []
+        for steps in (10, 1000):
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
+            for _ in range(3):
+                optimizer.step()
+                schedule.step()
+            rates.append(schedule.get_last_lr())
+        assert (rates[0] != rates[1]) == matters
+
+
+@pytest.mark.parametrize(
+    ("layout", "same"),
+    [((4, 2, 1), True), ((2, 2, 2), True), ((8, 1, 1), True), ((4, 1, 1), False), ((4, 2, 2), False)],
+)
+def test_another_layout_of_the_same_step_is_the_same_run(
+    tmp_path: Path, layout: tuple[int, int, int], same: bool
+) -> None:
+    rows, accumulation, processes = layout
+    before = described(config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2))
+    args = config(tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation)
+    assert (keys_of(before, described(args, world_size=processes)) == []) == same
+    apart = before | {"average_tokens_across_devices": False}  # each process weighs its own tokens
+    now = described(args, world_size=processes) | {"average_tokens_across_devices": False}
+    assert (keys_of(apart, now) == []) == (layout == (4, 2, 1))
+
+
+# ---- data and models ----
+
+
+def changed_prompt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first, *rest = copy.deepcopy(rows)
+    first["prompt"][-1]["content"] += " "
+    return [first, *rest]
+
+
+def changed_answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [*rows[:-1], rows[-1] | {"answer": "another"}]
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        (lambda rows: rows[:-1], {"rows", "prompts", "answers"}),
+        (lambda rows: rows[::-1], {"prompts", "answers"}),
+        (changed_prompt, {"prompts"}),
+        (changed_answer, {"answers"}),
+        (lambda rows: [row | {"note": "of no use"} for row in rows], set()),
+    ],
+)
+def test_prompts_and_answers_are_compared_in_their_order(
+    tmp_path: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], keys: set[str]
+) -> None:
+    args = config(tmp_path)
+    before = described(args)
+    for rows in (Dataset.from_list(change(ROWS)), change(ROWS)):  # a dataset, and any other sequence
+        found = keys_of(before, described(args, train_dataset=rows))
+        assert set(found) == {f"train_dataset.{key}" for key in keys}
+
+
+def test_a_large_dataset_is_sampled_with_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "_SAMPLED_ROWS", 5)
+    assert spread(1000, 5) == [0, 249, 499, 749, 999]
+    assert spread(5, 5) == [0, 1, 2, 3, 4]
+    rows = [{"prompt": str(index), "answer": ""} for index in range(1000)]
+    before = resume._dataset(rows)
+    for index in (0, 499, 999):
+        other = [*rows[:index], {"prompt": "x", "answer": ""}, *rows[index + 1 :]]
+        assert resume._dataset(other)["prompts"] != before["prompts"]
+    assert resume._dataset(rows[:-1])["rows"] != before["rows"]
+
+
+def test_models_are_compared_by_shape_weights_and_adapters(tmp_path: Path) -> None:
+    args, before = config(tmp_path), described(config(tmp_path))
+    teacher, _ = zoo.load("teacher")
+    with torch.no_grad():
+        teacher.lm_head.weight.neg_()
+    assert keys_of(before, described(args, teacher=teacher)) == ["teacher.weights"]
+    assert "teacher.dtype" in keys_of(before, described(args, teacher=zoo.load("teacher")[0].bfloat16()))
+    student, _ = zoo.load("student")
+    with torch.no_grad():
+        student.lm_head.weight.neg_()
+    assert keys_of(before, described(args, student=student)) == []  # the checkpoint brings these weights
+
+    def adapted(alpha: int, sign: float = 1.0) -> Any:
+        base, _ = zoo.load("student")
+        with torch.no_grad():
+            base.lm_head.weight.mul_(sign)
+        adapters = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return get_peft_model(base, adapters)
+
+    with_adapters = described(args, student=adapted(4))
+    assert "student.adapters" in keys_of(before, with_adapters)
+    assert keys_of(with_adapters, described(args, student=adapted(4))) == []  # however they were initialised
+    assert keys_of(with_adapters, described(args, student=adapted(8))) == ["student.adapters"]
+    assert keys_of(with_adapters, described(args, student=adapted(4, -1.0))) == ["student.frozen_weights"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64])
+def test_few_numbers_of_any_tensor_tell_it_from_another(dtype: torch.dtype) -> None:
+    one = torch.arange(6000).remainder(100).to(dtype).reshape(20, 300)
+    for tensor in (one, one.t(), one[:, ::2], one[0], one[0, 0], one[:0]):
+        before = resume._numbers(tensor)
+        assert before == resume._numbers(tensor.clone())
+        assert tensor.numel() == 0 or before != resume._numbers(tensor + 1)
+    assert resume._numbers(one) != resume._numbers(one.reshape(300, 20))
+    assert resume._numbers(torch.empty(3, 4, device="meta")) == b"(3, 4)"
+
+
+# ---- through the trainer ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train_rows": zoo.problems(64, seed=9, split="train")}, [r"train_dataset\.prompts: ", r"\.answers: "]),
+        ({"method": "opd"}, [r'method: "trb" -> "opd"']),
+        ({"num_generations": 4}, ["num_generations: 2 -> 4"]),
+        ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps: 1 -> 2"]),
+        ({"seed": 3, "loss_top_k": 4}, ["seed: 42 -> 3", "loss_top_k: 16 -> 4"]),
+        ({"lr_scheduler_type": "linear"}, ["max_steps: 1 -> 2", 'lr_scheduler_type: "constant" -> "linear"']),
+        ({"initial_kl_budget": float("inf")}, ['initial_kl_budget: 0.5 -> "Infinity"']),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_changed_run_is_refused_by_name_and_goes_on_if_that_is_accepted(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], named: list[str]
+) -> None:
+    with pytest.raises(ChangedRunError) as caught:
+        resumed(saved, tmp_path, **changes)
+    for pattern in named:
+        assert re.search(pattern, str(caught.value)), caught.value
+    assert str(saved) in str(caught.value) and "accept_changes=True" in str(caught.value)
+    caplog.set_level(logging.WARNING)
+    trainer = resumed(saved, tmp_path, accept=True, **changes)
+    assert trainer.state.global_step == 2
+    for pattern in named:
+        assert re.search(pattern, caplog.text)
+
+
+def test_what_the_optimizers_state_keeps_is_said(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    trainer = resumed(saved, tmp_path, accept=True, learning_rate=1.0, weight_decay=0.5)
+    group = trainer.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(3e-4), 0.0)
+    assert "The optimizer's saved state keeps its own learning_rate, weight_decay" in caplog.text
+
+
+def test_what_changes_no_results_may_change(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Longer (this schedule is constant), in another layout, saved and logged otherwise: to the same weights."""
+    straight = build(tmp_path / "straight", **TINY, max_steps=2)
+    straight.train()
+    caplog.set_level(logging.WARNING)
+    trainer = resumed(
+        saved,
+        tmp_path / "resumed",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        rollout_batch_size=1,
+        loss_chunk_tokens=3,
+        block_size=2,
+        recorded_rollouts=0,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    assert "saved -> now" not in caplog.text
+    for (name, one), other in zip(weights(straight).items(), weights(trainer).values(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_an_unchanged_run_resumes_to_the_same_bits(saved: Path, tmp_path: Path) -> None:
+    straight = build(tmp_path / "straight", **TINY, max_steps=2)
+    straight.train()
+    again = resumed(saved, tmp_path / "resumed")
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
+
+
+def copied(saved: Path, directory: Path) -> Path:
+    return Path(shutil.copytree(saved, directory / saved.name))
+
+
+def test_the_record_is_sealed_and_an_older_checkpoint_is_continued_with_a_warning(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "method" in json.loads((saved / resume.FILE_NAME).read_text())
+    damaged = copied(saved, tmp_path)
+    (damaged / resume.FILE_NAME).write_text("{}")
+    with pytest.raises(checkpoints.CheckpointError, match=resume.FILE_NAME):
+        resumed(damaged, tmp_path / "run")
+    (damaged / resume.FILE_NAME).unlink()
+    checkpoints.seal(damaged)
+    caplog.set_level(logging.WARNING)
+    assert resumed(damaged, tmp_path / "run", method="opd").state.global_step == 2
+    assert "does not say which run it is of: its settings and data are not compared" in caplog.text
+
+
+def test_a_checkpoint_of_weights_alone_says_what_it_is_of(tmp_path: Path) -> None:
+    build(tmp_path, **SAVED, max_steps=1, save_only_model=True).train()
+    with pytest.raises(ChangedRunError, match='method: "trb" -> "opd"'):
+        resumed(tmp_path / "checkpoint-1", tmp_path, method="opd")
+
+
+# ---- prompts that cannot be trained on ----
+
+
+def test_fewer_prompts_than_a_step_needs_are_refused(tmp_path: Path) -> None:
+    trainer = build(tmp_path, **TINY, gradient_accumulation_steps=2, train_rows=ROWS[:3])
+    message = "train_dataset has 3 prompts, fewer than the 4 of one optimizer step: per_device_train_batch_size=4 x 1 "
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not trainer.state.global_step
+    build(tmp_path, **TINY, gradient_accumulation_steps=2, train_rows=ROWS[:4], max_steps=1).train()
+
+
+def long_prompt(words: int) -> dict[str, Any]:
+    return ROWS[0] | {"prompt": [{"role": "user", "content": " ".join(["1 + 1"] * words)}]}
+
+
+def test_a_prompt_that_is_too_long_is_found_before_step_0(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("student")
+    limit = student.config.max_position_embeddings
+    long = long_prompt(limit)
+    length = len(tokenizer.apply_chat_template(long["prompt"], add_generation_prompt=True, return_dict=False))
+    rows = [*ROWS[:40], long, *ROWS[40:], long]
+    trainer = build(tmp_path, **TINY, train_rows=rows)
+    message = (
+        rf"train_dataset\[40\] has {length} tokens, and with max_completion_length=4 more exceeds the {limit} "
+        r"positions of the (student|teacher) \(\w+ForCausalLM\) \(2 of 66 rows do\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_prompt_for_evaluation_that_is_too_long_is_found_before_step_0(tmp_path: Path, named: bool) -> None:
+    rows = Dataset.from_list([*ROWS[:2], long_prompt(2000)])
+    trainer = build(tmp_path, **TINY, eval_dataset={"other": rows} if named else rows, eval_strategy="steps")
+    where = r"eval_dataset\['other'\]\[2\]" if named else r"eval_dataset\[2\]"
+    with pytest.raises(ValueError, match=where):
+        trainer.train()
+
+
+def test_the_longest_prompt_that_fits_is_trained_on(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("student")
+    longest = max(
+        len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)) for row in ROWS
+    )
+    teacher, _ = zoo.load("teacher")
+    teacher.config.max_position_embeddings = longest + 4
+    build(tmp_path, **TINY, student=student, teacher=teacher, max_steps=1).train()
+    teacher.config.max_position_embeddings = longest + 3
+    with pytest.raises(ValueError, match=rf"the {longest + 3} positions of the teacher"):
+        build(tmp_path, **TINY, student=student, teacher=teacher, max_steps=1).train()
