@@ -33,8 +33,9 @@ _TINY: dict[str, Any] = {
     for value, names in (
         (
             VOCABULARY,
-            "vocab_size vocab_size_per_layer_input audio_vocab_size encoder_hash_byte_group_vocab unpadded_vocab_size",
+            "vocab_size vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size audio_vocab_size",
         ),
+        (VOCABULARY, "encoder_hash_byte_group_vocab unpadded_vocab_size"),
         (128, "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions"),
         (128, "max_source_positions model_max_length rel_extent"),
         # Widths: heads of 8, two query heads to a key head.
@@ -43,7 +44,8 @@ _TINY: dict[str, Any] = {
         (32, "intermediate_size intermediate_size_mlp ffn_dim ffn_hidden_size d_inner dff dim_ff n_inner"),
         (32, "encoder_ffn_dim decoder_ffn_dim moe_intermediate_size shared_expert_intermediate_size feed_forward_size"),
         (32, "shared_intermediate_size dense_intermediate_size prefix_dense_intermediate_size expert_ffn_hidden_size"),
-        (32, "moe_shared_expert_intermediate_size router_hidden_size hidden_size_global"),
+        (32, "moe_shared_expert_intermediate_size router_hidden_size hidden_size_global pronunciation_embed_dim"),
+        (32, "shape_embed_dim"),
         (4, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
         (4, "attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads"),
         (2, "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups indexer_kv_heads"),
@@ -109,27 +111,93 @@ class _Exception:
 
     reason: str
     values: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
 
 
+_ORDINARY = _Exception("nothing special")
+_SHARED_KEYS = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
+_GEMMA_4 = _Exception(
+    "two layers share the keys of two earlier ones, heads of two sizes, a padding id in place of images",
+    _SHARED_KEYS | {"global_head_dim": 16, "pad_token_id": 0},
+)
+_GEMMA_4_ASSISTANT = _Exception(
+    "a text model whose layers all read another model's keys",
+    {
+        "text_config": {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+        | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2}
+    },
+)
+_INDEXED = _Exception("tied scores of an indexer with few heads let the kernel choose the keys", {"index_n_heads": 16})
 _COUNTS_FROM_PADDING = _Exception("positions are counted from the padding id", {"pad_token_id": 0})
 _EXCEPTIONS: dict[str, _Exception] = {
     **dict.fromkeys(
-        "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod prophetnet xlm".split(),
+        (
+            "camembert",
+            "data2vec-text",
+            "roberta",
+            "roberta-prelayernorm",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "prophetnet",
+        ),
         _COUNTS_FROM_PADDING,
     ),
-    "xmod": _Exception("an adapter of a language", {"pad_token_id": 0, "default_language": "en_XX"}),
-    "xlm": _Exception("an encoder by default", {"pad_token_id": 0, "causal": True, "is_encoder": False}),
-    "xlnet": _Exception("bidirectional by default", {"attn_type": "uni"}),
-    "gpt_neo": _Exception("layers by groups", {"attention_types": [[["global", "local"], 1]]}),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"), _INDEXED),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA_4),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _GEMMA_4_ASSISTANT),
+    "bamba": _Exception("attention layers by index, none by default", {"attn_layer_indices": [1]}),
+    "cohere_compass_text": _Exception(
+        "sections of the rotary dimensions",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+                for kind in ("sliding_attention", "full_attention")
+            },
+        },
+    ),
+    "cpmant": _Exception(
+        "prompt ids lie behind the vocabulary, a token is of segment 2",
+        {"prompt_length": 4, "prompt_types": 4, "segment_types": 4},
+    ),
+    "dbrx": _Exception(
+        "parts that its own class does not name",
+        {
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
+    "deepseek_v4": _Exception(
+        "tied scores of an indexer with few heads; compressed blocks shorter than the prompts",
+        {
+            "index_n_heads": 16,
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        },
+    ),
+    "gemma3n_text": _Exception(
+        "two layers share the keys of two earlier ones",
+        _SHARED_KEYS | {"activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "intermediate_size": [32] * 4},
+    ),
+    "gpt_neo": _Exception("layers in groups", {"attention_types": [[["global", "local"], 1]]}),
+    "granitemoehybrid": _Exception("no attention by default", {"layer_types": ["linear_attention", "full_attention"]}),
+    "jamba": _Exception("layers by period", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe"),
+        _Exception("no layer types, or no convolution, by default", {"layer_types": ["conv", "full_attention"]}),
+    ),
     "mamba2": _Exception("twice the hidden size in heads of 8", {"num_heads": 8}),
-    "zamba": _Exception(
-        "a block shared by two layers",
-        {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "minimax_m3_vl_text": _Exception(
+        "full attention alone by default", {"layer_types": ["full_attention", "minimax_m3_sparse"]}
     ),
     "qwen4_exp_text": _Exception(
         "sparse attention is all or nothing",
         {
-            "indexer_n_heads": 2,
+            "indexer_n_heads": 16,
             "indexer_kv_heads": 1,
             "indexer_head_dim": 8,
             "indexer_budget": 4,
@@ -137,40 +205,30 @@ _EXCEPTIONS: dict[str, _Exception] = {
         },
     ),
     "reformer": _Exception(
-        "positions in two factors; hashes that are the same in every call",
-        {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "hash_seed": 0, "num_buckets": 4},
-    ),
-    "dbrx": _Exception("a rope base of its own", {}),
-    "gemma3n_text": _Exception(
-        "two layers share the keys of two earlier ones",
+        "positions in two factors, hashes that repeat, an id to fill chunks with",
         {
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "axial_pos_shape": [8, 16],
+            "axial_pos_embds_dim": [16, 16],
+            "hash_seed": 0,
+            "num_buckets": 4,
+            "pad_token_id": 0,
+        },
+    ),
+    "xglm": _Exception("its mask cannot be filled in float64", dtype=torch.float32),
+    "xlm": _Exception("an encoder by default", {"pad_token_id": 0, "causal": True}),
+    "xlnet": _Exception("bidirectional by default", {"attn_type": "uni"}),
+    "xlstm": _Exception("bfloat16 inside by default", {"autocast_kernel_dtype": "float32"}),
+    "xmod": _Exception("positions from the padding id, an adapter", {"pad_token_id": 0, "default_language": "en_XX"}),
+    "zamba": _Exception(
+        "one block shared by two layers, attention over twice the hidden size",
+        {
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
             "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
-            "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
-            "intermediate_size": [32] * 4,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
         },
     ),
-    "gemma4_text": _Exception(
-        "two layers share the keys of two earlier ones",
-        {
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
-            "global_head_dim": 16,
-        },
-    ),
-    "cohere_compass_text": _Exception(
-        "windows are not the default",
-        {
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                kind: {"rope_type": "default", "rope_theta": 10000.0}
-                for kind in ("sliding_attention", "full_attention")
-            },
-        },
-    ),
-    "cpmant": _Exception("three prompt ids lie behind the vocabulary", {"prompt_length": 4, "prompt_types": 4}),
+    "zaya": _Exception("one expert a token", {"num_experts_per_tok": 1}),
 }
 
 # Further configurations of a type, under names of their own.
@@ -211,7 +269,7 @@ def _tiny(kind: type[PretrainedConfig], special: dict[str, Any]) -> PretrainedCo
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has no groups
     values |= _layer_lists(default, values) | parts
-    exceptions = _EXCEPTIONS.get(kind.model_type, _Exception(""))
+    exceptions = _EXCEPTIONS.get(kind.model_type, _ORDINARY)
     return kind(**(values | exceptions.values | special))
 
 
@@ -226,9 +284,12 @@ def _layer_lists(default: PretrainedConfig, values: dict[str, Any]) -> dict[str,
         entries = getattr(default, name, None) if _PER_LAYER.search(name) else None
         if isinstance(entries, list | tuple):
             lists[name] = list(dict.fromkeys(entries))
+    if lists.get("layer_types") == ["full_attention"] and "sliding_window" in values:
+        lists["layer_types"].append("sliding_attention")
     if not lists:
         return {}
     count = max(2, *map(len, lists.values()))
+    lists = {name: kinds for name, kinds in lists.items() if len(kinds) > 1}
     lists = {name: (entries * count)[:count] for name, entries in lists.items()}
     return lists | {name: count for name in _LAYER_COUNTS if name in values}
 
@@ -242,10 +303,11 @@ def build(model_type: str, seed: int = 0, spread: float = 0.35) -> PreTrainedMod
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(
-                tiny_config(model_type), dtype=torch.float64, experts_implementation="eager"
-            )
-            model = model.double().eval().requires_grad_(False)
+            config = tiny_config(model_type)
+            dtype = _EXCEPTIONS.get(config.model_type, _ORDINARY).dtype
+            # The library's other ways of reading experts know no float64.
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+            model = model.to(dtype).eval().requires_grad_(False)
             _randomise(model, seed, spread)
             _sharpen(model)
     except Exception as error:
@@ -261,7 +323,7 @@ def _randomise(model: nn.Module, seed: int, spread: float) -> None:
 
 
 def _sharpen(model: PreTrainedModel) -> None:
-    """Scale the head so that next-token laws are neither uniform nor one-hot, whatever multiplies or caps the logits."""
+    """Scale the head until next-token laws are neither uniform nor one-hot, whatever scales or caps the logits."""
     tokens = [1 + place % (VOCABULARY - 1) for place in range(12)]
     for _ in range(6):
         deviation = float(plain_logits(model, tokens).std(-1).mean())
