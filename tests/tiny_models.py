@@ -1,8 +1,9 @@
 """A tiny random model of every causal-LM type of transformers, and what its own plain forward pass says.
 
 A configuration is derived from the type's own class: every field whose name stands in `_TINY` gets the value written
-there, lists with one entry per layer shrink to their distinct entries (so that each kind of layer appears once), and
-special ids go. What the names do not decide stands in `_EXCEPTIONS`, each entry with its reason.
+there, lists with one entry per layer shrink to their distinct entries and the first again (so that each kind of layer
+appears and is followed by another, which reads what it wrote), and special ids go. What the names do not decide stands
+in `_EXCEPTIONS`, each entry with its reason.
 
 Shape suffixes: T tokens of one row, V head rows.
 """
@@ -21,11 +22,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["MODEL_TYPES", "VARIANTS", "NotRunnableError", "build", "is_causal", "plain_logits", "tiny_config"]
+__all__ = [
+    "MODEL_TYPES",
+    "TOLERANCE",
+    "VARIANTS",
+    "VOCABULARY",
+    "WINDOW",
+    "NotRunnableError",
+    "build",
+    "is_causal",
+    "plain_logits",
+    "tiny_config",
+]
 
 MODEL_TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 24
 WINDOW = 4
+# Of logits of one row, relative to the largest: the library computes norms, rotations and router weights in float32
+# whatever the model's dtype, sums of 32 numbers (the width), and each of some 32 tokens may add its own rounding.
+TOLERANCE = torch.finfo(torch.float32).eps * 32 * 32
 
 # The values by the field's name, in every configuration that has such a field.
 _TINY: dict[str, Any] = {
@@ -85,7 +100,7 @@ _TINY: dict[str, Any] = {
         (16, "image_size"),
         (8, "patch_size num_mel_bins"),
         (True, "is_decoder"),
-        (False, "is_encoder_decoder use_mamba_kernels"),
+        (False, "is_encoder_decoder use_mamba_kernels tie_word_embeddings"),
         (None, "bos_token_id eos_token_id pad_token_id cls_token_id sep_token_id forced_eos_token_id eod_token_id"),
         (None, "decoder_start_token_id forced_bos_token_id begin_suppress_tokens suppress_tokens"),
     )
@@ -150,11 +165,14 @@ _EXCEPTIONS: dict[str, _Exception] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"), _INDEXED),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA_4),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _GEMMA_4_ASSISTANT),
-    "bamba": _Exception("attention layers by index, none by default", {"attn_layer_indices": [1]}),
+    "bamba": _Exception(
+        "attention layers by index, none by default", {"attn_layer_indices": [1], "num_hidden_layers": 3}
+    ),
     "cohere_compass_text": _Exception(
         "sections of the rotary dimensions",
         {
-            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_hidden_layers": 3,
             "rope_parameters": {
                 kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
                 for kind in ("sliding_attention", "full_attention")
@@ -183,16 +201,24 @@ _EXCEPTIONS: dict[str, _Exception] = {
         "two layers share the keys of two earlier ones",
         _SHARED_KEYS | {"activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "intermediate_size": [32] * 4},
     ),
-    "gpt_neo": _Exception("layers in groups", {"attention_types": [[["global", "local"], 1]]}),
-    "granitemoehybrid": _Exception("no attention by default", {"layer_types": ["linear_attention", "full_attention"]}),
-    "jamba": _Exception("layers by period", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "gpt_neo": _Exception(
+        "layers in groups", {"attention_types": [[["local", "global", "local"], 1]], "num_layers": 3}
+    ),
+    "granitemoehybrid": _Exception(
+        "no attention by default",
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3},
+    ),
+    "jamba": _Exception("layers by period", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 3}),
     **dict.fromkeys(
         ("lfm2", "lfm2_moe"),
-        _Exception("no layer types, or no convolution, by default", {"layer_types": ["conv", "full_attention"]}),
+        _Exception(
+            "no layer types, or no convolution, by default",
+            {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+        ),
     ),
     "mamba2": _Exception("twice the hidden size in heads of 8", {"num_heads": 8}),
     "minimax_m3_vl_text": _Exception(
-        "full attention alone by default", {"layer_types": ["full_attention", "minimax_m3_sparse"]}
+        "full attention alone by default", {"layer_types": ["minimax_m3_sparse", "full_attention"]}
     ),
     "qwen4_exp_text": _Exception(
         "sparse attention is all or nothing",
@@ -286,10 +312,10 @@ def _layer_lists(default: PretrainedConfig, values: dict[str, Any]) -> dict[str,
             lists[name] = list(dict.fromkeys(entries))
     if lists.get("layer_types") == ["full_attention"] and "sliding_window" in values:
         lists["layer_types"].append("sliding_attention")
+    lists = {name: kinds for name, kinds in lists.items() if len(kinds) > 1}
     if not lists:
         return {}
-    count = max(2, *map(len, lists.values()))
-    lists = {name: kinds for name, kinds in lists.items() if len(kinds) > 1}
+    count = max(map(len, lists.values())) + 1
     lists = {name: (entries * count)[:count] for name, entries in lists.items()}
     return lists | {name: count for name in _LAYER_COUNTS if name in values}
 
@@ -343,7 +369,7 @@ def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
 def is_causal(model: PreTrainedModel, tokens: Sequence[int]) -> bool:
     """Whether no logits depend on later tokens: those of every prefix are those of the whole row."""
     whole_TV = plain_logits(model, tokens)
-    tolerance = 1e-6 * float(whole_TV.abs().max().clamp_min(1.0))
+    tolerance = TOLERANCE * float(whole_TV.abs().max().clamp_min(1.0))
     return all(
         bool((plain_logits(model, tokens[:length])[-1] - whole_TV[length - 1]).abs().max() <= tolerance)
         for length in range(1, len(tokens))
