@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from model_oracle import Finding, examine
+from model_oracle import OUTCOMES, Finding, examine
 from tiny_models import MODEL_TYPES, VARIANTS
 from transformers.utils import logging
 
@@ -66,9 +66,7 @@ def main() -> int:
         parser.error(f"{unknown[0]!r} is no causal-LM type of transformers")
     start, provenance = time.perf_counter(), describe()
     findings = examine_all(options.types or MODEL_TYPES)
-    counts = dict.fromkeys(("exact", "refused", "library", "wrong", "crash"), 0) | Counter(
-        finding.outcome for finding in findings
-    )
+    counts = dict.fromkeys(OUTCOMES, 0) | Counter(finding.outcome for finding in findings)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     if not options.types:
         record = {"provenance": provenance, "seconds": round(time.perf_counter() - start), "counts": counts}

@@ -16,14 +16,14 @@ from tiny_models import TOLERANCE, VOCABULARY, NotRunnableError, build, is_causa
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import trb.modeling
-from trb.modeling import OutputHead, completion_hidden_states
+from trb.modeling import OutputHead, UnsupportedModelError, completion_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
 from trb.sampling.draw import accept_or_replace, inverse_cdf
+from trb.sampling.reading import sampling_mode, way_of
 from trb.sampling.uniforms import uniforms
 
-__all__ = ["OUTCOMES", "Case", "Finding", "examine", "find_case"]
+__all__ = ["NEW_TOKENS", "OUTCOMES", "PROMPTS", "Case", "Finding", "examine", "find_case", "names_type", "sample_case"]
 
 OUTCOMES = ("exact", "refused", "library", "wrong", "crash")
 """`refused`: by an error of the package that names the type; `library`: transformers itself cannot run it here."""
@@ -130,7 +130,7 @@ def examine(model_type: str) -> Finding:
     except NotRunnableError as error:
         return Finding(model_type, kind, "library", reason=_first_line(error.__cause__ or error))
     except Exception as error:
-        if isinstance(error, _refusal()) and names_type(str(error), model_type, case.student):
+        if isinstance(error, UnsupportedModelError) and names_type(str(error), model_type, case.student):
             return Finding(model_type, kind, "refused", reason=_first_line(error))
         place = traceback.extract_tb(error.__traceback__)[-1]
         return Finding(model_type, kind, "crash", reason=f"{_first_line(error)} ({place.name})")
@@ -140,6 +140,7 @@ def examine(model_type: str) -> Finding:
 
 
 def names_type(message: str, model_type: str, model: PreTrainedModel) -> bool:
+    """Whether an error tells its reader which kind of model it is about."""
     return any(name in message for name in (model_type, model.config.model_type, type(model).__name__))
 
 
@@ -157,12 +158,12 @@ def _differences(case: Case) -> list[str]:
         ("lockstep", 3, _MANY),
     ):
         layout = f"{method} block {block_size} rows {max_rows or 'all'}"
-        rollout = _sample(case, TRUST_REGION, method, block_size, max_rows)
+        rollout = sample_case(case, TRUST_REGION, method, block_size, max_rows)
         found += _unequal(layout, rollout.completions, case.completions)
         if rollout.completions == case.completions and not _close(rollout, case.teacher_weights):
             found.append(f"{layout}: other teacher weights")
     for method in ("lockstep", "speculative"):
-        rollout = _sample(case, StudentPolicy(), method, 3, _MANY)
+        rollout = sample_case(case, StudentPolicy(), method, 3, _MANY)
         found += _unequal(f"{method} of the student alone", rollout.completions, pure)
     for role, model in (("student", case.student), ("teacher", case.teacher)):
         if not _trained_as_read(model, case.completions):
@@ -172,7 +173,8 @@ def _differences(case: Case) -> list[str]:
     return found
 
 
-def _sample(case: Case, policy: BehaviorPolicy, method: str, block_size: int, max_rows: int | None) -> Rollout:
+def sample_case(case: Case, policy: BehaviorPolicy, method: str, block_size: int, max_rows: int | None) -> Rollout:
+    """Completions of the pair, laid out in one way."""
     return sample(
         case.student,
         case.teacher if policy.needs_teacher else None,
@@ -217,16 +219,9 @@ def _trained_as_read(model: PreTrainedModel, completions: list[list[int]]) -> bo
     return bool((given_NV - wanted_NV).abs().max() <= TOLERANCE * wanted_NV.abs().max().clamp_min(1.0))
 
 
-def _refusal() -> type[Exception]:
-    return getattr(trb.modeling, "UnsupportedModelError", NotRunnableError)
-
-
 def _way(model: PreTrainedModel) -> str:
-    try:
-        from trb.sampling.reading import way_of
-    except ImportError:
-        return ""
-    return way_of(model)
+    with sampling_mode(model):
+        return way_of(model).name
 
 
 def _first_line(error: BaseException) -> str:

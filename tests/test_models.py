@@ -5,6 +5,7 @@ writes the table of docs/models.md.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import model_oracle
@@ -12,10 +13,10 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from model_oracle import Finding, examine, find_case
+from model_oracle import examine, find_case, names_type
 from tiny_models import MODEL_TYPES, VARIANTS, NotRunnableError, build, is_causal, plain_logits, tiny_config
 
-import trb.modeling
+from trb.modeling import UnsupportedModelError
 from trb.sampling import Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -64,17 +65,23 @@ def test_tiny_models_repeat_and_their_laws_are_peaked() -> None:
     assert 0.1 < entropy_T.mean() < 0.8 * torch.tensor(law_TV.shape[-1]).log()
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text", "olmo3", "mistral", "gpt_neo", "llama4_text"])
-def test_windows_are_on_and_cross_the_prompts(model_type: str) -> None:
-    """The last token does not see the first, and something else does: a window in front of a layer without one."""
-    model = build(model_type)
-    tokens = [*model_oracle.PROMPTS[3]]
-    changed = [2, *tokens[1:]]
-    moved_T = (plain_logits(model, tokens) - plain_logits(model, changed)).abs().amax(-1)
-    layers = model.config.num_hidden_layers
-    assert moved_T[: tiny_models.WINDOW].min() > 0
-    if len(set(getattr(model.config, "layer_types", None) or [])) < 2 and model_type == "mistral":
-        assert moved_T[layers * tiny_models.WINDOW :].max() == 0
+@pytest.mark.parametrize(
+    ("model_type", "field"),
+    [
+        ("qwen2", "sliding_window"),
+        ("gemma3_text", "sliding_window"),
+        ("mistral", "sliding_window"),
+        ("gpt_neo", "window_size"),
+        ("llama4_text", "attention_chunk_size"),
+    ],
+)
+def test_windows_are_on_and_prompts_go_past_them(model_type: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = model_oracle.PROMPTS[3]
+    near_TV = plain_logits(build(model_type), prompt)
+    monkeypatch.setitem(tiny_models._TINY, field, 64)
+    moved_T = (plain_logits(build(model_type), prompt) - near_TV).abs().amax(-1)
+    assert moved_T[: tiny_models.WINDOW].max() == 0
+    assert moved_T[tiny_models.WINDOW :].min() > 0.01
 
 
 def test_every_kind_of_layer_appears_and_is_followed_by_another() -> None:
@@ -94,47 +101,47 @@ def test_rows_of_a_case_stop_at_once_later_and_never() -> None:
     assert any(case.stop_id not in tokens for tokens in case.completions)
 
 
-def other_token(rollout: Rollout) -> Rollout:
+def same(_case: model_oracle.Case, rollout: Rollout) -> Rollout:
+    return rollout
+
+
+def another_token(_case: model_oracle.Case, rollout: Rollout) -> Rollout:
     rollout.completions[3][0] = (rollout.completions[3][0] + 1) % tiny_models.VOCABULARY
     return rollout
 
 
-def other_weight(rollout: Rollout) -> Rollout:
+def another_weight(_case: model_oracle.Case, rollout: Rollout) -> Rollout:
     rollout.stats.teacher_weight[3][0] += 0.01
     return rollout
 
 
-def no_change(rollout: Rollout) -> Rollout:
-    return rollout
+def an_error(_case: model_oracle.Case, _rollout: Rollout) -> Rollout:
+    raise RuntimeError("shapes do not fit")
 
 
-def raises(error: Exception):
-    def change(_: Rollout) -> Rollout:
-        raise error
-
-    return change
+def a_refusal(case: model_oracle.Case, _rollout: Rollout) -> Rollout:
+    raise UnsupportedModelError(case.student, "a test says so")
 
 
 @pytest.mark.parametrize(
     ("change", "outcome"),
-    [
-        (no_change, "exact"),
-        (other_token, "wrong"),
-        (other_weight, "wrong"),
-        (raises(RuntimeError("shapes")), "crash"),
-        (raises(trb.modeling.UnsupportedModelError("gpt2: no way of reading it is right")), "refused"),
-        (raises(trb.modeling.UnsupportedModelError("no way of reading this is right")), "crash"),
-    ],
-    ids=["no change", "token", "weight", "error", "refusal", "refusal without the name"],
+    [(same, "exact"), (another_token, "wrong"), (another_weight, "wrong"), (an_error, "crash"), (a_refusal, "refused")],
 )
-def test_the_examination_finds_what_is_wrong(change, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = model_oracle.sample
-    monkeypatch.setattr(model_oracle, "sample", lambda *given, **options: change(sample(*given, **options)))
+def test_the_examination_tells_what_is_wrong(
+    change: Callable[..., Rollout], outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = model_oracle.sample_case
+    monkeypatch.setattr(model_oracle, "sample_case", lambda case, *layout: change(case, sample(case, *layout)))
     assert examine("gpt2").outcome == outcome
+
+
+def test_a_refusal_names_the_type() -> None:
+    model = build("gpt2")
+    assert names_type(str(UnsupportedModelError(model, "why")), "gpt2", model)
+    assert not names_type("no way of reading this is right", "gpt2", model)
 
 
 def test_what_the_library_cannot_build_is_its_own_error() -> None:
     with pytest.raises(NotRunnableError, match=r"(?s)musicgen: .*text_encoder"):
         build("musicgen")
     assert examine("musicgen").outcome == "library"
-    assert isinstance(examine("musicgen"), Finding)
