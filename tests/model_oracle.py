@@ -7,12 +7,11 @@ Shape suffixes: R rows, L padded length, N completion tokens of all rows, V head
 """
 
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from tiny_models import TOLERANCE, VOCABULARY, NotRunnableError, build, is_causal, plain_logits
+from tiny_models import TOLERANCE, VOCABULARY, NotRunnableError, build, plain_logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,7 +22,19 @@ from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.reading import sampling_mode, way_of
 from trb.sampling.uniforms import uniforms
 
-__all__ = ["NEW_TOKENS", "OUTCOMES", "PROMPTS", "Case", "Finding", "examine", "find_case", "names_type", "sample_case"]
+__all__ = [
+    "NEW_TOKENS",
+    "OUTCOMES",
+    "PROMPTS",
+    "Case",
+    "Finding",
+    "Row",
+    "examine",
+    "find_case",
+    "names_type",
+    "oracle_row",
+    "sample_case",
+]
 
 OUTCOMES = ("exact", "refused", "library", "wrong", "crash")
 """`refused`: by an error of the package that names the type; `library`: transformers itself cannot run it here."""
@@ -61,15 +72,34 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A completion, the teacher's weight in the law of each of its tokens, and the `[T, V]` logits they came from."""
+
+    tokens: list[int]
+    weights: list[float]
+    student_logits: Tensor
+    teacher_logits: Tensor | None
+
+    def until(self, stop_id: int) -> "Row":
+        """What is left of a row that `stop_id` ends."""
+        end = self.tokens.index(stop_id) + 1 if stop_id in self.tokens else len(self.tokens)
+        teacher_logits = None if self.teacher_logits is None else self.teacher_logits[:end]
+        return Row(self.tokens[:end], self.weights[:end], self.student_logits[:end], teacher_logits)
+
+
+@dataclass(frozen=True)
 class Case:
-    """A pair, what ends its rows, and the completions that its plain forward passes say."""
+    """A pair, what ends its rows, and the rows that its plain forward passes give."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel
     seed: int
     stop_id: int
-    completions: list[list[int]]
-    teacher_weights: list[list[float]]
+    rows: list[Row]
+
+    @property
+    def completions(self) -> list[list[int]]:
+        return [row.tokens for row in self.rows]
 
 
 def find_case(model_type: str) -> Case:
@@ -80,40 +110,34 @@ def find_case(model_type: str) -> Case:
     """
     student, teacher = build(model_type, seed=1), build(model_type, seed=2)
     for seed in range(_SEEDS):
-        rows = [_oracle_row(student, teacher, TRUST_REGION, seed, key) for key in range(len(PROMPTS))]
+        rows = [oracle_row(student, teacher, TRUST_REGION, seed, key) for key in range(len(PROMPTS))]
         for stop_id in range(VOCABULARY):
-            ended = [_until(tokens, stop_id) for tokens, _ in rows]
-            lengths = {len(tokens) for tokens in ended}
-            never = any(stop_id not in tokens for tokens in ended)
+            ended = [row.until(stop_id) for row in rows]
+            lengths = {len(row.tokens) for row in ended}
+            never = any(stop_id not in row.tokens for row in ended)
             if 1 in lengths and never and any(1 < length < NEW_TOKENS for length in lengths):
-                weights = [row[: len(tokens)] for tokens, (_, row) in zip(ended, rows, strict=True)]
-                return Case(student, teacher, seed, stop_id, ended, weights)
+                return Case(student, teacher, seed, stop_id, ended)
     raise AssertionError(f"{model_type}: no seed below {_SEEDS} ends rows at once, later and never")
 
 
-def _until(tokens: list[int], stop_id: int) -> list[int]:
-    return tokens[: tokens.index(stop_id) + 1] if stop_id in tokens else tokens
-
-
-def _oracle_row(
+def oracle_row(
     student: PreTrainedModel, teacher: PreTrainedModel | None, policy: BehaviorPolicy, seed: int, key: int
-) -> tuple[list[int], list[float]]:
-    """The tokens of one row that nothing stops, and the teacher's weight at each."""
+) -> Row:
+    """A row that nothing stops: for each token one whole pass over all before it."""
     tokens, weights = list(PROMPTS[key]), []
+    logits: dict[PreTrainedModel, list[Tensor]] = {model: [] for model in (student, teacher) if model is not None}
     for position in range(NEW_TOKENS):
         uniform = uniforms(seed, *(torch.tensor([number]) for number in (key, 0, position)))
-        log_student = _law(student, tokens)
-        log_teacher = None if teacher is None else _law(teacher, tokens)
+        for model, found in logits.items():
+            found.append(plain_logits(model, tokens)[-1])
+        log_student, *log_teacher = (torch.log_softmax(found[-1][None].double(), -1) for found in logits.values())
         draft = inverse_cdf(log_student.exp(), uniform[:, 0])
-        target = policy.target(log_student, log_teacher)
+        target = policy.target(log_student, log_teacher[0] if log_teacher else None)
         token, _ = accept_or_replace(target, log_student, draft, uniform[:, 1], uniform[:, 2])
         tokens.append(int(token))
         weights.append(float(target.teacher_weight))
-    return tokens[-NEW_TOKENS:], weights
-
-
-def _law(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
-    return torch.log_softmax(plain_logits(model, tokens)[-1:].double(), dim=-1)
+    student_logits, *teacher_logits = map(torch.stack, logits.values())
+    return Row(tokens[-NEW_TOKENS:], weights, student_logits, teacher_logits[0] if teacher_logits else None)
 
 
 def examine(model_type: str) -> Finding:
@@ -131,7 +155,7 @@ def examine(model_type: str) -> Finding:
         return Finding(model_type, kind, "library", reason=_first_line(error.__cause__ or error))
     except Exception as error:
         if isinstance(error, UnsupportedModelError) and names_type(str(error), model_type, case.student):
-            return Finding(model_type, kind, "refused", reason=_first_line(error))
+            return Finding(model_type, kind, "refused", reason=str(error).partition(" is not supported: ")[2])
         place = traceback.extract_tb(error.__traceback__)[-1]
         return Finding(model_type, kind, "crash", reason=f"{_first_line(error)} ({place.name})")
     if wrong:
@@ -148,7 +172,7 @@ def _differences(case: Case) -> list[str]:
     """What is not as the oracle says, one line each."""
     found = []
     pure = [
-        _until(_oracle_row(case.student, None, StudentPolicy(), case.seed, key)[0], case.stop_id)
+        oracle_row(case.student, None, StudentPolicy(), case.seed, key).until(case.stop_id).tokens
         for key in range(len(PROMPTS))
     ]
     for method, block_size, max_rows in (
@@ -160,16 +184,15 @@ def _differences(case: Case) -> list[str]:
         layout = f"{method} block {block_size} rows {max_rows or 'all'}"
         rollout = sample_case(case, TRUST_REGION, method, block_size, max_rows)
         found += _unequal(layout, rollout.completions, case.completions)
-        if rollout.completions == case.completions and not _close(rollout, case.teacher_weights):
+        if rollout.completions == case.completions and not _close(rollout, [row.weights for row in case.rows]):
             found.append(f"{layout}: other teacher weights")
     for method in ("lockstep", "speculative"):
         rollout = sample_case(case, StudentPolicy(), method, 3, _MANY)
         found += _unequal(f"{method} of the student alone", rollout.completions, pure)
     for role, model in (("student", case.student), ("teacher", case.teacher)):
-        if not _trained_as_read(model, case.completions):
+        own_NV = torch.cat([getattr(row, f"{role}_logits") for row in case.rows])
+        if not _trained_as_sampled(model, case.completions, own_NV):
             found.append(f"training logits of the {role}")
-    if not is_causal(case.student, PROMPTS[3]):
-        found.append("logits change with later tokens")
     return found
 
 
@@ -201,22 +224,19 @@ def _close(rollout: Rollout, weights: list[list[float]]) -> bool:
     return bool((given - wanted).abs().max() <= _WEIGHT_TOLERANCE)
 
 
-def _trained_as_read(model: PreTrainedModel, completions: list[list[int]]) -> bool:
-    """Whether the loss's hidden states of a ragged batch give the logits of each row read alone."""
+def _trained_as_sampled(model: PreTrainedModel, completions: list[list[int]], own_NV: Tensor) -> bool:
+    """Whether the loss's hidden states of a ragged batch give the logits that every token was sampled from."""
     wide, long = max(map(len, PROMPTS)), max(map(len, completions))
     ids_RL = torch.zeros(len(PROMPTS), wide + long, dtype=torch.long)
     mask_RL, completion_RL = torch.zeros_like(ids_RL), torch.zeros_like(ids_RL)
-    wanted = []
     for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
         real, written = slice(wide - len(prompt), wide + len(completion)), slice(wide, wide + len(completion))
         ids_RL[row, real] = torch.tensor([*prompt, *completion])
         mask_RL[row, real] = 1
         completion_RL[row, written] = 1
-        wanted.append(plain_logits(model, [*prompt, *completion])[len(prompt) - 1 : -1])
     with torch.no_grad():
         given_NV = OutputHead.check(model)(completion_hidden_states(model, ids_RL, mask_RL, completion_RL))
-    wanted_NV = torch.cat(wanted)
-    return bool((given_NV - wanted_NV).abs().max() <= TOLERANCE * wanted_NV.abs().max().clamp_min(1.0))
+    return bool((given_NV - own_NV).abs().max() <= TOLERANCE * own_NV.abs().max().clamp_min(1.0))
 
 
 def _way(model: PreTrainedModel) -> str:
