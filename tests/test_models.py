@@ -15,8 +15,9 @@ import torch
 import transformers
 from model_oracle import examine, find_case, names_type
 from tiny_models import MODEL_TYPES, VARIANTS, NotRunnableError, build, is_causal, plain_logits, tiny_config
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from trb.modeling import UnsupportedModelError
+from trb.modeling import OutputHead, UnsupportedModelError, position_limit
 from trb.sampling import Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,27 @@ def test_windows_are_on_and_prompts_go_past_them(model_type: str, field: str, mo
 def test_every_kind_of_layer_appears_and_is_followed_by_another() -> None:
     assert tiny_config("gemma3_text").layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
     assert set(tiny_config("nemotron_h").layers_block_type) == {"linear_attention", "moe", "full_attention", "mlp"}
+
+
+def test_a_family_without_a_limit_of_positions_has_none() -> None:
+    """XLNet says -1. Its own mask fits no batch of several rows: a refusal, but not for the length of its prompts."""
+    assert build("xlnet").config.max_position_embeddings == -1
+    assert position_limit(build("xlnet")) is None
+    assert position_limit(build("gpt2")) == 128
+    assert examine("xlnet").outcome == "refused"
+
+
+def test_a_model_that_mixes_the_rows_of_a_batch_is_refused_before_training() -> None:
+    """Its passes over single rows are right, as are groups of one."""
+    model = build("llama")
+
+    def mix(_module: object, _inputs: object, output: BaseModelOutputWithPast) -> BaseModelOutputWithPast:
+        output.last_hidden_state = output.last_hidden_state.roll(1, dims=0)
+        return output
+
+    model.base_model.register_forward_hook(mix)
+    with pytest.raises(UnsupportedModelError, match="off by"):
+        OutputHead.check(model)
 
 
 def test_a_model_that_looks_ahead_is_told_from_one_that_does_not() -> None:
