@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trb.data import MATH_SYSTEM_PROMPT, check_room, load_prompts, render
-from trb.modeling import positions
+from trb.modeling import position_limit
 from trb.policies import StudentPolicy
 from trb.ranks import Ranks
 from trb.rewards import Verifier
@@ -152,7 +152,7 @@ def evaluate(
             raise ValueError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
     prompts = render(tokenizer, rows)
     # Another sampler may have other limits.
-    limits = {f"the model ({type(model).__name__})": positions(model) if sampler is sample else None}
+    limits = {f"the model ({type(model).__name__})": position_limit(model) if sampler is sample else None}
     check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob="max_new_tokens")
     stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
     settings = {

@@ -35,7 +35,7 @@ __all__ = [
     "hidden_states",
     "length_groups",
     "plain_logits",
-    "positions",
+    "position_limit",
     "probe_rows",
     "rope_switch",
     "tolerance",
@@ -110,11 +110,6 @@ def check_adapter(config: Any) -> None:
     raise ValueError(f"adapters of the kind {kind} are not supported: {why}. Use a LoRA adapter, or a whole model")
 
 
-def positions(model: nn.Module) -> int | None:
-    """The longest sequence a model was made for, in tokens; None where its configuration names none."""
-    return getattr(without_adapters(model).config.get_text_config(), "max_position_embeddings", None)
-
-
 def has_adapters(model: nn.Module) -> bool:
     """Whether layers of the model are replaced by an adapter's, inside a PEFT wrapper or without one."""
     return hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules())
@@ -138,6 +133,12 @@ def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     return model(input_ids=torch.tensor([list(tokens)], device=model.device), **options).logits[0]
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions the model has, or None: families without a limit name none, or one below 1."""
+    limit = getattr(without_adapters(model).config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
 def rope_switch(model: PreTrainedModel) -> int | None:
     """The length beyond which a whole pass rotates *every* position by other factors (LongRoPE), or None."""
     config = model.config.get_text_config()
@@ -154,7 +155,7 @@ def probe_rows(model: PreTrainedModel, tokens_after: int) -> list[list[int]]:
     """Four rows to compare ways of reading on, each over `tokens_after` long: the first past every window that a
     pass of affordable length reaches, the last two equally long."""
     config = model.config.get_text_config()
-    limits = [limit for limit in (getattr(config, "max_position_embeddings", None), rope_switch(model)) if limit]
+    limits = [limit for limit in (position_limit(model), rope_switch(model)) if limit]
     most = min([_LONGEST_PROBE, *limits])
     window = max([size for size in windows(model) if size + tokens_after + 3 <= most], default=4)
     lengths = [min(most, first + tokens_after) for first in (window + 3, 1, 4, 4)]
@@ -350,6 +351,8 @@ class OutputHead:
         with _probing(model, "hidden states and output head cannot be read apart") as inner:
             head, rows = cls.of(model), probe_rows(inner, 3)
             own = [plain_logits(inner, row)[:-1] for row in rows]
+            # Twice as many rows, half of them a token shorter: groups of more than one, and of unequal lengths.
+            rows, own = [*rows, *(row[:-1] for row in rows)], [*own, *(logits[:-1] for logits in own)]
             ours = head(_probe_hidden_states(model, rows)).split([len(row) - 1 for row in rows])
         gap = disagreement(ours, own)
         if not gap <= tolerance(own[0]):
@@ -363,10 +366,10 @@ class OutputHead:
 
 def _probe_hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
     """`[N, H]` hidden states of every token of the rows but the last, as the loss reads them."""
-    longest = max(map(len, rows))
-    ids_BL, mask_BL = torch.zeros(2, len(rows), longest, dtype=torch.long).unbind(0)
-    for row, tokens in enumerate(rows):  # prompts end in one column: padding on both sides
-        end = longest - row
+    width = max(map(len, rows)) + len(rows) - 1
+    ids_BL, mask_BL = torch.zeros(2, len(rows), width, dtype=torch.long).unbind(0)
+    for row, tokens in enumerate(rows):  # each ends in a column of its own: padding on both sides
+        end = width - row
         ids_BL[row, end - len(tokens) : end] = torch.tensor(tokens)
         mask_BL[row, end - len(tokens) : end] = 1
     completion_BL = mask_BL * (mask_BL.cumsum(-1) > 1)

@@ -55,7 +55,7 @@ from trb.files import write_text
 from trb.guard import NonFiniteError, StepGuard
 from trb.loading import adapter_base, attach_adapter, load_tokenizer, resolve
 from trb.losses import TokenMetrics, chunked_cross_entropy, chunked_reverse_kl
-from trb.modeling import OutputHead, completion_hidden_states, has_adapters, positions, without_adapters
+from trb.modeling import OutputHead, completion_hidden_states, has_adapters, position_limit, without_adapters
 from trb.policies import (
     BehaviorPolicy,
     SKDPolicy,
@@ -507,7 +507,7 @@ class TRBTrainer(DistillationTrainer):
     def _check_room(self, name: str, dataset: Any) -> None:
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         limits = {
-            f"the {role} ({type(without_adapters(model)).__name__})": positions(model)
+            f"the {role} ({type(without_adapters(model)).__name__})": position_limit(model)
             for role, model in (("student", self.model), ("teacher", teacher))
         }
         if self.use_vllm:

@@ -237,9 +237,11 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
 def _check_lengths(
     run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel"
 ) -> Check:
+    from trb.modeling import position_limit
+
     longest = run.max_prompt_length + max(int(args.max_completion_length or 0), run.eval_max_new_tokens or 0)
     for role, model in (("student", student), ("teacher", teacher)):
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = position_limit(model)
         if limit is not None and longest > limit:
             remedy = "Lower max_prompt_length, max_completion_length or eval_max_new_tokens"
             return Check("fail", "lengths", f"up to {longest} tokens, and the {role} has {limit} positions", remedy)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trb.choices import did_you_mean
-from trb.modeling import rope_switch, without_adapters
+from trb.modeling import position_limit, rope_switch, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.lockstep import sample_lockstep
 from trb.sampling.reading import Way, sampling_mode, way_of
@@ -259,7 +259,7 @@ def _check_rows(prompts: list[list[int]], keys: list[int], index: list[int], voc
 def _check_positions(models: list[PreTrainedModel], prompts: list[list[int]], max_new_tokens: int) -> None:
     longest = max(map(len, prompts), default=0)
     for model in models:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = position_limit(model)
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens plus max_new_tokens={max_new_tokens} exceeds the {limit} positions of "

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
-from trb.modeling import accepts, decoder, rope_switch
+from trb.modeling import accepts, decoder, position_limit, rope_switch
 from trb.sampling import graphs
 
 __all__ = [
@@ -86,7 +86,7 @@ class SlotReader:
         self.hidden: Tensor | None = None
         self._keep_hidden = keep_hidden
         self._state = _State.of(model, slots) if replay else _State(slots, None)
-        limits = (getattr(model.config.get_text_config(), "max_position_embeddings", None), end)
+        limits = (position_limit(model), end)
         self._limit = min([limit for limit in limits if limit is not None], default=None)
         switch = rope_switch(model)
         self._shortest_pass = switch + 1 if switch is not None and beyond_switch else 0
