@@ -340,6 +340,13 @@ class OutputHead:
         return self.projection.parameters()
 
     @classmethod
+    def checked(cls, model: nn.Module) -> "OutputHead":
+        """The head, after the comparison of `check`, once per model and process."""
+        if without_adapters(model) in _KNOWN:
+            return cls.of(model)
+        return cls.check(model)
+
+    @classmethod
     def check(cls, model: nn.Module) -> "OutputHead":
         """The head, after comparing it, and hidden states read in padded groups, with the model's own logits of a few
         short rows, one row and one pass at a time.
@@ -361,7 +368,11 @@ class OutputHead:
                 f"hidden states and output head, as the loss reads them, give other logits than the model itself "
                 f"(off by {gap:.2g} of their spread)",
             )
+        _KNOWN[inner] = True
         return head
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _probe_hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -145,7 +145,7 @@ class _Scorer:
     def _chunks(self, rows: list[Row], token_N: Tensor) -> Iterator[tuple[Tensor, list[Alternatives]]]:
         """`[columns, C]` numbers and the alternatives of one chunk of tokens after the other."""
         student_NH, teacher_NH = (_hidden(model, rows) for model in (self.student, self.teacher))
-        heads = OutputHead.of(self.student), OutputHead.of(self.teacher)
+        heads = OutputHead.checked(self.student), OutputHead.checked(self.teacher)
         size = default_chunk_tokens(self.vocabulary.size, token_N.device.type)
         for start in range(0, len(token_N), size):
             part = slice(start, start + size)
