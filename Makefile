@@ -99,7 +99,7 @@ plans: $(VENV)/run.stamp ## check the cost model against runs of one and two pro
 	$(BIN)/python benchmarks/plan_check.py
 	$(BIN)/python benchmarks/plans.py
 
-models: $(VENV)/dev.stamp ## hold every causal-LM type of transformers to its own forward passes, and write docs/models.md (three minutes)
+models: $(VENV)/dev.stamp ## hold every causal-LM type of transformers to its own forward passes, and write docs/models.md (five minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py
 
 torture: $(VENV)/dev.stamp ## kill, corrupt, starve and wear out runs; a table of what survived (seven to thirty minutes, see docs/robustness.md)
