@@ -391,3 +391,13 @@ def test_probe_rows_pass_every_window_that_can_be_afforded() -> None:
     assert max(map(len, probe_rows(short, 6))) <= 32
     for row in probe_rows(short, 6):
         assert all(0 <= token < 12 for token in row) and len(set(row)) > 3
+
+
+def test_a_router_that_reports_is_sampled_like_one_that_does_not() -> None:
+    """`output_router_logits=True` asks each pass for a loss, which no pass of a sampler has the inputs for."""
+    models = [build("mixtral", seed=seed) for seed in (0, 1)]
+    wanted = expected(*models)
+    for model in models:
+        model.config.output_router_logits = True
+    for options in WAYS_OF_SAMPLING:
+        assert draw(*models, **options).completions == wanted

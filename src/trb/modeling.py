@@ -129,7 +129,7 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     """`[T, V]` logits of one row in one pass of the model's own, without cache, padding or any help of ours."""
-    options: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    options: dict[str, Any] = {name: False for name in ("use_cache", "output_router_logits") if accepts(model, name)}
     return model(input_ids=torch.tensor([list(tokens)], device=model.device), **options).logits[0]
 
 
