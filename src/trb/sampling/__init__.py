@@ -135,7 +135,7 @@ def sample(
         options: dict[str, Any] = {**shared, "max_rows": max_rows}
         if ways[0].in_slots:
             options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
-        return _in_stretches(_Sampling(student, teacher, policy, ways, options), rows, max_new_tokens)
+        return _in_stretches(_Sampling(student, teacher, policy, ways, options), read, rows, max_new_tokens)
 
 
 def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
@@ -167,12 +167,13 @@ class _Sampling:
         return sampler(self.student, self.teacher, rows, self.policy, **{**self.options, **columns, **how})
 
 
-def _in_stretches(sampling: _Sampling, prompts: list[list[int]], max_new_tokens: int) -> Rollout:
+def _in_stretches(
+    sampling: _Sampling, models: list[PreTrainedModel], prompts: list[list[int]], max_new_tokens: int
+) -> Rollout:
     """Rows in batches, none of which crosses a length at which one of the models changes its factors (LongRoPE): a pass
     over one row that is longer would change every row of its batch, and what a cache holds of the row itself. A row
     that reaches the length is read anew, with the other factors, and goes on where it was.
     """
-    models = [sampling.student, sampling.teacher] if sampling.teacher is not None else [sampling.student]
     switches = sorted({switch for model in models if (switch := rope_switch(model)) is not None})
     if len(switches) > 1:
         raise ValueError(f"student and teacher change their rotary factors at different lengths: {switches} tokens")
