@@ -62,7 +62,13 @@ def real(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     else:
         file = gemma_file()
         options: dict[str, Any] = {"gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        # A model read from a quantised file says so of itself ever after, and is then not trained.
+        config = type(read.config).from_dict(
+            {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(read.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     tokenizer.padding_side = "left"
     return model.eval().requires_grad_(False), tokenizer
