@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from conftest import NO_SPECIAL_IDS, random_model, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from tiny_models import build, plain_logits
@@ -341,6 +342,23 @@ def test_the_check_can_be_switched_off_by_name(monkeypatch: pytest.MonkeyPatch) 
 def test_trained_models_pass_in_the_precisions_they_run_in(name: str, dtype: torch.dtype) -> None:
     model, _ = zoo.load(name)  # type: ignore[arg-type]
     assert way(model.to(dtype)) == "slots"
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_mixed_precision_inside_a_wrapper_is_no_fault(name: str, warnings_seen: list[str]) -> None:
+    """What the trainer samples from with bf16=True: float32 logits, with the rounding of bfloat16."""
+    model, _ = zoo.load(name)  # type: ignore[arg-type]
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    assert plain_logits(model, [1, 2, 3]).dtype == torch.float32
+    assert way(model) == "slots"
+    assert OutputHead.check(model) and not warnings_seen
+
+
+def test_logits_that_a_family_widens_are_held_to_the_precision_they_have() -> None:
+    wanted = way(build("mamba2"))
+    model = build("mamba2").to(torch.bfloat16)
+    assert plain_logits(model, [1, 2, 3]).dtype == torch.float32
+    assert way(model) == wanted == "lockstep"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
