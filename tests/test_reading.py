@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from conftest import NO_SPECIAL_IDS, random_model, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from tiny_models import build, plain_logits
@@ -42,7 +43,7 @@ from trb.modeling import (
     tolerance,
 )
 from trb.policies import StudentPolicy, TrustRegionPolicy
-from trb.sampling import Rollout, reading, sample
+from trb.sampling import METHODS, Rollout, reading, sample
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.reading import sampling_mode, way_of
 from trb.sampling.uniforms import uniforms
@@ -99,6 +100,21 @@ def test_windows_hold_in_prompts_and_after_them(model_type: str) -> None:
     wanted = expected(student, teacher)
     for options in WAYS_OF_SAMPLING:
         assert draw(student, teacher, **options).completions == wanted
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_share_keys_may_meet_prompts_of_one_token_first(model_type: str) -> None:
+    """Nothing is read ahead of such a prompt: the slots are laid out before the library's own cache has shown how."""
+    student, teacher = build(model_type, seed=0), build(model_type, seed=1)
+    assert way(student) == "slots"
+    wanted = expected(student, teacher)
+    assert len(PROMPTS[0]) == 1
+    assert draw(student, teacher, block_size=3, max_rows=1).completions == wanted
+    ones = [prompt[:1] for prompt in PROMPTS]
+    options: dict[str, Any] = {"max_new_tokens": TOKENS, "eos_token_id": STOP, "seed": 3}
+    rollouts = [sample(student, teacher, ones, POLICY, method=method, **options) for method in METHODS]
+    assert rollouts[0].completions == rollouts[1].completions
+    assert len(set(map(len, rollouts[0].completions))) > 1  # so that slots are moved
 
 
 def test_teacher_states_kept_for_the_loss_are_those_of_a_plain_pass_beyond_the_window() -> None:
@@ -341,6 +357,23 @@ def test_the_check_can_be_switched_off_by_name(monkeypatch: pytest.MonkeyPatch) 
 def test_trained_models_pass_in_the_precisions_they_run_in(name: str, dtype: torch.dtype) -> None:
     model, _ = zoo.load(name)  # type: ignore[arg-type]
     assert way(model.to(dtype)) == "slots"
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_mixed_precision_inside_a_wrapper_is_no_fault(name: str, warnings_seen: list[str]) -> None:
+    """What the trainer samples from with bf16=True: float32 logits, with the rounding of bfloat16."""
+    model, _ = zoo.load(name)  # type: ignore[arg-type]
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    assert plain_logits(model, [1, 2, 3]).dtype == torch.float32
+    assert way(model) == "slots"
+    assert OutputHead.check(model) and not warnings_seen
+
+
+def test_logits_that_a_family_widens_are_held_to_the_precision_they_have() -> None:
+    wanted = way(build("mamba2"))
+    model = build("mamba2").to(torch.bfloat16)
+    assert plain_logits(model, [1, 2, 3]).dtype == torch.float32
+    assert way(model) == wanted == "lockstep"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -128,9 +128,29 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
-    """`[T, V]` logits of one row in one pass of the model's own, without cache, padding or any help of ours."""
+    """`[T, V]` logits of one row in one pass of the model's own, without cache, padding or any help of ours.
+
+    In the dtype that its head computed them in: some families widen them afterwards, and so does Accelerate around a
+    model that it trains in mixed precision. They would pass for more exact than they are.
+    """
     options: dict[str, Any] = {name: False for name in ("use_cache", "output_router_logits") if accepts(model, name)}
-    return model(input_ids=torch.tensor([list(tokens)], device=model.device), **options).logits[0]
+    with _output_dtypes(model.get_output_embeddings()) as dtypes:
+        logits = model(input_ids=torch.tensor([list(tokens)], device=model.device), **options).logits[0]
+    return logits.to(max([logits.dtype, *dtypes], key=lambda dtype: torch.finfo(dtype).eps))
+
+
+@contextmanager
+def _output_dtypes(head: nn.Module | None) -> Iterator[list[torch.dtype]]:
+    """Receives the dtype of what the head returns inside the block."""
+    seen: list[torch.dtype] = []
+    if head is None:
+        yield seen
+        return
+    handle = head.register_forward_hook(lambda _module, _arguments, output: seen.append(output.dtype))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -182,13 +202,13 @@ def windows(model: PreTrainedModel) -> list[int]:
 def disagreement(ours: Sequence[Tensor], own: Sequence[Tensor]) -> float:
     """How far `[T, V]` logits of several rows are from the model's own, relative to the spread of these.
 
-    In float32 and float64 the largest difference at any token. In less, rounding alone may send a token to another
-    expert: the median over the tokens of a row of the mean square, and the worst row. Logits that are not finite where
-    the model's own are count as infinitely far.
+    Where the model's own are float32 or float64 the largest difference at any token. In less, rounding alone may send a
+    token to another expert: the median over the tokens of a row of the mean square, and the worst row. Logits that are
+    not finite where the model's own are count as infinitely far.
     """
     worst = 0.0
     for one, other in zip(ours, own, strict=True):
-        coarse = one.dtype not in (torch.float32, torch.float64)
+        coarse = other.dtype not in (torch.float32, torch.float64)
         possible = other.isfinite()
         if not one[possible].isfinite().all():
             return math.inf

@@ -120,7 +120,8 @@ class SlotReader:
         source = torch.tensor([row for row, owned in enumerate(owners.values()) for _ in owned], device=device)
         target = torch.tensor([slot for owned in owners.values() for slot in owned], device=device)
         self._state.reserve(longest)
-        for ours, theirs in zip(self._state.layers_of(len(cache.layers)), cache.layers, strict=True):
+        # Layers that read another layer's keys keep none, and the library's cache then ends before them.
+        for ours, theirs in zip(self._state.layers_of(len(cache.layers)), cache.layers, strict=False):
             assert isinstance(theirs, CacheLayerMixin) and theirs.keys is not None and theirs.values is not None
             ours.put(theirs.keys[source], theirs.values[source], target)
 
@@ -199,18 +200,15 @@ class SlotReader:
         assert logits_RQV.shape[:2] == ids_RQ.shape
         return (*hidden, logits_RQV) if finish is None else (*hidden, *finish(logits_RQV, *beside_R))
 
-    @property
-    def _layers(self) -> list["_SlotLayer"]:
-        return self._state.layers
-
     def move(self, source: int | Sequence[int], target: int | Sequence[int], length: int) -> None:
         """Copy the first `length` positions of one slot over another, or of several at once over as many others."""
         one, other = (
             slots if isinstance(slots, int) else torch.tensor(slots, device=self.model.device)
             for slots in (source, target)
         )
-        for layer in self._layers:
-            layer.move(one, other, length)
+        for layer in self._state.layers:
+            if layer.is_initialized:
+                layer.move(one, other, length)
 
     @contextmanager
     def _captured_hidden(self) -> Iterator[list[Tensor]]:
@@ -322,8 +320,8 @@ class _State:
         return left
 
     def layers_of(self, count: int) -> list["_SlotLayer"]:
-        if not self.layers:
-            self.layers = [_SlotLayer(self.plan, self.slots) for _ in range(count)]
+        """At least so many layers."""
+        self.layers += [_SlotLayer(self.plan, self.slots) for _ in range(count - len(self.layers))]
         return self.layers
 
     def reserve(self, positions: int) -> None:
