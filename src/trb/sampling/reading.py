@@ -6,7 +6,7 @@ sampled, a short ragged batch is read both ways, rows past a window, a row that 
 included, and compared with plain forward passes of the model itself, in the precision and on the device of the run. A
 way that disagrees is passed over with a warning; a model for which none agrees is refused by name.
 
-Windows are checked on the masks too, and those too long to pass through on the masks alone: the functions that the model
+Windows are checked on the masks too, those too long to pass through on them alone: the functions that the model
 asks for while it is read, evaluated around the window's edge, must be those that it asks for in a plain pass.
 
 The environment variable TRB_CHECK_READING=0 switches the comparison off; each model is then trusted to be what it says.
