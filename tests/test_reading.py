@@ -320,6 +320,33 @@ def test_windows_too_long_to_pass_through_are_checked_on_their_masks(
     assert ["its mask differs at position" in text for text in warnings_seen] == [True] * broken
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "wanted"),
+    [
+        ("llama4_text", {"floor_scale": 1500, "attention_chunk_size": 8000}, "lockstep without padding"),
+        ("minimax_m3_vl_text", {"index_topk_blocks": 80, "index_block_size": 16}, "lockstep without padding"),
+        ("gpt_neo", {"window_size": 1500}, "lockstep"),
+    ],
+)
+def test_what_begins_beyond_every_short_row_and_in_no_mask_is_known(
+    model_type: str, sizes: dict[str, int], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the sizes of real models: scaled queries, chosen blocks of keys, a window inside the attention itself."""
+    for name, value in {**sizes, "max_position_embeddings": 8192}.items():
+        monkeypatch.setitem(tiny_models._TINY, name, value)
+    model = build(model_type)
+    assert way(model) == wanted
+    prompts = [[1 + (7 * place + row) % 23 for place in range(length)] for row, length in enumerate((1520, 1499, 9))]
+    with sampling_mode(model), torch.no_grad():
+        reader = way_of(model).reader
+        assert reader is not None
+        read = reader(model)
+        found = [read.read_prompts(prompts), read.read_tokens(torch.tensor([3, 4, 5]))]
+    for row, prompt in enumerate(prompts):
+        own = plain_logits(model, [*prompt, 3 + row])[-2:]
+        assert disagreement([torch.stack([logits[row] for logits in found])], [own]) < tolerance(own)
+
+
 @contextmanager
 def counted(model: PreTrainedModel) -> Iterator[list[int]]:
     """Tokens of every forward pass."""

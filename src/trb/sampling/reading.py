@@ -14,6 +14,7 @@ The environment variable TRB_CHECK_READING=0 switches the comparison off; each m
 Shape suffixes: R rows, T positions of a row, V head rows.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,7 @@ from trb.modeling import (
     check_causal,
     disagreement,
     plain_logits,
+    position_limit,
     probe_rows,
     tolerance,
     windows,
@@ -52,6 +54,9 @@ __all__ = ["WAYS", "Way", "sampling_mode", "way_of"]
 logger = logging.get_logger(__name__)
 
 _TOKENS = 6
+# Options of families that count a token's place in the cache, padding included, and do something else from one on that
+# no short row reaches: scaled queries (Llama 4), a choice among blocks of keys (MiniMax M3).
+_COUNT_PADDING = ("attn_temperature_tuning", "index_topk_blocks")
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ def _autocast(model: PreTrainedModel) -> torch.dtype | None:
 
 
 def _candidates(model: PreTrainedModel, slots: bool) -> list[Way]:
+    if any(getattr(model.config.get_text_config(), name, None) for name in _COUNT_PADDING):
+        return [GROUPED, WHOLE]
     in_slots = slots and supports_slots(model)
     return [
         *(Way("slots", attention=name) for name in (slot_attentions(model) if in_slots else [])),
@@ -124,7 +131,7 @@ def _first_exact(model: PreTrainedModel, slots: bool) -> Way:
         reason = _fault(model, way, rows, own, allowed)
         if reason is None:
             if reasons or (slots and not way.in_slots):
-                _warn(model, way, reasons or ["it keeps a recurrent state, which cannot be taken back"])
+                _warn(model, way, reasons or ["it keeps a recurrent state, or counts places in its cache"])
             return way
         reasons.append(f"{way.name}: {reason}")
     raise UnsupportedModelError(
@@ -210,7 +217,8 @@ def _through_slots(model: PreTrainedModel, rows: list[list[int]]) -> list[Tensor
 
 def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
     """What is wrong with the masks past windows that no row reaches; None if nothing is."""
-    far = [window for window in windows(model) if window >= max(map(len, rows)) - _TOKENS]
+    longest, limit = max(map(len, rows)), position_limit(model) or math.inf
+    far = [window for window in windows(model) if longest - _TOKENS <= window < limit]
     if not far:
         return None
     with _recorded_masks(model) as own:
@@ -220,6 +228,7 @@ def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
         reader.read(torch.tensor([rows[-1][:1]]), torch.zeros(1, 1, dtype=torch.long, device=model.device), 1)
     if not own or len(own) != len(ours):
         return f"its masks cannot be seen, and windows of {far} tokens are too long to try"
+    shown = False
     for position in sorted({at for window in far for at in (window - 1, window, 2 * window + 1)}):
         keys = torch.arange(position + 1, device=model.device)
         for theirs, mine in zip(own, ours, strict=True):
@@ -228,6 +237,10 @@ def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
             options = {"batch_size": 1, "q_length": 1, "kv_length": len(keys), "device": model.device}
             if not torch.equal(at_own_positions(zero + position, mine, **options).flatten(), expected):
                 return f"its mask differs at position {position}"
+            shown |= position > max(far) and not bool(expected.all())
+    # Layer types say which windows are switched off.
+    if not shown and getattr(model.config.get_text_config(), "layer_types", None) is None:
+        return f"no mask shows its windows of {far} tokens, which are too long to try"
     return None
 
 
