@@ -401,6 +401,7 @@ def test_logits_that_a_family_widens_are_held_to_the_precision_they_have() -> No
     model = build("mamba2").to(torch.bfloat16)
     assert plain_logits(model, [1, 2, 3]).dtype == torch.float32
     assert way(model) == wanted == "lockstep"
+    OutputHead.check(model)  # its residuals are float32, its head's weights are not
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
