@@ -294,6 +294,21 @@ def test_a_mask_that_is_wrong_is_found_and_passed_over(
 
 
 @pytest.mark.parametrize("broken", [False, True])
+def test_a_window_lost_in_half_precision_is_found_on_its_mask(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three keys too many among 64 make less difference than rounding may."""
+    monkeypatch.setitem(tiny_models._TINY, "sliding_window", 64)
+    model = build("gemma3_text").to(torch.bfloat16)
+    if broken:
+        exact = trb.sampling.cache.at_own_positions
+
+        def without_window(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
+            return exact(first_R, lambda row, head, query, key: key <= query, **arguments)
+
+        monkeypatch.setattr(trb.sampling.cache, "at_own_positions", without_window)
+    assert way(model) == ("lockstep" if broken else "slots")
+
+
+@pytest.mark.parametrize("broken", [False, True])
 def test_windows_too_long_to_pass_through_are_checked_on_their_masks(
     broken: bool, warnings_seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,12 +325,12 @@ def test_windows_too_long_to_pass_through_are_checked_on_their_masks(
     )
     model = random_model(MistralForCausalLM, config, 0, 0.3)
     if broken:
-        exact = reading.at_own_positions
+        exact = trb.sampling.cache.at_own_positions
 
         def one_too_many(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
             return exact(first_R, lambda row, head, query, key: mask_function(row, head, query - 1, key), **arguments)
 
-        monkeypatch.setattr(reading, "at_own_positions", one_too_many)
+        monkeypatch.setattr(trb.sampling.cache, "at_own_positions", one_too_many)
     assert way(model) == ("lockstep" if broken else "slots")
     assert ["its mask differs at position" in text for text in warnings_seen] == [True] * broken
 
