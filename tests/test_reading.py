@@ -294,6 +294,21 @@ def test_a_mask_that_is_wrong_is_found_and_passed_over(
 
 
 @pytest.mark.parametrize("broken", [False, True])
+def test_a_window_lost_in_half_precision_is_found_on_its_mask(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three keys too many among 64 make less difference than rounding may."""
+    monkeypatch.setitem(tiny_models._TINY, "sliding_window", 64)
+    model = build("gemma3_text").to(torch.bfloat16)
+    if broken:
+        exact = trb.sampling.cache.at_own_positions
+
+        def without_window(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
+            return exact(first_R, lambda row, head, query, key: key <= query, **arguments)
+
+        monkeypatch.setattr(trb.sampling.cache, "at_own_positions", without_window)
+    assert way(model) == ("lockstep" if broken else "slots")
+
+
+@pytest.mark.parametrize("broken", [False, True])
 def test_windows_too_long_to_pass_through_are_checked_on_their_masks(
     broken: bool, warnings_seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,14 +325,41 @@ def test_windows_too_long_to_pass_through_are_checked_on_their_masks(
     )
     model = random_model(MistralForCausalLM, config, 0, 0.3)
     if broken:
-        exact = reading.at_own_positions
+        exact = trb.sampling.cache.at_own_positions
 
         def one_too_many(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
             return exact(first_R, lambda row, head, query, key: mask_function(row, head, query - 1, key), **arguments)
 
-        monkeypatch.setattr(reading, "at_own_positions", one_too_many)
+        monkeypatch.setattr(trb.sampling.cache, "at_own_positions", one_too_many)
     assert way(model) == ("lockstep" if broken else "slots")
     assert ["its mask differs at position" in text for text in warnings_seen] == [True] * broken
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "wanted"),
+    [
+        ("llama4_text", {"floor_scale": 1500, "attention_chunk_size": 8000}, "lockstep without padding"),
+        ("minimax_m3_vl_text", {"index_topk_blocks": 80, "index_block_size": 16}, "lockstep without padding"),
+        ("gpt_neo", {"window_size": 1500}, "lockstep"),
+    ],
+)
+def test_what_begins_beyond_every_short_row_and_in_no_mask_is_known(
+    model_type: str, sizes: dict[str, int], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the sizes of real models: scaled queries, chosen blocks of keys, a window inside the attention itself."""
+    for name, value in {**sizes, "max_position_embeddings": 8192}.items():
+        monkeypatch.setitem(tiny_models._TINY, name, value)
+    model = build(model_type)
+    assert way(model) == wanted
+    prompts = [[1 + (7 * place + row) % 23 for place in range(length)] for row, length in enumerate((1520, 1499, 9))]
+    with sampling_mode(model), torch.no_grad():
+        reader = way_of(model).reader
+        assert reader is not None
+        read = reader(model)
+        found = [read.read_prompts(prompts), read.read_tokens(torch.tensor([3, 4, 5]))]
+    for row, prompt in enumerate(prompts):
+        own = plain_logits(model, [*prompt, 3 + row])[-2:]
+        assert disagreement([torch.stack([logits[row] for logits in found])], [own]) < tolerance(own)
 
 
 @contextmanager
@@ -374,6 +416,7 @@ def test_logits_that_a_family_widens_are_held_to_the_precision_they_have() -> No
     model = build("mamba2").to(torch.bfloat16)
     assert plain_logits(model, [1, 2, 3]).dtype == torch.float32
     assert way(model) == wanted == "lockstep"
+    OutputHead.check(model)  # its residuals are float32, its head's weights are not
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

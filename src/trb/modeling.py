@@ -351,12 +351,19 @@ class OutputHead:
         """`[..., H]` to `[..., V]`."""
         # Past the module's hooks: FSDP2's would take the loss's inner gradients for the model's backward pass, and free
         # weights that the true one still needs.
-        logits = self.projection.forward(hidden)
+        logits = self.projection.forward(self._narrowed(hidden))
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
+
+    def _narrowed(self, hidden: Tensor) -> Tensor:
+        """In the dtype of half-precision weights: families whose residuals stay in float32 round them for the head."""
+        dtype = getattr(getattr(self.projection, "weight", None), "dtype", None)
+        return (
+            hidden.to(dtype) if hidden.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16) else hidden
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.projection.parameters()

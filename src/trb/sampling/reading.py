@@ -6,14 +6,15 @@ sampled, a short ragged batch is read both ways, rows past a window, a row that 
 included, and compared with plain forward passes of the model itself, in the precision and on the device of the run. A
 way that disagrees is passed over with a warning; a model for which none agrees is refused by name.
 
-Windows are checked on the masks too, those too long to pass through on them alone: the functions that the model
-asks for while it is read, evaluated around the window's edge, must be those that it asks for in a plain pass.
+Windows are checked on the masks too, those too long to pass through on them alone: the functions that the model asks
+for while it is read, evaluated around the window's edge, must be those that it asks for in a plain pass.
 
 The environment variable TRB_CHECK_READING=0 switches the comparison off; each model is then trusted to be what it says.
 
 Shape suffixes: R rows, T positions of a row, V head rows.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,13 +33,13 @@ from trb.modeling import (
     check_causal,
     disagreement,
     plain_logits,
+    position_limit,
     probe_rows,
     tolerance,
     windows,
 )
 from trb.sampling.cache import (
     SlotReader,
-    at_own_positions,
     attention_through_slots,
     exact_masks,
     masks_by,
@@ -52,6 +53,9 @@ __all__ = ["WAYS", "Way", "sampling_mode", "way_of"]
 logger = logging.get_logger(__name__)
 
 _TOKENS = 6
+# Options of families that count a token's place in the cache, padding included, and do something else from one on that
+# no short row reaches: scaled queries (Llama 4), a choice among blocks of keys (MiniMax M3).
+_COUNT_PADDING = ("attn_temperature_tuning", "index_topk_blocks")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def _autocast(model: PreTrainedModel) -> torch.dtype | None:
 
 
 def _candidates(model: PreTrainedModel, slots: bool) -> list[Way]:
+    if any(getattr(model.config.get_text_config(), name, None) for name in _COUNT_PADDING):
+        return [GROUPED, WHOLE]
     in_slots = slots and supports_slots(model)
     return [
         *(Way("slots", attention=name) for name in (slot_attentions(model) if in_slots else [])),
@@ -124,7 +130,7 @@ def _first_exact(model: PreTrainedModel, slots: bool) -> Way:
         reason = _fault(model, way, rows, own, allowed)
         if reason is None:
             if reasons or (slots and not way.in_slots):
-                _warn(model, way, reasons or ["it keeps a recurrent state, which cannot be taken back"])
+                _warn(model, way, reasons or ["it keeps a recurrent state, or counts places in its cache"])
             return way
         reasons.append(f"{way.name}: {reason}")
     raise UnsupportedModelError(
@@ -209,13 +215,15 @@ def _through_slots(model: PreTrainedModel, rows: list[list[int]]) -> list[Tensor
 
 
 def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
-    """What is wrong with the masks around the edges of windows; None if nothing is.
+    """What is wrong with the masks of single tokens at the edges of windows; None if nothing is.
 
-    Of windows that the rows do not reach it is the only evidence, and of the others the sharper one in low precision,
-    where a single key too many is lost in rounding.
+    Of windows that no row reaches nothing else is known, and in half precision a few keys too many among hundreds make
+    less difference than rounding.
     """
-    sizes = windows(model)
-    if not sizes:
+    limit = position_limit(model) or math.inf
+    reachable = [window for window in windows(model) if window < limit]
+    far = [window for window in reachable if window >= max(map(len, rows)) - _TOKENS]
+    if not reachable:
         return None
     with _recorded_masks(model) as own:
         plain_logits(model, rows[-1])
@@ -223,17 +231,34 @@ def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
         reader = SlotReader(model, 1, replay=False)
         reader.read(torch.tensor([rows[-1][:1]]), torch.zeros(1, 1, dtype=torch.long, device=model.device), 1)
     if not own or len(own) != len(ours):
-        far = [size for size in sizes if size >= max(map(len, rows)) - _TOKENS]
         return f"its masks cannot be seen, and windows of {far} tokens are too long to try" if far else None
-    for position in sorted({at for size in sizes for at in (size - 1, size, 2 * size + 1)}):
+    shown = False
+    for position in sorted({at for window in reachable for at in (window - 1, window, 2 * window + 1)}):
         keys = torch.arange(position + 1, device=model.device)
+        zero = torch.zeros_like(keys[:1])
         for theirs, mine in zip(own, ours, strict=True):
-            zero = torch.zeros_like(keys[:1])
             expected = theirs(zero, zero, zero + position, keys).expand(len(keys))
-            options = {"batch_size": 1, "q_length": 1, "kv_length": len(keys), "device": model.device}
-            if not torch.equal(at_own_positions(zero + position, mine, **options).flatten(), expected):
+            if not torch.equal(_seen_from(model, position, mine), expected):
                 return f"its mask differs at position {position}"
+            shown |= position > max(reachable) and not bool(expected.all())
+    # Layer types say which windows are switched off.
+    if far and not shown and getattr(model.config.get_text_config(), "layer_types", None) is None:
+        return f"no mask shows its windows of {far} tokens, which are too long to try"
     return None
+
+
+def _seen_from(model: PreTrainedModel, position: int, mask_function: Callable[..., Tensor]) -> Tensor:
+    """`[L]` which keys a token at that position may look at, in the mask that a read through slots is given."""
+    made = ALL_MASK_ATTENTION_FUNCTIONS[model.config._attn_implementation](
+        mask_function=mask_function,
+        batch_size=1,
+        q_length=1,
+        kv_length=position + 1,
+        q_offset=torch.tensor([position], device=model.device),
+        dtype=torch.float32,
+        device=model.device,
+    )
+    return made.flatten() == 0
 
 
 @contextmanager
