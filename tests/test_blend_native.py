@@ -3,6 +3,7 @@
 Every row that is not flagged keeps its budget and uses it; a row is flagged when, and only when, it needs float64.
 """
 
+import json
 import logging
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -428,13 +430,171 @@ def test_the_library_is_built_once_and_kept_private(tmp_path: Path) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("open_folder", ["native", "."], ids=["the folder itself", "the folder it is in"])
 def test_a_cache_that_others_can_write_is_not_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    open_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "native").mkdir()
-    (tmp_path / "native").chmod(0o777)
+    (tmp_path / "native").mkdir(mode=0o700)
+    (tmp_path / open_folder).chmod(0o777)
     monkeypatch.setenv("TRB_CACHE", str(tmp_path))
     with caplog.at_level(logging.INFO):
         assert blend_native._load() is not None
     assert "can be written by others" in caplog.text
     assert list((tmp_path / "native").iterdir()) == []
+
+
+@needs_library
+def test_a_sticky_folder_may_hold_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o1777)  # as /tmp, where users share and cannot rename each other's files
+    monkeypatch.setenv("TRB_CACHE", str(tmp_path))
+    assert blend_native._load() is not None
+    assert len(list((tmp_path / "native").iterdir())) == 1
+
+
+@needs_library
+def test_the_cache_of_another_user_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRB_CACHE", str(tmp_path))
+    blend_native._load()
+    (theirs,) = (tmp_path / "native").iterdir()
+    theirs.write_bytes(b"whatever they like")
+    monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "native").stat().st_uid + 1)
+    with caplog.at_level(logging.INFO):
+        assert blend_native._load() is not None
+    assert f"{tmp_path / 'native'} belongs to another user" in caplog.text
+    assert [path.read_bytes() for path in (tmp_path / "native").iterdir()] == [b"whatever they like"]
+
+
+# In processes of their own, which a broken library may kill; forked, as importing torch takes seconds.
+EACH = """
+import json, logging, os, pathlib, sys
+from trb import blend_native
+folder, kinds = pathlib.Path(sys.argv[1]), json.load(sys.stdin)
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+blend_native.logger.addHandler(handler)
+
+
+def alone(function):
+    child = os.fork()
+    if not child:
+        function()
+        sys.stdout.flush()
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def show():
+    found = blend_native.available()
+    kept = [path.read_bytes().hex() for path in (cache / "native").glob("*")]
+    print(json.dumps([kind, [found, lines, kept]]))
+
+
+for number, (kind, compiler, content) in enumerate(kinds):
+    cache = folder / f"cache-{number}"
+    os.environ.update(CC=compiler, TRB_CACHE=str(cache))
+    if content is not None:  # a library that was kept, and came to harm since
+        alone(blend_native.available)
+        (kept,) = (cache / "native").iterdir()
+        kept.write_bytes(bytes.fromhex(content))
+    status = alone(show)
+    if status:
+        print(json.dumps([kind, f"died with {status}"]), flush=True)
+"""
+
+
+def compiler_that(folder: Path, name: str, script: str) -> str:
+    """A compiler that knows its macros and builds what `script` builds; `$OUT` is where the library goes."""
+    path = folder / name
+    path.write_text(
+        f"#!/bin/sh\nHERE={folder}\n"
+        'for word; do [ "$last" = -o ] && OUT=$word; last=$word; done\n'
+        f'[ -z "$OUT" ] && exec cc "$@"\n{script}\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def each(folder: Path, kinds: list[tuple[str, str, str | None]]) -> dict[str, Any]:
+    """Of each kind: whether there is a solver, what was logged, and what is in the cache (hexadecimal)."""
+    command = [sys.executable, "-c", EACH, str(folder)]
+    environment = {**os.environ, "TRB_NATIVE": "1"}
+    done = subprocess.run(
+        command, env=environment, input=json.dumps(kinds), capture_output=True, text=True, timeout=120, check=True
+    )
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@needs_library
+def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRB_CACHE", str(tmp_path))
+    blend_native._load()
+    (library,) = (tmp_path / "native").iterdir()
+    whole = library.read_bytes()
+    damaged = {
+        "emptied": b"",
+        "halved": whole[: len(whole) // 2],
+        "a page short": whole[:-4096],
+        "zeros at the end, as after a power loss": whole[:4096] + bytes(len(whole) - 4096),
+        "one bit flipped": whole[:1000] + bytes([whole[1000] ^ 4]) + whole[1001:],
+        "flipped all over": whole[:64] + bytes(255 - byte for byte in whole[64:]),
+        "no library": b"#!/bin/sh\n",
+    }
+    compiler = compiler_that(tmp_path, "fast", f'cp {library} "$OUT"')
+    found = each(tmp_path, [(kind, compiler, content.hex()) for kind, content in damaged.items()])
+    assert found == {kind: [True, [], [whole.hex()]] for kind in damaged}
+
+
+ODD_COMPILERS = {  # and what must be said of them
+    "its messages are in another encoding": (r"printf 'error: \344\377\033[31m' >&2; exit 1", "error: "),
+    "it builds nothing": ("true", "does not work"),
+    "it builds half a library": ('cc "$@" && head -c 4096 "$OUT" > "$HERE/half" && cp "$HERE/half" "$OUT"', "does not"),
+    "its library lacks the symbol": ('echo "int x;" | cc -shared -fPIC -x c -o "$OUT" -', "solve_rows"),
+    "its library crashes": (
+        'echo "int solve_rows(void) { return *(volatile int *)8; }" | cc -shared -fPIC -x c -o "$OUT" -',
+        "does not work (status -11)",
+    ),
+    "its library writes nothing": (
+        'echo "int solve_rows(void) { return 0; }" | cc -shared -fPIC -x c -o "$OUT" -',
+        "wrong answers",
+    ),
+    "its logarithms are off by a thousandth": ('cc -include "$HERE/off.h" "$@"', "wrong answers"),
+    "it is killed": ("kill -9 $$", "failed with status -9"),
+}
+
+
+@needs_library
+def test_what_an_odd_compiler_builds_is_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "off.h").write_text("#include <math.h>\n#define log(x) (1.001 * (log)(x))\n")
+    compilers = [
+        (kind, compiler_that(tmp_path, f"compiler-{number}", script), None)
+        for number, (kind, (script, _)) in enumerate(ODD_COMPILERS.items())
+    ]
+    found = each(tmp_path, compilers)
+    assert list(found) == list(ODD_COMPILERS)
+    for kind, (there, lines, kept) in found.items():
+        assert not there, kind
+        (line,) = lines
+        assert line.startswith("solving blends with torch operations"), kind
+        assert ODD_COMPILERS[kind][1] in line, kind
+        assert line.isprintable(), kind
+        assert kept == [], kind  # no other process meets it either
+
+
+def test_any_value_of_cc_is_survived(tmp_path: Path) -> None:
+    values = ["cc 'unclosed", "''", "cc \udcff", "/", "cc -no-such-option"]
+    found = each(tmp_path, [(named, named, None) for named in values])
+    assert list(found) == values
+    for named, (there, lines, kept) in found.items():
+        assert not there, named
+        (line,) = lines
+        assert line.startswith("solving blends with torch operations"), named
+        assert kept == [], named
+
+
+@needs_library
+def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRB_CACHE", "~nobody-of-this-name/cache")
+    assert blend_native._load() is not None

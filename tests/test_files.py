@@ -49,3 +49,9 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
     assert cache_directory() == tmp_path
     monkeypatch.setenv("TRB_CACHE", "")
     assert cache_directory() == Path.home() / ".cache" / "trb"
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRB_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(FileNotFoundError, match=r"'~nobody-of-this-name/cache': set TRB_CACHE"):
+        cache_directory()

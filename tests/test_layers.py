@@ -20,6 +20,7 @@ LAYERS = (
     "confinement",
     "templates",
     "ranks",
+    "blend_trial",
     "blend_native",
     "blend_triton",
     "blend",

@@ -9,8 +9,9 @@ Left out on purpose: rows that float32 cannot represent, positive budgets below 
 They come back with `passes = FLAGGED`; `trb.blend` solves those, and remains the semantics of record. Also left
 out: gradients, and checks of the budget's sign (a negative or NaN one is flagged).
 
-Without a compiler, or with the environment variable TRB_NATIVE=0, `available()` is False. Libraries are kept in
-`$TRB_CACHE/native` (by default `~/.cache/trb/native`).
+Without a compiler that builds a library which solves a known row in a process of its own (`blend_trial`), or with
+the environment variable TRB_NATIVE=0, `available()` is False. Libraries are kept in `$TRB_CACHE/native` (by default
+`~/.cache/trb/native`) under the hash of their content, as long as nobody else can write there.
 
 Shape suffixes: N rows (flattened prefixes), V vocabulary.
 """
@@ -23,7 +24,9 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +37,7 @@ import torch
 from torch import Tensor
 
 from trb.files import cache_directory
+from trb.untrusted import printable
 
 __all__ = ["FLAGGED", "NativeResult", "available", "solve_rows"]
 
@@ -42,6 +46,7 @@ logger = logging.getLogger(__name__)
 FLAGGED = -1
 
 _SOURCE = Path(__file__).with_name("native") / "blend.c"
+_TRIAL = Path(__file__).with_name("blend_trial.py")
 # Not -ffast-math: linking with it makes the whole process flush denormals, and it forgets infinities.
 _FLAGS = (
     "-std=c11",
@@ -195,8 +200,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         return _load()
-    except (_BuildError, OSError, subprocess.TimeoutExpired) as error:
-        logger.warning("solving blends with torch operations, as the native solver cannot be built: %s", error)
+    except Exception as error:  # whatever compilers, disks and systems do: blends can be solved without the library
+        reason = printable(f"{error or type(error).__name__}", lines=False)
+        logger.warning("solving blends with torch operations, as the native solver cannot be built: %s", reason)
         return None
 
 
@@ -205,24 +211,24 @@ def _load() -> ctypes.CDLL:
     # The macros name the compiler's version and, under -march=native, the instructions this CPU has: a home directory
     # may be shared by machines that differ in both.
     macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull])
-    key = hashlib.sha256("\0".join([_SOURCE.read_text(), *compiler, *_FLAGS, macros]).encode()).hexdigest()
+    text = _SOURCE.read_text(encoding="utf-8")
+    key = hashlib.sha256("\0".join([text, *compiler, *_FLAGS, macros]).encode(errors="surrogateescape")).hexdigest()
     try:
-        path = _own_directory() / f"blend-{key[:24]}.so"
-        if not path.is_file():
-            _build(compiler, path)
-        return _declared(ctypes.CDLL(str(path)))
+        directory = _own_directory()
+        return _declared(_kept(directory, key[:24]) or _build(compiler, directory, key[:24]))
     except OSError as error:
         logger.info("not keeping the native solver for other processes: %s", error)
-    with tempfile.TemporaryDirectory(prefix="trb-native-") as directory:
-        path = Path(directory) / "blend.so"
-        _build(compiler, path)
-        return _declared(ctypes.CDLL(str(path)))  # stays mapped when its file is gone
+    with tempfile.TemporaryDirectory(prefix="trb-native-") as temporary:
+        return _declared(_build(compiler, Path(temporary), key[:24]))  # stays mapped when its file is gone
 
 
 def _compiler() -> list[str]:
     named = os.environ.get("CC", "").strip()
     if named:
-        return shlex.split(named)
+        try:
+            return shlex.split(named)
+        except ValueError as error:
+            raise _BuildError(f"CC={named!r} is not a command ({error})") from error
     found = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if found is None:
         raise _BuildError(f"no C compiler found (looked for $CC, {', '.join(_COMPILERS)})")
@@ -230,36 +236,74 @@ def _compiler() -> list[str]:
 
 
 def _own_directory() -> Path:
+    """Where libraries are kept. Raises OSError where nothing can be, or where others could put something."""
     directory = cache_directory() / "native"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    # What lies there is executed: nobody else may have put it there.
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{directory} belongs to another user or can be written by others")
+    directory = directory.resolve()  # what the checks below are about is what is opened
+    # What lies there is executed: nobody else may have put it there, nor be able to put another folder in its place.
+    # Whoever may write into a sticky folder (/tmp) cannot rename what others have in it.
+    _require_private(directory, {os.getuid()}, sticky=0)
+    for parent in directory.parents:
+        _require_private(parent, {0, os.getuid()}, sticky=stat.S_ISVTX)
     return directory
 
 
-def _build(compiler: list[str], path: Path) -> None:
-    """Compile beside `path` and rename, so that no process ever loads half a library."""
-    handle, building = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".so", dir=path.parent)
+def _require_private(folder: Path, owners: set[int], sticky: int) -> None:
+    status = folder.stat()
+    if status.st_uid not in owners or (status.st_mode & 0o022 and not status.st_mode & sticky):
+        raise PermissionError(f"{folder} belongs to another user or can be written by others")
+
+
+def _kept(directory: Path, key: str) -> ctypes.CDLL | None:
+    """A library of an earlier process, if what is in the file is what its name says: loading half of one is fatal."""
+    for path in directory.glob(f"blend-{key}-*.so"):
+        if path == _path(directory, key, path.read_bytes()):
+            return ctypes.CDLL(str(path))
+        logger.info("%s is damaged: building it again", path)
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _path(directory: Path, key: str, content: bytes) -> Path:
+    return directory / f"blend-{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _build(compiler: list[str], directory: Path, key: str) -> ctypes.CDLL:
+    """Compile, try, flush and rename, so that no process ever loads half a library, or one that kills it."""
+    handle, building = tempfile.mkstemp(prefix=f".blend-{key}-", suffix=".so", dir=directory)
     os.close(handle)
     try:
         _run([*compiler, *_FLAGS, "-shared", "-o", building, str(_SOURCE), "-lm"])
+        _try(building, compiler)
+        with open(building, "rb+") as file:
+            path = _path(directory, key, file.read())
+            os.fsync(file.fileno())
         os.replace(building, path)
     finally:
         Path(building).unlink(missing_ok=True)
+    return ctypes.CDLL(str(path))
+
+
+def _try(library: str, compiler: list[str]) -> None:
+    """Raises _BuildError unless the library solves a known row, in a process that it may crash."""
+    command = [sys.executable, "-I", "-S", str(_TRIAL), library]
+    done = subprocess.run(command, capture_output=True, timeout=_BUILD_SECONDS, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines()
+        reason = lines[-1] if lines else f"status {done.returncode}"
+        raise _BuildError(f"what {compiler[0]} built does not work ({reason.strip()})")
 
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, timeout=_BUILD_SECONDS, stdin=subprocess.DEVNULL)
     except OSError as error:
         raise _BuildError(f"{command[0]}: {error.strerror}") from error
     if done.returncode:
-        lines = done.stderr.splitlines()
+        lines = done.stderr.decode(errors="replace").splitlines()  # a compiler may write in any encoding
         reason = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
         raise _BuildError(f"{command[0]} failed with status {done.returncode}: {reason.strip()}")
-    return done.stdout
+    return done.stdout.decode(errors="replace")
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -79,5 +79,12 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def cache_directory() -> Path:
-    """$TRB_CACHE, or ~/.cache/trb: what can be made again. It may not exist yet."""
-    return Path(os.environ.get("TRB_CACHE") or "~/.cache/trb").expanduser()
+    """$TRB_CACHE, or ~/.cache/trb: what can be made again. It may not exist yet.
+
+    Raises FileNotFoundError for a user without a home directory, or for the name of a user who is none.
+    """
+    named = os.environ.get("TRB_CACHE") or "~/.cache/trb"
+    try:
+        return Path(named).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no home directory for {named!r}: set TRB_CACHE to a folder of your own") from error
