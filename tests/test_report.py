@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ from trb.report import page as page_module
 from trb.report.figures import write_figures
 from trb.report.panels import Panel, Quantity, Series
 from trb.report.reading import Run, Score, Source, read
+from trb.report.study_panels import Bar, Bars
 
 
 def source_with(**scores: tuple[float, tuple[float, float] | None]) -> Source:
@@ -539,6 +541,44 @@ def test_figures_draw_the_recorded_values(comparison: Path) -> None:
     assert list(lines["TRB, budget"].get_ydata()) == [row["trb/kl_budget"] for row in rows]
     assert lines["TRB"].get_color() != lines["OPD"].get_color()
     assert lines["TRB"].get_marker() != lines["OPD"].get_marker()
+
+
+FORMULAS = [
+    "$",
+    "costs $5 or $6",
+    "$\\frac{1}{0$",
+    "$" + "{" * 400 + "$",  # too deep for a parser that calls itself
+    "$\\input{/etc/passwd}$",
+    "_begins with an underscore",
+    "ab\0\x1b[31m\u202e\ud800\ncd",
+    "w" * 5_000,
+    "",
+]
+
+
+# Long names leave no room for the axes, and fonts lack characters: matplotlib says so, and draws what it can.
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied", "ignore:Glyph")
+@pytest.mark.parametrize("text", FORMULAS, ids=lambda text: ascii(text[:20]))
+def test_names_are_drawn_as_they_are(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a method, a setting or a quantity is called, figures are written, and show what they show otherwise."""
+    quantity = Quantity("k", text, text, text, bound="b", bound_name=text)
+    lines = tuple(
+        Series(name, name, style, (1, 2), (0.5, 0.25), bound=(0.5, 0.5)) for style, name in enumerate((text, "other"))
+    )
+    panel = Panel(
+        "panel", quantity, lines, axis=panels.Axis(text, (text, text, text)), levels=((text, 0.3),), note=text
+    )
+    rows = tuple(Bar(name, 0, 0.5, (0.25, 0.75), 1, None, per_seed=(0.5,)) for name in (text, "other"))
+    drawn = [("panel", figures.draw), ("bars", lambda _: figures.draw_bars([Bars(text, rows, None)], text))]
+    monkeypatch.setattr(figures, "_figures", lambda directory: ((name, draw(panel)) for name, draw in drawn))
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # somebody's own settings, for other figures
+    for path in write_figures(tmp_path, formats=("png", "svg")):
+        assert path.stat().st_size > 1_000
+        if path.suffix == ".svg":
+            ElementTree.parse(path)
+    axes = figures.draw(panel).axes[0]
+    assert len(axes.get_legend().get_texts()) == 4
+    assert max(figures.draw_bars([Bars(text, rows, None)], text).get_size_inches()) < 12
 
 
 def test_figure_formats_and_empty_runs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -453,7 +454,7 @@ def test_a_malformed_probe_is_refused(tmp_path: Path, record: dict[str, Any], me
 def cells_of_markdown(line: str) -> list[str]:
     """The cells of one row as a reader sees them: split at unescaped pipes, escapes undone."""
     cells = re.split(r"(?<!\\)(?:\\\\)*\|", line.strip())[1:-1]
-    plain = [re.sub(r"\\([\\`*_\[\]|~#])", r"\1", cell.strip()) for cell in cells]
+    plain = [re.sub(r"\\([\\`*_\[\]|~#$])", r"\1", cell.strip()) for cell in cells]
     return [cell.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") for cell in plain]
 
 
@@ -496,6 +497,25 @@ def test_any_text_survives_markdown_and_latex(first: str, second: str) -> None:
     assert not body.startswith("[")
     for written, text in zip(list(csv.reader(io.StringIO(tables.to_csv(table))))[1], (second, first), strict=True):
         assert written in (text, f"'{text}") and written[:1] not in ("=", "+", "-", "@")  # no spreadsheet runs it
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
+@pytest.mark.parametrize(
+    "before", ["", " ", "\xa0", "\t", "\r", "\n", "\0", "\ufeff", "\u200b", "a;", 'a"; ', "a\n", "a\t"]
+)
+def test_no_cell_of_a_csv_file_begins_a_formula(before: str, start: str) -> None:
+    """However a spreadsheet cuts the file: at commas, semicolons, tabs or lines, with and without minding quotes."""
+    text = f"{before}{start}1+1"
+    written = tables.to_csv(Table("t", "caption", ("A", text), ((Cell(text), Cell("b")), (Cell("c"), Cell(text)))))
+    cuts = [re.split(cut, written) for cut in ("[,\r\n]", "[;\r\n]", "[\t\r\n]", "[,;\t\r\n]")]
+    ignored = '\0\ufeff\u200b"' + "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+    for cell in itertools.chain.from_iterable(cuts):
+        assert cell.strip(ignored)[:1] not in ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20"), cell
+
+
+def test_negative_numbers_stay_numbers_in_csv() -> None:
+    table = Table("t", "caption", ("A", "B"), ((Cell("a"), Cell(-0.5, "number", (-1.0, 0.25))),))
+    assert tables.to_csv(table).splitlines()[1] == "a,-0.5,-1.0,0.25"
 
 
 def test_tables_show_the_numbers_of_the_study(study: Path, record: dict[str, Any]) -> None:

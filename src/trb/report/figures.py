@@ -2,7 +2,7 @@
 
 Same panels, colours, dashes and markers as the page; values are drawn as recorded, with the smoothed line
 over faint raw points only where the page does so too. No titles inside the figure: a paper has its own
-caption.
+caption. Names of methods and settings are drawn as they are: no part of them is read as a formula or by TeX.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from trb.report import panels, probe, study_panels
@@ -23,13 +24,14 @@ from trb.report.probe import PROBE_FILE, read_probe
 from trb.report.reading import ReportError, read
 from trb.report.study import STUDY_FILE, Study, read_study
 from trb.report.study_panels import Bar, Bars
-from trb.report.style import COLOURS, DASHES, MARKERS
+from trb.report.style import COLOURS, DASHES, MARKERS, visible
 from trb.report.svg import FEW_POINTS, smoothing_window
 
 _MARKERS = dict(zip(MARKERS, ("o", "s", "^", "D", "x", "+", "v", "|"), strict=True))
 _SIZE_INCHES = (3.4, 2.3)
 _PLOT_INCHES = 4.0
 _INCHES_PER_CHARACTER = 0.066  # of bold labels at the font size below
+_LONGEST_NAME = 80  # characters; a figure grows with its longest name
 # Typed loosely: the stubs of rc_context list every key.
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -46,6 +48,9 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.2,
     "savefig.dpi": 200,
     "svg.fonttype": "path",
+    # Whoever wrote the files chose the names in them.
+    "text.parse_math": False,
+    "text.usetex": False,
     # Without a fixed salt the ids inside an SVG differ from one call to the next.
     "svg.hashsalt": "trb",
 }
@@ -112,18 +117,18 @@ def draw_bars(sections: Sequence[Bars], label: str, *, zero: bool = False) -> Fi
     Values are shown in percent, or in points for differences (`zero` marks no difference).
     """
     rows = sum(len(section.rows) + 1 for section in sections)
-    longest = max((len(row.label) for section in sections for row in section.rows), default=0)
+    longest = max((len(_name(row.label)) for section in sections for row in section.rows), default=0)
     width = _PLOT_INCHES + _INCHES_PER_CHARACTER * longest
     figure = Figure(figsize=(width, 0.55 + 0.2 * rows), layout="constrained")
     axes = figure.add_subplot()
     names: list[tuple[float, str, bool]] = []
     place = 0.0
     for section in sections:
-        axes.annotate(section.title, (0, -place), xycoords=("axes fraction", "data"), xytext=(3, 0),
+        axes.annotate(_name(section.title), (0, -place), xycoords=("axes fraction", "data"), xytext=(3, 0),
                       textcoords="offset points", va="center", size=7, color="0.35")  # fmt: skip
         for row in section.rows:
             place += 1
-            names.append((-place, row.label, row.selected))
+            names.append((-place, _name(row.label), row.selected))
             _draw_bar(axes, row, -place)
         place += 1
     if zero:
@@ -133,7 +138,7 @@ def draw_bars(sections: Sequence[Bars], label: str, *, zero: bool = False) -> Fi
         tick.set_fontweight("bold" if selected else "normal")
     axes.set_ylim(0.6 - place, 0.6)
     axes.grid(False, axis="y")
-    axes.set_xlabel(label)
+    axes.set_xlabel(_name(label))
     return figure
 
 
@@ -154,12 +159,11 @@ def draw(panel: Panel) -> Figure:
     """One panel as a figure."""
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
-    for series in panel.series:
-        _draw_series(axes, series, panel)
+    lines = [line for series in panel.series for line in _draw_series(axes, series, panel)]
     for name, value in panel.levels:
         axes.axhline(value, color="0.45", linewidth=0.8, linestyle=(0, (1, 2)))
         axes.annotate(
-            name,
+            _name(name),
             (1, value),
             xycoords=("axes fraction", "data"),
             ha="right",
@@ -168,30 +172,32 @@ def draw(panel: Panel) -> Figure:
             size=7,
         )
     quantity = panel.quantity
-    axes.set_xlabel(f"{panel.axis.name}\n{panel.note}" if panel.note else panel.axis.name)
-    axes.set_ylabel(f"{quantity.title} ({quantity.unit})" if quantity.unit else quantity.title)
+    axes.set_xlabel("\n".join(map(visible, filter(None, (panel.axis.name, panel.note)))))
+    axes.set_ylabel(_name(f"{quantity.title} ({quantity.unit})" if quantity.unit else quantity.title))
     if panel.axis.labels:
-        axes.set_xticks(range(len(panel.axis.labels)), panel.axis.labels)
+        axes.set_xticks(range(len(panel.axis.labels)), [_name(text) for text in panel.axis.labels])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if quantity.format == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     if len(panel.series) > 1 or any(series.bound for series in panel.series):
-        axes.legend()
+        # Given one by one: matplotlib leaves out what begins with an underscore.
+        axes.legend(lines, [str(line.get_label()) for line in lines])
     return figure
 
 
-def _draw_series(axes: Axes, series: Series, panel: Panel) -> None:
+def _draw_series(axes: Axes, series: Series, panel: Panel) -> list[Line2D]:
+    """The lines that belong in the legend."""
     colour = COLOURS[series.style]
     window = smoothing_window(series.y) if panel.quantity.smooth else 0
     shown = panels.smoothed(series.y, window) if window else series.y
     if window:
         axes.plot(series.x, _with_gaps(series.y), color=colour, alpha=0.25, linewidth=0.7)
-    axes.plot(
+    lines = axes.plot(
         series.x,
         _with_gaps(shown),
         color=colour,
-        label=series.label,
+        label=_name(series.label),
         linestyle=_dash(DASHES[series.style]),
         marker=_MARKERS[MARKERS[series.style]],
         markersize=3,
@@ -201,14 +207,21 @@ def _draw_series(axes: Axes, series: Series, panel: Panel) -> None:
         low, high = _with_gaps(series.low), _with_gaps(series.high)
         axes.fill_between(series.x, low, high, color=colour, alpha=0.15, linewidth=0)
     if series.bound:
-        axes.plot(
+        lines += axes.plot(
             series.x,
             _with_gaps(series.bound),
             color=colour,
             linewidth=0.8,
             linestyle=(0, (1, 2)),
-            label=f"{series.label}, {panel.quantity.bound_name}",
+            label=f"{_name(series.label)}, {_name(panel.quantity.bound_name)}",
         )
+    return lines
+
+
+def _name(text: str) -> str:
+    """A name as it can be drawn: on one line, without control characters, of bounded length."""
+    shown = visible(text)
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}…"
 
 
 def _with_gaps(values: Values) -> list[float]:

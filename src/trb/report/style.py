@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from trb.untrusted import printable
+
 # "points" are differences of shares, in percentage points; "p" are p-values, "effect" effect sizes.
 Format = Literal["number", "percent", "count", "points", "p", "effect"]
 MINUS = "\N{MINUS SIGN}"
@@ -30,6 +32,11 @@ MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "nabla", 
 def label(name: str) -> str:
     """The name shown for a method; a directory name that is no known method is shown as it is."""
     return LABELS.get(name, name)
+
+
+def visible(text: str) -> str:
+    """Text on one line with "?" for control characters and changes of the writing direction; no-break spaces stay."""
+    return "\N{NO-BREAK SPACE}".join(printable(part, lines=False) for part in text.split("\N{NO-BREAK SPACE}"))
 
 
 def style_indices(names: list[str]) -> dict[str, int]:

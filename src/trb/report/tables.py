@@ -19,7 +19,7 @@ from trb.report import summary
 from trb.report.panels import slug
 from trb.report.reading import ReportError, Score, parse_scores, read, read_json
 from trb.report.study import BASELINE, STUDY_FILE, Difference, Method, Setting, Study, parse_study, read_study
-from trb.report.style import MINUS, Format, label, show, show_range
+from trb.report.style import MINUS, Format, label, show, show_range, visible
 
 Value = float | str | None
 
@@ -351,7 +351,7 @@ def _markdown_cell(cell: Cell) -> str:
 
 def _markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    escaped = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", _one_line(text))
+    escaped = re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", _one_line(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -372,9 +372,14 @@ def to_csv(table: Table) -> str:
     return stream.getvalue()
 
 
+# What begins a formula, also in the full-width forms that some spreadsheets take for it. A semicolon ends a cell where
+# the decimal sign is a comma, and quotes inside a cell do not keep it from doing so.
+_FORMULA = re.compile(r"(^|;)(\s*)(?=[=+\-@＝＋－＠])")
+
+
 def _csv_text(value: Value) -> Value:
-    """Text that a spreadsheet would run as a formula, with the apostrophe that makes it show it."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    """Text without control characters, and with an apostrophe before what a spreadsheet would run as a formula."""
+    return _FORMULA.sub(r"\1\2'", visible(value)) if isinstance(value, str) else value
 
 
 def to_latex(table: Table) -> str:
@@ -428,4 +433,4 @@ def _latex(text: str) -> str:
 
 def _one_line(text: str) -> str:
     """Text without line ends and other control characters; no-break spaces stay."""
-    return re.sub(r"([^\S\xa0]|[\x00-\x1f\x7f])+", " ", text)
+    return visible(re.sub(r"([^\S\xa0]|[\x00-\x1f\x7f])+", " ", text))
