@@ -44,7 +44,7 @@ from trb.files import finite, write_json, write_text
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.recording import jsonl, logged_metrics, score_record
 from trb.rewards import Verifier
-from trb.sampling import Rollout, prompt_key, sample, stream_seed
+from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.scoring import TokenScores, score_completions
 from trb.statistics import Estimate, auroc_estimate, band, mean_estimate, paired_difference
 from trb.vocab import SharedVocabulary, check_heads, head_rows
@@ -220,8 +220,11 @@ class Subject:
     def score(
         self, policy: BehaviorPolicy, rows: Sequence[int], completions: Sequence[Sequence[int]], top: int = 0
     ) -> TokenScores:
-        """`trb.scoring.score_completions` of completions of the given rows, under `policy`."""
-        return score_completions(
+        """`trb.scoring.score_completions` of completions of the given rows, under `policy`.
+
+        Raises NonFiniteLogitsError where a model that has only been read here has no law.
+        """
+        scores = score_completions(
             self.student,
             self.teacher,
             [self.prompts[self.problem_of_row[row]] for row in rows],
@@ -232,6 +235,12 @@ class Subject:
             top=top,
             max_rows=self.max_rows,
         )
+        for place, row in enumerate(rows):
+            for model in ("student", "teacher"):
+                for position, entropy in enumerate(getattr(scores, f"{model}_entropy")[place]):
+                    if math.isnan(entropy):
+                        raise NonFiniteLogitsError(model, row, position)
+        return scores
 
     def _draw(self, policy: BehaviorPolicy) -> Sampled:
         rows = list(range(len(self.problem_of_row)))

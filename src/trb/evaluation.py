@@ -29,7 +29,7 @@ from trb.modeling import position_limit
 from trb.policies import StudentPolicy
 from trb.ranks import Ranks
 from trb.rewards import Verifier
-from trb.sampling import Rollout, prompt_key, sample, stream_seed
+from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.untrusted import parse_json
 from trb.vocab import SharedVocabulary, stop_token_ids
 
@@ -142,7 +142,8 @@ def evaluate(
     any engine that loads it.
 
     Raises ValueError for a problem without an answer, for one that is too long for the model, and for a results file
-    of other settings or other content.
+    of other settings or other content; NonFiniteLogitsError, naming the problem, where the model's logits are NaN or
+    infinite.
     """
     if n < 1 or not len(problems):
         raise ValueError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
@@ -188,7 +189,11 @@ def evaluate(
             part = _share(start, len(rows), chunk, ranks)
             found: list[dict[str, Any]] = []
             if prompts[part]:
-                rollout = _rollout(draw, prompts[part], n)
+                try:
+                    rollout = _rollout(draw, prompts[part], n)
+                except NonFiniteLogitsError as error:
+                    place = f"problem {part.start + error.row // n + 1} of {len(rows)} of {name}"
+                    raise NonFiniteLogitsError("model", error.row, error.position, place) from error
                 texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
                 scores = scorer.score(texts, [row for row in rows[part] for _ in range(n)])
                 found = _records(part.start, prompts[part], n, rollout, scores, texts, save_completions)

@@ -601,6 +601,7 @@ class TRBTrainer(DistillationTrainer):
                 max_rows=self.args.rollout_batch_size,
                 block_size=self.args.block_size or "planned",
                 keep_teacher_hidden=training,
+                allow_non_finite=True,  # the loss meets them as well, and `guard` skips the step
                 engine=engine,
             )
         return self._rollout.completions

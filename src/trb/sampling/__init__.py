@@ -17,7 +17,7 @@ from trb.modeling import position_limit, rope_switch, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.lockstep import sample_lockstep
 from trb.sampling.reading import Way, sampling_mode, way_of
-from trb.sampling.rollout import EngineOptions, Rollout, RolloutStats
+from trb.sampling.rollout import EngineOptions, NonFiniteLogitsError, Rollout, RolloutStats
 from trb.sampling.speculative import sample_speculative
 from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
 from trb.vocab import SharedVocabulary, head_rows
@@ -27,6 +27,7 @@ __all__ = [
     "METHODS",
     "Engine",
     "EngineOptions",
+    "NonFiniteLogitsError",
     "Rollout",
     "RolloutStats",
     "prompt_key",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 METHODS = ("speculative", "lockstep")
+_ROW_OPTIONS = ("prompt_keys", "rollout_index", "row_numbers")
 BLOCK_SIZES = ("measured", "planned")
 
 
@@ -65,6 +67,7 @@ def sample(
     vocab_size: int | None = None,
     max_rows: int | None = None,
     keep_teacher_hidden: bool = False,
+    allow_non_finite: bool = False,
     engine: Engine | None = None,
 ) -> Rollout:
     """Draw one completion per prompt, exactly from the policy's law at every prefix.
@@ -95,14 +98,17 @@ def sample(
             a finished row to the next prompt.
         keep_teacher_hidden: speculative only: return `Rollout.teacher_hidden`, with which the loss needs no second
             teacher pass.
+        allow_non_finite: go on with any token where a model's logits are NaN or infinite. For training, where the loss
+            is NaN at the same prefix and the step is skipped; what is sampled there means nothing.
         engine: a serving engine that samples instead, such as `trb.sampling.vllm.BlendEngine`, with the weights it was
             last given; the models say what to check. How it lays the work out (`method`, `block_size`, `max_rows`) is
-            its own affair, it returns no hidden states, and it counts no passes.
+            its own affair, it returns no hidden states, it counts no passes, and it does not look for NaN.
 
     Raises:
         ValueError: names the offending argument: an empty prompt, an id outside the heads, a missing teacher, keys
             of another length than the prompts, prompts too long for the model, an unknown method.
         UnsupportedModelError: a model that cannot be sampled exactly; names the model type and the reason.
+        NonFiniteLogitsError: a model's logits at a prefix make no law; names the model, the row and the position.
     """
     rows = [list(map(int, prompt)) for prompt in prompts]
     keys = list(range(len(rows))) if prompt_keys is None else list(prompt_keys)
@@ -132,7 +138,8 @@ def sample(
     read = [student, teacher] if policy.needs_teacher and teacher is not None else [student]
     with torch.no_grad(), sampling_mode(*models):
         ways = _ways(read, slots=method == "speculative")
-        options: dict[str, Any] = {**shared, "max_rows": max_rows}
+        options: dict[str, Any] = {**shared, "max_rows": max_rows, "row_numbers": list(range(len(rows)))}
+        options["allow_non_finite"] = allow_non_finite
         if ways[0].in_slots:
             options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
         return _in_stretches(_Sampling(student, teacher, policy, ways, options), read, rows, max_new_tokens)
@@ -203,7 +210,7 @@ def _across(switch: int, sampling: _Sampling, prompts: list[list[int]], max_new_
             max_new_tokens - before if beyond else min(max_new_tokens, switch - len(prompts[row]) + 1)
             for row, before in zip(rows, drawn, strict=True)
         ]
-        columns = {name: [sampling.options[name][row] for row in rows] for name in ("prompt_keys", "rollout_index")}
+        columns = {name: [sampling.options[name][row] for row in rows] for name in _ROW_OPTIONS}
         begun = [prompts[row] + whole.completions[row] for row in rows]
         part = sampling(begun, None if beyond else switch, beyond, drawn=drawn, max_new_tokens=left, **columns)
         whole.continue_rows(rows, part)

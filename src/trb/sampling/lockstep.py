@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trb.policies import BehaviorPolicy, Target
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.readers import PaddedReader, Reader
-from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.rollout import NonFiniteLogitsError, Rollout, RolloutStats, without_law
 from trb.sampling.uniforms import as_int64, uniforms
 from trb.vocab import SharedVocabulary
 
@@ -38,19 +38,21 @@ def sample_lockstep(
     drawn: Sequence[int],
     prompt_keys: Sequence[int],
     rollout_index: Sequence[int],
+    row_numbers: Sequence[int],
     readers: Sequence[Callable[[PreTrainedModel], Reader]] = (PaddedReader, PaddedReader),
     **options: Any,
 ) -> Rollout:
-    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for two.
+    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for three.
 
     Args:
         max_new_tokens: of each row.
         drawn: tokens of each row's completion that its prompt already holds.
+        row_numbers: what errors call each row.
         readers: how to read the student, and the teacher.
     """
     rollout = Rollout()
     step = max_rows or max(1, len(prompts))
-    rows = list(zip(prompts, max_new_tokens, drawn, prompt_keys, rollout_index, strict=True))
+    rows = list(zip(prompts, max_new_tokens, drawn, prompt_keys, rollout_index, row_numbers, strict=True))
     for start in range(0, len(prompts), step):
         rollout.extend(_sample_batch(student, teacher, policy, rows[start : start + step], readers, **options))
     return rollout
@@ -60,12 +62,13 @@ def _sample_batch(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     policy: BehaviorPolicy,
-    rows: Sequence[tuple[Sequence[int], int, int, int, int]],
+    rows: Sequence[tuple[Sequence[int], int, int, int, int, int]],
     readers_of: Sequence[Callable[[PreTrainedModel], Reader]],
     *,
     vocabulary: SharedVocabulary,
     temperature: float,
     seed: int,
+    allow_non_finite: bool,
 ) -> Rollout:
     device = student.device
     models = [student]
@@ -73,7 +76,7 @@ def _sample_batch(
         assert teacher is not None
         models.append(teacher)
     readers = [read(model) for read, model in zip(readers_of, models, strict=False)]
-    prompts, limits, drawn, keys, indices = map(list, zip(*rows, strict=True))
+    prompts, limits, drawn, keys, indices, numbers = map(list, zip(*rows, strict=True))
     keys_R = as_int64(keys, device)
     limit_R, first_R, index_R = (torch.tensor(values, device=device) for values in (limits, drawn, indices))
     rows_R = torch.arange(len(prompts), device=device)
@@ -87,6 +90,10 @@ def _sample_batch(
         student_and_teacher = [vocabulary.log_probs(rows.to(device), temperature) for rows in logits]
         token_R, accepted_R, target = _draw(policy, student_and_teacher, uniform_R3)
         trace.write(position, rows_R[open_R], token_R[open_R], accepted_R[open_R], target, open_R)
+        if not allow_non_finite:
+            log_student_RV, *log_teacher = student_and_teacher
+            verdict_R = without_law(log_student_RV, log_teacher[0] if log_teacher else None, vocabulary.stop_id)
+            trace.without_law_RT[rows_R[open_R], position] = verdict_R[open_R]
         open_R = open_R & (token_R != vocabulary.stop_id) & (position + 1 < limit_R)
         still_open = int(open_R.sum())
         if not still_open:
@@ -100,6 +107,7 @@ def _sample_batch(
             open_R = torch.ones_like(rows_R, dtype=torch.bool)
         logits = [reader.read_tokens(token_R.to(reader.model.device)) for reader in readers]
 
+    trace.require_laws(numbers, drawn)
     calls = [reader.calls for reader in readers]
     return trace.rollout(prompts, vocabulary.stop_id, calls[0], sum(calls[1:]))
 
@@ -123,6 +131,7 @@ class _Trace:
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self.tokens_RT = torch.full((rows, length), -1, dtype=torch.long, device=device)
         self.numbers = {name: torch.zeros(rows, length, device=device) for name in self._COLUMNS}
+        self.without_law_RT = torch.zeros(rows, length, dtype=torch.float64, device=device)
         self.has_teacher = False
 
     def write(
@@ -139,6 +148,12 @@ class _Trace:
             values["kl_teacher"] = target.kl_teacher[open_R]
         for name, value in values.items():
             self.numbers[name][rows, position] = value.float()
+
+    def require_laws(self, row_numbers: Sequence[int], drawn: Sequence[int]) -> None:
+        """Raises NonFiniteLogitsError for the first row that met a prefix without a law."""
+        for row, position in self.without_law_RT.nonzero().tolist():
+            verdict = self.without_law_RT[row, position].item()
+            raise NonFiniteLogitsError.of(verdict, row_numbers[row], drawn[row] + position)
 
     def rollout(
         self, prompts: Sequence[Sequence[int]], stop_id: int, student_calls: int, teacher_calls: int

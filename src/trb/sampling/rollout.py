@@ -1,4 +1,7 @@
-"""The record of one sampling call: completions and what the sampler saw at every token."""
+"""The record of one sampling call: completions and what the sampler saw at every token; or why there is none.
+
+Shape suffixes: N prefixes, V vocabulary.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +11,39 @@ from torch import Tensor
 
 from trb.vocab import SharedVocabulary
 
-__all__ = ["EngineOptions", "Rollout", "RolloutStats"]
+__all__ = ["EngineOptions", "NonFiniteLogitsError", "Rollout", "RolloutStats", "without_law"]
+
+
+class NonFiniteLogitsError(RuntimeError):
+    """A model's logits at a prefix make no law: one is NaN or +infinity, or all are -infinity.
+
+    Attributes:
+        model: whose they are: "student", "teacher" or "student and teacher".
+        row: of the call.
+        position: of the completion's token that was to be drawn, from 0.
+    """
+
+    def __init__(self, model: str, row: int, position: int, place: str | None = None) -> None:
+        self.model, self.row, self.position = model, row, position
+        super().__init__(
+            f"the {model}'s logits for token {position} of the completion of {place or f'row {row}'} are NaN or "
+            "infinite, which makes no law to sample from. Check the weights; if they are finite, a larger dtype "
+            "(bfloat16 or float32 for float16) or a temperature nearer to 1 may keep the logits so"
+        )
+
+    @classmethod
+    def of(cls, verdict: float, row: int, position: int) -> "NonFiniteLogitsError":
+        """From an entry of `without_law`."""
+        return cls({1: "student", 2: "teacher"}.get(int(verdict), "student and teacher"), row, position)
+
+
+def without_law(log_student_NV: Tensor, log_teacher_NV: Tensor | None, token: int) -> Tensor:
+    """`[N]` float64: 0 where both models have a law, else 1 for the student, 2 for the teacher, 3 for both.
+
+    What makes no law makes NaN of every log-probability, so that one token tells: any that stands for itself.
+    """
+    verdict_N = log_student_NV[:, token].isnan().double()
+    return verdict_N if log_teacher_NV is None else verdict_N + 2 * log_teacher_NV[:, token].isnan()
 
 
 class EngineOptions(TypedDict):

@@ -27,7 +27,7 @@ from trb.policies import BehaviorPolicy, Target
 from trb.sampling.blocks import BlockChooser, MeasuredCosts, PlannedCosts, synchronize
 from trb.sampling.cache import SlotReader, attention_through_slots
 from trb.sampling.draw import accept_or_replace, inverse_cdf
-from trb.sampling.rollout import Rollout, RolloutStats
+from trb.sampling.rollout import NonFiniteLogitsError, Rollout, RolloutStats, without_law
 from trb.sampling.uniforms import as_int64, uniforms
 from trb.vocab import SharedVocabulary
 
@@ -72,9 +72,11 @@ def sample_speculative(
     seed: int,
     prompt_keys: Sequence[int],
     rollout_index: Sequence[int],
+    row_numbers: Sequence[int],
     max_rows: int | None = None,
     block_size: int | str = "measured",
     keep_teacher_hidden: bool = False,
+    allow_non_finite: bool = False,
     attentions: Sequence[str | None] = (None, None),
     end: int | None = None,
     beyond_switch: bool = False,
@@ -84,6 +86,7 @@ def sample_speculative(
     Args:
         max_new_tokens: of each row.
         drawn: tokens of each row's completion that its prompt already holds.
+        row_numbers: what errors call each row.
         attentions: how the student, and the teacher, attend through slots.
         end: no row reaches this position (see `SlotReader`).
         beyond_switch: every row is longer than the models' `rope_switch`.
@@ -105,12 +108,13 @@ def sample_speculative(
         temperature,
         seed,
         _chooser(student, taught, vocabulary, block_size),
+        None if allow_non_finite else row_numbers,
     )
     with ExitStack() as stack:
+        stack.callback(sampler.close)
         for model, attention in zip([student] if taught is None else [student, taught], attentions, strict=False):
             stack.enter_context(attention_through_slots(model, attention=attention))
         sampler.run(prompts, rows, slots)
-    sampler.close()
     return sampler.rollout(prompts, rows)
 
 
@@ -148,6 +152,7 @@ class _Sampler:
     temperature: float
     seed: int
     chooser: BlockChooser
+    watched: Sequence[int] | None  # what errors call each row; None: prefixes without a law are no errors
 
     @property
     def _readers(self) -> list[SlotReader]:
@@ -246,13 +251,13 @@ class _Sampler:
         logits_RKV: Tensor | None,
         uniform_RK3: Tensor,
     ) -> Tensor:
-        """`[1 + columns, R, K]`: the token, or -1 where none was decided, and its stats.
+        """`[2 + columns, R, K]`: the token, or -1 where none was decided, its stats, and `without_law` where watched.
 
         Columns are decided in turn, so that nothing is solved after a row's first replaced draft or its end; on an
         accelerator many at once, where solving what is then dropped costs less than asking which rows are left.
         """
         rows, block = draft_RK.shape
-        seen = torch.full((rows, block, 1 + len(_COLUMNS)), -1.0, dtype=torch.float64, device=self._device)
+        seen = torch.full((rows, block, 2 + len(_COLUMNS)), -1.0, dtype=torch.float64, device=self._device)
         live = torch.arange(rows, device=self._device)
         synchronize(self._device)
         start, verified = time.perf_counter(), 0
@@ -274,7 +279,12 @@ class _Sampler:
                 going_KR = going_KR.cumprod(0).bool()
                 reached_N = torch.cat([torch.ones_like(going_KR[:1]), going_KR[:-1]]).view(-1)
                 token_N = torch.where(reached_N, token_N, -1)
-            seen[row_N, column_N] = torch.stack([token_N.double(), *_numbers(target, accepted_N)], dim=-1)
+            numbers = [token_N.double(), *_numbers(target, accepted_N)]
+            if self.watched is None:
+                numbers.append(torch.zeros_like(numbers[0]))
+            else:
+                numbers.append(without_law(log_student_NV, log_teacher_NV, self.vocabulary.stop_id))
+            seen[row_N, column_N] = torch.stack(numbers, dim=-1)
             verified += len(row_N)
             if columns.stop == block:
                 break
@@ -297,11 +307,12 @@ class _Sampler:
 
     def _settle(self, flying: list[_Row], seen: Tensor) -> list[int]:
         """Give each row its decided tokens; the slots of the rows that finished."""
-        tokens, *columns = seen.tolist()
+        tokens, *columns, verdicts = seen.tolist()
         verified = continued = 0
         finished, taken = [], []
         for slot, row in enumerate(flying):
             new = [int(token) for token in tokens[slot] if token >= 0]
+            self._require_laws(row, verdicts[slot][: len(new)])
             row.completion.extend(new)
             for name, column in zip(_COLUMNS, columns, strict=True):
                 row.stats[name].extend(column[slot][: len(new)])
@@ -319,6 +330,13 @@ class _Sampler:
                 row.hidden.append(hidden)
         self.chooser.observe(verified, continued)
         return finished
+
+    def _require_laws(self, row: _Row, verdicts: Sequence[float]) -> None:
+        """Raises NonFiniteLogitsError where a new token of a row was drawn without a law."""
+        if self.watched is not None and any(verdicts):
+            ahead = next(place for place, verdict in enumerate(verdicts) if verdict)
+            position = row.first + len(row.completion) + ahead
+            raise NonFiniteLogitsError.of(verdicts[ahead], self.watched[row.number], position)
 
     @contextmanager
     def _timed(self, part: str, tokens: int, reader: SlotReader) -> Iterator[None]:
