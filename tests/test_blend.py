@@ -21,7 +21,7 @@ from reference import blend as oracle
 from reference.distributions import Array, kl, log_normalise
 from torch import Tensor
 
-from trb.blend import BlendResult, solve
+from trb.blend import BlendResult, solve, weigh
 
 ABSOLUTE_SLACK = 1e-6
 RELATIVE_GAP = 1e-3
@@ -603,3 +603,44 @@ def test_these_checks_can_fail() -> None:
         with pytest.raises(AssertionError, match="budget"):
             assert_within_promise(log_s, log_t, budget, wrong)
         assert name
+
+
+# --- logits near the ends of their dtype ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e3, 1e6, 1e12, 1e20, 1e31, 1e38, 3e38])
+def test_logits_of_any_finite_size_give_a_law_within_the_budget(scale: float, dtype: torch.dtype) -> None:
+    """No law of such a pair can be told from its neighbours in float64, but one that keeps the promise can be given."""
+    rng = np.random.default_rng(7)
+    base = rng.uniform(-1, 1, size=(2, 12, 50))
+    student, teacher = cast(scale * base[0], dtype), cast(scale * base[1], dtype)
+    log_s, log_t = log_normalise(as_numpy(student)), log_normalise(as_numpy(teacher))
+    for budget in (1e-3, 0.02, 5.0):
+        result = solve(student, teacher, budget)
+        law = as_numpy(result.log_probs)
+        assert np.exp(law).sum(-1) == pytest.approx(1, abs=1e-5)
+        assert (kl(log_normalise(law), log_s) <= budget + ABSOLUTE_SLACK).all()
+        assert (as_numpy(result.kl_student) <= budget).all()
+        to_teacher = kl(log_normalise(law), log_t)
+        assert (to_teacher <= kl(log_s, log_t) * (1 + 1e-6)).all()
+        known = np.isfinite(to_teacher)  # the oracle takes log-probabilities below -1e30 for -inf
+        assert as_numpy(result.kl_teacher)[known] == pytest.approx(to_teacher[known], rel=1e-3, abs=1e-6)
+        weighed = weigh(student, teacher, budget).law
+        everywhere = torch.arange(len(student))
+        assert torch.equal(weighed.rows(everywhere), result.log_probs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [0.0, 100.0, -5e3, 1e6, -1e20, 1e38])
+def test_a_law_that_is_left_unwritten_survives_any_shift_of_the_logits(shift: float, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(8)
+    student, teacher = (cast(rng.normal(size=(6, 300)) + shift, dtype) for _ in range(2))
+    law = weigh(student, teacher, 0.02).law
+    everywhere = torch.arange(6)
+    rows = as_numpy(law.rows(everywhere))
+    expected = as_numpy(solve(student.double(), teacher.double(), 0.02).log_probs)
+    assert np.exp(rows).sum(-1) == pytest.approx(1, abs=1e-3)
+    assert rows == pytest.approx(expected, abs=2e-2 if shift else 1e-3)
+    token = torch.full((6,), 17)
+    assert as_numpy(law.at(token)) == pytest.approx(rows[:, 17], abs=1e-3)

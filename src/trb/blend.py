@@ -42,6 +42,10 @@ _FLOAT32_LOG_PROB_FLOOR = -85.0
 _POSSIBLE_MASK = -1e4
 # Below this budget, rounding of float32 log-probabilities reaches a thousandth of the divergence.
 _FLOAT32_BUDGET_FLOOR = 5e-4
+# Beyond this log-normaliser, differences of float64 numbers of its size no longer tell a divergence.
+_FAR = 1e4
+# Beyond this one, float32 logits are too coarse for log-probabilities to be read off as their difference from it.
+_LARGEST_SHIFT = 1e3
 # Rows are solved in blocks of about this many elements. On a CPU, temporaries of a megabyte stay in cache; an
 # accelerator wants few large kernels, and the block only bounds memory.
 _BLOCK_ELEMENTS_CPU = 1 << 18
@@ -195,7 +199,7 @@ def weigh(student_logits_NV: Tensor, teacher_logits_NV: Tensor, kl_budget: float
         whole = solve(student_NV, teacher_NV, budget_N)
         law = DenseLaw(whole.log_probs)
         return WeightResult(law, whole.teacher_weight, whole.kl_student, whole.kl_teacher, whole.passes)
-    left = (found.passes < 0).nonzero().squeeze(-1)
+    left = ((found.passes < 0) | (found.log_norm.abs() > _LARGEST_SHIFT)).nonzero().squeeze(-1)
     dense_N = torch.full_like(found.passes, -1)
     part = _solve_in_blocks(student_NV[left], teacher_NV[left], budget_N[left], torch.float32)
     if left.numel():
@@ -344,8 +348,10 @@ def _solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: T
 
     kl_student_N = (point.kl_N - kept_student_N).masked_fill(stays_N, 0.0)
     kl_teacher_N = (point.weight_N - 1) * point.mean_N - point.log_norm_N - kept_teacher_N
-    kl_teacher_N = kl_teacher_N.clamp_min(0).masked_fill(stays_N & (kept_student_N < 0), math.inf)
     log_probs_NV = path.log_probs(point)
+    if log_probs_NV.dtype == torch.float64 and (far_N := point.is_far).any():
+        kl_teacher_N[far_N] = _kl(log_probs_NV[far_N], shared.log_teacher_NV[far_N]).double() - kept_teacher_N[far_N]
+    kl_teacher_N = kl_teacher_N.clamp_min(0).masked_fill(stays_N & (kept_student_N < 0), math.inf)
     if reaches_N.any():
         log_probs_NV[reaches_N] = shared.log_teacher_NV[reaches_N]
     if stays_N.any():
@@ -437,9 +443,14 @@ class _Path(NamedTuple):
     def log_probs(self, point: "_Point") -> Tensor:
         dtype = self.ratio_NV.dtype
         log_norm_N = point.log_norm_N - point.weight_N * self.shift_N
-        return (self.log_student_NV - log_norm_N[:, None].to(dtype)).addcmul_(
+        log_probs_NV = (self.log_student_NV - log_norm_N[:, None].to(dtype)).addcmul_(
             point.weight_N[:, None].to(dtype), self.ratio_NV
         )
+        if dtype == torch.float64 and (far_N := point.is_far).any():
+            # Rounding may have moved the law: it must be the one whose divergence was taken.
+            scaled_NV = point.weight_N[far_N, None].to(dtype) * self.ratio_NV[far_N]
+            log_probs_NV[far_N] = _normalised(scaled_NV.add_(self.log_student_NV[far_N]))
+        return log_probs_NV
 
     def evaluate(self, weight_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One pass over the vocabulary: (KL(μ||student), Var_μ[r], A(β), E_μ[r]) at teacher weights `weight_N`."""
@@ -462,13 +473,29 @@ class _Path(NamedTuple):
 
     def _evaluate_log_space(self, weight_N: Tensor, log_blend_NV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_norm_N = log_blend_NV.logsumexp(-1)
+        far_N = log_norm_N.abs() > _FAR
+        far_kl_N = _kl(_normalised(log_blend_NV[far_N]), self.log_student_NV[far_N])
         # At |A| = 2e4 the normaliser is off by 4e-12, which |r| = 4e4 would magnify: divide by the sum as well.
         blend_NV = log_blend_NV.sub_(log_norm_N[:, None]).exp_()
         total_N = blend_NV.sum(-1)
         blend_NV, log_norm_N = blend_NV.div_(total_N[:, None]), log_norm_N + total_N.log()
         mean_N = (blend_NV * self.ratio_NV).sum(-1)
         variance_N = (blend_NV * (self.ratio_NV - mean_N[:, None]).square()).sum(-1)
-        return (weight_N * mean_N - log_norm_N).clamp_min(0), variance_N, log_norm_N, mean_N
+        kl_N = (weight_N * mean_N - log_norm_N).clamp_min(0)
+        kl_N[far_N] = far_kl_N
+        return kl_N, variance_N, log_norm_N, mean_N
+
+
+def _normalised(scores_NV: Tensor) -> Tensor:
+    """Log-probabilities, however large the scores: what the first normaliser leaves over is small, and so exact."""
+    rest_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
+    return rest_NV - rest_NV.logsumexp(-1, keepdim=True)
+
+
+def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p || q) of each row from the definition."""
+    p_NV = log_p_NV.exp()
+    return (p_NV * (log_p_NV - log_q_NV)).masked_fill_(p_NV == 0, 0.0).sum(-1).clamp_min(0)
 
 
 @dataclass
@@ -480,6 +507,10 @@ class _Point:
     log_norm_N: Tensor
     mean_N: Tensor
     evaluations_N: Tensor
+
+    @property
+    def is_far(self) -> Tensor:
+        return self.log_norm_N.abs() > _FAR
 
     @classmethod
     def at_student(cls, path: _Path) -> "_Point":
