@@ -289,7 +289,7 @@ def test_keys_are_kept_in_the_dtype_attention_computes_in() -> None:
         with torch.no_grad(), attention_through_slots(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             reader.admit([[1, 2]], [0])
             reader.read(torch.tensor([[3]]), positions([2], 1), longest=3)
-        assert {layer.keys.dtype for layer in reader._layers} == {dtype}
+        assert {layer.keys.dtype for layer in reader._all_layers()} == {dtype}
 
 
 @pytest.mark.parametrize("length", [1, 3])
