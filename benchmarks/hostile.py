@@ -385,6 +385,66 @@ def metadata_of_shards(folder: Path, content: bytes) -> str:
     return check(path)
 
 
+def shards(folder: Path, content: dict[str, Any]) -> Path:
+    """What FSDP with sharded state writes."""
+    import warnings
+
+    from torch.distributed import checkpoint as sharded
+
+    path = checkpoint(folder) / "optimizer_0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharded.save(content, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def edit_shards(path: Path, change: Callable[[Any], None]) -> None:
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@case("checkpoints", record="record", of_a_process="process", elsewhere="../elsewhere.distcp", named="weights.json")
+def a_record_of_shards(folder: Path, how: str) -> str:
+    """torch's planner reads what is no tensor with weights_only=False."""
+    import torch
+
+    path = shards(folder, {"lr": Bomb(folder), "weight": torch.ones(2)})
+    shard = path / "__0_0.distcp"
+    if how == "process":
+        (path / ".metadata").rename(path / "__0.metadata")
+    elif how != "record":
+        shard.rename(path / how)
+        edit_shards(
+            path, lambda metadata: [setattr(each, "relative_path", how) for each in metadata.storage_data.values()]
+        )
+    return check(path.parent)
+
+
+@case("checkpoints", kinds="kinds", transformed="transformed", length="length", classes="classes")
+def metadata_of_shards_that_is_odd(folder: Path, how: str) -> str:
+    import torch
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    path = shards(folder, {"lr": 0.1, "weight": torch.ones(2)})
+    if how == "classes":  # attributes of torch's own classes, set from within the pickle
+        named = f"c{MetadataIndex.__module__}\nMetadataIndex\n".encode()
+        (path / ".metadata").write_bytes(b"\x80\x02" + named + b"N}U\x08__hash__" + named + b"s\x86b.")
+    else:
+        changes: dict[str, Callable[[Any], None]] = {
+            "kinds": lambda metadata: setattr(metadata, "storage_data", []),
+            "transformed": lambda metadata: [
+                setattr(each, "transform_descriptors", ["rot13"]) for each in metadata.storage_data.values()
+            ],
+            "length": lambda metadata: [setattr(each, "length", "x") for each in metadata.storage_data.values()],
+        }
+        edit_shards(path, changes[how])
+    how = check(path.parent)
+    if MetadataIndex.__hash__ is MetadataIndex:
+        raise SucceededError("it changed a class")
+    return how
+
+
 @case("checkpoints", link="link", index="index")
 def leading_out(folder: Path, how: str) -> str:
     path = checkpoint(folder)

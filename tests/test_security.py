@@ -27,6 +27,7 @@ import yaml
 from datasets import Dataset
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_trainer import build
 
 import trb.rewards
 from trb import confinement, loading, sweep, zoo
@@ -145,6 +146,29 @@ def test_a_sharded_checkpoint_of_torch_passes(tmp_path: Path) -> None:
     )
     assert (tmp_path / "shards" / ".metadata").is_file()
     check_checkpoint(tmp_path)
+
+
+def test_the_best_model_is_looked_into_too(tmp_path: Path) -> None:
+    """Which one that is stands in the trainer_state.json of the checkpoint."""
+    trainer = build(tmp_path / "run")
+    path = write_checkpoint(tmp_path / "elsewhere")
+    torch.save(hostile.Bomb(path), path / "pytorch_model.bin")
+    trainer.state.best_model_checkpoint = str(path)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin holds weights as a pickle"):
+        trainer._load_best_model()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_attempts_on_shards_are_real(tmp_path: Path) -> None:
+    """Were it not refused, torch would run it, and under weights_only=True it would not have to."""
+    from torch.distributed import checkpoint
+
+    path = hostile.shards(tmp_path, {"lr": hostile.Bomb(tmp_path)})
+    with pytest.raises(ValueError, match=r"__0_0.distcp holds a record that could run code .*TRB_TRUST_CHECKPOINTS=1"):
+        check_checkpoint(path)
+    assert not hostile.canary(tmp_path).exists()
+    checkpoint.load({"lr": 0.0}, checkpoint_id=path)
+    assert hostile.canary(tmp_path).exists()
 
 
 def test_the_owner_may_turn_the_check_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

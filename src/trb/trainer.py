@@ -523,6 +523,10 @@ class TRBTrainer(DistillationTrainer):
         check_checkpoint(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        check_checkpoint(Path(self.state.best_model_checkpoint))  # a resumed trainer_state.json may name any
+        super()._load_best_model()
+
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine unless a hub name was given."""
 

@@ -148,9 +148,10 @@ def check_checkpoint(directory: Path) -> None:
 
     The states of the optimizer, the scheduler and the generators are pickles, by the libraries' choice. transformers
     reads them with `weights_only=True`; here they are looked into without being opened, so that a hostile one is
-    refused by name before anything is loaded. A sharded checkpoint's .metadata is read by torch with a plain
-    pickle.load: it may name what torch itself writes there and nothing else. TRB_TRUST_CHECKPOINTS=1 turns the check
-    off, for checkpoints of your own that hold more (DeepSpeed's do).
+    refused by name before anything is loaded. Of a sharded checkpoint torch reads .metadata, and every record in the
+    shards that is no tensor, as any pickle: .metadata may name what torch itself writes there and records of the
+    *.distcp files beside it, and every such record must pass `torch.load(weights_only=True)`.
+    TRB_TRUST_CHECKPOINTS=1 turns the check off, for checkpoints of your own that hold more (DeepSpeed's do).
 
     Raises ValueError naming the file and what it would call.
     """
@@ -168,8 +169,10 @@ def _check_file(path: Path) -> None:
         return
     if path.suffix == ".bin" and path.name.startswith(("pytorch_model", "adapter_model")) and "fsdp" not in path.name:
         raise ValueError(f"{path} holds weights as a pickle: only *.safetensors are read")
-    if path.name == ".metadata":
+    if path.name.endswith(".metadata"):  # of one process, __0.metadata
         called = [name for name in _named_in_pickle(path) if not _is_sharding(name)]
+        if not called:
+            _check_shards(path)
     elif path.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle"):
         called = _unsafe_in_torch_file(path)
     else:
@@ -193,7 +196,13 @@ def _unsafe_in_torch_file(path: Path) -> list[str]:
         raise ValueError(f"{path} is no file of torch.save that can be looked into ({error}): not read") from error
 
 
-class _Inert:
+class _Named(type):
+    @property
+    def __setstate__(cls) -> None:
+        raise pickle.UnpicklingError("it changes what it names")
+
+
+class _Inert(metaclass=_Named):
     """Stands for whatever a pickle names, and does nothing whatever is done with it."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Inert":
@@ -226,8 +235,58 @@ def _named_in_pickle(path: Path) -> list[str]:
         try:
             reader.load()
         except Exception as error:  # the machine of pickle raises almost anything on damaged input
-            raise ValueError(f"{path} is damaged ({type(error).__name__}): not read") from error
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
     return sorted(reader.names)
+
+
+class _ShardingReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if not _is_sharding(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_shards(path: Path) -> None:
+    """Refuse a .metadata, all of whose names are torch's own, for what it has torch read: other files, or pickles."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+    with path.open("rb") as file:
+        try:
+            metadata = _ShardingReader(file).load()
+            kinds, records = metadata.state_dict_metadata, metadata.storage_data
+            # Whole types: instances can have attributes of their own in place of methods.
+            if type(kinds) is not dict or type(records) is not dict:
+                raise pickle.UnpicklingError("it lists no records")
+        except Exception as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
+    for index, record in records.items():
+        is_tensor = type(index) is MetadataIndex and type(kinds.get(index.fqn)) is TensorStorageMetadata
+        _check_record(path, record, is_tensor)
+
+
+def _check_record(path: Path, record: Any, is_tensor: bool) -> None:
+    import torch
+    from torch.distributed.checkpoint.utils import _create_file_view
+
+    name = getattr(record, "relative_path", None)
+    if type(name) is not str or name != os.path.basename(name) or "\\" in name or not name.endswith(".distcp"):
+        raise ValueError(f"{path} names {printable(str(name))!r:.200}: shards are *.distcp files beside it")
+    if transforms := getattr(record, "transform_descriptors", None):
+        raise ValueError(
+            f"{path} asks for {printable(str(transforms))!r:.200}, which is not supported: save it without"
+        )
+    if is_tensor:  # torch reads these with weights_only=True itself
+        return
+    with (path.parent / name).open("rb") as file:
+        try:
+            view: Any = _create_file_view(file, record.offset, record.length)
+            torch.load(view, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever damaged bytes make the reader raise
+            why = printable(str(error).partition("\n")[0])
+            raise ValueError(
+                f"{path.parent / name} holds a record that could run code when it is read, or is damaged ({why:.300}). "
+                f"If you wrote this checkpoint yourself and nobody else could change it, set {_TRUST}=1"
+            ) from error
 
 
 def _is_sharding(name: str) -> bool:
