@@ -23,6 +23,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from datasets import Dataset
 from packaging.requirements import Requirement
@@ -146,6 +147,18 @@ def test_a_sharded_checkpoint_of_torch_passes(tmp_path: Path) -> None:
     )
     assert (tmp_path / "shards" / ".metadata").is_file()
     check_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_is_looked_into_before_any_library_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's loader is called before the trainer's own."""
+    monkeypatch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("it was handed on"))
+    path = write_checkpoint(tmp_path / "checkpoint-1")
+    (path / "global_step1").mkdir()
+    torch.save(hostile.Bomb(path), path / "global_step1" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt would call builtins.exec"):
+        build(tmp_path / "run").train(resume_from_checkpoint=str(path), verify=False)
 
 
 def test_the_best_model_is_looked_into_too(tmp_path: Path) -> None:

@@ -524,7 +524,7 @@ class TRBTrainer(DistillationTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        check_checkpoint(Path(self.state.best_model_checkpoint))  # a resumed trainer_state.json may name any
+        check_checkpoint(Path(str(self.state.best_model_checkpoint)))  # a resumed trainer_state.json may name any
         super()._load_best_model()
 
     def _send_telemetry(self) -> None:
@@ -898,7 +898,7 @@ class TRBTrainer(DistillationTrainer):
         does: options, prompts, models) is refused; `accept_changes=True` warns and goes on.
 
         Raises:
-            ValueError: prompts that cannot be trained on (`check_prompts`).
+            ValueError: prompts that cannot be trained on (`check_prompts`); a checkpoint that could run code.
             ChangedRunError: lists everything that differs from the checkpoint's run.
             CheckpointError: the checkpoint named is damaged or not one of this trainer's.
             NonFiniteError: `max_skipped_steps` steps in a row had a loss or gradient that is not finite.
@@ -915,6 +915,7 @@ class TRBTrainer(DistillationTrainer):
             named = Path(resume_from_checkpoint)
             self._ranks.from_first(lambda: checkpoints.verify(named))
         if resume_from_checkpoint and resume_from_checkpoint is not True:
+            check_checkpoint(Path(resume_from_checkpoint))  # here too: DeepSpeed's files are not read as others are
             self.check_same_run(Path(resume_from_checkpoint), accept_changes=accept_changes)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
