@@ -250,11 +250,49 @@ def an_adapter_that_stands_on_itself(folder: Path) -> str:
     return load(path)
 
 
-@case("models")
-def an_adapter_that_imports_a_module(folder: Path) -> str:
-    path = adapter(folder, megatron_config={"hidden_size": 1}, megatron_core="megatron.evil")
+HANGS = r"([\w.]+)*!"  # exponential in the length of a name
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "megatron": {"megatron_config": {"hidden_size": 1}, "megatron_core": "megatron.evil"},
+    "another kind": {"peft_type": "XLORA", "adapters": {"0": "owner/name"}, "hidden_size": 1},
+    "virtual tokens": {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "owner/name"},
+    "another kind in place": {"peft_type": "LOHA"},
+    "no kind": {"peft_type": ["LORA"]},
+    "targets": {"target_modules": HANGS},
+    "listed targets": {"target_modules": [["q_proj"], {"a": 1}]},
+    "exclusions": {"exclude_modules": HANGS},
+    "ranks": {"rank_pattern": {HANGS: 4}},
+    "scales": {"alpha_pattern": {HANGS: 4}},
+    "layers": {"layers_to_transform": [0], "layers_pattern": HANGS},
+    "initial weights": {"init_lora_weights": "corda", "corda_config": {"cache_file": "/etc/passwd"}},
+    "quantised": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "arrow": {"arrow_config": {"top_k": 1}},
+    "replication": {"layer_replication": [[0, 10**9]]},
+    "unknown option": {"something_new": "owner/name"},
+    "task": {"task_type": "SEQ_CLS"},
+    "infinite": {"lora_alpha": float("inf")},
+}
+
+
+@case("models", **{name.replace(" ", "_"): options for name, options in ADAPTERS.items()})
+def an_adapter_with(folder: Path, options: dict[str, Any]) -> str:
+    path = adapter(folder, **options)
     shutil.copy(model_copy(folder) / "model.safetensors", path / "adapter_model.safetensors")
-    return load(path)
+    with within(20):
+        why = load(path)
+    if "adapter_config.json" not in why:
+        raise SucceededError(f"it got as far as {why}")
+    return why
+
+
+@case("models")
+def an_adapter_beside_a_whole_model(folder: Path) -> str:
+    """transformers loads what its configuration names."""
+    path = adapter(folder, base_model_name_or_path="owner/name")
+    model = model_copy(folder)
+    shutil.copy(path / "adapter_config.json", model)
+    shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+    return load(model)
 
 
 # ---- chat templates ----
@@ -354,6 +392,16 @@ def a_pickle_that_runs_code(folder: Path, name: str) -> str:
     path = checkpoint(folder)
     (path / name).parent.mkdir(exist_ok=True)
     torch.save({"state": Bomb(folder)}, path / name)
+    return check(path)
+
+
+@case("checkpoints")
+def an_adapter_that_the_run_did_not_have(folder: Path) -> str:
+    """transformers loads every folder with one on resume, whatever its kind."""
+    path = checkpoint(folder)
+    (path / "other").mkdir()
+    shutil.copy(path / "model.safetensors", path / "other" / "adapter_model.safetensors")
+    edit_json(path / "other" / "adapter_config.json", peft_type="XLORA", adapters={"0": "owner/name"})
     return check(path)
 
 

@@ -41,13 +41,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from trb import zoo
 from trb.choices import did_you_mean
 from trb.files import cache_directory
 from trb.modeling import check_adapter, without_adapters
 from trb.templates import check_chat_template
-from trb.untrusted import check_weight_index, printable, read_object, require_inside
+from trb.untrusted import check_weight_index, lora_options, printable, read_object, require_inside
 
 __all__ = [
     "BUILT_IN",
@@ -252,6 +253,7 @@ def _unavailable(source: Path | str, what: str) -> OSError:
 def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None) -> PreTrainedModel:
     check_config(source, trust_remote_code=trust_remote_code, revision=revision)
     # Without attn_implementation transformers takes scaled-dot-product attention where the model has it.
+    _check_no_adapter(source, revision)
     with _explained(source, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -267,6 +269,21 @@ def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revis
     if missing:
         raise OSError(f"{source} lacks {len(missing)} of the weights, such as {missing[0]!r}: save it again")
     return model
+
+
+def _check_no_adapter(source: Path | str, revision: str | None) -> None:
+    """Refuse an adapter that transformers would load by itself, from wherever its configuration says."""
+    with _explained(source, "model"):
+        found = find_adapter_config_file(str(source), revision=revision)
+    if found and isinstance(source, Path):
+        raise ValueError(
+            f"{source} holds a whole model and an adapter: move adapter_config.json to a directory of its own"
+        )
+    if found:
+        raise ValueError(
+            f"{source!r} is an adapter on the hub: download it with `hf download {source} --local-dir DIRECTORY` and "
+            "name the directory"
+        )
 
 
 def check_config(source: Path | str, *, trust_remote_code: bool = False, revision: str | None = None) -> None:
@@ -352,13 +369,11 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
     base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"{path} does not name its base_model_name_or_path: add it there")
-    if config.get("megatron_config"):  # peft imports the module that megatron_core names
-        raise ValueError(f"{path} asks for Megatron's layers, which are not supported: remove megatron_config")
     try:
         check_adapter(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return config
+    return lora_options(path)
 
 
 def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = False) -> PreTrainedModel:
@@ -367,14 +382,18 @@ def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = Fals
     `merge` adds the adapter to the weights and returns `base` itself. Raises ValueError for an adapter that does not
     fit, and OSError for one that is damaged or lacks some of its weights.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
-    if _adapter_config(directory).get("layers_to_transform") is None:
+    options = _adapter_config(directory)
+    if "layers_to_transform" not in options:
         _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
     with _explained(directory, "adapter"), warnings.catch_warnings():
         # Left alone, missing weights are drawn at random or are zero, and the adapter does less than it should.
         warnings.filterwarnings("error", message=".*Found missing adapter keys")
-        adapted: Any = PeftModel.from_pretrained(base, directory, autocast_adapter_dtype=False)
+        # With a configuration at hand PEFT reads none.
+        adapted: Any = PeftModel.from_pretrained(
+            base, directory, config=LoraConfig(**options), autocast_adapter_dtype=False
+        )
         if (directory / "generation_config.json").is_file():  # what ends a completion may be the adapter's own
             base.generation_config = GenerationConfig.from_pretrained(directory)
             base.generation_config = _token_ids_only(base)

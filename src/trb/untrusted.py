@@ -8,8 +8,12 @@ Left out on purpose: what a file has to contain (the modules that read it know),
 """
 
 import json
+import math
 import os
 import pickle
+import re
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,6 +24,7 @@ __all__ = [
     "MAX_YAML_NODES",
     "check_checkpoint",
     "check_weight_index",
+    "lora_options",
     "parse_json",
     "parse_yaml",
     "printable",
@@ -126,6 +131,92 @@ def check_weight_index(directory: Path) -> None:
                 raise ValueError(f"{index} names {printable(shard)!r:.200}: weights are *.safetensors files beside it")
 
 
+# ---- adapters ----
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")  # as a regular expression, it takes time linear in what it is compared with
+_INITIALS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and _PLAIN_NAME.fullmatch(value) is not None
+
+
+def _are_names(value: Any) -> bool:
+    return all(map(_is_name, value)) if isinstance(value, list) else _is_name(value)
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
+
+
+def _are_numbers_of_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_name(k.removeprefix("^")) and _is_number(v) for k, v in value.items())
+
+
+# What PEFT is told, and what it may be told. Names of modules are regular expressions to PEFT.
+_LORA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), (_is_number, "a number")),
+    **dict.fromkeys(
+        ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "inference_mode"),
+        (_is_flag, "true or false"),
+    ),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"),
+        (_are_names, "plain names of modules"),
+    ),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (_are_numbers_of_names, "numbers by plain names of modules")),
+    "layers_to_transform": (_are_layers, "numbers of layers"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "task_type": (lambda value: value == "CAUSAL_LM", "CAUSAL_LM"),
+    "peft_type": (lambda value: value == "LORA", "LORA"),
+    "base_model_name_or_path": (lambda value: type(value) is str, "text"),
+    "revision": (lambda value: type(value) is str, "text"),
+    "init_lora_weights": (
+        lambda value: _is_flag(value) or (type(value) is str and _INITIALS.fullmatch(value) is not None),
+        "true, false, gaussian, orthogonal, olora or pissa",
+    ),
+}
+_NOT_PASSED_ON = ("auto_mapping", "peft_version", "inference_mode", "peft_type")
+_OFF = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # what PEFT writes where these are not in use
+
+
+def lora_options(path: Path) -> dict[str, Any]:
+    """What an adapter_config.json says, as keyword arguments of `peft.LoraConfig`.
+
+    PEFT takes more from such a file than is safe: adapters of the hub, modules to import, files of torch.save, and
+    regular expressions that never end. What is here are options of LoRA with values of the right kind; PEFT does not
+    see the file. Options that are switched off (null, false, empty) may have any name.
+
+    Raises ValueError naming the file, the option and the reason, OSError if it cannot be read.
+    """
+    options = {}
+    for key, value in read_object(path).items():
+        if value is None or key in _NOT_PASSED_ON[:2]:
+            continue
+        allowed, kind = _LORA.get(key, (None, ""))
+        shown = f"{printable(key)} = {printable(reprlib.repr(value))}"
+        if allowed is None:
+            if value in (False, [], {}, _OFF.get(key)):
+                continue
+            raise ValueError(
+                f"{path} sets {shown}, which is not read: only plain LoRA is. Load the adapter with PEFT where you "
+                "trust it, merge it (merge_and_unload) and save the whole model"
+            )
+        if not allowed(value):
+            raise ValueError(f"{path} sets {shown}; it must be {kind}")
+        if key not in _NOT_PASSED_ON:
+            options[key] = value
+    return options
+
+
 # ---- pickles ----
 
 _TRUST = "TRB_TRUST_CHECKPOINTS"
@@ -161,12 +252,14 @@ def check_checkpoint(directory: Path) -> None:
     for path in sorted(directory.rglob("*")):
         require_inside(path, directory)
         if path.is_file():
-            _check_file(path)
+            _check_file(path, directory)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, directory: Path) -> None:
     if path.name == "training_args.bin":  # written by transformers, read by nobody
         return
+    if path.name == "adapter_config.json" and path.parent != directory:  # of adapters that the run itself did not have
+        lora_options(path)
     if path.suffix == ".bin" and path.name.startswith(("pytorch_model", "adapter_model")) and "fsdp" not in path.name:
         raise ValueError(f"{path} holds weights as a pickle: only *.safetensors are read")
     if path.name.endswith(".metadata"):  # of one process, __0.metadata
