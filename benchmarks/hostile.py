@@ -598,6 +598,121 @@ def a_saved_dataset_that_leads_out(folder: Path, name: str) -> str:
     return prompts(data)
 
 
+@contextmanager
+def watched(folder: Path) -> Iterator[list[str]]:
+    """Notes every connection, and every file opened in a folder called secrets; audit hooks cannot be taken back."""
+    if not _WATCHES:
+        sys.addaudithook(_note)
+    seen: list[str] = []
+    _WATCHES.append((str(folder / "secrets"), seen))
+    yield seen
+    _WATCHES[-1] = ("", [])
+
+
+_WATCHES: list[tuple[str, list[str]]] = []
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _WATCHES or not _WATCHES[-1][0]:
+        return
+    place, seen = _WATCHES[-1]
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        seen.append(f"{event} {arguments[-2:]}")
+        raise OSError("no network in this attempt")
+    if event == "open" and place in str(arguments[0]):
+        seen.append(f"open {arguments[0]}")
+
+
+@case(
+    "data",
+    file="FOLDER/secrets/x.png",
+    local="file://FOLDER/secrets/x.png",
+    ftp="ftp://127.0.0.1:9/x.png",
+    web="http://127.0.0.1:9/x.png",
+    hub="hf://datasets/owner/name/x.png",
+    nested="zip://x.png::http://127.0.0.1:9/x.zip",
+)
+def a_picture_elsewhere(folder: Path, place: str) -> str:
+    """A column that the schema calls a picture, in the parquet file, in the card, and in what save_to_disk wrote."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset, Features, Image, Value
+
+    from trb.data import load_prompts
+
+    for name in ("secrets", "parquet", "card"):
+        (folder / name).mkdir()
+    (folder / "secrets" / "x.png").write_bytes(b"no picture")
+    picture = {"bytes": None, "path": place.replace("FOLDER", str(folder))}
+    row = {"prompt": "x", "picture": picture}
+    features = Features({"prompt": Value("string"), "picture": Image()})
+    table = pa.Table.from_pylist([row], schema=features.arrow_schema)
+    pq.write_table(table, folder / "parquet" / "train.parquet")
+    Dataset.from_list([{"prompt": "x"}]).save_to_disk(str(folder / "saved"))
+    with pa.ipc.new_stream(str(folder / "saved" / "data-00000-of-00001.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    edit_json(folder / "saved" / "dataset_info.json", features=features.to_dict())
+    (folder / "card" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    types = {"features": [{"name": "prompt", "dtype": "string"}, {"name": "picture", "dtype": "image"}]}
+    (folder / "card" / "README.md").write_text(f"---\ndataset_info: {json.dumps(types)}\n---\n")
+    with watched(folder) as seen:
+        for name in ("parquet", "card", "saved"):
+            assert [row["prompt"][0]["content"] for row in load_prompts(folder / name)] == ["x"]
+        how = "; ".join(
+            refused(lambda name=name: load_prompts(folder / name, prompt_column="picture"))
+            for name in ("parquet", "saved")
+        )
+    if seen:
+        raise SucceededError(f"it was followed: {seen}")
+    return how
+
+
+@case(
+    "data",
+    pickle="x.pkl",
+    pandas="x.pandas",
+    archive="x.zip",
+    pages="x.warc.gz",
+    picture="x.png",
+    table="x.h5",
+    script="data.py",
+)
+def a_folder_of_another_kind(folder: Path, name: str) -> str:
+    data = folder / "data"
+    data.mkdir()
+    (data / name).write_bytes(pickle.dumps(Bomb(folder)))
+    return prompts(data)
+
+
+@case("data", pipe="pipe", deep_link="link", deep_folder="folder")
+def an_entry_below(folder: Path, what: str) -> str:
+    data, secret = folder / "data", folder / "secret"
+    (data / "more" / "deeper").mkdir(parents=True)
+    secret.mkdir()
+    (secret / "x.jsonl").write_text('{"prompt": "secret"}\n')
+    (data / "x.jsonl").write_text('{"prompt": "mine"}\n')
+    place = data / "more" / "deeper" / "train.jsonl"
+    if what == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(secret / "x.jsonl" if what == "link" else secret)
+    return prompts(data)
+
+
+@case("data", offsets="offsets", half="half")
+def a_damaged_arrow_file(folder: Path, what: str) -> str:
+    from datasets import Dataset
+
+    Dataset.from_list([{"prompt": "abcdefgh" * 4}] * 3).save_to_disk(str(folder / "data"))
+    path = folder / "data" / "data-00000-of-00001.arrow"
+    content = path.read_bytes()
+    offsets = b"".join(number.to_bytes(4, "little") for number in (32, 64, 96))
+    assert content.count(offsets) == 1
+    far = b"".join(number.to_bytes(4, "little") for number in (32, 64, 2**31 - 1))
+    path.write_bytes(content.replace(offsets, far) if what == "offsets" else content[: len(content) // 2])
+    return prompts(folder / "data")
+
+
 @case(
     "data",
     nesting=b'{"prompt": ' + b"[" * 100_000,

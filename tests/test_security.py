@@ -19,13 +19,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import huggingface_hub.constants
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, Features, Image, Value
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_trainer import build
@@ -245,9 +247,62 @@ def test_a_card_that_stays_at_home_is_honoured(tmp_path: Path) -> None:
     assert [row["prompt"][0]["content"] for row in load_prompts(tmp_path)] == ["b"]
 
 
+def test_a_card_s_configurations_and_splits_are_honoured(tmp_path: Path) -> None:
+    configs = """configs:
+- config_name: other
+  data_files: [{split: train, path: a.jsonl}]
+- config_name: mine
+  default: true
+  data_dir: sub
+"""
+    (tmp_path / "README.md").write_text(f"---\n{configs}---\n")
+    (tmp_path / "sub").mkdir()
+    for name in ("a.jsonl", "sub/train.jsonl", "sub/test-0.jsonl", "sub/test-1.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": f"{name} {row}"}) + "\n" for row in range(2)))
+
+    def read(**options: Any) -> list[str]:
+        return [row["prompt"][0]["content"] for row in load_prompts(tmp_path, **options)]
+
+    assert read() == ["sub/train.jsonl 0", "sub/train.jsonl 1"]
+    tests = [f"sub/test-{file}.jsonl {row}" for file in range(2) for row in range(2)]
+    assert read(split="test") == tests
+    assert set(read(split="test", limit=3)) < set(tests)
+    with pytest.raises(ValueError, match=r"no split 'validation', only \['test', 'train'\]"):
+        read(split="validation")
+    (tmp_path / "README.md").write_text(f"---\n{configs.replace('default: true', 'extra: 1')}---\n")
+    with pytest.raises(ValueError, match=r"configurations \['other', 'mine'\]"):
+        read()
+
+
+def test_only_the_columns_that_are_used_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"{number}"}], "picture": "x", "answer": number} for number in "ab"]
+    asked = []
+    read = pq.ParquetFile.read
+    monkeypatch.setattr(
+        pq.ParquetFile, "read", lambda self, columns: asked.append(columns) or read(self, columns=columns)
+    )
+    for number, row in enumerate(rows):
+        Dataset.from_list([row]).to_parquet(str(tmp_path / f"train-0000{number}-of-00002.parquet"))
+    assert [row["answer"] for row in load_prompts(tmp_path)] == ["a", "b"]
+    assert [row["prompt"] for row in load_prompts(tmp_path)] == [row["prompt"] for row in rows]
+    assert asked == [["prompt", "answer"]] * 4
+
+
+def test_pictures_of_a_data_set_on_the_hub_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Features({"prompt": Value("string"), "picture": Image()})
+    rows = [{"prompt": "x", "picture": {"path": str(tmp_path / "none.png"), "bytes": None}}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_list(rows, features=features))
+    assert load_prompts("owner/name")[0]["prompt"] == [{"role": "user", "content": "x"}]
+
+
 def test_saved_datasets_pass(tmp_path: Path) -> None:
     Dataset.from_list([{"prompt": "x"}] * 4).save_to_disk(str(tmp_path / "saved"), num_shards=2)
     assert len(load_prompts(tmp_path / "saved")) == 4
+    splits = DatasetDict({name: Dataset.from_list([{"prompt": name}]) for name in ("train", "test")})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    assert load_prompts(tmp_path / "splits", split="test")[0]["prompt"][0]["content"] == "test"
+    with pytest.raises(ValueError, match=r"no split 'x', only \['test', 'train'\]"):
+        load_prompts(tmp_path / "splits", split="x")
 
 
 def test_long_numbers_and_strange_text_are_kept(tmp_path: Path) -> None:

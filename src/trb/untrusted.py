@@ -24,6 +24,7 @@ __all__ = [
     "MAX_YAML_NODES",
     "check_checkpoint",
     "check_weight_index",
+    "foreign_directory",
     "lora_options",
     "parse_json",
     "parse_yaml",
@@ -118,6 +119,21 @@ def require_inside(path: Path, folder: Path, *, also: Path | None = None) -> Pat
     if not any(target.is_relative_to(root.resolve()) for root in (folder, also) if root is not None):
         raise ValueError(f"{path} leads out of {folder}, to {target}: copy what it names into the folder")
     return path
+
+
+def foreign_directory(directory: Path, *, also: Path | None = None) -> None:
+    """Refuse a directory that somebody else may have filled, before anything opens a file in it.
+
+    At any depth, links must stay inside (or in `also`: the hub's cache links its files), and everything else must be a
+    file or a folder: a pipe would be read for ever, a device could answer anything.
+
+    Raises ValueError naming the entry.
+    """
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = require_inside(Path(folder, name), directory, also=also)
+            if not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path} is neither a file nor a folder: remove it")
 
 
 def check_weight_index(directory: Path) -> None:
@@ -248,9 +264,9 @@ def check_checkpoint(directory: Path) -> None:
     """
     if os.environ.get(_TRUST) == "1":
         return
+    foreign_directory(directory)
     check_weight_index(directory)
     for path in sorted(directory.rglob("*")):
-        require_inside(path, directory)
         if path.is_file():
             _check_file(path, directory)
 
