@@ -174,6 +174,48 @@ def a_link_that_leads_out(folder: Path) -> str:
     return load(model)
 
 
+@case(
+    "models",
+    template="additional_chat_templates/tool_use.jinja",
+    folder="additional_chat_templates",
+    pipe="chat_template.jinja",
+)
+def an_entry_that_is_no_file_of_its_own(folder: Path, name: str) -> str:
+    from trb.loading import load_model, load_tokenizer
+
+    (folder / "secrets").mkdir()
+    (folder / "secrets" / "tool_use.jinja").write_text("secret")
+    model = model_copy(folder)
+    (model / name).parent.mkdir(exist_ok=True)
+    if name.startswith("chat"):
+        (model / name).unlink()
+        os.mkfifo(model / name)
+    else:
+        (model / name).symlink_to(folder / "secrets" / ("tool_use.jinja" if name.endswith(".jinja") else ""))
+    with watched(folder) as seen, within(20):
+        how = refused(lambda: load_tokenizer(str(model))) + refused(lambda: load_model(str(model)))
+    if seen:
+        raise SucceededError(f"it was followed: {seen}")
+    return how
+
+
+@case("models", student="student", teacher="teacher")
+def a_model_that_a_trainer_is_given_by_name(folder: Path, role: str) -> str:
+    """TRL and transformers would open it, and load what an adapter_config.json beside it names."""
+    from datasets import Dataset
+
+    from trb import TRBConfig, TRBTrainer, zoo
+
+    model = model_copy(folder)
+    edit_json(model / "adapter_config.json", base_model_name_or_path="owner/name", peft_type="LORA")
+    shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+    student, tokenizer = zoo.load("student")
+    given = {"student": student, "teacher": student, role: str(model)}
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+1"}]}] * 4)
+    arguments = TRBConfig(output_dir=str(folder / "run"), report_to="none")
+    return refused(lambda: TRBTrainer(given["student"], given["teacher"], arguments, data, processing_class=tokenizer))
+
+
 @case("models", model="config.json", tokenizer="tokenizer_config.json")
 def python_code_beside_it(folder: Path, name: str) -> str:
     from trb.loading import load_model, load_tokenizer
@@ -337,7 +379,51 @@ def out_of_the_sandbox(folder: Path, template: str) -> str:
 
 @case("chat templates", slow=True)
 def loops_without_end(folder: Path) -> str:
-    return try_template(folder, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    return try_template(folder, ENDLESS)
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@case("chat templates", recipe="recipe", trainer="trainer", options="options", render="render")
+def a_template_from_elsewhere(folder: Path, how: str) -> str:
+    """Every way for a template to come in that is no model's directory."""
+    from datasets import Dataset
+
+    from trb import TRBConfig, TRBTrainer, zoo
+    from trb.config import make_recipe
+    from trb.data import render
+    from trb.experiments import load_tokenizers
+
+    template = "{{ lipsum.__globals__['os'].system('true') }}"  # refused at once, where an endless one takes seconds
+    (folder / "template.jinja").write_text(template)
+    if how == "recipe":
+        recipe = make_recipe({**RECIPE, "chat_template": str(folder / "template.jinja")})
+        return refused(lambda: load_tokenizers(recipe.run))
+    student, tokenizer = zoo.load("student")
+    if how == "options":
+        options = {"output_dir": str(folder / "run"), "chat_template_kwargs": {"chat_template": template}}
+        return refused(lambda: TRBConfig(report_to="none", **options))
+    if how == "render":
+        rows = [{"prompt": [{"role": "user", "content": "x"}]}]
+        return refused(lambda: render(tokenizer, rows, chat_template=template))
+    model = model_copy(folder)
+    (model / "chat_template.jinja").write_text(template)
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+1"}]}] * 4)
+    return refused(
+        lambda: TRBTrainer(str(model), student, TRBConfig(output_dir=str(folder / "run"), report_to="none"), data)
+    )
+
+
+@case("chat templates", slow=True)
+def a_file_that_never_ends_for_an_evaluation(folder: Path) -> str:
+    (folder / "template.jinja").write_text(ENDLESS)
+    command = ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit", "2", "--max-new-tokens", "4"]
+    command += ["--chat-template", str(folder / "template.jinja")]
+    done = subprocess.run([sys.executable, "-m", "trb", *command], capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode != 2 or "is not used: it does not render within" not in done.stderr:
+        raise SucceededError(f"exit code {done.returncode}: {done.stderr[-300:]}")
+    return "refused"
 
 
 @case(

@@ -4,6 +4,7 @@ The attempts are those of benchmarks/hostile.py, without the slow ones. The rest
 every check has to let through what transformers, torch, datasets and PyYAML write themselves.
 """
 
+import ast
 import importlib.util
 import json
 import logging
@@ -311,6 +312,63 @@ def test_long_numbers_and_strange_text_are_kept(tmp_path: Path) -> None:
     read = load_prompts(tmp_path / "data.jsonl").to_list()
     assert [row["prompt"][0]["content"] for row in read] == [row["prompt"] for row in rows]
     assert [row["answer"] for row in read] == ["1" + "0" * 400, "0.5"]
+
+
+# ---- who opens what ----
+
+# What reads other people's files by itself, and where it may be called: behind `foreign_directory`, `check_model`,
+# `check_checkpoint` or, for templates, in `take_template`. Whatever is added here needs its check first.
+OPENERS = {
+    "from_pretrained": {
+        "loading.load_tokenizer", "loading._load_weights", "loading.attach_adapter", "loading._convert_gguf",
+        "cli.doctor.outline", "vllm_rollouts._check_shape", "zoo.load",
+    },
+    "create_model_from_path": {"trainer._load_teacher"},
+    "get_config_dict": {"loading.check_config"},
+    "load_dataset": {"data._from_hub"},
+    "load_from_disk": set(),
+    "load_adapter": set(),
+    "load_dataset_builder": set(),
+    "torch.load": {"untrusted._check_record"},
+    "pickle.load": set(),
+    "pickle.loads": set(),
+    "foreign_directory": {
+        "loading._check_directory", "data._from_folder", "untrusted.check_checkpoint", "cli.doctor.outline",
+    },
+    "check_chat_template": {"loading.take_template", "data.render"},
+    "chat_template =": {"loading.take_template", "templates._rendering_problem", "zoo.tokenizer._wrapped"},
+}  # fmt: skip
+
+
+def opened() -> dict[str, set[str]]:
+    """Where the package calls one of OPENERS, or sets a chat template, as module.function."""
+    found: dict[str, set[str]] = {name: set() for name in OPENERS}
+
+    def visit(node: ast.AST, place: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and place.count(":") == 0:
+            place = f"{place}:{node.name}"
+        names = []
+        if isinstance(node, ast.Call):
+            text = ast.unparse(node.func)
+            names = [name for name in OPENERS if text == name or text.endswith(f".{name}")]
+            names += ["chat_template ="] * any(keyword.arg == "chat_template" for keyword in node.keywords)
+        elif isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = ["chat_template ="] * any(ast.unparse(target).endswith(".chat_template") for target in targets)
+        for name in names:
+            found[name].add(place.replace(":", "."))
+        for child in ast.iter_child_nodes(node):
+            visit(child, place)
+
+    package = ROOT / "src" / "trb"
+    for path in package.rglob("*.py"):
+        module = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+        visit(ast.parse(path.read_text()), module)
+    return found
+
+
+def test_one_function_opens_foreign_directories_and_one_takes_templates() -> None:
+    assert opened() == OPENERS
 
 
 # ---- chat templates ----

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from trb.choices import did_you_mean
+from trb.templates import check_chat_template
 from trb.untrusted import foreign_directory, parse_json, parse_yaml, printable, read_object, require_inside
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def render(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template "
             "(for instance to that of the instruct model), or pass plain=True to join messages by blank lines"
         )
+    if "chat_template" in chat_template_kwargs:
+        check_chat_template(chat_template_kwargs["chat_template"], "the argument chat_template")
     options = chat_template_kwargs | {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     rendered: list[Any] = [tokenizer.apply_chat_template(row["prompt"], **options) for row in rows]
     return [list(ids) for ids in rendered]

@@ -47,8 +47,8 @@ from trb import zoo
 from trb.choices import did_you_mean
 from trb.files import cache_directory
 from trb.modeling import check_adapter, without_adapters
-from trb.templates import check_chat_template
-from trb.untrusted import check_weight_index, lora_options, printable, read_object, require_inside
+from trb.templates import PLAIN_TEMPLATE, check_chat_template
+from trb.untrusted import check_weight_index, foreign_directory, lora_options, printable, read_object
 
 __all__ = [
     "BUILT_IN",
@@ -56,6 +56,7 @@ __all__ = [
     "adapter_base",
     "attach_adapter",
     "check_config",
+    "check_model",
     "kept_layers",
     "load_model",
     "load_tokenizer",
@@ -64,6 +65,7 @@ __all__ = [
     "quiet_libraries",
     "resolve",
     "smollm2_directory",
+    "take_template",
 ]
 
 logger = logging.getLogger(__name__)
@@ -138,15 +140,27 @@ def load_tokenizer(
         )
     with _explained(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    if tokenizer.chat_template not in _shipped_templates():
-        check_chat_template(tokenizer.chat_template, spec)
+    take_template(tokenizer, spec)
     return tokenizer
 
 
+def take_template(tokenizer: PreTrainedTokenizerBase, source: str, text: str | None = None) -> None:
+    """The one way for chat templates to come into this process: those of a tokenizer, or `text` in their place.
+
+    Raises ValueError naming `source` for one that `check_chat_template` refuses. Our own, which trained students keep,
+    need no trial.
+    """
+    template: Any = tokenizer.chat_template if text is None else text
+    if template not in _own_templates():
+        check_chat_template(template, source)
+    if text is not None:
+        tokenizer.chat_template = text
+
+
 @cache
-def _shipped_templates() -> list[str]:
-    """Our own, which trained students keep: they need no trial."""
-    return [(zoo.path(name) / "chat_template.jinja").read_text(encoding="utf-8") for name in zoo.NAMES]
+def _own_templates() -> list[str]:
+    shipped = [(zoo.path(name) / "chat_template.jinja").read_text(encoding="utf-8") for name in zoo.NAMES]
+    return [PLAIN_TEMPLATE, *shipped]
 
 
 def _check_dtype(dtype: str) -> None:
@@ -165,6 +179,18 @@ def resolve(spec: str, revision: str | None = None) -> Path | str:
     if revision is not None:
         raise ValueError(f"revision={revision!r} is for hub ids, but {spec!r} is read from {local}: drop it")
     return local
+
+
+def check_model(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> str:
+    """What another loader may open for a spec: a directory or a hub id, checked as `load_model` does; same errors."""
+    source = resolve(spec, revision)
+    if isinstance(source, Path) and _is_adapter(source):
+        raise ValueError(
+            f"{spec!r} is an adapter: pass the model of trb.loading.load_model({spec!r}, merge_adapter=True)"
+        )
+    check_config(source, trust_remote_code=trust_remote_code, revision=revision)
+    _check_no_adapter(source, revision)
+    return str(source)
 
 
 def _local_directory(spec: str) -> Path | None:
@@ -190,8 +216,7 @@ def _local_directory(spec: str) -> Path | None:
 def _check_directory(path: Path) -> None:
     """Say what is wrong with a directory that holds no model, before a loader says it less clearly, and refuse one
     whose links or indices lead elsewhere. The hub's cache links its files, and may."""
-    for entry in path.iterdir():
-        require_inside(entry, path, also=Path(HF_HUB_CACHE))
+    foreign_directory(path, also=Path(HF_HUB_CACHE))
     if not (path / "config.json").is_file() and not _is_adapter(path):
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
         if checkpoints:
@@ -252,8 +277,8 @@ def _unavailable(source: Path | str, what: str) -> OSError:
 
 def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None) -> PreTrainedModel:
     check_config(source, trust_remote_code=trust_remote_code, revision=revision)
-    # Without attn_implementation transformers takes scaled-dot-product attention where the model has it.
     _check_no_adapter(source, revision)
+    # Without attn_implementation transformers takes scaled-dot-product attention where the model has it.
     with _explained(source, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -360,6 +385,7 @@ def _adapter_config(directory: Path) -> dict[str, Any]:
         if base.resolve() in seen:
             raise ValueError(f"{path} names a base that stands on the adapter itself: name a whole model")
         seen.add(base.resolve())
+        _check_directory(base)
         base = Path(_read_adapter_config(base / "adapter_config.json")["base_model_name_or_path"])
     return config
 
