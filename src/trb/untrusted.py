@@ -369,11 +369,11 @@ def _check_shards(path: Path) -> None:
         except Exception as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
     for index, record in records.items():
-        is_tensor = type(index) is MetadataIndex and type(kinds.get(index.fqn)) is TensorStorageMetadata
-        _check_record(path, record, is_tensor)
+        name = getattr(index, "fqn", None) if type(index) is MetadataIndex else None
+        _check_record(path, record, is_tensor=type(name) is str and type(kinds.get(name)) is TensorStorageMetadata)
 
 
-def _check_record(path: Path, record: Any, is_tensor: bool) -> None:
+def _check_record(path: Path, record: Any, *, is_tensor: bool) -> None:
     import torch
     from torch.distributed.checkpoint.utils import _create_file_view
 
