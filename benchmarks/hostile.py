@@ -612,14 +612,21 @@ RECIPE: dict[str, Any] = {
 def resuming_a_run(folder: Path, name: str) -> str:
     import torch
 
+    from trb.checkpoints import seal
     from trb.config import make_recipe
     from trb.experiments import train
 
+    recipe = make_recipe({**RECIPE, "max_steps": 2})
     directory = folder / "run"
-    train(make_recipe(RECIPE), directory)
+    train(recipe, directory)
+    (directory / "results.json").unlink()
+    shutil.rmtree(directory / "checkpoint-2")  # as if it had been killed after the first step
     torch.save({"state": Bomb(folder)}, directory / "checkpoint-1" / name)
-    (directory / "checkpoint-1" / "checksums.json").unlink(missing_ok=True)  # an attacker would write new ones
-    return refused(lambda: train(make_recipe({**RECIPE, "max_steps": 2}), directory))
+    seal(directory / "checkpoint-1")
+    how = refused(lambda: train(recipe, directory))
+    if "would call builtins.exec" not in how:
+        raise SucceededError(f"it got as far as {how}")
+    return how
 
 
 # ---- data ----
