@@ -174,6 +174,48 @@ def a_link_that_leads_out(folder: Path) -> str:
     return load(model)
 
 
+@case(
+    "models",
+    template="additional_chat_templates/tool_use.jinja",
+    folder="additional_chat_templates",
+    pipe="chat_template.jinja",
+)
+def an_entry_that_is_no_file_of_its_own(folder: Path, name: str) -> str:
+    from trb.loading import load_model, load_tokenizer
+
+    (folder / "secrets").mkdir()
+    (folder / "secrets" / "tool_use.jinja").write_text("secret")
+    model = model_copy(folder)
+    (model / name).parent.mkdir(exist_ok=True)
+    if name.startswith("chat"):
+        (model / name).unlink()
+        os.mkfifo(model / name)
+    else:
+        (model / name).symlink_to(folder / "secrets" / ("tool_use.jinja" if name.endswith(".jinja") else ""))
+    with watched(folder) as seen, within(20):
+        how = refused(lambda: load_tokenizer(str(model))) + refused(lambda: load_model(str(model)))
+    if seen:
+        raise SucceededError(f"it was followed: {seen}")
+    return how
+
+
+@case("models", student="student", teacher="teacher")
+def a_model_that_a_trainer_is_given_by_name(folder: Path, role: str) -> str:
+    """TRL and transformers would open it, and load what an adapter_config.json beside it names."""
+    from datasets import Dataset
+
+    from trb import TRBConfig, TRBTrainer, zoo
+
+    model = model_copy(folder)
+    edit_json(model / "adapter_config.json", base_model_name_or_path="owner/name", peft_type="LORA")
+    shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+    student, tokenizer = zoo.load("student")
+    given = {"student": student, "teacher": student, role: str(model)}
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+1"}]}] * 4)
+    arguments = TRBConfig(output_dir=str(folder / "run"), report_to="none")
+    return refused(lambda: TRBTrainer(given["student"], given["teacher"], arguments, data, processing_class=tokenizer))
+
+
 @case("models", model="config.json", tokenizer="tokenizer_config.json")
 def python_code_beside_it(folder: Path, name: str) -> str:
     from trb.loading import load_model, load_tokenizer
@@ -250,11 +292,49 @@ def an_adapter_that_stands_on_itself(folder: Path) -> str:
     return load(path)
 
 
-@case("models")
-def an_adapter_that_imports_a_module(folder: Path) -> str:
-    path = adapter(folder, megatron_config={"hidden_size": 1}, megatron_core="megatron.evil")
+HANGS = r"([\w.]+)*!"  # exponential in the length of a name
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "megatron": {"megatron_config": {"hidden_size": 1}, "megatron_core": "megatron.evil"},
+    "another kind": {"peft_type": "XLORA", "adapters": {"0": "owner/name"}, "hidden_size": 1},
+    "virtual tokens": {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "owner/name"},
+    "another kind in place": {"peft_type": "LOHA"},
+    "no kind": {"peft_type": ["LORA"]},
+    "targets": {"target_modules": HANGS},
+    "listed targets": {"target_modules": [["q_proj"], {"a": 1}]},
+    "exclusions": {"exclude_modules": HANGS},
+    "ranks": {"rank_pattern": {HANGS: 4}},
+    "scales": {"alpha_pattern": {HANGS: 4}},
+    "layers": {"layers_to_transform": [0], "layers_pattern": HANGS},
+    "initial weights": {"init_lora_weights": "corda", "corda_config": {"cache_file": "/etc/passwd"}},
+    "quantised": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "arrow": {"arrow_config": {"top_k": 1}},
+    "replication": {"layer_replication": [[0, 10**9]]},
+    "unknown option": {"something_new": "owner/name"},
+    "task": {"task_type": "SEQ_CLS"},
+    "infinite": {"lora_alpha": float("inf")},
+}
+
+
+@case("models", **{name.replace(" ", "_"): options for name, options in ADAPTERS.items()})
+def an_adapter_with(folder: Path, options: dict[str, Any]) -> str:
+    path = adapter(folder, **options)
     shutil.copy(model_copy(folder) / "model.safetensors", path / "adapter_model.safetensors")
-    return load(path)
+    with within(20):
+        why = load(path)
+    if "adapter_config.json" not in why:
+        raise SucceededError(f"it got as far as {why}")
+    return why
+
+
+@case("models")
+def an_adapter_beside_a_whole_model(folder: Path) -> str:
+    """transformers loads what its configuration names."""
+    path = adapter(folder, base_model_name_or_path="owner/name")
+    model = model_copy(folder)
+    shutil.copy(path / "adapter_config.json", model)
+    shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+    return load(model)
 
 
 # ---- chat templates ----
@@ -299,7 +379,51 @@ def out_of_the_sandbox(folder: Path, template: str) -> str:
 
 @case("chat templates", slow=True)
 def loops_without_end(folder: Path) -> str:
-    return try_template(folder, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    return try_template(folder, ENDLESS)
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@case("chat templates", recipe="recipe", trainer="trainer", options="options", render="render")
+def a_template_from_elsewhere(folder: Path, how: str) -> str:
+    """Every way for a template to come in that is no model's directory."""
+    from datasets import Dataset
+
+    from trb import TRBConfig, TRBTrainer, zoo
+    from trb.config import make_recipe
+    from trb.data import render
+    from trb.experiments import load_tokenizers
+
+    template = "{{ lipsum.__globals__['os'].system('true') }}"  # refused at once, where an endless one takes seconds
+    (folder / "template.jinja").write_text(template)
+    if how == "recipe":
+        recipe = make_recipe({**RECIPE, "chat_template": str(folder / "template.jinja")})
+        return refused(lambda: load_tokenizers(recipe.run))
+    student, tokenizer = zoo.load("student")
+    if how == "options":
+        options = {"output_dir": str(folder / "run"), "chat_template_kwargs": {"chat_template": template}}
+        return refused(lambda: TRBConfig(report_to="none", **options))
+    if how == "render":
+        rows = [{"prompt": [{"role": "user", "content": "x"}]}]
+        return refused(lambda: render(tokenizer, rows, chat_template=template))
+    model = model_copy(folder)
+    (model / "chat_template.jinja").write_text(template)
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+1"}]}] * 4)
+    return refused(
+        lambda: TRBTrainer(str(model), student, TRBConfig(output_dir=str(folder / "run"), report_to="none"), data)
+    )
+
+
+@case("chat templates", slow=True)
+def a_file_that_never_ends_for_an_evaluation(folder: Path) -> str:
+    (folder / "template.jinja").write_text(ENDLESS)
+    command = ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit", "2", "--max-new-tokens", "4"]
+    command += ["--chat-template", str(folder / "template.jinja")]
+    done = subprocess.run([sys.executable, "-m", "trb", *command], capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode != 2 or "is not used: it does not render within" not in done.stderr:
+        raise SucceededError(f"exit code {done.returncode}: {done.stderr[-300:]}")
+    return "refused"
 
 
 @case(
@@ -357,6 +481,16 @@ def a_pickle_that_runs_code(folder: Path, name: str) -> str:
     return check(path)
 
 
+@case("checkpoints")
+def an_adapter_that_the_run_did_not_have(folder: Path) -> str:
+    """transformers loads every folder with one on resume, whatever its kind."""
+    path = checkpoint(folder)
+    (path / "other").mkdir()
+    shutil.copy(path / "model.safetensors", path / "other" / "adapter_model.safetensors")
+    edit_json(path / "other" / "adapter_config.json", peft_type="XLORA", adapters={"0": "owner/name"})
+    return check(path)
+
+
 @case("checkpoints", old_format=False, not_zipped=None)
 def a_pickle_in_disguise(folder: Path, zipped: bool | None) -> str:
     import torch
@@ -383,6 +517,66 @@ def metadata_of_shards(folder: Path, content: bytes) -> str:
     code = Bomb(folder).code.replace("'", "\\'").encode()
     (shards / ".metadata").write_bytes(content.replace(b"%s", code))
     return check(path)
+
+
+def shards(folder: Path, content: dict[str, Any]) -> Path:
+    """What FSDP with sharded state writes."""
+    import warnings
+
+    from torch.distributed import checkpoint as sharded
+
+    path = checkpoint(folder) / "optimizer_0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharded.save(content, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def edit_shards(path: Path, change: Callable[[Any], None]) -> None:
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@case("checkpoints", record="record", of_a_process="process", elsewhere="../elsewhere.distcp", named="weights.json")
+def a_record_of_shards(folder: Path, how: str) -> str:
+    """torch's planner reads what is no tensor with weights_only=False."""
+    import torch
+
+    path = shards(folder, {"lr": Bomb(folder), "weight": torch.ones(2)})
+    shard = path / "__0_0.distcp"
+    if how == "process":
+        (path / ".metadata").rename(path / "__0.metadata")
+    elif how != "record":
+        shard.rename(path / how)
+        edit_shards(
+            path, lambda metadata: [setattr(each, "relative_path", how) for each in metadata.storage_data.values()]
+        )
+    return check(path.parent)
+
+
+@case("checkpoints", kinds="kinds", transformed="transformed", length="length", classes="classes")
+def metadata_of_shards_that_is_odd(folder: Path, how: str) -> str:
+    import torch
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    path = shards(folder, {"lr": 0.1, "weight": torch.ones(2)})
+    if how == "classes":  # attributes of torch's own classes, set from within the pickle
+        named = f"c{MetadataIndex.__module__}\nMetadataIndex\n".encode()
+        (path / ".metadata").write_bytes(b"\x80\x02" + named + b"N}U\x08__hash__" + named + b"s\x86b.")
+    else:
+        changes: dict[str, Callable[[Any], None]] = {
+            "kinds": lambda metadata: setattr(metadata, "storage_data", []),
+            "transformed": lambda metadata: [
+                setattr(each, "transform_descriptors", ["rot13"]) for each in metadata.storage_data.values()
+            ],
+            "length": lambda metadata: [setattr(each, "length", "x") for each in metadata.storage_data.values()],
+        }
+        edit_shards(path, changes[how])
+    how = check(path.parent)
+    if MetadataIndex.__hash__ is MetadataIndex:
+        raise SucceededError("it changed a class")
+    return how
 
 
 @case("checkpoints", link="link", index="index")
@@ -418,14 +612,21 @@ RECIPE: dict[str, Any] = {
 def resuming_a_run(folder: Path, name: str) -> str:
     import torch
 
+    from trb.checkpoints import seal
     from trb.config import make_recipe
     from trb.experiments import train
 
+    recipe = make_recipe({**RECIPE, "max_steps": 2})
     directory = folder / "run"
-    train(make_recipe(RECIPE), directory)
+    train(recipe, directory)
+    (directory / "results.json").unlink()
+    shutil.rmtree(directory / "checkpoint-2")  # as if it had been killed after the first step
     torch.save({"state": Bomb(folder)}, directory / "checkpoint-1" / name)
-    (directory / "checkpoint-1" / "checksums.json").unlink(missing_ok=True)  # an attacker would write new ones
-    return refused(lambda: train(make_recipe({**RECIPE, "max_steps": 2}), directory))
+    seal(directory / "checkpoint-1")
+    how = refused(lambda: train(recipe, directory))
+    if "would call builtins.exec" not in how:
+        raise SucceededError(f"it got as far as {how}")
+    return how
 
 
 # ---- data ----
@@ -488,6 +689,121 @@ def a_saved_dataset_that_leads_out(folder: Path, name: str) -> str:
     else:
         edit_json(data / name, splits=["train", "../secret"])
     return prompts(data)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[str]]:
+    """Notes every connection, and every file opened in a folder called secrets; audit hooks cannot be taken back."""
+    if not _WATCHES:
+        sys.addaudithook(_note)
+    seen: list[str] = []
+    _WATCHES.append((str(folder / "secrets"), seen))
+    yield seen
+    _WATCHES[-1] = ("", [])
+
+
+_WATCHES: list[tuple[str, list[str]]] = []
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _WATCHES or not _WATCHES[-1][0]:
+        return
+    place, seen = _WATCHES[-1]
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        seen.append(f"{event} {arguments[-2:]}")
+        raise OSError("no network in this attempt")
+    if event == "open" and place in str(arguments[0]):
+        seen.append(f"open {arguments[0]}")
+
+
+@case(
+    "data",
+    file="FOLDER/secrets/x.png",
+    local="file://FOLDER/secrets/x.png",
+    ftp="ftp://127.0.0.1:9/x.png",
+    web="http://127.0.0.1:9/x.png",
+    hub="hf://datasets/owner/name/x.png",
+    nested="zip://x.png::http://127.0.0.1:9/x.zip",
+)
+def a_picture_elsewhere(folder: Path, place: str) -> str:
+    """A column that the schema calls a picture, in the parquet file, in the card, and in what save_to_disk wrote."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset, Features, Image, Value
+
+    from trb.data import load_prompts
+
+    for name in ("secrets", "parquet", "card"):
+        (folder / name).mkdir()
+    (folder / "secrets" / "x.png").write_bytes(b"no picture")
+    picture = {"bytes": None, "path": place.replace("FOLDER", str(folder))}
+    row = {"prompt": "x", "picture": picture}
+    features = Features({"prompt": Value("string"), "picture": Image()})
+    table = pa.Table.from_pylist([row], schema=features.arrow_schema)
+    pq.write_table(table, folder / "parquet" / "train.parquet")
+    Dataset.from_list([{"prompt": "x"}]).save_to_disk(str(folder / "saved"))
+    with pa.ipc.new_stream(str(folder / "saved" / "data-00000-of-00001.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    edit_json(folder / "saved" / "dataset_info.json", features=features.to_dict())
+    (folder / "card" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    types = {"features": [{"name": "prompt", "dtype": "string"}, {"name": "picture", "dtype": "image"}]}
+    (folder / "card" / "README.md").write_text(f"---\ndataset_info: {json.dumps(types)}\n---\n")
+    with watched(folder) as seen:
+        for name in ("parquet", "card", "saved"):
+            assert [row["prompt"][0]["content"] for row in load_prompts(folder / name)] == ["x"]
+        how = "; ".join(
+            refused(lambda name=name: load_prompts(folder / name, prompt_column="picture"))
+            for name in ("parquet", "saved")
+        )
+    if seen:
+        raise SucceededError(f"it was followed: {seen}")
+    return how
+
+
+@case(
+    "data",
+    pickle="x.pkl",
+    pandas="x.pandas",
+    archive="x.zip",
+    pages="x.warc.gz",
+    picture="x.png",
+    table="x.h5",
+    script="data.py",
+)
+def a_folder_of_another_kind(folder: Path, name: str) -> str:
+    data = folder / "data"
+    data.mkdir()
+    (data / name).write_bytes(pickle.dumps(Bomb(folder)))
+    return prompts(data)
+
+
+@case("data", pipe="pipe", deep_link="link", deep_folder="folder")
+def an_entry_below(folder: Path, what: str) -> str:
+    data, secret = folder / "data", folder / "secret"
+    (data / "more" / "deeper").mkdir(parents=True)
+    secret.mkdir()
+    (secret / "x.jsonl").write_text('{"prompt": "secret"}\n')
+    (data / "x.jsonl").write_text('{"prompt": "mine"}\n')
+    place = data / "more" / "deeper" / "train.jsonl"
+    if what == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(secret / "x.jsonl" if what == "link" else secret)
+    return prompts(data)
+
+
+@case("data", offsets="offsets", half="half")
+def a_damaged_arrow_file(folder: Path, what: str) -> str:
+    from datasets import Dataset
+
+    Dataset.from_list([{"prompt": "abcdefgh" * 4}] * 3).save_to_disk(str(folder / "data"))
+    path = folder / "data" / "data-00000-of-00001.arrow"
+    content = path.read_bytes()
+    offsets = b"".join(number.to_bytes(4, "little") for number in (32, 64, 96))
+    assert content.count(offsets) == 1
+    far = b"".join(number.to_bytes(4, "little") for number in (32, 64, 2**31 - 1))
+    path.write_bytes(content.replace(offsets, far) if what == "offsets" else content[: len(content) // 2])
+    return prompts(folder / "data")
 
 
 @case(

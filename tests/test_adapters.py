@@ -39,6 +39,7 @@ from trb.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import TeacherPolicy, TrustRegionPolicy
 from trb.sampling import sample
 from trb.scoring import score_completions
+from trb.untrusted import lora_options
 from trb.vllm_rollouts import _teacher_checkpoint
 from trb.vocab import SharedVocabulary, head_rows
 
@@ -352,3 +353,29 @@ def test_a_directory_of_no_known_kind_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "XLORA"}))
     with pytest.raises(ValueError, match=r"kind XLORA are not supported: only adapters that replace single layers are"):
         load_model(directory)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": "all-linear"},
+    {"use_rslora": True, "rank_pattern": {"^model.layers.0.self_attn.q_proj": 1}, "alpha_pattern": {"v_proj": 3}},
+    {"modules_to_save": ["lm_head"]}, {"layers_to_transform": [0], "layers_pattern": "layers"},
+    {"init_lora_weights": "olora", "exclude_modules": ["o_proj"], "bias": "all"}],
+    ids=["plain", "dora", "all", "patterns", "saved", "layers", "odd"])  # fmt: skip
+def test_what_peft_writes_of_lora_is_read(options: dict[str, Any], tmp_path: Path) -> None:
+    own, _ = zoo.load("teacher")
+    model = adapted(own, LoraConfig(**{**TARGETS, "r": 2, **options}))
+    directory = save(model, "zoo:teacher", tmp_path / "adapter")
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.allclose(load_model(directory)(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_every_option_of_lora_that_is_off_is_let_through(tmp_path: Path) -> None:
+    written = {name: value for name, value in LoraConfig(r=2, **TARGETS).to_dict().items() if name != "runtime_config"}
+    path = tmp_path / "adapter_config.json"
+    text = json.dumps(written | {"of_a_later_version": None, "target_modules": ["q_proj"], "peft_type": "LORA"})
+    path.write_text(text)
+    config = LoraConfig(**lora_options(path))
+    expected = LoraConfig(r=2, **{**TARGETS, "target_modules": ["q_proj"]})
+    assert {k: v for k, v in vars(config).items() if k != "runtime_config"} == {
+        k: v for k, v in vars(expected).items() if k != "runtime_config"
+    }

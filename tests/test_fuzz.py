@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from trb.config import ConfigError, load_recipe
 from trb.confinement import arithmetic
@@ -25,7 +29,7 @@ from trb.data import boxed_answers, load_prompts
 from trb.report import ReportError, write_report
 from trb.rewards import Verifier, _prepare
 from trb.study import load_study
-from trb.untrusted import check_checkpoint, parse_yaml, printable
+from trb.untrusted import check_checkpoint, lora_options, parse_yaml, printable
 
 EXAMPLES = int(os.environ.get("TRB_FUZZ_EXAMPLES", "25"))
 few = settings(
@@ -265,6 +269,59 @@ def test_checkpoints(content: bytes, name: str) -> None:
                 torch.load(folder / name, weights_only=True)
             except Exception as error:
                 assert "Unsupported global" not in str(error)
+
+    in_folder(check)
+
+
+records = st.dictionaries(
+    st.sampled_from(["lr", "weight", "x"]).map(MetadataIndex),
+    st.builds(
+        _StorageInfo,
+        st.one_of(st.sampled_from(["__0_0.distcp", "../x.distcp", ".metadata"]), plain_values),
+        st.one_of(st.integers(-2, 3000), plain_values),
+        st.one_of(st.integers(-2, 3000), plain_values),
+        st.one_of(st.none(), plain_values),
+    ),
+    max_size=3,
+)
+kinds = st.dictionaries(st.sampled_from(["lr", "weight"]), st.one_of(st.just(BytesStorageMetadata()), plain_values))
+
+
+@few
+@given(st.one_of(kinds, plain_values), st.one_of(records, plain_values), pickles)
+def test_sharded_checkpoints(described: Any, stored: Any, content: bytes) -> None:
+    def check(folder: Path) -> None:
+        metadata = Metadata(described, storage_data=stored)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        (folder / "__0_0.distcp").write_bytes(content)
+        try:
+            check_checkpoint(folder)
+        except ValueError as error:
+            assert str(folder) in str(error)
+            return
+        for record in stored.values():  # what passes is what torch may read as it likes
+            torch.load(_create_file_view((folder / record.relative_path).open("rb"), record.offset, record.length))
+
+    in_folder(check)
+
+
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 1}, "bias": "none"}
+
+
+@few
+@given(as_json(objects([*LORA, "init_lora_weights", "auto_mapping", "later"], LORA)))
+def test_adapter_configurations(content: bytes) -> None:
+    def check(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_bytes(content)
+        try:
+            options = lora_options(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            return
+        assert options.keys() <= LORA.keys() | {"init_lora_weights"}
+        for names in ("target_modules", "rank_pattern"):
+            assert not set("".join(options.get(names, []))) & set("*+?()[]{}|\\$")
 
     in_folder(check)
 

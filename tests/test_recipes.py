@@ -18,6 +18,7 @@ from trb.config import Recipe, RunConfig, load_recipe, make_recipe
 from trb.data import MATH_SYSTEM_PROMPT
 from trb.evaluation import EvalResult
 from trb.study import load_study
+from trb.templates import PLAIN_TEMPLATE
 from trb.trainer import TRAINING_METHODS, TRBConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -298,7 +299,7 @@ SEEN = {
     "teacher_revision": {"r2"},
     "student_trust_remote_code": {True},
     "teacher_trust_remote_code": {True},
-    "chat_template": experiments.PLAIN_TEMPLATE,
+    "chat_template": PLAIN_TEMPLATE,
     "lora_target_modules": {"q_proj"},
     "system_prompt": {"Think."},
     "prompts_per_step": 3,

@@ -4,6 +4,7 @@ The attempts are those of benchmarks/hostile.py, without the slow ones. The rest
 every check has to let through what transformers, torch, datasets and PyYAML write themselves.
 """
 
+import ast
 import importlib.util
 import json
 import logging
@@ -19,14 +20,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import huggingface_hub.constants
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, Features, Image, Value
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_trainer import build
 
 import trb.rewards
 from trb import confinement, loading, sweep, zoo
@@ -147,6 +152,41 @@ def test_a_sharded_checkpoint_of_torch_passes(tmp_path: Path) -> None:
     check_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_is_looked_into_before_any_library_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's loader is called before the trainer's own."""
+    monkeypatch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("it was handed on"))
+    path = write_checkpoint(tmp_path / "checkpoint-1")
+    (path / "global_step1").mkdir()
+    torch.save(hostile.Bomb(path), path / "global_step1" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt would call builtins.exec"):
+        build(tmp_path / "run").train(resume_from_checkpoint=str(path), verify=False)
+
+
+def test_the_best_model_is_looked_into_too(tmp_path: Path) -> None:
+    """Which one that is stands in the trainer_state.json of the checkpoint."""
+    trainer = build(tmp_path / "run")
+    path = write_checkpoint(tmp_path / "elsewhere")
+    torch.save(hostile.Bomb(path), path / "pytorch_model.bin")
+    trainer.state.best_model_checkpoint = str(path)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin holds weights as a pickle"):
+        trainer._load_best_model()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_attempts_on_shards_are_real(tmp_path: Path) -> None:
+    """Were it not refused, torch would run it, and under weights_only=True it would not have to."""
+    from torch.distributed import checkpoint
+
+    path = hostile.shards(tmp_path, {"lr": hostile.Bomb(tmp_path)})
+    with pytest.raises(ValueError, match=r"__0_0.distcp holds a record that could run code .*TRB_TRUST_CHECKPOINTS=1"):
+        check_checkpoint(path)
+    assert not hostile.canary(tmp_path).exists()
+    checkpoint.load({"lr": 0.0}, checkpoint_id=path)
+    assert hostile.canary(tmp_path).exists()
+
+
 def test_the_owner_may_turn_the_check_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_checkpoint(tmp_path / "checkpoint-1")
     torch.save(hostile.Bomb(path), path / "states.pt")
@@ -208,9 +248,62 @@ def test_a_card_that_stays_at_home_is_honoured(tmp_path: Path) -> None:
     assert [row["prompt"][0]["content"] for row in load_prompts(tmp_path)] == ["b"]
 
 
+def test_a_card_s_configurations_and_splits_are_honoured(tmp_path: Path) -> None:
+    configs = """configs:
+- config_name: other
+  data_files: [{split: train, path: a.jsonl}]
+- config_name: mine
+  default: true
+  data_dir: sub
+"""
+    (tmp_path / "README.md").write_text(f"---\n{configs}---\n")
+    (tmp_path / "sub").mkdir()
+    for name in ("a.jsonl", "sub/train.jsonl", "sub/test-0.jsonl", "sub/test-1.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": f"{name} {row}"}) + "\n" for row in range(2)))
+
+    def read(**options: Any) -> list[str]:
+        return [row["prompt"][0]["content"] for row in load_prompts(tmp_path, **options)]
+
+    assert read() == ["sub/train.jsonl 0", "sub/train.jsonl 1"]
+    tests = [f"sub/test-{file}.jsonl {row}" for file in range(2) for row in range(2)]
+    assert read(split="test") == tests
+    assert set(read(split="test", limit=3)) < set(tests)
+    with pytest.raises(ValueError, match=r"no split 'validation', only \['test', 'train'\]"):
+        read(split="validation")
+    (tmp_path / "README.md").write_text(f"---\n{configs.replace('default: true', 'extra: 1')}---\n")
+    with pytest.raises(ValueError, match=r"configurations \['other', 'mine'\]"):
+        read()
+
+
+def test_only_the_columns_that_are_used_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"{number}"}], "picture": "x", "answer": number} for number in "ab"]
+    asked = []
+    read = pq.ParquetFile.read
+    monkeypatch.setattr(
+        pq.ParquetFile, "read", lambda self, columns: asked.append(columns) or read(self, columns=columns)
+    )
+    for number, row in enumerate(rows):
+        Dataset.from_list([row]).to_parquet(str(tmp_path / f"train-0000{number}-of-00002.parquet"))
+    assert [row["answer"] for row in load_prompts(tmp_path)] == ["a", "b"]
+    assert [row["prompt"] for row in load_prompts(tmp_path)] == [row["prompt"] for row in rows]
+    assert asked == [["prompt", "answer"]] * 4
+
+
+def test_pictures_of_a_data_set_on_the_hub_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Features({"prompt": Value("string"), "picture": Image()})
+    rows = [{"prompt": "x", "picture": {"path": str(tmp_path / "none.png"), "bytes": None}}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_list(rows, features=features))
+    assert load_prompts("owner/name")[0]["prompt"] == [{"role": "user", "content": "x"}]
+
+
 def test_saved_datasets_pass(tmp_path: Path) -> None:
     Dataset.from_list([{"prompt": "x"}] * 4).save_to_disk(str(tmp_path / "saved"), num_shards=2)
     assert len(load_prompts(tmp_path / "saved")) == 4
+    splits = DatasetDict({name: Dataset.from_list([{"prompt": name}]) for name in ("train", "test")})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    assert load_prompts(tmp_path / "splits", split="test")[0]["prompt"][0]["content"] == "test"
+    with pytest.raises(ValueError, match=r"no split 'x', only \['test', 'train'\]"):
+        load_prompts(tmp_path / "splits", split="x")
 
 
 def test_long_numbers_and_strange_text_are_kept(tmp_path: Path) -> None:
@@ -219,6 +312,63 @@ def test_long_numbers_and_strange_text_are_kept(tmp_path: Path) -> None:
     read = load_prompts(tmp_path / "data.jsonl").to_list()
     assert [row["prompt"][0]["content"] for row in read] == [row["prompt"] for row in rows]
     assert [row["answer"] for row in read] == ["1" + "0" * 400, "0.5"]
+
+
+# ---- who opens what ----
+
+# What reads other people's files by itself, and where it may be called: behind `foreign_directory`, `check_model`,
+# `check_checkpoint` or, for templates, in `take_template`. Whatever is added here needs its check first.
+OPENERS = {
+    "from_pretrained": {
+        "loading.load_tokenizer", "loading._load_weights", "loading.attach_adapter", "loading._convert_gguf",
+        "cli.doctor.outline", "vllm_rollouts._check_shape", "zoo.load",
+    },
+    "create_model_from_path": {"trainer._load_teacher"},
+    "get_config_dict": {"loading.check_config"},
+    "load_dataset": {"data._from_hub"},
+    "load_from_disk": set(),
+    "load_adapter": set(),
+    "load_dataset_builder": set(),
+    "torch.load": {"untrusted._check_record"},
+    "pickle.load": set(),
+    "pickle.loads": set(),
+    "foreign_directory": {
+        "loading._check_directory", "data._from_folder", "untrusted.check_checkpoint", "cli.doctor.outline",
+    },
+    "check_chat_template": {"loading.take_template", "data.render"},
+    "chat_template =": {"loading.take_template", "templates._rendering_problem", "zoo.tokenizer._wrapped"},
+}  # fmt: skip
+
+
+def opened() -> dict[str, set[str]]:
+    """Where the package calls one of OPENERS, or sets a chat template, as module.function."""
+    found: dict[str, set[str]] = {name: set() for name in OPENERS}
+
+    def visit(node: ast.AST, place: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and place.count(":") == 0:
+            place = f"{place}:{node.name}"
+        names = []
+        if isinstance(node, ast.Call):
+            text = ast.unparse(node.func)
+            names = [name for name in OPENERS if text == name or text.endswith(f".{name}")]
+            names += ["chat_template ="] * any(keyword.arg == "chat_template" for keyword in node.keywords)
+        elif isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = ["chat_template ="] * any(ast.unparse(target).endswith(".chat_template") for target in targets)
+        for name in names:
+            found[name].add(place.replace(":", "."))
+        for child in ast.iter_child_nodes(node):
+            visit(child, place)
+
+    package = ROOT / "src" / "trb"
+    for path in package.rglob("*.py"):
+        module = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+        visit(ast.parse(path.read_text()), module)
+    return found
+
+
+def test_one_function_opens_foreign_directories_and_one_takes_templates() -> None:
+    assert opened() == OPENERS
 
 
 # ---- chat templates ----

@@ -6,9 +6,9 @@ messages that ends before the assistant speaks), `answer` (str, empty where ther
 
 Left out on purpose: shuffling, repeating a prompt for several rollouts and padding belong to the trainer; deciding
 whether an answer is right belongs to `trb.rewards`. Nothing here touches the network unless the specification is a
-hub name, and a folder is read without leaving it, whatever its card or its links say. `datasets` is imported inside
-functions so that `trb.rewards`, and the worker process it starts, can use the text helpers at the end of this file
-without paying for it.
+hub name, and a folder is read without leaving it, whatever its card, its links or its columns say. `datasets` is
+imported inside functions so that `trb.rewards`, and the worker process it starts, can use the text helpers at the end
+of this file without paying for it.
 """
 
 import hashlib
@@ -18,16 +18,20 @@ import math
 import random
 import re
 import reprlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from trb.choices import did_you_mean
-from trb.untrusted import parse_json, parse_yaml, printable, read_object, require_inside
+from trb.templates import check_chat_template
+from trb.untrusted import foreign_directory, parse_json, parse_yaml, printable, read_object, require_inside
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +116,7 @@ def load_prompts(
         indices = _subset(table.n_rows, limit, seed)
         rows = [
             _convert(raw, columns, f"row {index + 1} of {name}")
-            for index, raw in zip(indices, table.take(indices), strict=True)
+            for index, raw in zip(indices, table.take(indices, columns.used()), strict=True)
         ]
     if system_prompt is not None:
         rows = [row | {"prompt": _with_system(row["prompt"], system_prompt)} for row in rows]
@@ -142,6 +146,8 @@ def render(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template "
             "(for instance to that of the instruct model), or pass plain=True to join messages by blank lines"
         )
+    if "chat_template" in chat_template_kwargs:
+        check_chat_template(chat_template_kwargs["chat_template"], "the argument chat_template")
     options = chat_template_kwargs | {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     rendered: list[Any] = [tokenizer.apply_chat_template(row["prompt"], **options) for row in rows]
     return [list(ids) for ids in rendered]
@@ -311,11 +317,11 @@ def _generator_seed(seed: int, split: str) -> int:
 
 
 class _Table(NamedTuple):
-    """Rows that have not been converted yet, wherever they live."""
+    """Rows that have not been converted yet, wherever they live. Columns that are not asked for are not read."""
 
     columns: list[str]
     n_rows: int
-    take: Callable[[Sequence[int]], list[Row]]
+    take: Callable[[Sequence[int], list[str]], list[Row]]  # of ascending indices
 
 
 def _open_table(spec: str, split: str, revision: str | None) -> _Table:
@@ -335,30 +341,77 @@ def _from_file(path: Path) -> _Table:
         raise FileNotFoundError(f"there is no file {path}{_nearest_path(path)}")
     if path.suffix not in FILE_SUFFIXES:
         raise ValueError(f"{path} is no dataset file; its name must end in {', '.join(FILE_SUFFIXES)}")
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> _Table:
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    if path.suffix == ".arrow":
+        return _read_arrow(path)
     rows = _read_json(path)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    return _Table(columns, len(rows), lambda indices: [rows[index] for index in indices])
+
+    def take(indices: Sequence[int], wanted: list[str]) -> list[Row]:
+        return [{name: rows[index][name] for name in wanted if name in rows[index]} for index in indices]
+
+    return _Table(columns, len(rows), take)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # text that is no UTF-8 shows when it is taken
+        raise ValueError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from error
 
 
 def _read_parquet(path: Path) -> _Table:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def readable(read: Callable[[], Any]) -> Any:
-        try:
-            return read()
-        except (pa.ArrowException, OSError, ValueError) as error:  # text that is no UTF-8 shows when it is taken
-            raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        # Given a file and not its path, which could be taken for an address or for a part of a larger data set.
+        with _readable(path), path.open("rb") as file:
+            return _rows_of(pq.ParquetFile(file).read(columns=columns), indices, columns)
 
-    table = readable(lambda: pq.read_table(path))
-    take = partial(_rows_of, readable, table)
+    with _readable(path), path.open("rb") as file:
+        parquet = pq.ParquetFile(file)
+        return _Table(parquet.schema_arrow.names, parquet.metadata.num_rows, take)
+
+
+def _read_arrow(path: Path) -> _Table:
+    import pyarrow as pa
+
+    with _readable(path), pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+
+    def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        with _readable(path):
+            chosen = table.select([name for name in columns if name in table.column_names])
+            chosen.validate(full=True)  # what is in such a file is used as it lies there: offsets that lead elsewhere
+            return _rows_of(chosen, indices, columns)
+
     return _Table(table.column_names, table.num_rows, take)
 
 
-def _rows_of(readable: Callable[..., Any], table: Any, indices: Sequence[int]) -> list[Row]:
-    return readable(lambda: table.take(list(indices)).to_pylist())
+def _rows_of(table: Any, indices: Sequence[int], columns: list[str]) -> list[Row]:
+    """Rows of an Arrow table as they are stored: pictures and recordings stay what is written there, unopened."""
+    return table.select([name for name in columns if name in table.column_names]).take(list(indices)).to_pylist()
+
+
+def _joined(tables: list[_Table]) -> _Table:
+    starts = list(accumulate((table.n_rows for table in tables), initial=0))
+
+    def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        rows: list[Row] = []
+        for table, start in zip(tables, starts, strict=False):
+            inside = indices[bisect_left(indices, start) : bisect_left(indices, start + table.n_rows)]
+            rows += table.take([index - start for index in inside], columns) if inside else []
+        return rows
+
+    return _Table(list(dict.fromkeys(name for table in tables for name in table.columns)), starts[-1], take)
 
 
 def _read_json(path: Path) -> list[Row]:
@@ -394,45 +447,85 @@ def _parse_line(line: str, place: str) -> Any:
 
 
 def _from_folder(path: Path, split: str) -> _Table:
-    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    _check_folder(path)
+    foreign_directory(path, also=Path(HF_HUB_CACHE))
     try:
-        if (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-            if split not in loaded:
-                raise ValueError(f"it has no split {split!r}, only {sorted(loaded)}")
-            return _from_dataset(loaded[split])
-        if (path / "state.json").exists():
-            return _from_dataset(datasets.load_from_disk(str(path)))
-        return _from_dataset(datasets.load_dataset(str(path), split=split))
+        saved = _saved_dataset(path, split)
+        files = _files_by_card(path, split) if saved is None else _files_of_saved(saved)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # damaged files raise whatever the reader of their format raises
         raise ValueError(f"the folder {path} cannot be loaded as a dataset: {error}") from error
+    return _joined([_open_file(file) for file in files])
 
 
-def _check_folder(path: Path) -> None:
-    """Refuse a folder that sends its reader elsewhere: by links, by its card, or by what save_to_disk left there.
+def _saved_dataset(path: Path, split: str) -> Path | None:
+    """The folder with one split of what `datasets` saved, if it did."""
+    if (path / "dataset_dict.json").is_file():
+        splits = read_object(path / "dataset_dict.json").get("splits") or []
+        _check_plain(path / "dataset_dict.json", splits)
+        if split not in splits:
+            raise ValueError(f"it has no split {split!r}, only {sorted(splits)}")
+        return path / split
+    return path if (path / "state.json").is_file() else None
 
-    The hub's cache links its files, and may.
+
+def _files_of_saved(path: Path) -> list[Path]:
+    state = read_object(path / "state.json")
+    files = state.get("_data_files") or []
+    names: list[Any] = [file.get("filename") if isinstance(file, dict) else file for file in files]
+    _check_plain(path / "state.json", names)
+    if state.get("_indices_data_files"):
+        raise ValueError(f"{path / 'state.json'} has indices beside its rows, which old versions wrote: save it again")
+    if not names or not all(name.endswith(".arrow") for name in names):
+        raise ValueError(f"{path / 'state.json'} names {names}; rows are in *.arrow files")
+    return [path / name for name in names]
+
+
+def _files_by_card(path: Path, split: str) -> list[Path]:
+    """The files of a split: those its card names, else those whose names or folders say so, as `datasets` sorts them.
+
+    Only where they are is asked of `datasets`, which would open what they name: pictures, other folders, addresses.
     """
+    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for entry in path.rglob("*"):
-        require_inside(entry, path, also=Path(HF_HUB_CACHE))
-    for name in ("README.md", ".huggingface.yaml"):
-        if (path / name).is_file():
-            _check_card(path / name)
-    for state in (*path.glob("state.json"), *path.glob("*/state.json")):
-        files = read_object(state).get("_data_files") or []
-        _check_plain(state, [file.get("filename") if isinstance(file, dict) else file for file in files])
-    if (path / "dataset_dict.json").is_file():
-        _check_plain(path / "dataset_dict.json", read_object(path / "dataset_dict.json").get("splits") or [])
+    settings = _card(path)
+    base = str((path / (settings.get("data_dir") or "")).resolve())
+    patterns = settings.get("data_files")
+    found = DataFilesDict.from_patterns(
+        get_data_patterns(base) if patterns is None else sanitize_patterns(patterns),
+        base_path=base,
+        allowed_extensions=list(FILE_SUFFIXES),
+    )
+    splits = {str(name): list(files) for name, files in found.items() if files}
+    if not splits:
+        raise ValueError(f"it holds no {', '.join(FILE_SUFFIXES)} file")
+    if split not in splits:
+        raise ValueError(f"it has no split {split!r}, only {sorted(splits)}")
+    return [require_inside(Path(file), path, also=Path(HF_HUB_CACHE)) for file in splits[split]]
 
 
-def _check_card(path: Path) -> None:
-    """Refuse a dataset card whose files are not in its own folder: `datasets` would read, or download, them."""
+def _card(path: Path) -> dict[str, Any]:
+    """What the cards of a folder say about its files: `data_files` and `data_dir`, or neither."""
+    cards = [path / name for name in ("README.md", ".huggingface.yaml") if (path / name).is_file()]
+    configs = [found for card in cards if (found := _check_card(card))]
+    if not configs:
+        return {}
+    chosen = [
+        config
+        for config in configs[-1]
+        if len(configs[-1]) == 1 or config.get("default") or config.get("config_name") == "default"
+    ]
+    if len(chosen) != 1:
+        names = [config.get("config_name") for config in configs[-1]]
+        raise ValueError(f"its card has the configurations {names} and says of none that it is the default")
+    return chosen[0]
+
+
+def _check_card(path: Path) -> list[dict[str, Any]]:
+    """The configurations in a dataset card. Raises ValueError for one whose files are not in its own folder."""
     import yaml
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -444,9 +537,11 @@ def _check_card(path: Path) -> None:
         card = parse_yaml(text)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"the settings in {path} cannot be read: {error}") from error
-    for pattern in _texts(card.get("configs") if isinstance(card, dict) else None):
+    configs = card.get("configs") if isinstance(card, dict) else None
+    for pattern in _texts(configs):
         if "://" in pattern or "::" in pattern or pattern.startswith(("/", "~")) or ".." in re.split(r"[/\\]", pattern):
             raise ValueError(f"{path} names {printable(pattern)!r:.200}, outside of its folder: load that by itself")
+    return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -481,7 +576,13 @@ def _from_hub(spec: str, split: str, revision: str | None) -> _Table:
 
 
 def _from_dataset(dataset: "Dataset") -> _Table:
-    return _Table(dataset.column_names, len(dataset), lambda indices: [dict(row) for row in dataset.select(indices)])
+    def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        used = [name for name in columns if name in dataset.column_names]
+        # As Arrow holds them: decoding opens the files and addresses that pictures and recordings name.
+        table: Any = dataset.select_columns(used).select(indices).with_format("arrow")[:]
+        return table.to_pylist()
+
+    return _Table(dataset.column_names, len(dataset), take)
 
 
 def _subset(n_rows: int, limit: int | None, seed: int) -> Sequence[int]:
@@ -504,6 +605,10 @@ class _Columns(NamedTuple):
     prompt: str
     answer: str | None
     verified: bool  # the source says itself how its rows are scored
+
+    def used(self) -> list[str]:
+        scoring = ("verifier", "metadata") if self.verified else ()
+        return list(dict.fromkeys(name for name in (self.prompt, self.answer, *scoring) if name is not None))
 
 
 def _choose_columns(source: str, found: list[str], prompt: str | None, answer: str | None) -> _Columns:

@@ -49,13 +49,14 @@ from trb.config import ConfigError, Recipe, RunConfig, is_method_name
 from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
 from trb.files import exclusive, remove_unfinished, write_json, write_text
-from trb.loading import load_model, load_tokenizer, memory_estimate
+from trb.loading import load_model, load_tokenizer, memory_estimate, take_template
 from trb.modeling import without_adapters
 from trb.ranks import Ranks
 from trb.recording import append_jsonl, drop_after_step
 from trb.rewards import Verifier
 from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
+from trb.templates import PLAIN_TEMPLATE
 from trb.trainer import TRBConfig, TRBTrainer
 from trb.untrusted import check_checkpoint, parse_yaml
 from trb.vocab import SharedVocabulary, check_same_tokenizer
@@ -82,7 +83,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
 
 # What may differ when a run is continued: how long it is (the trainer refuses that where its schedule depends on it),
 # and what it leaves behind, not what it computes.
@@ -439,7 +439,7 @@ def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrained
     )
     check_same_tokenizer(student, teacher)
     if run.chat_template is not None:
-        student.chat_template = _template(run.chat_template)
+        take_template(student, run.chat_template, _template(run.chat_template))
     return student, teacher
 
 
@@ -448,8 +448,9 @@ def _template(name: str) -> str:
         return PLAIN_TEMPLATE
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"chat_template is {name!r}, neither plain nor a readable file: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"chat_template is {name!r}, neither plain nor a readable file: {why}") from error
 
 
 def model_of_run(spec: str) -> str:

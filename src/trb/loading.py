@@ -41,13 +41,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from trb import zoo
 from trb.choices import did_you_mean
 from trb.files import cache_directory
 from trb.modeling import check_adapter, without_adapters
-from trb.templates import check_chat_template
-from trb.untrusted import check_weight_index, printable, read_object, require_inside
+from trb.templates import PLAIN_TEMPLATE, check_chat_template
+from trb.untrusted import check_weight_index, foreign_directory, lora_options, printable, read_object
 
 __all__ = [
     "BUILT_IN",
@@ -55,6 +56,7 @@ __all__ = [
     "adapter_base",
     "attach_adapter",
     "check_config",
+    "check_model",
     "kept_layers",
     "load_model",
     "load_tokenizer",
@@ -63,6 +65,7 @@ __all__ = [
     "quiet_libraries",
     "resolve",
     "smollm2_directory",
+    "take_template",
 ]
 
 logger = logging.getLogger(__name__)
@@ -137,15 +140,27 @@ def load_tokenizer(
         )
     with _explained(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    if tokenizer.chat_template not in _shipped_templates():
-        check_chat_template(tokenizer.chat_template, spec)
+    take_template(tokenizer, spec)
     return tokenizer
 
 
+def take_template(tokenizer: PreTrainedTokenizerBase, source: str, text: str | None = None) -> None:
+    """The one way for chat templates to come into this process: those of a tokenizer, or `text` in their place.
+
+    Raises ValueError naming `source` for one that `check_chat_template` refuses. Our own, which trained students keep,
+    need no trial.
+    """
+    template: Any = tokenizer.chat_template if text is None else text
+    if template not in _own_templates():
+        check_chat_template(template, source)
+    if text is not None:
+        tokenizer.chat_template = text
+
+
 @cache
-def _shipped_templates() -> list[str]:
-    """Our own, which trained students keep: they need no trial."""
-    return [(zoo.path(name) / "chat_template.jinja").read_text(encoding="utf-8") for name in zoo.NAMES]
+def _own_templates() -> list[str]:
+    shipped = [(zoo.path(name) / "chat_template.jinja").read_text(encoding="utf-8") for name in zoo.NAMES]
+    return [PLAIN_TEMPLATE, *shipped]
 
 
 def _check_dtype(dtype: str) -> None:
@@ -164,6 +179,18 @@ def resolve(spec: str, revision: str | None = None) -> Path | str:
     if revision is not None:
         raise ValueError(f"revision={revision!r} is for hub ids, but {spec!r} is read from {local}: drop it")
     return local
+
+
+def check_model(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> str:
+    """What another loader may open for a spec: a directory or a hub id, checked as `load_model` does; same errors."""
+    source = resolve(spec, revision)
+    if isinstance(source, Path) and _is_adapter(source):
+        raise ValueError(
+            f"{spec!r} is an adapter: pass the model of trb.loading.load_model({spec!r}, merge_adapter=True)"
+        )
+    check_config(source, trust_remote_code=trust_remote_code, revision=revision)
+    _check_no_adapter(source, revision)
+    return str(source)
 
 
 def _local_directory(spec: str) -> Path | None:
@@ -189,8 +216,7 @@ def _local_directory(spec: str) -> Path | None:
 def _check_directory(path: Path) -> None:
     """Say what is wrong with a directory that holds no model, before a loader says it less clearly, and refuse one
     whose links or indices lead elsewhere. The hub's cache links its files, and may."""
-    for entry in path.iterdir():
-        require_inside(entry, path, also=Path(HF_HUB_CACHE))
+    foreign_directory(path, also=Path(HF_HUB_CACHE))
     if not (path / "config.json").is_file() and not _is_adapter(path):
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
         if checkpoints:
@@ -251,6 +277,7 @@ def _unavailable(source: Path | str, what: str) -> OSError:
 
 def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None) -> PreTrainedModel:
     check_config(source, trust_remote_code=trust_remote_code, revision=revision)
+    _check_no_adapter(source, revision)
     # Without attn_implementation transformers takes scaled-dot-product attention where the model has it.
     with _explained(source, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -267,6 +294,21 @@ def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revis
     if missing:
         raise OSError(f"{source} lacks {len(missing)} of the weights, such as {missing[0]!r}: save it again")
     return model
+
+
+def _check_no_adapter(source: Path | str, revision: str | None) -> None:
+    """Refuse an adapter that transformers would load by itself, from wherever its configuration says."""
+    with _explained(source, "model"):
+        found = find_adapter_config_file(str(source), revision=revision)
+    if found and isinstance(source, Path):
+        raise ValueError(
+            f"{source} holds a whole model and an adapter: move adapter_config.json to a directory of its own"
+        )
+    if found:
+        raise ValueError(
+            f"{source!r} is an adapter on the hub: download it with `hf download {source} --local-dir DIRECTORY` and "
+            "name the directory"
+        )
 
 
 def check_config(source: Path | str, *, trust_remote_code: bool = False, revision: str | None = None) -> None:
@@ -343,6 +385,7 @@ def _adapter_config(directory: Path) -> dict[str, Any]:
         if base.resolve() in seen:
             raise ValueError(f"{path} names a base that stands on the adapter itself: name a whole model")
         seen.add(base.resolve())
+        _check_directory(base)
         base = Path(_read_adapter_config(base / "adapter_config.json")["base_model_name_or_path"])
     return config
 
@@ -352,13 +395,11 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
     base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"{path} does not name its base_model_name_or_path: add it there")
-    if config.get("megatron_config"):  # peft imports the module that megatron_core names
-        raise ValueError(f"{path} asks for Megatron's layers, which are not supported: remove megatron_config")
     try:
         check_adapter(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return config
+    return lora_options(path)
 
 
 def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = False) -> PreTrainedModel:
@@ -367,14 +408,18 @@ def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = Fals
     `merge` adds the adapter to the weights and returns `base` itself. Raises ValueError for an adapter that does not
     fit, and OSError for one that is damaged or lacks some of its weights.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
-    if _adapter_config(directory).get("layers_to_transform") is None:
+    options = _adapter_config(directory)
+    if "layers_to_transform" not in options:
         _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
     with _explained(directory, "adapter"), warnings.catch_warnings():
         # Left alone, missing weights are drawn at random or are zero, and the adapter does less than it should.
         warnings.filterwarnings("error", message=".*Found missing adapter keys")
-        adapted: Any = PeftModel.from_pretrained(base, directory, autocast_adapter_dtype=False)
+        # With a configuration at hand PEFT reads none.
+        adapted: Any = PeftModel.from_pretrained(
+            base, directory, config=LoraConfig(**options), autocast_adapter_dtype=False
+        )
         if (directory / "generation_config.json").is_file():  # what ends a completion may be the adapter's own
             base.generation_config = GenerationConfig.from_pretrained(directory)
             base.generation_config = _token_ids_only(base)

@@ -18,7 +18,9 @@ from typing import Any
 
 from trb import confinement
 
-__all__ = ["check_chat_template"]
+__all__ = ["PLAIN_TEMPLATE", "check_chat_template"]
+
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
 
 SECONDS = 10  # of processor time; the templates of published models take a few milliseconds
 _WALL_SECONDS = 120  # for a machine that is busy with something else

@@ -53,7 +53,7 @@ from trb import checkpoints, resume
 from trb.data import check_room, token_ids
 from trb.files import write_text
 from trb.guard import NonFiniteError, StepGuard
-from trb.loading import adapter_base, attach_adapter, load_tokenizer, resolve
+from trb.loading import adapter_base, attach_adapter, check_model, load_tokenizer, resolve
 from trb.losses import TokenMetrics, chunked_cross_entropy, chunked_reverse_kl
 from trb.modeling import OutputHead, completion_hidden_states, has_adapters, position_limit, without_adapters
 from trb.policies import (
@@ -268,6 +268,11 @@ class TRBConfig(DistillationConfig):
         for name, (supported, why) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
+        if "chat_template" in (self.chat_template_kwargs or {}):
+            raise ValueError(
+                "chat_template_kwargs sets chat_template; set the tokenizer's chat_template instead (in recipes, "
+                "chat_template with the name of a file)"
+            )
         if self.max_completion_length is None:
             raise ValueError("max_completion_length=None is not supported; set the longest completion in tokens")
         for name in (
@@ -354,6 +359,7 @@ class TRBTrainer(DistillationTrainer):
             raise ValueError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
         if kwargs.get("tools"):
             raise ValueError("TRBTrainer samples single turns; tools are not supported")
+        model, processing_class = _checked_student(model, processing_class, args)
         with deferred_generation():
             super().__init__(
                 model=model,
@@ -376,7 +382,11 @@ class TRBTrainer(DistillationTrainer):
         self._ranks = Ranks.of_launch()
         if isinstance(teacher_model, str):
             if teacher_processing_class is None:
-                teacher_processing_class = _load_tokenizer(teacher_model, args)
+                teacher_processing_class = load_tokenizer(
+                    teacher_model,
+                    trust_remote_code=args.trust_remote_code,
+                    revision=None if adapter_base(teacher_model) else args.teacher_model_revision,
+                )
             teacher_model = _load_teacher(teacher_model, args, args.teacher_model_revision)
         else:
             _check_loaded(args)
@@ -522,6 +532,10 @@ class TRBTrainer(DistillationTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        check_checkpoint(Path(str(self.state.best_model_checkpoint)))  # a resumed trainer_state.json may name any
+        super()._load_best_model()
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine unless a hub name was given."""
@@ -895,7 +909,7 @@ class TRBTrainer(DistillationTrainer):
         does: options, prompts, models) is refused; `accept_changes=True` warns and goes on.
 
         Raises:
-            ValueError: prompts that cannot be trained on (`check_prompts`).
+            ValueError: prompts that cannot be trained on (`check_prompts`); a checkpoint that could run code.
             ChangedRunError: lists everything that differs from the checkpoint's run.
             CheckpointError: the checkpoint named is damaged or not one of this trainer's.
             NonFiniteError: `max_skipped_steps` steps in a row had a loss or gradient that is not finite.
@@ -912,6 +926,7 @@ class TRBTrainer(DistillationTrainer):
             named = Path(resume_from_checkpoint)
             self._ranks.from_first(lambda: checkpoints.verify(named))
         if resume_from_checkpoint and resume_from_checkpoint is not True:
+            check_checkpoint(Path(resume_from_checkpoint))  # here too: DeepSpeed's files are not read as others are
             self.check_same_run(Path(resume_from_checkpoint), accept_changes=accept_changes)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -1088,7 +1103,24 @@ def _load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTraine
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(name, **options)
+    checked = check_model(name, trust_remote_code=options["trust_remote_code"], revision=options.get("revision"))
+    return create_model_from_path(checked, **options)
+
+
+def _checked_student(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: TRBConfig
+) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The student, under the name of what was checked, and its tokenizer, loaded here where it was left out."""
+    options: dict[str, Any] = dict(cast(dict, args.model_init_kwargs) or {})
+    trust = options.get("trust_remote_code", args.trust_remote_code)
+    name, revision = getattr(model, "name_or_path", ""), None
+    if isinstance(model, str):
+        revision = options.get("revision")
+        name = model = check_model(model, trust_remote_code=trust, revision=revision)
+    if tokenizer is None and name:
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
+        tokenizer.padding_side = tokenizer.truncation_side = "left"  # as TRL would
+    return model, tokenizer
 
 
 def _check_loaded(args: TRBConfig) -> None:
@@ -1110,13 +1142,3 @@ def _check_router_loss(student: nn.Module) -> None:
             f"{config.model_type}: output_router_logits=True asks for a router loss (router_aux_loss_coef="
             f"{coefficient}), which TRBTrainer does not train on; set model.config.output_router_logits=False"
         )
-
-
-def _load_tokenizer(name: str, args: TRBConfig) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if adapter_base(name) is not None:  # with its base's tokenizer, unless it has one
-        return load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    return AutoTokenizer.from_pretrained(
-        name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
-    )

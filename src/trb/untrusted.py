@@ -8,8 +8,12 @@ Left out on purpose: what a file has to contain (the modules that read it know),
 """
 
 import json
+import math
 import os
 import pickle
+import re
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,6 +24,8 @@ __all__ = [
     "MAX_YAML_NODES",
     "check_checkpoint",
     "check_weight_index",
+    "foreign_directory",
+    "lora_options",
     "parse_json",
     "parse_yaml",
     "printable",
@@ -115,6 +121,21 @@ def require_inside(path: Path, folder: Path, *, also: Path | None = None) -> Pat
     return path
 
 
+def foreign_directory(directory: Path, *, also: Path | None = None) -> None:
+    """Refuse a directory that somebody else may have filled, before anything opens a file in it.
+
+    At any depth, links must stay inside (or in `also`: the hub's cache links its files), and everything else must be a
+    file or a folder: a pipe would be read for ever, a device could answer anything.
+
+    Raises ValueError naming the entry.
+    """
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = require_inside(Path(folder, name), directory, also=also)
+            if not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path} is neither a file nor a folder: remove it")
+
+
 def check_weight_index(directory: Path) -> None:
     """Refuse an index that sends a reader of `directory`'s weights elsewhere, or to a pickle. Raises ValueError."""
     for index in sorted(directory.glob("*.index.json")):
@@ -124,6 +145,92 @@ def check_weight_index(directory: Path) -> None:
         for shard in dict.fromkeys(map(str, shards.values())):
             if not shard.endswith(".safetensors") or shard != os.path.basename(shard) or "\\" in shard:
                 raise ValueError(f"{index} names {printable(shard)!r:.200}: weights are *.safetensors files beside it")
+
+
+# ---- adapters ----
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")  # as a regular expression, it takes time linear in what it is compared with
+_INITIALS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and _PLAIN_NAME.fullmatch(value) is not None
+
+
+def _are_names(value: Any) -> bool:
+    return all(map(_is_name, value)) if isinstance(value, list) else _is_name(value)
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
+
+
+def _are_numbers_of_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_name(k.removeprefix("^")) and _is_number(v) for k, v in value.items())
+
+
+# What PEFT is told, and what it may be told. Names of modules are regular expressions to PEFT.
+_LORA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), (_is_number, "a number")),
+    **dict.fromkeys(
+        ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "inference_mode"),
+        (_is_flag, "true or false"),
+    ),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"),
+        (_are_names, "plain names of modules"),
+    ),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (_are_numbers_of_names, "numbers by plain names of modules")),
+    "layers_to_transform": (_are_layers, "numbers of layers"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "task_type": (lambda value: value == "CAUSAL_LM", "CAUSAL_LM"),
+    "peft_type": (lambda value: value == "LORA", "LORA"),
+    "base_model_name_or_path": (lambda value: type(value) is str, "text"),
+    "revision": (lambda value: type(value) is str, "text"),
+    "init_lora_weights": (
+        lambda value: _is_flag(value) or (type(value) is str and _INITIALS.fullmatch(value) is not None),
+        "true, false, gaussian, orthogonal, olora or pissa",
+    ),
+}
+_NOT_PASSED_ON = ("auto_mapping", "peft_version", "inference_mode", "peft_type")
+_OFF = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # what PEFT writes where these are not in use
+
+
+def lora_options(path: Path) -> dict[str, Any]:
+    """What an adapter_config.json says, as keyword arguments of `peft.LoraConfig`.
+
+    PEFT takes more from such a file than is safe: adapters of the hub, modules to import, files of torch.save, and
+    regular expressions that never end. What is here are options of LoRA with values of the right kind; PEFT does not
+    see the file. Options that are switched off (null, false, empty) may have any name.
+
+    Raises ValueError naming the file, the option and the reason, OSError if it cannot be read.
+    """
+    options = {}
+    for key, value in read_object(path).items():
+        if value is None or key in _NOT_PASSED_ON[:2]:
+            continue
+        allowed, kind = _LORA.get(key, (None, ""))
+        shown = f"{printable(key)} = {printable(reprlib.repr(value))}"
+        if allowed is None:
+            if value in (False, [], {}, _OFF.get(key)):
+                continue
+            raise ValueError(
+                f"{path} sets {shown}, which is not read: only plain LoRA is. Load the adapter with PEFT where you "
+                "trust it, merge it (merge_and_unload) and save the whole model"
+            )
+        if not allowed(value):
+            raise ValueError(f"{path} sets {shown}; it must be {kind}")
+        if key not in _NOT_PASSED_ON:
+            options[key] = value
+    return options
 
 
 # ---- pickles ----
@@ -148,28 +255,33 @@ def check_checkpoint(directory: Path) -> None:
 
     The states of the optimizer, the scheduler and the generators are pickles, by the libraries' choice. transformers
     reads them with `weights_only=True`; here they are looked into without being opened, so that a hostile one is
-    refused by name before anything is loaded. A sharded checkpoint's .metadata is read by torch with a plain
-    pickle.load: it may name what torch itself writes there and nothing else. TRB_TRUST_CHECKPOINTS=1 turns the check
-    off, for checkpoints of your own that hold more (DeepSpeed's do).
+    refused by name before anything is loaded. Of a sharded checkpoint torch reads .metadata, and every record in the
+    shards that is no tensor, as any pickle: .metadata may name what torch itself writes there and records of the
+    *.distcp files beside it, and every such record must pass `torch.load(weights_only=True)`.
+    TRB_TRUST_CHECKPOINTS=1 turns the check off, for checkpoints of your own that hold more (DeepSpeed's do).
 
     Raises ValueError naming the file and what it would call.
     """
     if os.environ.get(_TRUST) == "1":
         return
+    foreign_directory(directory)
     check_weight_index(directory)
     for path in sorted(directory.rglob("*")):
-        require_inside(path, directory)
         if path.is_file():
-            _check_file(path)
+            _check_file(path, directory)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, directory: Path) -> None:
     if path.name == "training_args.bin":  # written by transformers, read by nobody
         return
+    if path.name == "adapter_config.json" and path.parent != directory:  # of adapters that the run itself did not have
+        lora_options(path)
     if path.suffix == ".bin" and path.name.startswith(("pytorch_model", "adapter_model")) and "fsdp" not in path.name:
         raise ValueError(f"{path} holds weights as a pickle: only *.safetensors are read")
-    if path.name == ".metadata":
+    if path.name.endswith(".metadata"):  # of one process, __0.metadata
         called = [name for name in _named_in_pickle(path) if not _is_sharding(name)]
+        if not called:
+            _check_shards(path)
     elif path.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle"):
         called = _unsafe_in_torch_file(path)
     else:
@@ -193,7 +305,13 @@ def _unsafe_in_torch_file(path: Path) -> list[str]:
         raise ValueError(f"{path} is no file of torch.save that can be looked into ({error}): not read") from error
 
 
-class _Inert:
+class _Named(type):
+    @property
+    def __setstate__(cls) -> None:
+        raise pickle.UnpicklingError("it changes what it names")
+
+
+class _Inert(metaclass=_Named):
     """Stands for whatever a pickle names, and does nothing whatever is done with it."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Inert":
@@ -226,8 +344,58 @@ def _named_in_pickle(path: Path) -> list[str]:
         try:
             reader.load()
         except Exception as error:  # the machine of pickle raises almost anything on damaged input
-            raise ValueError(f"{path} is damaged ({type(error).__name__}): not read") from error
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
     return sorted(reader.names)
+
+
+class _ShardingReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if not _is_sharding(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_shards(path: Path) -> None:
+    """Refuse a .metadata, all of whose names are torch's own, for what it has torch read: other files, or pickles."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+    with path.open("rb") as file:
+        try:
+            metadata = _ShardingReader(file).load()
+            kinds, records = metadata.state_dict_metadata, metadata.storage_data
+            # Whole types: instances can have attributes of their own in place of methods.
+            if type(kinds) is not dict or type(records) is not dict:
+                raise pickle.UnpicklingError("it lists no records")
+        except Exception as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
+    for index, record in records.items():
+        name = getattr(index, "fqn", None) if type(index) is MetadataIndex else None
+        _check_record(path, record, is_tensor=type(name) is str and type(kinds.get(name)) is TensorStorageMetadata)
+
+
+def _check_record(path: Path, record: Any, *, is_tensor: bool) -> None:
+    import torch
+    from torch.distributed.checkpoint.utils import _create_file_view
+
+    name = getattr(record, "relative_path", None)
+    if type(name) is not str or name != os.path.basename(name) or "\\" in name or not name.endswith(".distcp"):
+        raise ValueError(f"{path} names {printable(str(name))!r:.200}: shards are *.distcp files beside it")
+    if transforms := getattr(record, "transform_descriptors", None):
+        raise ValueError(
+            f"{path} asks for {printable(str(transforms))!r:.200}, which is not supported: save it without"
+        )
+    if is_tensor:  # torch reads these with weights_only=True itself
+        return
+    with (path.parent / name).open("rb") as file:
+        try:
+            view: Any = _create_file_view(file, record.offset, record.length)
+            torch.load(view, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever damaged bytes make the reader raise
+            why = printable(str(error).partition("\n")[0])
+            raise ValueError(
+                f"{path.parent / name} holds a record that could run code when it is read, or is damaged ({why:.300}). "
+                f"If you wrote this checkpoint yourself and nobody else could change it, set {_TRUST}=1"
+            ) from error
 
 
 def _is_sharding(name: str) -> bool:

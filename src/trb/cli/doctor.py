@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trb
 from trb.cli.display import message, new_console
-from trb.untrusted import printable
+from trb.untrusted import foreign_directory, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -211,6 +211,7 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
     With `weights=False` a directory that holds only a config.json will do.
     """
     import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from trb.loading import check_config, load_model, prune_depth, resolve
@@ -222,6 +223,8 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
         return load_model(spec, trust_remote_code=trust, keep_layers=keep, merge_adapter=role == "student")
     directory = Path(spec).expanduser()
     shape_only = not weights and (directory / "config.json").is_file()
+    if shape_only:
+        foreign_directory(directory, also=Path(HF_HUB_CACHE))
     source = directory if shape_only else resolve(spec, revision)
     check_config(source, trust_remote_code=trust, revision=revision)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
