@@ -217,6 +217,17 @@ def test_a_named_checkpoint_must_be_one(finished: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in records(tmp_path / "run" / "metrics.jsonl")] == [5, 6]
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_stops_and_keeps_what_it_has(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "results.json").unlink()
+    for folder in checkpoints.numbered(run).values():
+        os.truncate(folder / "optimizer.pt", 10)
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match=r"no whole checkpoint to resume from \(not whole: checkpoint-2, .*"):
+        train(small(save_strategy="steps", save_steps=2), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
+
+
 def test_a_kill_between_a_save_and_the_removal_of_older_ones_leaves_no_more_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "clear_partial",
     "latest",
+    "none_whole",
     "numbered",
     "prune",
     "publish",
@@ -145,6 +146,12 @@ def latest(
         else:
             return found[step]
     return None
+
+
+def none_whole(directory: Path) -> str:
+    """Why there is nothing to resume from, where `latest` has found nothing."""
+    damaged = ", ".join(path.name for _, path in sorted(numbered(directory).items()))
+    return f"{directory} has no whole checkpoint to resume from" + (f" (not whole: {damaged})" if damaged else "")
 
 
 def verify(checkpoint: Path, *, contents: bool = True) -> None:

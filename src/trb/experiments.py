@@ -237,6 +237,11 @@ def _train_alone(
     found = Ranks.of_launch().from_first(partial(checkpoints.latest, directory))
     checkpoint = _check_claim(directory, recipe, found, accept_changes)
     checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
+    if checkpoint is None and checkpoints.numbered(directory):
+        raise RunDirectoryError(
+            f"{checkpoints.none_whole(directory)}, and starting over would drop what it has measured. Use another "
+            "output directory, or --overwrite to remove what is there"
+        )
     listener.stage(f"{name}: loading models and data")
     material = _load(run, args)
     _require_space(directory, material.student, run, args)

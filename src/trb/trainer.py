@@ -897,7 +897,7 @@ class TRBTrainer(DistillationTrainer):
         Raises:
             ValueError: prompts that cannot be trained on (`check_prompts`).
             ChangedRunError: lists everything that differs from the checkpoint's run.
-            CheckpointError: the checkpoint named is damaged or not one of this trainer's.
+            CheckpointError: the checkpoint named is damaged or not one of this trainer's, or True finds no whole one.
             NonFiniteError: `max_skipped_steps` steps in a row had a loss or gradient that is not finite.
         """
         self.check_prompts()
@@ -906,14 +906,23 @@ class TRBTrainer(DistillationTrainer):
         self._describe_run()
         self._guard.reset()
         if resume_from_checkpoint is True:
-            found = self._ranks.from_first(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
-            resume_from_checkpoint = True if found is None else str(found)  # True: transformers says that there is none
+            # Never handed on as it is: transformers would choose by itself, and does not verify.
+            resume_from_checkpoint = str(self._ranks.from_first(self._latest_checkpoint))
         elif resume_from_checkpoint and verify:
             named = Path(resume_from_checkpoint)
             self._ranks.from_first(lambda: checkpoints.verify(named))
-        if resume_from_checkpoint and resume_from_checkpoint is not True:
+        if resume_from_checkpoint:
             self.check_same_run(Path(resume_from_checkpoint), accept_changes=accept_changes)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _latest_checkpoint(self) -> Path:
+        directory = Path(str(self.args.output_dir))
+        found = checkpoints.latest(directory)
+        if found is None:
+            raise checkpoints.CheckpointError(
+                f"{checkpoints.none_whole(directory)}; to start anew, call train() without resume_from_checkpoint"
+            )
+        return found
 
     def _describe_run(self) -> dict[str, Any]:
         """What this run is, for its checkpoints; collective the first time."""
@@ -981,6 +990,12 @@ class TRBTrainer(DistillationTrainer):
             checkpoints.prune(directory, step, self.args.save_total_limit, [self.state.best_model_checkpoint])
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(directory / name))
+
+    def _load_best_model(self) -> None:
+        """As in transformers, which loads it unseen: it may have been saved hours ago, or be named by another run."""
+        best = Path(str(self.state.best_model_checkpoint))
+        self._ranks.from_first(lambda: checkpoints.verify(best))
+        super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is None:  # else it is about to be renamed, and is pushed then
