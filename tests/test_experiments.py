@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import student_stopping_as_the_teacher
+from conftest import held_by_another, student_stopping_as_the_teacher
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trb import checkpoints, experiments, zoo
 from trb.checkpoints import latest
+from trb.cli import main
 from trb.config import ConfigError, Recipe, load_recipe, make_recipe
 from trb.experiments import DiskFullError, Listener, RunDirectoryError, compare, mean_of_suites, train
-from trb.files import exclusive
 from trb.loading import load_model, load_tokenizer
 from trb.resume import ChangedRunError
 from trb.trainer import TRBTrainer
@@ -370,10 +370,51 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_in_one_directory_are_refused(tmp_path: Path) -> None:
-    with exclusive(tmp_path), pytest.raises(RunDirectoryError, match="another run is writing to"):
-        train(small(max_steps=1, eval_data=[]), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    with held_by_another(tmp_path) as holder:
+        with pytest.raises(RunDirectoryError, match=f"another run is writing to .* process {holder} on "):
+            train(small(max_steps=1, eval_data=[]), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     train(small(max_steps=1, eval_data=[], save_final_model=False), tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def command(name: str, recipe: str, directory: str) -> list[str]:
+    if name == "eval":
+        return ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit", "1", "--output-dir", directory]
+    return [name, "--config", recipe, "--output-dir", directory, "--overwrite"]
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "probe", "eval"])
+@pytest.mark.parametrize("part", [".", "opd"], ids=["all of it", "one method"])
+def test_nothing_of_a_living_run_is_removed_by_any_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, part: str
+) -> None:
+    """Held: a comparison, or one method's run inside it, which somebody trains by itself."""
+    recipe = yaml.safe_dump({**SMALL, "methods": {"opd": {}, "trb": {}}})
+    directory = tmp_path / "run"
+    for run in (directory, directory / "opd"):
+        for file in ("metrics.jsonl", "results.json", "checkpoint-2/optimizer.pt", "evaluations/student.json"):
+            (run / file).parent.mkdir(parents=True, exist_ok=True)
+            (run / file).write_text("kept")
+    for file in (directory / "recipe.yaml", tmp_path / "recipe.yaml"):
+        file.write_text(recipe)
+    method = ["--method", "opd"] if name == "train" else []
+    with held_by_another(directory / part):
+        before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        inside = directory if name == "compare" else directory / part
+        assert main([*command(name, str(tmp_path / "recipe.yaml"), str(inside)), *method]) == 2
+        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    refused = "of a training run; give the evaluation its own" if name == "eval" else f"{directory / part} is in use by"
+    assert refused in capsys.readouterr().err
+
+
+def test_a_run_inside_a_living_comparison_is_not_started_over(tmp_path: Path) -> None:
+    (tmp_path / "trb").mkdir()
+    (tmp_path / "recipe.yaml").write_text("methods: {}")
+    (tmp_path / "trb" / "metrics.jsonl").write_text("kept")
+    with held_by_another(tmp_path), pytest.raises(RunDirectoryError, match="in use by process"):
+        train(small(max_steps=1, eval_data=[]), tmp_path / "trb", overwrite=True)
+    assert (tmp_path / "trb" / "metrics.jsonl").read_text() == "kept"
 
 
 # ---- disks ----

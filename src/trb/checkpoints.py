@@ -24,6 +24,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from trb.files import flush
+
 __all__ = [
     "PARTIAL",
     "CheckpointError",
@@ -73,11 +75,12 @@ def seal(checkpoint: Path, *, checksums: bool = True) -> None:
 def publish(directory: Path, name: str) -> None:
     """Move the sealed checkpoint `name` out of checkpoint.partial, in place of one that has its name already.
 
-    The records beside it (*.jsonl) are flushed first: they must reach at least as far as the checkpoint.
+    The files beside it are flushed first: records must reach at least as far as the checkpoint, and the configuration
+    says what it is of.
     """
     partial = directory / PARTIAL
-    for records in directory.glob("*.jsonl"):
-        flush(records)
+    for beside in (path for path in directory.iterdir() if path.is_file()):
+        flush(beside)
     if (directory / name).exists():  # damaged, or of steps that are being taken again
         (directory / name).rename(partial / "replaced")
     (partial / name).rename(directory / name)
@@ -104,20 +107,6 @@ def prune(directory: Path, newest: int, limit: int | None, protected: Iterable[s
     spare = [step for step in order if step != newest and found[step].absolute() not in kept]
     for step in spare[: max(0, len(found) - limit)]:
         shutil.rmtree(found[step], ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file or a folder's entries to the disk, where it can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # a folder, on a system without handles for them
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # a file system that does not know how
-        return
-    finally:
-        os.close(handle)
 
 
 # ---- reading ----

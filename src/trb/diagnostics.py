@@ -38,6 +38,7 @@ from trb.experiments import (
     model_of_run,
     precision,
     problem_sets,
+    sole_run,
     template_options,
 )
 from trb.files import finite, write_json, write_text
@@ -722,6 +723,14 @@ def probe(
         max_rows=max_rows,
         seed=seed,
     )
+    with sole_run(directory, inside=True):  # beside the runs of a study, it touches none of them
+        return _probe_alone(recipe, settings, directory, overwrite, listener)
+
+
+def _probe_alone(
+    recipe: Recipe, settings: "_Settings", directory: Path, overwrite: bool, listener: Listener
+) -> dict[str, Any]:
+    """The probe itself, in a directory that nobody else writes to."""
     if overwrite:
         _clear(directory)
     parts = _Parts(directory / "parts", listener)

@@ -76,6 +76,7 @@ __all__ = [
     "model_of_run",
     "precision",
     "problem_sets",
+    "sole_run",
     "template_options",
     "train",
 ]
@@ -177,16 +178,34 @@ def compare(
             raise ConfigError(f"{recipe.source}: {needed} is empty; a comparison needs at least one entry")
     recipes = {name: recipe.for_method(name) for name in recipe.run.methods}
     args = recipe.training_config(directory)
-    if overwrite and args.process_index == 0:
-        _clear_comparison(directory, recipe)
-    args.distributed_state.wait_for_everyone()
-    _check_shared_recipe(directory, recipe)
-    for name, variant in recipes.items():
-        # Sizes will do here: contents are compared once more before anything is resumed from.
-        checkpoint = checkpoints.latest(directory / name, contents=False, warn=None)
-        _check_claim(directory / name, variant, checkpoint, accept_changes, warn=False)
+    with ExitStack() as held:
+        held.enter_context(sole_run(directory, first=args.process_index == 0))
+        if overwrite and args.process_index == 0:
+            names = _listed_methods(directory) | set(recipes)
+            for run in (directory / name for name in names if (directory / name).is_dir()):
+                held.enter_context(sole_run(run, first=args.process_index == 0))
+            _clear_comparison(directory, names)
+        args.distributed_state.wait_for_everyone()
+        _check_shared_recipe(directory, recipe)
+        for name, variant in recipes.items():
+            # Sizes will do here: contents are compared once more before anything is resumed from.
+            checkpoint = checkpoints.latest(directory / name, contents=False, warn=None)
+            _check_claim(directory / name, variant, checkpoint, accept_changes, warn=False)
+        for name in recipes:  # all of them, before the first one takes its hours
+            held.enter_context(sole_run(directory / name, first=args.process_index == 0))
+        return _compare_alone(recipe, recipes, args, directory, listener, accept_changes)
+
+
+def _compare_alone(
+    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
+    args: TRBConfig,
+    directory: Path,
+    listener: Listener,
+    accept_changes: bool,
+) -> dict[str, Any]:
+    """The comparison itself, in directories that nobody else writes to."""
     listener.plan({name: max(0, variant.training_config(directory).max_steps) for name, variant in recipes.items()})
-    _require_writable(directory)
     with _explained_disk_errors(directory):
         initial = _initial_scores(recipe, args, directory, listener)
         results = {"student": mean_of_suites(initial["student"])}
@@ -216,7 +235,7 @@ def _train(
     if not overwrite and _finished(directory, recipe):
         listener.finished(name)
         return json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    with _sole_run(directory, args):
+    with sole_run(directory, first=args.process_index == 0):
         if overwrite and args.process_index == 0:
             _clear(directory)
         args.distributed_state.wait_for_everyone()
@@ -778,11 +797,17 @@ def _finished(directory: Path, recipe: Recipe) -> bool:
 
 def _clear(directory: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    for name in _RUN_FILES:
-        (directory / name).unlink(missing_ok=True)
     folders = ("model", "model.partial", "evaluations", "skipped", checkpoints.PARTIAL)
-    for path in (*directory.glob("checkpoint-*"), *(directory / name for name in folders)):
+    for path in (*directory.glob("checkpoint-*"), *(directory / name for name in (*_RUN_FILES, *folders))):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, whichever it is."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
@@ -807,17 +832,22 @@ def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
     checkpoints.prune(directory, state.global_step, args.save_total_limit, [state.best_model_checkpoint])
 
 
-def _clear_comparison(directory: Path, recipe: Recipe) -> None:
-    names = set(recipe.run.methods)
-    written = directory / "recipe.yaml"
-    if written.exists():
-        there = parse_yaml(written.read_text(encoding="utf-8"))
-        listed = (there.get("methods") or {}) if isinstance(there, dict) else {}
-        names |= {name for name in listed if is_method_name(name)}  # "../x" would clear a directory elsewhere
+def _listed_methods(directory: Path) -> set[str]:
+    """The runs of the comparison that a directory holds, as far as its recipe.yaml can be read."""
+    try:
+        there = parse_yaml((directory / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError):
+        return set()
+    listed = there.get("methods") if isinstance(there, dict) else None
+    # "../x" would clear a directory elsewhere.
+    return {name for name in (listed if isinstance(listed, dict) else {}) if is_method_name(name)}
+
+
+def _clear_comparison(directory: Path, names: set[str]) -> None:
     for name in names:
         _clear(directory / name)
     _clear(directory)
-    written.unlink(missing_ok=True)
+    _remove(directory / "recipe.yaml")
 
 
 def _named_checkpoint(name: str | None) -> Path | None:
@@ -846,18 +876,26 @@ def _is_last(checkpoint: Path, args: TRBConfig) -> bool:
 
 
 @contextmanager
-def _sole_run(directory: Path, args: TRBConfig) -> Iterator[None]:
-    """Keep a second start of the same run, by hand or by a scheduler, from writing into the first one's files."""
-    if args.process_index != 0:
+def sole_run(directory: Path, *, first: bool = True, inside: bool = False) -> Iterator[None]:
+    """Keep every other command, also a second start of this one, from writing into a directory, which is made.
+
+    Args:
+        directory: of a run, a comparison, a probe or an evaluation.
+        first: whether this is the first process of its launch; the others hold nothing.
+        inside: as in `trb.files.exclusive`.
+
+    Raises RunDirectoryError naming the holder, or where nothing can be written.
+    """
+    if not first:
         yield
         return
     _require_writable(directory)
     with ExitStack() as stack:
         try:
-            stack.enter_context(exclusive(directory))
+            stack.enter_context(exclusive(directory, inside=inside))
         except BlockingIOError as error:
             raise RunDirectoryError(
-                f"another run is writing to {directory}; wait for it, or use another output directory"
+                f"another run is writing to {directory}: {error.strerror}; wait for it, or use another output directory"
             ) from error
         yield
 

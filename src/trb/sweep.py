@@ -10,7 +10,6 @@ The test split is scored after the choice is on disk, once per chosen run, from 
 Left out on purpose: judging the results (`trb.findings`), and what one run does (`trb.experiments`).
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -37,7 +36,7 @@ from trb.experiments import (
     problem_sets,
     train,
 )
-from trb.files import write_json, write_text
+from trb.files import LOCK, exclusive, write_json, write_text
 from trb.loading import load_model, quiet_libraries
 from trb.rewards import Verifier
 from trb.study import ROLES, ProblemSets, Reference, Study, Unit, load_study
@@ -131,7 +130,8 @@ def _work(directory: str, keep_models: bool, job: Job) -> float:
         _score_reference(study, Path(directory), job)
         return time.monotonic() - start
     run = Path(directory) / job.path
-    with _locked(run / ".lock"):
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run, wait=True, inside=True):
         if not _is_done(Path(directory), job):
             train(study.recipe_of(job), run, initial_scores=_initial_scores(Path(directory), job.setting))
             if job.phase == "test":
@@ -398,10 +398,10 @@ def _claimed(directory: Path) -> Iterator[None]:
         # Around the claim alone: what is refused later on has a file of its own to name.
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(directory / ".lock", wait=False))
+            stack.enter_context(exclusive(directory))
         except BlockingIOError as error:
             raise RunDirectoryError(
-                f"another sweep is running in {directory}; wait for it, or use another one"
+                f"another sweep is running in {directory}: {error.strerror}; wait for it, or use another directory"
             ) from error
         except PermissionError as error:
             raise RunDirectoryError(
@@ -410,20 +410,11 @@ def _claimed(directory: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that the system drops with the process, however that ends. Raises BlockingIOError if not waiting."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
 def _begin(directory: Path, study: Study) -> None:
     path = directory / "study.yaml"
     if path.exists():
         _check_same(path, study)
-    elif any(entry.name != ".lock" for entry in directory.iterdir()):
+    elif any(entry.name != LOCK for entry in directory.iterdir()):
         raise RunDirectoryError(f"{directory} is not empty and holds no study; use another output directory")
     write_text(path, study.to_yaml())
     if not (directory / provenance.FILE_NAME).exists():
