@@ -515,10 +515,16 @@ def _(lab: Lab, directory: Path, rng: random.Random) -> None:
 
     from trb import zoo
 
-    model = directory.parent / f"{directory.name}-model"
-    student, tokenizer = zoo.load("student")
-    student.save_pretrained(model)
-    tokenizer.save_pretrained(model)
+    model, log = directory.parent / f"{directory.name}-model", directory.parent / f"{directory.name}.log"
+
+    def save() -> None:
+        student, tokenizer = zoo.load("student")
+        student.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+
+    # In a child: loading starts threads, and nothing but fresh processes may be forked into runs.
+    prepared = wait(start(save, log), log)
+    expect(prepared.code == 0, "the model was not saved", prepared)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     del settings["pad_token"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -526,7 +532,6 @@ def _(lab: Lab, directory: Path, rng: random.Random) -> None:
     recipe = yaml.safe_load(lab.recipe.read_text()) | {"student": str(model)}
     other = directory.parent / "no-pad.yaml"
     other.write_text(yaml.safe_dump(recipe))
-    log = directory.parent / f"{directory.name}.log"
     ended = wait(
         start(
             lambda: cli.main(["train", "--config", str(other), "--output-dir", str(directory), "--quiet"]),

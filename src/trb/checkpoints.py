@@ -186,7 +186,8 @@ def _sealed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_CHECKSUMS}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint} is damaged: {_CHECKSUMS} cannot be read") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint} is damaged: {_CHECKSUMS} cannot be read ({cause:.200})") from error
     if _STATE not in files:
         raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_STATE}")
     return files

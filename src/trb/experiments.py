@@ -949,7 +949,8 @@ def _explained_disk_errors(directory: Path) -> Iterator[None]:
         raise DiskFullError(
             errno.ENOSPC,
             f"the disk of {directory} is full: what was being written is lost, and everything saved before is intact. "
-            f"Free some space and run the same command again to {way_on}; save_total_limit: 1 keeps fewer checkpoints",
+            f"Free some space and run the same command again to {way_on}; save_total_limit: 1 keeps fewer checkpoints "
+            f"({type(error).__name__}: {error!s:.200})",
         ) from error
 
 

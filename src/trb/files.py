@@ -33,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file at once, never leaving it half written, not even if power is lost. Its folder is made if missing."""
+    """Replace a file at once; it is never half written, not even if power is lost. Its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Named by the process: two that write the same file must not write into each other's.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -426,7 +426,7 @@ def _check_same(path: Path, study: Study) -> None:
     try:
         there = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).model_dump()
     except (ValueError, yaml.YAMLError) as error:
-        raise RunDirectoryError(f"{path} is damaged; use another output directory") from error
+        raise RunDirectoryError(f"{path} is damaged ({error!s:.200}); use another output directory") from error
     here = study.model_dump()
     kept = set(there["seeds"]["test"]) <= set(here["seeds"]["test"])
     there["seeds"]["test"] = here["seeds"]["test"] if kept else there["seeds"]["test"]

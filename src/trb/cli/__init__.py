@@ -87,7 +87,10 @@ _EXAMPLES = {
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "recipe.yaml", "study.yaml")
 
 # What the machine refuses needs no traceback, whoever asked for it.
-_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_ENVIRONMENT = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP),  # something else than the file that should be there
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"interrupted. {arguments.hint}")
         return 130
     except Exception as error:
-        if os.environ.get("TRB_DEBUG") == "1" or not _is_explained(error):
+        if arguments.debug or os.environ.get("TRB_DEBUG") == "1" or not _is_explained(error):
             raise
         _say(f"error: {message(error)}")
         return 2
@@ -186,6 +189,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     parser.set_defaults(command=function, takes_overrides=overrides, hint="Run the same command again.")
     return parser
 
