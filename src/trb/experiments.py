@@ -52,7 +52,7 @@ from trb.files import exclusive, remove_unfinished, write_json, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate
 from trb.modeling import without_adapters
 from trb.ranks import Ranks
-from trb.recording import append_jsonl, drop_after_step
+from trb.recording import append_jsonl, drop_after_step, read_records
 from trb.rewards import Verifier
 from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
@@ -397,19 +397,16 @@ class _Observer(TrainerCallback):
         return Ranks.of_launch().from_first(lambda: self._recorded(step))
 
     def _recorded(self, step: int) -> list[dict[str, Any]] | None:
-        if not self.path.exists():
-            return None
-        records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        records = read_records(self.path)
         found = [{key: record[key] for key in record if key != "step"} for record in records if record["step"] == step]
         return found or None
 
 
 def _held_out_summary(directory: Path) -> dict[str, Any]:
     """The first and the last measurement on held-out prompts: the student's own rollouts, whatever the sampler was."""
-    path = directory / "held_out.jsonl"
-    if not path.exists():
+    records = read_records(directory / "held_out.jsonl")
+    if not records:
         return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ends = zip(("before", "after"), (records[0], records[-1]), strict=True)
     keys = ("step", "loss", "trb/teacher_log_prob")
     return {"held_out": {name: {key: record.get(key) for key in keys} for name, record in ends}}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from trb import provenance
 from trb.experiments import mean_of_suites
-from trb.recording import logged_metrics
+from trb.recording import logged_metrics, read_records
 from trb.statistics import (
     Estimate,
     area_under_curve,
@@ -374,7 +374,7 @@ def _test_scores(directory: Path, setting: str, method: str, seed: int) -> dict[
 def _dev_curve(run: Path) -> tuple[list[int], list[float]]:
     """Steps and pass@1 on the development split, the mean of its suites."""
     by_step: dict[int, list[float]] = {}
-    for line in _jsonl(run / "evals.jsonl"):
+    for line in read_records(run / "evals.jsonl"):
         by_step.setdefault(line["step"], []).append(line["pass_at_1"])
     steps = sorted(by_step)
     return steps, [math.fsum(by_step[step]) / len(by_step[step]) for step in steps]
@@ -382,10 +382,6 @@ def _dev_curve(run: Path) -> tuple[list[int], list[float]]:
 
 def _ranked(study: Study, steps: Sequence[int], scores: Sequence[float]) -> float:
     return scores[-1] if study.select_by == "final" else area_under_curve(steps, scores)
-
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _rounded(value: Any) -> Any:
