@@ -21,7 +21,15 @@ from trb import checkpoints, experiments, zoo
 from trb.checkpoints import latest
 from trb.cli import main
 from trb.config import ConfigError, Recipe, load_recipe, make_recipe
-from trb.experiments import DiskFullError, Listener, RunDirectoryError, compare, mean_of_suites, train
+from trb.experiments import (
+    DiskFullError,
+    Listener,
+    RunDirectoryError,
+    compare,
+    mean_of_suites,
+    model_of_run,
+    train,
+)
 from trb.loading import load_model, load_tokenizer
 from trb.resume import ChangedRunError
 from trb.trainer import TRBTrainer
@@ -378,6 +386,101 @@ def test_two_runs_at_once_in_one_directory_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / ".lock").exists()
 
 
+# ---- damage ----
+
+DAMAGES: dict[str, Any] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "halved": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "changed": lambda path: path.write_bytes(path.read_bytes().replace(b"0", b"1")),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["results.json", "model/config.json"])
+def test_damaged_results_of_a_finished_run_are_made_again(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    DAMAGES[damage](run / name)
+    recipe = small(save_strategy="steps", save_steps=2)
+    if name != "results.json":
+        with pytest.raises(RunDirectoryError, match=r"model/config\.json"):
+            model_of_run(str(run))
+    train(recipe, run)
+    assert f"damaged: the contents of {name}" in caplog.text or f"damaged: {name} " in caplog.text
+    assert_same_run(run, finished)
+    ours, theirs = (json.loads((path / "results.json").read_text()) for path in (run, finished))
+    assert ours["student"] == theirs["student"]
+    assert ours["trb"]["pass_at_1"] == theirs["trb"]["pass_at_1"]
+    assert model_of_run(str(run)) == str(run / "model")
+
+
+def test_damaged_results_that_nothing_can_make_again_are_named_and_kept(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*")))
+    os.truncate(run / "results.json", 20)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match=r"results\.json has 20 bytes .* no whole checkpoint"):
+        train(small(save_strategy="steps", save_steps=2), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"- a", b"{"])
+def test_a_damaged_config_costs_no_checkpoint(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    """As a loss of power could leave it. The checkpoint says itself which run it is of."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "results.json").unlink()
+    (run / "config.yaml").write_bytes(content)
+    with pytest.raises(ChangedRunError, match="learning_rate"):
+        train(small(save_strategy="steps", save_steps=2, learning_rate=0.5), run)
+    assert (run / "checkpoint-4").is_dir()
+    train(small(save_strategy="steps", save_steps=2), run)
+    assert "config.yaml is damaged" in caplog.text
+    assert (run / "config.yaml.damaged").read_bytes() == content
+    assert (run / "config.yaml").read_bytes() == (finished / "config.yaml").read_bytes()
+    assert_same_run(run, finished)
+
+
+def test_no_advice_about_a_damaged_config_destroys_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("trb_run.json")))
+    (run / "config.yaml").write_bytes(b"")
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml is damaged; restore it") as caught:
+        train(small(save_strategy="steps", save_steps=2), run)
+    assert "--overwrite" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "halved", "changed"])
+def test_records_that_a_checkpoint_had_and_that_are_gone_are_named(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "results.json").unlink()
+    train(small(save_strategy="steps", save_steps=2), Path(shutil.copytree(run, tmp_path / "whole")))
+    assert "is not what it was" not in caplog.text
+    DAMAGES[damage](run / "metrics.jsonl")
+    train(small(save_strategy="steps", save_steps=2), run)
+    assert f"{run / 'metrics.jsonl'} is not what it was when checkpoint-4 was saved" in caplog.text
+
+
+def test_everything_beside_a_checkpoint_is_on_the_disk_before_it_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[str] = set()
+    monkeypatch.setattr(checkpoints, "flush", lambda path: flushed.add(path.name))
+    (tmp_path / checkpoints.PARTIAL / "checkpoint-1").mkdir(parents=True)
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("a")
+    checkpoints.publish(tmp_path, "checkpoint-1")
+    assert {"config.yaml", "provenance.json", "metrics.jsonl", tmp_path.name} <= flushed
+
+
+# ---- one at a time ----
+
+
 def command(name: str, recipe: str, directory: str) -> list[str]:
     if name == "eval":
         return ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit", "1", "--output-dir", directory]
@@ -524,6 +627,25 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory,
     )
     return directory
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_scores_of_a_comparison_are_measured_again(
+    compared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    directory = Path(shutil.copytree(compared, tmp_path / "runs"))
+    for name in ("student", "teacher"):
+        DAMAGES[damage](directory / "evaluations" / f"{name}.json")
+        DAMAGES["emptied"](directory / "evaluations" / name / "zoo-chains.jsonl")
+    DAMAGES["halved"](directory / "results.json")
+    methods = METHODS | {"free": {"method": "trb", "initial_kl_budget": 0}}
+    again = compare(small(max_steps=2, eval_every=0, methods=methods), directory)
+    expected = json.loads((compared / "results.json").read_text())
+    assert {name: again[name] for name in expected if name != "provenance"} == {
+        name: score for name, score in expected.items() if name != "provenance"
+    }
+    assert "student.json is damaged; moved to student.json.damaged" in caplog.text
+    assert (directory / "evaluations" / "teacher.json.damaged").exists()
 
 
 def test_a_comparison_leaves_one_run_per_method_and_shared_scores(compared: Path) -> None:

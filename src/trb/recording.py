@@ -176,7 +176,7 @@ def logged_metrics(path: Path, names: Sequence[str]) -> dict[str, dict[int, floa
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines, each with its optimizer `step`; none if there is no file.
 
-    Half a last line is what a kill leaves. Other lines that cannot be read are left out, with a warning that names them.
+    Half a last line is what a kill leaves. Others that cannot be read are left out, with a warning that names them.
     """
     records, damaged = _sorted_out(path)
     if damaged:

@@ -912,7 +912,13 @@ class TRBTrainer(DistillationTrainer):
             named = Path(resume_from_checkpoint)
             self._ranks.from_first(lambda: checkpoints.verify(named))
         if resume_from_checkpoint:
-            self.check_same_run(Path(resume_from_checkpoint), accept_changes=accept_changes)
+            saved = Path(resume_from_checkpoint)
+            self.check_same_run(saved, accept_changes=accept_changes)
+            if (
+                saved.parent.absolute() == Path(str(self.args.output_dir)).absolute()
+                and self.accelerator.is_main_process
+            ):
+                checkpoints.check_reach(saved)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _latest_checkpoint(self) -> Path:
@@ -983,6 +989,7 @@ class TRBTrainer(DistillationTrainer):
             self.accelerator.wait_for_everyone()
             if publishes and (directory / checkpoints.PARTIAL / name).exists():
                 resume.write(directory / checkpoints.PARTIAL / name, description)
+                checkpoints.write_reach(directory, directory / checkpoints.PARTIAL / name)
                 checkpoints.seal(directory / checkpoints.PARTIAL / name, checksums=self.args.checkpoint_checksums)
                 checkpoints.publish(directory, name)
         self.accelerator.wait_for_everyone()
