@@ -958,7 +958,7 @@ def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
     for name in _MEASUREMENTS:
         drop_after_step(directory / name, sys.maxsize)  # a kill may have cut the last line off
     write_text(directory / "config.yaml", recipe.to_yaml())
-    provenance.write(directory)
+    checkpoints.seal(directory, files_of=[directory / "config.yaml", provenance.write(directory)])
 
 
 def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:

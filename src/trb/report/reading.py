@@ -238,15 +238,15 @@ def read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
 
 
 def _damage(directory: Path) -> list[str]:
-    """What is known to be damaged in a run: against its checksums, or without any against its last checkpoint's."""
-    if (directory / "checksums.json").exists():
-        shown = checkpoints.differing(directory, of=lambda name: "/" not in name)  # the model is not read here
-        return list(shown.values())
+    """What is known to be damaged in a run: against its checksums, and against its last checkpoint's until it ends."""
+    shown = list(checkpoints.differing(directory, of=lambda name: "/" not in name).values())  # not the model
     last = max(checkpoints.numbered(directory).items(), default=None)
+    if last is None or (directory / "results.json").exists():
+        return shown
     try:
-        return checkpoints.short_of_reach(last[1]) if last else []
+        return shown + checkpoints.short_of_reach(last[1])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [f"{last[1].name if last else directory} is damaged"]
+        return [*shown, f"{last[1].name} is damaged"]
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
