@@ -14,6 +14,7 @@ random state, bit for bit; also files that exist in one of the two only. Clock r
 """
 
 import argparse
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -357,6 +358,163 @@ def corruption(lab: Lab, rng: random.Random, resumed: int) -> dict[str, Any]:
     return result
 
 
+# ---- the matrix: every file x every damage x every command ----
+
+
+def emptied(path: Path, rng: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def halved(path: Path, rng: random.Random) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replaced(path: Path, rng: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def unreadable(path: Path, rng: random.Random) -> None:
+    path.chmod(0)
+
+
+FILE_DAMAGES = (emptied, halved, flip, replaced, unreadable)
+GOOD = ("same result", "named error", "rebuilt", "named")
+
+
+def without_privileges() -> None:
+    """Have a child obey the modes of files, also one of root: without the capabilities to override them."""
+    if os.geteuid() == 0:
+        words = (ctypes.c_uint32 * 6)(0xFFFFFFFF, 0xFFFFFFFF, 0, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+        libc = ctypes.CDLL(None, use_errno=True)
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        expect(libc.capget(header, words) == 0, "capabilities cannot be read")
+        words[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of those in effect
+        expect(libc.capset(header, words) == 0, "capabilities cannot be given up")
+
+
+@dataclass
+class Subject:
+    """A directory that is damaged, the commands that are tried on it, and what they do to an undamaged copy."""
+
+    name: str
+    origin: Path
+    commands: dict[str, list[str]]
+    expected: dict[str, Any] = field(default_factory=dict)
+
+
+def subjects(lab: Lab) -> list[Subject]:
+    """A finished run, one killed before its last checkpoint, and a finished comparison of two short runs."""
+    run, stopped, compared = (lab.folder / "matrix" / name for name in ("finished", "unfinished", "comparison"))
+    shutil.copytree(lab.folder / "undisturbed", run)
+    rename = max(n for n, line in enumerate(lab.operations, 1) if line.startswith("os.rename checkpoint.partial"))
+    expect(lab.run(stopped, kill_before(stopped, rename)).code == -signal.SIGKILL, "it was not killed")
+    recipe = lab.folder / "comparison.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "max_steps": 2, "methods": {"opd": {}, "trb": {}}}))
+    here = str(lab.folder / "cell" / "run")
+    compare = ["compare", "--config", str(recipe), "--output-dir", here, "--quiet"]
+    first = [str(compared) if word == here else word for word in compare]
+    log = lab.folder / "comparison.log"
+    made = wait(start(lambda: cli.main(first), log), log)
+    expect(made.code == 0, "the comparison failed", made)
+    train, report = lab.command(Path(here)), ["report", here]
+    data = ["--data", "zoo:chains", "--limit", "2", "--max-new-tokens", "8", "--quiet"]
+    score = ["eval", "--model", here, *data, "--output-dir", str(lab.folder / "cell" / "scores")]
+    return [
+        Subject("finished run", run, {"train": train, "report": report, "eval": score}),
+        Subject("unfinished run", stopped, {"train": train, "report": report}),
+        Subject("comparison", compared, {"compare": compare, "report": report}),
+    ]
+
+
+def attempt(lab: Lab, subject: Subject, command: str, damage: Callable[[Path], None]) -> tuple[Ended, Any]:
+    """Run a command on a damaged copy; how it ended, and what it left: the results that must not be lost."""
+    cell = lab.folder / "cell"
+    shutil.rmtree(cell, ignore_errors=True)
+    shutil.copytree(subject.origin, cell / "run")
+    damage(cell / "run")
+
+    def work() -> int:
+        without_privileges()
+        return cli.main(subject.commands[command])
+
+    ended = wait(start(work, cell / "log"), cell / "log")
+    left: Any = None
+    if ended.code == 0:
+        if command == "report":
+            left = (cell / "run" / "report.html").read_text()
+        elif command == "eval":
+            left = without_clocks(json.loads((cell / "scores" / "results.json").read_text()))
+        else:
+            left = remaining(cell / "run")
+    return ended, left
+
+
+def remaining(directory: Path) -> dict[str, Any]:
+    """Records, results and models of a run or a comparison, without clocks; what cannot be read is left out."""
+    found: dict[str, Any] = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if not path.is_file() or ".damaged" in name or name.partition("/")[0].startswith("checkpoint-"):
+            continue
+        try:
+            if path.suffix == ".jsonl" and "evaluations" not in name:
+                found[name] = without_clocks([json.loads(line) for line in path.read_text().splitlines()])
+            elif path.name == "results.json":
+                found[name] = without_clocks(json.loads(path.read_text()))
+            elif path.parent.name == "model":
+                found[name] = digest(path.read_bytes())
+        except (OSError, ValueError):
+            found[name] = "cannot be read"
+    return found
+
+
+def verdict(subject: Subject, command: str, name: str, ended: Ended, left: Any) -> str:
+    """What became of a cell: one of GOOD, or a word for what must not be."""
+    expected = subject.expected[command]
+    pages = (left, expected) if isinstance(left, str) else ("", "")  # a page names its files anyway, but not as often
+    folder, file = Path(name).parts[0], Path(name).name
+    words = {file, Path(name).stem} | ({folder} if folder.startswith(("model", "checkpoint-")) else set())
+    named = any(word in ended.log or pages[0].count(word) > pages[1].count(word) for word in words)
+    if "Traceback" in ended.log or ended.code not in (0, 2):
+        return "traceback"
+    if ended.code == 2:
+        return "named error" if named else "error that names nothing"
+    if left == expected:
+        return "rebuilt" if "damaged" in ended.log else "same result"
+    return "named" if named else "silent loss"
+
+
+def matrix(lab: Lab, rng: random.Random, sample: int | None) -> dict[str, Any]:
+    """Every cell, or a sample of them."""
+    tried = subjects(lab)
+    cells = []
+    for subject in tried:
+        for command in subject.commands:
+            ended, subject.expected[command] = attempt(lab, subject, command, lambda run: None)
+            expect(ended.code == 0, f"{command} fails on an undamaged {subject.name}", ended)
+        folders = sorted(path.name for path in subject.origin.glob("checkpoint-*"))
+        for path in sorted(path for path in subject.origin.rglob("*") if path.is_file() and path.stat().st_size):
+            name = str(path.relative_to(subject.origin))
+            deep = subject.name == "comparison" and name.partition("/")[0] in ("opd", "trb")  # a run, as the others
+            old = name.partition("/")[0] in (*folders[:-1], checkpoints.PARTIAL)
+            if name != "report.html" and not old and not deep:
+                cells += [(subject, command, name, damage) for damage in FILE_DAMAGES for command in subject.commands]
+    if sample is not None:
+        cells = rng.sample(cells, sample)
+    result: dict[str, Any] = {"cells": 0, "verdicts": {}, "wrong": []}
+    for subject, command, name, damage in cells:
+        ended, left = attempt(lab, subject, command, lambda run, n=name, d=damage: d(run / n, rng))
+        found = verdict(subject, command, name, ended, left)
+        result["cells"] += 1
+        result["verdicts"][found] = result["verdicts"].get(found, 0) + 1
+        if found not in GOOD:
+            case = f"{subject.name}: {command} with {name} {damage.__name__}: {found}"
+            result["wrong"].append(case)
+            lab.console.print(case, ended.log[-1000:], markup=False)
+    return result
+
+
 # ---- faults ----
 
 Fault = Callable[[Lab, Path, random.Random], None]
@@ -515,10 +673,16 @@ def _(lab: Lab, directory: Path, rng: random.Random) -> None:
 
     from trb import zoo
 
-    model = directory.parent / f"{directory.name}-model"
-    student, tokenizer = zoo.load("student")
-    student.save_pretrained(model)
-    tokenizer.save_pretrained(model)
+    model, log = directory.parent / f"{directory.name}-model", directory.parent / f"{directory.name}.log"
+
+    def save() -> None:
+        student, tokenizer = zoo.load("student")
+        student.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+
+    # In a child: loading starts threads, and nothing but fresh processes may be forked into runs.
+    prepared = wait(start(save, log), log)
+    expect(prepared.code == 0, "the model was not saved", prepared)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     del settings["pad_token"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -526,7 +690,6 @@ def _(lab: Lab, directory: Path, rng: random.Random) -> None:
     recipe = yaml.safe_load(lab.recipe.read_text()) | {"student": str(model)}
     other = directory.parent / "no-pad.yaml"
     other.write_text(yaml.safe_dump(recipe))
-    log = directory.parent / f"{directory.name}.log"
     ended = wait(
         start(
             lambda: cli.main(["train", "--config", str(other), "--output-dir", str(directory), "--quiet"]),
@@ -734,6 +897,7 @@ def torture(lab: Lab, seed: int, quick: bool, kill_count: int, steps: int) -> di
     result: dict[str, Any] = {"quick": quick, "seed": seed}
     result["kills"] = kills(lab, rng, chosen, saves, moments)
     result["checkpoints"] = corruption(lab, rng, 1 if quick else 6)
+    result["matrix"] = matrix(lab, rng, 12 if quick else None)
     result["faults"] = faults(lab, rng, list(QUICK) if quick else list(FAULTS))
     result["hostile_inputs"] = None if quick else hostile(lab.folder)
     result["growth"] = growth(lab, steps)
@@ -749,6 +913,7 @@ def failures(result: dict[str, Any]) -> list[str]:
         found.append("a killed run did not end as the undisturbed one")
     if result["checkpoints"]["recognised"] < result["checkpoints"]["made"]:
         found.append(f"damage was not recognised: {', '.join(result['checkpoints']['unrecognised'])}")
+    found += result["matrix"]["wrong"]
     found += [f"{name}: {verdict}" for name, verdict in result["faults"]["cases"].items() if "not handled" in verdict]
     hostile_inputs = result["hostile_inputs"]
     if hostile_inputs and hostile_inputs["refused"] < hostile_inputs["tried"]:
@@ -766,6 +931,7 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     for name, value in (
         ("kills survived / tried", f"{kills['survived']} / {kills['tried']}"),
         ("faults handled / injected", f"{faulty['handled']} / {faulty['injected']}"),
+        ("files x damages x commands", ", ".join(f"{n} {word}" for word, n in result["matrix"]["verdicts"].items())),
         ("damaged checkpoints recognised / made", f"{damaged['recognised']} / {damaged['made']}"),
         (
             "hostile inputs refused / tried",

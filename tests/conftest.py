@@ -12,6 +12,8 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,3 +138,20 @@ def tiny_pair() -> TinyPair:
 @pytest.fixture(scope="session")
 def gpt2_pair() -> TinyPair:
     return TinyPair(student=tiny_gpt2(STUDENT_ROWS, seed=25), teacher=tiny_gpt2(TEACHER_ROWS, seed=46))
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[int]:
+    """A folder that another process holds (`trb.files.exclusive`) until it is killed; gives its id."""
+    code = (
+        "import sys, time; from pathlib import Path; from trb.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "held\n"
+            yield child.pid
+        finally:
+            child.kill()

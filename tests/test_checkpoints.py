@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from test_trainer import build
 from trl import DistillationTrainer
 
@@ -214,8 +215,50 @@ def test_the_trainer_resumes_from_the_last_whole_checkpoint_and_refuses_a_damage
     assert resumed.state.global_step == 4
     assert checkpoints.numbered(tmp_path).keys() == {4}
     checkpoints.verify(tmp_path / "checkpoint-4")
-    with pytest.raises(ValueError, match="No valid checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint to resume from; to start anew, call train\(\)"):
         trained(tmp_path / "empty", max_steps=1).train(resume_from_checkpoint=True)
+
+
+def planted(checkpoint: Path) -> None:
+    """A weight of 7, and the checksum of before."""
+    weights = load_file(checkpoint / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = 7.0
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        planted,
+        lambda checkpoint: (checkpoint / "checksums.json").unlink(),
+        lambda checkpoint: (checkpoint / "trainer_state.json").write_bytes(b""),
+    ],
+    ids=["changed", "no checksums, as other trainers save", "emptied"],
+)
+def test_a_checkpoint_that_is_passed_over_is_not_resumed_from_after_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Any
+) -> None:
+    trained(tmp_path, max_steps=1).train()
+    spoil(tmp_path / "checkpoint-1")
+    resumed = trained(tmp_path, max_steps=2)
+    before = {name: weight.clone() for name, weight in resumed.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint to resume from \(not whole: checkpoint-1\)"):
+        resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-1" in caplog.text
+    assert resumed.state.global_step == 0
+    assert all(torch.equal(before[name], weight) for name, weight in resumed.model.state_dict().items())
+    resumed.train()  # told to start anew
+    assert resumed.state.global_step == 2
+
+
+def test_the_best_checkpoint_is_verified_before_it_is_loaded(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    trainer._load_best_model()
+    planted(tmp_path / "checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors differ"):
+        trainer._load_best_model()
 
 
 def test_the_best_checkpoint_keeps_its_name_and_is_kept(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trb import cli, experiments, zoo
 from trb.cli import main
+from trb.config import ConfigError
 
 SMALL = """\
 student: zoo:student
@@ -679,3 +680,16 @@ def test_live_progress_shows_numbers_and_only_printable_text(tmp_path: Path) -> 
     assert "methods 0 of 2" in shown
     assert "methods 1 of 2" in shown
     assert "4/8" in shown
+
+
+def test_debug_shows_the_traceback_of_an_explained_error(tmp_path: Path) -> None:
+    arguments = ["train", "--config", str(tmp_path / "none.yaml")]
+    assert main(arguments) == 2
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        main([*arguments, "--debug"])
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").mkdir()
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert "recipe.yaml" in capsys.readouterr().err

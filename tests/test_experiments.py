@@ -12,16 +12,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import student_stopping_as_the_teacher
+from conftest import held_by_another, student_stopping_as_the_teacher
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trb import checkpoints, experiments, zoo
 from trb.checkpoints import latest
+from trb.cli import main
 from trb.config import ConfigError, Recipe, load_recipe, make_recipe
-from trb.experiments import DiskFullError, Listener, RunDirectoryError, compare, mean_of_suites, train
-from trb.files import exclusive
+from trb.experiments import (
+    DiskFullError,
+    Listener,
+    RunDirectoryError,
+    compare,
+    mean_of_suites,
+    model_of_run,
+    train,
+)
 from trb.loading import load_model, load_tokenizer
 from trb.resume import ChangedRunError
 from trb.trainer import TRBTrainer
@@ -217,6 +225,17 @@ def test_a_named_checkpoint_must_be_one(finished: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in records(tmp_path / "run" / "metrics.jsonl")] == [5, 6]
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_stops_and_keeps_what_it_has(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "results.json").unlink()
+    for folder in checkpoints.numbered(run).values():
+        os.truncate(folder / "optimizer.pt", 10)
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match=r"no whole checkpoint to resume from \(not whole: checkpoint-2, .*"):
+        train(small(save_strategy="steps", save_steps=2), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
+
+
 def test_a_kill_between_a_save_and_the_removal_of_older_ones_leaves_no_more_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,10 +378,146 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_in_one_directory_are_refused(tmp_path: Path) -> None:
-    with exclusive(tmp_path), pytest.raises(RunDirectoryError, match="another run is writing to"):
-        train(small(max_steps=1, eval_data=[]), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    with held_by_another(tmp_path) as holder:
+        with pytest.raises(RunDirectoryError, match=f"another run is writing to .* process {holder} on "):
+            train(small(max_steps=1, eval_data=[]), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     train(small(max_steps=1, eval_data=[], save_final_model=False), tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+# ---- damage ----
+
+DAMAGES: dict[str, Any] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "halved": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "changed": lambda path: path.write_bytes(path.read_bytes().replace(b"0", b"1")),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["results.json", "model/config.json"])
+def test_damaged_results_of_a_finished_run_are_made_again(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    DAMAGES[damage](run / name)
+    recipe = small(save_strategy="steps", save_steps=2)
+    if name != "results.json":
+        with pytest.raises(RunDirectoryError, match=r"model/config\.json"):
+            model_of_run(str(run))
+    train(recipe, run)
+    assert f"damaged: the contents of {name}" in caplog.text or f"damaged: {name} " in caplog.text
+    assert_same_run(run, finished)
+    ours, theirs = (json.loads((path / "results.json").read_text()) for path in (run, finished))
+    assert ours["student"] == theirs["student"]
+    assert ours["trb"]["pass_at_1"] == theirs["trb"]["pass_at_1"]
+    assert model_of_run(str(run)) == str(run / "model")
+
+
+def test_damaged_results_that_nothing_can_make_again_are_named_and_kept(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*")))
+    os.truncate(run / "results.json", 20)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match=r"results\.json has 20 bytes .* no whole checkpoint"):
+        train(small(save_strategy="steps", save_steps=2), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"- a", b"{"])
+def test_a_damaged_config_costs_no_checkpoint(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    """As a loss of power could leave it. The checkpoint says itself which run it is of."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "results.json").unlink()
+    (run / "config.yaml").write_bytes(content)
+    with pytest.raises(ChangedRunError, match="learning_rate"):
+        train(small(save_strategy="steps", save_steps=2, learning_rate=0.5), run)
+    assert (run / "checkpoint-4").is_dir()
+    train(small(save_strategy="steps", save_steps=2), run)
+    assert "config.yaml is damaged" in caplog.text
+    assert (run / "config.yaml.damaged").read_bytes() == content
+    assert (run / "config.yaml").read_bytes() == (finished / "config.yaml").read_bytes()
+    assert_same_run(run, finished)
+
+
+def test_no_advice_about_a_damaged_config_destroys_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("trb_run.json")))
+    (run / "config.yaml").write_bytes(b"")
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml is damaged; restore it") as caught:
+        train(small(save_strategy="steps", save_steps=2), run)
+    assert "--overwrite" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "halved", "changed"])
+def test_records_that_a_checkpoint_had_and_that_are_gone_are_named(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "results.json").unlink()
+    train(small(save_strategy="steps", save_steps=2), Path(shutil.copytree(run, tmp_path / "whole")))
+    assert "is not what it was" not in caplog.text
+    DAMAGES[damage](run / "metrics.jsonl")
+    train(small(save_strategy="steps", save_steps=2), run)
+    assert f"{run / 'metrics.jsonl'} is not what it was when checkpoint-4 was saved" in caplog.text
+
+
+def test_everything_beside_a_checkpoint_is_on_the_disk_before_it_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[str] = set()
+    monkeypatch.setattr(checkpoints, "flush", lambda path: flushed.add(path.name))
+    (tmp_path / checkpoints.PARTIAL / "checkpoint-1").mkdir(parents=True)
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("a")
+    checkpoints.publish(tmp_path, "checkpoint-1")
+    assert {"config.yaml", "provenance.json", "metrics.jsonl", tmp_path.name} <= flushed
+
+
+# ---- one at a time ----
+
+
+def command(name: str, recipe: str, directory: str) -> list[str]:
+    if name == "eval":
+        return ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit", "1", "--output-dir", directory]
+    return [name, "--config", recipe, "--output-dir", directory, "--overwrite"]
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "probe", "eval"])
+@pytest.mark.parametrize("part", [".", "opd"], ids=["all of it", "one method"])
+def test_nothing_of_a_living_run_is_removed_by_any_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, part: str
+) -> None:
+    """Held: a comparison, or one method's run inside it, which somebody trains by itself."""
+    recipe = yaml.safe_dump({**SMALL, "methods": {"opd": {}, "trb": {}}})
+    directory = tmp_path / "run"
+    for run in (directory, directory / "opd"):
+        for file in ("metrics.jsonl", "results.json", "checkpoint-2/optimizer.pt", "evaluations/student.json"):
+            (run / file).parent.mkdir(parents=True, exist_ok=True)
+            (run / file).write_text("kept")
+    for file in (directory / "recipe.yaml", tmp_path / "recipe.yaml"):
+        file.write_text(recipe)
+    method = ["--method", "opd"] if name == "train" else []
+    with held_by_another(directory / part):
+        before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        inside = directory if name == "compare" else directory / part
+        assert main([*command(name, str(tmp_path / "recipe.yaml"), str(inside)), *method]) == 2
+        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    refused = "of a training run; give the evaluation its own" if name == "eval" else f"{directory / part} is in use by"
+    assert refused in capsys.readouterr().err
+
+
+def test_a_run_inside_a_living_comparison_is_not_started_over(tmp_path: Path) -> None:
+    (tmp_path / "trb").mkdir()
+    (tmp_path / "recipe.yaml").write_text("methods: {}")
+    (tmp_path / "trb" / "metrics.jsonl").write_text("kept")
+    with held_by_another(tmp_path), pytest.raises(RunDirectoryError, match="in use by process"):
+        train(small(max_steps=1, eval_data=[]), tmp_path / "trb", overwrite=True)
+    assert (tmp_path / "trb" / "metrics.jsonl").read_text() == "kept"
 
 
 # ---- disks ----
@@ -472,6 +627,25 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory,
     )
     return directory
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_scores_of_a_comparison_are_measured_again(
+    compared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    directory = Path(shutil.copytree(compared, tmp_path / "runs"))
+    for name in ("student", "teacher"):
+        DAMAGES[damage](directory / "evaluations" / f"{name}.json")
+        DAMAGES["emptied"](directory / "evaluations" / name / "zoo-chains.jsonl")
+    DAMAGES["halved"](directory / "results.json")
+    methods = METHODS | {"free": {"method": "trb", "initial_kl_budget": 0}}
+    again = compare(small(max_steps=2, eval_every=0, methods=methods), directory)
+    expected = json.loads((compared / "results.json").read_text())
+    assert {name: again[name] for name in expected if name != "provenance"} == {
+        name: score for name, score in expected.items() if name != "provenance"
+    }
+    assert "student.json is damaged; moved to student.json.damaged" in caplog.text
+    assert (directory / "evaluations" / "teacher.json.damaged").exists()
 
 
 def test_a_comparison_leaves_one_run_per_method_and_shared_scores(compared: Path) -> None:

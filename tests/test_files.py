@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
+import socket
 from pathlib import Path
 
 import pytest
+from conftest import held_by_another
 
-from trb.files import cache_directory, finite, write_json, write_text
+from trb.files import cache_directory, exclusive, finite, write_json, write_text
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -21,12 +24,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "notes.txt"
     write_text(path, "old")
 
-    def torn(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:2])
+    def full(handle: int) -> None:
+        os.truncate(handle, 2)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", torn)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_text(path, "new and longer")
     assert path.read_text() == "old"
@@ -55,3 +57,68 @@ def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest
     monkeypatch.setenv("TRB_CACHE", "~nobody-of-this-name/cache")
     with pytest.raises(FileNotFoundError, match=r"'~nobody-of-this-name/cache': set TRB_CACHE"):
         cache_directory()
+
+
+# ---- holding a folder ----
+
+
+def test_a_held_folder_says_who_holds_it_and_a_killed_holder_lets_go(tmp_path: Path) -> None:
+    with held_by_another(tmp_path) as holder:
+        named = rf"in use by process {holder} on {socket.gethostname()}, since 20\d\d-"
+        with pytest.raises(BlockingIOError, match=named), exclusive(tmp_path):
+            pass
+        assert json.loads((tmp_path / ".lock").read_bytes())["pid"] == holder
+    assert (tmp_path / ".lock").exists()  # killed, it could not remove it
+    with exclusive(tmp_path), exclusive(tmp_path):  # whoever holds it may hold it again
+        assert json.loads((tmp_path / ".lock").read_bytes())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b'{"pid": "x"}', b"[" * 100_000])
+def test_a_holder_whose_note_is_damaged_holds_all_the_same(tmp_path: Path, content: bytes) -> None:
+    with held_by_another(tmp_path):
+        (tmp_path / ".lock").write_bytes(content)
+        with pytest.raises(BlockingIOError, match="in use by another process"), exclusive(tmp_path):
+            pass
+
+
+def test_what_is_part_of_a_held_comparison_is_held_too(tmp_path: Path) -> None:
+    run = tmp_path / "setting" / "opd"
+    run.mkdir(parents=True)
+    with held_by_another(tmp_path):
+        with exclusive(run):  # a folder of anything
+            pass
+        (tmp_path / "study.yaml").write_text("")
+        with pytest.raises(BlockingIOError, match=rf"{tmp_path} is in use by process"), exclusive(run):
+            pass
+        with exclusive(run, inside=True):
+            pass
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(OSError, match="lock"), exclusive(folder):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_file_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power leaves the name and no contents."""
+    flushed: list[int] = []
+    flush, replace = os.fsync, Path.replace
+
+    def noted(handle: int) -> None:
+        flushed.append(os.fstat(handle).st_ino)
+        flush(handle)
+
+    def checked(self: Path, target: Path) -> Path:
+        assert self.stat().st_ino in flushed
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "replace", checked)
+    write_text(tmp_path / "config.yaml", "a: 1\n")
+    assert tmp_path.stat().st_ino == flushed[-1]

@@ -229,6 +229,24 @@ def test_remote_code_runs_only_when_asked_for(saved: Path) -> None:
     assert marker.exists()
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), OSError(24, "Too many open files"), KeyError("lost \x1b[2J")]
+)
+def test_what_a_loader_raises_is_not_turned_into_damage(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(OSError, match="cannot read the model in") as caught:
+        load_model(str(saved))
+    assert type(error).__name__ in str(caught.value)
+    assert str(error)[:5] in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
 # Adapters
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from trb import TRBConfig, TRBTrainer, zoo
-from trb.recording import append_jsonl, drop_after_step, score_record
+from trb.recording import append_jsonl, drop_after_step, logged_metrics, read_records, score_record
 from trb.sampling import prompt_key
 from trb.scoring import TokenScores
 
@@ -36,6 +36,32 @@ def test_lines_after_the_checkpoint_are_dropped_and_so_is_a_torn_last_line(tmp_p
     assert [row["step"] for row in read(path)] == [1, 2, 3]
     append_jsonl(path, [{"step": 4}])
     assert [row["step"] for row in read(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"step": 2, "lo', b"\x00" * 12, b"\xff\xfe{}", b"[1, 2]", b'{"stgp": 2}', b'{"step": "2"}', b"[" * 100_000],
+    ids=["torn", "zeros", "no UTF-8", "no object", "no step", "a step that is no number", "deep"],
+)
+def test_a_damaged_line_in_the_middle_costs_that_line_alone_and_is_kept_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n{"step": 4}\n{"step": 5, "l')
+    assert [row["step"] for row in read_records(path)] == [1, 3, 4]
+    drop_after_step(path, 3)
+    assert [row["step"] for row in read(path)] == [1, 3]
+    assert caplog.text.count(f"{path} is damaged: line 2 cannot be read") == 2
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
+    drop_after_step(path, 3)  # once is enough
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
+
+
+def test_metrics_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1}\n\xff\n{"step": 2, "loss": 1}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no metrics record"):
+        logged_metrics(path, ["loss"])
 
 
 def test_a_missing_file_is_left_missing(tmp_path: Path) -> None:

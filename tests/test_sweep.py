@@ -4,6 +4,7 @@ import errno
 import fcntl
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -128,6 +129,26 @@ def test_another_study_in_the_directory_is_refused(finished):
         run_study(study(recipe={**STUDY["recipe"], "max_steps": 3}), directory)
     with pytest.raises(RunDirectoryError, match="other seeds"):
         run_study(study(seeds={"select": [100], "test": [5]}), directory)
+
+
+def test_damaged_results_of_a_study_are_made_again(finished, tmp_path, caplog):
+    whole, _ = finished
+    directory, diary = Path(shutil.copytree(whole, tmp_path / "study")), Diary()
+    reference = Reference("chains", "teacher").path
+    damaged = {
+        directory / reference: b'{"dev": {"suites": {"a": {}}}, "test": {}}',
+        directory / "chains" / "selection.json": b"[]",
+        directory / "chains/test/opd/seed-0/test.json": b'{"suites": {"a"',
+        directory / "chains/select/opd/0/seed-100/results.json": b"",
+    }
+    for file, content in damaged.items():
+        file.write_bytes(content)
+    again = run_study(study(), directory, workers=1, listener=diary)
+    assert again["settings"] == json.loads((whole / "study.json").read_text())["settings"]
+    assert diary.runs == ["chains/reference/teacher", "chains/select/opd/0/seed-100", "chains/test/opd/seed-0"]
+    for file, content in damaged.items():
+        assert file.with_name(f"{file.name}.damaged").read_bytes() == content
+        assert f"{file} is damaged" in caplog.text
 
 
 def test_two_sweeps_at_once_are_refused(finished):

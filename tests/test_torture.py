@@ -38,6 +38,8 @@ def test_killed_runs_damaged_checkpoints_and_faults_are_survived(tmp_path: Path)
     assert result["checkpoints"]["recognised"] == result["checkpoints"]["made"] >= 40
     assert result["checkpoints"]["resumed"] == 1
     assert result["differences_after_resume"] == 0
+    assert result["matrix"]["cells"] == 12
+    assert result["matrix"]["wrong"] == []
     assert result["faults"]["handled"] == result["faults"]["injected"] == 1
     assert result["growth"]["samples"]
 
@@ -89,6 +91,7 @@ def test_a_leak_is_a_slope(torture: ModuleType) -> None:
     result = {
         "kills": held,
         "checkpoints": {"made": 1, "recognised": 1, "unrecognised": []},
+        "matrix": {"wrong": []},
         "faults": {"cases": {"one": "handled"}},
         "hostile_inputs": {"tried": 2, "refused": 2},
         "differences_after_resume": 0,
@@ -98,6 +101,7 @@ def test_a_leak_is_a_slope(torture: ModuleType) -> None:
     for path, value, complaint in (
         (("kills", "survived"), 0, "did not end as the undisturbed one"),
         (("checkpoints", "recognised"), 0, "damage was not recognised"),
+        (("matrix", "wrong"), ["report with a file emptied: silent loss"], "silent loss"),
         (("faults", "cases"), {"one": "not handled: x"}, "one: not handled"),
         (("hostile_inputs", "refused"), 1, "hostile input was let in"),
         (("growth", "per_1000_steps"), {**dict.fromkeys(torture.MOST_GROWTH, 0), "memory_mb": 20.0}, "memory_mb"),

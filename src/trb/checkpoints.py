@@ -15,6 +15,7 @@ can change its checksum too.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -22,26 +23,34 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
 
-from transformers.utils import logging
+from trb.files import flush, write_json
+from trb.untrusted import read_object
 
 __all__ = [
     "PARTIAL",
     "CheckpointError",
+    "check_reach",
     "clear_partial",
+    "differing",
     "latest",
+    "none_whole",
     "numbered",
     "prune",
     "publish",
     "seal",
+    "short_of_reach",
+    "unseal",
     "verify",
+    "write_reach",
 ]
 
 PARTIAL = "checkpoint.partial"  # transformers looks for checkpoint-*, and must not find it
 _CHECKSUMS = "checksums.json"
 _STATE = "trainer_state.json"  # what makes a folder a checkpoint
 _PREFIX = "checkpoint-"
+_REACH = "trb_records.json"
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -51,10 +60,14 @@ class CheckpointError(ValueError):
 # ---- writing ----
 
 
-def seal(checkpoint: Path, *, checksums: bool = True) -> None:
-    """Write checksums.json into a finished folder, and flush its files to the disk."""
+def seal(checkpoint: Path, *, checksums: bool = True, files_of: Iterable[Path] | None = None) -> None:
+    """Write checksums.json into a finished folder, and flush its files to the disk.
+
+    `files_of` seals these files and folders inside it only, as far as they exist.
+    """
     files: dict[str, dict[str, Any]] = {}
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _CHECKSUMS):
+    inside = [entry for root in files_of or [checkpoint] for entry in (root, *root.rglob("*"))]
+    for path in sorted(path for path in inside if path.is_file() and path.name != _CHECKSUMS):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             entry: dict[str, Any] = {"bytes": os.fstat(file.fileno()).st_size}
@@ -69,14 +82,21 @@ def seal(checkpoint: Path, *, checksums: bool = True) -> None:
         flush(folder)
 
 
+def write_reach(directory: Path, checkpoint: Path) -> None:
+    """Keep in a checkpoint how far the record files of its run reach: their bytes, and the SHA-256 of those."""
+    files = [path for path in sorted(directory.glob("*.jsonl")) if path.is_file()]
+    write_json(checkpoint / _REACH, {path.name: _reach(path, path.stat().st_size) for path in files})
+
+
 def publish(directory: Path, name: str) -> None:
     """Move the sealed checkpoint `name` out of checkpoint.partial, in place of one that has its name already.
 
-    The records beside it (*.jsonl) are flushed first: they must reach at least as far as the checkpoint.
+    The files beside it are flushed first: records must reach at least as far as the checkpoint, and the configuration
+    says what it is of.
     """
     partial = directory / PARTIAL
-    for records in directory.glob("*.jsonl"):
-        flush(records)
+    for beside in (path for path in directory.iterdir() if path.is_file()):
+        flush(beside)
     if (directory / name).exists():  # damaged, or of steps that are being taken again
         (directory / name).rename(partial / "replaced")
     (partial / name).rename(directory / name)
@@ -103,20 +123,6 @@ def prune(directory: Path, newest: int, limit: int | None, protected: Iterable[s
     spare = [step for step in order if step != newest and found[step].absolute() not in kept]
     for step in spare[: max(0, len(found) - limit)]:
         shutil.rmtree(found[step], ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file or a folder's entries to the disk, where it can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # a folder, on a system without handles for them
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # a file system that does not know how
-        return
-    finally:
-        os.close(handle)
 
 
 # ---- reading ----
@@ -147,6 +153,12 @@ def latest(
     return None
 
 
+def none_whole(directory: Path) -> str:
+    """Why there is nothing to resume from, where `latest` has found nothing."""
+    damaged = ", ".join(path.name for _, path in sorted(numbered(directory).items()))
+    return f"{directory} has no whole checkpoint to resume from" + (f" (not whole: {damaged})" if damaged else "")
+
+
 def verify(checkpoint: Path, *, contents: bool = True) -> None:
     """Compare a checkpoint with its checksums.json: sizes, and contents unless told otherwise.
 
@@ -154,23 +166,81 @@ def verify(checkpoint: Path, *, contents: bool = True) -> None:
         CheckpointError: a file is missing or differs, or there are no checksums.
     """
     files = _sealed_files(checkpoint)
+    if _STATE not in files:
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_STATE}")
     for name, entry in files.items():
-        path = checkpoint / name
-        try:
-            status = path.stat()
-            if not S_ISREG(status.st_mode):
-                raise CheckpointError(f"{checkpoint} is damaged: {name} is not a file")
-            if status.st_size != entry["bytes"]:
-                raise CheckpointError(
-                    f"{checkpoint} is damaged: {name} has {status.st_size} bytes instead of {entry['bytes']}"
-                )
-            if contents and "sha256" in entry:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest != entry["sha256"]:
-                    raise CheckpointError(f"{checkpoint} is damaged: the contents of {name} differ from its checksum")
-        except OSError as error:
-            raise CheckpointError(f"{checkpoint} is damaged: {name} cannot be read ({error.strerror})") from error
+        found = _difference(checkpoint / name, name, entry, contents)
+        if found:
+            raise CheckpointError(f"{checkpoint} is damaged: {found}")
+
+
+def differing(folder: Path, of: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
+    """What is wrong with the files of a sealed folder that are still there, by name; only those that `of` is true of.
+
+    Nothing where the folder has no seal.
+    """
+    if not (folder / _CHECKSUMS).exists():
+        return {}
+    try:
+        files = _sealed_files(folder)
+    except CheckpointError as error:
+        return {_CHECKSUMS: str(error)}
+    there = [name for name in files if of(name) and (folder / name).exists()]
+    checked = ((name, _difference(folder / name, name, files[name], contents=True)) for name in there)
+    return {name: found for name, found in checked if found}
+
+
+def unseal(folder: Path) -> None:
+    """Remove the checksums of a folder that is about to be written to."""
+    path = folder / _CHECKSUMS
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _difference(path: Path, name: str, entry: dict[str, Any], contents: bool) -> str | None:
+    """How a file differs from its entry in checksums.json, in words."""
+    try:
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            return f"{name} is not a file"
+        if status.st_size != entry["bytes"]:
+            return f"{name} has {status.st_size} bytes instead of {entry['bytes']}"
+        if contents and "sha256" in entry:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
+                return f"the contents of {name} differ from its checksum"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def check_reach(checkpoint: Path) -> None:
+    """Warn of every record file beside a checkpoint that does not begin as it was when the checkpoint was saved."""
+    for found in short_of_reach(checkpoint):
+        logger.warning(f"{checkpoint.parent / found}. The run goes on, as its results do not depend on it")
+
+
+def short_of_reach(checkpoint: Path) -> list[str]:
+    """What `check_reach` warns of, in words that begin with the file's name. Raises ValueError for a damaged list."""
+    path, wrong = checkpoint / _REACH, []
+    for name, saved in (read_object(path) if path.exists() else {}).items():
+        file = checkpoint.parent / name
+        there = _reach(file, saved["bytes"]) if file.is_file() else {"bytes": 0}
+        if there != saved:
+            short = there["bytes"] < saved["bytes"]
+            what = f"{there['bytes']} of {saved['bytes']} bytes are there" if short else "it has changed"
+            wrong.append(f"{name} is not what it was when {checkpoint.name} was saved: {what}")
+    return wrong
+
+
+def _reach(path: Path, most: int) -> dict[str, Any]:
+    """Size and digest of the first bytes of a file, which may be larger than memory."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while size < most and (block := file.read(min(1 << 20, most - size))):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _digest(files: dict[str, dict[str, Any]]) -> str:
@@ -190,7 +260,6 @@ def _sealed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_CHECKSUMS}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint} is damaged: {_CHECKSUMS} cannot be read") from error
-    if _STATE not in files:
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_STATE}")
+        cause = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint} is damaged: {_CHECKSUMS} cannot be read ({cause:.200})") from error
     return files

@@ -14,6 +14,7 @@ Shape suffixes: N rows (rollouts), P problems, S seeds, K points of a curve.
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -38,6 +39,8 @@ from trb.experiments import (
     model_of_run,
     precision,
     problem_sets,
+    set_aside,
+    sole_run,
     template_options,
 )
 from trb.files import finite, write_json, write_text
@@ -47,10 +50,13 @@ from trb.rewards import Verifier
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.scoring import TokenScores, score_completions
 from trb.statistics import Estimate, auroc_estimate, band, mean_estimate, paired_difference
+from trb.untrusted import parse_json, read_object
 from trb.vocab import SharedVocabulary, check_heads, head_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "KL_BUDGETS",
@@ -722,13 +728,25 @@ def probe(
         max_rows=max_rows,
         seed=seed,
     )
+    with sole_run(directory, inside=True):  # beside the runs of a study, it touches none of them
+        return _probe_alone(recipe, settings, directory, overwrite, listener)
+
+
+def _probe_alone(
+    recipe: Recipe, settings: "_Settings", directory: Path, overwrite: bool, listener: Listener
+) -> dict[str, Any]:
+    """The probe itself, in a directory that nobody else writes to."""
     if overwrite:
         _clear(directory)
     parts = _Parts(directory / "parts", listener)
     parts.claim(settings.to_dict())
     finished = directory / "probe.json"
     if finished.exists():
-        return json.loads(finished.read_text(encoding="utf-8"))
+        try:
+            return read_object(finished)
+        except ValueError:
+            logger.warning("%s is damaged; moved to %s.damaged, and made again", finished, finished.name)
+            set_aside(finished)
     provenance.write(directory)
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         results = _measure(settings, verifier, parts, directory, listener)
@@ -901,7 +919,11 @@ class _Parts:
     def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
         path = self.folder / f"{re.sub(r'[^A-Za-z0-9.=]+', '-', name).strip('-')}.json"
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return parse_json(path.read_bytes())
+            except ValueError:
+                logger.warning("%s is damaged; moved to %s.damaged, and made again", path, path.name)
+                set_aside(path)
         self.listener.stage(name)
         value = compute()
         write_text(path, json.dumps(value) + "\n")
@@ -915,7 +937,7 @@ class _Parts:
             raise RunDirectoryError(f"{directory} holds {runs[0]} of a training run; give the probe its own directory")
         begun = [part for part in self.folder.glob("*.json") if part != path]
         if begun and path.exists():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_object(path)
             different = [key for key in dict.fromkeys([*there, *settings]) if there.get(key) != settings.get(key)]
             if different:
                 named = "; ".join(

@@ -52,13 +52,13 @@ from trb.files import exclusive, remove_unfinished, write_json, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate, take_template
 from trb.modeling import without_adapters
 from trb.ranks import Ranks
-from trb.recording import append_jsonl, drop_after_step
+from trb.recording import append_jsonl, drop_after_step, read_records
 from trb.rewards import Verifier
 from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
 from trb.templates import PLAIN_TEMPLATE
 from trb.trainer import TRBConfig, TRBTrainer
-from trb.untrusted import check_checkpoint, parse_yaml
+from trb.untrusted import check_checkpoint, parse_json, parse_yaml, read_object
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ __all__ = [
     "RunDirectoryError",
     "compare",
     "evaluate_suites",
+    "holds_scores",
+    "is_score",
     "load_pair",
     "load_student",
     "load_tokenizers",
@@ -77,6 +79,9 @@ __all__ = [
     "model_of_run",
     "precision",
     "problem_sets",
+    "read_results",
+    "set_aside",
+    "sole_run",
     "template_options",
     "train",
 ]
@@ -88,7 +93,9 @@ logger = logging.getLogger(__name__)
 # and what it leaves behind, not what it computes.
 _MAY_CHANGE = {*resume.FREE, *resume.LENGTH, "eval_every", "eval_max_rows", "save_final_model"}
 _MEASUREMENTS = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
-_RUN_FILES = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "report.html")
+_RUN_FILES = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "report.html", "checksums.json")
+_SEALED = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "model", "evaluations", "skipped")
+_MADE_AGAIN = ("model",)
 _CPU_CACHE_BYTES = 2 << 30
 _FULL_BYTES = 1 << 20
 _KEPT_LOGS = 10
@@ -177,16 +184,34 @@ def compare(
             raise ConfigError(f"{recipe.source}: {needed} is empty; a comparison needs at least one entry")
     recipes = {name: recipe.for_method(name) for name in recipe.run.methods}
     args = recipe.training_config(directory)
-    if overwrite and args.process_index == 0:
-        _clear_comparison(directory, recipe)
-    args.distributed_state.wait_for_everyone()
-    _check_shared_recipe(directory, recipe)
-    for name, variant in recipes.items():
-        # Sizes will do here: contents are compared once more before anything is resumed from.
-        checkpoint = checkpoints.latest(directory / name, contents=False, warn=None)
-        _check_claim(directory / name, variant, checkpoint, accept_changes, warn=False)
+    with ExitStack() as held:
+        held.enter_context(sole_run(directory, first=args.process_index == 0))
+        if overwrite and args.process_index == 0:
+            names = _listed_methods(directory) | set(recipes)
+            for run in (directory / name for name in names if (directory / name).is_dir()):
+                held.enter_context(sole_run(run, first=args.process_index == 0))
+            _clear_comparison(directory, names)
+        args.distributed_state.wait_for_everyone()
+        _check_shared_recipe(directory, recipe)
+        for name, variant in recipes.items():
+            # Sizes will do here: contents are compared once more before anything is resumed from.
+            checkpoint = checkpoints.latest(directory / name, contents=False, warn=None)
+            _check_claim(directory / name, variant, checkpoint, accept_changes, warn=False)
+        for name in recipes:  # all of them, before the first one takes its hours
+            held.enter_context(sole_run(directory / name, first=args.process_index == 0))
+        return _compare_alone(recipe, recipes, args, directory, listener, accept_changes)
+
+
+def _compare_alone(
+    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
+    args: TRBConfig,
+    directory: Path,
+    listener: Listener,
+    accept_changes: bool,
+) -> dict[str, Any]:
+    """The comparison itself, in directories that nobody else writes to."""
     listener.plan({name: max(0, variant.training_config(directory).max_steps) for name, variant in recipes.items()})
-    _require_writable(directory)
     with _explained_disk_errors(directory):
         initial = _initial_scores(recipe, args, directory, listener)
         results = {"student": mean_of_suites(initial["student"])}
@@ -196,6 +221,8 @@ def compare(
             complete = {**results, "teacher": mean_of_suites(initial["teacher"]), "provenance": provenance.describe()}
             if args.process_index == 0:
                 write_json(directory / "results.json", complete)
+        if args.process_index == 0:
+            _seal(directory, args)
     return complete
 
 
@@ -213,10 +240,11 @@ def _train(
 ) -> dict[str, Any]:
     """`train` under a name, with the initial student's scores where they are known already."""
     args = recipe.training_config(directory)
-    if not overwrite and _finished(directory, recipe):
+    finished = None if overwrite else Ranks.of_launch().from_first(lambda: _finished_results(directory, recipe))
+    if finished is not None:
         listener.finished(name)
-        return json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    with _sole_run(directory, args):
+        return finished
+    with sole_run(directory, first=args.process_index == 0):
         if overwrite and args.process_index == 0:
             _clear(directory)
         args.distributed_state.wait_for_everyone()
@@ -237,6 +265,11 @@ def _train_alone(
     found = Ranks.of_launch().from_first(partial(checkpoints.latest, directory))
     checkpoint = _check_claim(directory, recipe, found, accept_changes)
     checkpoint = _named_checkpoint(args.resume_from_checkpoint) or checkpoint
+    if checkpoint is None and checkpoints.numbered(directory):
+        raise RunDirectoryError(
+            f"{checkpoints.none_whole(directory)}, and starting over would drop what it has measured. Use another "
+            "output directory, or --overwrite to remove what is there"
+        )
     listener.stage(f"{name}: loading models and data")
     material = _load(run, args)
     _require_space(directory, material.student, run, args)
@@ -253,7 +286,9 @@ def _train_alone(
         observer = _Observer(directory, name, run.eval_every if material.problems else 0, score, listener)
         trainer = observer.trainer = _trainer(material, run, args, verifier, observer)
         trainer.check_prompts()
-        if checkpoint is not None and not accept_changes and not _is_last(checkpoint, args):
+        config = directory / "config.yaml"
+        unknown = Ranks.of_launch().from_first(lambda: _is_damaged(config))
+        if checkpoint is not None and not accept_changes and (unknown or not _is_last(checkpoint, args)):
             trainer.check_same_run(checkpoint)
         if args.process_index == 0:
             # Not before: a run that cannot start must not claim the directory.
@@ -279,10 +314,17 @@ def _train_alone(
         }
         if args.process_index == 0:
             write_json(directory / "results.json", results)
+            _seal(directory, args)
     listener.finished(name)
     del trainer, observer, material, score
     _free_memory()
     return results
+
+
+def _seal(directory: Path, args: TRBConfig) -> None:
+    """Checksums of what a run or a comparison has left, its checkpoints apart, which have their own."""
+    files = [directory / name for name in (*_SEALED, "recipe.yaml")]
+    checkpoints.seal(directory, checksums=args.checkpoint_checksums, files_of=files)
 
 
 def _trainer(
@@ -315,6 +357,8 @@ def _take_steps(trainer: TRBTrainer, checkpoint: Path | None, accept_changes: bo
         trainer.train()
     elif _is_last(checkpoint, trainer.args):
         # transformers would take one more step than asked for.
+        if checkpoint.parent == Path(str(trainer.args.output_dir)):
+            Ranks.of_launch().from_first(partial(checkpoints.check_reach, checkpoint))
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = _state_of(checkpoint)
     else:
@@ -373,19 +417,16 @@ class _Observer(TrainerCallback):
         return Ranks.of_launch().from_first(lambda: self._recorded(step))
 
     def _recorded(self, step: int) -> list[dict[str, Any]] | None:
-        if not self.path.exists():
-            return None
-        records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        records = read_records(self.path)
         found = [{key: record[key] for key in record if key != "step"} for record in records if record["step"] == step]
         return found or None
 
 
 def _held_out_summary(directory: Path) -> dict[str, Any]:
     """The first and the last measurement on held-out prompts: the student's own rollouts, whatever the sampler was."""
-    path = directory / "held_out.jsonl"
-    if not path.exists():
+    records = read_records(directory / "held_out.jsonl")
+    if not records:
         return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ends = zip(("before", "after"), (records[0], records[-1]), strict=True)
     keys = ("step", "loss", "trb/teacher_log_prob")
     return {"held_out": {name: {key: record.get(key) for key in keys} for name, record in ends}}
@@ -454,9 +495,17 @@ def _template(name: str) -> str:
 
 
 def model_of_run(spec: str) -> str:
-    """The trained model of a run directory; any other spec is itself."""
+    """The trained model of a run directory; any other spec is itself. Raises RunDirectoryError if it is damaged."""
     model = Path(spec).expanduser() / "model"
-    return str(model) if model.is_dir() and not (model.parent / "config.json").exists() else spec
+    if not model.is_dir() or (model.parent / "config.json").exists():
+        return spec
+    wrong = checkpoints.differing(model.parent, of=lambda name: name.startswith("model/"))
+    if wrong:
+        raise RunDirectoryError(
+            f"{model.parent} is damaged: {'; '.join(wrong.values())}. The command that trained it makes its model "
+            "again, from its last checkpoint"
+        )
+    return str(model)
 
 
 def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedModel:
@@ -641,6 +690,9 @@ def _initial_scores(
     """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read."""
     folder = directory / "evaluations"
     paths = {name: folder / f"{name}.json" for name in ("student", "teacher")}
+    if args.process_index == 0:
+        _check_sealed_scores(directory, paths)
+    args.distributed_state.wait_for_everyone()
     missing = not all(path.exists() for path in paths.values())
     args.distributed_state.wait_for_everyone()  # nobody looks after somebody has written
     if missing:
@@ -670,6 +722,24 @@ def _initial_scores(
     elif args.process_index == 0:
         write_text(directory / "recipe.yaml", recipe.to_yaml())  # methods may have joined
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+
+
+def _check_sealed_scores(directory: Path, paths: Mapping[str, Path]) -> None:
+    """Set damaged scores aside, so that they are measured again, and take the seal off what is written next."""
+    wrong = checkpoints.differing(directory)
+    for name, path in paths.items():
+        if path.exists() and (f"evaluations/{path.name}" in wrong or _read_scores(path) is None):
+            logger.warning("%s is damaged; moved to %s.damaged, and the %s is scored again", path, path.name, name)
+            set_aside(path)
+    checkpoints.unseal(directory)
+
+
+def _read_scores(path: Path) -> list[dict[str, Any]] | None:
+    try:
+        scores = parse_json(path.read_bytes())
+    except (IsADirectoryError, ValueError):
+        return None
+    return scores if isinstance(scores, list) and scores and all(map(is_score, scores)) else None
 
 
 def precision(args: TRBConfig) -> AbstractContextManager[Any]:
@@ -723,16 +793,30 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
     """What a written configuration says otherwise than `recipe`; nothing if there is none."""
     if not path.exists():
         return []
-    try:
-        there = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError):
-        there = None
-    if not isinstance(there, dict):
-        raise RunDirectoryError(f"{path} is damaged; use --overwrite to start over, or another output directory")
+    there = _written_recipe(path)
+    if there is None:
+        kept = (path.parent / "results.json").exists() or checkpoints.numbered(path.parent)
+        remedy = "" if kept else ", or --overwrite to start over"
+        raise RunDirectoryError(
+            f"{path} is damaged; restore it (the recipe with its defaults), or use another output directory{remedy}"
+        )
     # As it would be read back: through YAML, so that tuples and numbers compare alike.
     here = yaml.safe_load(recipe.to_yaml())
     keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore]
     return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
+
+
+def _written_recipe(path: Path) -> dict[str, Any] | None:
+    """The keys of a written configuration, or None if it is damaged."""
+    try:
+        there = parse_yaml(path.read_bytes().decode("utf-8"))
+    except (IsADirectoryError, yaml.YAMLError, ValueError):
+        return None
+    return there if isinstance(there, dict) else None
+
+
+def _is_damaged(path: Path) -> bool:
+    return path.exists() and _written_recipe(path) is None
 
 
 def _check_claim(
@@ -744,6 +828,10 @@ def _check_claim(
             f"{directory} holds checkpoints but no config.yaml, so it is unknown what they are; "
             "use another output directory"
         )
+    if _is_damaged(directory / "config.yaml") and _says_itself(checkpoint):
+        if warn:
+            logger.warning("%s/config.yaml is damaged: what %s says of its run is compared", directory, checkpoint)
+        return checkpoint
     found = _differences(directory / "config.yaml", recipe)
     # A longer run may go on from a checkpoint; without one it would silently start over.
     refused = [difference for difference in found if difference.key not in _MAY_CHANGE or checkpoint is None]
@@ -752,6 +840,14 @@ def _check_claim(
     if refused and warn:
         logger.warning("%s goes on with changes: %s", directory, "; ".join(map(str, refused)))
     return checkpoint
+
+
+def _says_itself(checkpoint: Path | None) -> bool:
+    """Whether a checkpoint says which run it is of."""
+    try:
+        return checkpoint is not None and resume.read(checkpoint) is not None
+    except ValueError:
+        return False
 
 
 def _check_shared_recipe(directory: Path, recipe: Recipe) -> None:
@@ -768,21 +864,90 @@ def _refuse(directory: Path, differences: list[_Difference], *, can_accept: bool
     raise RunDirectoryError(f"{directory} holds another configuration: {'; '.join(map(str, differences))}. {remedy}")
 
 
-def _finished(directory: Path, recipe: Recipe) -> bool:
-    return (directory / "results.json").exists() and not _differences(directory / "config.yaml", recipe)
+def _finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What a finished run found, if its directory holds that.
+
+    None where results or model are damaged and the last checkpoint can make them again. Raises RunDirectoryError where
+    it cannot. Damaged records are named in a warning: nothing can bring them back.
+    """
+    path, config = directory / "results.json", directory / "config.yaml"
+    if not path.exists():
+        return None
+    if (_is_damaged(config) and _says_itself(checkpoints.latest(directory, warn=None))) or _differences(config, recipe):
+        return None
+    results = read_results(path)  # first, as a file that may not be read is not damaged
+    damaged = checkpoints.differing(directory)
+    again = [text for name, text in damaged.items() if name == path.name or name.partition("/")[0] in _MADE_AGAIN]
+    if results is None and path.name not in damaged:
+        again.append(f"{path.name} cannot be read")
+    if again:
+        listed = f"{directory} is damaged: {'; '.join(again)}"
+        if checkpoints.latest(directory) is None:
+            raise RunDirectoryError(
+                f"{listed}. There is no whole checkpoint to make it again from: restore it, use another output "
+                "directory, or --overwrite to remove what is there"
+            )
+        logger.warning("%s; made again from the last checkpoint", listed)
+        return None
+    if damaged:
+        logger.warning("%s: records are damaged, and the results are not: %s", directory, "; ".join(damaged.values()))
+    return results
+
+
+def read_results(path: Path) -> dict[str, Any] | None:
+    """Scores by name in a results.json, or None if it holds none. Raises OSError where it may not be read."""
+    try:
+        return results if holds_scores(results := read_object(path)) else None
+    except (IsADirectoryError, ValueError):
+        return None
+
+
+def holds_scores(results: dict[str, Any]) -> bool:
+    """Whether the contents of a results.json are scores by name."""
+    scores = [score for name, score in results.items() if name != "provenance"]
+    return bool(scores) and all(map(is_score, scores))
+
+
+def is_score(value: Any) -> bool:
+    """Whether a value from a file is what `mean_of_suites` takes or returns."""
+    if not isinstance(value, dict) or "pass_at_1" not in value:
+        return False
+    if value["pass_at_1"] is None:
+        return value.get("interval") is None
+    numbers = ("pass_at_1", "n_problems", "n_samples", "mean_length", "stop_rate")
+    interval = value.get("interval")
+    ends = interval if isinstance(interval, list) and len(interval) == 2 else [None]
+    return all(isinstance(number, int | float) for number in (*map(value.get, numbers), *ends))
+
+
+def set_aside(path: Path) -> None:
+    """Move a damaged file or folder out of the way, keeping what can be kept."""
+    aside = path.with_name(f"{path.name}.damaged")
+    _remove(aside)
+    path.rename(aside)
 
 
 def _clear(directory: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    for name in _RUN_FILES:
-        (directory / name).unlink(missing_ok=True)
     folders = ("model", "model.partial", "evaluations", "skipped", checkpoints.PARTIAL)
-    for path in (*directory.glob("checkpoint-*"), *(directory / name for name in folders)):
+    for path in (*directory.glob("checkpoint-*"), *(directory / name for name in (*_RUN_FILES, *folders))):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, whichever it is."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
     """Claim the directory for a run; without a checkpoint, drop what an interrupted one measured."""
+    checkpoints.unseal(directory)
+    for name, read in (("results.json", read_results), ("config.yaml", _written_recipe)):
+        if (directory / name).exists() and read(directory / name) is None:
+            set_aside(directory / name)
     (directory / "results.json").unlink(missing_ok=True)
     if afresh:
         for name in _MEASUREMENTS:
@@ -794,7 +959,7 @@ def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
     for name in _MEASUREMENTS:
         drop_after_step(directory / name, sys.maxsize)  # a kill may have cut the last line off
     write_text(directory / "config.yaml", recipe.to_yaml())
-    provenance.write(directory)
+    checkpoints.seal(directory, files_of=[directory / "config.yaml", provenance.write(directory)])
 
 
 def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
@@ -803,17 +968,22 @@ def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
     checkpoints.prune(directory, state.global_step, args.save_total_limit, [state.best_model_checkpoint])
 
 
-def _clear_comparison(directory: Path, recipe: Recipe) -> None:
-    names = set(recipe.run.methods)
-    written = directory / "recipe.yaml"
-    if written.exists():
-        there = parse_yaml(written.read_text(encoding="utf-8"))
-        listed = (there.get("methods") or {}) if isinstance(there, dict) else {}
-        names |= {name for name in listed if is_method_name(name)}  # "../x" would clear a directory elsewhere
+def _listed_methods(directory: Path) -> set[str]:
+    """The runs of the comparison that a directory holds, as far as its recipe.yaml can be read."""
+    try:
+        there = parse_yaml((directory / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError):
+        return set()
+    listed = there.get("methods") if isinstance(there, dict) else None
+    # "../x" would clear a directory elsewhere.
+    return {name for name in (listed if isinstance(listed, dict) else {}) if is_method_name(name)}
+
+
+def _clear_comparison(directory: Path, names: set[str]) -> None:
     for name in names:
         _clear(directory / name)
     _clear(directory)
-    written.unlink(missing_ok=True)
+    _remove(directory / "recipe.yaml")
 
 
 def _named_checkpoint(name: str | None) -> Path | None:
@@ -842,18 +1012,26 @@ def _is_last(checkpoint: Path, args: TRBConfig) -> bool:
 
 
 @contextmanager
-def _sole_run(directory: Path, args: TRBConfig) -> Iterator[None]:
-    """Keep a second start of the same run, by hand or by a scheduler, from writing into the first one's files."""
-    if args.process_index != 0:
+def sole_run(directory: Path, *, first: bool = True, inside: bool = False) -> Iterator[None]:
+    """Keep every other command, also a second start of this one, from writing into a directory, which is made.
+
+    Args:
+        directory: of a run, a comparison, a probe or an evaluation.
+        first: whether this is the first process of its launch; the others hold nothing.
+        inside: as in `trb.files.exclusive`.
+
+    Raises RunDirectoryError naming the holder, or where nothing can be written.
+    """
+    if not first:
         yield
         return
     _require_writable(directory)
     with ExitStack() as stack:
         try:
-            stack.enter_context(exclusive(directory))
+            stack.enter_context(exclusive(directory, inside=inside))
         except BlockingIOError as error:
             raise RunDirectoryError(
-                f"another run is writing to {directory}; wait for it, or use another output directory"
+                f"another run is writing to {directory}: {error.strerror}; wait for it, or use another output directory"
             ) from error
         yield
 
@@ -907,7 +1085,8 @@ def _explained_disk_errors(directory: Path) -> Iterator[None]:
         raise DiskFullError(
             errno.ENOSPC,
             f"the disk of {directory} is full: what was being written is lost, and everything saved before is intact. "
-            f"Free some space and run the same command again to {way_on}; save_total_limit: 1 keeps fewer checkpoints",
+            f"Free some space and run the same command again to {way_on}; save_total_limit: 1 keeps fewer checkpoints "
+            f"({type(error).__name__}: {error!s:.200})",
         ) from error
 
 

@@ -7,12 +7,24 @@ import errno
 import json
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_directory", "exclusive", "finite", "remove_unfinished", "write_bytes", "write_json", "write_text"]
+__all__ = [
+    "LOCK",
+    "cache_directory",
+    "exclusive",
+    "finite",
+    "flush",
+    "remove_unfinished",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,15 +33,33 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file at once, never leaving it half written. Its folder is made if missing."""
+    """Replace a file at once; it is never half written, not even if power is lost. Its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Named by the process: two that write the same file must not write into each other's.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        unfinished.write_bytes(content)
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name may reach the disk before the contents do
         unfinished.replace(path)
+        flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk, where it can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder, on a system without handles for them
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # a file system that does not know how
+        return
+    finally:
+        os.close(handle)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -54,28 +84,83 @@ def finite(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. The system lets go of it with the process, however that ends, and no file stays.
+LOCK = ".lock"  # who holds a folder; what holds it is the system's lock on the folder and on this file
+_HOLDS_RUNS = ("recipe.yaml", "study.yaml")
+_held: set[str] = set()
 
-    Raises BlockingIOError if another process holds it. Where folders cannot be locked (Windows, some network file
-    systems), nothing is held.
+
+@contextmanager
+def exclusive(folder: Path, *, wait: bool = False, inside: bool = False) -> Iterator[None]:
+    """Hold a folder for this process, against every other command; a holder may hold it again.
+
+    The system lets go of it with the process, however that ends. Meanwhile `.lock` in the folder says who holds it
+    (host, process, since when); a killed holder leaves that file, and the next one takes its place.
+
+    Args:
+        folder: it must exist.
+        wait: until another process lets go of it, instead of raising.
+        inside: part of a comparison or study that another process holds, and on its behalf.
+
+    Raises BlockingIOError naming the holder if another process holds the folder, or a comparison or study that it is
+    part of. Where nothing can be locked (Windows, some network file systems), nothing is held.
     """
+    name = str(folder.resolve())
+    if name in _held:
+        yield
+        return
+    if not inside:
+        _check_above(folder)
+    _held.add(name)
+    try:
+        with _locked(folder, wait):
+            yield
+    finally:
+        _held.discard(name)
+
+
+def _check_above(folder: Path) -> None:
+    """Raises BlockingIOError if another process holds a comparison or study around a folder."""
+    for above in folder.resolve().parents:
+        if str(above) in _held or not any((above / name).exists() for name in _HOLDS_RUNS):
+            continue
+        if (above / LOCK).is_file():
+            with _locked(above, wait=False, note=False):
+                pass
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool, *, note: bool = True) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise BlockingIOError(error.errno, f"{folder} is in use") from error
+    path = folder / LOCK
+    with ExitStack() as stack:
+        # The folder, which nobody removes by mistake; and the file, as some network file systems lock no folders.
+        for target, flags in ((folder, os.O_RDONLY), (path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)):
+            handle = os.open(target, flags, 0o644)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise BlockingIOError(error.errno, f"{folder} is in use by {_holder(path)}") from error
+        if note:
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode())
+            stack.callback(path.unlink, missing_ok=True)
         yield
-    finally:
-        os.close(handle)
+
+
+def _holder(note: Path) -> str:
+    """Who holds a folder, in words: the file may be of any content."""
+    try:
+        holder = json.loads(note.read_bytes())
+        return f"process {int(holder['pid'])} on {holder['host']!s:.100}, since {holder['since']!s:.40}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
 
 
 def cache_directory() -> Path:

@@ -7,7 +7,6 @@ paired.
 Left out on purpose: drawing (`trb.report`), and the statistics themselves (`trb.statistics`).
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from trb import provenance
 from trb.experiments import mean_of_suites
-from trb.recording import logged_metrics
+from trb.recording import logged_metrics, read_records
 from trb.statistics import (
     Estimate,
     area_under_curve,
@@ -32,6 +31,7 @@ from trb.statistics import (
     steps_to_target,
 )
 from trb.study import BASELINE, ROLES, Reference, Study, Unit
+from trb.untrusted import read_object
 
 __all__ = ["FILE_NAME", "assemble", "finished_seeds", "selection"]
 
@@ -78,7 +78,7 @@ def assemble(study: Study, directory: str | Path) -> dict[str, Any]:
             "settings": settings,
             "average": _average(settings),
             "diagnostics": _diagnostics(study, directory),
-            "provenance": json.loads((directory / provenance.FILE_NAME).read_text(encoding="utf-8")),
+            "provenance": read_object(directory / provenance.FILE_NAME),
         }
     )
 
@@ -125,9 +125,7 @@ def finished_seeds(study: Study, directory: str | Path, setting: str) -> list[in
 
 def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
     setting, seeds = study.settings[name], finished_seeds(study, directory, name)
-    references = {
-        role: json.loads((directory / Reference(name, role).path).read_text(encoding="utf-8")) for role in ROLES
-    }
+    references = {role: read_object(directory / Reference(name, role).path) for role in ROLES}
     shown: dict[str, Any] = {
         "title": setting.title or name,
         "description": setting.description,
@@ -139,7 +137,7 @@ def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
     }
     chosen = directory / name / "selection.json"
     if chosen.exists():
-        shown["sweep"] = json.loads(chosen.read_text(encoding="utf-8"))["methods"]
+        shown["sweep"] = read_object(chosen)["methods"]
     if seeds:
         shown["methods"] = _methods(study, directory, name, seeds, shown["sweep"])
         shown["steps"] = shown["methods"][BASELINE]["curve"]["steps"][-1]
@@ -311,7 +309,7 @@ def _metrics(
 def _diagnostics(study: Study, directory: Path) -> dict[str, Any]:
     """What `trb probe --output-dir STUDY/SETTING/probe` measured, of the settings where it has been run."""
     paths = {name: directory / name / "probe" / "probe.json" for name in study.settings}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    return {name: read_object(path) for name, path in paths.items() if path.exists()}
 
 
 def _average(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -368,13 +366,13 @@ def _test_run(setting: str, method: str, seed: int) -> Path:
 
 def _test_scores(directory: Path, setting: str, method: str, seed: int) -> dict[str, Any]:
     path = directory / _test_run(setting, method, seed) / "test.json"
-    return json.loads(path.read_text(encoding="utf-8"))["suites"]
+    return read_object(path)["suites"]
 
 
 def _dev_curve(run: Path) -> tuple[list[int], list[float]]:
     """Steps and pass@1 on the development split, the mean of its suites."""
     by_step: dict[int, list[float]] = {}
-    for line in _jsonl(run / "evals.jsonl"):
+    for line in read_records(run / "evals.jsonl"):
         by_step.setdefault(line["step"], []).append(line["pass_at_1"])
     steps = sorted(by_step)
     return steps, [math.fsum(by_step[step]) / len(by_step[step]) for step in steps]
@@ -382,10 +380,6 @@ def _dev_curve(run: Path) -> tuple[list[int], list[float]]:
 
 def _ranked(study: Study, steps: Sequence[int], scores: Sequence[float]) -> float:
     return scores[-1] if study.select_by == "final" else area_under_curve(steps, scores)
-
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _rounded(value: Any) -> Any:

@@ -77,6 +77,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _MANIFEST = "manifest.json"
+_LONGEST_CAUSE = 300
 # Part of the cache key: raise it when the conversion changes, so that older conversions are not reused.
 _CONVERSION = 1
 
@@ -249,7 +250,7 @@ def _explained(source: Path | str, what: str) -> Iterator[None]:
     except (ImportError, MemoryError, PermissionError, torch.OutOfMemoryError):
         raise  # these say what is wrong; PermissionError names the file
     except (OSError, HFValidationError, SafetensorError) as error:
-        raise _unavailable(source, what) from error
+        raise _unavailable(source, what, error) from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -258,18 +259,22 @@ def _explained(source: Path | str, what: str) -> Iterator[None]:
             ) from error
         raise ValueError(f"the {what} of {source} cannot be used: {error}") from error
     except Exception as error:
-        raise _unavailable(source, what) from error
+        raise _unavailable(source, what, error) from error
 
 
-def _unavailable(source: Path | str, what: str) -> OSError:
+def _unavailable(source: Path | str, what: str, error: Exception) -> OSError:
+    """Whose message keeps the cause: a thread that cannot be started is no damage, and many other things are not."""
+    cause = printable(f"{type(error).__name__}: {error}", lines=False)[:_LONGEST_CAUSE]
     if isinstance(source, Path):
-        return OSError(f"cannot read the {what} in {source}: it is incomplete or damaged; save it again")
+        return OSError(
+            f"cannot read the {what} in {source} ({cause}); if its files are incomplete or damaged, save it again"
+        )
     nearby = [str(p) for p in Path(source).parent.glob("*") if p.is_dir()]
     hint = did_you_mean(source, [*BUILT_IN, *nearby])
     if is_offline_mode():
         remedy = hint or "; download it once with `hf download`, or unset HF_HUB_OFFLINE"
-        return OSError(f"the {what} of {source!r} is not in the hub cache and HF_HUB_OFFLINE is set{remedy}")
-    return OSError(f"no directory {source!r} here, and the hub did not provide its {what}{hint}")
+        return OSError(f"the {what} of {source!r} is not in the hub cache and HF_HUB_OFFLINE is set{remedy} ({cause})")
+    return OSError(f"no directory {source!r} here, and the hub did not provide its {what}{hint} ({cause})")
 
 
 # Weights

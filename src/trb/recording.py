@@ -19,8 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 
-from trb.files import finite, write_text
+from trb.files import finite, flush, write_bytes
 from trb.scoring import TokenScores
+from trb.untrusted import parse_json
 
 __all__ = [
     "RunRecorder",
@@ -28,6 +29,7 @@ __all__ = [
     "drop_after_step",
     "jsonl",
     "logged_metrics",
+    "read_records",
     "score_record",
     "survive_failures",
 ]
@@ -152,13 +154,13 @@ def logged_metrics(path: Path, names: Sequence[str]) -> dict[str, dict[int, floa
         FileNotFoundError: no such file.
         ValueError: a line before the last is no record; half a last line is what a running or killed run leaves.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             for name in names:
                 if record.get(name) is not None:
                     found[name][int(record["step"])] = float(record[name])
@@ -171,18 +173,53 @@ def logged_metrics(path: Path, names: Sequence[str]) -> dict[str, dict[int, floa
     return found
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, each with its optimizer `step`; none if there is no file.
+
+    Half a last line is what a kill leaves. Others that cannot be read are left out, with a warning that names them.
+    """
+    records, damaged = _sorted_out(path)
+    if damaged:
+        logger.warning(f"{_damage(path, damaged)}; what can be read of it is used")
+    return [record for _, record in records]
+
+
 def drop_after_step(path: Path, step: int) -> None:
-    """Rewrite `path` without objects whose `"step"` exceeds `step`, and without a torn last line."""
+    """Rewrite `path` without objects whose `"step"` exceeds `step`, and without a torn last line.
+
+    Other lines that cannot be read are moved to a file beside it (its name and `.damaged`), with a warning that names
+    them.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    records, damaged = _sorted_out(path)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        with aside.open("ab") as file:  # before they leave their place
+            file.writelines(line + b"\n" for line in damaged.values())
+        flush(aside)
+        logger.warning(f"{_damage(path, damaged)}; moved to {aside.name}")
+    write_bytes(path, b"".join(line + b"\n" for line, record in records if record["step"] <= step))
+
+
+def _sorted_out(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], dict[int, bytes]]:
+    """The lines of a file that are records of a step, and by their numbers those that are not, but for a torn last."""
+    records, damaged = [], {}
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # a killed run may leave half a line; nothing valid follows it
-        if record["step"] <= step:
-            kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
+            record = parse_json(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append((line, record))
+        elif number < len(lines):
+            damaged[number] = line
+    return records, damaged
+
+
+def _damage(path: Path, damaged: Mapping[int, bytes]) -> str:
+    numbers = ", ".join(map(str, list(damaged)[:10])) + (", ..." if len(damaged) > 10 else "")
+    return f"{path} is damaged: line {numbers} cannot be read"

@@ -10,13 +10,13 @@ The test split is scored after the choice is on disk, once per chosen run, from 
 Left out on purpose: judging the results (`trb.findings`), and what one run does (`trb.experiments`).
 """
 
-import fcntl
 import json
+import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -32,19 +32,24 @@ from trb import findings, provenance
 from trb.experiments import (
     RunDirectoryError,
     evaluate_suites,
+    holds_scores,
+    is_score,
     load_pair,
     load_tokenizers,
     problem_sets,
+    set_aside,
     train,
 )
-from trb.files import write_json, write_text
+from trb.files import LOCK, exclusive, write_json, write_text
 from trb.loading import load_model, quiet_libraries
 from trb.rewards import Verifier
 from trb.study import ROLES, ProblemSets, Reference, Study, Unit, load_study
-from trb.untrusted import parse_yaml
+from trb.untrusted import parse_yaml, read_object
 from trb.vocab import SharedVocabulary
 
 __all__ = ["StudyError", "StudyListener", "default_workers", "run_study"]
+
+logger = logging.getLogger(__name__)
 
 # What may change between two starts: how results are judged, not what is run.
 _JUDGEMENT = ("description", "target", "level", "resamples")
@@ -131,8 +136,11 @@ def _work(directory: str, keep_models: bool, job: Job) -> float:
         _score_reference(study, Path(directory), job)
         return time.monotonic() - start
     run = Path(directory) / job.path
-    with _locked(run / ".lock"):
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run, wait=True, inside=True):
         if not _is_done(Path(directory), job):
+            if job.phase == "test" and not (run / "model").is_dir():  # removed once scored, and now needed again
+                (run / "results.json").unlink(missing_ok=True)
             train(study.recipe_of(job), run, initial_scores=_initial_scores(Path(directory), job.setting))
             if job.phase == "test":
                 _score_trained(study, job, run)
@@ -144,9 +152,31 @@ def _work(directory: str, keep_models: bool, job: Job) -> float:
 
 
 def _is_done(directory: Path, job: Job) -> bool:
+    """Whether a job's results are there. Damaged ones are moved aside, so that the job is done again."""
     if isinstance(job, Reference):
-        return (directory / job.path).exists()
-    return (directory / job.path / ("test.json" if job.phase == "test" else "results.json")).exists()
+        return _is_whole(directory / job.path, lambda value: all(_has_suites(value[name]) for name in ("dev", "test")))
+    if job.phase == "test":
+        return _is_whole(directory / job.path / "test.json", _has_suites)
+    return _is_whole(directory / job.path / "results.json", holds_scores)
+
+
+def _is_whole(path: Path, check: Callable[[Any], bool]) -> bool:
+    if not path.exists():
+        return False
+    try:
+        if check(read_object(path)):
+            return True
+    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    logger.warning("%s is damaged; moved to %s.damaged, and made again", path, path.name)
+    set_aside(path)
+    return False
+
+
+def _has_suites(value: Any) -> bool:
+    return bool(value["suites"]) and all(
+        is_score(score) and isinstance(score["correct"], list) for score in value["suites"].values()
+    )
 
 
 def _score_reference(study: Study, directory: Path, job: Reference) -> None:
@@ -164,7 +194,7 @@ def _score_reference(study: Study, directory: Path, job: Reference) -> None:
 def _initial_scores(directory: Path, setting: str) -> list[dict[str, Any]]:
     """The untrained student on the development split: every run of a setting starts there."""
     path = directory / Reference(setting, "student").path
-    suites = json.loads(path.read_text(encoding="utf-8"))["dev"]["suites"].values()
+    suites = read_object(path)["dev"]["suites"].values()
     return [{key: value for key, value in suite.items() if key != "correct"} for suite in suites]
 
 
@@ -221,11 +251,15 @@ def _study_in(directory: str) -> Study:
 def _select(study: Study, directory: Path, setting: str) -> dict[str, int]:
     """The chosen configuration of every family: read if it is on disk, made and written otherwise."""
     path = directory / setting / "selection.json"
-    if not path.exists():
+    if not _is_whole(path, lambda value: bool(list(_chosen(value)))):  # the same again, from the same scores
         table = findings.selection(study, directory, setting)
         write_json(path, {"select_by": study.select_by, "seeds": study.seeds.select, "methods": table})
-    methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
-    return {name: next(index for index, row in enumerate(rows) if row["selected"]) for name, rows in methods.items()}
+    return dict(_chosen(read_object(path)))
+
+
+def _chosen(table: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, rows in table["methods"].items():
+        yield name, [bool(row["selected"]) for row in rows].index(True)
 
 
 # ---- pools ----
@@ -398,10 +432,10 @@ def _claimed(directory: Path) -> Iterator[None]:
         # Around the claim alone: what is refused later on has a file of its own to name.
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(directory / ".lock", wait=False))
+            stack.enter_context(exclusive(directory))
         except BlockingIOError as error:
             raise RunDirectoryError(
-                f"another sweep is running in {directory}; wait for it, or use another one"
+                f"another sweep is running in {directory}: {error.strerror}; wait for it, or use another directory"
             ) from error
         except PermissionError as error:
             raise RunDirectoryError(
@@ -410,20 +444,11 @@ def _claimed(directory: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that the system drops with the process, however that ends. Raises BlockingIOError if not waiting."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
 def _begin(directory: Path, study: Study) -> None:
     path = directory / "study.yaml"
     if path.exists():
         _check_same(path, study)
-    elif any(entry.name != ".lock" for entry in directory.iterdir()):
+    elif any(entry.name != LOCK for entry in directory.iterdir()):
         raise RunDirectoryError(f"{directory} is not empty and holds no study; use another output directory")
     write_text(path, study.to_yaml())
     if not (directory / provenance.FILE_NAME).exists():
@@ -435,7 +460,7 @@ def _check_same(path: Path, study: Study) -> None:
     try:
         there = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).model_dump()
     except (ValueError, yaml.YAMLError) as error:
-        raise RunDirectoryError(f"{path} is damaged; use another output directory") from error
+        raise RunDirectoryError(f"{path} is damaged ({error!s:.200}); use another output directory") from error
     here = study.model_dump()
     kept = set(there["seeds"]["test"]) <= set(here["seeds"]["test"])
     there["seeds"]["test"] = here["seeds"]["test"] if kept else there["seeds"]["test"]

@@ -911,7 +911,7 @@ class TRBTrainer(DistillationTrainer):
         Raises:
             ValueError: prompts that cannot be trained on (`check_prompts`); a checkpoint that could run code.
             ChangedRunError: lists everything that differs from the checkpoint's run.
-            CheckpointError: the checkpoint named is damaged or not one of this trainer's.
+            CheckpointError: the checkpoint named is damaged or not one of this trainer's, or True finds no whole one.
             NonFiniteError: `max_skipped_steps` steps in a row had a loss or gradient that is not finite.
         """
         self.check_prompts()
@@ -920,15 +920,30 @@ class TRBTrainer(DistillationTrainer):
         self._describe_run()
         self._guard.reset()
         if resume_from_checkpoint is True:
-            found = self._ranks.from_first(lambda: checkpoints.latest(Path(str(self.args.output_dir))))
-            resume_from_checkpoint = True if found is None else str(found)  # True: transformers says that there is none
+            # Never handed on as it is: transformers would choose by itself, and does not verify.
+            resume_from_checkpoint = str(self._ranks.from_first(self._latest_checkpoint))
         elif resume_from_checkpoint and verify:
             named = Path(resume_from_checkpoint)
             self._ranks.from_first(lambda: checkpoints.verify(named))
-        if resume_from_checkpoint and resume_from_checkpoint is not True:
-            check_checkpoint(Path(resume_from_checkpoint))  # here too: DeepSpeed's files are not read as others are
-            self.check_same_run(Path(resume_from_checkpoint), accept_changes=accept_changes)
+        if resume_from_checkpoint:
+            saved = Path(resume_from_checkpoint)
+            check_checkpoint(saved)  # here too: DeepSpeed's files are not read as others are
+            self.check_same_run(saved, accept_changes=accept_changes)
+            if (
+                saved.parent.absolute() == Path(str(self.args.output_dir)).absolute()
+                and self.accelerator.is_main_process
+            ):
+                checkpoints.check_reach(saved)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _latest_checkpoint(self) -> Path:
+        directory = Path(str(self.args.output_dir))
+        found = checkpoints.latest(directory)
+        if found is None:
+            raise checkpoints.CheckpointError(
+                f"{checkpoints.none_whole(directory)}; to start anew, call train() without resume_from_checkpoint"
+            )
+        return found
 
     def _describe_run(self) -> dict[str, Any]:
         """What this run is, for its checkpoints; collective the first time."""
@@ -989,6 +1004,7 @@ class TRBTrainer(DistillationTrainer):
             self.accelerator.wait_for_everyone()
             if publishes and (directory / checkpoints.PARTIAL / name).exists():
                 resume.write(directory / checkpoints.PARTIAL / name, description)
+                checkpoints.write_reach(directory, directory / checkpoints.PARTIAL / name)
                 checkpoints.seal(directory / checkpoints.PARTIAL / name, checksums=self.args.checkpoint_checksums)
                 checkpoints.publish(directory, name)
         self.accelerator.wait_for_everyone()
@@ -996,6 +1012,12 @@ class TRBTrainer(DistillationTrainer):
             checkpoints.prune(directory, step, self.args.save_total_limit, [self.state.best_model_checkpoint])
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(directory / name))
+
+    def _load_best_model(self) -> None:
+        """As in transformers, which loads it unseen: it may have been saved hours ago, or be named by another run."""
+        best = Path(str(self.state.best_model_checkpoint))
+        self._ranks.from_first(lambda: checkpoints.verify(best))
+        super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is None:  # else it is about to be renamed, and is pushed then

@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +83,14 @@ _EXAMPLES = {
 }
 
 
+# Files of a run, a comparison or a study, whose results an evaluation must not replace.
+_OF_A_RUN = ("config.yaml", "metrics.jsonl", "recipe.yaml", "study.yaml")
+
 # What the machine refuses needs no traceback, whoever asked for it.
-_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_ENVIRONMENT = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP),  # something else than the file that should be there
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"interrupted. {arguments.hint}")
         return 130
     except Exception as error:
-        if os.environ.get("TRB_DEBUG") == "1" or not _is_explained(error):
+        if arguments.debug or os.environ.get("TRB_DEBUG") == "1" or not _is_explained(error):
             raise
         _say(f"error: {message(error)}")
         return 2
@@ -182,6 +189,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     parser.set_defaults(command=function, takes_overrides=overrides, hint="Run the same command again.")
     return parser
 
@@ -355,17 +363,16 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb import provenance
     from trb.config import make_recipe
     from trb.experiments import (
+        RunDirectoryError,
         evaluate_suites,
         load_student,
         load_tokenizers,
-        mean_of_suites,
         model_of_run,
         problem_sets,
+        sole_run,
     )
-    from trb.files import write_json
     from trb.loading import quiet_libraries
     from trb.ranks import Ranks
     from trb.rewards import Verifier
@@ -376,33 +383,44 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
     run, args = recipe.run, recipe.training_config(folder or "unused")
     is_first = Ranks.of_launch().is_first
-    if folder and not arguments.resume and is_first:
-        shutil.rmtree(folder / "evaluations", ignore_errors=True)
-    with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
-        listener.stage("loading the model and problems")
-        problems = problem_sets(run)
-        tokenizer, _ = load_tokenizers(run)
-        model = load_student(run)
-        scores = evaluate_suites(
-            model,
-            tokenizer=tokenizer,
-            problems=problems,
-            run=run,
-            args=args,
-            verifier=verifier,
-            folder=folder / "evaluations" if folder else None,
-            label=model_spec,
-            listener=listener,
-        )
-    if not is_first:
-        return 0
+    held = [name for name in _OF_A_RUN if folder and (folder / name).exists()]
+    if held:
+        raise RunDirectoryError(f"{folder} holds {held[0]} of a training run; give the evaluation its own --output-dir")
+    with sole_run(folder, first=is_first) if folder else nullcontext():
+        with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
+            listener.stage("loading the model and problems")
+            problems = problem_sets(run)
+            tokenizer, _ = load_tokenizers(run)
+            model = load_student(run)
+            if folder and not arguments.resume and is_first:
+                shutil.rmtree(folder / "evaluations", ignore_errors=True)
+            scores = evaluate_suites(
+                model,
+                tokenizer=tokenizer,
+                problems=problems,
+                run=run,
+                args=args,
+                verifier=verifier,
+                folder=folder / "evaluations" if folder else None,
+                label=model_spec,
+                listener=listener,
+            )
+        if is_first:
+            _keep_evaluation(scores, model_spec, folder)
+    return 0
+
+
+def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path | None) -> None:
+    from trb import provenance
+    from trb.experiments import mean_of_suites
+    from trb.files import write_json
+
     results = {score["name"]: score for score in scores}
     if len(scores) > 1:
         results["mean"] = {**mean_of_suites(scores), "suites": list(results)}
     new_console().print(score_table(results, gain=False))
     if folder:
         write_json(folder / "results.json", {"model": model_spec, **results, "provenance": provenance.describe()})
-    return 0
 
 
 def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:

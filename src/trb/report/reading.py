@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from trb import checkpoints
 from trb.report.style import LABELS
 from trb.untrusted import parse_yaml, require_inside
 
@@ -201,6 +202,7 @@ def _read_single(directory: Path, notes: list[str]) -> Source:
 def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[str]) -> Source:
     path = directory / "results.json"
     results = read_json(path)
+    notes += [f"{directory.name}: {text}." for text in _damage(directory)]
     order = {name: rank for rank, name in enumerate(results)}
     children = tuple(sorted(children, key=lambda child: (order.get(child.name, len(order)), child.name)))
     runs = tuple(read_run(child, notes, name=child.name) for child in children)
@@ -221,6 +223,7 @@ def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[st
 def read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
     """One run directory; `name` overrides the method its configuration names."""
     config = _read_yaml(directory / "config.yaml")
+    notes += [f"{directory.name}: {text}." for text in _damage(directory)]
     if not config:
         notes.append(f"{directory.name}/config.yaml is missing or empty: the configuration is not shown.")
     return Run(
@@ -232,6 +235,18 @@ def read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
         held_out=_read_metrics(directory / "held_out.jsonl", notes),
         evals=_read_evals(directory / "evals.jsonl", notes),
     )
+
+
+def _damage(directory: Path) -> list[str]:
+    """What is known to be damaged in a run: against its checksums, and against its last checkpoint's until it ends."""
+    shown = list(checkpoints.differing(directory, of=lambda name: "/" not in name).values())  # not the model
+    last = max(checkpoints.numbered(directory).items(), default=None)
+    if last is None or (directory / "results.json").exists():
+        return shown
+    try:
+        return shown + checkpoints.short_of_reach(last[1])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [*shown, f"{last[1].name} is damaged"]
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
