@@ -533,10 +533,6 @@ class TRBTrainer(DistillationTrainer):
         check_checkpoint(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
-        check_checkpoint(Path(str(self.state.best_model_checkpoint)))  # a resumed trainer_state.json may name any
-        super()._load_best_model()
-
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine unless a hub name was given."""
 
@@ -1017,6 +1013,7 @@ class TRBTrainer(DistillationTrainer):
         """As in transformers, which loads it unseen: it may have been saved hours ago, or be named by another run."""
         best = Path(str(self.state.best_model_checkpoint))
         self._ranks.from_first(lambda: checkpoints.verify(best))
+        check_checkpoint(best)  # the seal of a checkpoint finds damage, not forgery
         super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
