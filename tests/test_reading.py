@@ -92,7 +92,9 @@ def warnings_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # --- laws that were silently wrong --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3", "qwen2", "mistral", "starcoder2", "cohere2"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma3_text", "olmo3", "qwen2", "mistral", "starcoder2", "cohere2", "gemma4_unified"]
+)
 def test_windows_hold_in_prompts_and_after_them(model_type: str) -> None:
     """Prompts of up to three windows; these models are read through slots, not by a slower way."""
     student, teacher = build(model_type, seed=0), build(model_type, seed=1)

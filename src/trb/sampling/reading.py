@@ -230,8 +230,9 @@ def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
     with _recorded_masks(model) as ours:
         reader = SlotReader(model, 1, replay=False)
         reader.read(torch.tensor([rows[-1][:1]]), torch.zeros(1, 1, dtype=torch.long, device=model.device), 1)
-    if not own or len(own) != len(ours):
-        return f"its masks cannot be seen, and windows of {far} tokens are too long to try" if far else None
+    unseen = f"its masks cannot be seen, and windows of {far} tokens are too long to try" if far else None
+    if not own or len(own) != len(ours) or any(map(_looks_up, [*own, *ours])):
+        return unseen
     shown = False
     for position in sorted({at for window in reachable for at in (window - 1, window, 2 * window + 1)}):
         keys = torch.arange(position + 1, device=model.device)
@@ -245,6 +246,19 @@ def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
     if far and not shown and getattr(model.config.get_text_config(), "layer_types", None) is None:
         return f"no mask shows its windows of {far} tokens, which are too long to try"
     return None
+
+
+def _looks_up(part: Any) -> bool:
+    """Whether a mask function holds numbers of the row it was made for (Gemma 4: where images are): past the row's end
+    they would be looked up out of bounds, which on a GPU ends the process."""
+    if isinstance(part, Tensor):
+        return True
+    held = part if isinstance(part, tuple | list) else [cell.cell_contents for cell in _cells(part)]
+    return any(map(_looks_up, held))
+
+
+def _cells(part: Any) -> Sequence[Any]:
+    return getattr(part, "__closure__", None) or ()
 
 
 def _seen_from(model: PreTrainedModel, position: int, mask_function: Callable[..., Tensor]) -> Tensor:
