@@ -4,6 +4,7 @@ The oracle of every law here is the model's own plain forward pass over one row,
 whole of the library goes through it in test_models.py.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from transformers import (
     AttentionMaskInterface,
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -479,3 +482,26 @@ def test_a_router_that_reports_is_sampled_like_one_that_does_not() -> None:
         model.config.output_router_logits = True
     for options in WAYS_OF_SAMPLING:
         assert draw(*models, **options).completions == wanted
+
+
+def test_prompts_are_read_in_the_precision_that_a_trainer_wraps_around_the_model() -> None:
+    """Accelerate puts autocast around the forward pass of the whole model, not of the decoder inside it."""
+    model = tiny_llama(12, seed=1).float()
+    own = model.forward
+
+    @functools.wraps(own)
+    def in_bfloat16(*arguments: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return own(*arguments, **options)
+
+    model.forward = in_bfloat16
+    reader = trb.sampling.cache.SlotReader(model, 1)
+    with sampling_mode(model), torch.no_grad():
+        reader.admit([[3, 1, 4]], [0])
+    assert {layer.keys.dtype for layer in reader._all_layers()} == {torch.bfloat16}
+
+
+def test_a_model_with_too_few_positions_to_be_tried_is_refused_by_name() -> None:
+    config = GPT2Config(vocab_size=12, n_embd=16, n_layer=1, n_head=2, n_positions=5, **NO_SPECIAL_IDS)
+    with pytest.raises(UnsupportedModelError, match=r"^gpt2 .* has 5 positions, and 7 are needed"):
+        way(random_model(GPT2LMHeadModel, config, 0, 0.3))

@@ -179,6 +179,8 @@ def probe_rows(model: PreTrainedModel, tokens_after: int) -> list[list[int]]:
     config = model.config.get_text_config()
     limits = [limit for limit in (position_limit(model), rope_switch(model)) if limit]
     most = min([_LONGEST_PROBE, *limits])
+    if most <= tokens_after:
+        raise UnsupportedModelError(model, f"it has {most} positions, and {tokens_after + 1} are needed to try it")
     window = max([size for size in windows(model) if size + tokens_after + 3 <= most], default=4)
     lengths = [min(most, first + tokens_after) for first in (window + 3, 1, 4, 4)]
     reserved = {token for name in ("pad_token_id", "bos_token_id", "eos_token_id") for token in _ids(config, name)}
@@ -230,6 +232,8 @@ def _centre(logits: Tensor, possible: Tensor) -> Tensor:
 def tolerance(logits: Tensor) -> float:
     """Of `disagreement`, for two ways to compute the same logits: rounding adds up over layers and keys, and attention
     in float64 may still take its softmax in float32. A wrong mask or position is off by a share of order one."""
+    if logits.dtype == torch.float32 and logits.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return 2e-2  # ten bits of each factor
     if logits.dtype in (torch.float32, torch.float64):
         return 1e-5 if logits.dtype == torch.float64 else 3e-4
     return 0.25

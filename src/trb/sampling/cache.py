@@ -109,11 +109,16 @@ class SlotReader:
         for row, prompt in enumerate(owners):
             ids_UL[row, : len(prompt)] = torch.tensor(prompt)
         cache = DynamicCache()
-        decoder(self.model)(
+        # The model's own pass where that need not project the prompt to the vocabulary: the decoder inside it does not
+        # know the precision that a trainer wraps around the whole.
+        whole = accepts(self.model, "logits_to_keep")
+        reads: Any = self.model if whole else decoder(self.model)
+        reads(
             input_ids=ids_UL.to(device),
             attention_mask=torch.ones_like(ids_UL).to(device),
             past_key_values=cache,
             use_cache=True,
+            **({"logits_to_keep": 1} if whole else {}),
             **self._options,
         )
         self.calls += 1
