@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
@@ -109,6 +109,7 @@ class SlotReader:
         for row, prompt in enumerate(owners):
             ids_UL[row, : len(prompt)] = torch.tensor(prompt)
         cache = DynamicCache()
+        cache.layer_class_to_replicate = _PromptLayer
         # The model's own pass where that need not project the prompt to the vocabulary: the decoder inside it does not
         # know the precision that a trainer wraps around the whole.
         whole = accepts(self.model, "logits_to_keep")
@@ -345,6 +346,14 @@ class _State:
     def bytes(self) -> int:
         graphs_too = 0 if self.replays is None else self.replays.bytes
         return graphs_too + sum(layer.bytes for layer in self.layers)
+
+
+class _PromptLayer(DynamicLayer):
+    """The library's layer, with states in the dtype that attention takes them in: what slots are made for."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        dtype = _attention_dtype(key_states)
+        return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
 
 
 class _SlotLayer(CacheLayerMixin):
