@@ -1012,8 +1012,8 @@ class TRBTrainer(DistillationTrainer):
     def _load_best_model(self) -> None:
         """As in transformers, which loads it unseen: it may have been saved hours ago, or be named by another run."""
         best = Path(str(self.state.best_model_checkpoint))
+        check_checkpoint(best)  # a resumed trainer_state.json may name any
         self._ranks.from_first(lambda: checkpoints.verify(best))
-        check_checkpoint(best)  # the seal of a checkpoint finds damage, not forgery
         super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
