@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trb.modeling import OutputHead, completion_hidden_states, hidden_states, length_groups
+from trb.modeling import OutputHead, completion_hidden_states, length_groups
 
 SIZES = {
     "vocab_size": 19,
@@ -78,21 +78,6 @@ def test_rows_are_read_in_as_many_passes_as_announced(rows: int) -> None:
     assert len(passes) == length_groups(rows)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_head_of_hidden_states_gives_the_models_own_logits_whatever_the_padding(name: str) -> None:
-    model = build(name)
-    rows = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15]]
-    ids, mask = torch.zeros(3, 6, dtype=torch.long), torch.zeros(3, 6, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, -len(row) :], mask[index, -len(row) :] = torch.tensor(row), 1
-    head = OutputHead.check(model)
-    with torch.no_grad():
-        ours = head(hidden_states(model, ids, mask, keep=2))
-        for index, row in enumerate(rows):
-            own = model(input_ids=torch.tensor([row])).logits[0, -3:-1]
-            torch.testing.assert_close(ours[index], own, atol=1e-9, rtol=1e-9)
-
-
 def test_a_head_that_differs_from_the_model_is_refused_by_name() -> None:
     model = build("gemma2 (soft-capped logits)")
     model.config.final_logit_softcapping = 5.0  # the module keeps reading the config, so it changes too
@@ -115,8 +100,8 @@ def test_checking_leaves_training_mode_as_it_was() -> None:
 
 def test_adapters_take_part_in_the_hidden_states() -> None:
     model = build("llama")
-    ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4, dtype=torch.long)
-    before = hidden_states(model, ids, mask, keep=2)
+    ids, mask, chosen = torch.tensor([[[1, 2, 3, 4]], [[1, 1, 1, 1]], [[0, 0, 1, 1]]])
+    before = completion_hidden_states(model, ids, mask, chosen)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    after = hidden_states(adapted, ids, mask, keep=2)
+    after = completion_hidden_states(adapted, ids, mask, chosen)
     assert (before - after).abs().max() > 1e-4

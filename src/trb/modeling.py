@@ -32,7 +32,6 @@ __all__ = [
     "decoder",
     "disagreement",
     "has_adapters",
-    "hidden_states",
     "length_groups",
     "plain_logits",
     "position_limit",
@@ -237,18 +236,6 @@ def tolerance(logits: Tensor) -> float:
     if logits.dtype in (torch.float32, torch.float64):
         return 1e-5 if logits.dtype == torch.float64 else 3e-4
     return 0.25
-
-
-def hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep: int) -> Tensor:
-    """`[B, keep, H]` hidden states that predict the last `keep` tokens of left-padded sequences.
-
-    Positions are counted from each row's first real token, as the samplers do, so that models with learned
-    positions see the same inputs in sampling and in training.
-    """
-    inner = without_adapters(model)
-    position_BL = (mask_BL.cumsum(-1) - 1).clamp_min(0)
-    output = decoder(inner)(input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, use_cache=False)
-    return output.last_hidden_state[:, -keep - 1 : -1]
 
 
 def completion_hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, completion_BL: Tensor) -> Tensor:
