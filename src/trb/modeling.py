@@ -13,10 +13,10 @@ size, V head rows.
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,14 @@ __all__ = [
     "completion_hidden_states",
     "decoder",
     "disagreement",
+    "evaluation_mode",
     "has_adapters",
     "length_groups",
     "plain_logits",
     "position_limit",
     "probe_rows",
     "rope_switch",
+    "switched_off",
     "tolerance",
     "windows",
     "without_adapters",
@@ -121,6 +123,21 @@ def accepts(model: PreTrainedModel, name: str) -> bool:
     return name in inspect.signature(type(model).forward).parameters
 
 
+def switched_off(model: nn.Module, *names: str) -> dict[str, bool]:
+    """The options of those names, off, as far as the forward pass of a model takes them."""
+    return {name: False for name in names if accepts(cast(PreTrainedModel, model), name)}
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Dropout off (and gradient checkpointing, which would drop a cache) within the block; restored after."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(model.train, model.training)
+            model.eval()
+        yield
+
+
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal LM that gives its last hidden states."""
     base = model.base_model
@@ -134,7 +151,7 @@ def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     In the dtype that its head computed them in: some families widen them afterwards, and so does Accelerate around a
     model that it trains in mixed precision. They would pass for more exact than they are.
     """
-    options: dict[str, Any] = {name: False for name in ("use_cache", "output_router_logits") if accepts(model, name)}
+    options: dict[str, Any] = switched_off(model, "use_cache", "output_router_logits")
     with _output_dtypes(model.get_output_embeddings()) as dtypes:
         logits = model(input_ids=torch.tensor([list(tokens)], device=model.device), **options).logits[0]
     return logits.to(max([logits.dtype, *dtypes], key=lambda dtype: torch.finfo(dtype).eps))
@@ -281,6 +298,8 @@ def _hidden_states_that_predict(
     pass_length: int | None = None,
 ) -> Tensor:
     """`completion_hidden_states` of rows cut to `length_B` real tokens, in passes of at most `pass_length`."""
+    base = decoder(inner)
+    options: dict[str, Any] = switched_off(base, "use_cache")
     order_B = length_B.argsort()
     longest_B = length_B[order_B].tolist()
     found = []
@@ -290,17 +309,12 @@ def _hidden_states_that_predict(
         place_RL = (start_B[chosen_R, None] + column_L).clamp_max(ids_BL.shape[1] - 1)
         ids_RL = ids_BL[chosen_R].gather(-1, place_RL)
         read_RL = ids_RL if pass_length is None else ids_RL[:, :pass_length]
-        output = decoder(inner)(input_ids=read_RL, attention_mask=torch.ones_like(read_RL), **_without_extras(inner))
+        output = base(input_ids=read_RL, attention_mask=torch.ones_like(read_RL), **options)
         real_RL = column_L < length_B[chosen_R, None]
         predicts_RL = (completion_BL[chosen_R].gather(-1, place_RL) != 0) & real_RL
         states_RLH = output.last_hidden_state[:, : max(1, longest - 1)]
         found.append(states_RLH[predicts_RL[:, 1:]] if longest > 1 else states_RLH[:, :0].flatten(0, 1))
     return torch.cat(found)[_row_order(order_B, (completion_BL != 0).sum(-1))]
-
-
-def _without_extras(inner: PreTrainedModel) -> dict[str, bool]:
-    """Options that keep a pass to its hidden states, as far as the model knows them."""
-    return {name: False for name in ("use_cache",) if accepts(cast(PreTrainedModel, decoder(inner)), name)}
 
 
 def _row_order(order_B: Tensor, count_B: Tensor) -> Tensor:
@@ -388,11 +402,11 @@ class OutputHead:
                 f"hidden states and output head, as the loss reads them, give other logits than the model itself "
                 f"(off by {gap:.2g} of their spread)",
             )
-        _KNOWN[inner] = True
+        _KNOWN.add(inner)
         return head
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_KNOWN: WeakSet[nn.Module] = WeakSet()
 
 
 def _probe_hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -411,20 +425,16 @@ def _probe_hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Ten
 @contextmanager
 def _probing(model: nn.Module, failing: str) -> Iterator[PreTrainedModel]:
     """The model in evaluation mode and without gradients; what its own code raises then becomes a refusal by name."""
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             yield without_adapters(model)
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise UnsupportedModelError(model, f"{failing}: {type(error).__name__}: {error}") from error
-    finally:
-        model.train(was_training)
 
 
-_CAUSAL: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_CAUSAL: WeakSet[nn.Module] = WeakSet()
 
 
 def check_causal(model: nn.Module) -> None:
@@ -449,7 +459,7 @@ def check_causal(model: nn.Module) -> None:
         raise UnsupportedModelError(
             model, f"its logits at a token change with the tokens after it (by {gap:.2g} of their spread): not causal"
         )
-    _CAUSAL[inner] = True
+    _CAUSAL.add(inner)
 
 
 def _soft_cap(config: object) -> float | None:

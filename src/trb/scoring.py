@@ -9,7 +9,6 @@ V shared vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trb.losses import default_chunk_tokens
-from trb.modeling import OutputHead, completion_hidden_states, without_adapters
+from trb.modeling import OutputHead, completion_hidden_states, evaluation_mode, without_adapters
 from trb.policies import BehaviorPolicy, Target
 from trb.vocab import SharedVocabulary, head_rows
 
@@ -105,10 +104,7 @@ def score_completions(
     scores = TokenScores(alternatives=[] if top else None)
     scorer = _Scorer(student, teacher, policy, vocabulary, temperature, top)
     step = max_rows or max(1, len(rows))
-    with torch.no_grad(), ExitStack() as stack:
-        for model in (student, teacher):
-            stack.callback(model.train, model.training)
-            model.eval()
+    with torch.no_grad(), evaluation_mode(student, teacher):
         for start in range(0, len(rows), step):
             scorer.score(rows[start : start + step], scores)
     return scores

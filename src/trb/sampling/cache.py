@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
-from trb.modeling import accepts, decoder, position_limit, rope_switch
+from trb.modeling import accepts, decoder, position_limit, rope_switch, switched_off
 from trb.sampling import graphs
 
 __all__ = [
@@ -90,9 +90,7 @@ class SlotReader:
         self._limit = min([limit for limit in limits if limit is not None], default=None)
         switch = rope_switch(model)
         self._shortest_pass = switch + 1 if switch is not None and beyond_switch else 0
-        self._options: dict[str, Any] = (
-            {"output_router_logits": False} if accepts(model, "output_router_logits") else {}
-        )
+        self._options: dict[str, Any] = switched_off(model, "output_router_logits")
         self._takes_positions = accepts(model, "position_ids")
 
     def admit(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from trb.modeling import accepts
+from trb.modeling import accepts, switched_off
 
 __all__ = ["GroupedReader", "PaddedReader", "Reader", "WholeReader"]
 
@@ -182,7 +182,7 @@ class WholeReader:
     def __init__(self, model: PreTrainedModel, end: int | None = None) -> None:
         self.model = model
         self.calls = 0
-        self._options = {name: False for name in ("use_cache", "output_router_logits") if accepts(model, name)}
+        self._options = switched_off(model, "use_cache", "output_router_logits")
         self._rows: list[list[int]] = []
 
     def read_prompts(self, prompts: Sequence[Sequence[int]]) -> Tensor:

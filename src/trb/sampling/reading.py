@@ -32,6 +32,7 @@ from trb.modeling import (
     UnsupportedModelError,
     check_causal,
     disagreement,
+    evaluation_mode,
     plain_logits,
     position_limit,
     probe_rows,
@@ -46,6 +47,7 @@ from trb.sampling.cache import (
     slot_attentions,
     supports_slots,
 )
+from trb.sampling.graphs import is_compiled
 from trb.sampling.readers import GroupedReader, PaddedReader, Reader, WholeReader
 
 __all__ = ["WAYS", "Way", "sampling_mode", "way_of"]
@@ -291,21 +293,13 @@ def _recorded_masks(model: PreTrainedModel) -> Iterator[list[Callable[..., Tenso
 
 @contextmanager
 def sampling_mode(*models: PreTrainedModel) -> Iterator[None]:
-    """Dropout off (and gradient checkpointing, which would drop the cache) while sampling, and masks that leave no NaN;
-    restored after.
+    """`evaluation_mode` while sampling, and masks that leave no NaN; restored after.
 
     Compiled models are read as they were written: what was compiled for one cache is silently wrong with another.
     """
     with ExitStack() as stack:
         stack.enter_context(exact_masks())
-        for model in models:
-            stack.callback(model.train, model.training)
-            model.eval()
-        if any(map(_is_compiled, models)):
+        stack.enter_context(evaluation_mode(*models))
+        if any(is_compiled(part) for model in models for part in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    parts = model.modules()
-    return any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts)
