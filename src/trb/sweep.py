@@ -11,7 +11,6 @@ Left out on purpose: judging the results (`trb.findings`), and what one run does
 """
 
 import json
-import logging
 import os
 import shutil
 import threading
@@ -36,8 +35,8 @@ from trb.experiments import (
     is_score,
     load_pair,
     load_tokenizers,
+    make_again,
     problem_sets,
-    set_aside,
     train,
 )
 from trb.files import LOCK, exclusive, write_json, write_text
@@ -48,8 +47,6 @@ from trb.untrusted import parse_yaml, read_object
 from trb.vocab import SharedVocabulary
 
 __all__ = ["StudyError", "StudyListener", "default_workers", "run_study"]
-
-logger = logging.getLogger(__name__)
 
 # What may change between two starts: how results are judged, not what is run.
 _JUDGEMENT = ("description", "target", "level", "resamples")
@@ -168,8 +165,7 @@ def _is_whole(path: Path, check: Callable[[Any], bool]) -> bool:
             return True
     except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    logger.warning("%s is damaged; moved to %s.damaged, and made again", path, path.name)
-    set_aside(path)
+    make_again(path)
     return False
 
 
