@@ -1,9 +1,15 @@
 """Writing files at once: what is there stays until the whole replacement is."""
 
+import errno
 import json
 import math
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -103,6 +109,53 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="lock"), exclusive(folder):
         pass
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_killed_holder_lets_go_though_its_children_live(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from trb.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n"
+        "    if child := os.fork(): print(child, flush=True)\n"
+        "    time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        try:
+            holder.kill()
+            holder.wait()
+            with exclusive(tmp_path):
+                os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_whoever_waits_gets_in_when_the_holder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    with held_by_another(tmp_path) as holder:
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            os.kill(holder, signal.SIGKILL)
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        with exclusive(tmp_path, wait=True):
+            assert waits and json.loads((tmp_path / ".lock").read_bytes())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_where_nothing_can_be_locked_nothing_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match="error") if number == errno.EIO else nullcontext():
+        with exclusive(tmp_path):
+            entered = True
+        assert entered
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,33 @@ def test_importing_opens_no_socket_and_is_quick(statement: str) -> None:
     run_isolated(f"{NO_SOCKETS}{statement}\n{limit}")
 
 
+# What Windows lacks, missing to the package alone: the libraries below it look for themselves.
+NO_UNIX = """
+import builtins, importlib, pkgutil, sys
+imported = builtins.__import__
+def refuse(name, globals=None, *rest, **more):
+    if name in {'fcntl', 'resource', 'termios'} and str((globals or {}).get('__name__')).partition('.')[0] == 'trb':
+        raise ImportError(name)
+    return imported(name, globals, *rest, **more)
+builtins.__import__ = refuse
+"""
+
+
+def test_every_module_can_be_imported_without_what_only_unix_has() -> None:
+    run_isolated(
+        f"{NO_UNIX}import trb\n"
+        "names = [module.name for module in pkgutil.walk_packages(trb.__path__, 'trb.')]\n"
+        "assert len(names) > 60, names\n"
+        "for name in names:\n"
+        "    if not name.endswith('__main__'): importlib.import_module(name)"
+    )
+
+
+def test_the_check_for_what_only_unix_has_works() -> None:
+    with pytest.raises(AssertionError, match="ImportError: fcntl"):
+        run_isolated(NO_UNIX + "__name__ = 'trb.pretended'\nimport fcntl")
+
+
 @pytest.mark.parametrize("module", ["trb", "trb.blend", "trb.schedule", "trb.policies"])
 def test_the_mathematics_needs_neither_trl_nor_transformers(module: str) -> None:
     heavy = "{'trl', 'transformers', 'accelerate', 'datasets'} & sys.modules.keys()"

@@ -1,7 +1,6 @@
 """Sweeps that really run: small studies of the embedded pair, finished, continued, refused and killed."""
 
 import errno
-import fcntl
 import importlib.util
 import json
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import student_stopping_as_the_teacher
+from conftest import held_by_another, student_stopping_as_the_teacher
 
 from trb import sweep, zoo
 from trb.experiments import RunDirectoryError
@@ -153,10 +152,8 @@ def test_damaged_results_of_a_study_are_made_again(finished, tmp_path, caplog):
 
 def test_two_sweeps_at_once_are_refused(finished):
     directory, _ = finished
-    with (directory / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RunDirectoryError, match="another sweep is running"):
-            run_study(study(), directory)
+    with held_by_another(directory), pytest.raises(RunDirectoryError, match="another sweep is running"):
+        run_study(study(), directory)
 
 
 def test_a_directory_with_something_else_is_refused(tmp_path):

@@ -84,7 +84,8 @@ def finite(value: Any) -> Any:
     return value
 
 
-LOCK = ".lock"  # who holds a folder; what holds it is the system's lock on the folder and on this file
+LOCK = ".lock"  # who holds a folder; what holds it is the system's lock on this file
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from systems that can lock nothing there
 _HOLDS_RUNS = ("recipe.yaml", "study.yaml")
 _held: set[str] = set()
 
@@ -102,7 +103,7 @@ def exclusive(folder: Path, *, wait: bool = False, inside: bool = False) -> Iter
         inside: part of a comparison or study that another process holds, and on its behalf.
 
     Raises BlockingIOError naming the holder if another process holds the folder, or a comparison or study that it is
-    part of. Where nothing can be locked (Windows, some network file systems), nothing is held.
+    part of. Where nothing can be locked (some network file systems), nothing is held.
     """
     name = str(folder.resolve())
     if name in _held:
@@ -130,34 +131,36 @@ def _check_above(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, wait: bool, *, note: bool = True) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
+    from filelock import FileLock, Timeout
+
     path = folder / LOCK
+    lock = FileLock(path, blocking=wait, fallback_to_soft=False, on_acquired=_write_note if note else None)
     with ExitStack() as stack:
-        # The folder, which nobody removes by mistake; and the file, as some network file systems lock no folders.
-        for target, flags in ((folder, os.O_RDONLY), (path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)):
-            handle = os.open(target, flags, 0o644)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise BlockingIOError(error.errno, f"{folder} is in use by {_holder(path)}") from error
+        try:
+            stack.enter_context(lock)
+        except Timeout as error:
+            raise BlockingIOError(errno.EWOULDBLOCK, f"{folder} is in use by {_holder(path)}") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         if note:
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            os.ftruncate(handle, 0)
-            os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode())
             stack.callback(path.unlink, missing_ok=True)
         yield
+
+
+def _write_note(handle: int) -> None:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    note = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+    os.ftruncate(handle, 0)
+    os.write(handle, f" {json.dumps(note)}".encode())  # Windows keeps the first byte of a locked file from readers
 
 
 def _holder(note: Path) -> str:
     """Who holds a folder, in words: the file may be of any content."""
     try:
-        holder = json.loads(note.read_bytes())
+        with note.open("rb") as file:
+            file.seek(1)
+            holder = json.loads(file.read())
         return f"process {int(holder['pid'])} on {holder['host']!s:.100}, since {holder['since']!s:.40}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"
