@@ -29,16 +29,12 @@ from trb.diagnostics import (
     budget_curve,
     continuation_probe,
     default_truncations,
-    entropy_curves,
     matched_excerpts,
-    metric_curve,
     probe,
-    replaced_fraction,
     replacement_curve,
 )
 from trb.experiments import Listener, RunDirectoryError
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
-from trb.sampling import Rollout, RolloutStats
 from trb.scoring import score_completions
 
 SIGMAS = 5.0
@@ -412,13 +408,6 @@ def test_skd_replaces_as_many_tokens_as_enumeration_says(tiny_pair: TinyPair, su
     assert shares[0] > shares[1] > shares[2] == 0.0
 
 
-def test_the_replaced_fraction_of_a_rollout_counts_tokens() -> None:
-    rollout = Rollout(completions=[[1, 2], [3]], stats=RolloutStats(accepted=[[1.0, 0.0], [1.0]]))
-    assert replaced_fraction(rollout) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="has no tokens"):
-        replaced_fraction(Rollout())
-
-
 def test_a_subject_says_what_is_wrong_with_it(tiny_pair: TinyPair) -> None:
     row = {"prompt": [{"role": "user", "content": "b"}], "answer": "odd"}
     with pytest.raises(ValueError, match="got 1 problems and samples=4"):
@@ -483,65 +472,6 @@ def test_excerpts_are_matched_and_carry_every_number(tiny_pair: TinyPair, subjec
     assert "alternatives" not in matched_excerpts(subject, policies=policies, prompts=1, top=0)[0]
     with pytest.raises(ValueError, match="prompts must be at least 0, got -1"):
         matched_excerpts(subject, policies=policies, prompts=-1)
-
-
-# --- learning curves -----------------------------------------------------------------------------
-
-
-def metrics_file(directory: Path, lines: Sequence[str]) -> Path:
-    directory.mkdir(parents=True)
-    (directory / "metrics.jsonl").write_text("".join(lines))
-    return directory
-
-
-def line(step: int, **values: Any) -> str:
-    return json.dumps({"step": step, **values}) + "\n"
-
-
-def test_a_curve_is_the_mean_over_seeds_with_its_t_interval(tmp_path: Path) -> None:
-    values = {1: [0.5, 0.9, 0.4], 2: [0.6, 0.7, 0.2], 3: [0.1, 0.1, 0.1]}
-    name = "trb/teacher_entropy"
-    runs = [
-        metrics_file(tmp_path / str(seed), [line(step, **{name: row[seed]}, loss=1.0) for step, row in values.items()])
-        for seed in range(3)
-    ]
-    curve = metric_curve(runs, name)
-    assert curve["metric"] == name and curve["seeds"] == 3 and curve["steps"] == [1, 2, 3]
-    for place, row in enumerate(values.values()):
-        mean, error = np.mean(row), scipy.stats.sem(row)
-        half = scipy.stats.t.ppf(0.975, 2) * error
-        assert curve["mean"][place] == pytest.approx(mean)
-        assert [curve["low"][place], curve["high"][place]] == pytest.approx([mean - half, mean + half])
-    assert entropy_curves({"trb": runs, "opd": runs[:1]}) == {"trb": curve, "opd": metric_curve(runs[:1], name)}
-    single = metric_curve(runs[:1], name)
-    assert single["low"] == single["mean"] == single["high"] == [0.5, 0.6, 0.1]
-
-
-def test_a_curve_reads_resumed_and_running_runs(tmp_path: Path) -> None:
-    """The later record of a repeated step counts; half a last line, missing and null values are passed over."""
-    first = [line(1, reward=0.1), line(2, reward=9.0), line(2, reward=0.2), line(3, reward=0.3), line(4, reward=0.4)]
-    second = [line(1, reward=0.3), line(2, reward=0.4), line(3, reward=None), line(4), '{"step": 5, "rew']
-    runs = [metrics_file(tmp_path / "a", first), metrics_file(tmp_path / "b", second)]
-    curve = metric_curve(runs, "reward")
-    assert curve["steps"] == [1, 2]
-    assert curve["mean"] == pytest.approx([0.2, 0.3])
-
-
-def test_a_curve_says_what_is_wrong(tmp_path: Path) -> None:
-    good = metrics_file(tmp_path / "good", [line(1, reward=0.1)])
-    torn = metrics_file(tmp_path / "torn", ['{"step": 1, "rew\n', line(2, reward=0.1)])
-    words = metrics_file(tmp_path / "words", [line(1, reward="high"), line(2, reward=0.1)])
-    other = metrics_file(tmp_path / "other", [line(2, reward=0.1)])
-    with pytest.raises(ValueError, match="run_directories is empty"):
-        metric_curve([], "reward")
-    with pytest.raises(ValueError, match=r"line 1 of .*torn.metrics.jsonl is no metrics record"):
-        metric_curve([torn], "reward")
-    with pytest.raises(ValueError, match=r"line 1 of .*words.metrics.jsonl is no metrics record"):
-        metric_curve([words], "reward")
-    with pytest.raises(ValueError, match=r"no step has 'reward' in the metrics.jsonl of every run"):
-        metric_curve([good, other], "reward")
-    with pytest.raises(FileNotFoundError):
-        metric_curve([tmp_path / "nowhere"], "reward")
 
 
 # --- the driver ----------------------------------------------------------------------------------

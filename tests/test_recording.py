@@ -57,9 +57,26 @@ def test_a_damaged_line_in_the_middle_costs_that_line_alone_and_is_kept_aside(
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
 
 
-def test_metrics_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
+def test_metrics_of_resumed_and_running_runs(tmp_path: Path) -> None:
+    """The later record of a repeated step counts; half a last line, missing and null values are passed over."""
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "loss": 1}\n\xff\n{"step": 2, "loss": 1}\n')
+    rows = [
+        '{"step": 1, "x": 9, "y": 1}',
+        '{"step": 1, "x": 0.5}',
+        '{"step": 2, "x": null}',
+        '{"step": 3}',
+        '{"step": 4, "',
+    ]
+    path.write_text("\n".join(rows))
+    assert logged_metrics(path, ["x", "y"]) == {"x": {1: 0.5}, "y": {1: 1.0}}
+    with pytest.raises(FileNotFoundError):
+        logged_metrics(tmp_path / "nowhere.jsonl", ["x"])
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b'{"step": 2, "lo', b'{"step": 2, "loss": "high"}'])
+def test_metrics_that_are_no_record_are_named_by_line(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1}\n' + damage + b'\n{"step": 2, "loss": 1}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no metrics record"):
         logged_metrics(path, ["loss"])
 

@@ -1,15 +1,15 @@
 """Diagnostics of a student-teacher pair: what blending does to the prefixes a student visits (paper, section 6).
 
-Everything but the learning curves is measured on rollouts of fixed models: at step 0, or on any saved student. A
-`Subject` says which models and problems, and draws and grades completions once per behavior policy, however many
-diagnostics look at them. Policies share their random numbers, so that differences have less noise than either side.
-Intervals speak about problems like these, given these models; they say nothing about other training runs.
+Everything is measured on rollouts of fixed models: at step 0, or on any saved student. A `Subject` says which models
+and problems, and draws and grades completions once per behavior policy, however many diagnostics look at them. Policies
+share their random numbers, so that differences have less noise than either side. Intervals speak about problems like
+these, given these models; they say nothing about other training runs.
 
 `probe` runs everything for a recipe and leaves probe.json, rollouts.jsonl and provenance.json. It is a single process.
 
-Left out on purpose: comparing trained methods (`trb.sweep`), and drawing (`trb.report`).
+Left out on purpose: comparing trained methods and their learning curves (`trb.sweep`), and drawing (`trb.report`).
 
-Shape suffixes: N rows (rollouts), P problems, S seeds, K points of a curve.
+Shape suffixes: N rows (rollouts), P problems.
 """
 
 import dataclasses
@@ -44,11 +44,11 @@ from trb.experiments import (
 )
 from trb.files import finite, write_json, write_text
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
-from trb.recording import jsonl, logged_metrics, score_record
+from trb.recording import jsonl, score_record
 from trb.rewards import Verifier
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.scoring import TokenScores, score_completions
-from trb.statistics import Estimate, auroc_estimate, band, mean_estimate, paired_difference
+from trb.statistics import Estimate, auroc_estimate, mean_estimate, paired_difference
 from trb.untrusted import parse_json, read_object
 from trb.vocab import SharedVocabulary, check_heads, head_rows
 
@@ -63,11 +63,8 @@ __all__ = [
     "budget_curve",
     "continuation_probe",
     "default_truncations",
-    "entropy_curves",
     "matched_excerpts",
-    "metric_curve",
     "probe",
-    "replaced_fraction",
     "replacement_curve",
 ]
 
@@ -77,7 +74,6 @@ SKD_TOP_K = (5, 15, 25, 50)
 """The paper's sweep of SKD's K, and a smaller one."""
 
 _LEVEL = 0.95
-_TEACHER_ENTROPY = "trb/teacher_entropy"
 # Columns of `trb.scoring.TokenScores` that are kept as a sum per rollout.
 _TOTALS = ("student_log_prob", "teacher_log_prob", "teacher_entropy", "kl_student", "kl_teacher", "teacher_weight")
 _CONTINUERS = ("student", "teacher")
@@ -517,18 +513,6 @@ def _auroc(subject: Subject, rollouts: Sampled) -> dict[str, Any] | None:
     return _dict(auroc_estimate(scores, rollouts.rewards, subject.problem_of_row, level=_LEVEL))
 
 
-def replaced_fraction(rollout: Rollout) -> float:
-    """Share of a rollout's tokens that were not the student's draft: for SKD, the tokens the teacher replaced.
-
-    Raises:
-        ValueError: a rollout without tokens.
-    """
-    kept = [accepted for row in rollout.stats.accepted for accepted in row]
-    if not kept:
-        raise ValueError("the rollout has no tokens, so no share of them was replaced; sample at least one prompt")
-    return sum(accepted == 0 for accepted in kept) / len(kept)
-
-
 def replacement_curve(
     subject: Subject, *, top_ks: Sequence[int] = SKD_TOP_K, teacher_temperature: float = 0.6
 ) -> list[dict[str, Any]]:
@@ -547,51 +531,6 @@ def replacement_curve(
         share = _per_token(subject, replaced, rollouts.lengths)
         points.append({"teacher_top_k": top_k, "replaced": share, **_law_numbers(subject, rollouts)})
     return points
-
-
-# ---- learning curves ----
-
-
-def entropy_curves(run_directories: Mapping[str, Sequence[str | os.PathLike[str]]]) -> dict[str, dict[str, Any]]:
-    """Teacher entropy on the prefixes that training visited, by method (paper, section 6, diagnostic 2).
-
-    Args:
-        run_directories: method -> run directories of its seeds.
-
-    Returns:
-        Method -> what `metric_curve` returns for `trb/teacher_entropy`, token means in nats.
-    """
-    return {name: metric_curve(runs, _TEACHER_ENTROPY) for name, runs in run_directories.items()}
-
-
-def metric_curve(
-    run_directories: Sequence[str | os.PathLike[str]], metric: str, *, level: float = _LEVEL
-) -> dict[str, Any]:
-    """A logged metric by optimizer step: mean over seeds and its t interval, point by point.
-
-    Args:
-        run_directories: one run per seed, each with a metrics.jsonl.
-        metric: a key of its lines, such as `reward` or `trb/kl_budget`.
-        level: of the band, in (0, 1).
-
-    Returns:
-        `metric`, `seeds`, and lists `steps`, `mean`, `low` and `high` over the steps at which every run has the
-        metric. With one seed the band has no width.
-
-    Raises:
-        FileNotFoundError: a directory without metrics.jsonl.
-        ValueError: no directories, a malformed file, or no step at which every run has the metric.
-    """
-    if not len(run_directories):
-        raise ValueError("run_directories is empty; give the directory of at least one run")
-    runs = [logged_metrics(Path(directory) / "metrics.jsonl", [metric])[metric] for directory in run_directories]
-    steps = sorted(set(runs[0]).intersection(*runs[1:]))
-    if not steps:
-        known = ", ".join(map(str, run_directories))
-        raise ValueError(f"no step has {metric!r} in the metrics.jsonl of every run of {known}")
-    mean_K, low_K, high_K = band([[run[step] for step in steps] for run in runs], level)
-    curve = {"mean": mean_K.tolist(), "low": low_K.tolist(), "high": high_K.tolist()}
-    return {"metric": metric, "seeds": len(runs), "steps": steps, **curve}
 
 
 # ---- excerpts ----

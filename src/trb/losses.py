@@ -32,7 +32,6 @@ __all__ = [
     "chunked_cross_entropy",
     "chunked_reverse_kl",
     "default_chunk_tokens",
-    "full_reverse_kl",
     "topk_reverse_kl",
     "veto_target",
 ]
@@ -81,11 +80,6 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor
     log_student_NV, log_teacher_NV = log_probs(student_NV), log_probs(teacher_NV)
     loss_N, _ = _reverse_kl_terms(log_student_NV, log_teacher_NV, k)
     return loss_N.sum() / max(1, student_NV.shape[0])
-
-
-def full_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
-    """Token mean of KL(student || teacher) over the whole vocabulary; arguments as in `topk_reverse_kl`."""
-    return topk_reverse_kl(student_logits, teacher_logits, mask, k=0)
 
 
 def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float) -> Tensor:

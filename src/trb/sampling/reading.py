@@ -50,7 +50,7 @@ from trb.sampling.cache import (
 from trb.sampling.graphs import is_compiled
 from trb.sampling.readers import GroupedReader, PaddedReader, Reader, WholeReader
 
-__all__ = ["WAYS", "Way", "sampling_mode", "way_of"]
+__all__ = ["Way", "sampling_mode", "way_of"]
 
 logger = logging.get_logger(__name__)
 
@@ -77,8 +77,6 @@ class Way:
 PADDED = Way("lockstep", reader=PaddedReader)
 GROUPED = Way("lockstep without padding", reader=GroupedReader)
 WHOLE = Way("whole passes", reader=WholeReader)
-# From the fastest to the surest.
-WAYS = ("slots", PADDED.name, GROUPED.name, WHOLE.name)
 
 _FOUND: WeakKeyDictionary[nn.Module, dict[Any, Way]] = WeakKeyDictionary()
 
