@@ -111,6 +111,12 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+def test_a_lock_that_is_no_file_is_an_error_and_not_a_folder_that_nobody_holds(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(OSError, match="Invalid argument"), exclusive(tmp_path):
+        pass
+
+
 def test_a_killed_holder_lets_go_though_its_children_live(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; from trb.files import exclusive\n"

@@ -85,7 +85,7 @@ def finite(value: Any) -> Any:
 
 
 LOCK = ".lock"  # who holds a folder; what holds it is the system's lock on this file
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from systems that can lock nothing there
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # from systems that can lock nothing there
 _HOLDS_RUNS = ("recipe.yaml", "study.yaml")
 _held: set[str] = set()
 
