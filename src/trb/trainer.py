@@ -77,8 +77,7 @@ from trb.modeling import OutputHead, completion_hidden_states, has_adapters, pos
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.ranks import Ranks
 from trb.recording import RunRecorder, score_record, survive_failures
-from trb.sampling import METHODS as SAMPLERS
-from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
+from trb.sampling import SAMPLERS, Engine, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.vllm import stopping_parameters
 from trb.scoring import TokenScores, score_completions
 from trb.sharding import (
