@@ -108,9 +108,9 @@ def sample(
         temperature: divides both models' logits, before stop ids are folded into one.
         seed: 64-bit seed of the call's random stream.
         method: a name in `SAMPLERS`: `"speculative"`, blocks drafted by the student and read by the teacher in one
-            pass; or `"lockstep"`, both models token by token, the reference. Before a model is first sampled, each way of reading it is
-            compared with its own plain passes (`trb.sampling.reading`): one that is not exact for it, such as blocks
-            for recurrent layers, is replaced by the next slower one, with a warning.
+            pass; or `"lockstep"`, both models token by token, the reference. Before a model is first sampled, each
+            way of reading it is compared with its own plain passes (`trb.sampling.reading`): one that is not exact
+            for it, such as blocks for recurrent layers, is replaced by the next slower one, with a warning.
         block_size: speculative only: tokens drafted before the teacher reads them. `"measured"` adapts it to acceptance
             and to the clock, `"planned"` to acceptance and the models' shapes, which repeats from run to run.
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
