@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from datasets import Dataset
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from toy_method import ENTRIES
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb.evaluation import evaluate
@@ -224,11 +225,26 @@ def resume_evaluation(directory: Path, count: int) -> dict[str, Any]:
     return {"straight": straight, "resumed": resumed, "refusal": refusal}
 
 
+def remember(directory: Path, count: int) -> dict[str, Any]:
+    """A schedule with a memory: the value of each step, as this process has it."""
+    for table, name, entry in ENTRIES:
+        table[name] = entry
+    try:
+        trainer = build(directory, count, method="imitation")
+        trainer.train()
+    finally:
+        for table, name, _ in ENTRIES:
+            del table[name]
+    shares = [row["trb/teacher_weight"] for row in trainer.state.log_history if "loss" in row]
+    return {"shares": shares, "state": trainer.behavior.schedule.state_dict()["now"]}
+
+
 SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ddp": (nullcontext, train, {"ddp_find_unused_parameters": False}),
     # Recomputed activations gather each layer's weights once more, in the backward pass.
     "fsdp2": (partial(launched_on_cpu, FSDP2), train, {"teacher_sharded": True, "gradient_checkpointing": True}),
     "evaluation": (nullcontext, resume_evaluation, {}),
+    "schedule": (nullcontext, remember, {}),
     # Last: transformers remembers DeepSpeed for the rest of the process.
     "zero3": (partial(launched_on_cpu, ZERO3), train, {"teacher_sharded": True}),
 }

@@ -211,7 +211,36 @@ def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> N
     assert again.training_config("x").to_dict() == recipe.training_config("x").to_dict()
     assert yaml.safe_load(path.read_text())["save_strategy"] == "no"  # other readers of YAML agree
     everything = {key for group in describe_keys().values() for key, *_ in group}
-    assert set(recipe.resolved()) == everything
+    of_other_methods = {"skd_teacher_top_k", "skd_teacher_temperature", "initial_temperature"}
+    of_other_methods |= {"temperature_warmup_steps", "sft_warmup_steps", "veto_strength", "veto_steps"}
+    assert set(recipe.resolved()) == everything - of_other_methods
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("method: opd\ninitial_kl_budget: 0.1", r"initial_kl_budget would do nothing.*behavior: trust_region"),
+        ("method: fixed\nblend_warmup_steps: 3", "blend_warmup_steps would do nothing"),
+        ("method: veto\nsft_warmup_steps: 3", r"sft_warmup_steps would do nothing.*loss: veto"),
+        ("method: trb\nbehavior: student\ninitial_kl_budget: 1", "initial_kl_budget would do nothing"),
+        ("method: trb\nveto_strength: 0.1", r"veto_strength would do nothing: it belongs to loss: veto"),
+        ("methods: {opd: {initial_kl_budget: 1}}", r"methods: opd: initial_kl_budget would do nothing"),
+        ("initial_kl_budget: 1\nmethods: {opd: , veto: }", "initial_kl_budget would do nothing"),
+        ("method: opd\nbehavior: trusted", r"behavior='trusted' is unknown; choose one of student, trust_region"),
+        ("method: opd\nloss: vetos", r"loss='vetos' is unknown; choose one of reverse_kl, veto"),
+    ],
+)
+def test_a_knob_that_the_pair_does_not_read_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        read(tmp_path, text)
+
+
+def test_halves_of_methods_combine_and_bring_their_knobs(tmp_path: Path) -> None:
+    text = "method: trb\nloss: veto\ninitial_kl_budget: 0.1\nveto_strength: 0.3"
+    assert read(tmp_path, text).pairs() == [("trust_region", "veto")]
+    shared = read(tmp_path, "initial_kl_budget: 1\nmethods: {opd: , trb: }")  # read by one of the two
+    assert "initial_kl_budget" not in shared.for_method("opd").resolved()
+    assert shared.for_method("trb").resolved()["initial_kl_budget"] == 1
 
 
 # ---- the command line ----

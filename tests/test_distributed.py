@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import distributed_worker as worker
@@ -150,3 +151,12 @@ def test_a_killed_evaluation_goes_on_alike_everywhere_and_is_refused_alike(pair:
         assert process["resumed"] == process["straight"]
         assert math.isfinite(process["straight"]["pass_at_1"])
         assert "n is 2 there and 3 here" in process["refusal"]
+
+
+def test_a_schedule_that_remembers_is_the_same_everywhere(pair: Any, tmp_path: Path) -> None:
+    first, second = pair["schedule"]
+    alone = worker.remember(tmp_path, 1)
+    assert first == second
+    assert len(set(first["shares"])) == 3
+    assert first["state"] == pytest.approx(alone["state"], rel=1e-9)
+    assert first["shares"] == pytest.approx(alone["shares"], rel=1e-9)

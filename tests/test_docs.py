@@ -2,13 +2,13 @@
 
 import importlib
 import re
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from trb import TRBConfig
-from trb.trainer import TRAINING_METHODS
+from trb.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
+from trb.policies import POLICIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,14 +43,21 @@ def test_functions_tests_and_files_named_in_a_page_exist(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-def test_every_method_and_its_knobs_are_in_the_method_page() -> None:
+def cells(page: str, first: str) -> dict[str, list[str]]:
+    """The table of a page whose header begins with `first`: the names in backquotes of each row, by the row's own."""
+    table = page.split(f"\n| `{first}` |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    rows = [re.findall(r"`([\w.]+)`", line) for line in table]
+    return {name: rest for name, *rest in rows}
+
+
+def test_the_method_page_has_every_method_behavior_and_loss_with_its_knobs() -> None:
     page = text(ROOT / "docs" / "method.md")
-    known = {field.name for field in fields(TRBConfig)}
-    rows = {row[0]: row[1] for row in re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", page, re.M)}
-    rows.pop("method")  # the table's header
-    assert set(rows) == set(TRAINING_METHODS)
-    for knobs in rows.values():
-        assert set(re.findall(r"`(\w+)`", knobs)) <= known
+    assert cells(page, "method") == {name: [row.behavior, row.loss] for name, row in METHODS.items()}
+    for first, halves in (("behavior", BEHAVIORS), ("loss", TARGETS)):
+        found = cells(page, first)
+        assert found.keys() == halves.keys()
+        for name, half in halves.items():
+            assert [word for word in found[name] if "." not in word] == [*half.knobs]
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", text(ROOT / "README.md"), re.S), ids=range(3))
@@ -59,6 +66,22 @@ def test_python_blocks_of_the_readme_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_walk_through_extending_runs() -> None:
+    tables: list[dict[str, Any]] = [POLICIES, BEHAVIORS, TARGETS, BUDGET_SCHEDULES, METHODS]
+    before, scope = [dict(table) for table in tables], {"__name__": "walk"}
+    try:
+        for block in re.findall(r"```python\n(.*?)```", text(ROOT / "docs" / "extending.md"), re.S):
+            exec(compile(block, "extending.md", "exec"), scope)
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
+    schedule = scope["Closing"](0.4)
+    for value in (2.0, 1.0):
+        schedule.observe(0, {"reverse_kl": value})
+    assert schedule.value(1) == 0.2
 
 
 def test_recipes_and_flags_of_the_readme_exist() -> None:

@@ -29,6 +29,8 @@ LAYERS = (
     "policies",
     "modeling",
     "losses",
+    "methods",
+    "metrics",
     "sampling",
     "scoring",
     "sharding",

@@ -17,9 +17,10 @@ from trb import experiments, zoo
 from trb.config import Recipe, RunConfig, load_recipe, make_recipe
 from trb.data import MATH_SYSTEM_PROMPT
 from trb.evaluation import EvalResult
+from trb.methods import METHODS
 from trb.study import load_study
 from trb.templates import PLAIN_TEMPLATE
-from trb.trainer import TRAINING_METHODS, TRBConfig
+from trb.trainer import TRBConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # accelerate/ holds launcher settings and studies/ studies, which are no recipes.
@@ -49,7 +50,7 @@ def test_every_study_loads_and_says_how_to_run_it(path: Path) -> None:
     study = load_study(path)
     text = path.read_text()
     assert f"--config recipes/{named(path)}" in text[: text.index("\n\n")]
-    assert set(study.methods) == set(TRAINING_METHODS)
+    assert set(study.methods) == set(METHODS)
     assert len(study.seeds.test) >= 20 or "fewer" in text
 
 
@@ -60,7 +61,7 @@ def test_there_is_a_recipe_for_every_purpose() -> None:
         "qwen3-1.7b-from-8b.yaml",
         "qwen3-0.6b-from-4b.yaml",
     }
-    assert BASELINES.keys() == TRAINING_METHODS.keys()
+    assert BASELINES.keys() == METHODS.keys()
     assert load_recipe(RECIPES / "quickstart.yaml").run.methods.keys() == {"opd", "trb"}
 
 

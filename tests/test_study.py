@@ -54,8 +54,8 @@ def test_runs_of_one_seed_differ_in_the_method_only(tmp_path):
         study.recipe_of(Unit("chains", "test", method, index, 1)).resolved()
         for method, index in (("opd", 0), ("trb", 1))
     )
-    differing = {key for key in first if first[key] != second[key]}
-    assert differing == {"method", "initial_kl_budget", "blend_warmup_steps"}
+    differing = {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+    assert differing == {"method", "initial_kl_budget", "blend_warmup_steps", "budget_schedule"}
     assert (second["initial_kl_budget"], second["blend_warmup_steps"]) == (0.5, 3)
 
 

@@ -23,7 +23,9 @@ from trb import TRBConfig, TRBTrainer, zoo
 from trb import trainer as trainer_module
 from trb.loading import load_model
 from trb.losses import topk_reverse_kl
+from trb.methods import target_of
 from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
+from trb.ranks import Ranks
 from trb.sampling import sample
 from trb.vocab import align
 
@@ -179,7 +181,7 @@ def test_the_loss_reads_a_stop_id_of_the_teacher_as_the_stop_event(tmp_path: Pat
     for stop in (emitted, folded):
         ids = inputs["completion_ids"].masked_fill(inputs["completion_ids"] == emitted, stop)
         loss, *_ = trainer._compute_loss(trainer.model, {**inputs, "completion_ids": ids}, None)
-        found.append((loss.item(), trainer._averages("train")["teacher_log_prob"]))
+        found.append((loss.item(), trainer._sums["train"].take(Ranks())["teacher_log_prob"]))
     assert found[0] == found[1]
 
 
@@ -406,11 +408,11 @@ def test_trb_with_budget_zero_is_plain_distillation_bit_for_bit(tmp_path: Path) 
 
 def test_veto_changes_the_target_and_its_strength_falls_to_zero(tmp_path: Path) -> None:
     trainer = build(tmp_path, method="veto", veto_strength=0.8, max_steps=2)
-    trainer.state.max_steps = 2
-    assert [trainer.veto_strength(step) for step in (0, 1, 2)] == pytest.approx([0.8, 0.4, 0.0])
+    trainer.state.max_steps = 2  # what train() finds
+    assert [trainer.target.at(step).strength for step in (0, 1, 2)] == pytest.approx([0.8, 0.4, 0.0])
     inputs = trainer._prepare_inputs([trainer.train_dataset[0]] * 8)
     with_veto, *_ = trainer._compute_loss(trainer.model, inputs, None)
-    trainer.args.veto_strength = 0.0
+    trainer.target = target_of(TRBConfig(str(tmp_path / "plain"), method="opd"))
     without, *_ = trainer._compute_loss(trainer.model, inputs, None)
     assert with_veto.item() < without.item()  # a target nearer the student
 

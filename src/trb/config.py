@@ -15,10 +15,11 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import yaml
@@ -27,7 +28,8 @@ from pydantic import TypeAdapter, ValidationError
 from trb.choices import did_you_mean
 from trb.data import MATH_SYSTEM_PROMPT
 from trb.loading import DTYPES
-from trb.trainer import TRAINING_METHODS, TRBConfig
+from trb.methods import METHODS, every_knob, knobs_of, owners_of, pair_of
+from trb.trainer import TRBConfig
 from trb.untrusted import parse_yaml
 
 __all__ = [
@@ -68,6 +70,8 @@ _REPLACED = {
     "hub_token": "keep secrets out of files: set HF_TOKEN, or run `hf auth login`",
     "local_rank": "leave it out: it comes from the launcher",
 }
+# What decides the behavior and the loss of a run.
+_PAIR = ("method", "behavior", "loss")
 _RESERVED_NAMES = ("student", "teacher", "provenance", "evaluations")
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
@@ -254,6 +258,11 @@ class Recipe:
     def _value(self, name: str) -> Any:
         return self.training.get(name, _default(_training_fields()[name]))
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """The behaviors and losses in use: of the run, or of every method of a comparison."""
+        variants = [self.for_method(name) for name in self.run.methods] or [self]
+        return [pair_of(SimpleNamespace(**{key: each._value(key) for key in _PAIR})) for each in variants]
+
     def for_method(self, name: str) -> "Recipe":
         """The recipe of one entry of `methods`: the same run, with that entry's overrides."""
         overrides = {"method": name, **(self.run.methods[name] or {})}
@@ -261,9 +270,13 @@ class Recipe:
         return Recipe(run, {**self.training, **overrides}, f"{self.source}: methods: {name}")
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, defaults included, as plain YAML types: `make_recipe` takes it back."""
+        """Every key with its value, defaults included, as plain YAML types: `make_recipe` takes it back.
+
+        Left out are the knobs of behaviors and losses that are not in use.
+        """
         run = {key: value for key, value in dataclasses.asdict(self.run).items() if key != "methods" or value}
-        training = {name: self._value(name) for name in _training_fields() if name not in _REPLACED}
+        unread = every_knob() - knobs_of(self.pairs())
+        training = {name: self._value(name) for name in _training_fields() if name not in {*_REPLACED, *unread}}
         if self.run.prompts_per_step is not None:
             del training["gradient_accumulation_steps"]
         return {key: _plain(value) for key, value in {**run, **training}.items()}
@@ -310,7 +323,22 @@ def make_recipe(
     recipe = Recipe(run, {key: value for key, value in checked.items() if key not in run_keys}, source)
     for variant in [recipe, *(recipe.for_method(name) for name in run.methods)]:
         variant.training_config("unused")
+    _check_knobs(recipe.training, recipe.pairs(), source)
+    for name, entry in run.methods.items():
+        variant = recipe.for_method(name)
+        _check_knobs(entry or {}, variant.pairs(), variant.source)
     return recipe
+
+
+def _check_knobs(given: Iterable[str], pairs: Sequence[tuple[str, str]], source: str) -> None:
+    """Refuse knobs that no behavior or loss in use reads."""
+    for key in given:
+        if key in every_knob() - knobs_of(pairs):
+            used = " and ".join(dict.fromkeys(f"behavior: {behavior}, loss: {loss}" for behavior, loss in pairs))
+            raise ConfigError(
+                f"{source}: {key} would do nothing: it belongs to {'; '.join(owners_of(key))}, and this is {used}; "
+                "leave it out, or choose another method, behavior or loss"
+            )
 
 
 def _method_entry(name: str, entry: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
@@ -319,10 +347,9 @@ def _method_entry(name: str, entry: Mapping[str, Any] | None, source: str) -> di
         if key in _run_fields():
             raise ConfigError(f"{where}: {key} is shared by all methods, which start alike; set it outside methods")
     checked = {key: _checked(key, value, where) for key, value in (entry or {}).items()}
-    if name not in TRAINING_METHODS and "method" not in checked:
+    if name not in METHODS and "method" not in checked:
         raise ConfigError(
-            f"{where}: say which method it is, method: one of {', '.join(TRAINING_METHODS)}"
-            f"{_nearest(str(name), TRAINING_METHODS)}"
+            f"{where}: say which method it is, method: one of {', '.join(METHODS)}{_nearest(str(name), METHODS)}"
         )
     return checked
 

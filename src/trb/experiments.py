@@ -50,6 +50,7 @@ from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
 from trb.files import exclusive, remove_unfinished, write_json, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate, take_template
+from trb.methods import name_of
 from trb.modeling import without_adapters
 from trb.ranks import Ranks
 from trb.recording import append_jsonl, drop_after_step, read_records
@@ -159,8 +160,8 @@ def train(
     if recipe.run.methods:
         raise ConfigError(f"{recipe.source} has methods: choose one with for_method, or use compare")
     listener, args = listener or Listener(), recipe.training_config(output_dir)
-    listener.plan({args.method: max(0, args.max_steps)})
-    return _train(recipe, Path(output_dir), args.method, initial_scores, overwrite, listener, accept_changes)
+    listener.plan({name_of(args): max(0, args.max_steps)})
+    return _train(recipe, Path(output_dir), name_of(args), initial_scores, overwrite, listener, accept_changes)
 
 
 def compare(

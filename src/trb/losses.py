@@ -1,5 +1,5 @@
-"""The distillation losses: reverse KL(student || teacher) on the student's top-k, over the full vocabulary, and
-against Veto's target; plus the chunked forms that never hold `[B, T, V]`.
+"""The distillation losses: reverse KL(student || teacher) on the student's top-k or over the full vocabulary, and
+against Veto's target; plain on logits, and from hidden states in chunks that never hold `[B, T, V]`.
 
 At one prefix, S is the set of the student's k most likely tokens, p and q the student's and the teacher's
 probabilities normalised over the *full* vocabulary, and Z_S = Σ_S p. The loss is
@@ -10,13 +10,15 @@ whose gradient is Σ_S w (log p - log q) ∇ log p with w = p / Z_S held fixed (
 non-negative, and with S the whole vocabulary it is exactly the reverse KL. The plain Σ_S p log(p/q) has another
 gradient: it adds ∇Z_S and pushes mass out of S.
 
-The supervised loss of SFT warm-up is here for the sake of its chunks, which it shares. Nothing here samples, and no
-gradient reaches the teacher. Other directions and divergences are left to TRL.
+Each loss is a small object, the counterpart of a policy: what it matches at one step. Which step has which is decided
+in `trb.methods`. The supervised loss of SFT warm-up is one of them. Nothing here samples, and no gradient reaches the
+teacher.
 
-Shape suffixes: N tokens, K support, V vocabulary, H hidden size, C tokens of one chunk.
+Shape suffixes: N tokens, K support, V vocabulary, H hidden size, C tokens of one chunk, R rows of a chunk.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -28,7 +30,14 @@ from torch.autograd.function import once_differentiable
 from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = [
+    "Loss",
+    "ReverseKL",
+    "RowLoss",
+    "Rows",
+    "Supervised",
+    "TokenBatch",
     "TokenMetrics",
+    "Veto",
     "chunked_cross_entropy",
     "chunked_reverse_kl",
     "default_chunk_tokens",
@@ -74,12 +83,13 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor
         ValueError: k < 0, or shapes that differ.
     """
     _check_shapes(student_logits, teacher_logits, mask)
+    _check_k(k)
     chosen = mask.reshape(-1) != 0
     student_NV = student_logits.reshape(-1, student_logits.shape[-1])[chosen]
     teacher_NV = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])[chosen]
-    log_student_NV, log_teacher_NV = log_probs(student_NV), log_probs(teacher_NV)
-    loss_N, _ = _reverse_kl_terms(log_student_NV, log_teacher_NV, k)
-    return loss_N.sum() / max(1, student_NV.shape[0])
+    rows = Rows.of(log_probs(student_NV.detach()), log_probs(teacher_NV))
+    loss_N, gradient_NV, _ = ReverseKL(k).terms(rows)
+    return _WithGradient.apply(student_NV, loss_N, gradient_NV).sum() / max(1, student_NV.shape[0])
 
 
 def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float) -> Tensor:
@@ -121,6 +131,120 @@ class TokenMetrics:
     support_mass: Tensor
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """The N completion tokens of a batch, as losses see them.
+
+    Attributes:
+        student_hidden: `[N, H_student]`, gradients flow.
+        teacher_hidden: `[N, H_teacher]`.
+        student_head: maps hidden states to `[..., V_student]` logits; its parameters receive gradients.
+        teacher_head: the same for the teacher; receives none.
+        tokens: `[N]` ids that the positions predict; any stop id of `vocabulary` counts as the stop event.
+        vocabulary: the events that both models share; None if the heads give them already.
+        temperature: divides both models' logits, before stop ids are folded into one; must be the sampler's.
+        normaliser: divides the sum over tokens; by default N.
+        chunk_tokens: tokens projected to the vocabulary at once; by default as many as the device handles best.
+    """
+
+    student_hidden: Tensor
+    teacher_hidden: Tensor
+    student_head: Head
+    teacher_head: Head
+    tokens: Tensor
+    vocabulary: SharedVocabulary | None = None
+    temperature: float = 1.0
+    normaliser: float | Tensor | None = None
+    chunk_tokens: int | None = None
+
+
+class Loss(Protocol):
+    """What is minimised at the completion tokens of a step."""
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
+        """The scalar loss, and what was seen at each token."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Both laws at R prefixes, `[R, V]`, normalised over the shared events; a loss may overwrite the probabilities."""
+
+    log_student: Tensor
+    log_teacher: Tensor
+    student: Tensor
+    teacher: Tensor
+    token: Tensor | None = None
+
+    @classmethod
+    def of(cls, log_student: Tensor, log_teacher: Tensor, token: Tensor | None = None) -> "Rows":
+        return cls(log_student, log_teacher, log_student.exp(), log_teacher.exp(), token)
+
+
+class RowLoss(ABC):
+    """A loss that is a sum over prefixes, computed from both laws there a few rows at a time."""
+
+    @abstractmethod
+    def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """`[R]` losses, their `[R, V]` gradients by the student's logits, `[R]` student probability of the support."""
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
+        if not len(batch.tokens):
+            empty_N = batch.student_hidden.new_zeros(0, dtype=_wide(batch.student_hidden))
+            metrics = TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
+            return _no_loss(batch.student_hidden, batch.student_head), metrics
+        hidden, learnt = batch.student_hidden, _learnt(batch.student_head)
+        if not torch.is_grad_enabled():  # an autograd function would find the gradients all the same
+            hidden, learnt = hidden.detach(), []
+        total, *seen = _ChunkedLoss.apply(_Chunks(batch, self), hidden, *learnt)
+        return total / (len(batch.tokens) if batch.normaliser is None else batch.normaliser), TokenMetrics(*seen)
+
+
+@dataclass(frozen=True)
+class ReverseKL(RowLoss):
+    """Reverse KL to the teacher on the student's `top_k` tokens; 0 for the full vocabulary (paper, section 5)."""
+
+    top_k: int = 16
+
+    def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        return _reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, self.top_k)
+
+
+@dataclass(frozen=True)
+class Veto(RowLoss):
+    """The same to Veto's target of strength b ≥ 0 (`veto_target`; paper, section 6)."""
+
+    top_k: int = 16
+    strength: float = 0.0
+
+    def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.strength:
+            return ReverseKL(self.top_k).terms(rows)
+        target_RV = veto_target(rows.log_student, rows.log_teacher, self.strength)
+        return _reverse_kl_terms(rows.log_student, target_RV, rows.student, target_RV.exp(), self.top_k)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Cross-entropy of the completion itself, for SFT warm-up; the metrics are those of a reverse KL on `top_k`.
+
+    Through the head as it is: neither temperature nor shared events, which are the sampler's, come into it.
+    """
+
+    top_k: int = 16
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
+        with torch.no_grad():
+            _, metrics = ReverseKL(self.top_k)(batch)
+        loss = chunked_cross_entropy(
+            batch.student_hidden,
+            batch.student_head,
+            batch.tokens,
+            normaliser=batch.normaliser,
+            chunk_tokens=batch.chunk_tokens,
+        )
+        return loss, metrics
+
+
 def chunked_reverse_kl(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -158,32 +282,20 @@ def chunked_reverse_kl(
     Returns:
         The scalar loss and the metrics at the unmasked tokens.
     """
-    if k < 0:
-        raise ValueError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
+    _check_k(k)
     chosen = (mask.reshape(-1) != 0).nonzero().squeeze(-1)
-    if not chosen.numel():
-        empty_N = student_hidden.new_zeros(0, dtype=_wide(student_hidden))
-        return _no_loss(student_hidden, student_head), TokenMetrics(*[empty_N] * len(fields(TokenMetrics)))
-    student_NH = student_hidden.reshape(-1, student_hidden.shape[-1])[chosen]
-    teacher_NH = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])[chosen]
-    token_N = tokens.reshape(-1)[chosen]
-    if vocabulary is not None:
-        token_N = vocabulary.events(token_N)
-
-    size = vocabulary.size if vocabulary is not None else _UNKNOWN_SIZE
-    chunks = _Chunks(
+    batch = TokenBatch(
+        student_hidden.reshape(-1, student_hidden.shape[-1])[chosen],
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])[chosen],
         student_head,
         teacher_head,
-        teacher_NH,
-        token_N,
+        tokens.reshape(-1)[chosen],
         vocabulary,
         temperature,
-        k,
-        veto_strength,
-        chunk_tokens or default_chunk_tokens(size, teacher_NH.device.type),
+        normaliser,
+        chunk_tokens,
     )
-    total, *metrics = _ChunkedLoss.apply(chunks, student_NH, *_learnt(student_head))
-    return total / (chosen.numel() if normaliser is None else normaliser), TokenMetrics(*metrics)
+    return Veto(k, veto_strength)(batch)
 
 
 def chunked_cross_entropy(
@@ -234,23 +346,19 @@ def default_chunk_tokens(vocabulary: int, device_type: str) -> int:
     return max(16, elements // vocabulary)
 
 
-@dataclass(frozen=True)
 class _Chunks:
     """The loss of a chunk of tokens, given the student's logits; what all chunks have in common."""
 
-    student_head: Head
-    teacher_head: Head
-    teacher_NH: Tensor
-    token_N: Tensor
-    vocabulary: SharedVocabulary | None
-    temperature: float
-    k: int
-    veto_strength: float
-    chunk_tokens: int
+    def __init__(self, batch: TokenBatch, loss: RowLoss) -> None:
+        self.student_head, self.teacher_head = batch.student_head, batch.teacher_head
+        self.teacher_NH = batch.teacher_hidden.detach()
+        self.vocabulary, self.temperature, self.loss = batch.vocabulary, batch.temperature, loss
+        self.token_N = batch.tokens if batch.vocabulary is None else batch.vocabulary.events(batch.tokens)
+        size = _UNKNOWN_SIZE if batch.vocabulary is None else batch.vocabulary.size
+        self.chunk_tokens = batch.chunk_tokens or default_chunk_tokens(size, self.teacher_NH.device.type)
 
     def __iter__(self) -> Iterator[slice]:
-        for start in range(0, len(self.token_N), self.chunk_tokens):
-            yield slice(start, min(start + self.chunk_tokens, len(self.token_N)))
+        return _parts(len(self.token_N), self.chunk_tokens)
 
     def terms(self, logits_CV: Tensor, part: slice, gradient_CV: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Summed loss of a chunk and its metrics; fills the gradient by the logits.
@@ -276,17 +384,9 @@ class _Chunks:
     def _row_terms(
         self, logits_RV: Tensor, taught_RV: Tensor, token_R: Tensor, wanted: bool
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        log_student_RV, log_teacher_RV = self._log_probs(logits_RV), self._log_probs(taught_RV)
-        student_RV, teacher_RV = log_student_RV.exp(), log_teacher_RV.exp()
-        metrics = _token_metrics(log_student_RV, log_teacher_RV, student_RV, teacher_RV, token_R)
-        target_RV = log_teacher_RV
-        if self.veto_strength:
-            target_RV = veto_target(log_student_RV, log_teacher_RV, self.veto_strength)
-            teacher_RV = target_RV.exp()
-        if 0 < self.k < log_student_RV.shape[-1]:
-            loss_R, gradient_RV, mass_R = _top_k_terms(log_student_RV, target_RV, student_RV, self.k)
-        else:
-            loss_R, gradient_RV, mass_R = _full_terms(log_student_RV, target_RV, student_RV, teacher_RV)
+        rows = Rows.of(self._log_probs(logits_RV), self._log_probs(taught_RV), token_R)
+        metrics = _token_metrics(rows.log_student, rows.log_teacher, rows.student, rows.teacher, token_R)
+        loss_R, gradient_RV, mass_R = self.loss.terms(rows)
         if wanted:
             gradient_RV = self._gradient_by_logits(gradient_RV, logits_RV)
         return loss_R.sum(), gradient_RV, (*metrics, mass_R)
@@ -317,8 +417,7 @@ class _SupervisedChunks:
     chunk_tokens: int
 
     def __iter__(self) -> Iterator[slice]:
-        for start in range(0, len(self.token_N), self.chunk_tokens):
-            yield slice(start, min(start + self.chunk_tokens, len(self.token_N)))
+        return _parts(len(self.token_N), self.chunk_tokens)
 
     def terms(self, logits_CV: Tensor, part: slice, gradient_CV: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         token_C1 = self.token_N[part, None]
@@ -328,6 +427,20 @@ class _SupervisedChunks:
             pull_CV = log_student_CV.exp_()
             gradient_CV.copy_(pull_CV.scatter_add_(-1, token_C1, pull_CV.new_full(token_C1.shape, -1.0)))
         return loss, []
+
+
+def _parts(tokens: int, width: int) -> Iterator[slice]:
+    for start in range(0, tokens, width):
+        yield slice(start, min(start + width, tokens))
+
+
+def _reverse_kl_terms(
+    log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, target_CV: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient by the logits and support mass of each row; overwrites the probabilities."""
+    if 0 < k < log_student_CV.shape[-1]:
+        return _top_k_terms(log_student_CV, log_target_CV, student_CV, k)
+    return _full_terms(log_student_CV, log_target_CV, student_CV, target_CV)
 
 
 def _top_k_terms(
@@ -393,15 +506,19 @@ class _ChunkedLoss(torch.autograd.Function):
         return None, *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
 
 
-def _reverse_kl_terms(log_student_NV: Tensor, log_target_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`[N]` loss and support mass per token, from log-probabilities normalised over the full vocabulary."""
-    if k < 0:
-        raise ValueError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
-    if 0 < k < log_student_NV.shape[-1]:
-        support_NK = log_student_NV.detach().topk(k, dim=-1).indices
-        log_student_NV = log_student_NV.gather(-1, support_NK)
-        log_target_NV = log_target_NV.gather(-1, support_NK)
-    return _terms_on_support(log_student_NV, log_target_NV)
+class _WithGradient(torch.autograd.Function):
+    """Values of `[N]` rows whose gradient by `[N, V]` logits is known."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, value_N: Tensor, gradient_NV: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient_NV.to(logits_NV.dtype))
+        return value_N.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale_N: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV * scale_N[:, None].to(gradient_NV.dtype), None, None
 
 
 def _terms_on_support(log_student_NK: Tensor, log_target_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,6 +543,11 @@ def _token_metrics(
 def _expected_surprise(probs_CV: Tensor, log_probs_CV: Tensor) -> Tensor:
     """`-Σ p log q` with 0 log 0 = 0: clamping is an order cheaper than masking, and what it changes has no weight."""
     return log_probs_CV.clamp_min(_LOWEST_LOG_PROB).mul_(probs_CV).sum(-1).neg_()
+
+
+def _check_k(k: int) -> None:
+    if k < 0:
+        raise ValueError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
 
 
 def _check_shapes(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> None:

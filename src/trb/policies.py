@@ -5,8 +5,8 @@ much of it a student draft may keep. The sampler drafts x from the student, keep
 `overlap(x) / student(x)`, and otherwise draws from the normalised `μ - overlap`; for any `overlap ≤ min(student, μ)`
 that is an exact draw from μ. One policy object serves every sampler.
 
-Fixed-budget blending is `TrustRegionPolicy` under a constant schedule. SFT warm-up samples from `TeacherPolicy`;
-Veto changes the loss and samples from `StudentPolicy`. Schedules live in `schedule`, drawing in `sampling`.
+Which policy a step's rollouts have is decided in `trb.methods`, drawing from it in `sampling`. A policy of one's own
+is a frozen dataclass with the members of `BehaviorPolicy`; under its name in `POLICIES` it reaches serving engines.
 
 Shape suffixes: N prefixes, V vocabulary.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from trb.blend import DenseLaw, Law, log_softmax, weigh
 
 __all__ = [
+    "POLICIES",
     "BehaviorPolicy",
     "SKDPolicy",
     "StudentPolicy",
@@ -28,6 +29,7 @@ __all__ = [
     "TeacherPolicy",
     "TemperaturePolicy",
     "TrustRegionPolicy",
+    "samples_student",
 ]
 
 
@@ -181,3 +183,18 @@ def _present(teacher_log_probs: Tensor | None, policy: object) -> Tensor:
     if teacher_log_probs is None:
         raise ValueError(f"{policy!r} needs teacher log-probabilities, got None")
     return teacher_log_probs
+
+
+POLICIES: dict[str, type] = {
+    policy.__name__: policy
+    for policy in (StudentPolicy, TemperaturePolicy, TrustRegionPolicy, SKDPolicy, TeacherPolicy)
+}
+"""Policies by the name that travels in requests to a serving engine; add one's own in each of its processes."""
+
+# What policies are at the end of their warm-up.
+_STUDENT_LAWS = (StudentPolicy(), TrustRegionPolicy(0.0), TemperaturePolicy(1.0))
+
+
+def samples_student(policy: BehaviorPolicy) -> bool:
+    """Whether the law is the student's own, so that any engine with its weights can sample from it."""
+    return policy in _STUDENT_LAWS

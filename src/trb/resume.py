@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trb.files import write_json
+from trb.methods import behavior_of, every_knob, knobs_of, pair_of, target_of
 from trb.modeling import without_adapters
 from trb.untrusted import read_object
 from trb.vocab import SharedVocabulary
@@ -98,9 +99,9 @@ _COMPARED = """
     disable_dropout max_completion_length shuffle_dataset temperature top_p top_k min_p generation_kwargs
     chat_template_kwargs repetition_penalty cache_implementation use_vllm vllm_mode vllm_model_impl
     vllm_structured_outputs_regex vllm_max_model_length vllm_tensor_parallel_size vllm_blended beta method
-    num_generations initial_kl_budget blend_warmup_steps budget_schedule skd_teacher_top_k skd_teacher_temperature
-    initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps loss_top_k replica_dtype
-    per_device_train_batch_size gradient_accumulation_steps"""
+    behavior loss num_generations initial_kl_budget blend_warmup_steps budget_schedule skd_teacher_top_k
+    skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
+    loss_top_k replica_dtype per_device_train_batch_size gradient_accumulation_steps"""
 COMPARED = tuple(_COMPARED.split())
 
 # Schedules of transformers that are functions of the step alone; warmup_steps below 1 is a share of the length.
@@ -166,9 +167,10 @@ def describe(
         student: the model in training, PEFT wrapper included.
         teacher: the teacher, whole. Of each tensor at most 64 evenly spaced numbers are hashed.
     """
+    unread = every_knob() - knobs_of([pair_of(args)])
     own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name not in FREE}
     return {
-        **{name: _plain(value) for name, value in own.items()},
+        **{name: _plain(value) for name, value in own.items() if name not in unread},
         "world_size": world_size,
         **{f"train_dataset.{key}": value for key, value in _dataset(train_dataset).items()},
         "tokenizer.vocabulary": _digest([json.dumps(sorted(tokenizer.get_vocab().items()))]),
@@ -284,8 +286,8 @@ def length_matters(args: Any) -> bool:
     """Whether a step's results depend on how many steps are to come."""
     schedule = _plain(args.lr_scheduler_type)
     warmup_is_share = schedule in _ENDLESS[1:3] and 0 < args.warmup_steps < 1
-    veto_is_share = args.method == "veto" and args.veto_steps is None
-    return schedule not in _ENDLESS or warmup_is_share or veto_is_share
+    scheduled = (half.schedule.follows_length for half in (behavior_of(args), target_of(args)))
+    return schedule not in _ENDLESS or warmup_is_share or any(scheduled)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, length: bool) -> list[Difference]:

@@ -1,15 +1,100 @@
-"""How the KL budget shrinks over optimizer steps, and the other warm-up ramps of the paper's baselines.
+"""Numbers that change from one optimizer step to the next: KL budgets, and the ramps of the paper's baselines.
 
-Pure functions of the step: a resumed run computes the same value. Left out: schedules driven by training signals.
+A `Schedule` is asked for its value at a step. Those here are functions of the step; one with a memory is shown each
+step's statistics afterwards (`observe`) and travels with the checkpoint (`state_dict`, `load_state_dict`), so that a
+resumed run goes on with the same values. What it is shown was reduced over all processes before, so that all hold
+the same one. Which policy or loss a value stands for is decided in `trb.methods`.
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from trb.choices import did_you_mean
 
-__all__ = ["KINDS", "kl_budget", "ramp"]
+__all__ = ["KINDS", "Budget", "Constant", "FirstSteps", "Ramp", "Schedule", "kl_budget", "ramp"]
 
 KINDS = ("linear", "cosine", "constant")
+
+
+class Schedule(ABC):
+    """A number for each optimizer step, counted from 0. Subclasses without a memory give `value` and no more.
+
+    Attributes:
+        remembers: whether `observe` wants to be called; only then are a step's statistics reduced.
+        follows_length: whether values depend on how many steps the training has.
+    """
+
+    remembers: ClassVar[bool] = False
+    follows_length: bool = False
+
+    @abstractmethod
+    def value(self, step: int) -> float:
+        """The number of optimizer step `step`; asked any number of times, also for steps to come."""
+
+    def observe(self, step: int, statistics: Mapping[str, float]) -> None:  # noqa: B027 (most have no memory)
+        """Step `step` is done; its averages over all processes, under the names of the log without `trb/`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be kept with a checkpoint, as JSON types."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from what `state_dict` gave."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same number at every step."""
+
+    number: float
+
+    def value(self, step: int) -> float:
+        return self.number
+
+
+@dataclass(frozen=True)
+class Budget(Schedule):
+    """`kl_budget` as a schedule; raises what it raises."""
+
+    initial_kl_budget: float
+    blend_warmup_steps: int
+    kind: str = "linear"
+
+    def value(self, step: int) -> float:
+        return kl_budget(step, self.initial_kl_budget, self.blend_warmup_steps, self.kind)
+
+
+@dataclass(frozen=True)
+class Ramp(Schedule):
+    """Linear from `start` at step 0 to `end` at step `steps`; at the end of training if `steps` is None.
+
+    `length` gives the number of training steps, which is known only once training begins.
+    """
+
+    start: float
+    end: float
+    steps: int | None
+    length: Callable[[], int] = lambda: 0
+
+    @property
+    def follows_length(self) -> bool:  # type: ignore[override]
+        return self.steps is None
+
+    def value(self, step: int) -> float:
+        return ramp(step, self.start, self.end, self.length() if self.steps is None else self.steps)
+
+
+@dataclass(frozen=True)
+class FirstSteps(Schedule):
+    """1 in the first `steps` steps, then 0."""
+
+    steps: int
+
+    def value(self, step: int) -> float:
+        return float(step < self.steps)
 
 
 def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind: str = "linear") -> float:

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from trb.config import ConfigError, Recipe, make_recipe, read_yaml
-from trb.trainer import TRAINING_METHODS
+from trb.methods import METHODS
 
 __all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", "Study", "Unit", "load_study"]
 
@@ -134,10 +134,8 @@ class Study(_Part):
         if BASELINE not in self.methods:
             raise ValueError(f"methods lacks {BASELINE}, which every method is compared with")
         for name, configurations in self.methods.items():
-            if name not in TRAINING_METHODS and any("method" not in entry for entry in configurations):
-                raise ValueError(
-                    f"{name} is no method; give its configurations a method: {', '.join(TRAINING_METHODS)}"
-                )
+            if name not in METHODS and any("method" not in entry for entry in configurations):
+                raise ValueError(f"{name} is no method; give its configurations a method: {', '.join(METHODS)}")
             if self.configurations != "unequal" and len(configurations) not in (1, self.configurations):
                 raise ValueError(
                     f"{name} has {len(configurations)} configurations and `configurations` says {self.configurations}: "

@@ -43,7 +43,13 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer
 from trl.models import prepare_deepspeed
@@ -54,22 +60,25 @@ from trb.data import check_room, token_ids
 from trb.files import write_text
 from trb.guard import NonFiniteError, StepGuard
 from trb.loading import adapter_base, attach_adapter, check_model, load_tokenizer, resolve
-from trb.losses import TokenMetrics, chunked_cross_entropy, chunked_reverse_kl
-from trb.modeling import OutputHead, completion_hidden_states, has_adapters, position_limit, without_adapters
-from trb.policies import (
-    BehaviorPolicy,
-    SKDPolicy,
-    StudentPolicy,
-    TeacherPolicy,
-    TemperaturePolicy,
-    TrustRegionPolicy,
+from trb.losses import ReverseKL, TokenBatch, TokenMetrics
+from trb.methods import (
+    BEHAVIORS,
+    BUDGET_SCHEDULES,
+    METHODS,
+    TARGETS,
+    behavior_of,
+    halves,
+    kl_budget_of,
+    pair_of,
+    target_of,
 )
+from trb.metrics import Observers, Sums
+from trb.modeling import OutputHead, completion_hidden_states, has_adapters, position_limit, without_adapters
+from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.ranks import Ranks
 from trb.recording import RunRecorder, score_record, survive_failures
-from trb.sampling import METHODS as SAMPLERS
-from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
+from trb.sampling import SAMPLERS, Engine, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.vllm import stopping_parameters
-from trb.schedule import KINDS, kl_budget, ramp
 from trb.scoring import TokenScores, score_completions
 from trb.sharding import (
     ExpireOnUpdate,
@@ -83,23 +92,9 @@ from trb.untrusted import check_checkpoint
 from trb.vllm_rollouts import ReleaseEngine, WarmupEngine, deferred_generation
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
-__all__ = ["TRAINING_METHODS", "RewardFunction", "TRBConfig", "TRBTrainer"]
+__all__ = ["RewardFunction", "TRBConfig", "TRBTrainer"]
 
 logger = logging.get_logger(__name__)
-
-# What each method changes with respect to plain on-policy distillation (paper, section 6).
-TRAINING_METHODS = {
-    "trb": "trust-region behavior blending: the budget shrinks from initial_kl_budget to 0",
-    "opd": "plain on-policy distillation: student rollouts throughout",
-    "fixed": "fixed-budget blending: initial_kl_budget, never annealed",
-    "skd": "a student token outside the teacher's top-k is replaced by a teacher sample",
-    "temperature": "student rollouts at a temperature that rises to 1",
-    "sft": "the first updates are supervised on teacher completions of the same prompts",
-    "veto": "the loss matches softmax(log teacher + strength * log student), strength falling to 0",
-}
-
-# Policies at the end of their warm-up: plain student sampling, which TRL's vLLM path can do as well.
-_STUDENT_LAWS = (StudentPolicy(), TrustRegionPolicy(0.0), TemperaturePolicy(1.0))
 
 # Options of TRL and transformers that would change the sampled law, the prompts of a step or the loss, with the only
 # value this trainer supports. A test classifies every option of the installed versions.
@@ -148,7 +143,21 @@ class TRBConfig(DistillationConfig):
     )
     method: str = field(
         default="trb",
-        metadata={"help": "; ".join(f"{name}: {text}" for name, text in TRAINING_METHODS.items())},
+        metadata={"help": "; ".join(f"{name}: {method.text}" for name, method in METHODS.items())},
+    )
+    behavior: str | None = field(
+        default=None,
+        metadata={
+            "help": "What rollouts are drawn from, in place of the method's own: "
+            + "; ".join(f"{name}: {half.text}" for name, half in BEHAVIORS.items())
+        },
+    )
+    loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the loss matches, in place of the method's own: "
+            + "; ".join(f"{name}: {half.text}" for name, half in TARGETS.items())
+        },
     )
     num_generations: int = field(default=4, metadata={"help": "Rollouts per prompt in an optimizer step."})
     initial_kl_budget: float = field(
@@ -261,8 +270,11 @@ class TRBConfig(DistillationConfig):
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False
         super().__post_init__()
-        _check_choice("method", self.method, TRAINING_METHODS)
-        _check_choice("budget_schedule", self.budget_schedule, KINDS)
+        _check_choice("method", self.method, METHODS)
+        for name, table in (("behavior", BEHAVIORS), ("loss", TARGETS)):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), table)
+        _check_choice("budget_schedule", self.budget_schedule, BUDGET_SCHEDULES)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
         for name, (supported, why) in _UNSUPPORTED.items():
@@ -289,10 +301,9 @@ class TRBConfig(DistillationConfig):
         for name in ("loss_top_k", "sft_warmup_steps", "veto_strength", *recorded):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        kl_budget(0, self.initial_kl_budget, self.blend_warmup_steps, self.budget_schedule)
-        ramp(0, 1.0, 1.0, self.temperature_warmup_steps)
-        TemperaturePolicy(self.initial_temperature)
-        SKDPolicy(self.skd_teacher_top_k, self.skd_teacher_temperature)
+        for half in halves():
+            if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
+                half.build(self, lambda: 0).at(0)
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
@@ -380,6 +391,8 @@ class TRBTrainer(DistillationTrainer):
                 "divide; change one of them"
             )
         self._ranks = Ranks.of_launch()
+        self.behavior = behavior_of(args, self._training_steps)
+        self.target = target_of(args, self._training_steps)
         if isinstance(teacher_model, str):
             if teacher_processing_class is None:
                 teacher_processing_class = load_tokenizer(
@@ -417,7 +430,9 @@ class TRBTrainer(DistillationTrainer):
         self._description: dict[str, Any] | None = None
         self._prompts_checked = False
         self._rewards_work = False
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._sums = {"train": Sums(), "eval": Sums()}
+        self._observers = Observers({"behavior": self.behavior.schedule, "loss": self.target.schedule})
+        self.add_callback(_ShowSteps(self._observers, self._ranks))
         self._rollout: Rollout | None = None
 
     # ---- set-up ----
@@ -430,8 +445,8 @@ class TRBTrainer(DistillationTrainer):
             return None
         if self.args.teacher_sharded and self.behavior_policy(_EVENTUALLY).needs_teacher:
             raise ValueError(
-                f"teacher_sharded=True saves nothing with method={self.args.method!r}, whose sampler needs the whole "
-                "teacher at every step; leave it at False"
+                f"teacher_sharded=True saves nothing with behavior {pair_of(self.args)[0]}, whose sampler needs the "
+                "whole teacher at every step; leave it at False"
             )
         mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         dtype = REPLICA_DTYPES[self.args.replica_dtype] or mixed
@@ -538,40 +553,16 @@ class TRBTrainer(DistillationTrainer):
 
     # ---- schedules ----
 
+    def _training_steps(self) -> int:
+        return self.state.max_steps
+
     def behavior_policy(self, step: int) -> BehaviorPolicy:
         """The policy that completions of optimizer step `step` (from 0) are drawn from."""
-        args = self.args
-        if args.method in ("trb", "fixed"):
-            return TrustRegionPolicy(self.kl_budget(step))
-        if args.method == "skd":
-            return SKDPolicy(args.skd_teacher_top_k, args.skd_teacher_temperature)
-        if args.method == "temperature":
-            return TemperaturePolicy(ramp(step, args.initial_temperature, 1.0, args.temperature_warmup_steps))
-        if self._is_supervised(step):
-            return TeacherPolicy()
-        return StudentPolicy()
+        return self.behavior.at(step)
 
     def _rollout_policy(self, step: int) -> BehaviorPolicy:
         """The policy of the rollouts at hand: evaluation is of the student."""
         return self.behavior_policy(step) if self.model.training else StudentPolicy()
-
-    def kl_budget(self, step: int) -> float:
-        """ε of optimizer step `step`: nats per token; 0 for methods without a budget."""
-        args = self.args
-        if args.method not in ("trb", "fixed"):
-            return 0.0
-        kind = "constant" if args.method == "fixed" else args.budget_schedule
-        return kl_budget(step, args.initial_kl_budget, args.blend_warmup_steps, kind)
-
-    def veto_strength(self, step: int) -> float:
-        """b of Veto's target at optimizer step `step`; 0 for other methods."""
-        if self.args.method != "veto":
-            return 0.0
-        steps = self.state.max_steps if self.args.veto_steps is None else self.args.veto_steps
-        return ramp(step, self.args.veto_strength, 0.0, steps)
-
-    def _is_supervised(self, step: int) -> bool:
-        return self.args.method == "sft" and step < self.args.sft_warmup_steps
 
     # ---- replaced: how completions are sampled ----
 
@@ -589,7 +580,7 @@ class TRBTrainer(DistillationTrainer):
         engine = self._engine(step)
         if self._teacher_may_be_sharded(step):
             self._shard_teacher()
-        if self.use_vllm and engine is None and policy in _STUDENT_LAWS:
+        if self.use_vllm and engine is None and samples_student(policy):
             self._rollout = None
             completions = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
             return [[self.vocabulary.event_of(token) for token in ids] for ids in completions]
@@ -700,7 +691,7 @@ class TRBTrainer(DistillationTrainer):
         return rewards
 
     def _add_rollout(self, mode: str, rollout: Rollout) -> None:
-        stats, budget = rollout.stats, self.kl_budget(self.state.global_step) if mode == "train" else 0.0
+        stats, budget = rollout.stats, kl_budget_of(self._rollout_policy(self.state.global_step))
         tokens = sum(map(len, rollout.completions))
         for name, rows in (
             ("teacher_weight", stats.teacher_weight),
@@ -779,25 +770,24 @@ class TRBTrainer(DistillationTrainer):
         if num_items_in_batch is not None and "num_items_in_batch" in inputs:
             # FSDP2 rounds floating-point arguments to the compute dtype on their way here; the count is an integer.
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        loss, metrics = chunked_reverse_kl(
-            student_NH,
-            teacher_NH,
-            self._student_head,
-            self._teacher_head,
-            token_N,
-            torch.ones_like(token_N),
-            k=self.args.loss_top_k,
-            vocabulary=self.vocabulary,
-            temperature=self.temperature,
-            veto_strength=self.veto_strength(step) if self.model.training else 0.0,
-            normaliser=num_items_in_batch,
-            chunk_tokens=self.args.loss_chunk_tokens,
+        # Evaluation is of the student against the teacher, whatever training matches.
+        match = self.target.at(step) if self.model.training else ReverseKL(self.args.loss_top_k)
+        loss, metrics = match(
+            TokenBatch(
+                student_NH,
+                teacher_NH,
+                self._student_head,
+                self._teacher_head,
+                token_N,
+                vocabulary=self.vocabulary,
+                temperature=self.temperature,
+                normaliser=num_items_in_batch,
+                chunk_tokens=self.args.loss_chunk_tokens,
+            )
         )
         self._add_token_metrics(metrics)
         if self.model.training:
             self._guard.watch(inputs, metrics.reverse_kl)
-        if self.model.training and self._is_supervised(step):
-            loss = self._supervised_loss(student_NH, token_N, num_items_in_batch)
         return loss, metrics.student_entropy.sum(), inputs["completion_mask"].sum()
 
     def _teacher_hidden(
@@ -812,16 +802,6 @@ class TRBTrainer(DistillationTrainer):
             return self._forward_redirection(
                 self.teacher_model, teacher, completion_hidden_states, teacher, ids_BL, mask_BL, completion_BL
             )
-
-    def _supervised_loss(self, student_NH: Tensor, token_N: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-        """The supervised loss on the completion, for SFT warm-up: through the head itself, adapters included."""
-        return chunked_cross_entropy(
-            student_NH,
-            self._student_head,
-            token_N,
-            normaliser=num_items_in_batch,
-            chunk_tokens=self.args.loss_chunk_tokens,
-        )
 
     # ---- saving ----
 
@@ -1026,8 +1006,14 @@ class TRBTrainer(DistillationTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self._progress_file(checkpoint).exists():  # another trainer writes none
-            self._go_on_from(json.loads(self._progress_file(checkpoint).read_text(encoding="utf-8")))
+        if checkpoint is None:
+            return
+        path, progress = self._progress_file(checkpoint), None
+        if path.exists():  # another trainer writes none, and fewer processes fewer
+            progress = json.loads(path.read_text(encoding="utf-8"))
+            self._go_on_from(progress)
+        # The same on every process, of which there may be more now.
+        self._observers.load_state_dict(self._ranks.from_first(lambda: (progress or {}).get("schedules", {})))
 
     def _progress_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"trb_state_{self.accelerator.process_index}.json"
@@ -1039,7 +1025,8 @@ class TRBTrainer(DistillationTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "metrics": dict(self._metrics["train"]),
-            "sums": {name: pair.tolist() for name, pair in self._sums["train"].items()},
+            "sums": self._sums["train"].state_dict(),
+            "schedules": self._observers.state_dict(),
             "guard": self._guard.state(),
         }
 
@@ -1048,24 +1035,22 @@ class TRBTrainer(DistillationTrainer):
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
         self._metrics["train"].update(progress["metrics"])
-        pairs = progress["sums"].items()
-        self._sums["train"] = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in pairs}
+        self._sums["train"].load_state_dict(progress["sums"])
         self._guard.load(progress["guard"])
 
     # ---- logging ----
 
     def _add(self, mode: str, name: str, total: float | Tensor, count: int) -> None:
-        pair = torch.stack([torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (total, count)])
-        if not pair.isfinite().all():
-            return  # of a step that is skipped: it would leave nothing of the others' average
-        self._sums[mode][name] = self._sums[mode].get(name, torch.zeros(2, dtype=torch.float64)) + pair
+        self._sums[mode].add(name, total, count)
+        if mode == "train":
+            self._observers.add(name, total, count)
 
     def _add_token_metrics(self, metrics: TokenMetrics) -> None:
         mode = "train" if self.model.training else "eval"
         tokens = metrics.reverse_kl.numel()
         for name in ("reverse_kl", "teacher_entropy", "teacher_log_prob", "support_mass"):
             self._add(mode, name, getattr(metrics, name).sum().item(), tokens)
-        if self._rollout_policy(self.state.global_step) in _STUDENT_LAWS:
+        if samples_student(self._rollout_policy(self.state.global_step)):
             # The student is then its own behavior policy. Of another law without a teacher, nothing is known.
             self._add(mode, "kl_teacher", metrics.reverse_kl.sum().item(), tokens)
         if tokens and metrics.support_mass.mean() < _THIN_SUPPORT:
@@ -1077,21 +1062,22 @@ class TRBTrainer(DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        for name, value in self._averages(mode).items():
+        for name, value in self._sums[mode].take(self._ranks).items():
             self._metrics[mode][f"trb/{name}"] = [value]
         if "loss" in logs:
             self._metrics[mode]["trb/skipped_steps"] = [self._guard.skipped]
             logs["loss"] = self._guard.mean_loss(logs["loss"])
         super().log(logs, start_time)
 
-    def _averages(self, mode: str) -> dict[str, float]:
-        """Averages over everything since the last log, on all processes: token means are weighted by tokens."""
-        sums, self._sums[mode] = self._sums[mode], {}
-        totals: dict[str, Tensor] = {}
-        for found in self._ranks.gather(sums):
-            for name, pair in found.items():
-                totals[name] = totals.get(name, 0) + pair
-        return {name: float(total / count) for name, (total, count) in sorted(totals.items()) if count}
+
+class _ShowSteps(TrainerCallback):
+    """Ends each optimizer step for the schedules that remember, before anything of it is saved."""
+
+    def __init__(self, observers: Observers, ranks: Ranks) -> None:
+        self._observers, self._ranks = observers, ranks
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._observers.end_step(state.global_step - 1, self._ranks)
 
 
 class _EpochSampler(RepeatSampler):

@@ -282,6 +282,7 @@ def _memory_parts(
     """Bytes on one device by purpose: sampling and the update take turns, so the larger of the two counts."""
     from trb.loading import memory_estimate
     from trb.losses import default_chunk_tokens
+    from trb.methods import behavior_of
     from trb.vocab import head_rows
 
     length = run.max_prompt_length + int(args.max_completion_length or 0)
@@ -319,7 +320,7 @@ def _memory_parts(
     sampling = draft["kv_cache"] + reference["kv_cache"] + draft["logits"] + reference["logits"]
     shards = launch.processes if launch.sharded else 1
     # A teacher that samples first is whole until it has left the sampler.
-    samples_first = args.method in ("trb", "fixed", "skd", "sft")
+    samples_first = behavior_of(args).at(0).needs_teacher
     return {
         "student and optimizer": trained // shards,
         "its copy to sample from": draft["weights"] if launch.sharded else 0,

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from trb.planning import Layout, Machine, Pair, Plan, Shape, Work
     from trb.trainer import TRBConfig
 
-# Methods whose rollouts are blended, and so have a budget that bounds what sampling costs.
-_BLENDED = ("trb", "fixed")
-
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("planning", "predict memory, traffic and time of a step; nothing is run")
@@ -82,6 +79,7 @@ def _pair(recipe: "Recipe", args: "TRBConfig") -> "Pair":
 
 
 def _work(recipe: "Recipe", args: "TRBConfig", layout: "Layout", arguments: argparse.Namespace) -> "Work":
+    from trb.methods import behavior_of, kl_budget_of
     from trb.planning import Work
 
     run, batch = recipe.run, args.per_device_train_batch_size
@@ -89,7 +87,6 @@ def _work(recipe: "Recipe", args: "TRBConfig", layout: "Layout", arguments: argp
         rollouts = batch * args.gradient_accumulation_steps * layout.ranks
     else:
         rollouts = run.prompts_per_step * args.num_generations
-    blended = args.method in _BLENDED
     return Work(
         rollouts=rollouts,
         generations=args.num_generations,
@@ -98,7 +95,7 @@ def _work(recipe: "Recipe", args: "TRBConfig", layout: "Layout", arguments: argp
         mean_completion=arguments.mean_completion,
         micro_batch=batch,
         rows=args.rollout_batch_size,
-        kl_budget=args.initial_kl_budget if blended else 0.0,
+        kl_budget=kl_budget_of(behavior_of(args).at(0)),  # bounds what sampling costs
         acceptance=arguments.acceptance,
         block_size=args.block_size,
         checkpointing=bool(args.gradient_checkpointing),
@@ -112,8 +109,8 @@ def _whole_run(
     """Steps and hours of the run; None where the recipe does not say how many steps it has."""
     from dataclasses import replace
 
+    from trb.methods import behavior_of, kl_budget_of
     from trb.planning import make_plan, run_seconds
-    from trb.schedule import kl_budget
 
     prompts = work.rollouts // work.generations
     if args.max_steps > 0:
@@ -122,8 +119,8 @@ def _whole_run(
         steps = math.ceil(recipe.run.train_limit * args.num_train_epochs / prompts)
     else:
         return None
-    kind = "constant" if args.method == "fixed" else args.budget_schedule
-    budgets = [kl_budget(step, work.kl_budget, args.blend_warmup_steps, kind) for step in range(steps)]
+    behavior = behavior_of(args, lambda: steps)
+    budgets = [kl_budget_of(behavior.at(step)) for step in range(steps)]
     seconds = run_seconds(
         lambda budget: make_plan(pair, replace(work, kl_budget=budget), layout, machine),
         budgets,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from trb import checkpoints
-from trb.report.style import LABELS
+from trb.methods import METHODS
 from trb.untrusted import parse_yaml, require_inside
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
@@ -260,7 +260,7 @@ def _method(config: Mapping[str, Any]) -> str | None:
         return top
     sections = (section for section in config.values() if isinstance(section, Mapping))
     names = (section.get("method") for section in sections)
-    return next((name for name in names if isinstance(name, str) and name in LABELS), None)
+    return next((name for name in names if isinstance(name, str) and name in METHODS), None)
 
 
 def _read_metrics(path: Path, notes: list[str]) -> tuple[Step, ...]:

@@ -9,21 +9,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from trb.methods import METHODS
 from trb.untrusted import printable
 
 # "points" are differences of shares, in percentage points; "p" are p-values, "effect" effect sizes.
 Format = Literal["number", "percent", "count", "points", "p", "effect"]
 MINUS = "\N{MINUS SIGN}"
 
-LABELS = {
-    "trb": "TRB",
-    "opd": "OPD",
-    "fixed": "Fixed\N{NO-BREAK SPACE}ε",
-    "skd": "SKD",
-    "temperature": "Temperature",
-    "sft": "SFT warm-up",
-    "veto": "Veto",
-}
 COLOURS = ("#0067a5", "#c8500a", "#00805c", "#a34a8b", "#946800", "#3a8fd0", "#7a5c3e", "#5c5a55")
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "5 2 1.5 2", "12 4", "1.5 4", "6 2 2 2 2 2")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "nabla", "bar")
@@ -31,7 +23,7 @@ MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "nabla", 
 
 def label(name: str) -> str:
     """The name shown for a method; a directory name that is no known method is shown as it is."""
-    return LABELS.get(name, name)
+    return METHODS[name].label if name in METHODS else name
 
 
 def visible(text: str) -> str:
@@ -45,9 +37,9 @@ def style_indices(names: list[str]) -> dict[str, int]:
     A known method keeps its index in every report, so that reports can be laid side by side; other names take
     the free ones in order, and start over when all are taken.
     """
-    fixed = {name: index for index, name in enumerate(LABELS) if name in names}
+    fixed = {name: index for index, name in enumerate([*METHODS][: len(COLOURS) - 1]) if name in names}
     free = [index for index in range(len(COLOURS)) if index not in fixed.values()]
-    # Never empty: there are fewer labels than styles.
+    # Never empty: one style is nobody's.
     others = [name for name in names if name not in fixed]
     return fixed | {name: free[rank % len(free)] for rank, name in enumerate(others)}
 

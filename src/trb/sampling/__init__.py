@@ -24,20 +24,42 @@ from trb.vocab import SharedVocabulary, head_rows
 
 __all__ = [
     "BLOCK_SIZES",
-    "METHODS",
+    "SAMPLERS",
     "Engine",
     "EngineOptions",
     "NonFiniteLogitsError",
     "Rollout",
     "RolloutStats",
+    "Sampler",
     "prompt_key",
     "sample",
     "stream_seed",
 ]
 
-METHODS = ("speculative", "lockstep")
 _ROW_OPTIONS = ("prompt_keys", "rollout_index", "row_numbers")
 BLOCK_SIZES = ("measured", "planned")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How rollouts are computed, which changes nothing about their law or their randomness.
+
+    Attributes:
+        run: with the arguments of `trb.sampling.lockstep.sample_lockstep`; one that reads models in slots, with those
+            of `trb.sampling.speculative.sample_speculative`.
+        in_slots: whether it reads models through slots (`trb.sampling.cache`). Models that cannot be read so are left
+            to `lockstep`.
+    """
+
+    run: Callable[..., Rollout]
+    in_slots: bool
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "speculative": Sampler(sample_speculative, in_slots=True),
+    "lockstep": Sampler(sample_lockstep, in_slots=False),
+}
+"""Samplers by the name that `sample(method=)` takes."""
 
 
 class Engine(Protocol):
@@ -85,10 +107,10 @@ def sample(
         teacher_eos_token_id: the teacher's stop ids; None means the student's.
         temperature: divides both models' logits, before stop ids are folded into one.
         seed: 64-bit seed of the call's random stream.
-        method: `"speculative"`, blocks drafted by the student and read by the teacher in one pass; or `"lockstep"`,
-            both models token by token, the reference. Before a model is first sampled, each way of reading it is
-            compared with its own plain passes (`trb.sampling.reading`): one that is not exact for it, such as blocks
-            for recurrent layers, is replaced by the next slower one, with a warning.
+        method: a name in `SAMPLERS`: `"speculative"`, blocks drafted by the student and read by the teacher in one
+            pass; or `"lockstep"`, both models token by token, the reference. Before a model is first sampled, each
+            way of reading it is compared with its own plain passes (`trb.sampling.reading`): one that is not exact
+            for it, such as blocks for recurrent layers, is replaced by the next slower one, with a warning.
         block_size: speculative only: tokens drafted before the teacher reads them. `"measured"` adapts it to acceptance
             and to the clock, `"planned"` to acceptance and the models' shapes, which repeats from run to run.
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
@@ -137,12 +159,13 @@ def sample(
         return engine.sample(rows, policy, **shared)
     read = [student, teacher] if policy.needs_teacher and teacher is not None else [student]
     with torch.no_grad(), sampling_mode(*models):
-        ways = _ways(read, slots=method == "speculative")
+        ways = _ways(read, slots=SAMPLERS[method].in_slots)
         options: dict[str, Any] = {**shared, "max_rows": max_rows, "row_numbers": list(range(len(rows)))}
         options["allow_non_finite"] = allow_non_finite
         if ways[0].in_slots:
             options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
-        return _in_stretches(_Sampling(student, teacher, policy, ways, options), read, rows, max_new_tokens)
+        run = SAMPLERS[method if ways[0].in_slots == SAMPLERS[method].in_slots else "lockstep"].run
+        return _in_stretches(_Sampling(student, teacher, policy, run, ways, options), read, rows, max_new_tokens)
 
 
 def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
@@ -160,6 +183,7 @@ class _Sampling:
     student: PreTrainedModel
     teacher: PreTrainedModel | None
     policy: BehaviorPolicy
+    run: Callable[..., Rollout]
     ways: Sequence[Way]
     options: dict[str, Any]
 
@@ -167,11 +191,9 @@ class _Sampling:
         if self.ways[0].in_slots:
             attentions = [way.attention for way in self.ways]
             how: dict[str, Any] = {"attentions": attentions, "end": end, "beyond_switch": beyond_switch}
-            sampler: Callable[..., Rollout] = sample_speculative
         else:
             how = {"readers": [partial(cast(Any, way.reader), end=end) for way in self.ways]}
-            sampler = sample_lockstep
-        return sampler(self.student, self.teacher, rows, self.policy, **{**self.options, **columns, **how})
+        return self.run(self.student, self.teacher, rows, self.policy, **{**self.options, **columns, **how})
 
 
 def _in_stretches(
@@ -224,9 +246,9 @@ def _across(switch: int, sampling: _Sampling, prompts: list[list[int]], max_new_
 def _check_options(
     policy: BehaviorPolicy, models: int, max_new_tokens: int, temperature: float, method: str, max_rows: int | None
 ) -> None:
-    if method not in METHODS:
-        hint = did_you_mean(str(method), METHODS)
-        raise ValueError(f"unknown sampling method {method!r}; choose one of {', '.join(METHODS)}{hint}")
+    if method not in SAMPLERS:
+        hint = did_you_mean(str(method), [*SAMPLERS])
+        raise ValueError(f"unknown sampling method {method!r}; choose one of {', '.join(SAMPLERS)}{hint}")
     if policy.needs_teacher and models < 2:
         raise ValueError(f"{policy!r} needs a teacher, got teacher=None")
     for name, value in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):

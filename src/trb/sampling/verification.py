@@ -28,14 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trb.policies import (
-    BehaviorPolicy,
-    SKDPolicy,
-    StudentPolicy,
-    TeacherPolicy,
-    TemperaturePolicy,
-    TrustRegionPolicy,
-)
+from trb.policies import POLICIES, BehaviorPolicy
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import RolloutStats
 from trb.sampling.uniforms import as_int64, uniforms
@@ -43,10 +36,6 @@ from trb.vocab import SharedVocabulary
 
 __all__ = ["BlendRequest", "BlendRow", "BlendState", "Proposal"]
 
-_POLICIES: dict[str, type] = {
-    policy.__name__: policy
-    for policy in (StudentPolicy, TemperaturePolicy, TrustRegionPolicy, SKDPolicy, TeacherPolicy)
-}
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
 # Finished records that nobody fetched, kept before the oldest is dropped: a client that went away must not fill memory.
 _KEPT_RECORDS = 1 << 16
@@ -61,7 +50,7 @@ class BlendRequest:
 
     Attributes:
         name: files the completion's record; unique among the requests of an engine.
-        policy: one of `trb.policies`.
+        policy: of a class in `trb.policies.POLICIES`.
         vocabulary: the events both models share.
         temperature: divides both models' logits, before stop ids are folded into one.
         max_new_tokens: the longest completion, stop token included.
@@ -78,15 +67,15 @@ class BlendRequest:
     rollout_index: int
 
     def to_text(self) -> str:
-        """Raises ValueError for a policy of one's own, which the engine could not make again from text."""
+        """Raises ValueError for a policy that the engine could not make again from text."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         policy: Any = self.policy
         own = type(policy)
-        if _POLICIES.get(own.__name__) is not own:
+        if POLICIES.get(own.__name__) is not own:
             raise ValueError(
                 f"{own.__module__}.{own.__qualname__} cannot be sampled inside vLLM, which knows "
-                f"{', '.join(_POLICIES)} of trb.policies: sample it in this process (engine=None; in training "
-                "vllm_blended=False), or add it to trb.sampling.verification in every process of the engine"
+                f"{', '.join(POLICIES)}: sample it in this process (engine=None; in training vllm_blended=False), or "
+                "add it to trb.policies.POLICIES, in every process of the engine"
             )
         values["policy"] = {"name": own.__name__, **dataclasses.asdict(policy)}
         values["vocabulary"] = dataclasses.asdict(self.vocabulary)
@@ -99,12 +88,12 @@ class BlendRequest:
             values = json.loads(text)
             policy = dict(values["policy"])
             name = policy.pop("name")
-            if name not in _POLICIES:
+            if name not in POLICIES:
                 raise ValueError(
                     f"not a blended request: its policy is {name!r:.100}, and this engine knows "
-                    f"{', '.join(_POLICIES)}; write it with BlendRequest.to_text"
+                    f"{', '.join(POLICIES)}; write it with BlendRequest.to_text"
                 )
-            values["policy"] = _POLICIES[name](**policy)
+            values["policy"] = POLICIES[name](**policy)
             vocabulary = values["vocabulary"]
             values["vocabulary"] = SharedVocabulary(**{**vocabulary, "folded_ids": tuple(vocabulary["folded_ids"])})
             request = cls(**values)

@@ -1,0 +1,272 @@
+"""Training methods: which policy the completions of a step are drawn from, and what its loss matches.
+
+Two orthogonal halves. A *behavior* gives the policy of each optimizer step, a *target* its loss; both are an object
+from `trb.policies` or `trb.losses` under a schedule. A method is a named pair of them. These tables are the only place
+that knows a method: the configuration, the trainer, the planner, the report and the documentation read them, and an
+entry added from outside works like ours (docs/extending.md).
+
+Nothing here needs torch before a behavior or target is built, so that the report's labels cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from trb.schedule import KINDS, Budget, Constant, FirstSteps, Ramp, Schedule
+
+if TYPE_CHECKING:
+    from trb.losses import Loss
+    from trb.policies import BehaviorPolicy
+
+__all__ = [
+    "BEHAVIORS",
+    "BUDGET_SCHEDULES",
+    "METHODS",
+    "TARGETS",
+    "Behavior",
+    "Half",
+    "Method",
+    "Scheduled",
+    "Target",
+    "behavior_of",
+    "every_knob",
+    "halves",
+    "kl_budget_of",
+    "knobs_of",
+    "name_of",
+    "owners_of",
+    "pair_of",
+    "target_of",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scheduled(Generic[T]):
+    """An object for each optimizer step: what `make` makes of the schedule's value there."""
+
+    make: Callable[[float], T]
+    schedule: Schedule
+
+    def at(self, step: int) -> T:
+        return self.make(self.schedule.value(step))
+
+
+Behavior = Scheduled["BehaviorPolicy"]
+Target = Scheduled["Loss"]
+
+
+@dataclass(frozen=True)
+class Half(Generic[T]):
+    """A behavior or a target by name.
+
+    Attributes:
+        text: what it does, in a few words, for `--help`.
+        build: from a `TRBConfig`, and a function that gives the number of training steps once training has begun.
+        knobs: fields of the configuration that `build` reads, and nothing else does.
+    """
+
+    text: str
+    build: Callable[[Any, Callable[[], int]], Scheduled[T]]
+    knobs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named pair; `label` is its name in reports."""
+
+    behavior: str
+    loss: str
+    label: str
+    text: str
+
+
+# ---- behaviors: the policy of each step ----
+
+# How the budget of `trust_region` changes; one with a memory may join (`trb.schedule.Schedule`).
+BUDGET_SCHEDULES: dict[str, Callable[[Any], Schedule]] = {
+    kind: lambda args, kind=kind: Budget(args.initial_kl_budget, args.blend_warmup_steps, kind)  # type: ignore[misc]
+    for kind in KINDS
+}
+
+
+def _student(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import StudentPolicy
+
+    return Scheduled(lambda _: StudentPolicy(), Constant(0.0))
+
+
+def _trust_region(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import TrustRegionPolicy
+
+    return Scheduled(TrustRegionPolicy, BUDGET_SCHEDULES[args.budget_schedule](args))
+
+
+def _fixed_budget(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import TrustRegionPolicy
+
+    return Scheduled(TrustRegionPolicy, Constant(float(args.initial_kl_budget)))
+
+
+def _skd(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import SKDPolicy
+
+    return Scheduled(lambda tau: SKDPolicy(args.skd_teacher_top_k, tau), Constant(args.skd_teacher_temperature))
+
+
+def _temperature(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import TemperaturePolicy
+
+    return Scheduled(TemperaturePolicy, Ramp(args.initial_temperature, 1.0, args.temperature_warmup_steps))
+
+
+def _teacher_first(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import StudentPolicy, TeacherPolicy
+
+    return Scheduled(lambda first: TeacherPolicy() if first else StudentPolicy(), FirstSteps(args.sft_warmup_steps))
+
+
+BEHAVIORS: dict[str, Half[BehaviorPolicy]] = {
+    "student": Half("the student itself", _student),
+    "trust_region": Half(
+        "the policy closest to the teacher within a KL budget that shrinks to 0",
+        _trust_region,
+        ("initial_kl_budget", "blend_warmup_steps", "budget_schedule"),
+    ),
+    "fixed_budget": Half("the same with a budget that stays", _fixed_budget, ("initial_kl_budget",)),
+    "skd": Half(
+        "the student; a token outside the teacher's top k is replaced by a teacher sample",
+        _skd,
+        ("skd_teacher_top_k", "skd_teacher_temperature"),
+    ),
+    "temperature": Half(
+        "the student at a temperature that rises to 1",
+        _temperature,
+        ("initial_temperature", "temperature_warmup_steps"),
+    ),
+    "teacher_first": Half("the teacher in the first steps, then the student", _teacher_first, ("sft_warmup_steps",)),
+}
+
+
+# ---- targets: the loss of each step ----
+
+
+def _reverse_kl(args: Any, length: Callable[[], int]) -> Target:
+    from trb.losses import ReverseKL
+
+    return Scheduled(lambda _: ReverseKL(args.loss_top_k), Constant(0.0))
+
+
+def _veto(args: Any, length: Callable[[], int]) -> Target:
+    from trb.losses import Veto
+
+    return Scheduled(
+        lambda strength: Veto(args.loss_top_k, strength), Ramp(args.veto_strength, 0.0, args.veto_steps, length)
+    )
+
+
+def _supervised_first(args: Any, length: Callable[[], int]) -> Target:
+    from trb.losses import ReverseKL, Supervised
+
+    return Scheduled(
+        lambda first: Supervised(args.loss_top_k) if first else ReverseKL(args.loss_top_k),
+        FirstSteps(args.sft_warmup_steps),
+    )
+
+
+TARGETS: dict[str, Half[Loss]] = {
+    "reverse_kl": Half("reverse KL to the teacher", _reverse_kl, ("loss_top_k",)),
+    "veto": Half(
+        "reverse KL to softmax(log teacher + strength * log student), strength falling to 0",
+        _veto,
+        ("loss_top_k", "veto_strength", "veto_steps"),
+    ),
+    "supervised_first": Half(
+        "cross-entropy of the completions in the first steps, then reverse KL",
+        _supervised_first,
+        ("loss_top_k", "sft_warmup_steps"),
+    ),
+}
+
+
+# ---- methods: named pairs (paper, section 6) ----
+
+METHODS: dict[str, Method] = {
+    "trb": Method(
+        *("trust_region", "reverse_kl", "TRB"),
+        "trust-region behavior blending: the budget shrinks from initial_kl_budget to 0",
+    ),
+    "opd": Method("student", "reverse_kl", "OPD", "plain on-policy distillation: student rollouts throughout"),
+    "fixed": Method(
+        *("fixed_budget", "reverse_kl", "Fixed\N{NO-BREAK SPACE}ε"),
+        "fixed-budget blending: initial_kl_budget, never annealed",
+    ),
+    "skd": Method(
+        *("skd", "reverse_kl", "SKD"), "a student token outside the teacher's top-k is replaced by a teacher sample"
+    ),
+    "temperature": Method(
+        "temperature", "reverse_kl", "Temperature", "student rollouts at a temperature that rises to 1"
+    ),
+    "sft": Method(
+        *("teacher_first", "supervised_first", "SFT warm-up"),
+        "the first updates are supervised on teacher completions of the same prompts",
+    ),
+    "veto": Method(
+        *("student", "veto", "Veto"),
+        "the loss matches softmax(log teacher + strength * log student), strength falling to 0",
+    ),
+}
+
+
+# ---- of a configuration ----
+
+
+def pair_of(args: Any) -> tuple[str, str]:
+    """The names of the behavior and the target that a `TRBConfig` asks for: its method's, or those given instead."""
+    method = METHODS[args.method]
+    return args.behavior or method.behavior, args.loss or method.loss
+
+
+def name_of(args: Any) -> str:
+    """What to call a run: its method, or its pair where that is another."""
+    method, (behavior, loss) = METHODS[args.method], pair_of(args)
+    return args.method if (method.behavior, method.loss) == (behavior, loss) else f"{behavior}+{loss}"
+
+
+def behavior_of(args: Any, length: Callable[[], int] = lambda: 0) -> Behavior:
+    """The behavior that a `TRBConfig` asks for; `length` gives the number of training steps."""
+    return BEHAVIORS[pair_of(args)[0]].build(args, length)
+
+
+def target_of(args: Any, length: Callable[[], int] = lambda: 0) -> Target:
+    """The target that a `TRBConfig` asks for."""
+    return TARGETS[pair_of(args)[1]].build(args, length)
+
+
+def kl_budget_of(policy: BehaviorPolicy) -> float:
+    """ε of a policy, nats per token; 0 for one without a budget."""
+    return float(getattr(policy, "kl_budget", 0.0))
+
+
+def knobs_of(pairs: Iterable[tuple[str, str]]) -> set[str]:
+    """The knobs that some pairs of (behavior, target) read, together."""
+    return {knob for behavior, loss in pairs for half in (BEHAVIORS[behavior], TARGETS[loss]) for knob in half.knobs}
+
+
+def halves() -> list[Half[Any]]:
+    """All behaviors and targets."""
+    return [*BEHAVIORS.values(), *TARGETS.values()]
+
+
+def every_knob() -> set[str]:
+    """The knobs of all behaviors and targets."""
+    return {knob for half in halves() for knob in half.knobs}
+
+
+def owners_of(knob: str) -> list[str]:
+    """Whose knob it is, in words; nobody's if it is no knob."""
+    kinds: tuple[tuple[str, Mapping[str, Half]], ...] = (("behavior", BEHAVIORS), ("loss", TARGETS))
+    return [f"{kind}: {name}" for kind, table in kinds for name, half in table.items() if knob in half.knobs]
