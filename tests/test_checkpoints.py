@@ -282,6 +282,36 @@ def test_the_best_checkpoint_keeps_its_name_and_is_kept(tmp_path: Path) -> None:
     assert state["best_model_checkpoint"] == str(tmp_path / best)
 
 
+@pytest.mark.parametrize("take_away", [shutil.move, shutil.copytree])
+def test_the_best_checkpoint_moves_with_its_run(tmp_path: Path, take_away: Any) -> None:
+    def part(directory: Path, steps: int) -> TRBTrainer:
+        return trained(
+            directory,
+            eval_dataset=Dataset.from_list(zoo.problems(4, seed=1, split="test")),
+            max_steps=steps,
+            save_total_limit=2,
+            eval_strategy="steps",
+            eval_steps=1,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,  # the untrained student's loss is the greatest
+            learning_rate=1e-3,
+            max_completion_length=8,
+        )
+
+    before, after = tmp_path / "before", tmp_path / "after"
+    part(before, 2).train()
+    take_away(before, after)
+    there = {path: path.stat().st_mtime_ns for path in before.rglob("*")}
+    resumed = part(after, 4)
+    resumed.train(resume_from_checkpoint=True)
+    best = after / f"checkpoint-{resumed.state.best_global_step}"
+    assert resumed.state.best_model_checkpoint == str(best)
+    assert {best, after / "checkpoint-4"} == set(checkpoints.numbered(after).values())
+    state = json.loads((after / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    assert there == {path: path.stat().st_mtime_ns for path in before.rglob("*")}
+
+
 def test_what_is_pushed_is_the_checkpoint_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[tuple[str, bool]] = []
 

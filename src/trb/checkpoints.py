@@ -29,6 +29,7 @@ from trb.untrusted import read_object
 __all__ = [
     "PARTIAL",
     "CheckpointError",
+    "best_beside",
     "check_reach",
     "clear_partial",
     "differing",
@@ -126,6 +127,15 @@ def prune(directory: Path, newest: int, limit: int | None, protected: Iterable[s
 
 
 # ---- reading ----
+
+
+def best_beside(checkpoint: Path, best: str | None) -> str | None:
+    """Where the best checkpoint is that `checkpoint` names by its path of that time.
+
+    The one of that name beside it, if there is one: a run may have been moved since, or copied.
+    """
+    here = checkpoint.parent / Path(best).name if best else None
+    return str(here) if here is not None and here.is_dir() else best
 
 
 def numbered(directory: Path) -> dict[int, Path]:

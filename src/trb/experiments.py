@@ -970,7 +970,8 @@ def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
 def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
     """Remove what `save_total_limit` leaves over: a kill may have come between a save and that."""
     state = _state_of(checkpoint)
-    checkpoints.prune(directory, state.global_step, args.save_total_limit, [state.best_model_checkpoint])
+    best = checkpoints.best_beside(checkpoint, state.best_model_checkpoint)
+    checkpoints.prune(directory, state.global_step, args.save_total_limit, [best])
 
 
 def _listed_methods(directory: Path) -> set[str]:

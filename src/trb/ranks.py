@@ -1,17 +1,20 @@
 """Which process of a launch this is, and the two exchanges between processes that the library makes for itself.
 
 Python objects only: what is exchanged here is small and rare (records of an evaluation, decisions). Tensors of
-training stay with TRL, Accelerate and torch, and so does starting the processes. Both exchanges are collective: every
-process must come to them in the same order.
+training stay with TRL, Accelerate and torch, and so does starting the processes; that none outlives the one that started
+it is seen to here. Both exchanges are collective: every process must come to them in the same order.
 """
 
+import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "end_with"]
 
 Result = TypeVar("Result")
 
@@ -64,3 +67,14 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+
+def end_with(parent: int) -> None:
+    """End this process when `parent`, which started it, has ended, however it was that it did."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -13,14 +13,14 @@ Left out on purpose: judging the results (`trb.findings`), and what one run does
 import json
 import os
 import shutil
-import threading
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -41,6 +41,7 @@ from trb.experiments import (
 )
 from trb.files import LOCK, exclusive, write_json, write_text
 from trb.loading import load_model, quiet_libraries
+from trb.ranks import end_with
 from trb.rewards import Verifier
 from trb.study import ROLES, ProblemSets, Reference, Study, Unit, load_study
 from trb.untrusted import parse_yaml, read_object
@@ -301,9 +302,14 @@ class _LocalPool(AbstractContextManager):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if self._executor is None:
+            return
+        if kind is not None and not issubclass(kind, Exception):
+            # Interrupted: what runs, and what the workers have been handed already, would take its hours.
+            for process in list(self._executor._processes.values()):  # Python 3.14's terminate_workers
+                process.terminate()
+        self._executor.shutdown(cancel_futures=True)
 
     def map(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float]]:
         with _with_environment(_environment(self._threads)):  # inherited by the processes started meanwhile
@@ -313,8 +319,23 @@ class _LocalPool(AbstractContextManager):
                 initializer=_start_worker,
                 initargs=(os.getpid(), self._threads),
             )
-            futures: dict[Future[float], Job] = {executor.submit(_work, *self._work, job): job for job in jobs}
+            with _deaf_children():
+                futures: dict[Future[float], Job] = {executor.submit(_work, *self._work, job): job for job in jobs}
             yield from _gathered(futures)
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach: it is for this one, which hears of it afterwards and ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # started with the first process, it would take the mask off again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _gathered(futures: dict[Future[float], Job]) -> Iterator[tuple[Job, float]]:
@@ -341,14 +362,7 @@ def _failed(job: Job, error: Exception) -> StudyError:
 def _start_worker(parent: int, threads: int) -> None:
     torch.set_num_threads(threads)
     quiet_libraries()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A killed study must not leave processes behind that write into its directory."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+    end_with(parent)  # a killed study must not leave processes behind that write into its directory
 
 
 class _RayPool:

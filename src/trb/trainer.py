@@ -427,6 +427,7 @@ class TRBTrainer(DistillationTrainer):
         self._guard = StepGuard(Path(str(args.output_dir)) / "skipped")
         self._loss_before = torch.zeros(())
         self._unfinished: Path | None = None
+        self._resumed_from: Path | None = None
         self._description: dict[str, Any] | None = None
         self._prompts_checked = False
         self._rewards_work = False
@@ -901,6 +902,7 @@ class TRBTrainer(DistillationTrainer):
         elif resume_from_checkpoint and verify:
             named = Path(resume_from_checkpoint)
             self._ranks.from_first(lambda: checkpoints.verify(named))
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if resume_from_checkpoint:
             saved = Path(resume_from_checkpoint)
             check_checkpoint(saved)  # here too: DeepSpeed's files are not read as others are
@@ -988,6 +990,13 @@ class TRBTrainer(DistillationTrainer):
             checkpoints.prune(directory, step, self.args.save_total_limit, [self.state.best_model_checkpoint])
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(directory / name))
+
+    def _load_callback_state(self) -> None:
+        """Called when the state has been read, and a best checkpoint forgotten that is not where it was."""
+        super()._load_callback_state()
+        if self._resumed_from is not None:
+            saved = TrainerState.load_from_json(str(self._resumed_from / "trainer_state.json"))
+            self.state.best_model_checkpoint = checkpoints.best_beside(self._resumed_from, saved.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
         """As in transformers, which loads it unseen: it may have been saved hours ago, or be named by another run."""

@@ -12,11 +12,12 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     if argv is None:  # this process is the command, and nobody else's
         _shield_terminal()
+        _end_with_launcher()
     # Threads that spin while they wait slow each other down wherever cores are shared; set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
@@ -104,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not arguments.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return arguments.command(arguments, rest)
+        with _interruptible(alone=argv is None):
+            return arguments.command(arguments, rest)
     except KeyboardInterrupt:
         _say(f"interrupted. {arguments.hint}")
         return 130
@@ -135,6 +138,40 @@ def _shield_terminal() -> None:
     sys.excepthook = lambda *error: _say("".join(traceback.format_exception(*error)).rstrip())
     if logging.lastResort is not None:  # what prints the log of a process that set up none
         logging.lastResort.setFormatter(_PlainText())
+
+
+def _end_with_launcher() -> None:
+    """A launcher that is killed ends none of its processes, which would train on beside the next start."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = os.getppid()
+        from trb.ranks import end_with
+
+        end_with(parent)
+
+
+@contextmanager
+def _interruptible(*, alone: bool) -> Iterator[None]:
+    """Ctrl-C interrupts what is done inside; from then on, or once it is done, it ends the process as a kill does.
+
+    `alone` says that this process is the command; nothing changes for a process that is more than that, or that was
+    started with Ctrl-C switched off.
+    """
+    if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        os._exit(130)
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, end)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, end)
 
 
 class _PlainText(logging.Formatter):
