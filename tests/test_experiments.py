@@ -5,7 +5,9 @@ import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,6 +189,54 @@ def test_a_killed_run_ends_like_one_that_was_not(
     train(recipe, tmp_path, listener=Watch())
     assert steps == ([5, 6] if saved else [1, 2, 3, 4, 5, 6])
     assert_same_run(tmp_path, finished)
+
+
+def times_anywhere(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a clock had been far ahead for some files, the older checkpoint's among them, and not set for others."""
+    random = Random(0)
+    for path in (run, *run.rglob("*")):
+        os.utime(path, (random.choice((4e7, 4e9)),) * 2)
+    for path in (run / "checkpoint-2", *(run / "checkpoint-2").iterdir()):
+        os.utime(path, (5e9, 5e9))
+
+
+def clock_set_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, now_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: now() - 86_400)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() - 86_400 * 10**9)
+
+
+def leftovers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of kills inside a save, and inside the small writes; and the lock of a process elsewhere, of a later time."""
+    torn = run / checkpoints.PARTIAL / "checkpoint-6"
+    torn.mkdir(parents=True)
+    (run / checkpoints.PARTIAL / "replaced").mkdir()
+    (torn / "trainer_state.json").write_text("{}")
+    (run / "model.partial").mkdir()
+    (run / "model.partial" / "model-00002-of-00002.safetensors").write_bytes(b"torn")
+    (run / ".results.json.1.partial").write_text("{")
+    holder = {"host": "elsewhere", "pid": os.getpid(), "since": "2099-01-01T00:00:00+00:00"}
+    (run / ".lock").write_text(json.dumps(holder))
+    with monkeypatch.context() as patch:  # killed right after the disk was found to take bytes
+        patch.setattr(Path, "unlink", lambda *arguments, **options: None)
+        experiments._require_writable(run)
+
+
+@pytest.mark.parametrize("disturb", [times_anywhere, clock_set_back, leftovers])
+def test_a_killed_run_that_was_copied_goes_on_whatever_is_about_it(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disturb: Any
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for folder in ("checkpoint-6", "model"):
+        shutil.rmtree(run / folder)
+    (run / "results.json").unlink()
+    (run / "checksums.json").unlink()
+    disturb(run, monkeypatch)
+    there = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    train(small(save_strategy="steps", save_steps=2), run)
+    assert_same_run(run, finished)
+    assert there == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert {path.relative_to(run) for path in run.rglob("*")} == {path.relative_to(finished) for path in there}
 
 
 @pytest.mark.parametrize("epochs", [False, True], ids=["counted in steps", "counted in epochs"])

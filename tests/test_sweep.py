@@ -245,11 +245,13 @@ def test_workers_default_to_what_the_machine_holds():
 def test_killed_sweeps_end_with_the_same_study(tmp_path):
     out = tmp_path / "kills.json"
     command = [sys.executable, str(BENCHMARKS / "kill_sweep.py"), "--kills", "2", "--seed", "3", "--out", str(out)]
+    command += ["--signals", "kill", "terminal"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert result["kills"]["met_a_running_sweep"] >= 1
     assert result["files_differing"] == [] and result["processes_left_behind"] == 0
+    assert result["tracebacks_shown"] == 0
     assert result["files_compared"] > 10
 
 

@@ -1047,11 +1047,12 @@ def sole_run(directory: Path, *, first: bool = True, inside: bool = False) -> It
 
 def _require_writable(directory: Path) -> None:
     """Make the directory, and fail now rather than after an hour of training if nothing can be written there."""
-    probe = directory / f".trb-probe-{os.environ.get('RANK', '0')}-{os.getpid()}"
+    # A name that `remove_unfinished` knows, which may do so meanwhile for the run that is there.
+    probe = directory / f".trb-probe-{os.environ.get('RANK', '0')}.{os.getpid()}.partial"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         probe.unlink(missing_ok=True) if directory.is_dir() else None
         raise RunDirectoryError(

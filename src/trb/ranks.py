@@ -1,8 +1,8 @@
 """Which process of a launch this is, and the two exchanges between processes that the library makes for itself.
 
 Python objects only: what is exchanged here is small and rare (records of an evaluation, decisions). Tensors of
-training stay with TRL, Accelerate and torch, and so does starting the processes; that none outlives the one that started
-it is seen to here. Both exchanges are collective: every process must come to them in the same order.
+training stay with TRL, Accelerate and torch, and so does starting the processes; that none outlives the one that
+started it is seen to here. Both exchanges are collective: every process must come to them in the same order.
 """
 
 import os
