@@ -213,7 +213,7 @@ def leftovers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / checkpoints.PARTIAL / "replaced").mkdir()
     (torn / "trainer_state.json").write_text("{}")
     (run / "model.partial").mkdir()
-    (run / "model.partial" / "model-00002-of-00002.safetensors").write_bytes(b"torn")
+    (run / "model.partial" / "adapter_config.json").write_text("{}")
     (run / ".results.json.1.partial").write_text("{")
     holder = {"host": "elsewhere", "pid": os.getpid(), "since": "2099-01-01T00:00:00+00:00"}
     (run / ".lock").write_text(json.dumps(holder))
@@ -222,7 +222,12 @@ def leftovers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         experiments._require_writable(run)
 
 
-@pytest.mark.parametrize("disturb", [times_anywhere, clock_set_back, leftovers])
+def files_for_folders(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (checkpoints.PARTIAL, "model.partial"):
+        (run / name).write_text("not a folder")
+
+
+@pytest.mark.parametrize("disturb", [times_anywhere, clock_set_back, leftovers, files_for_folders])
 def test_a_killed_run_that_was_copied_goes_on_whatever_is_about_it(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disturb: Any
 ) -> None:

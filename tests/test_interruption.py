@@ -71,7 +71,7 @@ def test_an_interrupted_sweep_does_not_wait_for_its_runs(tmp_path: Path, reaches
     wait_for(lambda: list(directory.glob("chains/select/*/*/*/metrics.jsonl")), sweep, log)
     send = os.kill if reaches == "the sweep alone" else os.killpg
     assert ends(sweep, lambda: send(sweep.pid, signal.SIGINT)) == 130
-    assert log.read_text() == "interrupted. Run the same command again: finished runs are kept.\n\n"
+    assert log.read_text() == "interrupted. Run the same command again: finished runs are kept.\n"
 
 
 @pytest.mark.slow

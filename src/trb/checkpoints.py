@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
 
-from trb.files import flush, write_json
+from trb.files import flush, remove, write_json
 from trb.untrusted import read_object
 
 __all__ = [
@@ -107,7 +107,7 @@ def publish(directory: Path, name: str) -> None:
 
 def clear_partial(directory: Path) -> None:
     """Remove what a save that was cut off has left."""
-    shutil.rmtree(directory / PARTIAL, ignore_errors=True)
+    remove(directory / PARTIAL)
 
 
 def prune(directory: Path, newest: int, limit: int | None, protected: Iterable[str | os.PathLike[str] | None]) -> None:

@@ -48,7 +48,7 @@ from trb.checkpoints import CheckpointError
 from trb.config import ConfigError, Recipe, RunConfig, is_method_name
 from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
-from trb.files import exclusive, remove_unfinished, write_json, write_text
+from trb.files import exclusive, remove, remove_unfinished, write_json, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate, take_template
 from trb.methods import name_of
 from trb.modeling import without_adapters
@@ -448,6 +448,8 @@ def _lora(run: RunConfig) -> Any:
 def _save_model(trainer: TRBTrainer, directory: Path) -> None:
     """Write model/ so that it is never seen half written."""
     partial_copy, target = directory / "model.partial", directory / "model"
+    if trainer.args.process_index == 0:
+        remove(partial_copy)  # what a kill has left there would be part of the model
     trainer.save_model(str(partial_copy))
     if trainer.args.process_index == 0:
         (partial_copy / "training_args.bin").unlink(missing_ok=True)  # config.yaml says it, and no code in it
@@ -922,7 +924,7 @@ def is_score(value: Any) -> bool:
 def set_aside(path: Path) -> None:
     """Move a damaged file or folder out of the way, keeping what can be kept."""
     aside = path.with_name(f"{path.name}.damaged")
-    _remove(aside)
+    remove(aside)
     path.rename(aside)
 
 
@@ -936,15 +938,7 @@ def _clear(directory: Path) -> None:
     """Remove what a run writes, and nothing else."""
     folders = ("model", "model.partial", "evaluations", "skipped", checkpoints.PARTIAL)
     for path in (*directory.glob("checkpoint-*"), *(directory / name for name in (*_RUN_FILES, *folders))):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, whichever it is."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
@@ -989,7 +983,7 @@ def _clear_comparison(directory: Path, names: set[str]) -> None:
     for name in names:
         _clear(directory / name)
     _clear(directory)
-    _remove(directory / "recipe.yaml")
+    remove(directory / "recipe.yaml")
 
 
 def _named_checkpoint(name: str | None) -> Path | None:

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,7 @@ __all__ = [
     "exclusive",
     "finite",
     "flush",
+    "remove",
     "remove_unfinished",
     "write_bytes",
     "write_json",
@@ -60,6 +62,14 @@ def flush(path: Path) -> None:
         return
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, whichever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
