@@ -262,7 +262,7 @@ class BoundedClient(VLLMClient):
                 found = str(error)
             if time.monotonic() + retry_interval >= give_up:
                 raise ConnectionError(
-                    f"the vLLM server at {self.base_url} was not up after vllm_server_timeout={total_timeout:g}: {found}"
+                    f"the vLLM server at {self.base_url} was not up in vllm_server_timeout={total_timeout:g}: {found}"
                 )
             time.sleep(retry_interval)
 
