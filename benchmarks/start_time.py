@@ -3,8 +3,8 @@
     python benchmarks/start_time.py --json benchmarks/results/start_time.json              this checkout
     python benchmarks/start_time.py --against ../older --rounds 5                          paired with another one
 
-User and system time of whole processes, which a busy machine disturbs less than the clock; runs of two checkouts
-alternate, and the medians of each and of the paired ratios are reported.
+User and system time of whole processes, medians; the runs of two checkouts alternate. What --help may import is a test
+(tests/test_cli.py).
 """
 
 import argparse
@@ -20,20 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("", "train", "compare", "eval", "sweep", "probe", "report", "doctor")
-RECIPE = """student: zoo:student
-teacher: zoo:teacher
-train_data: zoo:chains
-train_limit: 16
-max_steps: 1
-prompts_per_step: 4
-num_generations: 2
-per_device_train_batch_size: 8
-max_completion_length: 8
-max_prompt_length: 64
-gradient_checkpointing: false
-save_strategy: no
-method: trb
-"""
+RECIPE = """{student: "zoo:student", teacher: "zoo:teacher", train_data: "zoo:chains", train_limit: 16, max_steps: 1,
+prompts_per_step: 4, num_generations: 2, per_device_train_batch_size: 8, max_completion_length: 8, max_prompt_length: 64,
+gradient_checkpointing: false, save_strategy: no, method: trb}"""
 
 
 def processor_seconds(source: Path, arguments: Sequence[str]) -> float:

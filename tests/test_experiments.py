@@ -32,6 +32,7 @@ from trb.experiments import (
     train,
 )
 from trb.loading import load_model, load_tokenizer
+from trb.report import write_report
 from trb.resume import ChangedRunError
 from trb.trainer import TRBTrainer
 from trb.zoo.tasks import split_of
@@ -415,6 +416,20 @@ def test_damaged_results_of_a_finished_run_are_made_again(
     assert ours["student"] == theirs["student"]
     assert ours["trb"]["pass_at_1"] == theirs["trb"]["pass_at_1"]
     assert model_of_run(str(run)) == str(run / "model")
+
+
+@pytest.mark.parametrize("line", [b'{"a":\n', b"\xff\x00\n", b"[]\n", b""])
+def test_a_damaged_line_of_an_evaluation_is_named_by_the_run_and_its_page(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = sorted((run / "evaluations").glob("step-*/*.jsonl"))[0]
+    name = path.relative_to(run).as_posix()
+    first, _, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, line, *rest]))
+    train(small(save_strategy="steps", save_steps=2), run)
+    assert f"records are damaged, and the results are not: {name} has" in caplog.text
+    assert f"{name} has" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize("of", ["run", "model", "checkpoint", "as a teacher", "as a student"])
