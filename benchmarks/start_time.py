@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("", "train", "compare", "eval", "sweep", "probe", "report", "doctor")
 RECIPE = """{student: "zoo:student", teacher: "zoo:teacher", train_data: "zoo:chains", train_limit: 16, max_steps: 1,
-prompts_per_step: 4, num_generations: 2, per_device_train_batch_size: 8, max_completion_length: 8, max_prompt_length: 64,
-gradient_checkpointing: false, save_strategy: no, method: trb}"""
+prompts_per_step: 4, num_generations: 2, per_device_train_batch_size: 8, max_completion_length: 8,
+max_prompt_length: 64, gradient_checkpointing: false, save_strategy: no, method: trb}"""
 
 
 def processor_seconds(source: Path, arguments: Sequence[str]) -> float:
