@@ -14,13 +14,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from trl.generation import vllm_client
+from accelerate import Accelerator
+from conftest import tiny_llama
+from trl.generation import vllm_client, vllm_generation
+from trl.trainer import distillation_trainer
 
 from trb.policies import StudentPolicy
 from trb.sampling import served
 from trb.sampling.verification import BlendRequest
 from trb.sampling.vllm import ServedEngine, serve_command, stopping_parameters
-from trb.vllm_rollouts import BoundedClient
+from trb.vllm_rollouts import BoundedClient, deferred_generation
 from trb.vocab import SharedVocabulary
 
 PAIR = SharedVocabulary(9, 2, (5,))
@@ -224,6 +227,28 @@ def test_a_busy_server_is_asked_again(fake: Fake, monkeypatch: pytest.MonkeyPatc
     fake.answers["/v1/completions"] = busy
     assert complete(client) == list(GOOD)
     assert len(seen) == 2 and seen[0] == seen[1]
+
+
+def test_a_trainer_s_generation_talks_to_its_server_through_the_bounded_client(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (vllm_client, vllm_generation):
+        monkeypatch.setattr(module, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(BoundedClient, "init_communicator", lambda self, device: None)  # NCCL, which needs a GPU
+    with deferred_generation(0.5):
+        generation = distillation_trainer.VLLMGeneration(
+            tiny_llama(9, seed=1), Accelerator(cpu=True), None, mode="server", server_base_url=fake.url,
+            server_timeout=0.1, max_completion_length=4, generation_kwargs=stopping_parameters(PAIR), logprobs=None,
+        )  # fmt: skip
+    fake.answers["/v1/completions"] = choices(*GOOD)
+    four = [row for row in PROMPTS for _ in range(2)]
+    assert generation.generate(four, None, 2)[1] == list(GOOD)
+    fake.answers["/v1/completions"] = choices([9, 2], *GOOD[1:])
+    with pytest.raises(RuntimeError, match="token id 9, but the model has 9"):
+        generation.generate(four, None, 2)
+    fake.answers["/v1/completions"] = fake.trickle
+    with pytest.raises(TimeoutError, match=r"within 0\.5 s"):
+        generation.generate(four, None, 2)
 
 
 # ---- the blended engine behind a server ----
