@@ -418,6 +418,22 @@ def test_damaged_results_of_a_finished_run_are_made_again(
     assert model_of_run(str(run)) == str(run / "model")
 
 
+def test_a_finished_run_of_a_version_without_an_option_that_changes_nothing_is_finished(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "checksums.json").unlink()
+    config = run / "config.yaml"
+    written = yaml.safe_load(config.read_text())
+    del written["vllm_request_timeout"]
+    config.write_text(yaml.safe_dump(written))
+    train(small(save_strategy="steps", save_steps=2), run)
+    del written["learning_rate"]
+    config.write_text(yaml.safe_dump(written))
+    with pytest.raises(RunDirectoryError, match="learning_rate is None there"):
+        train(small(save_strategy="steps", save_steps=2), run)
+
+
 @pytest.mark.parametrize("line", [b'{"a":\n', b"\xff\x00\n", b"[]\n", b""])
 def test_a_damaged_line_of_an_evaluation_is_named_by_the_run_and_its_page(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes

@@ -817,7 +817,9 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
         )
     # As it would be read back: through YAML, so that tuples and numbers compare alike.
     here = yaml.safe_load(recipe.to_yaml())
-    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore]
+    # An option that the version which wrote it did not have yet, and that changes no result, is no difference.
+    new = {key for key in here if key not in there and key in _MAY_CHANGE}
+    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore | new]
     return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
 
 
