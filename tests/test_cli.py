@@ -63,7 +63,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 # ---- help ----
 
 
-@pytest.mark.parametrize("command", ["", "train", "compare", "eval", "sweep", "probe", "report", "doctor"])
+COMMANDS = ["", "train", "compare", "eval", "sweep", "probe", "report", "doctor"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*([command] if command else []), "--help"])
@@ -73,9 +76,11 @@ def test_every_help_has_examples(command: str, capsys: pytest.CaptureFixture[str
 
 
 def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
+    """Every command's; and `trb` alone, which says what is missing."""
+    commands = [[], ["--help"], *([name, "--help"] for name in COMMANDS[1:])]
     code = (
         "import sys\nfrom trb.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        f"for arguments in {commands}:\n    try:\n        main(arguments)\n    except SystemExit:\n        pass\n"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'rich', 'pydantic', 'yaml'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

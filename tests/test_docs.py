@@ -11,7 +11,7 @@ from trb.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 from trb.policies import POLICIES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def text(page: Path) -> str:

@@ -27,12 +27,14 @@ from trb.experiments import (
     DiskFullError,
     Listener,
     RunDirectoryError,
+    check_seal,
     compare,
     mean_of_suites,
     model_of_run,
     train,
 )
 from trb.loading import load_model, load_tokenizer
+from trb.report import write_report
 from trb.resume import ChangedRunError
 from trb.trainer import TRBTrainer
 from trb.zoo.tasks import split_of
@@ -461,7 +463,7 @@ def test_damaged_results_of_a_finished_run_are_made_again(
     recipe = small(save_strategy="steps", save_steps=2)
     if name != "results.json":
         with pytest.raises(RunDirectoryError, match=r"model/config\.json"):
-            model_of_run(str(run))
+            check_seal(model_of_run(str(run)))
     train(recipe, run)
     assert f"damaged: the contents of {name}" in caplog.text or f"damaged: {name} " in caplog.text
     assert_same_run(run, finished)
@@ -469,6 +471,61 @@ def test_damaged_results_of_a_finished_run_are_made_again(
     assert ours["student"] == theirs["student"]
     assert ours["trb"]["pass_at_1"] == theirs["trb"]["pass_at_1"]
     assert model_of_run(str(run)) == str(run / "model")
+
+
+def test_a_finished_run_of_a_version_without_an_option_that_changes_nothing_is_finished(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "checksums.json").unlink()
+    config = run / "config.yaml"
+    written = yaml.safe_load(config.read_text())
+    del written["vllm_request_timeout"]
+    config.write_text(yaml.safe_dump(written))
+    train(small(save_strategy="steps", save_steps=2), run)
+    del written["learning_rate"]
+    config.write_text(yaml.safe_dump(written))
+    with pytest.raises(RunDirectoryError, match="learning_rate is None there"):
+        train(small(save_strategy="steps", save_steps=2), run)
+
+
+@pytest.mark.parametrize("line", [b'{"a":\n', b"\xff\x00\n", b"[]\n", b""])
+def test_a_damaged_line_of_an_evaluation_is_named_by_the_run_and_its_page(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = sorted((run / "evaluations").glob("step-*/*.jsonl"))[0]
+    name = path.relative_to(run).as_posix()
+    first, _, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, line, *rest]))
+    train(small(save_strategy="steps", save_steps=2), run)
+    assert f"records are damaged, and the results are not: {name} has" in caplog.text
+    assert f"{name} has" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize("of", ["run", "model", "checkpoint", "as a teacher", "as a student"])
+def test_a_damaged_model_of_a_run_is_not_evaluated_or_trained(finished: Path, tmp_path: Path, of: str) -> None:
+    """One byte of the weights, which no reader of safetensors could notice."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    spec = {"run": run, "checkpoint": max(run.glob("checkpoint-*"))}.get(of, run / "model")
+    weights = spec / "model.safetensors" if spec != run else run / "model" / "model.safetensors"
+    command = ["eval", "--data", "zoo:chains", "--limit", "1", "--max-new-tokens", "4", "--quiet"]
+    assert main([*command, "--model", str(spec)]) == 0
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    if of.startswith("as a "):
+        with pytest.raises(RunDirectoryError, match=r"damaged: the contents of model/model\.safetensors differ"):
+            train(small(max_steps=1, eval_data=[], **{of.removeprefix("as a "): str(spec)}), tmp_path / "next")
+    else:
+        assert main([*command, "--model", str(spec)]) == 2
+
+
+def test_a_file_called_as_our_checksums_beside_somebody_elses_model_is_theirs(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(zoo.path("student"), tmp_path / "model"))
+    for folder in (tmp_path, model):
+        (folder / "checksums.json").write_text('{"model.safetensors": "d41d8cd9"}')
+    check_seal(str(model))
 
 
 def test_damaged_results_that_nothing_can_make_again_are_named_and_kept(finished: Path, tmp_path: Path) -> None:

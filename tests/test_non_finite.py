@@ -1,13 +1,17 @@
 """Logits of NaN or infinity: an error that names the model, the row and the position wherever no training step is
 there to be skipped, and nothing of it where one is (`test_guard`)."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trb import experiments, zoo
@@ -209,3 +213,77 @@ def test_the_command_says_it_in_a_line(
     said = capsys.readouterr().err
     assert "error: the model's logits for token" in said
     assert "Traceback" not in said
+
+
+# ---- weights ----
+
+
+def broken_weight(role: str, name: str, row: int, value: float, folder: Path) -> Path:
+    model = Path(shutil.copytree(zoo.path(role), folder / role))
+    weights = load_file(model / "model.safetensors")
+    weights[name][row] = value
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def commands(folder: Path, **models: Path) -> dict[str, list[str]]:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**SHORT, **{role: str(path) for role, path in models.items()}}))
+    model = ["--model", str(next(iter(models.values()), "zoo:teacher")), "--data", "zoo:chains", "--limit", "2"]
+    return {
+        "train": ["train", "--config", str(recipe), "--output-dir", str(folder / "train")],
+        "probe": ["probe", "--config", str(recipe), "--output-dir", str(folder / "probe"), *PROBE],
+        "eval": ["eval", *model, "--max-new-tokens", "8", "--output-dir", str(folder / "eval")],
+    }
+
+
+PROBE = ["--problems", "2", "--samples", "1", "--max-new-tokens", "8", "--budgets", "0.1", "--truncations", "2"]
+SHORT = {
+    "student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains", "train_limit": 4, "max_steps": 1,
+    "prompts_per_step": 2, "num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 8,
+    "max_prompt_length": 64, "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1,
+    "eval_data": "zoo:chains", "eval_limit": 2, "method": "trb", "initial_kl_budget": 0.1, "blend_warmup_steps": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("role", "name", "row"),
+    [
+        ("student", "model.norm.weight", 3),
+        ("student", "model.embed_tokens.weight", 63),  # never read, but tied to the head
+        ("student", "model.layers.0.mlp.down_proj.weight", 0),
+        ("teacher", "lm_head.weight", 5),
+        ("teacher", "model.norm.weight", 3),
+    ],
+)
+def test_a_broken_weight_is_named_by_every_command(
+    role: str, name: str, row: int, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = broken_weight(role, name, row, value, tmp_path)
+    for command, arguments in commands(tmp_path, **{role: model}).items():
+        assert main([*arguments, "--quiet"]) == 2, command
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{name}" in said and str(model) in said, (command, said)
+        assert not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("probe.json"))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_broken_weight_that_nothing_reads_changes_nothing(value: float, tmp_path: Path) -> None:
+    """The last row of the teacher's embeddings: no token has its id, and the head has rows of its own."""
+    model = broken_weight("teacher", "model.embed_tokens.weight", 79, value, tmp_path)
+    numbers = {}
+    for label, models in (("broken", {"teacher": model}), ("whole", {})):
+        folder = tmp_path / label
+        folder.mkdir()
+        for arguments in commands(folder, **models).values():
+            assert main([*arguments, "--quiet"]) == 0
+        metrics = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+        logged = [
+            {key: row[key] for key in ("loss", "grad_norm", "trb/kl_student")} for row in metrics if "loss" in row
+        ]
+        probed = json.loads((folder / "probe" / "probe.json").read_text())["budgets"]
+        scored = json.loads((folder / "eval" / "results.json").read_text())["zoo:chains"]["pass_at_1"]
+        numbers[label] = logged, probed, scored
+    assert numbers["broken"] == numbers["whole"]
+    assert all(map(math.isfinite, numbers["whole"][0][0].values()))

@@ -451,19 +451,29 @@ def test_logits_that_are_not_finite_are_infinitely_far() -> None:
 def test_models_that_cannot_be_exact_are_refused_by_name() -> None:
     bert = BertLMHeadModel(BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=12, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
-    lost = tiny_llama(12, seed=1)
-    with torch.no_grad():
-        lost.lm_head.weight[3] = torch.nan
     for model, name, reason in (
         (bert.eval(), "bert", "not causal"),
         (t5.eval(), "t5", "encoder-decoder"),
-        (lost, "llama", "not finite"),
     ):
         for refused in (lambda model=model: way(model), lambda model=model: OutputHead.check(model)):
             with pytest.raises(UnsupportedModelError, match=rf"^{name} \({type(model).__name__}\).*{reason}"):
                 refused()
         with pytest.raises(UnsupportedModelError, match=name):
             sample(model, None, [[1, 2]], StudentPolicy(), max_new_tokens=2, eos_token_id=0)
+
+
+def test_a_model_whose_weights_are_lost_is_not_called_a_kind_that_is_not_supported() -> None:
+    lost = tiny_llama(12, seed=1)
+    with torch.no_grad():
+        lost.lm_head.weight[3] = torch.nan
+    calls = (
+        lambda: way(lost),
+        lambda: OutputHead.check(lost),
+        lambda: sample(lost, None, [[1, 2]], StudentPolicy(), max_new_tokens=2, eos_token_id=0),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM is damaged: NaN or infinity in lm_head\.weight, and"):
+            call()
 
 
 def test_probe_rows_pass_every_window_that_can_be_afforded() -> None:

@@ -172,7 +172,7 @@ def test_text_that_is_no_request_is_refused(text: str) -> None:
 
 def test_a_request_for_nothing_is_refused(tiny_pair: TinyPair) -> None:
     text = requests(tiny_pair, [StudentPolicy()])[0].to_text()
-    with pytest.raises(ValueError, match=r"max_new_tokens of at least 1.*got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens cannot be 0"):
         BlendRequest.from_text(text.replace(f'"max_new_tokens": {LENGTH}', '"max_new_tokens": 0'))
 
 

@@ -472,7 +472,10 @@ def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrained
 
     Raises:
         ValueError: the two are different tokenizers.
+        RunDirectoryError: one of them lies in a run or a checkpoint that is damaged (`check_seal`).
     """
+    for spec in dict.fromkeys((run.student, run.teacher)):
+        check_seal(spec)
     student = load_tokenizer(
         run.student, trust_remote_code=run.student_trust_remote_code, revision=run.student_revision
     )
@@ -496,17 +499,30 @@ def _template(name: str) -> str:
 
 
 def model_of_run(spec: str) -> str:
-    """The trained model of a run directory; any other spec is itself. Raises RunDirectoryError if it is damaged."""
+    """The trained model of a run directory; any other spec is itself."""
     model = Path(spec).expanduser() / "model"
-    if not model.is_dir() or (model.parent / "config.json").exists():
-        return spec
-    wrong = checkpoints.differing(model.parent, of=lambda name: name.startswith("model/"))
+    return spec if not model.is_dir() or (model.parent / "config.json").exists() else str(model)
+
+
+def check_seal(spec: str) -> None:
+    """Compare a run's model, or a checkpoint that is used as a model, with the checksums that the run wrote.
+
+    Raises:
+        RunDirectoryError: a file differs.
+    """
+    path = Path(spec).expanduser()
+    # Others may keep a file of this name beside their models.
+    if (path.parent / "config.yaml").exists():
+        wrong = checkpoints.differing(path.parent, of=lambda name: name.startswith(f"{path.name}/"))
+    else:
+        wrong = {}
+    if (path / "trainer_state.json").exists():
+        wrong |= checkpoints.differing(path)
     if wrong:
         raise RunDirectoryError(
-            f"{model.parent} is damaged: {'; '.join(wrong.values())}. The command that trained it makes its model "
-            "again, from its last checkpoint"
+            f"{path} is damaged: {'; '.join(wrong.values())}. The command that trained it makes its model again, from "
+            "the last whole checkpoint"
         )
-    return str(model)
 
 
 def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedModel:
@@ -803,7 +819,9 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
         )
     # As it would be read back: through YAML, so that tuples and numbers compare alike.
     here = yaml.safe_load(recipe.to_yaml())
-    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore]
+    # An option that the version which wrote it did not have yet, and that changes no result, is no difference.
+    new = {key for key in here if key not in there and key in _MAY_CHANGE}
+    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore | new]
     return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
 
 

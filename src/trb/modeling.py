@@ -442,6 +442,7 @@ def check_causal(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: an encoder-decoder, a model that reads ahead, or one whose own logits are not finite.
+        ValueError: they are not finite because its weights are not.
     """
     inner = without_adapters(model)
     if inner in _CAUSAL:
@@ -453,6 +454,10 @@ def check_causal(model: nn.Module) -> None:
         whole = plain_logits(inner, row)
         parts = [plain_logits(inner, row[:length])[-1:] for length in (len(row) - 4, len(row) - 1)]
     if not torch.isfinite(whole.logsumexp(-1)).all():
+        if broken := [name for name, weight in inner.named_parameters() if not weight.isfinite().all()]:
+            more = f" and {len(broken) - 1} other weights" if len(broken) > 1 else ""
+            name = inner.name_or_path or f"a {type(inner).__name__}"
+            raise ValueError(f"{name} is damaged: NaN or infinity in {broken[0]}{more}, and so in its logits")
         raise UnsupportedModelError(model, "its own logits are not finite, for ordinary tokens")
     gap = disagreement(parts, [whole[len(row) - 5 : len(row) - 4], whole[len(row) - 2 : len(row) - 1]])
     if not gap <= tolerance(whole):

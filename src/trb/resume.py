@@ -74,7 +74,7 @@ _FREE_BECAUSE = {
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
         dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_static_graph ddp_backend
         ddp_timeout local_rank vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_server_base_url vllm_server_host
-        vllm_server_port vllm_server_timeout vllm_group_port""",
+        vllm_server_port vllm_server_timeout vllm_request_timeout vllm_group_port""",
     "is read by nothing here": """
         do_train do_eval do_predict train_sampling_strategy length_column_name teacher_model_name_or_path
         max_tool_calling_iterations""",

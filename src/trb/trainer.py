@@ -232,6 +232,13 @@ class TRBConfig(DistillationConfig):
             "engine with copies of both models that is released when the warm-up ends. false blends without vLLM."
         },
     )
+    vllm_request_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "With vllm_mode=server: seconds that one request to the server may take, to the last byte of its "
+            "answer; then the run ends with an error."
+        },
+    )
     recorded_rollouts: int = field(
         default=4,
         metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."},
@@ -371,7 +378,7 @@ class TRBTrainer(DistillationTrainer):
         if kwargs.get("tools"):
             raise ValueError("TRBTrainer samples single turns; tools are not supported")
         model, processing_class = _checked_student(model, processing_class, args)
-        with deferred_generation():
+        with deferred_generation(args.vllm_request_timeout):
             super().__init__(
                 model=model,
                 teacher_model=None,

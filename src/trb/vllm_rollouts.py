@@ -15,13 +15,19 @@ blended rollouts).
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from types import ModuleType
 from typing import Any, Unpack
+from urllib.parse import urlencode
 
 from transformers import AutoConfig, PreTrainedModel, TrainerCallback
+from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
@@ -29,9 +35,17 @@ from trb.modeling import has_adapters, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.ranks import Ranks
 from trb.sampling import Engine, EngineOptions, Rollout
+from trb.sampling.served import Answer, ask, check_completion
 from trb.sampling.vllm import BlendEngine, drafting_room, generators_kept, repack_heads, require_supported_version
 
-__all__ = ["DeferredGeneration", "ReleaseEngine", "SharedEngine", "WarmupEngine", "deferred_generation"]
+__all__ = [
+    "BoundedClient",
+    "DeferredGeneration",
+    "ReleaseEngine",
+    "SharedEngine",
+    "WarmupEngine",
+    "deferred_generation",
+]
 
 # Tokens drafted at once where `block_size` leaves the choice open: with the paper's budgets four in five are kept.
 _BLOCK = 4
@@ -176,9 +190,16 @@ class ReleaseEngine(TrainerCallback):
 
 
 class DeferredGeneration(VLLMGeneration):
-    """TRL's vLLM, which a colocated run starts when it is first used; what it would refuse then is refused at once."""
+    """TRL's vLLM, which a colocated run starts when it is first used; what it would refuse then is refused at once.
+
+    Of a server, one request takes `request_timeout` seconds at most, and its completions are checked before use.
+    """
 
     _started = False
+
+    def __init__(self, *args: Any, request_timeout: float = 600.0, **kwargs: Any) -> None:
+        self.request_timeout = request_timeout
+        super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
         if self.mode == "colocate":
@@ -189,7 +210,9 @@ class DeferredGeneration(VLLMGeneration):
 
     def _start(self) -> None:
         if not self._started:
-            with generators_kept():
+            rows = without_adapters(self.model).config.get_text_config().vocab_size
+            client = partial(BoundedClient, rows=rows, request_timeout=self.request_timeout)
+            with generators_kept(), _replaced(vllm_generation, "VLLMClient", client):
                 super()._init_vllm()
             self._started = True
 
@@ -206,6 +229,78 @@ class DeferredGeneration(VLLMGeneration):
     def generate(self, *args: Any, **kwargs: Any) -> tuple:
         self._start()
         return super().generate(*args, **kwargs)
+
+
+class BoundedClient(VLLMClient):
+    """TRL's client of a vLLM server, for a server that may be broken, or somebody else's.
+
+    Args:
+        rows: how many token ids the student has.
+        request_timeout: seconds one request may take.
+
+    Raises:
+        TimeoutError: a request took longer than `request_timeout` seconds.
+        ConnectionError: the server could not be reached.
+        RuntimeError: it answered something else than the completions that were asked for.
+    """
+
+    def __init__(self, *args: Any, rows: int, request_timeout: float, **kwargs: Any) -> None:
+        self._rows, self._seconds = rows, request_timeout
+        super().__init__(*args, **kwargs)
+
+    def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
+        """Wait for the server; the session, which has no time-out and reads without end, is exchanged first."""
+        self.session: Any = _Session(self._seconds)
+        give_up = time.monotonic() + total_timeout
+        while True:
+            left = max(retry_interval, give_up - time.monotonic())
+            try:
+                if ask(f"{self.base_url}/health", seconds=min(left, self._seconds)).status_code == 200:
+                    return
+                found = "it is not ready"
+            except (TimeoutError, ConnectionError) as error:
+                found = str(error)
+            if time.monotonic() + retry_interval >= give_up:
+                raise ConnectionError(
+                    f"the vLLM server at {self.base_url} was not up in vllm_server_timeout={total_timeout:g}: {found}"
+                )
+            time.sleep(retry_interval)
+
+    def generate(self, prompts: list, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        n = kwargs["n"]
+        stop_ids = (kwargs.get("generation_kwargs") or {}).get("stop_token_ids", ())
+        try:
+            output = super().generate(prompts, **kwargs)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise RuntimeError(f"{self.base_url} answered something else than completions: {error!r:.300}") from error
+        completions = output["completion_ids"]
+        if len(completions) != n * len(prompts) or output["prompt_ids"] != prompts:
+            raise RuntimeError(
+                f"{self.base_url} answered {len(completions)} completions of {len(output['prompt_ids'])} prompts; "
+                f"{n} of each of {len(prompts)} prompts were asked for, and these prompts"
+            )
+        for row, completion in enumerate(completions):
+            check_completion(
+                completion,
+                where=f"{self.base_url}: prompt {row // n}",
+                rows=self._rows,
+                stop_ids=stop_ids,
+                max_new_tokens=kwargs["max_tokens"],
+            )
+        return output
+
+
+class _Session:
+    """What TRL's client uses of a session of `requests`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def get(self, url: str, params: Mapping[str, str] | None = None) -> Answer:
+        return ask(f"{url}?{urlencode(params)}" if params else url, seconds=self._seconds, patient=True)
+
+    def post(self, url: str, json: Any = None) -> Answer:
+        return ask(url, json, seconds=self._seconds, post=True, patient=True)
 
 
 def _check_shape(student: PreTrainedModel, trust_remote_code: bool) -> None:
@@ -234,11 +329,18 @@ def _check_sharing(size: int, processes: int) -> None:
 
 
 @contextmanager
-def deferred_generation() -> Iterator[None]:
+def deferred_generation(request_timeout: float) -> Iterator[None]:
     """Have `DistillationTrainer` build a `DeferredGeneration`."""
-    original: Any = distillation_trainer.VLLMGeneration
-    distillation_trainer.VLLMGeneration = DeferredGeneration  # type: ignore[misc]
+    build = partial(DeferredGeneration, request_timeout=request_timeout)
+    with _replaced(distillation_trainer, "VLLMGeneration", build):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        distillation_trainer.VLLMGeneration = original  # type: ignore[misc]
+        setattr(module, name, original)

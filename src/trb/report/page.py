@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -96,6 +97,7 @@ def embed(data: Any) -> Markup:
     return Markup(text)
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("trb.report", "templates"),

@@ -145,8 +145,7 @@ class _Drawing:
         entries = _entries(self.record.get("continuation"), "truncations", self.where)
         lengths = tuple(show(number(entry, "length", self.where), "count") for entry in entries)
         axis = Axis("cut after token", lengths, f"{self.prefix}-cut")
-        policies = list(dict.fromkeys(name for e in entries for name in _inner(e, ("policies",), self.where) or {}))
-        others = list(dict.fromkeys(name for e in entries for name in _inner(e, ("relative",), self.where) or {}))
+        policies, others = (_names(entries, key, self.where) for key in ("policies", "relative"))
         styles = policy_styles(policies)
         found: list[Panel] = []
         for continuer in CONTINUERS:
@@ -245,6 +244,17 @@ def _inner(record: Mapping[str, Any], path: tuple[str, ...], where: str) -> Any:
             raise ReportError(f"{where}: {value!r:.80} holds no {key}, expected an object.")
         value = value.get(key)
     return value
+
+
+def _names(entries: Sequence[Mapping[str, Any]], key: str, where: str) -> list[str]:
+    """The keys of the objects that the entries have under `key`, each once."""
+    found: dict[str, None] = {}
+    for entry in entries:
+        value = entry.get(key)
+        if not isinstance(value, Mapping | None):
+            raise ReportError(f"{where}: {key} is {value!r:.80}, expected an object.")
+        found |= dict.fromkeys(value or ())
+    return list(found)
 
 
 def _entries(record: Any, key: str, where: str) -> list[Mapping[str, Any]]:

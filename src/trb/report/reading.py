@@ -239,7 +239,7 @@ def read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
 
 def _damage(directory: Path) -> list[str]:
     """What is known to be damaged in a run: against its checksums, and against its last checkpoint's until it ends."""
-    shown = list(checkpoints.differing(directory, of=lambda name: "/" not in name).values())  # not the model
+    shown = list(checkpoints.differing(directory, of=lambda name: not name.startswith("model/")).values())
     last = max(checkpoints.numbered(directory).items(), default=None)
     if last is None or (directory / "results.json").exists():
         return shown

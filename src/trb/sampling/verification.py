@@ -19,6 +19,7 @@ drafted positions, L logits of the step, T longest completion, V head rows.
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from torch import Tensor
 from trb.policies import POLICIES, BehaviorPolicy
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import RolloutStats
-from trb.sampling.uniforms import as_int64, uniforms
+from trb.sampling.uniforms import MAX_ROLLOUTS, as_int64, uniforms
 from trb.vocab import SharedVocabulary
 
 __all__ = ["BlendRequest", "BlendRow", "BlendState", "Proposal"]
@@ -88,7 +89,7 @@ class BlendRequest:
             values = json.loads(text)
             policy = dict(values["policy"])
             name = policy.pop("name")
-            if name not in POLICIES:
+            if not isinstance(name, str) or name not in POLICIES:
                 raise ValueError(
                     f"not a blended request: its policy is {name!r:.100}, and this engine knows "
                     f"{', '.join(POLICIES)}; write it with BlendRequest.to_text"
@@ -97,16 +98,34 @@ class BlendRequest:
             vocabulary = values["vocabulary"]
             values["vocabulary"] = SharedVocabulary(**{**vocabulary, "folded_ids": tuple(vocabulary["folded_ids"])})
             request = cls(**values)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"not a blended request: {error!r} in {text:.200}; write it with BlendRequest.to_text"
+                f"not a blended request: {error!r:.300} in {text:.200}; write it with BlendRequest.to_text"
             ) from error
-        if request.max_new_tokens < 1 or not request.temperature > 0:
-            raise ValueError(
-                f"a blended request needs max_new_tokens of at least 1 and a positive temperature, got "
-                f"{request.max_new_tokens} and {request.temperature}"
-            )
+        request._check()
         return request
+
+    def _check(self) -> None:
+        """Raises ValueError for what a worker would fail on: an engine does not outlive an error there."""
+        pair = self.vocabulary
+        wholes = {
+            "max_new_tokens": (self.max_new_tokens, 1, None),
+            "seed": (self.seed, None, None),
+            "prompt_key": (self.prompt_key, 0, 1 << 64),
+            "rollout_index": (self.rollout_index, 0, MAX_ROLLOUTS),
+            "vocabulary.size": (pair.size, 1, None),
+            "teacher_top_k": (getattr(self.policy, "teacher_top_k", 1), 1, None),
+        }
+        for name, (value, low, end) in wholes.items():
+            if type(value) is not int or (low is not None and value < low) or (end is not None and value >= end):
+                raise ValueError(f"a blended request's {name} cannot be {value!r:.100}")
+        for stop in (pair.stop_id, *pair.folded_ids):
+            if type(stop) is not int or not 0 <= stop < pair.size:
+                raise ValueError(f"a blended request's stop id cannot be {stop!r:.100} among {pair.size} events")
+        if not isinstance(self.name, str):
+            raise ValueError(f"a blended request's name cannot be {self.name!r:.100}")
+        if not (isinstance(self.temperature, int | float) and 0 < self.temperature < math.inf):
+            raise ValueError(f"a blended request's temperature cannot be {self.temperature!r:.100}")
 
     @property
     def events(self) -> Hashable:

@@ -15,8 +15,6 @@ import random
 import shutil
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from trb.policies import BehaviorPolicy
 from trb.sampling.rollout import EngineOptions, Rollout, RolloutStats
+from trb.sampling.served import ask, check_completion, check_numbers
 from trb.sampling.verification import BlendRequest
 from trb.sampling.vllm_plugin import (
     EXTENSION,
@@ -86,6 +85,7 @@ def engine_options(student: str, teacher: str, num_speculative_tokens: int) -> d
 def serve_command(student: str, teacher: str, num_speculative_tokens: int) -> list[str]:
     """The command that serves the same engine over HTTP, for `ServedEngine`; further options of vLLM may follow.
 
+    It is reached from this machine alone, unless another `--host` follows: vLLM asks nobody who they are.
     It needs `SERVER_ENVIRONMENT`. vLLM's module, because its `vllm` command does not start in the build for CPUs.
     """
     options = engine_options(student, teacher, num_speculative_tokens)
@@ -93,6 +93,7 @@ def serve_command(student: str, teacher: str, num_speculative_tokens: int) -> li
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", teacher),
         *("--speculative-config", json.dumps(options["speculative_config"])),
         *("--worker-extension-cls", EXTENSION, "--no-async-scheduling", "--skip-tokenizer-init"),
+        *("--host", "127.0.0.1"),
     ]
 
 
@@ -230,7 +231,7 @@ class ServedEngine:
         url: of the server, such as `http://host:8000`.
         model: the teacher's name, as given to the server.
         connections: requests in flight at once.
-        timeout_s: seconds one completion may take.
+        timeout_s: seconds one request may take, from its beginning to the last byte of its answer.
     """
 
     def __init__(self, url: str, model: str, *, connections: int = 64, timeout_s: float = 600.0) -> None:
@@ -242,13 +243,21 @@ class ServedEngine:
         """As `BlendEngine.sample`.
 
         Raises:
-            RuntimeError: the server refused a request; its answer is in the message.
+            RuntimeError: the server refused a request (its answer is in the message), or answered no completion.
+            TimeoutError: a request took longer than `timeout_s`.
+            ConnectionError: the server could not be reached.
         """
         call = uuid.uuid4().hex  # several clients may share a server
         requests = requests_of((f"{call}-{row}" for row in count()), policy, options)
         with ThreadPoolExecutor(self._connections) as pool:
             completions = list(pool.map(self._complete, prompts, requests))
-        return rollout_of(prompts, requests, completions, self._ask("trb_take_records", names_of(requests)))
+        records = self._ask("trb_take_records", names_of(requests))
+        for name, completion in zip(names_of(requests), completions, strict=True):
+            record = records.get(name) if isinstance(records, dict) else None
+            if not isinstance(record, dict):
+                raise RuntimeError(f"{self._url}: there is no record of completion {name}")
+            check_numbers(record, _COLUMNS, len(completion), f"{self._url}: completion {name}")
+        return rollout_of(prompts, requests, completions, records)
 
     def counters(self) -> dict[str, int]:
         """As `BlendEngine.counters`."""
@@ -267,21 +276,35 @@ class ServedEngine:
         extra = parameters.pop("extra_args")
         del parameters["detokenize"]
         body = {"model": self._model, "prompt": list(prompt), "vllm_xargs": extra, "return_token_ids": True}
-        return self._post("/v1/completions", body | parameters)["choices"][0]["token_ids"]
+        answer = self._post("/v1/completions", body | parameters)
+        return check_completion(
+            _inside(answer, self._url, "choices", 0, "token_ids"),
+            where=f"{self._url}: prompt {request.name}",
+            rows=request.vocabulary.size,
+            stop_ids=request.vocabulary.stop_ids,
+            max_new_tokens=request.max_new_tokens,
+        )
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        return self._post("/collective_rpc", {"method": method, "args": list(arguments)})["results"][0]
+        answer = self._post("/collective_rpc", {"method": method, "args": list(arguments)})
+        return _inside(answer, self._url, "results", 0)
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        answer = ask(self._url + path, body, seconds=self._timeout, post=True)
+        if answer.status_code != 200:
+            raise RuntimeError(f"{answer.url} answered {answer.status_code}: {answer.text:.500}")
+        return answer.json()
+
+
+def _inside(answer: Any, url: str, *path: str | int) -> Any:
+    """What lies at `path` of an answer."""
+    value = answer
+    for step in path:
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                return json.loads(answer.read() or "null")
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
-            raise RuntimeError(f"{self._url}{path} answered {error.code}: {said:.500}") from error
+            value = value[step]
+        except (LookupError, TypeError) as error:
+            raise RuntimeError(f"{url} answered {answer!r:.200}, which holds no {step}") from error
+    return value
 
 
 def sampling_parameters(request: BlendRequest) -> dict[str, Any]:
