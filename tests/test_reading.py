@@ -46,7 +46,7 @@ from trb.modeling import (
     tolerance,
 )
 from trb.policies import StudentPolicy, TrustRegionPolicy
-from trb.sampling import METHODS, Rollout, reading, sample
+from trb.sampling import SAMPLERS, Rollout, reading, sample
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.reading import sampling_mode, way_of
 from trb.sampling.uniforms import uniforms
@@ -117,7 +117,7 @@ def test_layers_that_share_keys_may_meet_prompts_of_one_token_first(model_type: 
     assert draw(student, teacher, block_size=3, max_rows=1).completions == wanted
     ones = [prompt[:1] for prompt in PROMPTS]
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "eos_token_id": STOP, "seed": 3}
-    rollouts = [sample(student, teacher, ones, POLICY, method=method, **options) for method in METHODS]
+    rollouts = [sample(student, teacher, ones, POLICY, method=method, **options) for method in SAMPLERS]
     assert rollouts[0].completions == rollouts[1].completions
     assert len(set(map(len, rollouts[0].completions))) > 1  # so that slots are moved
 
