@@ -60,7 +60,6 @@ from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
 from trb.templates import PLAIN_TEMPLATE
 from trb.trainer import TRBConfig, TRBTrainer
-from trb.typed_files import VersionError
 from trb.untrusted import parse_yaml
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
@@ -868,12 +867,7 @@ def _finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if (_is_damaged(config) and _says_itself(checkpoints.latest(directory, warn=None))) or _differences(config, recipe):
         return None
-    try:
-        results = read_results(path)  # first, as a file that may not be read is not damaged
-    except VersionError:
-        if path.name not in checkpoints.differing(directory):
-            raise
-        results = None
+    results = read_results(path)  # first, as a file that may not be read is not damaged
     damaged = checkpoints.differing(directory)
     again = [text for name, text in damaged.items() if name == path.name or name.partition("/")[0] == MODEL]
     if results is None and path.name not in damaged:
@@ -936,10 +930,10 @@ def _remove(path: Path) -> None:
 def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
     """Claim the directory for a run; without a checkpoint, drop what an interrupted one measured."""
     checkpoints.unseal(directory)
-    if _is_damaged(directory / CONFIG):
-        set_aside(directory / CONFIG)
-    if (directory / RESULTS).exists():  # damaged, or of a run that goes on
-        _drop_results(directory / RESULTS)
+    for path, read in ((directory / RESULTS, read_results), (directory / CONFIG, _written_recipe)):
+        if path.exists() and read(path) is None:
+            set_aside(path)
+    (directory / RESULTS).unlink(missing_ok=True)
     if afresh:
         for file in records.MEASUREMENTS:
             (directory / file).unlink(missing_ok=True)
@@ -951,14 +945,6 @@ def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
         drop_after_step(directory / file, sys.maxsize)  # a kill may have cut the last line off
     write_text(directory / CONFIG, recipe.to_yaml())
     checkpoints.seal(directory, files_of=[directory / CONFIG, provenance.write(directory)])
-
-
-def _drop_results(path: Path) -> None:
-    try:
-        whole = read_results(path) is not None
-    except VersionError:  # other than its checksum, or `_finished_results` would have refused it
-        whole = False
-    path.unlink() if whole else set_aside(path)
 
 
 def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:

@@ -34,6 +34,10 @@ def _is_level(value: Any) -> bool:
     return _is_number(value) and (value is None or 0 < value < 1 or not abs(value) < math.inf)
 
 
+def _is_chance(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_number(value[1])
+
+
 def _or_names(value: Any, read: Callable[[Any], Any]) -> Any:
     return value if isinstance(value, list) else read(value)
 
@@ -50,6 +54,7 @@ Share = Annotated[Any, of_kind(lambda value: type(value) is bool or _is_number(v
 Text = Annotated[Any, of_kind(lambda value: isinstance(value, str | None), "text")]
 Interval = Annotated[Any, of_kind(_is_interval, "[low, high] or null")]
 Level = Annotated[Any, of_kind(_is_level, "a share between 0 and 1 such as 0.95")]
+Chance = Annotated[Any, of_kind(_is_chance, "[text, probability]")]
 Numbers = list[Number] | None
 Options = dict[str, Any] | None
 
@@ -283,7 +288,7 @@ class Rollout(Step):
     student_log_prob: Numbers = None
     teacher_log_prob: Numbers = None
     kl_teacher: Numbers = None
-    alternatives: list[dict[str, list[tuple[str, Number]]] | None] | None = None
+    alternatives: list[dict[str, list[Chance]] | None] | None = None
 
 
 class Skipped(Step):
@@ -365,8 +370,8 @@ MEASUREMENTS = (METRICS, HELD_OUT, EVALS, ROLLOUTS)
 MEASURED = LinesFile("MEASUREMENT.jsonl", schema=Step)  # any of them: the step is what they have in common
 EVALUATIONS, SKIPPED, MODEL, MODEL_PARTIAL = "evaluations", "skipped", "model", "model.partial"  # folders
 SKIPPED_STEP = LinesFile("step-N.jsonl", (f"{SKIPPED}/step-*.jsonl",), schema=Skipped)
-SCORES = JsonFile("ROLE.json", (f"{EVALUATIONS}/*.json",), schema=Scores, versioned=False)
-CHECKSUMS = JsonFile("checksums.json", schema=Checksums, versioned=False)  # its own checksum covers all of it
+SCORES = JsonFile("ROLE.json", (f"{EVALUATIONS}/*.json",), schema=Scores)
+CHECKSUMS = JsonFile("checksums.json", schema=Checksums)
 
 # Of a study; its settings have folders of their names, and these have folders of runs (`trb.study`).
 STUDY_PLAN = RunFile("study.yaml")
@@ -375,7 +380,7 @@ REFERENCE, PROBE_FOLDER, SCORING = "reference", "probe", "scoring"  # folders
 REFERENCE_SCORES = JsonFile("ROLE.json", (f"{REFERENCE}/*.json",), schema=ReferenceScores)
 SELECTION = JsonFile("selection.json", schema=Selection)
 TEST = JsonFile("test.json", schema=SplitScores)
-SECONDS = JsonFile("seconds.json", schema=Known, versioned=False)
+SECONDS = JsonFile("seconds.json", schema=Known)
 _LINES = (f"{EVALUATIONS}/*.jsonl", f"{EVALUATIONS}/*/*.jsonl", f"{SCORING}/*.jsonl")
 PROBLEMS = LinesFile("SUITE.jsonl", _LINES, schema=Problem)
 
@@ -383,7 +388,7 @@ PROBLEMS = LinesFile("SUITE.jsonl", _LINES, schema=Problem)
 PROBE = JsonFile("probe.json", schema=Probe)
 PARTS = "parts"  # a folder
 PROBE_SETTINGS = JsonFile("settings.json", (f"{PARTS}/settings.json",), schema=dict[str, Any])
-PART = JsonFile("PART.json", (f"{PARTS}/*.json",), versioned=False, compact=True)
+PART = JsonFile("PART.json", (f"{PARTS}/*.json",), compact=True)
 
 # Of a checkpoint, beside what transformers saves there.
 CHECKPOINT_PREFIX, CHECKPOINT_PARTIAL = "checkpoint-", "checkpoint.partial"  # folders
@@ -394,13 +399,13 @@ PROGRESS = JsonFile("trb_state_RANK.json", ("trb_state_*.json",), schema=Progres
 
 CARD = RunFile("README.md")  # which TRL writes when it saves a checkpoint
 DAMAGED = RunFile("NAME.damaged", ("*.damaged",))
-_OWN = (
+OWN = (
     *(CONFIG, RECIPE, REPORT, PROVENANCE, RESULTS, *MEASUREMENTS, SKIPPED_STEP, SCORES, CHECKSUMS),
     *(STUDY_PLAN, STUDY, REFERENCE_SCORES, SELECTION, TEST, SECONDS, PROBLEMS),
     *(PROBE, PROBE_SETTINGS, PART, RUN, REACH, PROGRESS, CARD, DAMAGED),
 )
 RUN_MARKS = (CONFIG, RECIPE, METRICS, RESULTS)  # show that a folder is that of a run or a comparison
-_SAVED = RunFile("what transformers saves", (f"{MODEL}/*", f"{CHECKPOINT_PREFIX}*/*"))
+SAVED = RunFile("what transformers saves", (f"{MODEL}/*", f"{CHECKPOINT_PREFIX}*/*"))
 
 
 def step_name(step: int) -> str:
@@ -445,4 +450,4 @@ def aside(path: Path) -> Path:
 
 def owner(path: PurePath) -> RunFile | None:
     """What a file inside an output directory is, by its name and those of its folders; None if it is none of these."""
-    return next((file for file in (*_OWN, _SAVED) if file.claims(path)), None)
+    return next((file for file in (*OWN, SAVED) if file.claims(path)), None)

@@ -1,8 +1,8 @@
 """Files with a name, a schema and a version, read and written in one way. Which files there are: `trb.records`.
 
-Whole JSON files say which version of their layout they have; one that does not say has version 1. Lines of JSON say
-nothing: a later layout would, in its first line. A file of another version is refused with a VersionError, and never
-taken for a damaged one; a file whose content does not fit raises a RecordError that names the file and the field.
+A file says which version of its layout it has, a whole file in its object and lines in their first one; what does not
+say has version 1. A file of another version is refused with a VersionError, and never taken for a damaged one; a file
+whose content does not fit raises a RecordError that names the file and the field.
 """
 
 import json
@@ -174,14 +174,13 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class JsonFile(TypedFile):
-    """A whole file of JSON. An object of a `versioned` one says its version; `compact` ones may hold NaN."""
+    """A whole file of JSON; `compact` ones may hold NaN and infinities."""
 
-    versioned: bool = True
     compact: bool = False
 
     def write(self, path: Path, value: Any) -> None:
         """Replace the file at once. Raises ValueError for infinities and NaN, unless it is compact."""
-        if self.versioned:
+        if self.version > 1:
             value = {VERSION_KEY: self.version, **value}
         layout: dict[str, Any] = {} if self.compact else {"indent": 2, "ensure_ascii": False, "allow_nan": False}
         write_text(path, json.dumps(value, **layout) + "\n")
@@ -193,9 +192,7 @@ class JsonFile(TypedFile):
     def parse(self, value: Any, where: str | os.PathLike[str]) -> Any:
         """What `read` returns of a file with this content; `where` names it in messages."""
         self.check_version(value, where)
-        if self.versioned and not isinstance(value, dict):
-            raise RecordError(f"{os.fspath(where)}: expected a JSON object, found {type(value).__name__}")
-        if self.versioned:
+        if isinstance(value, dict):
             value = {key: item for key, item in value.items() if key != VERSION_KEY}
         self.check(value, where)
         return value

@@ -33,7 +33,7 @@ from trb.cli.display import (
     study_table,
 )
 from trb.cli.doctor import run_doctor
-from trb.records import CONFIG, EVALUATIONS, METRICS, PROBE, RECIPE, RESULTS, STUDY, STUDY_PLAN
+from trb.records import CONFIG, EVALUATIONS, METRICS, PROBE, RECIPE, REPORT, RESULTS, STUDY, STUDY_PLAN
 from trb.untrusted import printable
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(_command(commands, "eval", "pass@1 of a model, with a 95%% interval", _eval))
     _add_sweep(_command(commands, "sweep", "run a study: methods x settings x seeds, judged by fixed rules", _sweep))
     _add_probe(_command(commands, "probe", "what blending does to a student's prefixes, before training", _probe))
-    report = _command(commands, "report", "write report.html for a run, a comparison, a study or a probe", _report)
+    report = _command(commands, "report", f"write {REPORT} for a run, a comparison, a study or a probe", _report)
     report.add_argument("directory", metavar="DIR", help="a run, comparison, study or probe directory")
     report.add_argument(
         "--export", metavar="OUT", help="also write figures (PNG, SVG) and tables (Markdown, CSV, LaTeX)"
