@@ -70,7 +70,8 @@ def test_every_bit_that_flips_is_recognised_or_harmless(tmp_path: Path, name: st
 def test_every_truncation_is_recognised(tmp_path: Path, name: str) -> None:
     checkpoint = write(tmp_path, 2)
     path, content = checkpoint / name, (checkpoint / name).read_bytes()
-    for length in range(len(content)):
+    end = content.rstrip(b"\n") if name == "checksums.json" else content  # JSON needs no line end
+    for length in range(len(end)):
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match=r"is damaged|no complete checkpoint"):
             checkpoints.verify(checkpoint)

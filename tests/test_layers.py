@@ -17,6 +17,8 @@ LAYERS = (
     "choices",
     "files",
     "untrusted",
+    "typed_files",
+    "records",
     "confinement",
     "templates",
     "ranks",

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from trb import TRBConfig, TRBTrainer, zoo
-from trb.recording import append_jsonl, drop_after_step, logged_metrics, read_records, score_record
+from trb.recording import drop_after_step, logged_metrics, read_records, score_record
+from trb.records import METRICS
 from trb.sampling import prompt_key
 from trb.scoring import TokenScores
 
@@ -23,18 +24,18 @@ def read(path: Path) -> list[dict]:
 
 def test_numbers_json_cannot_hold_become_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    append_jsonl(path, [{"step": 1, "loss": float("nan"), "nested": [float("inf"), {"x": 1.5}]}])
+    METRICS.append(path, [{"step": 1, "loss": float("nan"), "nested": [float("inf"), {"x": 1.5}]}])
     assert read(path) == [{"step": 1, "loss": None, "nested": [None, {"x": 1.5}]}]
 
 
 def test_lines_after_the_checkpoint_are_dropped_and_so_is_a_torn_last_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    append_jsonl(path, [{"step": step} for step in range(1, 6)])
+    METRICS.append(path, [{"step": step} for step in range(1, 6)])
     with path.open("a") as file:
         file.write('{"step": 6, "lo')
     drop_after_step(path, 3)
     assert [row["step"] for row in read(path)] == [1, 2, 3]
-    append_jsonl(path, [{"step": 4}])
+    METRICS.append(path, [{"step": 4}])
     assert [row["step"] for row in read(path)] == [1, 2, 3, 4]
 
 
@@ -89,7 +90,7 @@ def test_a_missing_file_is_left_missing(tmp_path: Path) -> None:
 def test_text_with_line_separators_and_lone_surrogates_survives(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     texts = ["a\u2028b", "\x85", "\ud800", "plain"]
-    append_jsonl(path, [{"step": 1, "completion": text} for text in texts])
+    METRICS.append(path, [{"step": 1, "completion": text} for text in texts])
     drop_after_step(path, 1)
     assert [row["completion"] for row in read(path)] == texts
 
@@ -103,7 +104,7 @@ def test_infinite_scores_become_null_and_probabilities_keep_six_digits(tmp_path:
         alternatives=[[{"student": [(7, 0.123456789), (8, 1.23456789e-9)], "teacher": [], "behavior": [(9, 1.0)]}]],
     )  # fmt: skip
     path = tmp_path / "rollouts.jsonl"
-    append_jsonl(path, [score_record(scores, 0, "<{}>".format)])
+    METRICS.append(path, [score_record(scores, 0, "<{}>".format)])
     assert read(path) == [
         {
             "student_log_prob": [-1.23457],

@@ -285,14 +285,14 @@ def test_a_young_study_makes_a_page_tables_and_figures(tmp_path: Path, young: di
     ("change", "message"),
     [
         ({"settings": []}, r"study\.json: settings is \[\], expected an object"),
-        ({"settings": {"a": {"methods": {"trb": 1}}}}, r"settings\.a: methods\.trb is 1, expected an object"),
-        ({"settings": {"a": {"methods": {"trb": {"pass_at_1": "high"}}}}}, r"settings\.a\.methods\.trb: pass_at_1"),
-        ({"settings": {"a": {"methods": {"trb": {"interval": [1]}}}}}, r"methods\.trb: interval is \[1\]"),
+        ({"settings": {"a": {"methods": {"trb": 1}}}}, r"settings\.a\.methods\.trb is 1, expected an object"),
+        ({"settings": {"a": {"methods": {"trb": {"pass_at_1": "high"}}}}}, r"settings\.a\.methods\.trb\.pass_at_1"),
+        ({"settings": {"a": {"methods": {"trb": {"interval": [1]}}}}}, r"methods\.trb\.interval is \[1\]"),
         (
             {"settings": {"a": {"methods": {"trb": {"curve": {"steps": [1, 2], "mean": [0.1]}}}}}},
             r"methods\.trb\.curve\.mean has 1 numbers for 2 steps",
         ),
-        ({"settings": {"a": {"sweep": {"trb": {}}}}}, r"settings\.a: trb is \{\}, expected a list"),
+        ({"settings": {"a": {"sweep": {"trb": {}}}}}, r"settings\.a\.sweep\.trb is \{\}, expected a list"),
         ({"level": 95}, r"level is 95, expected a share"),
         ({"name": 1}, r"name is 1, expected text"),
         ({"diagnostics": {"a": {"budgets": 3}}}, r"diagnostics\.a: budgets is 3, expected a list"),

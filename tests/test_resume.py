@@ -19,6 +19,7 @@ from transformers import get_scheduler
 
 from trb import TRBConfig, checkpoints, resume, zoo
 from trb.methods import every_knob, knobs_of, pair_of
+from trb.records import RUN
 from trb.resume import ChangedRunError, spread
 from trb.trainer import TRBTrainer
 
@@ -305,12 +306,12 @@ def copied(saved: Path, directory: Path) -> Path:
 def test_the_record_is_sealed_and_an_older_checkpoint_is_continued_with_a_warning(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "method" in json.loads((saved / resume.FILE_NAME).read_text())
+    assert "method" in json.loads((saved / RUN).read_text())
     damaged = copied(saved, tmp_path)
-    (damaged / resume.FILE_NAME).write_text("{}")
-    with pytest.raises(checkpoints.CheckpointError, match=resume.FILE_NAME):
+    (damaged / RUN).write_text("{}")
+    with pytest.raises(checkpoints.CheckpointError, match=RUN.name):
         resumed(damaged, tmp_path / "run")
-    (damaged / resume.FILE_NAME).unlink()
+    (damaged / RUN).unlink()
     checkpoints.seal(damaged)
     caplog.set_level(logging.WARNING)
     assert resumed(damaged, tmp_path / "run", method="opd").state.global_step == 2

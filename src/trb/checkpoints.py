@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
 
-from trb.files import flush, remove, write_json
-from trb.untrusted import read_object
+from trb.files import flush, remove
+from trb.records import CHECKPOINT_PARTIAL, CHECKPOINT_PREFIX, CHECKSUMS, REACH, TRAINER_STATE
 
 __all__ = [
     "PARTIAL",
@@ -45,11 +45,7 @@ __all__ = [
     "write_reach",
 ]
 
-PARTIAL = "checkpoint.partial"  # transformers looks for checkpoint-*, and must not find it
-_CHECKSUMS = "checksums.json"
-_STATE = "trainer_state.json"  # what makes a folder a checkpoint
-_PREFIX = "checkpoint-"
-_REACH = "trb_records.json"
+PARTIAL = CHECKPOINT_PARTIAL  # transformers looks for checkpoint-*, and must not find it
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +64,14 @@ def seal(checkpoint: Path, *, checksums: bool = True, files_of: Iterable[Path] |
     """
     files: dict[str, dict[str, Any]] = {}
     inside = [entry for root in files_of or [checkpoint] for entry in (root, *root.rglob("*"))]
-    for path in sorted(path for path in inside if path.is_file() and path.name != _CHECKSUMS):
+    for path in sorted(path for path in inside if path.is_file() and path.name != CHECKSUMS.name):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             entry: dict[str, Any] = {"bytes": os.fstat(file.fileno()).st_size}
             if checksums:
                 entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.relative_to(checkpoint).as_posix()] = entry
-    with (checkpoint / _CHECKSUMS).open("w", encoding="utf-8") as file:
-        json.dump({"files": files, "sha256": _digest(files)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    CHECKSUMS.write(checkpoint / CHECKSUMS, {"files": files, "sha256": _digest(files)})
     for folder in {checkpoint, *(checkpoint / name for name in map(os.path.dirname, files))}:
         flush(folder)
 
@@ -86,7 +79,7 @@ def seal(checkpoint: Path, *, checksums: bool = True, files_of: Iterable[Path] |
 def write_reach(directory: Path, checkpoint: Path) -> None:
     """Keep in a checkpoint how far the record files of its run reach: their bytes, and the SHA-256 of those."""
     files = [path for path in sorted(directory.glob("*.jsonl")) if path.is_file()]
-    write_json(checkpoint / _REACH, {path.name: _reach(path, path.stat().st_size) for path in files})
+    REACH.write(checkpoint / REACH, {path.name: _reach(path, path.stat().st_size) for path in files})
 
 
 def publish(directory: Path, name: str) -> None:
@@ -140,7 +133,7 @@ def best_beside(checkpoint: Path, best: str | None) -> str | None:
 
 def numbered(directory: Path) -> dict[int, Path]:
     """The checkpoints of a run by step, whole or not."""
-    names = ((path.name.removeprefix(_PREFIX), path) for path in directory.glob(f"{_PREFIX}*"))
+    names = ((path.name.removeprefix(CHECKPOINT_PREFIX), path) for path in directory.glob(f"{CHECKPOINT_PREFIX}*"))
     return {int(step): path for step, path in names if step.isdecimal()}
 
 
@@ -176,8 +169,8 @@ def verify(checkpoint: Path, *, contents: bool = True) -> None:
         CheckpointError: a file is missing or differs, or there are no checksums.
     """
     files = _sealed_files(checkpoint)
-    if _STATE not in files:
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_STATE}")
+    if TRAINER_STATE.name not in files:
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {TRAINER_STATE}")
     for name, entry in files.items():
         found = _difference(checkpoint / name, name, entry, contents)
         if found:
@@ -189,12 +182,12 @@ def differing(folder: Path, of: Callable[[str], bool] = lambda name: True) -> di
 
     Nothing where the folder has no seal.
     """
-    if not (folder / _CHECKSUMS).exists():
+    if not (folder / CHECKSUMS).exists():
         return {}
     try:
         files = _sealed_files(folder)
     except CheckpointError as error:
-        return {_CHECKSUMS: str(error)}
+        return {CHECKSUMS.name: str(error)}
     there = [name for name in files if of(name) and (folder / name).exists()]
     checked = ((name, _difference(folder / name, name, files[name], contents=True)) for name in there)
     return {name: found for name, found in checked if found}
@@ -202,7 +195,7 @@ def differing(folder: Path, of: Callable[[str], bool] = lambda name: True) -> di
 
 def unseal(folder: Path) -> None:
     """Remove the checksums of a folder that is about to be written to."""
-    path = folder / _CHECKSUMS
+    path = folder / CHECKSUMS
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -232,8 +225,8 @@ def check_reach(checkpoint: Path) -> None:
 
 def short_of_reach(checkpoint: Path) -> list[str]:
     """What `check_reach` warns of, in words that begin with the file's name. Raises ValueError for a damaged list."""
-    path, wrong = checkpoint / _REACH, []
-    for name, saved in (read_object(path) if path.exists() else {}).items():
+    path, wrong = checkpoint / REACH, []
+    for name, saved in (REACH.read(path) if path.exists() else {}).items():
         file = checkpoint.parent / name
         there = _reach(file, saved["bytes"]) if file.is_file() else {"bytes": 0}
         if there != saved:
@@ -258,18 +251,18 @@ def _digest(files: dict[str, dict[str, Any]]) -> str:
 
 
 def _sealed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    path = checkpoint / _CHECKSUMS
+    path = checkpoint / CHECKSUMS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        files = content["files"]
+        content = CHECKSUMS.read(path)
+        files: dict[str, dict[str, Any]] = content["files"]
         if content["sha256"] != _digest(files):
             raise ValueError("differs from its own checksum")
         for name in files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"{name} is not inside")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {_CHECKSUMS}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {CHECKSUMS}") from error
+    except (OSError, ValueError) as error:
         cause = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{checkpoint} is damaged: {_CHECKSUMS} cannot be read ({cause:.200})") from error
+        raise CheckpointError(f"{checkpoint} is damaged: {CHECKSUMS} cannot be read ({cause:.200})") from error
     return files

@@ -29,6 +29,7 @@ from trb.choices import did_you_mean
 from trb.data import MATH_SYSTEM_PROMPT
 from trb.loading import DTYPES
 from trb.methods import METHODS, every_knob, knobs_of, owners_of, pair_of
+from trb.records import EVALS, EVALUATIONS
 from trb.trainer import TRBConfig
 from trb.untrusted import parse_yaml
 
@@ -60,7 +61,7 @@ _REPLACED = {
     "eval_steps": "use eval_every (pass@1) and held_out_every (loss)",
     "eval_delay": "use eval_every (pass@1) and held_out_every (loss)",
     "eval_on_start": "leave it out: the student is always evaluated before training",
-    "load_best_model_at_end": "leave it out: choose a checkpoint from evals.jsonl",
+    "load_best_model_at_end": f"leave it out: choose a checkpoint from {EVALS}",
     "do_train": "leave it out",
     "do_eval": "use eval_data",
     "do_predict": "leave it out",
@@ -72,7 +73,7 @@ _REPLACED = {
 }
 # What decides the behavior and the loss of a run.
 _PAIR = ("method", "behavior", "loss")
-_RESERVED_NAMES = ("student", "teacher", "provenance", "evaluations")
+_RESERVED_NAMES = ("student", "teacher", "provenance", EVALUATIONS)
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 

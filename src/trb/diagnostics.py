@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,14 +41,14 @@ from trb.experiments import (
     sole_run,
     template_options,
 )
-from trb.files import finite, write_json, write_text
+from trb.files import finite
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
-from trb.recording import jsonl, score_record
+from trb.recording import score_record
+from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.rewards import Verifier
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.scoring import TokenScores, score_completions
 from trb.statistics import Estimate, auroc_estimate, mean_estimate, paired_difference
-from trb.untrusted import parse_json, read_object
 from trb.vocab import SharedVocabulary, check_heads, head_rows
 
 if TYPE_CHECKING:
@@ -84,8 +83,6 @@ _READ_OF_RECIPE = (
     *("chat_template", "system_prompt", "eval_data", "eval_split", "eval_seed", "eval_limit", "reward_timeout_s"),
 )
 _NOT_KEPT = ("recipe", "max_rows", "device")
-# Files that show that a directory belongs to a training run or a comparison.
-_OF_A_RUN = ("config.yaml", "recipe.yaml", "metrics.jsonl", "results.json")
 
 Remember = Callable[[str, Callable[[], Any]], Any]
 """`remember(name, compute)`: what was computed under that name before, or `compute()` now."""
@@ -674,18 +671,18 @@ def _probe_alone(
     """The probe itself, in a directory that nobody else writes to."""
     if overwrite:
         _clear(directory)
-    parts = _Parts(directory / "parts", listener)
+    parts = _Parts(directory / PARTS, listener)
     parts.claim(settings.to_dict())
-    finished = directory / "probe.json"
+    finished = directory / PROBE
     if finished.exists():
         try:
-            return read_object(finished)
+            return PROBE.read(finished)
         except ValueError:
             make_again(finished)
     provenance.write(directory)
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         results = _measure(settings, verifier, parts, directory, listener)
-    write_json(finished, results)
+    PROBE.write(finished, results)
     return results
 
 
@@ -841,7 +838,7 @@ def _measure(
         if settings.excerpts:
             listener.stage("excerpts")
             records = matched_excerpts(subject, policies=shown, prompts=settings.excerpts, top=settings.alternatives)
-            write_text(directory / "rollouts.jsonl", jsonl(records))
+            ROLLOUTS.write(directory / ROLLOUTS, records)
     return finite({**results, "provenance": provenance.describe()})
 
 
@@ -852,26 +849,26 @@ class _Parts:
         self.folder, self.listener = folder, listener
 
     def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
-        path = self.folder / f"{re.sub(r'[^A-Za-z0-9.=]+', '-', name).strip('-')}.json"
+        path = self.folder / part_name(name)
         if path.exists():
             try:
-                return parse_json(path.read_bytes())
+                return PART.read(path)
             except ValueError:
                 make_again(path)
         self.listener.stage(name)
         value = compute()
-        write_text(path, json.dumps(value) + "\n")
+        PART.write(path, value)
         return value
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Take the folder for these settings, or refuse if it was taken for others."""
-        path, directory = self.folder / "settings.json", self.folder.parent
-        runs = [name for name in _OF_A_RUN if (directory / name).exists()]
+        path, directory = self.folder / PROBE_SETTINGS, self.folder.parent
+        runs = [file for file in RUN_MARKS if (directory / file).exists()]
         if runs:
             raise RunDirectoryError(f"{directory} holds {runs[0]} of a training run; give the probe its own directory")
-        begun = [part for part in self.folder.glob("*.json") if part != path]
+        begun = [part for part in self.folder.glob("*") if PART.claims(part) and part != path]
         if begun and path.exists():
-            there = read_object(path)
+            there = PROBE_SETTINGS.read(path)
             different = [key for key in dict.fromkeys([*there, *settings]) if there.get(key) != settings.get(key)]
             if different:
                 named = "; ".join(
@@ -881,12 +878,12 @@ class _Parts:
                     f"{directory} holds another probe: {named}. Use another output directory, or --overwrite to "
                     "remove what is there"
                 )
-        write_json(path, settings)
+        PROBE_SETTINGS.write(path, settings)
 
 
 def _clear(directory: Path) -> None:
     """Remove what a probe writes, and nothing else."""
-    if (directory / "parts" / "settings.json").exists():
-        shutil.rmtree(directory / "parts")
-        for name in ("probe.json", "rollouts.jsonl", provenance.FILE_NAME):
-            (directory / name).unlink(missing_ok=True)
+    if (directory / PARTS / PROBE_SETTINGS).exists():
+        shutil.rmtree(directory / PARTS)
+        for file in (PROBE, ROLLOUTS, PROVENANCE):
+            (directory / file).unlink(missing_ok=True)

@@ -43,23 +43,24 @@ from transformers import (
     set_seed,
 )
 
-from trb import checkpoints, provenance, resume
+from trb import checkpoints, provenance, records, resume
 from trb.checkpoints import CheckpointError
 from trb.config import ConfigError, Recipe, RunConfig, is_method_name
 from trb.data import check_lengths, load_prompts
 from trb.evaluation import BENCHMARKS, evaluate, load_benchmark
-from trb.files import exclusive, remove, remove_unfinished, write_json, write_text
+from trb.files import exclusive, remove, remove_unfinished, write_text
 from trb.loading import load_model, load_tokenizer, memory_estimate, take_template
 from trb.methods import name_of
 from trb.modeling import without_adapters
 from trb.ranks import Ranks
-from trb.recording import append_jsonl, drop_after_step, read_records
+from trb.recording import drop_after_step, read_records
+from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RECIPE, RESULTS, SCORES, SKIPPED, TRAINER_STATE
 from trb.rewards import Verifier
 from trb.sharding import loaded_whole
 from trb.statistics import combined_interval
 from trb.templates import PLAIN_TEMPLATE
 from trb.trainer import TRBConfig, TRBTrainer
-from trb.untrusted import parse_json, parse_yaml, read_object
+from trb.untrusted import parse_yaml
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ __all__ = [
     "compare",
     "evaluate_suites",
     "holds_scores",
-    "is_score",
     "load_pair",
     "load_student",
     "load_tokenizers",
@@ -93,10 +93,9 @@ logger = logging.getLogger(__name__)
 # What may differ when a run is continued: how long it is (the trainer refuses that where its schedule depends on it),
 # and what it leaves behind, not what it computes.
 _MAY_CHANGE = {*resume.FREE, *resume.LENGTH, "eval_every", "eval_max_rows", "save_final_model"}
-_MEASUREMENTS = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
-_RUN_FILES = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "report.html", "checksums.json")
-_SEALED = (*_MEASUREMENTS, "config.yaml", "provenance.json", "results.json", "model", "evaluations", "skipped")
-_MADE_AGAIN = ("model",)
+_OF_A_RUN = (*records.MEASUREMENTS, CONFIG, records.PROVENANCE, RESULTS)
+_SEALED = (*_OF_A_RUN, RECIPE, MODEL, EVALUATIONS, SKIPPED)
+_REMOVED = (*_OF_A_RUN, records.REPORT, records.CHECKSUMS, MODEL, records.MODEL_PARTIAL, EVALUATIONS, SKIPPED)
 _CPU_CACHE_BYTES = 2 << 30
 _FULL_BYTES = 1 << 20
 _KEPT_LOGS = 10
@@ -221,7 +220,7 @@ def _compare_alone(
             results[name] = finished[name]
             complete = {**results, "teacher": mean_of_suites(initial["teacher"]), "provenance": provenance.describe()}
             if args.process_index == 0:
-                write_json(directory / "results.json", complete)
+                RESULTS.write(directory / RESULTS, complete)
         if args.process_index == 0:
             _seal(directory, args)
     return complete
@@ -287,7 +286,7 @@ def _train_alone(
         observer = _Observer(directory, name, run.eval_every if material.problems else 0, score, listener)
         trainer = observer.trainer = _trainer(material, run, args, verifier, observer)
         trainer.check_prompts()
-        config = directory / "config.yaml"
+        config = directory / CONFIG
         unknown = Ranks.of_launch().from_first(lambda: _is_damaged(config))
         if checkpoint is not None and not accept_changes and (unknown or not _is_last(checkpoint, args)):
             trainer.check_same_run(checkpoint)
@@ -314,7 +313,7 @@ def _train_alone(
             "provenance": provenance.describe(),
         }
         if args.process_index == 0:
-            write_json(directory / "results.json", results)
+            RESULTS.write(directory / RESULTS, results)
             _seal(directory, args)
     listener.finished(name)
     del trainer, observer, material, score
@@ -324,7 +323,7 @@ def _train_alone(
 
 def _seal(directory: Path, args: TRBConfig) -> None:
     """Checksums of what a run or a comparison has left, its checkpoints apart, which have their own."""
-    files = [directory / name for name in (*_SEALED, "recipe.yaml")]
+    files = [directory / name for name in _SEALED]
     checkpoints.seal(directory, checksums=args.checkpoint_checksums, files_of=files)
 
 
@@ -372,14 +371,14 @@ class _Observer(TrainerCallback):
 
     def __init__(self, directory: Path, name: str, every: int, score: Any, listener: Listener) -> None:
         self.directory, self.name, self.every, self.score, self.listener = directory, name, every, score, listener
-        self.path = directory / "evals.jsonl"
+        self.path = directory / EVALS
         self._logs: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             drop_after_step(self.path, state.global_step)
-            for folder in (self.directory / "evaluations").glob("step-*"):
-                if int(folder.name.removeprefix("step-")) > state.global_step:
+            for folder in (self.directory / EVALUATIONS).glob("*"):
+                if (records.named_step(folder) or 0) > state.global_step:
                     shutil.rmtree(folder)
         self.listener.run(self.name, state.global_step, state.max_steps)
 
@@ -401,14 +400,14 @@ class _Observer(TrainerCallback):
     def measure(self, step: int) -> None:
         """Evaluate the student as it is now and record the scores under `step`."""
         student = self.trainer.sampling_student()
-        folder = self.directory / "evaluations" / f"step-{step:06d}"
+        folder = self.directory / EVALUATIONS / records.step_name(step)
         self.keep(step, self.score(student, folder=folder, label=f"{self.name}: step {step}", listener=self.listener))
 
     def keep(self, step: int, scores: list[dict[str, Any]]) -> None:
         """Record scores under `step`, in place of any that are there."""
         if scores and self.trainer.args.process_index == 0:
             drop_after_step(self.path, step - 1)
-            append_jsonl(self.path, [{"step": step, **score} for score in scores])
+            EVALS.append(self.path, [{"step": step, **score} for score in scores])
         self.trainer.accelerator.wait_for_everyone()
 
     def scores_at(self, step: int) -> list[dict[str, Any]] | None:
@@ -416,17 +415,17 @@ class _Observer(TrainerCallback):
         return Ranks.of_launch().from_first(lambda: self._recorded(step))
 
     def _recorded(self, step: int) -> list[dict[str, Any]] | None:
-        records = read_records(self.path)
-        found = [{key: record[key] for key in record if key != "step"} for record in records if record["step"] == step]
+        recorded = (record for record in read_records(self.path) if record["step"] == step)
+        found = [{key: record[key] for key in record if key != "step"} for record in recorded]
         return found or None
 
 
 def _held_out_summary(directory: Path) -> dict[str, Any]:
     """The first and the last measurement on held-out prompts: the student's own rollouts, whatever the sampler was."""
-    records = read_records(directory / "held_out.jsonl")
-    if not records:
+    recorded = read_records(directory / records.HELD_OUT)
+    if not recorded:
         return {}
-    ends = zip(("before", "after"), (records[0], records[-1]), strict=True)
+    ends = zip(("before", "after"), (recorded[0], recorded[-1]), strict=True)
     keys = ("step", "loss", "trb/teacher_log_prob")
     return {"held_out": {name: {key: record.get(key) for key in keys} for name, record in ends}}
 
@@ -447,7 +446,7 @@ def _lora(run: RunConfig) -> Any:
 
 def _save_model(trainer: TRBTrainer, directory: Path) -> None:
     """Write model/ so that it is never seen half written."""
-    partial_copy, target = directory / "model.partial", directory / "model"
+    partial_copy, target = directory / records.MODEL_PARTIAL, directory / MODEL
     if trainer.args.process_index == 0:
         remove(partial_copy)  # what a kill has left there would be part of the model
     trainer.save_model(str(partial_copy))
@@ -500,7 +499,7 @@ def _template(name: str) -> str:
 
 def model_of_run(spec: str) -> str:
     """The trained model of a run directory; any other spec is itself."""
-    model = Path(spec).expanduser() / "model"
+    model = Path(spec).expanduser() / MODEL
     return spec if not model.is_dir() or (model.parent / "config.json").exists() else str(model)
 
 
@@ -512,11 +511,11 @@ def check_seal(spec: str) -> None:
     """
     path = Path(spec).expanduser()
     # Others may keep a file of this name beside their models.
-    if (path.parent / "config.yaml").exists():
+    if (path.parent / CONFIG).exists():
         wrong = checkpoints.differing(path.parent, of=lambda name: name.startswith(f"{path.name}/"))
     else:
         wrong = {}
-    if (path / "trainer_state.json").exists():
+    if (path / TRAINER_STATE).exists():
         wrong |= checkpoints.differing(path)
     if wrong:
         raise RunDirectoryError(
@@ -660,7 +659,7 @@ def evaluate_suites(
                 temperature=run.eval_temperature,
                 seed=run.eval_seed,
                 max_rows=run.eval_max_rows or _rows_in_flight(model, run.max_prompt_length + longest, args.device),
-                results_path=folder / f"{_slug(name)}.jsonl" if folder else None,
+                results_path=folder / records.problems_name(name) if folder else None,
                 ranks=Ranks.of_launch(),
                 verifier=verifier,
                 name=name,
@@ -705,8 +704,8 @@ def _initial_scores(
     recipe: Recipe, args: TRBConfig, directory: Path, listener: Listener
 ) -> dict[str, list[dict[str, Any]]]:
     """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read."""
-    folder = directory / "evaluations"
-    paths = {name: folder / f"{name}.json" for name in ("student", "teacher")}
+    folder = directory / EVALUATIONS
+    paths = {name: folder / records.role_name(name) for name in ("student", "teacher")}
     if args.process_index == 0:
         _check_sealed_scores(directory, paths)
     args.distributed_state.wait_for_everyone()
@@ -716,7 +715,7 @@ def _initial_scores(
         listener.stage("loading models and data")
         material = _load(recipe.run, args)
         if args.process_index == 0:
-            write_text(directory / "recipe.yaml", recipe.to_yaml())
+            write_text(directory / RECIPE, recipe.to_yaml())
         with Verifier(recipe.run.reward_timeout_s) as verifier:
             for name in paths:
                 scores = evaluate_suites(
@@ -732,31 +731,29 @@ def _initial_scores(
                     vocabulary=material.vocabulary,
                 )
                 if args.process_index == 0:
-                    write_json(paths[name], scores)
+                    SCORES.write(paths[name], scores)
         del material
         _free_memory()
         args.distributed_state.wait_for_everyone()
     elif args.process_index == 0:
-        write_text(directory / "recipe.yaml", recipe.to_yaml())  # methods may have joined
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+        write_text(directory / RECIPE, recipe.to_yaml())  # methods may have joined
+    return {name: SCORES.read(path) for name, path in paths.items()}
 
 
 def _check_sealed_scores(directory: Path, paths: Mapping[str, Path]) -> None:
     """Set damaged scores aside, so that they are measured again, and take the seal off what is written next."""
     wrong = checkpoints.differing(directory)
     for name, path in paths.items():
-        if path.exists() and (f"evaluations/{path.name}" in wrong or _read_scores(path) is None):
-            logger.warning("%s is damaged; moved to %s.damaged, and the %s is scored again", path, path.name, name)
-            set_aside(path)
+        if path.exists() and (f"{EVALUATIONS}/{path.name}" in wrong or not _read_scores(path)):
+            logger.warning("%s is damaged; moved to %s, and the %s is scored again", path, set_aside(path).name, name)
     checkpoints.unseal(directory)
 
 
 def _read_scores(path: Path) -> list[dict[str, Any]] | None:
     try:
-        scores = parse_json(path.read_bytes())
+        return list(SCORES.read(path))
     except (IsADirectoryError, ValueError):
         return None
-    return scores if isinstance(scores, list) and scores and all(map(is_score, scores)) else None
 
 
 def precision(args: TRBConfig) -> AbstractContextManager[Any]:
@@ -789,10 +786,6 @@ def _rows_in_flight(model: PreTrainedModel, tokens: int, device: torch.device) -
     return max(1, min(_MOST_ROWS, budget // max(1, row)))
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "eval"
-
-
 # ---- directories ----
 
 
@@ -812,7 +805,7 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
         return []
     there = _written_recipe(path)
     if there is None:
-        kept = (path.parent / "results.json").exists() or checkpoints.numbered(path.parent)
+        kept = (path.parent / RESULTS).exists() or checkpoints.numbered(path.parent)
         remedy = "" if kept else ", or --overwrite to start over"
         raise RunDirectoryError(
             f"{path} is damaged; restore it (the recipe with its defaults), or use another output directory{remedy}"
@@ -842,16 +835,16 @@ def _check_claim(
     directory: Path, recipe: Recipe, checkpoint: Path | None, accept_changes: bool, *, warn: bool = True
 ) -> Path | None:
     """The checkpoint to go on from, if any. Raises RunDirectoryError if the directory holds another run."""
-    if checkpoint is not None and not (directory / "config.yaml").exists():
+    if checkpoint is not None and not (directory / CONFIG).exists():
         raise RunDirectoryError(
-            f"{directory} holds checkpoints but no config.yaml, so it is unknown what they are; "
+            f"{directory} holds checkpoints but no {CONFIG}, so it is unknown what they are; "
             "use another output directory"
         )
-    if _is_damaged(directory / "config.yaml") and _says_itself(checkpoint):
+    if _is_damaged(directory / CONFIG) and _says_itself(checkpoint):
         if warn:
-            logger.warning("%s/config.yaml is damaged: what %s says of its run is compared", directory, checkpoint)
+            logger.warning("%s is damaged: what %s says of its run is compared", directory / CONFIG, checkpoint)
         return checkpoint
-    found = _differences(directory / "config.yaml", recipe)
+    found = _differences(directory / CONFIG, recipe)
     # A longer run may go on from a checkpoint; without one it would silently start over.
     refused = [difference for difference in found if difference.key not in _MAY_CHANGE or checkpoint is None]
     if refused and not (accept_changes and checkpoint is not None):
@@ -871,7 +864,7 @@ def _says_itself(checkpoint: Path | None) -> bool:
 
 def _check_shared_recipe(directory: Path, recipe: Recipe) -> None:
     ignore = frozenset({"methods", *_MAY_CHANGE})
-    differences = _differences(directory / "recipe.yaml", recipe, ignore)
+    differences = _differences(directory / RECIPE, recipe, ignore)
     if differences:
         _refuse(directory, differences, can_accept=False)
 
@@ -889,14 +882,14 @@ def _finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
     None where results or model are damaged and the last checkpoint can make them again. Raises RunDirectoryError where
     it cannot. Damaged records are named in a warning: nothing can bring them back.
     """
-    path, config = directory / "results.json", directory / "config.yaml"
+    path, config = directory / RESULTS, directory / CONFIG
     if not path.exists():
         return None
     if (_is_damaged(config) and _says_itself(checkpoints.latest(directory, warn=None))) or _differences(config, recipe):
         return None
     results = read_results(path)  # first, as a file that may not be read is not damaged
     damaged = checkpoints.differing(directory)
-    again = [text for name, text in damaged.items() if name == path.name or name.partition("/")[0] in _MADE_AGAIN]
+    again = [text for name, text in damaged.items() if name == path.name or name.partition("/")[0] == MODEL]
     if results is None and path.name not in damaged:
         again.append(f"{path.name} cannot be read")
     if again:
@@ -916,7 +909,7 @@ def _finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
 def read_results(path: Path) -> dict[str, Any] | None:
     """Scores by name in a results.json, or None if it holds none. Raises OSError where it may not be read."""
     try:
-        return results if holds_scores(results := read_object(path)) else None
+        return results if holds_scores(results := RESULTS.read(path)) else None
     except (IsADirectoryError, ValueError):
         return None
 
@@ -924,59 +917,46 @@ def read_results(path: Path) -> dict[str, Any] | None:
 def holds_scores(results: dict[str, Any]) -> bool:
     """Whether the contents of a results.json are scores by name."""
     scores = [score for name, score in results.items() if name != "provenance"]
-    return bool(scores) and all(map(is_score, scores))
+    return bool(scores) and SCORES.fits(scores)
 
 
-def is_score(value: Any) -> bool:
-    """Whether a value from a file is what `mean_of_suites` takes or returns."""
-    if not isinstance(value, dict) or "pass_at_1" not in value:
-        return False
-    if value["pass_at_1"] is None:
-        return value.get("interval") is None
-    numbers = ("pass_at_1", "n_problems", "n_samples", "mean_length", "stop_rate")
-    interval = value.get("interval")
-    ends = interval if isinstance(interval, list) and len(interval) == 2 else [None]
-    return all(isinstance(number, int | float) for number in (*map(value.get, numbers), *ends))
-
-
-def set_aside(path: Path) -> None:
-    """Move a damaged file or folder out of the way, keeping what can be kept."""
-    aside = path.with_name(f"{path.name}.damaged")
+def set_aside(path: Path) -> Path:
+    """Move a damaged file or folder out of the way, keeping what can be kept; returns where it is now."""
+    aside = records.aside(path)
     remove(aside)
-    path.rename(aside)
+    return path.rename(aside)
 
 
 def make_again(path: Path) -> None:
     """Move damaged results aside with a warning; the caller computes them anew."""
-    logger.warning("%s is damaged; moved to %s.damaged, and made again", path, path.name)
-    set_aside(path)
+    logger.warning("%s is damaged; moved to %s, and made again", path, set_aside(path).name)
 
 
 def _clear(directory: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    folders = ("model", "model.partial", "evaluations", "skipped", checkpoints.PARTIAL)
-    for path in (*directory.glob("checkpoint-*"), *(directory / name for name in (*_RUN_FILES, *folders))):
+    saved = directory.glob(f"{records.CHECKPOINT_PREFIX}*")
+    for path in (*saved, *(directory / name for name in (*_REMOVED, checkpoints.PARTIAL))):
         remove(path)
 
 
 def _begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
     """Claim the directory for a run; without a checkpoint, drop what an interrupted one measured."""
     checkpoints.unseal(directory)
-    for name, read in (("results.json", read_results), ("config.yaml", _written_recipe)):
-        if (directory / name).exists() and read(directory / name) is None:
-            set_aside(directory / name)
-    (directory / "results.json").unlink(missing_ok=True)
+    for path, read in ((directory / RESULTS, read_results), (directory / CONFIG, _written_recipe)):
+        if path.exists() and read(path) is None:
+            set_aside(path)
+    (directory / RESULTS).unlink(missing_ok=True)
     if afresh:
-        for name in _MEASUREMENTS:
-            (directory / name).unlink(missing_ok=True)
-        for name in ("evaluations", "skipped"):
-            shutil.rmtree(directory / name, ignore_errors=True)
+        for file in records.MEASUREMENTS:
+            (directory / file).unlink(missing_ok=True)
+        for folder in (EVALUATIONS, SKIPPED):
+            shutil.rmtree(directory / folder, ignore_errors=True)
     checkpoints.clear_partial(directory)
     remove_unfinished(directory)
-    for name in _MEASUREMENTS:
-        drop_after_step(directory / name, sys.maxsize)  # a kill may have cut the last line off
-    write_text(directory / "config.yaml", recipe.to_yaml())
-    checkpoints.seal(directory, files_of=[directory / "config.yaml", provenance.write(directory)])
+    for file in records.MEASUREMENTS:
+        drop_after_step(directory / file, sys.maxsize)  # a kill may have cut the last line off
+    write_text(directory / CONFIG, recipe.to_yaml())
+    checkpoints.seal(directory, files_of=[directory / CONFIG, provenance.write(directory)])
 
 
 def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
@@ -987,9 +967,9 @@ def _finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
 
 
 def _listed_methods(directory: Path) -> set[str]:
-    """The runs of the comparison that a directory holds, as far as its recipe.yaml can be read."""
+    """The runs of the comparison that a directory holds, as far as its recipe can be read."""
     try:
-        there = parse_yaml((directory / "recipe.yaml").read_text(encoding="utf-8"))
+        there = parse_yaml((directory / RECIPE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError):
         return set()
     listed = there.get("methods") if isinstance(there, dict) else None
@@ -1001,7 +981,7 @@ def _clear_comparison(directory: Path, names: set[str]) -> None:
     for name in names:
         _clear(directory / name)
     _clear(directory)
-    remove(directory / "recipe.yaml")
+    remove(directory / RECIPE)
 
 
 def _named_checkpoint(name: str | None) -> Path | None:
@@ -1018,7 +998,7 @@ def _named_checkpoint(name: str | None) -> Path | None:
 
 
 def _state_of(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return TrainerState.load_from_json(str(checkpoint / records.TRAINER_STATE))
 
 
 def _is_last(checkpoint: Path, args: TRBConfig) -> bool:
@@ -1098,7 +1078,7 @@ def _explained_disk_errors(directory: Path) -> Iterator[None]:
         if not (_is_disk_full(error) or _free_bytes(directory) < _FULL_BYTES):
             raise
         checkpoints.clear_partial(directory)
-        shutil.rmtree(directory / "model.partial", ignore_errors=True)
+        shutil.rmtree(directory / records.MODEL_PARTIAL, ignore_errors=True)
         checkpoint = checkpoints.latest(directory, contents=False, warn=None)
         way_on = f"continue from {checkpoint.name}" if checkpoint else "start over (no checkpoint was complete yet)"
         raise DiskFullError(

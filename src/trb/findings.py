@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trb import provenance
 from trb.experiments import mean_of_suites
 from trb.recording import logged_metrics, read_records
+from trb.records import EVALS, METRICS, PROBE, PROBE_FOLDER, PROVENANCE, REFERENCE_SCORES, SELECTION, TEST
 from trb.statistics import (
     Estimate,
     area_under_curve,
@@ -31,11 +31,8 @@ from trb.statistics import (
     steps_to_target,
 )
 from trb.study import BASELINE, ROLES, Reference, Study, Unit
-from trb.untrusted import read_object
 
-__all__ = ["FILE_NAME", "assemble", "finished_seeds", "selection"]
-
-FILE_NAME = "study.json"
+__all__ = ["assemble", "finished_seeds", "selection"]
 
 # Of metrics.jsonl: what is averaged over the seeds of a method, step by step.
 _METRICS = (
@@ -78,7 +75,7 @@ def assemble(study: Study, directory: str | Path) -> dict[str, Any]:
             "settings": settings,
             "average": _average(settings),
             "diagnostics": _diagnostics(study, directory),
-            "provenance": read_object(directory / provenance.FILE_NAME),
+            "provenance": PROVENANCE.read(directory / PROVENANCE),
         }
     )
 
@@ -116,7 +113,7 @@ def finished_seeds(study: Study, directory: str | Path, setting: str) -> list[in
     return [
         seed
         for seed in study.seeds.test
-        if all((Path(directory) / _test_run(setting, method, seed) / "test.json").exists() for method in study.methods)
+        if all((Path(directory) / _test_run(setting, method, seed) / TEST).exists() for method in study.methods)
     ]
 
 
@@ -125,7 +122,7 @@ def finished_seeds(study: Study, directory: str | Path, setting: str) -> list[in
 
 def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
     setting, seeds = study.settings[name], finished_seeds(study, directory, name)
-    references = {role: read_object(directory / Reference(name, role).path) for role in ROLES}
+    references = {role: REFERENCE_SCORES.read(directory / Reference(name, role).path) for role in ROLES}
     shown: dict[str, Any] = {
         "title": setting.title or name,
         "description": setting.description,
@@ -135,9 +132,9 @@ def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
         "methods": {},
         "sweep": {},
     }
-    chosen = directory / name / "selection.json"
+    chosen = directory / name / SELECTION
     if chosen.exists():
-        shown["sweep"] = read_object(chosen)["methods"]
+        shown["sweep"] = SELECTION.read(chosen)["methods"]
     if seeds:
         shown["methods"] = _methods(study, directory, name, seeds, shown["sweep"])
         shown["steps"] = shown["methods"][BASELINE]["curve"]["steps"][-1]
@@ -290,7 +287,7 @@ def _metrics(
     directory: Path, setting: str, method: str, seeds: Sequence[int], level: float
 ) -> dict[str, dict[str, list[float]]]:
     """Logged metrics averaged over seeds, at the steps where every seed has a number."""
-    paths = [directory / _test_run(setting, method, seed) / "metrics.jsonl" for seed in seeds]
+    paths = [directory / _test_run(setting, method, seed) / METRICS for seed in seeds]
     if not all(path.exists() for path in paths):  # a run shorter than logging_steps has logged nothing
         return {}
     runs = [logged_metrics(path, _METRICS) for path in paths]
@@ -308,8 +305,8 @@ def _metrics(
 
 def _diagnostics(study: Study, directory: Path) -> dict[str, Any]:
     """What `trb probe --output-dir STUDY/SETTING/probe` measured, of the settings where it has been run."""
-    paths = {name: directory / name / "probe" / "probe.json" for name in study.settings}
-    return {name: read_object(path) for name, path in paths.items() if path.exists()}
+    paths = {name: directory / name / PROBE_FOLDER / PROBE for name in study.settings}
+    return {name: PROBE.read(path) for name, path in paths.items() if path.exists()}
 
 
 def _average(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -365,14 +362,15 @@ def _test_run(setting: str, method: str, seed: int) -> Path:
 
 
 def _test_scores(directory: Path, setting: str, method: str, seed: int) -> dict[str, Any]:
-    path = directory / _test_run(setting, method, seed) / "test.json"
-    return read_object(path)["suites"]
+    path = directory / _test_run(setting, method, seed) / TEST
+    suites: dict[str, Any] = TEST.read(path)["suites"]
+    return suites
 
 
 def _dev_curve(run: Path) -> tuple[list[int], list[float]]:
     """Steps and pass@1 on the development split, the mean of its suites."""
     by_step: dict[int, list[float]] = {}
-    for line in read_records(run / "evals.jsonl"):
+    for line in read_records(run / EVALS):
         by_step.setdefault(line["step"], []).append(line["pass_at_1"])
     steps = sorted(by_step)
     return steps, [math.fsum(by_step[step]) / len(by_step[step]) for step in steps]

@@ -20,8 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from trb.files import write_text
-from trb.recording import jsonl
+from trb.records import SKIPPED_STEP, step_name
 
 __all__ = ["NonFiniteError", "StepGuard"]
 
@@ -102,9 +101,9 @@ class StepGuard:
         rows = [{"step": step, "non_finite": found, "process": process, **row} for row in self._rows(decode)]
         rows = gather_object(rows)
         guilty = [row for row in rows if not all(map(math.isfinite, row["reverse_kl"]))]
-        path = self.directory / f"step-{step:06d}.jsonl"
+        path = self.directory / f"{step_name(step)}.jsonl"
         if process == 0:
-            write_text(path, jsonl(guilty or rows))
+            SKIPPED_STEP.write(path, guilty or rows)
         return path
 
     def _rows(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 
 import trb
-from trb.files import write_json
+from trb.records import PROVENANCE
 
-__all__ = ["FILE_NAME", "describe", "write"]
-
-FILE_NAME = "provenance.json"
+__all__ = ["describe", "write"]
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 _GIT_TIMEOUT_S = 10
@@ -62,8 +60,8 @@ def describe() -> dict[str, Any]:
 def write(directory: str | Path) -> Path:
     """Write `describe()` to provenance.json in a directory, made if missing, atomically; returns the file."""
     directory = Path(directory)
-    target = directory / FILE_NAME
-    write_json(target, describe())
+    target = directory / PROVENANCE
+    PROVENANCE.write(target, describe())
     return target
 
 

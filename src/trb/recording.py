@@ -8,7 +8,6 @@ resumed run hold the same steps as those of an uninterrupted one. Logging servic
 `transformers`.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,15 +18,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 
-from trb.files import finite, flush, write_bytes
+from trb.files import flush, write_bytes
+from trb.records import HELD_OUT, MEASURED, METRICS, ROLLOUTS, SKIPPED, aside, named_step
 from trb.scoring import TokenScores
-from trb.untrusted import parse_json
 
 __all__ = [
     "RunRecorder",
-    "append_jsonl",
     "drop_after_step",
-    "jsonl",
     "logged_metrics",
     "read_records",
     "score_record",
@@ -51,12 +48,12 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "held_out.jsonl"):
-                drop_after_step(self.directory / name, state.global_step)
+            for file in (METRICS, HELD_OUT):
+                drop_after_step(self.directory / file, state.global_step)
             # Rollouts are drawn before their step's update, so a resumed run draws those of `global_step` again.
-            drop_after_step(self.directory / "rollouts.jsonl", state.global_step - 1)
-            for path in (self.directory / "skipped").glob("step-*.jsonl"):
-                if path.stem.removeprefix("step-").isdecimal() and int(path.stem[5:]) > state.global_step:
+            drop_after_step(self.directory / ROLLOUTS, state.global_step - 1)
+            for path in (self.directory / SKIPPED).glob("*"):
+                if (named_step(path) or 0) > state.global_step:
                     path.unlink()
 
     def on_log(
@@ -70,14 +67,14 @@ class RunRecorder(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            append_jsonl(self.directory / "metrics.jsonl", [{"step": state.global_step, **logs}])
+            METRICS.append(self.directory / METRICS, [{"step": state.global_step, **logs}])
         if "eval_loss" in logs:
             held_out = {name.removeprefix("eval_"): value for name, value in logs.items()}
-            append_jsonl(self.directory / "held_out.jsonl", [{"step": state.global_step, **held_out}])
+            HELD_OUT.append(self.directory / HELD_OUT, [{"step": state.global_step, **held_out}])
 
     def write_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollout records; call on the main process only."""
-        append_jsonl(self.directory / "rollouts.jsonl", rows)
+        ROLLOUTS.append(self.directory / ROLLOUTS, rows)
 
 
 def survive_failures(callbacks: Iterable[TrainerCallback]) -> None:
@@ -130,21 +127,6 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON object per line; NaN and infinities become null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(map(_line, rows))
-
-
-def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The text of a whole file of such lines."""
-    return "".join(map(_line, rows))
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(finite(row)) + "\n"
-
-
 def logged_metrics(path: Path, names: Sequence[str]) -> dict[str, dict[int, float]]:
     """Name -> optimizer step -> value, read once from a metrics.jsonl; nulls and absent values are passed over.
 
@@ -154,21 +136,19 @@ def logged_metrics(path: Path, names: Sequence[str]) -> dict[str, dict[int, floa
         FileNotFoundError: no such file.
         ValueError: a line before the last is no record; half a last line is what a running or killed run leaves.
     """
-    lines = path.read_bytes().split(b"\n")
     found: dict[str, dict[int, float]] = {name: {} for name in names}
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
+    for line in METRICS.lines(path):
+        if line.is_torn:
+            break
         try:
-            record = parse_json(line)
+            if not METRICS.fits(line.record):
+                raise ValueError(line.error or f"step is {line.record.get('step')!r:.40}")
             for name in names:
-                if record.get(name) is not None:
-                    found[name][int(record["step"])] = float(record[name])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break
+                if line.record.get(name) is not None:
+                    found[name][line.record["step"]] = float(line.record[name])
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(
-                f"line {number} of {path} is no metrics record ({error!r}); repair or remove it"
+                f"line {line.number} of {path} is no metrics record ({error!r}); repair or remove it"
             ) from error
     return found
 
@@ -194,29 +174,23 @@ def drop_after_step(path: Path, step: int) -> None:
         return
     records, damaged = _sorted_out(path)
     if damaged:
-        aside = path.with_name(f"{path.name}.damaged")
-        with aside.open("ab") as file:  # before they leave their place
+        beside = aside(path)
+        with beside.open("ab") as file:  # before they leave their place
             file.writelines(line + b"\n" for line in damaged.values())
-        flush(aside)
-        logger.warning(f"{_damage(path, damaged)}; moved to {aside.name}")
+        flush(beside)
+        logger.warning(f"{_damage(path, damaged)}; moved to {beside.name}")
     write_bytes(path, b"".join(line + b"\n" for line, record in records if record["step"] <= step))
 
 
 def _sorted_out(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], dict[int, bytes]]:
     """The lines of a file that are records of a step, and by their numbers those that are not, but for a torn last."""
     records, damaged = [], {}
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = parse_json(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append((line, record))
-        elif number < len(lines):
-            damaged[number] = line
+    for line in MEASURED.lines(path) if path.exists() else ():
+        raw = line.raw.removesuffix(b"\n")
+        if MEASURED.fits(line.record):
+            records.append((raw, line.record))
+        elif line.raw.endswith(b"\n"):
+            damaged[line.number] = raw
     return records, damaged
 
 

@@ -26,15 +26,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from trb.files import write_json
 from trb.methods import behavior_of, every_knob, knobs_of, pair_of, target_of
 from trb.modeling import without_adapters
-from trb.untrusted import read_object
+from trb.records import RUN
 from trb.vocab import SharedVocabulary
 
 __all__ = [
     "COMPARED",
-    "FILE_NAME",
     "FREE",
     "LENGTH",
     "ChangedRunError",
@@ -46,8 +44,6 @@ __all__ = [
     "read",
     "write",
 ]
-
-FILE_NAME = "trb_run.json"
 
 # Options that change nothing beyond rounding, by the reason.
 _FREE_BECAUSE = {
@@ -265,7 +261,7 @@ def _plain(value: Any) -> Any:
 
 def write(checkpoint: Path, run: Mapping[str, Any]) -> None:
     """Put a run's description into a checkpoint that is being written."""
-    write_json(checkpoint / FILE_NAME, _finite(run))
+    RUN.write(checkpoint / RUN, _finite(run))
 
 
 def _finite(value: Any) -> Any:
@@ -275,8 +271,8 @@ def _finite(value: Any) -> Any:
 
 def read(checkpoint: Path) -> dict[str, Any] | None:
     """What `write` has left, or None where an older version has saved. Raises ValueError if it is damaged."""
-    path = checkpoint / FILE_NAME
-    return read_object(path) if path.exists() else None
+    path = checkpoint / RUN
+    return RUN.read(path) if path.exists() else None
 
 
 # ---- comparing ----

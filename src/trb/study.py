@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from trb.config import ConfigError, Recipe, make_recipe, read_yaml
 from trb.methods import METHODS
+from trb.records import REFERENCE, role_name
 
 __all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", "Study", "Unit", "load_study"]
 
@@ -231,7 +232,7 @@ class Reference:
     @property
     def path(self) -> Path:
         """Its file, inside the study's directory."""
-        return Path(self.setting, "reference", f"{self.role}.json")
+        return Path(self.setting, REFERENCE, role_name(self.role))
 
     def __str__(self) -> str:
         return str(self.path.with_suffix(""))

@@ -27,24 +27,24 @@ from typing import Any, Protocol, Self
 import torch
 import yaml
 
-from trb import findings, provenance
+from trb import findings, provenance, records
 from trb.experiments import (
     RunDirectoryError,
     evaluate_suites,
     holds_scores,
-    is_score,
     load_pair,
     load_tokenizers,
     make_again,
     problem_sets,
     train,
 )
-from trb.files import LOCK, exclusive, write_json, write_text
+from trb.files import LOCK, exclusive, write_text
 from trb.loading import load_model, quiet_libraries
 from trb.ranks import end_with
+from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, SELECTION, STUDY, STUDY_PLAN, TEST, JsonFile
 from trb.rewards import Verifier
 from trb.study import ROLES, ProblemSets, Reference, Study, Unit, load_study
-from trb.untrusted import parse_yaml, read_object
+from trb.untrusted import parse_yaml
 from trb.vocab import SharedVocabulary
 
 __all__ = ["StudyError", "StudyListener", "default_workers", "run_study"]
@@ -115,7 +115,7 @@ def run_study(
             _run(pool, "test", study.units("test", chosen), directory, listener)
     listener.stage("comparing")
     results = findings.assemble(study, directory)
-    write_json(directory / findings.FILE_NAME, results)
+    STUDY.write(directory / STUDY, results)
     return results
 
 
@@ -137,14 +137,14 @@ def _work(directory: str, keep_models: bool, job: Job) -> float:
     run.mkdir(parents=True, exist_ok=True)
     with exclusive(run, wait=True, inside=True):
         if not _is_done(Path(directory), job):
-            if job.phase == "test" and not (run / "model").is_dir():  # removed once scored, and now needed again
-                (run / "results.json").unlink(missing_ok=True)
+            if job.phase == "test" and not (run / MODEL).is_dir():  # removed once scored, and now needed again
+                (run / RESULTS).unlink(missing_ok=True)
             train(study.recipe_of(job), run, initial_scores=_initial_scores(Path(directory), job.setting))
             if job.phase == "test":
                 _score_trained(study, job, run)
             _keep_seconds(run, time.monotonic() - start)
         if job.phase == "test" and not keep_models:
-            for leftover in ("model", "scoring"):
+            for leftover in (MODEL, SCORING):
                 shutil.rmtree(run / leftover, ignore_errors=True)
     return time.monotonic() - start
 
@@ -152,28 +152,22 @@ def _work(directory: str, keep_models: bool, job: Job) -> float:
 def _is_done(directory: Path, job: Job) -> bool:
     """Whether a job's results are there. Damaged ones are moved aside, so that the job is done again."""
     if isinstance(job, Reference):
-        return _is_whole(directory / job.path, lambda value: all(_has_suites(value[name]) for name in ("dev", "test")))
+        return _is_whole(REFERENCE_SCORES, directory / job.path)
     if job.phase == "test":
-        return _is_whole(directory / job.path / "test.json", _has_suites)
-    return _is_whole(directory / job.path / "results.json", holds_scores)
+        return _is_whole(TEST, directory / job.path / TEST)
+    return _is_whole(RESULTS, directory / job.path / RESULTS, holds_scores)
 
 
-def _is_whole(path: Path, check: Callable[[Any], bool]) -> bool:
+def _is_whole(file: JsonFile, path: Path, check: Callable[[Any], bool] = lambda _: True) -> bool:
     if not path.exists():
         return False
     try:
-        if check(read_object(path)):
+        if check(file.read(path)):
             return True
-    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+    except (IsADirectoryError, ValueError):
         pass
     make_again(path)
     return False
-
-
-def _has_suites(value: Any) -> bool:
-    return bool(value["suites"]) and all(
-        is_score(score) and isinstance(score["correct"], list) for score in value["suites"].values()
-    )
 
 
 def _score_reference(study: Study, directory: Path, job: Reference) -> None:
@@ -185,13 +179,13 @@ def _score_reference(study: Study, directory: Path, job: Reference) -> None:
     scores = {
         name: _score(study, job.setting, getattr(setting, name), model, None, vocabulary) for name in ("dev", "test")
     }
-    write_json(directory / job.path, scores)
+    REFERENCE_SCORES.write(directory / job.path, scores)
 
 
 def _initial_scores(directory: Path, setting: str) -> list[dict[str, Any]]:
     """The untrained student on the development split: every run of a setting starts there."""
     path = directory / Reference(setting, "student").path
-    suites = read_object(path)["dev"]["suites"].values()
+    suites = REFERENCE_SCORES.read(path)["dev"]["suites"].values()
     return [{key: value for key, value in suite.items() if key != "correct"} for suite in suites]
 
 
@@ -199,8 +193,8 @@ def _score_trained(study: Study, job: Unit, run: Path) -> None:
     """Score the model of a finished run on the test split, and keep the outcome of every problem."""
     problems = study.settings[job.setting].test
     dtype = study.scoring_recipe(job.setting, problems).run.student_dtype
-    model = load_model(str(run / "model"), dtype=dtype)  # it was saved with every stop id of its pair
-    write_json(run / "test.json", _score(study, job.setting, problems, model, run / "scoring"))
+    model = load_model(str(run / MODEL), dtype=dtype)  # it was saved with every stop id of its pair
+    TEST.write(run / TEST, _score(study, job.setting, problems, model, run / SCORING))
 
 
 def _score(
@@ -234,12 +228,12 @@ def _score(
 
 def _keep_seconds(run: Path, seconds: float) -> None:
     """How long a run took, apart from what it found: that must not depend on the clock."""
-    write_json(run / "seconds.json", round(seconds, 1))
+    records.SECONDS.write(run / records.SECONDS, round(seconds, 1))
 
 
 @cache
 def _study_in(directory: str) -> Study:
-    return load_study(Path(directory) / "study.yaml")
+    return load_study(Path(directory) / STUDY_PLAN)
 
 
 # ---- selection ----
@@ -247,11 +241,11 @@ def _study_in(directory: str) -> Study:
 
 def _select(study: Study, directory: Path, setting: str) -> dict[str, int]:
     """The chosen configuration of every family: read if it is on disk, made and written otherwise."""
-    path = directory / setting / "selection.json"
-    if not _is_whole(path, lambda value: bool(list(_chosen(value)))):  # the same again, from the same scores
+    path = directory / setting / SELECTION
+    if not _is_whole(SELECTION, path):  # the same again, from the same scores
         table = findings.selection(study, directory, setting)
-        write_json(path, {"select_by": study.select_by, "seeds": study.seeds.select, "methods": table})
-    return dict(_chosen(read_object(path)))
+        SELECTION.write(path, {"select_by": study.select_by, "seeds": study.seeds.select, "methods": table})
+    return dict(_chosen(SELECTION.read(path)))
 
 
 def _chosen(table: dict[str, Any]) -> Iterator[tuple[str, int]]:
@@ -455,13 +449,13 @@ def _claimed(directory: Path) -> Iterator[None]:
 
 
 def _begin(directory: Path, study: Study) -> None:
-    path = directory / "study.yaml"
+    path = directory / STUDY_PLAN
     if path.exists():
         _check_same(path, study)
     elif any(entry.name != LOCK for entry in directory.iterdir()):
         raise RunDirectoryError(f"{directory} is not empty and holds no study; use another output directory")
     write_text(path, study.to_yaml())
-    if not (directory / provenance.FILE_NAME).exists():
+    if not (directory / records.PROVENANCE).exists():
         provenance.write(directory)
 
 

@@ -29,7 +29,6 @@ Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 """
 
 import copy
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -57,7 +56,6 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from trb import checkpoints, resume
 from trb.data import check_room, token_ids
-from trb.files import write_text
 from trb.guard import NonFiniteError, StepGuard
 from trb.loading import adapter_base, attach_adapter, check_model, load_tokenizer, resolve
 from trb.losses import ReverseKL, TokenBatch, TokenMetrics
@@ -77,6 +75,7 @@ from trb.modeling import OutputHead, completion_hidden_states, has_adapters, pos
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.ranks import Ranks
 from trb.recording import RunRecorder, score_record, survive_failures
+from trb.records import PROGRESS, ROLLOUTS, SKIPPED, TRAINER_STATE, progress_name
 from trb.sampling import SAMPLERS, Engine, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.vllm import stopping_parameters
 from trb.scoring import TokenScores, score_completions
@@ -241,7 +240,7 @@ class TRBConfig(DistillationConfig):
     )
     recorded_rollouts: int = field(
         default=4,
-        metadata={"help": "Rollouts written to rollouts.jsonl each logged step, with per-token numbers."},
+        metadata={"help": f"Rollouts written to {ROLLOUTS} each logged step, with per-token numbers."},
     )
     recorded_alternatives: int = field(
         default=3,
@@ -431,7 +430,7 @@ class TRBTrainer(DistillationTrainer):
         self.recorder = RunRecorder(str(args.output_dir))
         self.add_callback(self.recorder)
         survive_failures(self.callback_handler.callbacks)
-        self._guard = StepGuard(Path(str(args.output_dir)) / "skipped")
+        self._guard = StepGuard(Path(str(args.output_dir)) / SKIPPED)
         self._loss_before = torch.zeros(())
         self._unfinished: Path | None = None
         self._resumed_from: Path | None = None
@@ -981,7 +980,7 @@ class TRBTrainer(DistillationTrainer):
             if self.state.best_model_checkpoint == str(self._unfinished / name):
                 self.state.best_model_checkpoint = str(directory / name)
                 if self.args.should_save:
-                    self.state.save_to_json(str(self._unfinished / name / "trainer_state.json"))
+                    self.state.save_to_json(str(self._unfinished / name / TRAINER_STATE))
         finally:
             self._unfinished = None
         # The second round is for nodes whose disks are their own.
@@ -1018,7 +1017,7 @@ class TRBTrainer(DistillationTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        write_text(self._progress_file(output_dir), json.dumps(self._progress()))
+        PROGRESS.write(self._progress_file(output_dir), self._progress())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -1026,13 +1025,13 @@ class TRBTrainer(DistillationTrainer):
             return
         path, progress = self._progress_file(checkpoint), None
         if path.exists():  # another trainer writes none, and fewer processes fewer
-            progress = json.loads(path.read_text(encoding="utf-8"))
+            progress = PROGRESS.read(path)
             self._go_on_from(progress)
         # The same on every process, of which there may be more now.
         self._observers.load_state_dict(self._ranks.from_first(lambda: (progress or {}).get("schedules", {})))
 
     def _progress_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"trb_state_{self.accelerator.process_index}.json"
+        return Path(checkpoint) / progress_name(self.accelerator.process_index)
 
     def _progress(self) -> dict[str, Any]:
         """What this process has added up since the last log, and counted since the first step: JSON keeps every bit."""

@@ -34,6 +34,7 @@ from trb.cli.display import (
     study_table,
 )
 from trb.cli.doctor import run_doctor
+from trb.records import CONFIG, EVALUATIONS, METRICS, PROBE, RECIPE, REPORT, RESULTS, STUDY, STUDY_PLAN
 from trb.untrusted import printable
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ _EXAMPLES = {
 
 
 # Files of a run, a comparison or a study, whose results an evaluation must not replace.
-_OF_A_RUN = ("config.yaml", "metrics.jsonl", "recipe.yaml", "study.yaml")
+_OF_A_RUN = (CONFIG, METRICS, RECIPE, STUDY_PLAN)
 
 # What the machine refuses needs no traceback, whoever asked for it.
 _ENVIRONMENT = (
@@ -201,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(_command(commands, "eval", "pass@1 of a model, with a 95%% interval", _eval))
     _add_sweep(_command(commands, "sweep", "run a study: methods x settings x seeds, judged by fixed rules", _sweep))
     _add_probe(_command(commands, "probe", "what blending does to a student's prefixes, before training", _probe))
-    report = _command(commands, "report", "write report.html for a run, a comparison, a study or a probe", _report)
+    report = _command(commands, "report", f"write {REPORT} for a run, a comparison, a study or a probe", _report)
     report.add_argument("directory", metavar="DIR", help="a run, comparison, study or probe directory")
     report.add_argument(
         "--export", metavar="OUT", help="also write figures (PNG, SVG) and tables (Markdown, CSV, LaTeX)"
@@ -275,7 +276,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", metavar="FILE", help="a Jinja file, or plain, for models without a chat template")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     add("--max-rows", type=int, metavar="N", help="completions in flight at once")
-    add("--output-dir", metavar="DIR", help="write results.json and the results of every problem there")
+    add("--output-dir", metavar="DIR", help=f"write {RESULTS} and the results of every problem there")
     add("--resume", action="store_true", help="continue an interrupted evaluation of the same model in --output-dir")
     add("--quiet", action="store_true", help="no progress, only the result")
     parser.set_defaults(hint="With --output-dir, add --resume to go on from there.")
@@ -395,7 +396,7 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
 
     report = write_report(directory)
     new_console().print(score_table(results))
-    print_paths(results=directory / "results.json", report=report)
+    print_paths(results=directory / RESULTS, report=report)
     return 0
 
 
@@ -430,7 +431,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
             tokenizer, _ = load_tokenizers(run)
             model = load_student(run)
             if folder and not arguments.resume and is_first:
-                shutil.rmtree(folder / "evaluations", ignore_errors=True)
+                shutil.rmtree(folder / EVALUATIONS, ignore_errors=True)
             scores = evaluate_suites(
                 model,
                 tokenizer=tokenizer,
@@ -438,7 +439,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
                 run=run,
                 args=args,
                 verifier=verifier,
-                folder=folder / "evaluations" if folder else None,
+                folder=folder / EVALUATIONS if folder else None,
                 label=model_spec,
                 listener=listener,
             )
@@ -450,14 +451,13 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path | None) -> None:
     from trb import provenance
     from trb.experiments import mean_of_suites
-    from trb.files import write_json
 
     results = {score["name"]: score for score in scores}
     if len(scores) > 1:
         results["mean"] = {**mean_of_suites(scores), "suites": list(results)}
     new_console().print(score_table(results, gain=False))
     if folder:
-        write_json(folder / "results.json", {"model": model_spec, **results, "provenance": provenance.describe()})
+        RESULTS.write(folder / RESULTS, {"model": model_spec, **results, "provenance": provenance.describe()})
 
 
 def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
@@ -515,7 +515,7 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     console = new_console()
     for setting in results["settings"].values():
         console.print(study_table(setting))
-    print_paths(results=directory / "study.json", report=write_report(directory))
+    print_paths(results=directory / STUDY, report=write_report(directory))
     return 0
 
 
@@ -534,7 +534,7 @@ def _probe(arguments: argparse.Namespace, rest: list[str]) -> int:
             options[name] = value
     with listening(arguments.quiet) as listener:
         probe(recipe, directory, **options, listener=listener)
-    print_paths(results=directory / "probe.json", report=write_report(directory))
+    print_paths(results=directory / PROBE, report=write_report(directory))
     return 0
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from trb.files import write_bytes
+from trb.records import PROBE, REPORT, STUDY
 from trb.report import study_page, tables
 from trb.report.page import render
-from trb.report.probe import PROBE_FILE, read_probe
+from trb.report.probe import read_probe
 from trb.report.reading import ReportError, read
-from trb.report.study import STUDY_FILE, read_study
+from trb.report.study import read_study
 
 __all__ = ["ReportError", "export", "write_report"]
 
@@ -27,7 +28,7 @@ def write_report(directory: str | Path) -> Path:
     and line).
     """
     html = _page(Path(directory))
-    path = Path(directory) / "report.html"
+    path = Path(directory) / REPORT
     # Lone surrogates are legal in JSON strings but not in UTF-8. Line ends stay as they are: the hashes in the page's
     # policy cover them.
     write_bytes(path, html.encode("utf-8", errors="replace"))
@@ -44,14 +45,14 @@ def export(directory: str | Path, out: str | Path) -> list[Path]:
 
     directory, out = Path(directory), Path(out)
     paths = write_figures(directory, folder=out / "figures")
-    if not (directory / PROBE_FILE).is_file() or (directory / STUDY_FILE).is_file():
+    if not (directory / PROBE).is_file() or (directory / STUDY).is_file():
         paths += tables.write_tables(directory, out / "tables")
     return paths
 
 
 def _page(directory: Path) -> str:
-    if (directory / STUDY_FILE).is_file():
+    if (directory / STUDY).is_file():
         return study_page.render_study(read_study(directory))
-    if (directory / PROBE_FILE).is_file():
+    if (directory / PROBE).is_file():
         return study_page.render_probe(read_probe(directory))
     return render(read(directory))

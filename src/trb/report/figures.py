@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from trb.records import PROBE, STUDY
 from trb.report import panels, probe, study_panels
 from trb.report.panels import Panel, Series, Values, slug
-from trb.report.probe import PROBE_FILE, read_probe
+from trb.report.probe import read_probe
 from trb.report.reading import ReportError, read
-from trb.report.study import STUDY_FILE, Study, read_study
+from trb.report.study import Study, read_study
 from trb.report.study_panels import Bar, Bars
 from trb.report.style import COLOURS, DASHES, MARKERS, visible
 from trb.report.svg import FEW_POINTS, smoothing_window
@@ -83,12 +84,12 @@ def write_figures(
 
 def _figures(directory: Path) -> Iterator[tuple[str, Figure]]:
     """(file name, figure) of everything a directory's page draws."""
-    if (directory / STUDY_FILE).is_file():
+    if (directory / STUDY).is_file():
         yield from _study_figures(read_study(directory))
         return
-    if (directory / PROBE_FILE).is_file():
+    if (directory / PROBE).is_file():
         source = read_probe(directory)
-        found = probe.groups(source.record, "", str(source.directory / PROBE_FILE))
+        found = probe.groups(source.record, "", str(source.directory / PROBE))
     else:
         found = panels.groups(read(directory))
     yield from ((panel.id, draw(panel)) for group in found for panel in group.panels)
@@ -106,7 +107,7 @@ def _study_figures(study: Study) -> Iterator[tuple[str, Figure]]:
         for group in study_panels.groups(study, setting):
             yield from ((panel.id, draw(panel)) for panel in group.panels)
     for setting_name, record in study.diagnostics.items():
-        where = f"{study.directory / STUDY_FILE}: diagnostics.{setting_name}"
+        where = f"{study.directory / STUDY}: diagnostics.{setting_name}"
         for group in probe.groups(record, setting_name, where):
             yield from ((panel.id, draw(panel)) for panel in group.panels)
 

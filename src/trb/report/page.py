@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import trb
+from trb.records import REPORT
 from trb.report import panels, rollouts, summary, svg
 from trb.report.reading import Source
 from trb.report.style import DASHES, label, show, show_range, style_indices
@@ -47,7 +48,7 @@ def render(source: Source) -> str:
         ("configuration", "Configuration", config.columns),
     )
     return document(
-        "report.html",
+        REPORT.name,  # the template is called as the page is
         page_data({"curves": drawn}, methods, [("", "")], chosen),
         kind="comparison" if source.kind == "comparison" else "run",
         sections=sections,

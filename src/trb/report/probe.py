@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trb.records import PROBE
 from trb.report.panels import Axis, Group, Panel, Quantity, Series, slug
-from trb.report.reading import ReportError, Run, finite, interval_of, number, read_json
+from trb.report.reading import ReportError, Run, finite, fitting, interval_of, number, read_json
 from trb.report.style import label, show, style_indices
 
-PROBE_FILE = "probe.json"
 CONTINUERS = ("student", "teacher")
 
 _BUDGETS = (
@@ -51,7 +51,8 @@ class Probe:
 def read_probe(directory: str | Path) -> Probe:
     """Read DIRECTORY/probe.json; raises ReportError if it is malformed."""
     directory = Path(directory)
-    return Probe(directory, read_json(directory / PROBE_FILE), Run("probe", directory), ())
+    record = fitting(PROBE, read_json(directory / PROBE), directory / PROBE)
+    return Probe(directory, record, Run("probe", directory), ())
 
 
 def policy_label(name: str) -> str:

@@ -9,8 +9,8 @@ memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,23 @@ import yaml
 
 from trb import checkpoints
 from trb.methods import METHODS
+from trb.records import (
+    CONFIG,
+    EVALS,
+    HELD_OUT,
+    MEASUREMENTS,
+    METRICS,
+    MODEL,
+    PROBE,
+    PROVENANCE,
+    RESULTS,
+    ROLLOUTS,
+    STUDY,
+)
+from trb.typed_files import JsonFile, LinesFile, RecordError, VersionError, load_json
 from trb.untrusted import parse_yaml, require_inside
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "held_out.jsonl", "evals.jsonl", "rollouts.jsonl")
+RUN_FILES = (CONFIG, *MEASUREMENTS)
 REFERENCES = ("student", "teacher")
 _LARGEST = 1e300
 
@@ -67,7 +81,7 @@ class Run:
 
     @property
     def rollouts(self) -> Path:
-        return self.directory / "rollouts.jsonl"
+        return self.directory / ROLLOUTS
 
     @property
     def last_step(self) -> int | None:
@@ -97,7 +111,7 @@ def read(directory: str | Path) -> Source:
     if not directory.is_dir():
         raise ReportError(f"{directory} is not a directory. Expected {_expected()}.")
     notes: list[str] = []
-    children = () if (directory / "metrics.jsonl").is_file() else tuple(_run_directories(directory))
+    children = () if (directory / METRICS).is_file() else tuple(_run_directories(directory))
     if children:
         return _read_comparison(directory, children, notes)
     if not _is_run(directory):
@@ -105,28 +119,22 @@ def read(directory: str | Path) -> Source:
     return _read_single(directory, notes)
 
 
-def records(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(file: LinesFile, path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, object) for each line of a .jsonl file; `where` names file and line for messages.
 
     A last line that was cut off while being written (no line end, not valid JSON) is left out and added to
     `notes`. Raises ReportError for any other malformed line.
     """
-    with _own(path).open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                if not line.endswith(b"\n"):
-                    name = f"{path.parent.name}/{path.name}"
-                    notes.append(f"{name}: line {number} was cut off in writing and is left out.")
-                    return
-                raise ReportError(f"{where}: not valid JSON ({error}). Repair or remove that line.") from error
-            if not isinstance(record, dict):
-                raise ReportError(f"{where}: expected a JSON object, found {type(record).__name__}.")
-            yield where, record
+    with _in_words():
+        for line in file.lines(_own(path)):
+            where = f"{path}, line {line.number}"
+            if line.is_torn:
+                name = f"{path.parent.name}/{path.name}"
+                notes.append(f"{name}: line {line.number} was cut off in writing and is left out.")
+                return
+            if line.error:
+                raise ReportError(f"{where}: {line.error}. Repair or remove that line.")
+            yield where, line.record
 
 
 def number(record: Mapping[str, Any], key: str, where: str) -> float | None:
@@ -142,8 +150,19 @@ def finite(value: Any, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ReportError(f"{where} is {value!r:.80}, expected a number or null.")
+    return known(value)
+
+
+def known(value: float | None) -> float | None:
+    """A number, or None for null, NaN and infinities."""
     # Comparisons are false for NaN, and unlike math.isfinite they accept integers beyond the float range.
-    return value if -_LARGEST < value < _LARGEST else None
+    return value if value is not None and -_LARGEST < value < _LARGEST else None
+
+
+def known_ends(interval: list[float | None] | None) -> tuple[float, float] | None:
+    """Both ends of an interval that a schema has passed; None where it or an end is not known."""
+    low, high = map(known, interval or (None, None))
+    return None if low is None or high is None else (low, high)
 
 
 def interval_of(record: Mapping[str, Any], where: str) -> tuple[float, float] | None:
@@ -156,8 +175,7 @@ def interval_of(record: Mapping[str, Any], where: str) -> tuple[float, float] | 
         return None
     if not (isinstance(value, list) and len(value) == 2):
         raise ReportError(f"{where}: interval is {value!r:.80}, expected [low, high] or null.")
-    low, high = (finite(end, f"{where}: interval") for end in value)
-    return None if low is None or high is None else (low, high)
+    return known_ends([finite(end, f"{where}: interval") for end in value])
 
 
 def step_of(record: Mapping[str, Any], where: str) -> int:
@@ -170,8 +188,8 @@ def step_of(record: Mapping[str, Any], where: str) -> int:
 
 def _expected() -> str:
     return (
-        f"a run directory (any of {', '.join(RUN_FILES)}), a comparison directory (one run directory per method, and "
-        "results.json), a study directory (study.json) or a probe directory (probe.json)"
+        f"a run directory (any of {', '.join(map(str, RUN_FILES))}), a comparison directory (one run directory per "
+        f"method, and {RESULTS}), a study directory ({STUDY}) or a probe directory ({PROBE})"
     )
 
 
@@ -187,10 +205,11 @@ def _run_directories(directory: Path) -> Iterator[Path]:
 
 def _read_single(directory: Path, notes: list[str]) -> Source:
     run = read_run(directory, notes)
-    results = read_json(directory / "results.json")
+    path = directory / RESULTS
+    results = read_json(path)
     if "pass_at_1" in results:
         results = {run.name: results}
-    scores = parse_scores(results, directory / "results.json")
+    scores = parse_scores(results, path)
     methods = [name for name in scores if name not in REFERENCES]
     if len(methods) == 1:
         run = replace(run, name=methods[0])
@@ -200,7 +219,7 @@ def _read_single(directory: Path, notes: list[str]) -> Source:
 
 
 def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[str]) -> Source:
-    path = directory / "results.json"
+    path = directory / RESULTS
     results = read_json(path)
     notes += [f"{directory.name}: {text}." for text in _damage(directory)]
     order = {name: rank for rank, name in enumerate(results)}
@@ -208,11 +227,11 @@ def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[st
     runs = tuple(read_run(child, notes, name=child.name) for child in children)
     scores = parse_scores(results, path)
     if not scores:
-        notes.append("results.json has no evaluation yet: the summary uses each run's latest one.")
+        notes.append(f"{RESULTS} has no evaluation yet: the summary uses each run's latest one.")
         scores = _scores_from_evals(runs, notes)
     for name in scores:
         if name not in REFERENCES and name not in {run.name for run in runs}:
-            notes.append(f"results.json lists {name}, but there is no run directory {name}/: it has no curves.")
+            notes.append(f"{RESULTS} lists {name}, but there is no run directory {name}/: it has no curves.")
     provenance = _mapping(results.get("provenance")) or runs[0].provenance
     commits = sorted({str(run.provenance["commit"]) for run in runs if run.provenance.get("commit")})
     if len(commits) > 1:
@@ -222,30 +241,32 @@ def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[st
 
 def read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
     """One run directory; `name` overrides the method its configuration names."""
-    config = _read_yaml(directory / "config.yaml")
+    config = _read_yaml(directory / CONFIG)
     notes += [f"{directory.name}: {text}." for text in _damage(directory)]
     if not config:
-        notes.append(f"{directory.name}/config.yaml is missing or empty: the configuration is not shown.")
+        notes.append(f"{directory.name}/{CONFIG} is missing or empty: the configuration is not shown.")
     return Run(
         name=name or _method(config) or directory.resolve().name,
         directory=directory,
         config=config,
-        provenance=read_json(directory / "provenance.json"),
-        metrics=_read_metrics(directory / "metrics.jsonl", notes),
-        held_out=_read_metrics(directory / "held_out.jsonl", notes),
-        evals=_read_evals(directory / "evals.jsonl", notes),
+        provenance=fitting(PROVENANCE, read_json(directory / PROVENANCE), directory / PROVENANCE),
+        metrics=_read_metrics(METRICS, directory / METRICS, notes),
+        held_out=_read_metrics(HELD_OUT, directory / HELD_OUT, notes),
+        evals=_read_evals(directory / EVALS, notes),
     )
 
 
 def _damage(directory: Path) -> list[str]:
     """What is known to be damaged in a run: against its checksums, and against its last checkpoint's until it ends."""
-    shown = list(checkpoints.differing(directory, of=lambda name: not name.startswith("model/")).values())
+    with _in_words():
+        shown = list(checkpoints.differing(directory, of=lambda name: not name.startswith(f"{MODEL}/")).values())
     last = max(checkpoints.numbered(directory).items(), default=None)
-    if last is None or (directory / "results.json").exists():
+    if last is None or (directory / RESULTS).exists():
         return shown
     try:
-        return shown + checkpoints.short_of_reach(last[1])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with _in_words():
+            return shown + checkpoints.short_of_reach(last[1])
+    except (OSError, ValueError):
         return [*shown, f"{last[1].name} is damaged"]
 
 
@@ -263,12 +284,12 @@ def _method(config: Mapping[str, Any]) -> str | None:
     return next((name for name in names if isinstance(name, str) and name in METHODS), None)
 
 
-def _read_metrics(path: Path, notes: list[str]) -> tuple[Step, ...]:
+def _read_metrics(file: LinesFile, path: Path, notes: list[str]) -> tuple[Step, ...]:
     if not path.is_file():
         return ()
     by_step: dict[int, Step] = {}
     repeated = 0
-    for where, record in records(path, notes):
+    for where, record in records(file, path, notes):
         step = step_of(record, where)
         repeated += step in by_step
         by_step[step] = Step(step, where, record)
@@ -284,7 +305,7 @@ def _read_evals(path: Path, notes: list[str]) -> tuple[Score, ...]:
     if not path.is_file():
         return ()
     found: dict[tuple[str, int], Score] = {}
-    for where, record in records(path, notes):
+    for where, record in records(EVALS, path, notes):
         score = _score({**record, "step": step_of(record, where)}, where)
         found[score.name, score.step or 0] = score
     return tuple(sorted(found.values(), key=lambda score: score.step or 0))
@@ -292,15 +313,10 @@ def _read_evals(path: Path, notes: list[str]) -> tuple[Score, ...]:
 
 def parse_scores(results: Mapping[str, Any], path: str | Path) -> dict[str, Score]:
     """The scores in the contents of results.json, by name; `path` names their source in messages."""
-    scores = {}
-    for name, value in results.items():
-        if name == "provenance" or (name not in REFERENCES and not isinstance(value, Mapping)):
-            continue
-        if not isinstance(value, Mapping):
-            raise ReportError(f"{path}: {name} is {value!r:.80}, expected an object with pass_at_1 and interval.")
-        if "pass_at_1" in value:
-            scores[name] = _score(value, f"{path}: {name}")
-    return scores
+    found = fitting(RESULTS, results, path)
+    found.pop("provenance", None)
+    scores = {name: value for name, value in found.items() if isinstance(value, Mapping) and "pass_at_1" in value}
+    return {name: _score(value, f"{path}: {name}") for name, value in scores.items()}
 
 
 def _scores_from_evals(runs: tuple[Run, ...], notes: list[str]) -> dict[str, Score]:
@@ -335,16 +351,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file; anything else raises ReportError."""
     if not path.is_file():
         return {}
-    _own(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: not valid JSON ({error}).") from error
+    with _in_words():
+        value = load_json(_own(path))
     if not isinstance(value, dict):
         raise ReportError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value
+
+
+def fitting(file: JsonFile, value: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """The contents of a file without their version; raises ReportError if they are not what its name says."""
+    with _in_words():
+        found: dict[str, Any] = file.parse(dict(value), where)
+    return found
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except (RecordError, VersionError) as error:
+        raise ReportError(f"{error}.") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

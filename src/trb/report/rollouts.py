@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trb.records import ROLLOUTS
 from trb.report.reading import ReportError, Run, finite, number, records, step_of
 
 MAX_ROLLOUTS = 200
@@ -68,7 +69,10 @@ def collect(groups: Sequence[Sequence[Run]], *, by_policy: bool = False) -> Roll
 
 def _steps_of(run: Run, notes: list[str]) -> list[tuple[int, bool]]:
     """Each row's step, and whether it was scored by both models."""
-    return [(step_of(row, where), bool(row.get("teacher_log_prob"))) for where, row in records(run.rollouts, notes)]
+    return [
+        (step_of(row, where), bool(row.get("teacher_log_prob")))
+        for where, row in records(ROLLOUTS, run.rollouts, notes)
+    ]
 
 
 def kept_steps(steps_of_runs: Iterable[Sequence[int]], limit: int) -> set[int]:
@@ -96,7 +100,7 @@ def _spread(values: Sequence[int], count: int) -> set[int]:
 def _chosen_rows(run: Run, positions: set[int], texts: dict[str, int], by_policy: bool) -> list[dict[str, Any]]:
     seen: Counter[tuple[str, int, str]] = Counter()
     rows = []
-    for index, (where, record) in enumerate(records(run.rollouts, [])):
+    for index, (where, record) in enumerate(records(ROLLOUTS, run.rollouts, [])):
         if index in positions:
             method = (by_policy and _string(record, "policy", where)) or run.name
             row = _row(method, record, where, texts)

@@ -2,7 +2,8 @@
 
 A study compares methods in several settings (a pair of models and a task), each with several training seeds; its
 estimates, intervals and tests are computed elsewhere and only shown here. A young study may lack methods, settings and
-most keys: what is missing is None or empty. This module checks shapes and says which entry is wrong.
+most keys: what is missing is None or empty. `trb.records` says of which kind
+an entry must be.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trb.records import STUDY
 from trb.report.panels import Values
-from trb.report.reading import ReportError, Run, Score, finite, interval_of, number, read_json, read_run
+from trb.report.reading import ReportError, Run, Score, fitting, known, known_ends, read_json, read_run
 from trb.report.style import label, style_indices
 
-STUDY_FILE = "study.json"
 BASELINE = "opd"
 OURS = "trb"
 
@@ -144,59 +145,49 @@ class Study:
 def read_study(directory: str | Path) -> Study:
     """Read DIRECTORY/study.json and the runs beside it. Raises ReportError naming the entry that is malformed."""
     directory = Path(directory)
-    path = directory / STUDY_FILE
+    path = directory / STUDY
     record = read_json(path)
     return parse_study(record, directory, str(path))
 
 
 def parse_study(record: Mapping[str, Any], directory: Path, where: str) -> Study:
     """A study from the contents of study.json; `where` names their source in error messages."""
-    settings = _objects(record, "settings", where)
-    average = _objects(_object(record.get("average"), f"{where}: average"), "methods", f"{where}: average")
-    if len(settings) == 1:
-        average = {}  # it would repeat the setting
-    labels = _labels(settings, average, where)
+    record = fitting(STUDY, record, where)
+    settings = _entries(record, "settings")
+    average = {} if len(settings) == 1 else _entries(record.get("average") or {}, "methods")  # it would repeat it
+    labels = _labels(settings, average)
     styles = style_indices(list(labels))
     notes: list[str] = []
-    level = number(record, "level", where)
-    if level is not None and not 0 < level < 1:
-        raise ReportError(f"{where}: level is {level}, expected a share between 0 and 1 such as 0.95.")
+    level = known(record.get("level"))
     return Study(
         directory=directory,
-        name=_text(record, "name", where) or directory.resolve().name,
-        description=_text(record, "description", where),
-        rule=_text(record, "rule", where),
+        name=record.get("name") or directory.resolve().name,
+        description=record.get("description") or "",
+        rule=record.get("rule") or "",
         level=0.95 if level is None else level,
         settings=tuple(
             _setting(name, value, directory, (labels, styles), f"{where}: settings.{name}", notes)
             for name, value in settings.items()
         ),
         average=tuple(
-            Average(
-                name,
-                labels[name],
-                styles[name],
-                _score(value, f"{where}: average.{name}"),
-                _difference(value.get("difference_to_opd"), f"{where}: average.{name}.difference_to_opd"),
-            )
+            Average(name, labels[name], styles[name], _score(value), _difference(value.get("difference_to_opd")))
             for name, value in average.items()
         ),
-        diagnostics=_objects(record, "diagnostics", where),
-        provenance=_object(record.get("provenance"), f"{where}: provenance"),
+        diagnostics=_entries(record, "diagnostics"),
+        provenance=record.get("provenance") or {},
         labels=labels,
         styles=styles,
         notes=tuple(notes),
     )
 
 
-def _labels(settings: Mapping[str, Any], average: Mapping[str, Any], where: str) -> dict[str, str]:
+def _labels(settings: Mapping[str, Any], average: Mapping[str, Any]) -> dict[str, str]:
     """Every method of the study with its shown name: the paper's where the study gives none."""
     found: dict[str, str] = {}
-    for setting, value in settings.items():
-        for name, method in _objects(value, "methods", f"{where}: settings.{setting}").items():
-            shown = _text(method, "label", f"{where}: settings.{setting}.methods.{name}")
-            if shown or name not in found:
-                found[name] = shown or label(name)
+    for value in settings.values():
+        for name, method in _entries(value, "methods").items():
+            if method.get("label") or name not in found:
+                found[name] = method.get("label") or label(name)
     return found | {name: label(name) for name in average if name not in found}
 
 
@@ -209,119 +200,93 @@ def _setting(
     notes: list[str],
 ) -> Setting:
     labels, styles = looks
-    methods = _objects(value, "methods", where)
-    steps = number(value, "steps", where)
     return Setting(
         name=name,
-        title=_text(value, "title", where) or name,
-        description=_text(value, "description", where),
-        test=_suites(value, "test", where),
-        dev=_suites(value, "dev", where),
-        steps=None if steps is None else int(steps),
-        student=_score(_object(value.get("student"), f"{where}.student"), f"{where}.student"),
-        teacher=_score(_object(value.get("teacher"), f"{where}.teacher"), f"{where}.teacher"),
+        title=value.get("title") or name,
+        description=value.get("description") or "",
+        test=_suites(value.get("test")),
+        dev=_suites(value.get("dev")),
+        steps=_whole(value.get("steps")),
+        student=_score(value.get("student") or {}),
+        teacher=_score(value.get("teacher") or {}),
         methods=tuple(
             _method(method, labels[method], styles[method], entry, f"{where}.methods.{method}")
-            for method, entry in methods.items()
+            for method, entry in _entries(value, "methods").items()
         ),
-        sweep={
-            method: tuple(
-                _configuration(_object(entry, f"{where}.sweep.{method}"), f"{where}.sweep.{method}[{index}]")
-                for index, entry in enumerate(_list(_object(value.get("sweep"), f"{where}.sweep"), method, where))
-            )
-            for method in _object(value.get("sweep"), f"{where}.sweep")
-        },
+        sweep={method: tuple(map(_configuration, rows or ())) for method, rows in (value.get("sweep") or {}).items()},
         runs=tuple(run for method in labels if (run := _first_run(directory, name, method, notes))),
     )
 
 
-def _suites(value: Mapping[str, Any], key: str, where: str) -> tuple[Mapping[str, Any], ...]:
-    """The problem sets under `key`: a list of them, or a single one."""
-    entries = [value[key]] if isinstance(value.get(key), Mapping) else _list(value, key, where)
-    return tuple(_object(suite, f"{where}.{key}[{index}]") for index, suite in enumerate(entries))
+def _suites(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Problem sets: a list of them, or a single one."""
+    return (value,) if isinstance(value, Mapping) else tuple(value or ())
 
 
 def _method(name: str, shown: str, style: int, value: Mapping[str, Any], where: str) -> Method:
-    differences = _objects(value, "differences", where)
-    suites = _object(value.get("suites"), f"{where}.suites")
-    metrics = _objects(value, "metrics", where)
-    area = _object(value.get("area"), f"{where}.area")
-    seeds = number(value, "seeds", where)
+    differences = {other: _difference(entry) for other, entry in _entries(value, "differences").items()}
+    metrics = {key: _band(entry, f"{where}.metrics.{key}") for key, entry in _entries(value, "metrics").items()}
+    area = value.get("area") or {}
     return Method(
         name=name,
         label=shown,
         style=style,
-        score=_score(value, where),
-        configuration=_object(value.get("configuration"), f"{where}.configuration"),
-        seeds=None if seeds is None else int(seeds),
-        difference=_difference(value.get("difference_to_opd"), f"{where}.difference_to_opd"),
-        differences={
-            other: found
-            for other, entry in differences.items()
-            if (found := _difference(entry, f"{where}.differences.{other}"))
-        },
-        suites={suite: number(suites, suite, f"{where}.suites") for suite in suites},
+        score=_score(value),
+        configuration=value.get("configuration") or {},
+        seeds=_whole(value.get("seeds")),
+        difference=_difference(value.get("difference_to_opd")),
+        differences={other: difference for other, difference in differences.items() if difference},
+        suites={suite: known(score) for suite, score in (value.get("suites") or {}).items()},
         curve=_band(value.get("curve"), f"{where}.curve"),
-        area=Score(number(area, "estimate", f"{where}.area"), interval_of(area, f"{where}.area")),
-        area_difference=_difference(value.get("area_difference_to_opd"), f"{where}.area_difference_to_opd"),
-        target=_target(value.get("steps_to_target"), f"{where}.steps_to_target"),
-        metrics={key: band for key, entry in metrics.items() if (band := _band(entry, f"{where}.metrics.{key}"))},
-        per_seed=tuple(finite(one, f"{where}.per_seed") for one in _list(value, "per_seed", where)),
+        area=Score(known(area.get("estimate")), known_ends(area.get("interval"))),
+        area_difference=_difference(value.get("area_difference_to_opd")),
+        target=_target(value.get("steps_to_target")),
+        metrics={key: band for key, band in metrics.items() if band},
+        per_seed=_numbers(value, "per_seed"),
     )
 
 
-def _score(value: Mapping[str, Any], where: str) -> Score:
-    return Score(
-        pass_at_1=number(value, "pass_at_1", where),
-        interval=interval_of(value, where),
-        n_problems=number(value, "problems", where),
-    )
+def _score(value: Mapping[str, Any]) -> Score:
+    score, problems = known(value.get("pass_at_1")), known(value.get("problems"))
+    return Score(score, known_ends(value.get("interval")), problems)
 
 
-def _difference(value: Any, where: str) -> Difference | None:
-    record = _object(value, where)
-    if not record:
+def _difference(value: Mapping[str, Any] | None) -> Difference | None:
+    if not value:
         return None
     return Difference(
-        estimate=number(record, "estimate", where),
-        interval=interval_of(record, where),
-        p_value=number(record, "p_value", where),
-        p_holm=number(record, "p_value_holm", where),
-        effect_size=number(record, "effect_size", where),
+        estimate=known(value.get("estimate")),
+        interval=known_ends(value.get("interval")),
+        p_value=known(value.get("p_value")),
+        p_holm=known(value.get("p_value_holm")),
+        effect_size=known(value.get("effect_size")),
     )
 
 
-def _target(value: Any, where: str) -> Target | None:
-    record = _object(value, where)
-    if not record:
-        return None
-    return Target(*(number(record, key, where) for key in ("target", "median", "reached", "seeds")))
+def _target(value: Mapping[str, Any] | None) -> Target | None:
+    return Target(*(known(value.get(key)) for key in ("target", "median", "reached", "seeds"))) if value else None
 
 
-def _configuration(value: Mapping[str, Any], where: str) -> Configuration:
-    seeds = number(value, "seeds", where)
+def _configuration(value: Mapping[str, Any]) -> Configuration:
     return Configuration(
-        configuration=_object(value.get("configuration"), f"{where}.configuration"),
-        score=_score(value, where),
-        seeds=None if seeds is None else int(seeds),
+        configuration=value.get("configuration") or {},
+        score=_score(value),
+        seeds=_whole(value.get("seeds")),
         selected=value.get("selected") is True,
-        per_seed=tuple(finite(one, f"{where}.per_seed") for one in _list(value, "per_seed", where)),
+        per_seed=_numbers(value, "per_seed"),
     )
 
 
-def _band(value: Any, where: str) -> Band | None:
-    record = _object(value, where)
-    if not record:
+def _band(value: Mapping[str, Any] | None, where: str) -> Band | None:
+    if not value:
         return None
-    steps = [finite(step, f"{where}.steps") for step in _list(record, "steps", where)]
+    steps = _numbers(value, "steps")
     if any(step is None or step < 0 for step in steps):
-        raise ReportError(f"{where}.steps is {record['steps']!r:.80}, expected whole numbers, 0 or more.")
-    columns = {}
-    for key in ("mean", "low", "high"):
-        values = tuple(finite(one, f"{where}.{key}") for one in _list(record, key, where))
+        raise ReportError(f"{where}.steps is {value['steps']!r:.80}, expected whole numbers, 0 or more.")
+    columns = {key: _numbers(value, key) for key in ("mean", "low", "high")}
+    for key, values in columns.items():
         if values and len(values) != len(steps):
             raise ReportError(f"{where}.{key} has {len(values)} numbers for {len(steps)} steps; give one per step.")
-        columns[key] = values
     if not any(one is not None for one in columns["mean"]):
         return None
     if not (columns["low"] and columns["high"]):
@@ -341,29 +306,15 @@ def _first_run(directory: Path, setting: str, method: str, notes: list[str]) -> 
     return read_run(min(folders)[1], notes, name=method) if folders else None
 
 
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ReportError(f"{where} is {value!r:.80}, expected an object.")
-    return value
+def _entries(record: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]]:
+    """The objects under `key` by name; null ones are left out."""
+    return {name: value for name, value in (record.get(key) or {}).items() if value is not None}
 
 
-def _objects(record: Mapping[str, Any], key: str, where: str) -> dict[str, Mapping[str, Any]]:
-    """The object under `key`, each of whose values is an object; null values are left out."""
-    found = _object(record.get(key), f"{where}: {key}")
-    return {name: _object(value, f"{where}: {key}.{name}") for name, value in found.items() if value is not None}
+def _numbers(record: Mapping[str, Any], key: str) -> Values:
+    return tuple(map(known, record.get(key) or ()))
 
 
-def _list(record: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    value = record.get(key)
-    if not isinstance(value, list | None):
-        raise ReportError(f"{where}: {key} is {value!r:.80}, expected a list.")
-    return value or []
-
-
-def _text(record: Mapping[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str | None):
-        raise ReportError(f"{where}: {key} is {value!r:.80}, expected text.")
-    return value or ""
+def _whole(value: float | None) -> int | None:
+    number = known(value)
+    return None if number is None else int(number)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trb.records import PROBE, STUDY
 from trb.report import page, panels, probe, rollouts, study_panels, study_summary, summary, svg, tables
 from trb.report.probe import Probe
 from trb.report.study import BASELINE, Setting, Study
@@ -75,7 +76,7 @@ def render_study(study: Study) -> str:
 
 def render_probe(source: Probe) -> str:
     """The whole page of a probe's directory as text."""
-    where = str(source.directory / probe.PROBE_FILE)
+    where = str(source.directory / PROBE)
     diagnostics = _charts("", probe.groups(source.record, "", where))
     chosen = rollouts.collect([(source.run,)], by_policy=True)
     names = list(dict.fromkeys(row["method"] for row in chosen.rows))
@@ -117,7 +118,7 @@ def _curves(study: Study) -> list[Charts]:
 
 
 def _diagnostics(study: Study) -> list[Charts]:
-    where = str(study.directory / "study.json")
+    where = str(study.directory / STUDY)
     titles = {setting.name: setting.title for setting in study.settings}
     found = (
         _charts(titles.get(name, name), probe.groups(record, name, f"{where}: diagnostics.{name}"))

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trb.records import RESULTS, STUDY
 from trb.report import summary
 from trb.report.panels import slug
 from trb.report.reading import ReportError, Score, parse_scores, read, read_json
-from trb.report.study import BASELINE, STUDY_FILE, Difference, Method, Setting, Study, parse_study, read_study
+from trb.report.study import BASELINE, Difference, Method, Setting, Study, parse_study, read_study
 from trb.report.style import MINUS, Format, label, show, show_range, visible
 
 Value = float | str | None
@@ -75,11 +76,11 @@ def tables_of(source: str | Path | Mapping[str, Any]) -> list[Table]:
         return _tables_of_record(source, Path("."), "the given object")
     path = Path(source)
     if path.is_dir():
-        if (path / STUDY_FILE).is_file():
+        if (path / STUDY).is_file():
             return study_tables(read_study(path))
         return score_tables(read(path).scores)
     if not path.is_file():
-        raise ReportError(f"{path} does not exist. Give a study or comparison directory, study.json or results.json.")
+        raise ReportError(f"{path} does not exist. Give a study or comparison directory, {STUDY} or {RESULTS}.")
     return _tables_of_record(read_json(path), path.parent, str(path))
 
 
@@ -88,7 +89,7 @@ def _tables_of_record(record: Mapping[str, Any], directory: Path, where: str) ->
         return study_tables(parse_study(record, directory, where))
     scores = parse_scores(record, where)
     if not scores:
-        raise ReportError(f"{where} holds neither settings (study.json) nor scores with pass_at_1 (results.json).")
+        raise ReportError(f"{where} holds neither settings ({STUDY}) nor scores with pass_at_1 ({RESULTS}).")
     return score_tables(scores)
 
 
