@@ -12,8 +12,8 @@ from test_trainer import build, logged, weights
 from transformers import TrainerCallback
 
 from trb import checkpoints, zoo
-from trb import trainer as trainer_module
 from trb.guard import NonFiniteError, StepGuard
+from trb.losses import ReverseKL, RowLoss
 from trb.trainer import TRBTrainer
 
 TINY = {
@@ -53,7 +53,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: set[int], part: in
             return plain(self, student, inputs, count)
         if what == "row":
             with monkeypatch.context() as patch:
-                patch.setattr(trainer_module, "chunked_reverse_kl", one_bad_token)
+                patch.setattr(ReverseKL, "__call__", one_bad_token)
                 return plain(self, student, inputs, count)
         loss, *rest = plain(self, student, inputs, count)
         if what == "gradient":
@@ -64,10 +64,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: set[int], part: in
     monkeypatch.setattr(TRBTrainer, "_compute_loss", broken)
 
 
-def one_bad_token(*args: Any, **options: Any) -> Any:
-    from trb.losses import chunked_reverse_kl
-
-    loss, metrics = chunked_reverse_kl(*args, **options)
+def one_bad_token(loss_of: ReverseKL, batch: Any) -> Any:
+    loss, metrics = RowLoss.__call__(loss_of, batch)
     metrics.reverse_kl[0] = math.nan  # the first token of the micro-batch's first row
     return loss * math.nan, metrics
 

@@ -1001,7 +1001,7 @@ class TRBTrainer(DistillationTrainer):
         """Called when the state has been read, and a best checkpoint forgotten that is not where it was."""
         super()._load_callback_state()
         if self._resumed_from is not None:
-            saved = TrainerState.load_from_json(str(self._resumed_from / "trainer_state.json"))
+            saved = TrainerState.load_from_json(str(self._resumed_from / TRAINER_STATE))
             self.state.best_model_checkpoint = checkpoints.best_beside(self._resumed_from, saved.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
