@@ -30,16 +30,17 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from trb import TRBConfig, TRBTrainer, blend_native, zoo
+from trb import TRBConfig, TRBTrainer, zoo
+from trb.blend import native as blend_native
 from trb.blend import solve
 from trb.losses import chunked_reverse_kl
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
-from trb.provenance import describe
 from trb.sampling import sample
 from trb.sampling.blocks import BlockChooser
 from trb.sampling.cache import SlotReader
 from trb.sampling.draw import inverse_cdf
 from trb.sampling.speculative import _Sampler
+from trb.studies.provenance import describe
 
 OUTPUT = Path(__file__).parent / "results" / "cpu.json"
 HEADLINE_BUDGET = 0.02

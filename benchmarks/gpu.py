@@ -29,14 +29,15 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
-from trb import blend, blend_triton
+from trb import blend
+from trb.blend import triton as blend_triton
 from trb.losses import chunked_reverse_kl
-from trb.modeling import OutputHead, hidden_states
+from trb.models.modeling import OutputHead, hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
-from trb.provenance import describe
 from trb.sampling import sample
 from trb.sampling.cache import SlotReader, attention_through_slots
 from trb.sampling.draw import inverse_cdf
+from trb.studies.provenance import describe
 
 KL_BUDGET = 0.02
 TOTAL_LIMIT_S = 540

@@ -126,7 +126,7 @@ def model_copy(folder: Path) -> Path:
 
 
 def load(path: Path) -> str:
-    from trb.loading import load_model
+    from trb.models.loading import load_model
 
     return refused(lambda: load_model(str(path)))
 
@@ -181,7 +181,7 @@ def a_link_that_leads_out(folder: Path) -> str:
     pipe="chat_template.jinja",
 )
 def an_entry_that_is_no_file_of_its_own(folder: Path, name: str) -> str:
-    from trb.loading import load_model, load_tokenizer
+    from trb.models.loading import load_model, load_tokenizer
 
     (folder / "secrets").mkdir()
     (folder / "secrets" / "tool_use.jinja").write_text("secret")
@@ -218,7 +218,7 @@ def a_model_that_a_trainer_is_given_by_name(folder: Path, role: str) -> str:
 
 @case("models", model="config.json", tokenizer="tokenizer_config.json")
 def python_code_beside_it(folder: Path, name: str) -> str:
-    from trb.loading import load_model, load_tokenizer
+    from trb.models.loading import load_model, load_tokenizer
 
     model = model_copy(folder)
     (model / "evil.py").write_text(Bomb(folder).code)
@@ -260,7 +260,7 @@ def damaged_weights(folder: Path, content: bytes) -> str:
 
 @case("models", text=b"\0\1\2", type=b'{"model": {"type": "evil"}}', nesting=b'{"a":' * 100_000)
 def a_damaged_tokenizer(folder: Path, content: bytes) -> str:
-    from trb.loading import load_tokenizer
+    from trb.models.loading import load_tokenizer
 
     model = model_copy(folder)
     (model / "tokenizer.json").write_bytes(content)
@@ -350,7 +350,7 @@ TEMPLATES = {
 
 
 def try_template(folder: Path, template: str) -> str:
-    from trb.loading import load_tokenizer
+    from trb.models.loading import load_tokenizer
 
     model = model_copy(folder)
     (model / "chat_template.jinja").write_text(template)
@@ -361,8 +361,8 @@ def try_template(folder: Path, template: str) -> str:
 def out_of_the_sandbox(folder: Path, template: str) -> str:
     from jinja2.exceptions import TemplateError
 
-    from trb.data import render
-    from trb.loading import load_tokenizer
+    from trb.models.loading import load_tokenizer
+    from trb.tasks.data import render
 
     model = model_copy(folder)
     code = Bomb(folder).code
@@ -391,9 +391,9 @@ def a_template_from_elsewhere(folder: Path, how: str) -> str:
     from datasets import Dataset
 
     from trb import TRBConfig, TRBTrainer, zoo
-    from trb.config import make_recipe
-    from trb.data import render
-    from trb.experiments import load_tokenizers
+    from trb.studies.experiments import load_tokenizers
+    from trb.studies.recipe import make_recipe
+    from trb.tasks.data import render
 
     template = "{{ lipsum.__globals__['os'].system('true') }}"  # refused at once, where an endless one takes seconds
     (folder / "template.jinja").write_text(template)
@@ -454,7 +454,7 @@ def checkpoint(folder: Path) -> Path:
 
 
 def check(path: Path) -> str:
-    from trb.untrusted import check_checkpoint
+    from trb.safety.untrusted import check_checkpoint
 
     return refused(lambda: check_checkpoint(path))
 
@@ -612,9 +612,9 @@ RECIPE: dict[str, Any] = {
 def resuming_a_run(folder: Path, name: str) -> str:
     import torch
 
-    from trb.checkpoints import seal
-    from trb.config import make_recipe
-    from trb.experiments import train
+    from trb.studies.experiments import train
+    from trb.studies.recipe import make_recipe
+    from trb.training.checkpoints import seal
 
     recipe = make_recipe({**RECIPE, "max_steps": 2})
     directory = folder / "run"
@@ -642,7 +642,7 @@ def card(data_files: str) -> str:
 
 
 def prompts(path: Path) -> str:
-    from trb.data import load_prompts
+    from trb.tasks.data import load_prompts
 
     return refused(lambda: load_prompts(path).to_list())
 
@@ -731,7 +731,7 @@ def a_picture_elsewhere(folder: Path, place: str) -> str:
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image, Value
 
-    from trb.data import load_prompts
+    from trb.tasks.data import load_prompts
 
     for name in ("secrets", "parquet", "card"):
         (folder / name).mkdir()
@@ -866,7 +866,7 @@ YAML = {
 
 @case("configurations", **{name.replace(" ", "_"): text for name, text in YAML.items()})
 def a_recipe(folder: Path, text: str) -> str:
-    from trb.config import load_recipe
+    from trb.studies.recipe import load_recipe
 
     path = folder / "recipe.yaml"
     path.write_text(text)
@@ -875,7 +875,7 @@ def a_recipe(folder: Path, text: str) -> str:
 
 @case("configurations", **{name.replace(" ", "_"): text for name, text in YAML.items()})
 def a_study(folder: Path, text: str) -> str:
-    from trb.study import load_study
+    from trb.studies.study import load_study
 
     path = folder / "study.yaml"
     path.write_text("settings: {}\n" + text)
@@ -884,8 +884,8 @@ def a_study(folder: Path, text: str) -> str:
 
 @case("configurations")
 def a_comparison_whose_methods_are_elsewhere(folder: Path) -> str:
-    from trb.config import make_recipe
-    from trb.experiments import _clear_comparison, _listed_methods
+    from trb.studies.experiments import _clear_comparison, _listed_methods
+    from trb.studies.recipe import make_recipe
 
     victim, runs = folder / "victim", folder / "runs"
     (victim / "model").mkdir(parents=True)
@@ -1079,7 +1079,7 @@ def a_traceback_about_a_file(folder: Path) -> str:
 @cache
 def grader(timeout_s: float) -> Any:
     """One for all attempts, as in a run: what one of them does must not cost the next."""
-    from trb.rewards import Verifier
+    from trb.tasks.grading import Verifier
 
     return Verifier(timeout_s=timeout_s)
 
@@ -1144,7 +1144,7 @@ CODE = {
 @case("graders", **CODE)
 def an_answer_that_is_code(folder: Path, text: str) -> str:
     """One for every way in which scorers of reasoning-gym evaluate answers."""
-    from trb.data import load_prompts
+    from trb.tasks.data import load_prompts
 
     tasks = ["spiral_matrix", "string_insertion", "n_queens", "binary_matrix", "countdown", "polynomial_multiplication"]
     rows = [load_prompts(f"reasoning-gym:{task}", limit=1)[0] for task in tasks]
@@ -1190,7 +1190,7 @@ def code_in_the_grading_process(folder: Path, what: str) -> str:
 
 @case("graders")
 def secrets_in_the_environment(folder: Path) -> str:
-    from trb.confinement import permitted_environment
+    from trb.safety.confinement import permitted_environment
 
     secrets = {
         "HF_TOKEN": "1",
@@ -1218,8 +1218,8 @@ def watch(event, arguments):
         tried.append(repr(arguments[-2:]))
         raise RuntimeError("no network today")
 sys.addaudithook(watch)
-from trb.loading import load_model, load_tokenizer, quiet_libraries
-from trb.data import load_prompts
+from trb.models.loading import load_model, load_tokenizer, quiet_libraries
+from trb.tasks.data import load_prompts
 quiet_libraries()
 folder = sys.argv[1]
 for spec in ("zoo:student", folder + "/model"):
@@ -1227,8 +1227,8 @@ for spec in ("zoo:student", folder + "/model"):
 for spec in ("zoo:chains", folder + "/data.jsonl", folder + "/data"):
     assert len(load_prompts(spec, limit=1)) == 1
 if sys.argv[2] == "train":
-    from trb.config import make_recipe
-    from trb.experiments import train
+    from trb.studies.recipe import make_recipe
+    from trb.studies.experiments import train
     train(make_recipe(json.loads(sys.argv[3])), folder + "/run")
 print("TRIED", tried)
 """
@@ -1258,8 +1258,8 @@ def training_on_local_things(folder: Path) -> str:
 
 @case("network", model="model", data="data")
 def a_path_that_looks_like_a_hub_name(folder: Path, what: str) -> str:
-    from trb.data import load_prompts
-    from trb.loading import load_model
+    from trb.models.loading import load_model
+    from trb.tasks.data import load_prompts
 
     missing = str(folder / "missing" / "thing")
     return refused(lambda: load_model(missing) if what == "model" else load_prompts(missing))
@@ -1274,10 +1274,10 @@ def main() -> int:
     parser.add_argument("--only", metavar="TEXT", help="attempts whose area or name holds this text")
     parser.add_argument("--verbose", action="store_true", help="say how each was refused")
     options = parser.parse_args()
-    from trb import provenance
-    from trb.files import write_json
-    from trb.loading import quiet_libraries
-    from trb.untrusted import printable
+    from trb.models.loading import quiet_libraries
+    from trb.safety.files import write_json
+    from trb.safety.untrusted import printable
+    from trb.studies import provenance
 
     quiet_libraries()
     chosen = [one for one in CASES if (options.only or "") in f"{one.area} {one.name}"]

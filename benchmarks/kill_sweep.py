@@ -27,7 +27,7 @@ import psutil
 import yaml
 from rich.console import Console
 
-from trb import provenance
+from trb.studies import provenance
 
 STUDY: dict[str, Any] = {
     "name": "kill-sweep",

@@ -28,8 +28,8 @@ from model_oracle import OUTCOMES, Finding, examine
 from tiny_models import MODEL_TYPES, VARIANTS
 from transformers.utils import logging
 
-from trb.files import write_json, write_text
-from trb.provenance import describe
+from trb.safety.files import write_json, write_text
+from trb.studies.provenance import describe
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "benchmarks" / "results" / "models.json"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.files import cache_directory
-from trb.loading import load_model, load_tokenizer, prune_depth
 from trb.losses import chunked_reverse_kl
-from trb.modeling import OutputHead, completion_hidden_states
+from trb.models.loading import load_model, load_tokenizer, prune_depth
+from trb.models.modeling import OutputHead, completion_hidden_states
 from trb.policies import StudentPolicy
+from trb.safety.files import cache_directory
 from trb.sampling import sample
 from trb.vocab import SharedVocabulary, head_rows
 

@@ -41,13 +41,13 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Trainer
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb.losses import chunked_reverse_kl
-from trb.modeling import OutputHead, completion_hidden_states
+from trb.models.modeling import OutputHead, completion_hidden_states
 from trb.planning import Figure, Layout, Machine, Pair, Plan, Shape, Work, make_plan
 from trb.policies import TrustRegionPolicy
-from trb.provenance import describe
 from trb.sampling import speculative
 from trb.sampling.cache import SlotReader, attention_through_slots
 from trb.sampling.draw import accept_or_replace, inverse_cdf
+from trb.studies.provenance import describe
 from trb.vocab import log_probs
 
 OUTPUT = Path(__file__).parent / "results" / "plan_check.json"

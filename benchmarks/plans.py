@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trb.config import load_recipe
 from trb.planning import Layout, Pair, Plan, Work, find_machine, make_plan, run_seconds
-from trb.provenance import describe
 from trb.schedule import kl_budget
+from trb.studies.provenance import describe
+from trb.studies.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "benchmarks" / "results" / "plans.json"

@@ -17,11 +17,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from trb import modeling
 from trb.cli import main as trb_command
-from trb.files import write_json
-from trb.provenance import describe
+from trb.models import modeling
+from trb.safety.files import write_json
 from trb.sampling import reading
+from trb.studies.provenance import describe
 
 ROOT = Path(__file__).parents[1]
 STEPS = 50

@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trb import provenance
-from trb.config import make_recipe
-from trb.experiments import train
-from trb.files import write_json
-from trb.loading import quiet_libraries
-from trb.study import BASELINE, Unit, load_study
+from trb.models.loading import quiet_libraries
+from trb.safety.files import write_json
+from trb.studies import provenance
+from trb.studies.experiments import train
+from trb.studies.recipe import make_recipe
+from trb.studies.study import BASELINE, Unit, load_study
 
 ROOM = 0.1
 

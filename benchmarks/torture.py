@@ -39,10 +39,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from trb import checkpoints, cli, provenance
-from trb.files import write_json
-from trb.rewards import Verifier
-from trb.trainer import TRBTrainer
+from trb import cli
+from trb.safety.files import write_json
+from trb.studies import provenance
+from trb.tasks.grading import Verifier
+from trb.training import checkpoints
+from trb.training.trainer import TRBTrainer
 
 HERE = Path(__file__).parent
 RECIPE: dict[str, Any] = {

@@ -34,8 +34,8 @@ from scipy.stats import chi2_contingency
 from vllm_helpers import make_pair, start
 
 from trb.policies import TrustRegionPolicy
-from trb.provenance import describe
 from trb.sampling import Rollout, sample
+from trb.studies.provenance import describe
 
 OUTPUT = Path(__file__).parent / "results" / "vllm.json"
 BUDGET = 0.02
@@ -219,7 +219,7 @@ def parts(seconds: Counter[str]) -> Iterator[None]:
     from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from trb.sampling import vllm_plugin
+    from trb.sampling.vllm import plugin as vllm_plugin
 
     def timing(owner: Any, name: str, part: str) -> tuple[Any, str, Any]:
         original = getattr(owner, name)

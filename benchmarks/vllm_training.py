@@ -23,8 +23,8 @@ import yaml
 from vllm_helpers import widened
 
 from trb import zoo
-from trb.files import write_json
-from trb.provenance import describe
+from trb.safety.files import write_json
+from trb.studies.provenance import describe
 
 SEEDS = (0, 1, 2, 3)
 STEPS, WARMUP, EVERY = 40, 20, 10

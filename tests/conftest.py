@@ -142,9 +142,9 @@ def gpt2_pair() -> TinyPair:
 
 @contextmanager
 def held_by_another(folder: Path) -> Iterator[int]:
-    """A folder that another process holds (`trb.files.exclusive`) until it is killed; gives its id."""
+    """A folder that another process holds (`trb.safety.files.exclusive`) until it is killed; gives its id."""
     code = (
-        "import sys, time; from pathlib import Path; from trb.files import exclusive\n"
+        "import sys, time; from pathlib import Path; from trb.safety.files import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     folder.mkdir(parents=True, exist_ok=True)

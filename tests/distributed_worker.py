@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor
 from toy_method import ENTRIES
 
 from trb import TRBConfig, TRBTrainer, zoo
-from trb.evaluation import evaluate
 from trb.policies import StudentPolicy
-from trb.ranks import Ranks
 from trb.sampling import sample
-from trb.sharding import loaded_whole
+from trb.tasks.evaluation import evaluate
+from trb.training.ranks import Ranks
+from trb.training.sharding import loaded_whole
 
 GLOBAL_BATCH = 8
 SETTINGS: dict[str, Any] = {

@@ -15,7 +15,7 @@ from tiny_models import TOLERANCE, VOCABULARY, NotRunnableError, build, plain_lo
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.modeling import OutputHead, UnsupportedModelError, completion_hidden_states
+from trb.models.modeling import OutputHead, UnsupportedModelError, completion_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
 from trb.sampling.draw import accept_or_replace, inverse_cdf

@@ -32,15 +32,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from trb import zoo
 from trb.cli import main
-from trb.config import make_recipe
-from trb.diagnostics import probe
-from trb.loading import load_model, load_tokenizer
-from trb.modeling import OutputHead, completion_hidden_states, without_adapters
+from trb.models.loading import load_model, load_tokenizer
+from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import TeacherPolicy, TrustRegionPolicy
+from trb.safety.untrusted import lora_options
 from trb.sampling import sample
-from trb.scoring import score_completions
-from trb.untrusted import lora_options
-from trb.vllm_rollouts import _teacher_checkpoint
+from trb.sampling.scoring import score_completions
+from trb.studies.diagnostics import probe
+from trb.studies.recipe import make_recipe
+from trb.training.vllm import _teacher_checkpoint
 from trb.vocab import SharedVocabulary, head_rows
 
 ATTENTION = {"tiny_llama": ["q_proj", "v_proj", "down_proj"], "tiny_gpt2": ["c_attn", "c_proj"]}
@@ -284,7 +284,7 @@ def assert_alike(one: Any, other: Any, where: str = "") -> None:
 
 def test_a_run_trains_from_an_adapter_that_teaches_and_a_merged_one_that_learns(tmp_path: Path) -> None:
     """And `trb eval` and `trb doctor` take it."""
-    from trb.experiments import train
+    from trb.studies.experiments import train
 
     own, _ = zoo.load("student")
     learner = adapted(own, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), spread=0.1)

@@ -1,4 +1,4 @@
-"""`trb.blend_native` against the float64 oracle and the bar of `test_blend`.
+"""`trb.blend.native` against the float64 oracle and the bar of `test_blend`.
 
 Every row that is not flagged keeps its budget and uses it; a row is flagged when, and only when, it needs float64.
 """
@@ -23,9 +23,9 @@ from reference.distributions import Array, kl, log_normalise
 from test_blend import FAMILIES, LOWEST, as_numpy, assert_log_probs_follow_the_weight, assert_within_promise, cast
 from torch import Tensor
 
-from trb import blend_native
 from trb.blend import BlendResult
-from trb.blend_native import FLAGGED, NativeResult, solve_rows
+from trb.blend import native as blend_native
+from trb.blend.native import FLAGGED, NativeResult, solve_rows
 
 needs_library = pytest.mark.skipif(not blend_native.available(), reason="no C compiler, or TRB_NATIVE=0")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -371,7 +371,7 @@ def test_threads_are_made_again_after_a_fork(monkeypatch: pytest.MonkeyPatch) ->
 PROBE = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
-from trb import blend_native
+from trb.blend import native as blend_native
 print(blend_native.available(), blend_native.available())
 """
 
@@ -393,7 +393,7 @@ def test_a_failing_compiler_is_reported_once(compiler: str, tmp_path: Path) -> N
     out, err = probe(CC=compiler, TRB_CACHE=str(tmp_path), TRB_NATIVE="1")
     assert out == "False False"
     assert len(err.splitlines()) == 1
-    assert err.startswith("WARNING trb.blend_native")
+    assert err.startswith("WARNING trb.blend.native")
     assert compiler in err
 
 
@@ -470,7 +470,7 @@ def test_the_cache_of_another_user_is_left_alone(
 # In processes of their own, which a broken library may kill; forked, as importing torch takes seconds.
 EACH = """
 import json, logging, os, pathlib, sys
-from trb import blend_native
+from trb.blend import native as blend_native
 folder, kinds = pathlib.Path(sys.argv[1]), json.load(sys.stdin)
 lines = []
 handler = logging.Handler()

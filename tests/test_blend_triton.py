@@ -1,4 +1,4 @@
-"""`trb.blend_triton` through Triton's interpreter, against the float64 oracle and the bar of `test_blend`.
+"""`trb.blend.triton` through Triton's interpreter, against the float64 oracle and the bar of `test_blend`.
 
 The interpreter replaces Triton's language when Triton is first imported, so it runs in a process of its own, which
 solves what this one sends it. The kernel is compiled for a GPU as well (which needs none), and compared with the
@@ -31,9 +31,11 @@ from test_blend import (
 )
 from torch import Tensor
 
-from trb import blend, blend_native, blend_triton
+from trb import blend
 from trb.blend import BlendResult
-from trb.blend_triton import FLAGGED, SolvedRows
+from trb.blend import native as blend_native
+from trb.blend import triton as blend_triton
+from trb.blend.triton import FLAGGED, SolvedRows
 
 needs_triton = pytest.mark.skipif(blend_triton.triton is None, reason="Triton is not installed")
 
@@ -267,14 +269,14 @@ def test_arguments_are_checked(student: Tensor, teacher: Tensor, budget: Tensor,
 
 
 def test_a_cpu_tensor_is_left_to_the_eager_solver() -> None:
-    code = "import torch\nfrom trb.blend_triton import available\nassert not available(torch.zeros(1, 2))"
+    code = "import torch\nfrom trb.blend.triton import available\nassert not available(torch.zeros(1, 2))"
     run_isolated(code, TRITON_INTERPRET="0")
 
 
 def test_importing_without_triton() -> None:
     run_isolated(
         "import sys, torch\nsys.modules['triton'] = None\n"
-        "from trb.blend_triton import available, solve_rows\nzeros = torch.zeros(1, 2)\n"
+        "from trb.blend.triton import available, solve_rows\nzeros = torch.zeros(1, 2)\n"
         "assert not available(zeros)\n"
         "try:\n    solve_rows(zeros, zeros, torch.zeros(1))\n"
         "except RuntimeError as error:\n    assert 'Triton' in str(error)\nelse:\n    raise AssertionError"
@@ -294,7 +296,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from trb import blend_triton
+from trb.blend import triton as blend_triton
 kernel = blend_triton._solve_kernel
 constants = {"WRITE": True, "BLOCK": 4096, **blend_triton._CONSTANTS}
 pointers = {"student": "*bf16", "teacher": "*bf16", "log_probs": "*fp32", "passes": "*i64"}

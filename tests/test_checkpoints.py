@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_trainer import build
 from trl import DistillationTrainer
 
-from trb import checkpoints, zoo
-from trb.checkpoints import CheckpointError
-from trb.trainer import TRBTrainer
+from trb import zoo
+from trb.training import checkpoints
+from trb.training.checkpoints import CheckpointError
+from trb.training.trainer import TRBTrainer
 
 FILES = {"trainer_state.json": b'{"global_step": 2}', "model.safetensors": bytes(range(200)), "shards/0.bin": b"abc"}
 

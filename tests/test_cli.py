@@ -16,9 +16,10 @@ from conftest import student_stopping_as_the_teacher
 from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trb import cli, experiments, zoo
+from trb import cli, zoo
 from trb.cli import main
-from trb.config import ConfigError
+from trb.studies import experiments
+from trb.studies.recipe import ConfigError
 
 SMALL = """\
 student: zoo:student

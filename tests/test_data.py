@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from trb.data import (
+from trb.tasks.data import (
     MATH_SYSTEM_PROMPT,
     boxed_answers,
     check_lengths,
@@ -509,6 +509,6 @@ def test_boxes_against_a_scan_by_depth(pieces: list[str]) -> None:
 
 
 def test_importing_data_is_light() -> None:
-    script = "import sys, trb.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    script = "import sys, trb.tasks.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

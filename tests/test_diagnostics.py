@@ -22,9 +22,11 @@ from reference import policies as laws
 from reference.distributions import Array, entropy, kl, shared_events
 from reference.policies import Law
 
-from trb import diagnostics, zoo
-from trb.config import ConfigError, Recipe, make_recipe
-from trb.diagnostics import (
+from trb import zoo
+from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
+from trb.sampling.scoring import score_completions
+from trb.studies import diagnostics
+from trb.studies.diagnostics import (
     Subject,
     budget_curve,
     continuation_probe,
@@ -33,9 +35,8 @@ from trb.diagnostics import (
     probe,
     replacement_curve,
 )
-from trb.experiments import Listener, RunDirectoryError
-from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
-from trb.scoring import score_completions
+from trb.studies.experiments import Listener, RunDirectoryError
+from trb.studies.recipe import ConfigError, Recipe, make_recipe
 
 SIGMAS = 5.0
 LETTERS = "abcdef"  # token ids 0 to 5; 0 and 4 end a completion

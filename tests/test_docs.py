@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from trb.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 from trb.policies import POLICIES
+from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trb import checkpoints, experiments, zoo
-from trb.checkpoints import latest
+from trb import zoo
 from trb.cli import main
-from trb.config import ConfigError, Recipe, load_recipe, make_recipe
-from trb.experiments import (
+from trb.models.loading import load_model, load_tokenizer
+from trb.report import write_report
+from trb.studies import experiments
+from trb.studies.experiments import (
     DiskFullError,
     Listener,
     RunDirectoryError,
@@ -33,10 +34,11 @@ from trb.experiments import (
     model_of_run,
     train,
 )
-from trb.loading import load_model, load_tokenizer
-from trb.report import write_report
-from trb.resume import ChangedRunError
-from trb.trainer import TRBTrainer
+from trb.studies.recipe import ConfigError, Recipe, load_recipe, make_recipe
+from trb.training import checkpoints
+from trb.training.checkpoints import latest
+from trb.training.resume import ChangedRunError
+from trb.training.trainer import TRBTrainer
 from trb.zoo.tasks import split_of
 
 SMALL: dict[str, Any] = {

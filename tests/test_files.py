@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import held_by_another
 
-from trb.files import cache_directory, exclusive, finite, write_json, write_text
+from trb.safety.files import cache_directory, exclusive, finite, write_json, write_text
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_lock_that_is_no_file_is_an_error_and_not_a_folder_that_nobody_holds(t
 
 def test_a_killed_holder_lets_go_though_its_children_live(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from trb.files import exclusive\n"
+        "import os, sys, time; from pathlib import Path; from trb.safety.files import exclusive\n"
         "with exclusive(Path(sys.argv[1])):\n"
         "    if child := os.fork(): print(child, flush=True)\n"
         "    time.sleep(600)"

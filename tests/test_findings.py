@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from trb import findings
-from trb.study import Study, Unit
+from trb.studies import findings
+from trb.studies.study import Study, Unit
 
 SEEDS = range(6)
 PROBLEMS = {"short": 40, "long": 20}

@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from trb.config import ConfigError, load_recipe
-from trb.confinement import arithmetic
-from trb.data import boxed_answers, load_prompts
 from trb.report import ReportError, write_report
-from trb.rewards import Verifier, _prepare
-from trb.study import load_study
-from trb.untrusted import check_checkpoint, lora_options, parse_yaml, printable
+from trb.safety.confinement import arithmetic
+from trb.safety.untrusted import check_checkpoint, lora_options, parse_yaml, printable
+from trb.studies.recipe import ConfigError, load_recipe
+from trb.studies.study import load_study
+from trb.tasks.data import boxed_answers, load_prompts
+from trb.tasks.grading import Verifier, _prepare
 
 EXAMPLES = int(os.environ.get("TRB_FUZZ_EXAMPLES", "25"))
 few = settings(

@@ -11,10 +11,11 @@ from conftest import run_in_two_processes
 from test_trainer import build, logged, weights
 from transformers import TrainerCallback
 
-from trb import checkpoints, zoo
-from trb.guard import NonFiniteError, StepGuard
+from trb import zoo
 from trb.losses import ReverseKL, RowLoss
-from trb.trainer import TRBTrainer
+from trb.training import checkpoints
+from trb.training.guard import NonFiniteError, StepGuard
+from trb.training.trainer import TRBTrainer
 
 TINY = {
     "max_completion_length": 6,

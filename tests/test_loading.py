@@ -29,8 +29,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from trb import loading, zoo
-from trb.loading import kept_layers, load_model, load_tokenizer, memory_estimate, prune_depth
+from trb import zoo
+from trb.models import loading
+from trb.models.loading import kept_layers, load_model, load_tokenizer, memory_estimate, prune_depth
 
 LAYERS = 5
 SIZES: dict[str, Any] = {
@@ -399,7 +400,7 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, victim: str, damage: str, caplo
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content if victim != "manifest.json" else content[:-9])
-    with caplog.at_level(logging.WARNING, logger="trb.loading"):
+    with caplog.at_level(logging.WARNING, logger="trb.models.loading"):
         loading.smollm2_directory()
     assert "is damaged: converting" in caplog.text
     assert (directory / "model.safetensors").read_bytes() == intact

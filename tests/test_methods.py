@@ -14,14 +14,24 @@ from toy_method import ENTRIES, Fading, MixturePolicy
 
 import trb
 from trb.losses import ReverseKL, Supervised, Veto
-from trb.methods import BEHAVIORS, METHODS, TARGETS, behavior_of, every_knob, knobs_of, name_of, owners_of, target_of
-from trb.metrics import Observers, Sums
 from trb.policies import StudentPolicy, TeacherPolicy, TrustRegionPolicy
-from trb.ranks import Ranks
 from trb.report.style import label, style_indices
 from trb.sampling import SAMPLERS, Sampler
-from trb.sampling.verification import BlendRequest
+from trb.sampling.vllm.verification import BlendRequest
 from trb.schedule import Constant, FirstSteps
+from trb.training.methods import (
+    BEHAVIORS,
+    METHODS,
+    TARGETS,
+    behavior_of,
+    every_knob,
+    knobs_of,
+    name_of,
+    owners_of,
+    target_of,
+)
+from trb.training.metrics import Observers, Sums
+from trb.training.ranks import Ranks
 from trb.vocab import SharedVocabulary
 
 

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trb.modeling import OutputHead, completion_hidden_states, length_groups
+from trb.models.modeling import OutputHead, completion_hidden_states, length_groups
 
 SIZES = {
     "vocab_size": 19,

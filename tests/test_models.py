@@ -17,7 +17,7 @@ from model_oracle import examine, find_case, names_type
 from tiny_models import MODEL_TYPES, VARIANTS, NotRunnableError, build, is_causal, plain_logits, tiny_config
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from trb.modeling import OutputHead, UnsupportedModelError, position_limit
+from trb.models.modeling import OutputHead, UnsupportedModelError, position_limit
 from trb.sampling import Rollout
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trb import experiments, zoo
+from trb import zoo
 from trb.cli import main
-from trb.diagnostics import Subject
-from trb.evaluation import evaluate
 from trb.policies import (
     BehaviorPolicy,
     SKDPolicy,
@@ -26,8 +24,11 @@ from trb.policies import (
     TemperaturePolicy,
     TrustRegionPolicy,
 )
-from trb.rewards import Verifier
 from trb.sampling import NonFiniteLogitsError, Rollout, sample
+from trb.studies import experiments
+from trb.studies.diagnostics import Subject
+from trb.tasks.evaluation import evaluate
+from trb.tasks.grading import Verifier
 
 BREAKS: dict[str, Callable[[Tensor], Tensor]] = {
     "NaN": lambda logits: logits.masked_fill(torch.arange(logits.shape[-1]) == 5, math.nan),

@@ -68,7 +68,7 @@ def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import trb; from trb.loading import load_model, load_tokenizer\n"
+        "import trb; from trb.models.loading import load_model, load_tokenizer\n"
         f"assert trb.__file__.startswith({str(tmp_path)!r}), trb.__file__\n"
         "model, tokenizer = load_model('zoo:student'), load_tokenizer('zoo:student')\n"
         "assert tokenizer.eos_token_id is not None\n"

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from trb.blend import solve
-from trb.modeling import completion_hidden_states
+from trb.models.modeling import completion_hidden_states
 from trb.planning import (
     MACHINES,
     Figure,

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import trb
-from trb import provenance
+from trb.studies import provenance
 
 GIT_IDENTITY = {f"GIT_{role}_{part}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
 

@@ -36,7 +36,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 
 import trb.sampling.cache
 from trb import zoo
-from trb.modeling import (
+from trb.models.modeling import (
     OutputHead,
     UnsupportedModelError,
     completion_hidden_states,

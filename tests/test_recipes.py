@@ -13,14 +13,15 @@ import torch
 from datasets import Dataset
 from transformers.optimization import get_scheduler
 
-from trb import experiments, zoo
-from trb.config import Recipe, RunConfig, load_recipe, make_recipe
-from trb.data import MATH_SYSTEM_PROMPT
-from trb.evaluation import EvalResult
-from trb.methods import METHODS
-from trb.study import load_study
-from trb.templates import PLAIN_TEMPLATE
-from trb.trainer import TRBConfig
+from trb import zoo
+from trb.safety.templates import PLAIN_TEMPLATE
+from trb.studies import experiments
+from trb.studies.recipe import Recipe, RunConfig, load_recipe, make_recipe
+from trb.studies.study import load_study
+from trb.tasks.data import MATH_SYSTEM_PROMPT
+from trb.tasks.evaluation import EvalResult
+from trb.training.methods import METHODS
+from trb.training.trainer import TRBConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # accelerate/ holds launcher settings and studies/ studies, which are no recipes.
@@ -209,7 +210,7 @@ class Spy:
 
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    """`trb.experiments` with every builder replaced: nothing is loaded, trained or sampled."""
+    """`trb.studies.experiments` with every builder replaced: nothing is loaded, trained or sampled."""
     spy = Spy()
     model, tokenizer = zoo.load("student")
     score = EvalResult("x", 0.5, (0.4, 0.6), 2, 2, 3.0, 1.0)

@@ -12,10 +12,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from trb import TRBConfig, TRBTrainer, zoo
-from trb.recording import drop_after_step, logged_metrics, read_records, score_record
 from trb.records import METRICS
 from trb.sampling import prompt_key
-from trb.scoring import TokenScores
+from trb.sampling.scoring import TokenScores
+from trb.training.recording import drop_after_step, logged_metrics, read_records, score_record
 
 
 def read(path: Path) -> list[dict]:

@@ -17,19 +17,20 @@ from test_experiments import SMALL
 from test_sweep import STUDY
 
 import trb
-from trb import files, records
+from trb import records
 from trb.cli import main
-from trb.config import make_recipe
-from trb.diagnostics import probe
-from trb.experiments import compare, train
-from trb.guard import StepGuard
-from trb.recording import drop_after_step
 from trb.records import MEASUREMENTS, RESULTS, owner
 from trb.report import ReportError, write_report
 from trb.report.tables import tables_of
-from trb.study import Study
-from trb.sweep import run_study
-from trb.typed_files import JsonFile, LinesFile, RecordError, TypedFile, VersionError
+from trb.safety import files
+from trb.safety.typed_files import JsonFile, LinesFile, RecordError, TypedFile, VersionError
+from trb.studies.diagnostics import probe
+from trb.studies.experiments import compare, train
+from trb.studies.recipe import make_recipe
+from trb.studies.study import Study
+from trb.studies.sweep import run_study
+from trb.training.guard import StepGuard
+from trb.training.recording import drop_after_step
 
 PACKAGE, COMMITTED = Path(trb.__file__).parent, Path(__file__).parents[1] / "benchmarks" / "results"
 ALL = [file for file in vars(records).values() if isinstance(file, records.RunFile)]

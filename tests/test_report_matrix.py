@@ -24,7 +24,7 @@ from report_helpers import Page, study_record, write_probe, write_study
 
 from trb.cli import main
 from trb.report import ReportError, export, probe, write_report
-from trb.untrusted import parse_yaml
+from trb.safety.untrusted import parse_yaml
 
 TEXTS = [
     "</script><script>window.__pwned=1</script>",

@@ -17,11 +17,12 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import build, config, weights
 from transformers import get_scheduler
 
-from trb import TRBConfig, checkpoints, resume, zoo
-from trb.methods import every_knob, knobs_of, pair_of
+from trb import TRBConfig, zoo
 from trb.records import RUN
-from trb.resume import ChangedRunError, spread
-from trb.trainer import TRBTrainer
+from trb.training import checkpoints, resume
+from trb.training.methods import every_knob, knobs_of, pair_of
+from trb.training.resume import ChangedRunError, spread
+from trb.training.trainer import TRBTrainer
 
 TINY: dict[str, Any] = {"max_completion_length": 4, "per_device_train_batch_size": 4, "num_generations": 2}
 SAVED = TINY | {"save_strategy": "steps", "save_steps": 1}

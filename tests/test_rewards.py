@@ -13,9 +13,9 @@ from fractions import Fraction
 import psutil
 import pytest
 
-import trb.rewards
-from trb.data import load_prompts
-from trb.rewards import Verifier
+import trb.tasks.grading
+from trb.tasks.data import load_prompts
+from trb.tasks.grading import Verifier
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 
@@ -316,7 +316,7 @@ def test_hostile_answers_neither_hang_nor_shift_the_others() -> None:
 BOOT_WITH_TRAPS = """
 import json, os, sys
 path, *limits = json.loads(sys.argv[1]); sys.path[:] = path
-import trb.rewards as rewards
+import trb.tasks.grading as rewards
 answer_job = rewards._answer_job
 def trapped(job):
     if "die" in job[2][0]: os._exit(7)
@@ -329,7 +329,7 @@ rewards._serve(*limits)
 
 
 def test_a_crash_costs_only_the_answer_that_caused_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trb.rewards, "_BOOT", BOOT_WITH_TRAPS)
+    monkeypatch.setattr(trb.tasks.grading, "_BOOT", BOOT_WITH_TRAPS)
     answers = ["x+1", "die", "x+2", "die", "die", "x+3"]
     with Verifier(timeout_s=30) as verifier:
         scores = verifier.score([f"\\boxed{{{a}}}" for a in answers], math_rows("1+x", "1", "2+x", "1", "1", "3+x"))
@@ -339,7 +339,7 @@ def test_a_crash_costs_only_the_answer_that_caused_it(monkeypatch: pytest.Monkey
 
 def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("resource")
-    monkeypatch.setattr(trb.rewards, "_BOOT", BOOT_WITH_TRAPS)
+    monkeypatch.setattr(trb.tasks.grading, "_BOOT", BOOT_WITH_TRAPS)
     with Verifier(timeout_s=30, memory_limit_mb=1024) as verifier:
         assert verifier.score([r"\boxed{allocate}", r"\boxed{x+1}"], math_rows("1", "1+x")) == [0.0, 1.0]
         assert verifier.crashes == 1
@@ -367,14 +367,14 @@ def test_closing_ends_the_worker_and_use_after_closing_starts_another() -> None:
 
 
 def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trb.rewards, "_BOOT", "raise SystemExit('no sympy today')")
+    monkeypatch.setattr(trb.tasks.grading, "_BOOT", "raise SystemExit('no sympy today')")
     with Verifier() as verifier, pytest.raises(RuntimeError, match="did not start: no sympy today"):
         verifier.score([r"\boxed{x+1}"], math_rows("1"))
 
 
 SCRIPT = """
 import sys
-from trb.rewards import Verifier
+from trb.tasks.grading import Verifier
 assert not {"torch", "datasets", "transformers"} & set(sys.modules), "heavy import"
 verifier = Verifier(timeout_s=%s)
 verifier.score([r"\\boxed{x+1}"], [{"answer": "1+x"}])

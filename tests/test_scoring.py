@@ -27,7 +27,7 @@ from trb.policies import (
     TrustRegionPolicy,
 )
 from trb.sampling import sample
-from trb.scoring import TokenScores, score_completions
+from trb.sampling.scoring import TokenScores, score_completions
 from trb.vocab import SharedVocabulary, head_rows, stop_token_ids
 
 PROMPTS = [[1], [2, 3, 1, 5], [3, 5, 2, 2, 1, 1, 3], [2, 1]]
@@ -237,7 +237,7 @@ def test_rows_and_chunks_do_not_change_the_numbers(tiny_pair: TinyPair, monkeypa
         )
 
     whole = scored(None)
-    monkeypatch.setattr("trb.scoring.default_chunk_tokens", lambda size, device: 2)
+    monkeypatch.setattr("trb.sampling.scoring.default_chunk_tokens", lambda size, device: 2)
     for max_rows in (None, 1, 3):
         part = scored(max_rows)
         assert_close(part.behavior_log_prob, whole.behavior_log_prob, 1e-9)

@@ -33,13 +33,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_trainer import build
 
-import trb.rewards
-from trb import confinement, loading, sweep, zoo
-from trb.data import load_prompts
-from trb.loading import load_model, load_tokenizer
-from trb.rewards import Verifier
-from trb.templates import check_chat_template
-from trb.untrusted import check_checkpoint, check_weight_index, parse_json, parse_yaml, printable, require_inside
+import trb.tasks.grading
+from trb import zoo
+from trb.models import loading
+from trb.models.loading import load_model, load_tokenizer
+from trb.safety import confinement
+from trb.safety.templates import check_chat_template
+from trb.safety.untrusted import check_checkpoint, check_weight_index, parse_json, parse_yaml, printable, require_inside
+from trb.studies import sweep
+from trb.tasks.data import load_prompts
+from trb.tasks.grading import Verifier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -468,7 +471,7 @@ WITHOUT_LIMITS = "import sys; sys.modules['resource'] = None\n"
 
 def test_a_system_without_limits_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The module `resource` is missing on Windows; time is limited there all the same."""
-    monkeypatch.setattr(trb.rewards, "_BOOT", WITHOUT_LIMITS + trb.rewards._BOOT)
+    monkeypatch.setattr(trb.tasks.grading, "_BOOT", WITHOUT_LIMITS + trb.tasks.grading._BOOT)
     with caplog.at_level(logging.WARNING), Verifier(timeout_s=20) as verifier:
         assert verifier.score([r"\boxed{x+1}"], [{"answer": "1+x"}]) == [1.0]
     assert "cannot limit the memory" in caplog.text

@@ -20,10 +20,9 @@ from trl.generation import vllm_client, vllm_generation
 from trl.trainer import distillation_trainer
 
 from trb.policies import StudentPolicy
-from trb.sampling import served
-from trb.sampling.verification import BlendRequest
-from trb.sampling.vllm import ServedEngine, serve_command, stopping_parameters
-from trb.vllm_rollouts import BoundedClient, deferred_generation
+from trb.sampling.vllm import ServedEngine, serve_command, served, stopping_parameters
+from trb.sampling.vllm.verification import BlendRequest
+from trb.training.vllm import BoundedClient, deferred_generation
 from trb.vocab import SharedVocabulary
 
 PAIR = SharedVocabulary(9, 2, (5,))

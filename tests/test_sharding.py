@@ -17,8 +17,15 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from trb import TRBConfig, zoo
-from trb.ranks import Ranks
-from trb.sharding import ExpireOnUpdate, Replica, check_sharding, leave_outputs_alone, loaded_whole, shards_parameters
+from trb.training.ranks import Ranks
+from trb.training.sharding import (
+    ExpireOnUpdate,
+    Replica,
+    check_sharding,
+    leave_outputs_alone,
+    loaded_whole,
+    shards_parameters,
+)
 
 CPU = torch.device("cpu")
 LAUNCHES = Path(__file__).parents[1] / "recipes" / "accelerate"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from trb.statistics import (
+from trb.studies.statistics import (
     Estimate,
     area_under_curve,
     auroc,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trb.config import ConfigError
-from trb.study import Study, Unit, load_study
+from trb.studies.recipe import ConfigError
+from trb.studies.study import Study, Unit, load_study
 
 STUDY = {
     "name": "small",

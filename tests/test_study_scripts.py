@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from trb.loading import load_model, load_tokenizer
+from trb.models.loading import load_model, load_tokenizer
 from trb.zoo import TASKS
 
 ROOT = Path(__file__).parents[1]

@@ -20,13 +20,13 @@ from transformers.integrations import TensorBoardCallback
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
-from trb import trainer as trainer_module
-from trb.loading import load_model
 from trb.losses import topk_reverse_kl
-from trb.methods import target_of
+from trb.models.loading import load_model
 from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
-from trb.ranks import Ranks
 from trb.sampling import sample
+from trb.training import trainer as trainer_module
+from trb.training.methods import target_of
+from trb.training.ranks import Ranks
 from trb.vocab import align
 
 ROOT = Path(__file__).parents[1]

@@ -24,8 +24,8 @@ from trb.policies import (
     TrustRegionPolicy,
 )
 from trb.sampling import Rollout, sample
-from trb.sampling.verification import BlendRequest, BlendRow, BlendState, Proposal
 from trb.sampling.vllm import ServedEngine
+from trb.sampling.vllm.verification import BlendRequest, BlendRow, BlendState, Proposal
 from trb.vocab import SharedVocabulary
 
 PROMPTS = [[1], [2, 3, 1], [3, 5, 2, 2, 1], [5, 5], [1, 2]]
@@ -210,8 +210,8 @@ def test_counters_tell_what_the_engine_did_to_drafts(tiny_pair: TinyPair) -> Non
 
 
 def test_the_plugin_without_vllm_or_with_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trb.sampling import vllm_plugin
     from trb.sampling.vllm import BlendEngine
+    from trb.sampling.vllm import plugin as vllm_plugin
 
     for found, said in ((None, "it is not installed"), ("0.31.0", "0.31.0 is installed")):
         monkeypatch.setattr(vllm_plugin, "installed_version", lambda found=found: found)

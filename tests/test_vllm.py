@@ -32,8 +32,8 @@ from vllm_helpers import lease, make_pair, make_wide_pair, release, save_pair, s
 
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
-from trb.sampling.verification import BlendRequest
 from trb.sampling.vllm import SERVER_ENVIRONMENT, BlendEngine, ServedEngine, sampling_parameters, serve_command
+from trb.sampling.vllm.verification import BlendRequest
 from trb.vocab import SharedVocabulary
 
 # What vLLM and the torch it drives deprecate on being imported and started is theirs to mend.

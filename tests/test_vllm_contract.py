@@ -1,4 +1,4 @@
-"""Every seam of vLLM that `trb.sampling.vllm_plugin` replaces or calls, as the supported version has it.
+"""Every seam of vLLM that `trb.sampling.vllm.plugin` replaces or calls, as the supported version has it.
 
 A failure here says which internal has changed, before a sampler goes wrong in silence.
 """
@@ -27,7 +27,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 
-from trb.sampling import vllm_plugin
+from trb.sampling.vllm import plugin as vllm_plugin
 
 vllm_plugin.register()
 

@@ -15,12 +15,12 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trb.policies import StudentPolicy
-from trb.ranks import Ranks
 from trb.sampling import EngineOptions, Rollout, RolloutStats
-from trb.sampling.verification import BlendRequest
 from trb.sampling.vllm import sampling_parameters, stopping_parameters
-from trb.sampling.vllm_plugin import REQUEST_KEY
-from trb.vllm_rollouts import SharedEngine
+from trb.sampling.vllm.plugin import REQUEST_KEY
+from trb.sampling.vllm.verification import BlendRequest
+from trb.training.ranks import Ranks
+from trb.training.vllm import SharedEngine
 from trb.vocab import SharedVocabulary
 
 # Prompts, keys and rollout indices of four processes, which need not have equally many.

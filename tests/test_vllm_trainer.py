@@ -23,7 +23,7 @@ from test_trainer import Completions, build, losses
 from trb import TRBTrainer, zoo
 from trb.policies import StudentPolicy
 from trb.sampling.vllm import BlendEngine
-from trb.vllm_rollouts import DeferredGeneration
+from trb.training.vllm import DeferredGeneration
 
 # What vLLM, TRL's check of its version and the torch they drive warn of is theirs to mend.
 pytestmark = [

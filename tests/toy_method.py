@@ -9,9 +9,9 @@ from torch import Tensor
 
 from trb.blend import DenseLaw
 from trb.losses import RowLoss, Rows
-from trb.methods import BEHAVIORS, METHODS, TARGETS, Half, Method, Scheduled
 from trb.policies import POLICIES, Target
 from trb.schedule import Constant, Schedule
+from trb.training.methods import BEHAVIORS, METHODS, TARGETS, Half, Method, Scheduled
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from test_guard import TINY, Snapshots
 from test_trainer import Kill, build, logged, losses, weights
 
-from trb.trainer import TRBTrainer
+from trb.training.trainer import TRBTrainer
 
 RANK = int(os.environ["RANK"])
 SETTINGS = {**TINY, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}

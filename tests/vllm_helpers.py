@@ -22,7 +22,7 @@ from conftest import NO_SPECIAL_IDS, STUDENT_EOS, STUDENT_ROWS, TEACHER_EOS, TEA
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from trb.sampling.vllm import BlendEngine
-from trb.sampling.vllm_plugin import process_group_kept
+from trb.sampling.vllm.plugin import process_group_kept
 
 # vLLM's attention on a CPU takes heads of at least 32.
 SHAPE = {

@@ -10,12 +10,12 @@ __version__ = "0.1.0"
 __all__ = ["TRBConfig", "TRBTrainer", "__version__"]
 
 if TYPE_CHECKING:
-    from trb.trainer import TRBConfig, TRBTrainer
+    from trb.training.trainer import TRBConfig, TRBTrainer
 
 
 def __getattr__(name: str) -> Any:
     if name in ("TRBConfig", "TRBTrainer"):
-        from trb import trainer
+        from trb.training import trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,8 @@ non-negative, and with S the whole vocabulary it is exactly the reverse KL. The 
 gradient: it adds ∇Z_S and pushes mass out of S.
 
 Each loss is a small object, the counterpart of a policy: what it matches at one step. Which step has which is decided
-in `trb.methods`. The supervised loss of SFT warm-up is one of them. Nothing here samples, and no gradient reaches the
-teacher.
+in `trb.training.methods`. The supervised loss of SFT warm-up is one of them. Nothing here samples, and no gradient
+reaches the teacher.
 
 Shape suffixes: N tokens, K support, V vocabulary, H hidden size, C tokens of one chunk, R rows of a chunk.
 """
@@ -57,7 +57,7 @@ _LOWEST_LOG_PROB = -1e30
 
 
 class Head(Protocol):
-    """An output head: `torch.nn.Linear`, or `trb.modeling.OutputHead`."""
+    """An output head: `torch.nn.Linear`, or `trb.models.modeling.OutputHead`."""
 
     def __call__(self, hidden: Tensor, /) -> Tensor:
         """`[..., H]` to `[..., V]` logits."""

@@ -5,8 +5,9 @@ much of it a student draft may keep. The sampler drafts x from the student, keep
 `overlap(x) / student(x)`, and otherwise draws from the normalised `μ - overlap`; for any `overlap ≤ min(student, μ)`
 that is an exact draw from μ. One policy object serves every sampler.
 
-Which policy a step's rollouts have is decided in `trb.methods`, drawing from it in `sampling`. A policy of one's own
-is a frozen dataclass with the members of `BehaviorPolicy`; under its name in `POLICIES` it reaches serving engines.
+Which policy a step's rollouts have is decided in `trb.training.methods`, drawing from it in `sampling`. A policy of
+one's own is a frozen dataclass with the members of `BehaviorPolicy`; under its name in `POLICIES` it reaches serving
+engines.
 
 Shape suffixes: N prefixes, V vocabulary.
 """

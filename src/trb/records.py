@@ -2,10 +2,11 @@
 
 Whoever writes or reads one of them does so through its entry here, and nobody else spells its name. A schema says what
 must be there and of which kind the rest is; fields that it does not list pass. Null stands where a number is not known,
-infinite or NaN. A file that changes so that older readers would misread it gets a new version (`trb.typed_files`).
+infinite or NaN. A file that changes so that older readers would misread it gets a new version
+(`trb.safety.typed_files`).
 
-Left out on purpose: the options in config.yaml, recipe.yaml and study.yaml (`trb.config`, `trb.study`), what
-transformers writes into checkpoints and models, and what the numbers mean (the modules that compute them).
+Left out on purpose: the options in config.yaml, recipe.yaml and study.yaml (`trb.studies.recipe`, `trb.studies.study`),
+what transformers writes into checkpoints and models, and what the numbers mean (the modules that compute them).
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from trb.typed_files import JsonFile, LinesFile, RunFile, Schema, of_kind
+from trb.safety.typed_files import JsonFile, LinesFile, RunFile, Schema, of_kind
 
 # ---- what fields hold ----
 
@@ -373,7 +374,7 @@ SKIPPED_STEP = LinesFile("step-N.jsonl", (f"{SKIPPED}/step-*.jsonl",), schema=Sk
 SCORES = JsonFile("ROLE.json", (f"{EVALUATIONS}/*.json",), schema=Scores)
 CHECKSUMS = JsonFile("checksums.json", schema=Checksums)
 
-# Of a study; its settings have folders of their names, and these have folders of runs (`trb.study`).
+# Of a study; its settings have folders of their names, and these have folders of runs (`trb.studies.study`).
 STUDY_PLAN = RunFile("study.yaml")
 STUDY = JsonFile("study.json", schema=Findings)
 REFERENCE, PROBE_FOLDER, SCORING = "reference", "probe", "scoring"  # folders

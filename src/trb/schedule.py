@@ -3,7 +3,7 @@
 A `Schedule` is asked for its value at a step. Those here are functions of the step; one with a memory is shown each
 step's statistics afterwards (`observe`) and travels with the checkpoint (`state_dict`, `load_state_dict`), so that a
 resumed run goes on with the same values. What it is shown was reduced over all processes before, so that all hold
-the same one. Which policy or loss a value stands for is decided in `trb.methods`.
+the same one. Which policy or loss a value stands for is decided in `trb.training.methods`.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trb.choices import did_you_mean
+from trb.errors import did_you_mean
 
 __all__ = ["KINDS", "Budget", "Constant", "FirstSteps", "Ramp", "Schedule", "kl_budget", "ramp"]
 

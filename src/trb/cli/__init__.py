@@ -35,10 +35,10 @@ from trb.cli.display import (
 )
 from trb.cli.doctor import run_doctor
 from trb.records import CONFIG, EVALUATIONS, METRICS, PROBE, RECIPE, REPORT, RESULTS, STUDY, STUDY_PLAN
-from trb.untrusted import printable
+from trb.safety.untrusted import printable
 
 if TYPE_CHECKING:
-    from trb.config import Recipe
+    from trb.studies.recipe import Recipe
 
 __all__ = ["main"]
 
@@ -145,7 +145,7 @@ def _end_with_launcher() -> None:
     """A launcher that is killed ends none of its processes, which would train on beside the next start."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
-        from trb.ranks import end_with
+        from trb.training.ranks import end_with
 
         end_with(parent)
 
@@ -342,8 +342,8 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.help_keys:
         print_keys()
         return 0
-    from trb.config import ConfigError
-    from trb.experiments import train
+    from trb.studies.experiments import train
+    from trb.studies.recipe import ConfigError
 
     recipe, directory = _recipe(arguments, rest)
     methods = recipe.run.methods
@@ -361,8 +361,8 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.config import ConfigError
-    from trb.experiments import compare
+    from trb.studies.experiments import compare
+    from trb.studies.recipe import ConfigError
 
     recipe, directory = _recipe(arguments, rest)
     if recipe.run.methods and "method" in recipe.training:
@@ -373,8 +373,8 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _recipe(arguments: argparse.Namespace, rest: list[str]) -> tuple["Recipe", Path]:
-    from trb.config import ConfigError, load_recipe, parse_overrides
-    from trb.loading import quiet_libraries
+    from trb.models.loading import quiet_libraries
+    from trb.studies.recipe import ConfigError, load_recipe, parse_overrides
 
     if arguments.config is None:
         raise ConfigError("--config is missing: name a recipe, such as recipes/quickstart.yaml")
@@ -401,8 +401,8 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.config import make_recipe
-    from trb.experiments import (
+    from trb.models.loading import quiet_libraries
+    from trb.studies.experiments import (
         RunDirectoryError,
         evaluate_suites,
         load_student,
@@ -411,9 +411,9 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
         problem_sets,
         sole_run,
     )
-    from trb.loading import quiet_libraries
-    from trb.ranks import Ranks
-    from trb.rewards import Verifier
+    from trb.studies.recipe import make_recipe
+    from trb.tasks.grading import Verifier
+    from trb.training.ranks import Ranks
 
     quiet_libraries()
     model_spec = model_of_run(arguments.model)
@@ -449,8 +449,8 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path | None) -> None:
-    from trb import provenance
-    from trb.experiments import mean_of_suites
+    from trb.studies import provenance
+    from trb.studies.experiments import mean_of_suites
 
     results = {score["name"]: score for score in scores}
     if len(scores) > 1:
@@ -487,8 +487,8 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.loading import quiet_libraries
-    from trb.study import load_study
+    from trb.models.loading import quiet_libraries
+    from trb.studies.study import load_study
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers is {arguments.workers}; give at least 1")
@@ -497,7 +497,7 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.plan:
         print_plan(study)
         return 0
-    from trb.sweep import run_study
+    from trb.studies.sweep import run_study
 
     directory = Path(arguments.output_dir or Path("runs") / study.name)
     with following(arguments.quiet) as listener:
@@ -520,9 +520,9 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _probe(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.diagnostics import probe
-    from trb.loading import quiet_libraries
+    from trb.models.loading import quiet_libraries
     from trb.report import write_report
+    from trb.studies.diagnostics import probe
 
     quiet_libraries()
     recipe = _probed_recipe(arguments)
@@ -540,8 +540,8 @@ def _probe(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
     """The recipe named, or the first trb configuration of a study's setting."""
-    from trb.config import ConfigError, load_recipe, read_yaml
-    from trb.study import Unit, load_study
+    from trb.studies.recipe import ConfigError, load_recipe, read_yaml
+    from trb.studies.study import Unit, load_study
 
     path = Path(arguments.config)
     if "settings" not in read_yaml(path):

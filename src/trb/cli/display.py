@@ -1,7 +1,7 @@
 """What the commands show: tables, progress bars, and text without control characters.
 
-Nothing a model wrote is ever printed, and what others named (files, keys, methods) only as `trb.untrusted.printable`
-lets it through, and never as markup.
+Nothing a model wrote is ever printed, and what others named (files, keys, methods) only as
+`trb.safety.untrusted.printable` lets it through, and never as markup.
 """
 
 import os
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trb.untrusted import printable
+from trb.safety.untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trb.experiments import Listener
-    from trb.study import Study
-    from trb.sweep import StudyListener
+    from trb.studies.experiments import Listener
+    from trb.studies.study import Study
+    from trb.studies.sweep import StudyListener
 
 
 def message(error: Exception) -> str:
@@ -120,7 +120,7 @@ def _percent(value: float | None) -> str:
 
 def print_keys() -> None:
     """Every key of a recipe with its type, default and help."""
-    from trb.config import describe_keys
+    from trb.studies.recipe import describe_keys
 
     for title, entries in describe_keys().items():
         print(f"\n{title}\n")
@@ -134,7 +134,7 @@ def listening(quiet: bool) -> Iterator["Listener"]:
     """A display on standard error: live bars on a terminal, a line now and then elsewhere, nothing when quiet."""
     from rich.console import Console
 
-    from trb.experiments import Listener
+    from trb.studies.experiments import Listener
 
     console = Console(stderr=True)
     if quiet or int(os.environ.get("RANK", "0")):
@@ -153,7 +153,7 @@ def following(quiet: bool) -> Iterator["StudyListener"]:
     from rich.markup import escape
     from rich.progress import Progress
 
-    from trb.sweep import StudyListener
+    from trb.studies.sweep import StudyListener
 
     console = Console(stderr=True)
 
@@ -206,7 +206,7 @@ def live_display(console: "Console") -> Iterator["Listener"]:
     from rich.markup import escape
     from rich.progress import Progress, TextColumn
 
-    from trb.experiments import Listener
+    from trb.studies.experiments import Listener
 
     class Live(Listener):
         def __init__(self, progress: Progress) -> None:
@@ -252,7 +252,7 @@ def live_display(console: "Console") -> Iterator["Listener"]:
 
 
 def _lines_display(console: "Console") -> "Listener":
-    from trb.experiments import Listener
+    from trb.studies.experiments import Listener
 
     class Lines(Listener):
         name, steps = "", 0

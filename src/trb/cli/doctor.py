@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trb
 from trb.cli.display import message, new_console
-from trb.untrusted import foreign_directory, printable
+from trb.safety.untrusted import foreign_directory, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from trb.config import Recipe, RunConfig
-    from trb.trainer import TRBConfig
+    from trb.studies.recipe import Recipe, RunConfig
+    from trb.training.trainer import TRBConfig
 
 
 class Check(NamedTuple):
@@ -38,8 +38,8 @@ class Launch(NamedTuple):
 def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from rich.text import Text
 
-    from trb.config import load_recipe, make_recipe, parse_overrides, read_yaml
-    from trb.loading import quiet_libraries
+    from trb.models.loading import quiet_libraries
+    from trb.studies.recipe import load_recipe, make_recipe, parse_overrides, read_yaml
 
     options = {name: value for name in ("student", "teacher") if (value := getattr(arguments, name))}
     options |= parse_overrides(rest)
@@ -69,7 +69,7 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _checks(recipe: "Recipe | None", accelerate_config: Mapping[str, Any] | None) -> Iterator[Check]:
-    from trb.loading import quiet_libraries
+    from trb.models.loading import quiet_libraries
 
     quiet_libraries()
     yield from _check_software()
@@ -159,7 +159,7 @@ def _memory_bytes() -> int:
 
 
 def _check_pair(run: "RunConfig", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
-    from trb.experiments import load_tokenizers
+    from trb.studies.experiments import load_tokenizers
     from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
 
     try:
@@ -214,7 +214,7 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from trb.loading import check_config, load_model, prune_depth, resolve
+    from trb.models.loading import check_config, load_model, prune_depth, resolve
 
     spec, revision = getattr(run, role), getattr(run, f"{role}_revision")
     trust = getattr(run, f"{role}_trust_remote_code")
@@ -240,7 +240,7 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
 def _check_lengths(
     run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel"
 ) -> Check:
-    from trb.modeling import position_limit
+    from trb.models.modeling import position_limit
 
     longest = run.max_prompt_length + max(int(args.max_completion_length or 0), run.eval_max_new_tokens or 0)
     for role, model in (("student", student), ("teacher", teacher)):
@@ -280,9 +280,9 @@ def _memory_parts(
     run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
 ) -> dict[str, int]:
     """Bytes on one device by purpose: sampling and the update take turns, so the larger of the two counts."""
-    from trb.loading import memory_estimate
     from trb.losses import default_chunk_tokens
-    from trb.methods import behavior_of
+    from trb.models.loading import memory_estimate
+    from trb.training.methods import behavior_of
     from trb.vocab import head_rows
 
     length = run.max_prompt_length + int(args.max_completion_length or 0)

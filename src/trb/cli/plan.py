@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from trb.cli.display import new_console, printable
 
 if TYPE_CHECKING:
-    from trb.config import Recipe
     from trb.planning import Layout, Machine, Pair, Plan, Shape, Work
-    from trb.trainer import TRBConfig
+    from trb.studies.recipe import Recipe
+    from trb.training.trainer import TRBConfig
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +79,8 @@ def _pair(recipe: "Recipe", args: "TRBConfig") -> "Pair":
 
 
 def _work(recipe: "Recipe", args: "TRBConfig", layout: "Layout", arguments: argparse.Namespace) -> "Work":
-    from trb.methods import behavior_of, kl_budget_of
     from trb.planning import Work
+    from trb.training.methods import behavior_of, kl_budget_of
 
     run, batch = recipe.run, args.per_device_train_batch_size
     if run.prompts_per_step is None:
@@ -109,8 +109,8 @@ def _whole_run(
     """Steps and hours of the run; None where the recipe does not say how many steps it has."""
     from dataclasses import replace
 
-    from trb.methods import behavior_of, kl_budget_of
     from trb.planning import make_plan, run_seconds
+    from trb.training.methods import behavior_of, kl_budget_of
 
     prompts = work.rollouts // work.generations
     if args.max_steps > 0:
@@ -141,7 +141,7 @@ def _report(
     from dataclasses import asdict
 
     from trb.planning import Shape
-    from trb.provenance import describe
+    from trb.studies.provenance import describe
 
     return {
         "provenance": describe(),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trb.choices import did_you_mean
+from trb.errors import did_you_mean
 
 __all__ = ["KINDS", "MACHINES", "Figure", "Machine", "find_machine"]
 

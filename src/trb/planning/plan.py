@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trb.loading import memory_estimate
 from trb.losses import default_chunk_tokens
-from trb.modeling import length_groups
+from trb.models.loading import memory_estimate
+from trb.models.modeling import length_groups
 from trb.planning.inputs import (
     Layout,
     Pair,

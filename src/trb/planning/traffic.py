@@ -7,7 +7,7 @@ Bytes are those of the ring algorithms. The counts for FSDP2 are those that torc
 import math
 from dataclasses import dataclass
 
-from trb.modeling import length_groups
+from trb.models.modeling import length_groups
 from trb.planning.inputs import Layout, Pair, Shape, Work, bytes_of, micro_batches, rollouts_of_a_rank
 from trb.planning.machines import Machine
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trb.files import write_bytes
 from trb.records import PROBE, REPORT, STUDY
 from trb.report import study_page, tables
 from trb.report.page import render
 from trb.report.probe import read_probe
 from trb.report.reading import ReportError, read
 from trb.report.study import read_study
+from trb.safety.files import write_bytes
 
 __all__ = ["ReportError", "export", "write_report"]
 

@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 import yaml
 
-from trb import checkpoints
-from trb.methods import METHODS
 from trb.records import (
     CONFIG,
     EVALS,
@@ -32,8 +30,10 @@ from trb.records import (
     ROLLOUTS,
     STUDY,
 )
-from trb.typed_files import JsonFile, LinesFile, RecordError, VersionError, load_json
-from trb.untrusted import parse_yaml, require_inside
+from trb.safety.typed_files import JsonFile, LinesFile, RecordError, VersionError, load_json
+from trb.safety.untrusted import parse_yaml, require_inside
+from trb.training import checkpoints
+from trb.training.methods import METHODS
 
 RUN_FILES = (CONFIG, *MEASUREMENTS)
 REFERENCES = ("student", "teacher")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from trb.methods import METHODS
-from trb.untrusted import printable
+from trb.safety.untrusted import printable
+from trb.training.methods import METHODS
 
 # "points" are differences of shares, in percentage points; "p" are p-values, "effect" effect sizes.
 Format = Literal["number", "percent", "count", "points", "p", "effect"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.choices import did_you_mean
-from trb.modeling import position_limit, rope_switch, without_adapters
+from trb.errors import did_you_mean
+from trb.models.modeling import position_limit, rope_switch, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.lockstep import sample_lockstep
 from trb.sampling.reading import Way, sampling_mode, way_of

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
-from trb.modeling import accepts, decoder, position_limit, rope_switch, switched_off
+from trb.models.modeling import accepts, decoder, position_limit, rope_switch, switched_off
 from trb.sampling import graphs
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from trb.modeling import accepts, switched_off
+from trb.models.modeling import accepts, switched_off
 
 __all__ = ["GroupedReader", "PaddedReader", "Reader", "WholeReader"]
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from trb.modeling import (
+from trb.models.modeling import (
     UnsupportedModelError,
     check_causal,
     disagreement,

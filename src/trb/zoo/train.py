@@ -37,7 +37,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trb.files import write_json
+from trb.safety.files import write_json
 from trb.zoo import TASKS, load
 from trb.zoo.tasks import Task, boxed_answer
 from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, character_tokenizer, word_piece_tokenizer

@@ -1,0 +1,1 @@
+"""Runs, comparisons, studies and sweeps: recipes in, findings out."""

@@ -1,0 +1,265 @@
+"""A study: methods x settings x seeds, and the rules by which it is judged, fixed in one YAML before anything runs.
+
+Every method family has the same number of configurations to choose from. They are compared on a development split with
+seeds of their own, by the rule the file states; the chosen configuration of each family then trains with the test
+seeds, and its models are scored once on the test split. A seed decides which prompts are drawn, their order and all
+noise, and every method of a setting shares it: differences are paired.
+
+This module reads and checks such a file and lists its runs. Running them is `trb.studies.sweep`, judging them
+`trb.studies.findings`.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from trb.records import REFERENCE, role_name
+from trb.studies.recipe import ConfigError, Recipe, make_recipe, read_yaml
+from trb.training.methods import METHODS
+
+__all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", "Study", "Unit", "load_study"]
+
+BASELINE = "opd"  # what every method is compared with
+ROLES = ("student", "teacher")
+Phase = Literal["select", "test"]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_OWN_KEYS = (
+    "seed",
+    "train_seed",
+    "eval_data",
+    "eval_limit",
+    "eval_samples",
+    "eval_seed",
+    "method",
+    "methods",
+    "save_final_model",
+)
+
+
+def _configurations(value: Any) -> Any:
+    """A grid (key -> list of values) as the list of its points, in the order of nested loops."""
+    if not isinstance(value, Mapping):
+        return value
+    axes = [entry if isinstance(entry, list) else [entry] for entry in value.values()]
+    return [dict(zip(value, point, strict=True)) for point in itertools.product(*axes)]
+
+
+def _seeds(value: Any) -> Any:
+    return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProblemSets(_Part):
+    """Problems to score a model on."""
+
+    data: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    """Specs as in `eval_data`; the score is the unweighted mean of theirs."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Problems of each."""
+    samples: int | dict[str, int] = 1
+    """Completions per problem: one number, or one per entry of `data`."""
+    seed: int = 0
+    """Which problems, and the noise of sampling; not that of training."""
+
+    def keys(self) -> dict[str, Any]:
+        """As the keys of a recipe."""
+        return {
+            "eval_data": self.data,
+            "eval_limit": self.limit,
+            "eval_samples": self.samples,
+            "eval_seed": self.seed,
+        }
+
+
+class Setting(_Part):
+    """A student, a teacher and a task."""
+
+    title: str = ""
+    description: str = ""
+    recipe: dict[str, Any]
+    dev: ProblemSets
+    test: ProblemSets
+
+
+class Seeds(_Part):
+    """Which seeds: a list, or how many (from 0)."""
+
+    select: Annotated[list[int], BeforeValidator(_seeds), Field(min_length=1)]
+    test: Annotated[list[int], BeforeValidator(_seeds), Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> "Seeds":
+        shared = sorted(set(self.select) & set(self.test))
+        if shared:
+            raise ValueError(f"seed {shared[0]} is used for selection and for the test; use different ones")
+        for name in ("select", "test"):
+            if len(set(seeds := getattr(self, name))) < len(seeds):
+                raise ValueError(f"{name} names a seed twice")
+        return self
+
+
+class Study(_Part):
+    """Everything a study is, as its file has it."""
+
+    name: Annotated[str, Field(pattern=_NAME)]
+    description: str = ""
+    seeds: Seeds
+    select_by: Literal["final", "area"] = "final"
+    """Mean over the selection seeds of the development pass@1 after the last step, or of the area under its curve."""
+    target: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Steps to target: to this share of plain distillation's mean final development pass@1."""
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    resamples: Annotated[int, Field(ge=100)] = 10_000
+    configurations: Annotated[int, Field(ge=1)] | Literal["unequal"]
+    """How many configurations each family has; a family with nothing to choose has one. "unequal" gives up the rule, to
+    repeat grids that others chose."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of one run: part of the study, as sums round differently with another number."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    settings: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Setting], Field(min_length=1)]
+    methods: dict[
+        Annotated[str, Field(pattern=_NAME)],
+        Annotated[list[dict[str, Any]], BeforeValidator(_configurations), Field(min_length=1)],
+    ]
+
+    @model_validator(mode="after")
+    def _fair(self) -> "Study":
+        if BASELINE not in self.methods:
+            raise ValueError(f"methods lacks {BASELINE}, which every method is compared with")
+        for name, configurations in self.methods.items():
+            if name not in METHODS and any("method" not in entry for entry in configurations):
+                raise ValueError(f"{name} is no method; give its configurations a method: {', '.join(METHODS)}")
+            if self.configurations != "unequal" and len(configurations) not in (1, self.configurations):
+                raise ValueError(
+                    f"{name} has {len(configurations)} configurations and `configurations` says {self.configurations}: "
+                    "every family gets the same number (or one, with nothing to choose)"
+                )
+        for where, recipe in [("recipe", self.recipe), *((f"{n}: recipe", s.recipe) for n, s in self.settings.items())]:
+            for key in _OWN_KEYS:
+                if key in recipe:
+                    raise ValueError(f"{where} sets {key}, which the study decides itself; leave it out")
+        return self
+
+    # ---- its runs ----
+
+    def units(self, phase: Phase, chosen: Mapping[str, Mapping[str, int]] | None = None) -> list["Unit"]:
+        """The runs of a phase; those of one seed stand together, so that an unfinished study is paired all the same.
+
+        `chosen` maps setting -> method -> index of the chosen configuration, and is needed for the test phase.
+        """
+        units = []
+        for seed, setting, method in itertools.product(getattr(self.seeds, phase), self.settings, self.methods):
+            every = range(len(self.methods[method]))
+            for index in [(chosen or {})[setting][method]] if phase == "test" else every:
+                units.append(Unit(setting, phase, method, index, seed))
+        return units
+
+    def recipe_of(self, unit: "Unit") -> Recipe:
+        """The training run of a unit: scored on the development split while it trains. Raises ConfigError."""
+        return make_recipe(
+            {
+                "method": unit.method,
+                **self._shared(unit.setting),
+                **self.methods[unit.method][unit.configuration],
+                "seed": unit.seed,
+                "train_seed": unit.seed,
+                **self.settings[unit.setting].dev.keys(),
+                "save_final_model": unit.phase == "test",
+            },
+            source=f"{self.name}: {unit}",
+        )
+
+    def scoring_recipe(self, setting: str, problems: ProblemSets) -> Recipe:
+        """How models of a setting are scored on `problems`. Raises ConfigError."""
+        return make_recipe({**self._shared(setting), **problems.keys()}, source=f"{self.name}: {setting}")
+
+    def _shared(self, setting: str) -> dict[str, Any]:
+        return {**self.recipe, **self.settings[setting].recipe}
+
+    def check(self) -> None:
+        """Build every recipe once, so that a mistake in the last method is found before the first run.
+
+        Raises ConfigError.
+        """
+        first = {phase: getattr(self.seeds, phase)[0] for phase in ("select", "test")}
+        for unit in self.units("select"):
+            if unit.seed == first["select"]:
+                self.recipe_of(unit)
+        for name, setting in self.settings.items():
+            for problems in (setting.dev, setting.test):
+                self.scoring_recipe(name, problems)
+
+    def to_yaml(self) -> str:
+        """The study with its defaults filled in, as `load_study` reads it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training run of a study."""
+
+    setting: str
+    phase: Phase
+    method: str
+    configuration: int
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Its run directory, inside the study's."""
+        chosen = [] if self.phase == "test" else [str(self.configuration)]
+        return Path(self.setting, self.phase, self.method, *chosen, f"seed-{self.seed}")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The scores of a model of a setting that no run trains: the untrained student, or the teacher."""
+
+    setting: str
+    role: str
+
+    @property
+    def path(self) -> Path:
+        """Its file, inside the study's directory."""
+        return Path(self.setting, REFERENCE, role_name(self.role))
+
+    def __str__(self) -> str:
+        return str(self.path.with_suffix(""))
+
+
+def load_study(path: str | os.PathLike[str]) -> Study:
+    """Read and check a study.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or says something a study cannot; the message names the
+            key and the remedy.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    try:
+        study = Study.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(_complaints(error))}") from error
+    study.check()
+    return study
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    for item in error.errors()[:5]:
+        where = ".".join(map(str, item["loc"]))
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = "unknown key"
+        yield f"{where}: {text}" if where else text

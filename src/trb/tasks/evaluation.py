@@ -1,0 +1,368 @@
+"""Evaluation: pass@1 of a model over a set of problems, with an interval that knows its samples are clustered.
+
+pass@1 is the mean over problems of correct / n, where n completions are sampled per problem. Results are kept
+per problem in a JSONL file as they come, and a killed run picks up where it stopped: because every draw is a
+pure function of (seed, prompt, rollout index, position), the resumed run ends with exactly the same numbers. For the
+same reason several processes may share the problems: each samples and scores its part, and all get every result.
+
+Left out on purpose: comparing methods (paired intervals live in `trb.studies.experiments`), pass@k for k > 1, and the
+serving engines; sampling goes through whatever `sampler` is given.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from trb.models.modeling import position_limit
+from trb.policies import StudentPolicy
+from trb.safety.untrusted import parse_json
+from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
+from trb.tasks.data import MATH_SYSTEM_PROMPT, check_room, load_prompts, render
+from trb.tasks.grading import Verifier
+from trb.training.ranks import Ranks
+from trb.vocab import SharedVocabulary, stop_token_ids
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["BENCHMARKS", "Benchmark", "EvalResult", "evaluate", "load_benchmark", "pass_at_1_interval"]
+
+CHUNK_ROWS = 256  # completions sampled between two saves when max_rows does not say
+Z_95 = 1.959963984540054  # two-sided 95% quantile of the standard normal
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Result of one evaluation."""
+
+    name: str
+    pass_at_1: float
+    """Mean over problems of correct / n."""
+    interval: tuple[float, float]
+    """95% interval of pass_at_1 over problems like these; see `pass_at_1_interval`."""
+    n_problems: int
+    n_samples: int
+    """Completions in all: n_problems times the samples per problem."""
+    mean_length: float
+    """Mean tokens per completion, the stop token included."""
+    stop_rate: float
+    """Share of completions that ended with a stop token rather than at max_new_tokens."""
+    correct: list[int] = field(default_factory=list, repr=False)
+    """How many completions of each problem were right."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as JSON types, one line of evals.jsonl without its step."""
+        summary = {name: value for name, value in vars(self).items() if name != "correct"}
+        return {**summary, "interval": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a public benchmark lives, and how many samples per problem the paper draws (section 6)."""
+
+    hub_name: str
+    """`owner/name` or `owner/name:config`."""
+    split: str
+    prompt_column: str
+    answer_column: str
+    n: int
+    """Samples per problem in the paper's protocol."""
+    system_prompt: str = MATH_SYSTEM_PROMPT
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "gsm8k": Benchmark("openai/gsm8k:main", "test", "question", "answer", 32),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", "problem", "answer", 64),
+    "amc": Benchmark("AI-MO/aimo-validation-amc", "train", "problem", "answer", 512),
+    "olympiadbench": Benchmark("Hothan/OlympiadBench:OE_TO_maths_en_COMP", "train", "question", "final_answer", 64),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", "problem", "answer", 512),
+    "aime25": Benchmark("math-ai/aime25", "test", "problem", "answer", 512),
+}
+
+
+def load_benchmark(name: str, path: str | Path | None = None) -> "Dataset":
+    """The problems of a benchmark in `BENCHMARKS`, with the mathematics system prompt.
+
+    Loaded from the hub, or from `path`: a local file or folder with the same columns (and, for a folder, the
+    same split). Raises ValueError for an unknown name; what loading raises is that of `trb.tasks.data.load_prompts`.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[name]
+    return load_prompts(
+        benchmark.hub_name if path is None else Path(path).absolute(),
+        split=benchmark.split,
+        system_prompt=benchmark.system_prompt,
+        prompt_column=benchmark.prompt_column,
+        answer_column=benchmark.answer_column,
+    )
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: "Dataset | Sequence[Mapping[str, Any]]",
+    *,
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_rows: int | None = None,
+    results_path: str | Path | None = None,
+    verifier: Verifier | None = None,
+    name: str = "eval",
+    progress: bool = True,
+    save_completions: int = 0,
+    sampler: Callable[..., Any] = sample,
+    ranks: Ranks | None = None,
+    vocabulary: SharedVocabulary | None = None,
+) -> EvalResult:
+    """Sample `n` completions of every problem, score them and return pass@1 with its 95% interval.
+
+    `problems` are rows of `trb.tasks.data.load_prompts`, each with something to score against. `max_rows` bounds the
+    completions in flight. With `results_path`, finished problems are appended there in order (one JSON object
+    per line under a header of settings), and a later call with the same settings continues the file; the model
+    is not among the settings, so use one file per model and step. `save_completions` keeps that many
+    completions per problem in the file as text. `sampler` has the signature of `trb.sampling.sample`. With `ranks`,
+    every process of a launch calls this with the same arguments and a whole model: they share the problems, the first
+    one keeps the file, and all return the result. `vocabulary` is that of the model's pair, whose stop ids then end a
+    completion as they do in training; by default the model's own do. Either way all rows of its head take part, as in
+    any engine that loads it.
+
+    Raises ValueError for a problem without an answer, for one that is too long for the model, and for a results file
+    of other settings or other content; NonFiniteLogitsError, naming the problem, where the model's logits are NaN or
+    infinite.
+    """
+    if n < 1 or not len(problems):
+        raise ValueError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
+    rows = [dict(row) for row in problems]
+    for index, row in enumerate(rows):
+        if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
+            raise ValueError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
+    prompts = render(tokenizer, rows)
+    # Another sampler may have other limits.
+    limits = {f"the model ({type(model).__name__})": position_limit(model) if sampler is sample else None}
+    check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob="max_new_tokens")
+    stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
+    settings = {
+        "name": name,
+        "problems": _fingerprint(prompts, rows),
+        "n_problems": len(rows),
+        "n": n,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "stop_ids": stop_ids,
+    }
+    draw = partial(
+        sampler,
+        model,
+        None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids,
+        temperature=temperature,
+        seed=stream_seed(seed, "eval", name),
+        max_rows=max_rows,
+    )
+    ranks = ranks or Ranks()
+    # Between two saves every process samples `chunk` problems, the batches that one process would sample in turn.
+    chunk = max(1, (max_rows or CHUNK_ROWS) // n)
+    path = None if results_path is None or not ranks.is_first else Path(results_path)
+    results = _Results(path, settings, chunk * ranks.count, ranks)
+    with ExitStack() as stack:
+        scorer = stack.enter_context(Verifier()) if verifier is None else verifier
+        bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not (progress and ranks.is_first)))
+        task = bar.add_task(name, total=len(rows), completed=len(results.records))
+        for start in range(len(results.records), len(rows), chunk * ranks.count):
+            part = _share(start, len(rows), chunk, ranks)
+            found: list[dict[str, Any]] = []
+            if prompts[part]:
+                try:
+                    rollout = _rollout(draw, prompts[part], n)
+                except NonFiniteLogitsError as error:
+                    place = f"problem {part.start + error.row // n + 1} of {len(rows)} of {name}"
+                    raise NonFiniteLogitsError("model", error.row, error.position, place) from error
+                texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+                scores = scorer.score(texts, [row for row in rows[part] for _ in range(n)])
+                found = _records(part.start, prompts[part], n, rollout, scores, texts, save_completions)
+            results.append(list(chain.from_iterable(ranks.gather(found))))
+            bar.update(task, completed=len(results.records))
+    return _summary(name, results.records, n)
+
+
+def pass_at_1_interval(correct: Sequence[int], n: int) -> tuple[float, float]:
+    """95% interval of pass@1 from the number of correct completions, of `n`, of each problem.
+
+    The n completions of one problem are not independent trials, so the unit is the problem. With
+    p = mean(c_i / n) over N problems and SE^2 = sum((c_i / n - p)^2) / (N (N - 1)), the effective sample size
+    n* = p (1 - p) / SE^2 is what makes a binomial as uncertain as p is; the interval is Wilson's (1927) for
+    n* trials: (p + z^2/2n* -+ z sqrt(p (1 - p) / n* + z^2 / 4n*^2)) / (1 + z^2/n*). Where all problems have
+    the same rate SE says nothing and n* = N; and n* never exceeds the N n completions. The method is that of
+    clustered surveys (Korn and Graubard, 1998; Dean and Pagano, 2015).
+
+    It speaks about problems like these, not about these problems only. Its coverage is close to 95% from about
+    30 problems on, and falls short (to about 90%) with 30 problems of which very few are ever solved.
+    """
+    size, p = len(correct), math.fsum(correct) / (len(correct) * n)
+    squares = math.fsum((count / n - p) ** 2 for count in correct)
+    effective = float(size)
+    if squares > 0:
+        effective = min(p * (1 - p) * size * (size - 1) / squares, float(size * n))
+    shrink = 1 + Z_95**2 / effective
+    centre = (p + Z_95**2 / (2 * effective)) / shrink
+    half_width = Z_95 * math.sqrt(p * (1 - p) / effective + (Z_95 / (2 * effective)) ** 2) / shrink
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+
+
+def _fingerprint(prompts: list[list[int]], rows: list[dict[str, Any]]) -> str:
+    """A hash of everything about the problems that a score depends on."""
+    digest = hashlib.sha256()
+    for prompt, row in zip(prompts, rows, strict=True):
+        scoring = [row["answer"], row.get("verifier"), row.get("metadata")]
+        digest.update(json.dumps([prompt, *scoring]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _share(start: int, stop: int, chunk: int, ranks: Ranks) -> slice:
+    """This process's problems of a round that begins with problem `start`: a chunk each, or equal parts of what is
+    left. The first processes have the first problems."""
+    size = min(chunk, math.ceil((stop - start) / ranks.count))
+    first = min(stop, start + ranks.index * size)
+    return slice(first, min(stop, first + size))
+
+
+def _rollout(draw: Callable[..., Rollout], prompts: list[list[int]], n: int) -> Rollout:
+    """`n` completions of every prompt; rows of one prompt stand together."""
+    return draw(
+        prompts=[prompt for prompt in prompts for _ in range(n)],
+        policy=StudentPolicy(),
+        prompt_keys=[prompt_key(prompt) for prompt in prompts for _ in range(n)],
+        rollout_index=[index for _ in prompts for index in range(n)],
+    )
+
+
+def _records(
+    start: int,
+    prompts: list[list[int]],
+    n: int,
+    rollout: Rollout,
+    scores: Sequence[float],
+    texts: list[str],
+    save_completions: int,
+) -> list[dict[str, Any]]:
+    """What is kept of each problem of a chunk that begins with problem `start`."""
+    records = []
+    for position, prompt in enumerate(prompts):
+        part = slice(position * n, (position + 1) * n)
+        record = {
+            "problem": start + position,
+            "prompt_hash": f"{prompt_key(prompt):016x}",
+            "n": n,
+            "correct": int(sum(scores[part])),
+            "lengths": [len(completion) for completion in rollout.completions[part]],
+            "stopped": [bool(stopped) for stopped in rollout.stopped[part]],
+        }
+        if save_completions:
+            record["completions"] = texts[part][:save_completions]
+        records.append(record)
+    return records
+
+
+def _summary(name: str, records: list[dict[str, Any]], n: int) -> EvalResult:
+    correct = [record["correct"] for record in records]
+    samples = len(records) * n
+    return EvalResult(
+        name=name,
+        pass_at_1=sum(correct) / samples,
+        interval=pass_at_1_interval(correct, n),
+        n_problems=len(records),
+        n_samples=samples,
+        mean_length=sum(sum(record["lengths"]) for record in records) / samples,
+        stop_rate=sum(sum(record["stopped"]) for record in records) / samples,
+        correct=correct,
+    )
+
+
+class _Results:
+    """The finished problems, in order, and their file if there is one.
+
+    The file is a header line with the settings, then one line per problem. A last line without its newline was
+    torn by a kill and is dropped. So are the finished problems of an unfinished round: a batch of another
+    composition rounds differently, and a resumed run must repeat the interrupted one exactly. The first process reads
+    the file for all, which therefore agree on what is left to do.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], round_size: int, ranks: Ranks) -> None:
+        self._path = path
+        self.records: list[dict[str, Any]] = ranks.from_first(lambda: _resumed(path, settings, round_size))
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        self.records += records
+        if self._path is not None:
+            with self._path.open("ab") as file:
+                file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _resumed(path: Path | None, settings: dict[str, Any], round_size: int) -> list[dict[str, Any]]:
+    """The records of the finished rounds in a results file, which is cut to them, or begun."""
+    if path is None:
+        return []
+    header = json.dumps({"settings": settings}).encode() + b"\n"
+    content = path.read_bytes() if path.exists() else b""
+    if header.startswith(content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(header)
+        return []
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    parsed = [_parse_line(line, number, path) for number, line in enumerate(lines, start=1)]
+    _check_settings(parsed[0] if parsed else {}, settings, path)
+    for number, record in enumerate(parsed[1:]):
+        if record.get("problem") != number:
+            raise ValueError(f"line {number + 2} of {path} is not problem {number} as it should be; delete the file")
+    kept = len(parsed) - 1
+    if kept < settings["n_problems"]:
+        kept -= kept % round_size
+    os.truncate(path, sum(map(len, lines[: kept + 1])))
+    return parsed[1 : kept + 1]
+
+
+def _parse_line(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    remedy = "use another results_path, or delete the file if it is a damaged one"
+    try:
+        parsed = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} of {path} is not a result ({error}); {remedy}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"line {number} of {path} is not a result; {remedy}")
+    return parsed
+
+
+def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
+    """Refuse to continue a file that was written with other settings, or is something else altogether."""
+    written = header.get("settings")
+    if not isinstance(written, dict):
+        raise ValueError(f"{path} is not a results file of an evaluation; use another results_path")
+    differences = [
+        f"{key} is {written.get(key)!r} there and {value!r} here"
+        for key, value in settings.items()
+        if written.get(key) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} holds results of another evaluation ({'; '.join(differences)}); delete it or use another "
+            "results_path"
+        )

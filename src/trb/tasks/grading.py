@@ -1,0 +1,465 @@
+"""Is a completion's final answer right? 1.0 or 0.0, from graders that cannot hang or exhaust the run.
+
+math-verify and the reasoning-gym scorers evaluate what a model wrote, and a model can write a power tower.
+They therefore run in one worker process with a time limit per answer, enforced from outside, and a memory
+limit; an answer that breaks a limit scores 0, the worker is replaced, and the event is counted. What graders
+evaluate cannot act on the machine either: see `trb.safety.confinement`.
+
+The worker is a plain subprocess that imports this module and nothing heavy. It is not a `multiprocessing`
+process: that would import the caller's main script again, torch included.
+
+Left out on purpose: partial credit (a reasoning-gym score below full marks is 0) and judging the reasoning.
+
+Answers that this grader still gets wrong, all of them rare: numbers in words ("three"); scale words
+(`5\\text{ million}` is read as 5, the unit dropped); a ratio `4:3` equals the fraction 4/3; letters compare
+without case (`A` equals `a`); a list equals the point or interval with its entries; identities through `i`
+(`e^{i\\pi}` for -1); families of solutions with a stated integer (`k\\pi, k \\in \\mathbb{Z}`); answers longer
+than 2,000 characters, unless they match literally.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import product
+from types import ModuleType, TracebackType
+from typing import IO, Any, Self
+
+from trb.safety import confinement
+from trb.tasks.data import Box, boxed_answers, decode_metadata, import_reasoning_gym, last_boxed
+
+__all__ = ["Verifier"]
+
+logger = logging.getLogger(__name__)
+
+STARTUP_LIMIT_S = 120.0  # importing sympy on a busy machine, once per worker
+BATCH = 256  # answers sent to the worker at once
+MAX_MATH_CHARS = 2_000  # of an answer, and of the end of a completion that has no box
+MAX_TASK_CHARS = 20_000  # of an answer to a reasoning-gym task (grids are long)
+
+# What the worker is asked:
+# ["math", gold, [readings of the answer], tail] or ["gym", verifier, metadata, answer].
+Job = list[Any]
+
+
+class Verifier:
+    """Scores completions against reference answers: 1.0 right, 0.0 wrong, nan where the row has no answer.
+
+    `score(completions, rows)` needs of each row `answer`, `verifier` ("math" by default, "exact" or
+    "reasoning-gym:TASK") and, for the last, `metadata`, as `trb.tasks.data.load_prompts` gives them.
+
+    - "exact": the last \\boxed{} equals the answer, after collapsing white space.
+    - "math": math-verify on the last \\boxed{} (or on a run of boxes such as `\\boxed{1}, \\boxed{2}`);
+      without a box, on an answer that the end of the completion announces ("the final answer is ...").
+    - "reasoning-gym:TASK": the task's own scorer, full marks only, on the last \\boxed{} or
+      <answer>...</answer>.
+
+    The worker starts with the first answer that needs it, and ends with `close()`, the `with` block or the
+    interpreter. `timeouts` and `crashes` count answers that broke the time limit or killed the worker.
+    `timeout_s` is wall-clock time per answer; `memory_limit_mb` bounds the worker's address space. Where the system has
+    no such limit, a warning says so: an answer is then stopped by time alone.
+    """
+
+    def __init__(self, timeout_s: float = 5.0, *, memory_limit_mb: int = 2048) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s is {timeout_s}; give a positive number of seconds")
+        self.timeouts = 0
+        self.crashes = 0
+        self._timeout_s = timeout_s
+        self._memory_limit_mb = memory_limit_mb
+        self._worker: _Worker | None = None
+        self._finalizer: weakref.finalize | None = None
+
+    def score(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        """One score per completion, in order; `rows[i]` belongs to `completions[i]`.
+
+        Raises ValueError for lengths that differ, an unknown verifier or metadata unfit for it, and
+        ImportError when a reasoning-gym row meets no reasoning-gym.
+        """
+        if len(completions) != len(rows):
+            raise ValueError(f"{len(completions)} completions for {len(rows)} rows; pass one row each")
+        scores, jobs = [], []
+        for index, (completion, row) in enumerate(zip(completions, rows, strict=True)):
+            verdict = _prepare(completion, row)
+            scores.append(verdict if isinstance(verdict, float) else 0.0)
+            if not isinstance(verdict, float):
+                jobs.append((index, verdict))
+        for start in range(0, len(jobs), BATCH):
+            self._work(jobs[start : start + BATCH], scores)
+        return scores
+
+    def close(self) -> None:
+        """Stop the worker, if any. The verifier stays usable: the next answer starts a new one."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._worker = self._finalizer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self, jobs: list[tuple[int, Job]], scores: list[float]) -> None:
+        """Fill in the scores of `jobs`: one round trip, and one more for the rest after every lost worker."""
+        while jobs:
+            done = 0
+            try:
+                worker = self._running_worker()
+                worker.ask([job for _, job in jobs])
+                for index, _ in jobs:
+                    scores[index] = worker.reply(self._timeout_s)
+                    done += 1
+            except TimeoutError:
+                self.timeouts += 1
+            except EOFError:
+                self.crashes += 1
+            except BaseException:
+                self.close()  # replies are still on their way; the next call must not read them as its own
+                raise
+            else:
+                return
+            self.close()
+            jobs = jobs[done + 1 :]  # the job that lost the worker keeps its 0
+
+    def _running_worker(self) -> "_Worker":
+        if self._worker is None or not self._worker.alive():
+            self.close()
+            self._worker = _Worker(self._timeout_s, self._memory_limit_mb)
+            self._finalizer = weakref.finalize(self, self._worker.stop)
+        return self._worker
+
+
+# --- reading answers out of completions (in the caller's process: linear time only) -----------------------
+
+
+def _prepare(completion: str, row: Mapping[str, Any]) -> float | Job:
+    """The score where it is plain to see, else what to ask the worker."""
+    verifier, answer = row.get("verifier", "math"), row["answer"]
+    if verifier.startswith("reasoning-gym:"):
+        return _prepare_task(completion, verifier, row.get("metadata", "{}"))
+    if verifier not in ("math", "exact"):
+        raise ValueError(f"unknown verifier {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
+    if not answer:
+        return math.nan
+    boxes = boxed_answers(completion)
+    if verifier == "exact":
+        return float(bool(boxes) and boxes[-1].content.split() == answer.split())
+    gold = last_boxed(answer) or answer
+    if not boxes:
+        return ["math", gold, [], completion[-MAX_MATH_CHARS:]]
+    plain = _plain_verdict(gold, boxes[-1].content)
+    if plain is not None:
+        return float(plain)
+    readings = [text for text in (boxes[-1].content, _last_run(completion, boxes)) if text]
+    return ["math", gold, [text for text in readings if len(text) <= MAX_MATH_CHARS], ""]
+
+
+def _prepare_task(completion: str, verifier: str, metadata: str) -> float | Job:
+    candidates = [(box.end, box.content) for box in boxed_answers(completion)[-1:]]
+    closing = completion.rfind("</answer>")
+    opening = completion.rfind("<answer>", 0, max(closing, 0))
+    if opening >= 0:
+        candidates.append((closing, completion[opening + len("<answer>") : closing].strip()))
+    if not candidates:
+        return 0.0
+    answer = max(candidates)[1]
+    wrapped = _TEXT_COMMAND.fullmatch(answer)
+    answer = wrapped[1].strip() if wrapped else answer
+    return ["gym", verifier, metadata, answer] if len(answer) <= MAX_TASK_CHARS else 0.0
+
+
+_INTEGER = re.compile(r"[-+]?\d{1,100}")
+_TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|underline)\s*\{([^{}]*)\}")
+_BLANK = re.compile(r"\\[ ,;:!]|[\s~$]+")
+
+
+def _plain_verdict(gold: str, answer: str) -> bool | None:
+    """The verdict on two integers or on two answers spelt alike; None where mathematics is needed."""
+    if _INTEGER.fullmatch(gold.strip()) and _INTEGER.fullmatch(answer):
+        return int(gold) == int(answer)
+    return True if _spelling(gold) == _spelling(answer) != "" else None
+
+
+def _spelling(text: str) -> str:
+    return _BLANK.sub("", _TEXT_COMMAND.sub(r"\1", text)).rstrip(".").casefold()
+
+
+_BETWEEN_BOXES = re.compile(r"(?:[\s$,;.()\[\]{}\\]|and|or|text|quad)*")
+
+
+def _joined(between: str) -> bool:
+    return len(between) <= 80 and _BETWEEN_BOXES.fullmatch(between) is not None
+
+
+def _last_run(text: str, boxes: list[Box]) -> str:
+    """The contents of several boxes that end the text as one list, joined by commas; "" for a single box."""
+    first = len(boxes) - 1
+    while first and _joined(text[boxes[first - 1].end : boxes[first].start]):
+        first -= 1
+    run = boxes[first:]
+    return ", ".join(box.content for box in run) if 1 < len(run) <= 50 else ""
+
+
+# --- the worker, seen from the caller ---------------------------------------------------------------------
+
+_BOOT = "import json, sys; path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; \
+from trb.tasks.grading import _serve; _serve(*limits)"
+
+
+class _Worker:
+    """One worker process: `ask` a batch, then call `reply` once per job.
+
+    `reply` raises TimeoutError when the limit passes and EOFError when the process is gone: stop it then.
+    """
+
+    def __init__(self, timeout_s: float, memory_limit_mb: int) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
+        settings = json.dumps([[str(entry) for entry in sys.path], timeout_s, memory_limit_mb])
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _BOOT, settings],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            encoding="utf-8",
+            env=confinement.permitted_environment(os.environ),
+            start_new_session=True,  # Ctrl-C is for the caller, who then stops the worker
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._pump = threading.Thread(target=_pump, args=(self._stdout, self._replies), daemon=True)
+        self._pump.start()
+        try:
+            ready = self._message(STARTUP_LIMIT_S)
+        except BaseException as error:
+            self._process.kill()
+            self._process.wait()
+            self._errors.seek(0)
+            trace = self._errors.read()[-2000:].decode(errors="replace").strip()
+            self.stop()
+            if not isinstance(error, TimeoutError | EOFError):
+                raise
+            raise RuntimeError(f"the answer-checking worker did not start: {trace or error}") from error
+        if not ready["memory_limited"]:
+            logger.warning("this system cannot limit the memory of the process that checks answers, only its time")
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, jobs: list[Job]) -> None:
+        """Send a batch. Cannot block for long: an idle worker reads all of it before it starts."""
+        try:
+            self._stdin.write(json.dumps(jobs) + "\n")
+            self._stdin.flush()
+        except BrokenPipeError as error:
+            raise EOFError("the worker ended before it read its batch") from error
+
+    def reply(self, timeout_s: float) -> float:
+        return self._message(timeout_s)["score"]
+
+    def _message(self, timeout_s: float) -> dict[str, Any]:
+        try:
+            line = self._replies.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"no reply within {timeout_s} s") from None
+        if line is None:
+            raise EOFError("the worker ended")
+        message = json.loads(line)
+        if "error" in message:
+            raise {"ImportError": ImportError}.get(message["kind"], ValueError)(message["error"])
+        return message
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._pump.join(timeout=5)
+        with contextlib.suppress(BrokenPipeError):  # an unsent batch in the buffer
+            self._stdin.close()
+        self._stdout.close()
+        self._errors.close()
+
+
+def _pump(stdout: IO[str], replies: "queue.SimpleQueue[str | None]") -> None:
+    for line in stdout:
+        replies.put(line)
+    replies.put(None)
+
+
+# --- the worker, from inside -------------------------------------------------------------------------------
+
+
+def _serve(timeout_s: float, memory_limit_mb: int) -> None:
+    """Answer batches from stdin until it closes. Entry point of the worker process."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not look like a reply
+    logging.disable(logging.CRITICAL)
+    if not _math_equal(r"\frac{1}{2}", "0.5") or _math_equal("1", "2"):
+        raise RuntimeError("math-verify of this version does not work; install math-verify>=0.9,<0.10")
+    confinement.tame_sympy()
+    _silence()
+    limited = confinement.limit_resources(memory_limit_mb)
+    confinement.forbid_side_effects()
+    # Everything slow about the first answer is behind us.
+    _send(replies, {"memory_limited": limited})
+    for line in sys.stdin:
+        for job in json.loads(line):
+            with _last_resort(2 * timeout_s + 1):
+                reply = _answer_job(job)
+            _send(replies, reply)
+
+
+def _silence() -> None:
+    """Drop what is printed from now on: answers come by the million, and some graders print about each."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+
+
+def _send(replies: IO[str], message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message) + "\n")
+    replies.flush()
+
+
+@contextlib.contextmanager
+def _last_resort(seconds: float) -> Iterator[None]:
+    """End this process if the block takes longer: the caller enforces the limit, unless it was killed itself.
+
+    The default action of SIGALRM acts even inside one long C call, where no Python handler would run.
+    """
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _answer_job(job: Job) -> dict[str, Any]:
+    if job[0] == "gym":
+        return _answer_task(*job[1:])
+    _, gold, readings, tail = job
+    try:
+        right = any(_math_equal(gold, text) for text in readings) or (tail and _announced(gold, tail))
+    except Exception:
+        # What a model wrote can raise anything at all inside sympy. It is then not a right answer. That the
+        # grader itself works was checked before the first job.
+        right = False
+    return {"score": float(bool(right))}
+
+
+def _answer_task(verifier: str, metadata: str, answer: str) -> dict[str, Any]:
+    try:
+        _confined_reasoning_gym()
+    except ImportError as error:
+        return {"error": str(error), "kind": "ImportError"}
+    try:
+        state = decode_metadata(metadata)
+        scorer, entry = _task_scorer(state["task"], json.dumps(state["settings"])), state["entry"]
+    except Exception as error:  # from a file of somebody else, and the generators check settings in their own ways
+        return {"error": f"a row of {verifier!r} has unusable metadata: {error!r}", "kind": "ValueError"}
+    try:
+        return {"score": float(scorer(answer, entry) >= 1.0)}
+    except Exception:  # task scorers parse the answer, and some raise on nonsense
+        return {"score": 0.0}
+
+
+@lru_cache(maxsize=1)
+def _confined_reasoning_gym() -> ModuleType:
+    with confinement.lifted():
+        gym = import_reasoning_gym()
+    confinement.tame_reasoning_gym()
+    return gym
+
+
+@lru_cache(maxsize=64)
+def _task_scorer(task: str, settings: str) -> Any:
+    return _confined_reasoning_gym().create_dataset(task, **json.loads(settings)).score_answer
+
+
+@lru_cache(maxsize=4096)  # n samples of one problem repeat the same few answers
+def _math_equal(gold: str, answer: str) -> bool:
+    """Whether math-verify, or a plain reading of common notation, finds the two answers equal."""
+    pairs = product(_readings(gold, answer), _readings(answer, gold))
+    return any(_verify(_parse_boxed(one), _parse_boxed(other)) for one, other in pairs)
+
+
+def _announced(gold: str, tail: str) -> bool:
+    """Whether the end of a completion without a box announces the right answer in words."""
+    return _verify(_parse_boxed(gold), _parse(tail))
+
+
+def _verify(gold: list[Any], answer: list[Any]) -> bool:
+    from math_verify import verify
+
+    return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
+
+
+@lru_cache(maxsize=1024)
+def _parse_boxed(text: str) -> list[Any]:
+    return _parse("\\boxed{" + _tidy(text) + "}")
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    # Only boxes and announced answers: any stray number would do otherwise. The limits are the caller's, so
+    # math-verify's own, which are signals, stay off.
+    anchored = [
+        LatexExtractionConfig(try_extract_without_anchor=False),
+        ExprExtractionConfig(try_extract_without_anchor=False),
+    ]
+    return parse(text, extraction_config=anchored, parsing_timeout=None)
+
+
+_SYMBOLS = str.maketrans({"−": "-", "°": "^\\circ", "²": "^2", "³": "^3", "∞": "\\infty", "€": "", "£": ""})
+_REWRITES = [
+    (re.compile(r"\A\*\*(.*)\*\*\Z", re.DOTALL), r"\1"),  # Markdown bold
+    (re.compile(r"\A(?:=|\\approx\b|:)\s*"), ""),
+    (re.compile(r"\A([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})\Z"), r"\1\\times 10^{\2}"),  # 1e3
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"√\s*(\d+|[a-zA-Z]|\([^()]*\))"), r"\\sqrt{\1}"),
+    (re.compile(r"\^?\\degrees?\b"), r"^\\circ"),
+    (re.compile(r"\\varnothing\b"), r"\\emptyset"),
+    (re.compile(r"\\underline\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"(?<=\d)(?:\\[,;:! ]|[~\s])+(?=\d{3}(?:\D|\Z))"), ""),  # 1\,000 and 1 000
+    (re.compile(r"(?:\\\\|[.,;\s])+\Z"), ""),
+]
+
+
+def _tidy(text: str) -> str:
+    """`text` in the notation math-verify reads: general rewrites, none that looks at the other answer."""
+    text = text.replace("\\$", "").strip().strip("$").translate(_SYMBOLS).strip()
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+_CHOICE = re.compile(r"\(([A-J])\)(?:\\ |\s)*(.+)", re.DOTALL)
+_COUNTED = re.compile(r"([-+]?\d[\d,]*(?:\.\d+)?)\s+([A-Za-z]{3,})[A-Za-z /]*")
+_OPERATIONS = set("and mod sin cos tan log exp sqrt choose over times plus minus".split())  # noqa: SIM905
+_NOT_UNITS = _OPERATIONS | {"percent", "dozen", "hundred", "thousand", "million", "billion", "trillion"}
+
+
+def _readings(text: str, other: str) -> Iterator[str]:
+    """What an answer may mean: itself; of a choice, its letter or value; of a counted noun, the number."""
+    yield text
+    unwrapped = _TEXT_COMMAND.sub(r"\1", text).strip()
+    if choice := _CHOICE.fullmatch(unwrapped):
+        other_is_letter = re.fullmatch(r"\(?[A-J]\)?", _TEXT_COMMAND.sub(r"\1", other).strip())
+        yield choice[1] if other_is_letter else choice[2]
+    if (counted := _COUNTED.fullmatch(unwrapped)) and counted[2].lower() not in _NOT_UNITS:
+        yield counted[1]

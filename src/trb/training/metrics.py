@@ -1,0 +1,80 @@
+"""Averages of a training run: what a step's processes and micro-batches add up to, and the schedules that look at it.
+
+Left out: what is measured (the trainer's affair), and where it is written (`trb.training.recording`, and transformers'
+loggers).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trb.schedule import Schedule
+from trb.training.ranks import Ranks
+
+__all__ = ["Observers", "Sums"]
+
+
+class Sums:
+    """Totals and counts by name, since they were last taken."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: float | Tensor, count: int) -> None:
+        pair = torch.stack([torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (total, count)])
+        if not pair.isfinite().all():
+            return  # of a step that is skipped: it would leave nothing of the others' average
+        self._pairs[name] = self._pairs.get(name, torch.zeros(2, dtype=torch.float64)) + pair
+
+    def take(self, ranks: Ranks) -> dict[str, float]:
+        """Averages over all processes, token means weighted by tokens; then everything starts anew. Collective."""
+        pairs, self._pairs = self._pairs, {}
+        totals: dict[str, Tensor] = {}
+        for found in ranks.gather(pairs):
+            for name, pair in found.items():
+                totals[name] = totals.get(name, 0) + pair
+        return {name: float(total / count) for name, (total, count) in sorted(totals.items()) if count}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {name: pair.tolist() for name, pair in self._pairs.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        self._pairs = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in state.items()}
+
+
+class Observers:
+    """The schedules of a run that remember: they are shown each step's averages, the same on every process."""
+
+    def __init__(self, schedules: Mapping[str, Schedule]) -> None:
+        self._schedules = dict(schedules)
+        self._sums = Sums()
+
+    @property
+    def _remembering(self) -> list[Schedule]:
+        found = {id(schedule): schedule for schedule in self._schedules.values() if schedule.remembers}
+        return list(found.values())
+
+    def add(self, name: str, total: float | Tensor, count: int) -> None:
+        if self._remembering:
+            self._sums.add(name, total, count)
+
+    def end_step(self, step: int, ranks: Ranks) -> None:
+        """Show what was added since the last step; collective, unless nobody remembers."""
+        remembering = self._remembering
+        if remembering:
+            averages = self._sums.take(ranks)
+            for schedule in remembering:
+                schedule.observe(step, averages)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: schedule.state_dict() for name, schedule in self._schedules.items() if schedule.remembers}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Raises ValueError for a schedule with a memory of which the checkpoint holds none."""
+        for name, schedule in self._schedules.items():
+            if schedule.remembers:
+                if name not in states:
+                    raise ValueError(f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}")
+                schedule.load_state_dict(states[name])
