@@ -362,7 +362,7 @@ def out_of_the_sandbox(folder: Path, template: str) -> str:
     from jinja2.exceptions import TemplateError
 
     from trb.models.loading import load_tokenizer
-    from trb.tasks.data import render
+    from trb.tasks.prompts import render
 
     model = model_copy(folder)
     code = Bomb(folder).code
@@ -393,7 +393,7 @@ def a_template_from_elsewhere(folder: Path, how: str) -> str:
     from trb import TRBConfig, TRBTrainer, zoo
     from trb.studies.experiments import load_tokenizers
     from trb.studies.recipe import make_recipe
-    from trb.tasks.data import render
+    from trb.tasks.prompts import render
 
     template = "{{ lipsum.__globals__['os'].system('true') }}"  # refused at once, where an endless one takes seconds
     (folder / "template.jinja").write_text(template)
@@ -642,7 +642,7 @@ def card(data_files: str) -> str:
 
 
 def prompts(path: Path) -> str:
-    from trb.tasks.data import load_prompts
+    from trb.tasks.prompts import load_prompts
 
     return refused(lambda: load_prompts(path).to_list())
 
@@ -731,7 +731,7 @@ def a_picture_elsewhere(folder: Path, place: str) -> str:
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image, Value
 
-    from trb.tasks.data import load_prompts
+    from trb.tasks.prompts import load_prompts
 
     for name in ("secrets", "parquet", "card"):
         (folder / name).mkdir()
@@ -1144,7 +1144,7 @@ CODE = {
 @case("graders", **CODE)
 def an_answer_that_is_code(folder: Path, text: str) -> str:
     """One for every way in which scorers of reasoning-gym evaluate answers."""
-    from trb.tasks.data import load_prompts
+    from trb.tasks.prompts import load_prompts
 
     tasks = ["spiral_matrix", "string_insertion", "n_queens", "binary_matrix", "countdown", "polynomial_multiplication"]
     rows = [load_prompts(f"reasoning-gym:{task}", limit=1)[0] for task in tasks]
@@ -1219,7 +1219,7 @@ def watch(event, arguments):
         raise RuntimeError("no network today")
 sys.addaudithook(watch)
 from trb.models.loading import load_model, load_tokenizer, quiet_libraries
-from trb.tasks.data import load_prompts
+from trb.tasks.prompts import load_prompts
 quiet_libraries()
 folder = sys.argv[1]
 for spec in ("zoo:student", folder + "/model"):
@@ -1259,7 +1259,7 @@ def training_on_local_things(folder: Path) -> str:
 @case("network", model="model", data="data")
 def a_path_that_looks_like_a_hub_name(folder: Path, what: str) -> str:
     from trb.models.loading import load_model
-    from trb.tasks.data import load_prompts
+    from trb.tasks.prompts import load_prompts
 
     missing = str(folder / "missing" / "thing")
     return refused(lambda: load_model(missing) if what == "model" else load_prompts(missing))

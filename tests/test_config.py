@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trb.studies.recipe import ConfigError, Recipe, RunConfig, describe_keys, load_recipe, make_recipe, parse_overrides
-from trb.tasks.data import MATH_SYSTEM_PROMPT
+from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 
 PAIR = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
 TEXT = "".join(f"{key}: {value}\n" for key, value in PAIR.items())

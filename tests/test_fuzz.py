@@ -28,7 +28,8 @@ from trb.safety.confinement import arithmetic
 from trb.safety.untrusted import check_checkpoint, lora_options, parse_yaml, printable
 from trb.studies.recipe import ConfigError, load_recipe
 from trb.studies.study import load_study
-from trb.tasks.data import boxed_answers, load_prompts
+from trb.tasks.answers import boxed_answers
+from trb.tasks.prompts import load_prompts
 from trb.tasks.grading import Verifier, _prepare
 
 EXAMPLES = int(os.environ.get("TRB_FUZZ_EXAMPLES", "25"))

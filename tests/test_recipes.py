@@ -18,7 +18,7 @@ from trb.safety.templates import PLAIN_TEMPLATE
 from trb.studies import experiments
 from trb.studies.recipe import Recipe, RunConfig, load_recipe, make_recipe
 from trb.studies.study import load_study
-from trb.tasks.data import MATH_SYSTEM_PROMPT
+from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.tasks.evaluation import EvalResult
 from trb.training.methods import METHODS
 from trb.training.trainer import TRBConfig

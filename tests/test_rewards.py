@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import trb.tasks.grading
-from trb.tasks.data import load_prompts
+from trb.tasks.prompts import load_prompts
 from trb.tasks.grading import Verifier
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"

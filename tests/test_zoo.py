@@ -344,7 +344,7 @@ def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch):
 
 
 def test_task_sizes_are_part_of_a_data_spec():
-    from trb.tasks.data import load_prompts
+    from trb.tasks.prompts import load_prompts
 
     rows = load_prompts("zoo:clock?operands=3", split="test", limit=5, seed=4)
     assert [row["prompt"] for row in rows] == [r["prompt"] for r in CLOCK.problems(5, seed=4, split="test", size=3)]

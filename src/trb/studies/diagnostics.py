@@ -47,8 +47,8 @@ from trb.studies.experiments import (
 )
 from trb.studies.recipe import ConfigError, Recipe
 from trb.studies.statistics import Estimate, auroc_estimate, mean_estimate, paired_difference
-from trb.tasks.data import render
 from trb.tasks.grading import Verifier
+from trb.tasks.prompts import render
 from trb.training.recording import score_record
 from trb.vocab import SharedVocabulary, check_heads, head_rows
 
@@ -131,7 +131,7 @@ class Subject:
     Attributes:
         student: a causal LM; `teacher` another one with its tokenizer.
         tokenizer: the student's, with its chat template.
-        problems: rows of `trb.tasks.data.load_prompts`, each with an answer.
+        problems: rows of `trb.tasks.prompts.load_prompts`, each with an answer.
         verifier: grades completions.
         samples: rollouts per problem and policy.
         max_new_tokens: the longest completion, continuations included.

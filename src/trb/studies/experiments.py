@@ -53,9 +53,9 @@ from trb.safety.untrusted import parse_yaml
 from trb.studies import provenance
 from trb.studies.recipe import ConfigError, Recipe, RunConfig, is_method_name
 from trb.studies.statistics import combined_interval
-from trb.tasks.data import check_lengths, load_prompts
 from trb.tasks.evaluation import BENCHMARKS, evaluate, load_benchmark
 from trb.tasks.grading import Verifier
+from trb.tasks.prompts import check_lengths, load_prompts
 from trb.training import checkpoints, resume
 from trb.training.checkpoints import CheckpointError
 from trb.training.methods import name_of

@@ -29,7 +29,7 @@ from trb.errors import did_you_mean
 from trb.models.loading import DTYPES
 from trb.records import EVALS, EVALUATIONS
 from trb.safety.untrusted import parse_yaml
-from trb.tasks.data import MATH_SYSTEM_PROMPT
+from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.training.methods import METHODS, every_knob, knobs_of, owners_of, pair_of
 from trb.training.trainer import TRBConfig
 

@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trb.models.modeling import position_limit
+from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
 from trb.safety.untrusted import parse_json
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
-from trb.tasks.data import MATH_SYSTEM_PROMPT, check_room, load_prompts, render
 from trb.tasks.grading import Verifier
+from trb.tasks.prompts import MATH_SYSTEM_PROMPT, load_prompts, render
 from trb.training.ranks import Ranks
 from trb.vocab import SharedVocabulary, stop_token_ids
 
@@ -96,7 +97,7 @@ def load_benchmark(name: str, path: str | Path | None = None) -> "Dataset":
     """The problems of a benchmark in `BENCHMARKS`, with the mathematics system prompt.
 
     Loaded from the hub, or from `path`: a local file or folder with the same columns (and, for a folder, the
-    same split). Raises ValueError for an unknown name; what loading raises is that of `trb.tasks.data.load_prompts`.
+    same split). Raises ValueError for an unknown name; what loading raises is that of `trb.tasks.prompts.load_prompts`.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
@@ -131,7 +132,7 @@ def evaluate(
 ) -> EvalResult:
     """Sample `n` completions of every problem, score them and return pass@1 with its 95% interval.
 
-    `problems` are rows of `trb.tasks.data.load_prompts`, each with something to score against. `max_rows` bounds the
+    `problems` are rows of `trb.tasks.prompts.load_prompts`, each with something to score against. `max_rows` bounds the
     completions in flight. With `results_path`, finished problems are appended there in order (one JSON object
     per line under a header of settings), and a later call with the same settings continues the file; the model
     is not among the settings, so use one file per model and step. `save_completions` keeps that many

@@ -37,7 +37,8 @@ from types import ModuleType, TracebackType
 from typing import IO, Any, Self
 
 from trb.safety import confinement
-from trb.tasks.data import Box, boxed_answers, decode_metadata, import_reasoning_gym, last_boxed
+from trb.tasks.answers import Box, boxed_answers, decode_metadata, last_boxed
+from trb.tasks.sources import import_reasoning_gym
 
 __all__ = ["Verifier"]
 
@@ -57,7 +58,7 @@ class Verifier:
     """Scores completions against reference answers: 1.0 right, 0.0 wrong, nan where the row has no answer.
 
     `score(completions, rows)` needs of each row `answer`, `verifier` ("math" by default, "exact" or
-    "reasoning-gym:TASK") and, for the last, `metadata`, as `trb.tasks.data.load_prompts` gives them.
+    "reasoning-gym:TASK") and, for the last, `metadata`, as `trb.tasks.prompts.load_prompts` gives them.
 
     - "exact": the last \\boxed{} equals the answer, after collapsing white space.
     - "math": math-verify on the last \\boxed{} (or on a run of boxes such as `\\boxed{1}, \\boxed{2}`);

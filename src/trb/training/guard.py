@@ -18,11 +18,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import logging
+from trl import DistillationTrainer
 
 from trb.records import SKIPPED_STEP, step_name
+from trb.training import checkpoints
+from trb.training.config import TRBConfig
 
-__all__ = ["NonFiniteError", "StepGuard"]
+__all__ = ["GuardedTrainer", "NonFiniteError", "StepGuard"]
+
+logger = logging.get_logger(__name__)
 
 
 class NonFiniteError(RuntimeError):
@@ -135,3 +141,55 @@ class StepGuard:
         """Take `state()` back."""
         for name in self.state():
             setattr(self, name, state[name])
+
+
+class GuardedTrainer(DistillationTrainer):
+    """The part of `TRBTrainer` that judges a step before it is taken.
+
+    Seams of transformers: `training_step` comes for each micro-batch; `_get_grad_norm` once per optimizer step, after
+    clipping and right before `optimizer.step()`.
+    """
+
+    args: TRBConfig
+    _guard: StepGuard
+    _loss_before: Tensor
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if not self._guard.began:
+            self._loss_before = self._tr_loss.clone()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Every gradient is there, and none was applied: the last moment to keep the optimizer from this step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        found = self._guard.judge(self.accelerator, grad_norm)
+        if found:
+            self._skip_step(model, found)
+        self._guard.count(skipped=bool(found))
+        self._guard.reset()
+        return grad_norm
+
+    def _skip_step(self, model: nn.Module, found: list[str]) -> None:
+        """An optimizer finds no gradients, and changes nothing. The step counts all the same."""
+        step, process = self.state.global_step + 1, self.accelerator.process_index
+        path = self._guard.save(step, found, process, self._tokenizer.decode)
+        what, in_a_row = " and ".join(found), self._guard.in_a_row + 1
+        if self.is_deepspeed_enabled and not self.args.fp16:  # with fp16, its own loss scaling has skipped the step
+            raise NonFiniteError(
+                f"step {step}: {what} not finite, and DeepSpeed has applied the step already. {self._way_back(path)}"
+            )
+        if in_a_row >= self.args.max_skipped_steps:
+            raise NonFiniteError(
+                f"step {step}: {what} not finite, in max_skipped_steps={in_a_row} steps in a row. None of them was "
+                f"applied. {self._way_back(path)}"
+            )
+        model.zero_grad(set_to_none=True)
+        self._tr_loss.copy_(self._loss_before)
+        logger.warning(f"step {step} is skipped: {what} not finite; its rollouts are in {path}")
+
+    def _way_back(self, skipped: Path) -> str:
+        saved = checkpoints.latest(Path(str(self.args.output_dir)), contents=False, warn=None)
+        where = f"The last checkpoint is {saved}" if saved else "There is no checkpoint yet"
+        return f"{where}; the rollouts of this step are in {skipped}. A lower learning_rate is the usual remedy"

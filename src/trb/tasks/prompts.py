@@ -1,0 +1,293 @@
+"""Prompts: where they come from, and how they become token ids.
+
+Every source ends as one `datasets.Dataset` with the columns `prompt` (a list of `{"role", "content"}`
+messages that ends before the assistant speaks), `answer` (str, empty where there is none), `verifier`
+("math", "exact" or "reasoning-gym:TASK") and `metadata` (a JSON object as text).
+
+Left out on purpose: shuffling, repeating a prompt for several rollouts and padding belong to the trainer; deciding
+whether an answer is right belongs to `trb.tasks.grading`. Nothing here touches the network unless the specification is
+a hub name, and a folder is read without leaving it, whatever its card, its links or its columns say. `datasets` is
+imported inside functions so that `trb.tasks.grading`, and the worker process it starts, can use the text helpers at the
+end of this file without paying for it.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trb.models.tokens import token_ids
+from trb.safety.templates import check_chat_template
+from trb.tasks.answers import Row, last_boxed, reference_answer
+from trb.tasks.sources import (
+    GENERATED_ROWS,
+    REASONING_GYM,
+    kind,
+    nearest,
+    open_table,
+    reasoning_gym_rows,
+    refuse,
+    zoo_rows,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["MATH_SYSTEM_PROMPT", "check_lengths", "load_prompts", "render"]
+
+logger = logging.getLogger(__name__)
+
+MATH_SYSTEM_PROMPT = "Reason step by step, and put the final answer in \\boxed{}."
+
+PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "conversations", "instruction")
+
+ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution")
+
+Message = dict[str, str]
+
+
+def load_prompts(
+    spec: str | Path,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    system_prompt: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    revision: str | None = None,
+) -> "Dataset":
+    """Load prompts from a file, a local dataset folder, a task generator or the hub.
+
+    `spec` is one of:
+
+    - `zoo:chains`, the task of the embedded model pair (`zoo:chains?operands=8` for longer ones), or `zoo:clock`;
+    - `reasoning-gym:TASK` or `reasoning-gym:TASK?key=value&key=value` (settings of that task);
+    - a path ending in .jsonl, .json or .parquet: always a file, never a hub name;
+    - an existing local folder (parquet or JSONL files, or one written by `Dataset.save_to_disk`);
+    - anything else: a hub name, `owner/name` or `owner/name:config` (the only case that uses the network).
+
+    `split` selects a split of a folder or hub dataset, and other problems of a generated source; a single file
+    is one split, and read whole. `limit` keeps that many rows: a random subset drawn with `seed`, in
+    source order (hub datasets are often sorted by topic); of a generated source, the number generated (1000
+    by default). `system_prompt` replaces the row's own. Columns are guessed from common names unless given.
+    An assistant turn at the end is not part of the prompt; where there is no answer column, the answer is the
+    last \\boxed{} of that turn. Rows without an answer get `answer == ""`: good to train on, not to score.
+    A source with a `verifier` column (this function's own output, saved) keeps it and its `metadata`.
+    A few reasoning-gym tasks (word_ladder, ransom_note, ...) draw from sets, and repeat themselves in another
+    process only under the same PYTHONHASHSEED; save such rows to a file to share them.
+
+    Raises ValueError (FileNotFoundError for a missing file, ImportError for a missing extra) naming the
+    offending row, column or name and the remedy. Rows and lines are counted from 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; give a positive number of rows, or None for all")
+    name = str(spec)
+    if name.startswith(("zoo:", REASONING_GYM)):
+        refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
+        generate = zoo_rows if name.startswith("zoo:") else reasoning_gym_rows
+        rows = generate(name, split, limit or GENERATED_ROWS, seed)
+    else:
+        table = open_table(name, split, revision)
+        if table.n_rows == 0:
+            raise ValueError(f"{name} is empty: it has no rows")
+        columns = _choose_columns(name, table.columns, prompt_column, answer_column)
+        indices = _subset(table.n_rows, limit, seed)
+        rows = [
+            _convert(raw, columns, f"row {index + 1} of {name}")
+            for index, raw in zip(indices, table.take(indices, columns.used()), strict=True)
+        ]
+    if system_prompt is not None:
+        rows = [row | {"prompt": _with_system(row["prompt"], system_prompt)} for row in rows]
+    return _to_dataset(rows)
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    plain: bool = False,
+    **chat_template_kwargs: Any,
+) -> list[list[int]]:
+    """Turn each row's `prompt` into token ids with the tokenizer's chat template and generation prompt.
+
+    `plain=True` ignores the template: the messages' contents joined by blank lines, for base models that
+    have none. `chat_template_kwargs` go to the template (for example `enable_thinking=False`).
+    Raises ValueError if the tokenizer has no chat template and `plain` is not set.
+    """
+    if plain:
+        if chat_template_kwargs:
+            raise ValueError(f"plain=True uses no chat template; remove {sorted(chat_template_kwargs)}")
+        texts = ("\n\n".join(message["content"] for message in row["prompt"]) for row in rows)
+        return [token_ids(tokenizer, text) for text in texts]
+    if not tokenizer.chat_template and "chat_template" not in chat_template_kwargs:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template "
+            "(for instance to that of the instruct model), or pass plain=True to join messages by blank lines"
+        )
+    if "chat_template" in chat_template_kwargs:
+        check_chat_template(chat_template_kwargs["chat_template"], "the argument chat_template")
+    options = chat_template_kwargs | {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    rendered: list[Any] = [tokenizer.apply_chat_template(row["prompt"], **options) for row in rows]
+    return [list(ids) for ids in rendered]
+
+
+def check_lengths(
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_length: int,
+    overlong: str = "error",
+    *,
+    plain: bool = False,
+    **chat_template_kwargs: Any,
+) -> "Dataset":
+    """Return `dataset` without prompts of more than `max_prompt_length` tokens, or refuse it.
+
+    `overlong="error"` raises ValueError for the first such row; `"drop"` removes them and logs how many.
+    Lengths are those of `render` with the same `plain` and template arguments.
+    """
+    if overlong not in ("error", "drop"):
+        raise ValueError(f'overlong is {overlong!r}; use "error" or "drop"')
+    lengths = [len(ids) for ids in render(tokenizer, dataset, plain=plain, **chat_template_kwargs)]
+    kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
+    dropped = len(lengths) - len(kept)
+    if dropped == 0:
+        return dataset
+    if overlong == "error" or not kept:
+        row = next(index for index, length in enumerate(lengths) if length > max_prompt_length)
+        remedy = (
+            ""
+            if overlong == "drop"
+            else ', or drop such rows with overlong="drop" (in recipes, overlong_prompts: drop)'
+        )
+        raise ValueError(
+            f"the prompt of row {row + 1} has {lengths[row]} tokens, more than the limit of "
+            f"{max_prompt_length} ({dropped} of {len(lengths)} rows are); raise max_prompt_length{remedy}"
+        )
+    logger.warning("dropped %d of %d prompts over %d tokens", dropped, len(lengths), max_prompt_length)
+    return dataset.select(kept)
+
+
+def _subset(n_rows: int, limit: int | None, seed: int) -> Sequence[int]:
+    if limit is None or limit >= n_rows:
+        return range(n_rows)
+    return sorted(random.Random(seed).sample(range(n_rows), limit))
+
+
+# --- rows ------------------------------------------------------------------------------------------------
+
+
+class _Columns(NamedTuple):
+    prompt: str
+    answer: str | None
+    verified: bool  # the source says itself how its rows are scored
+
+    def used(self) -> list[str]:
+        scoring = ("verifier", "metadata") if self.verified else ()
+        return list(dict.fromkeys(name for name in (self.prompt, self.answer, *scoring) if name is not None))
+
+
+def _choose_columns(source: str, found: list[str], prompt: str | None, answer: str | None) -> _Columns:
+    for wanted in (prompt, answer):
+        if wanted is not None and wanted not in found:
+            raise ValueError(f"{source} has no column {wanted!r}{nearest(wanted, found)}; it has {found}")
+    by_lower_name = {name.lower(): name for name in reversed(found)}
+    guesses = [by_lower_name[name] for name in PROMPT_COLUMNS if name in by_lower_name]
+    if prompt is None and not guesses:
+        raise ValueError(
+            f"{source} has none of the prompt columns {list(PROMPT_COLUMNS)}; it has {found}: "
+            "name the right one with prompt_column"
+        )
+    answers = [by_lower_name[name] for name in ANSWER_COLUMNS if name in by_lower_name]
+    return _Columns(prompt or guesses[0], answer or next(iter(answers), None), "verifier" in found)
+
+
+def _convert(raw: Row, columns: _Columns, place: str) -> Row:
+    """One row of any source as a row of ours; `place` names it in errors."""
+    messages, reply = _messages(raw.get(columns.prompt), f"column {columns.prompt!r} of {place}")
+    if columns.answer is None:
+        answer = "" if reply is None else (last_boxed(reply) or "")
+    else:
+        answer = _answer(raw.get(columns.answer), f"column {columns.answer!r} of {place}")
+    scoring = _scoring(raw, place) if columns.verified else {"verifier": "math", "metadata": "{}"}
+    row = {"prompt": messages, "answer": answer, **scoring}
+    try:
+        "".join([*(message["content"] for message in messages), answer, *scoring.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} holds half a surrogate pair, which is no text: {error.reason}; remove it") from error
+    return row
+
+
+def _scoring(raw: Row, place: str) -> dict[str, str]:
+    """The `verifier` and `metadata` that a source states for a row itself."""
+    verifier, metadata = raw.get("verifier"), raw.get("metadata") or "{}"
+    if verifier not in ("math", "exact") and not str(verifier).startswith(REASONING_GYM):
+        raise ValueError(f"column 'verifier' of {place} is {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
+    if not isinstance(metadata, str):
+        raise ValueError(f"column 'metadata' of {place} is {kind(metadata)}; it must be JSON as text")
+    return {"verifier": str(verifier), "metadata": metadata}
+
+
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+
+_ROLES |= {"human": "user", "gpt": "assistant"}
+
+
+def _messages(value: Any, place: str) -> tuple[list[Message], str | None]:
+    """The prompt as messages, and the assistant's reply that followed it in the source, if any."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"{place} is empty")
+        return [{"role": "user", "content": value}], None
+    if not isinstance(value, list):
+        raise ValueError(f"{place} is {kind(value)}; a prompt is text or a list of messages")
+    messages = [_message(item, f"message {number} in {place}") for number, item in enumerate(value, start=1)]
+    reply = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError(f"{place} has no user message to answer")
+    return messages, reply
+
+
+def _message(item: Any, place: str) -> Message:
+    """One message, in either common spelling: role/content or from/value."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{place} is {kind(item)}; it must be an object with 'role' and 'content'")
+    keys = ("role", "content") if "role" in item else ("from", "value")
+    role, content = (item.get(key) for key in keys)
+    if role not in _ROLES:
+        raise ValueError(f"{place} has the role {role!r}; known roles are {sorted(_ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"{place} has content of the wrong type: {kind(content)}, not text")
+    return {"role": _ROLES[role], "content": content}
+
+
+def _with_system(messages: list[Message], system_prompt: str) -> list[Message]:
+    rest = [message for message in messages if message["role"] != "system"]
+    return [{"role": "system", "content": system_prompt}, *rest]
+
+
+def _answer(value: Any, place: str) -> str:
+    """A reference answer as text: of a worked solution its final answer, of a list all of its entries."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return reference_answer(value)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return ", ".join(reference_answer(item).strip("$") for item in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else repr(value)
+    raise ValueError(f"{place} is {kind(value)}; an answer is text, a number, or a list of texts")
+
+
+def _to_dataset(rows: list[Row]) -> "Dataset":
+    from datasets import Dataset, Features, List, Value
+
+    text = Value("string")
+    messages = List({"role": text, "content": text})
+    features = Features({"prompt": messages, "answer": text, "verifier": text, "metadata": text})
+    return Dataset.from_list(rows, features=features)

@@ -1,0 +1,414 @@
+"""Where rows come from: the zoo, reasoning-gym, files, folders and the hub, none of them trusted.
+
+A folder is read without leaving it, whatever its card, its links or its columns say; nothing touches the network unless
+a hub name was given. `datasets` is imported inside functions: the process that grades answers does without it.
+"""
+
+import hashlib
+import json
+import re
+import reprlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from trb.errors import did_you_mean
+from trb.safety.untrusted import foreign_directory, parse_json, parse_yaml, printable, read_object, require_inside
+from trb.tasks.answers import Row, encode_metadata
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "GENERATED_ROWS",
+    "REASONING_GYM",
+    "kind",
+    "nearest",
+    "open_table",
+    "reasoning_gym_rows",
+    "refuse",
+    "zoo_rows",
+]
+
+# Names are made of a few words; half of one in common is worth a hint.
+nearest = partial(did_you_mean, cutoff=0.5)
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+GENERATED_ROWS = 1000  # rows of a generated source (zoo, reasoning-gym) when no limit is given
+
+REASONING_GYM = "reasoning-gym:"
+
+
+def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
+    from trb.zoo import TASKS
+
+    name, _, query = spec.removeprefix("zoo:").partition("?")
+    if name not in TASKS:
+        raise ValueError(f"unknown task {spec!r}; the zoo has {', '.join(f'zoo:{task}' for task in TASKS)}")
+    task = TASKS[name]
+    size = _task_settings(spec, query, {task.unit}).get(task.unit)
+    if not isinstance(size, int | None):
+        raise ValueError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
+    return [
+        {"prompt": problem["prompt"], "answer": problem["answer"], "verifier": "exact", "metadata": "{}"}
+        for problem in task.problems(n, seed=seed, split=split, size=size)
+    ]
+
+
+def reasoning_gym_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
+    task, _, query = spec.removeprefix(REASONING_GYM).partition("?")
+    gym = import_reasoning_gym()
+    registry = gym.factory.DATASETS
+    if task not in registry:
+        raise ValueError(f"unknown reasoning-gym task {task!r}{nearest(task, registry)}")
+    settings = _task_settings(spec, query, {field.name for field in fields(registry[task][1])})
+    try:
+        dataset = gym.create_dataset(task, seed=_generator_seed(seed, split), size=n, **settings)
+        entries = [dataset[index] for index in range(n)]
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"reasoning-gym refuses {spec!r}: {error}") from error
+    return [
+        {
+            "prompt": [{"role": "user", "content": entry["question"]}],
+            "answer": "" if entry["answer"] is None else str(entry["answer"]),
+            "verifier": REASONING_GYM + task,
+            "metadata": encode_metadata({"task": task, "settings": settings, "entry": entry}),
+        }
+        for entry in entries
+    ]
+
+
+def import_reasoning_gym() -> ModuleType:
+    """The `reasoning_gym` module; ImportError names the extra that installs it."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(f"reasoning-gym tasks need the extra package ({error}): pip install 'trb[tasks]'") from error
+    return reasoning_gym
+
+
+def _task_settings(spec: str, query: str, valid: set[str]) -> dict[str, Any]:
+    if not query:
+        return {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+    except ValueError as error:
+        raise ValueError(f"{spec!r}: write the task's settings as ?key=value&key=value ({error})") from error
+    settings = {}
+    for key, value in pairs:
+        if key in ("seed", "size"):
+            raise ValueError(f"{spec!r}: {key!r} is not a setting here; use the seed and limit arguments")
+        if key not in valid:
+            raise ValueError(f"{spec!r}: the task has no setting {key!r}{nearest(key, valid)}")
+        settings[key] = _literal(value)
+    return settings
+
+
+def _literal(text: str) -> Any:
+    """A query value as JSON where it is JSON (numbers, true, lists), else as text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _generator_seed(seed: int, split: str) -> int:
+    """A 31-bit generator seed. Hashed because the generator adds the row index to it: neighbouring seeds, and
+    the splits of one seed, would otherwise share all but a few of their problems."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:4], "big") >> 1
+
+
+class _Table(NamedTuple):
+    """Rows that have not been converted yet, wherever they live. Columns that are not asked for are not read."""
+
+    columns: list[str]
+    n_rows: int
+    take: Callable[[Sequence[int], list[str]], list[Row]]  # of ascending indices
+
+
+def open_table(spec: str, split: str, revision: str | None) -> _Table:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        refuse(spec, revision=revision)
+        return _from_folder(path, split)
+    written_as_path = path.is_absolute() or spec.startswith(("./", "../", "~"))
+    if path.suffix in FILE_SUFFIXES or path.exists() or written_as_path:
+        refuse(spec, revision=revision)
+        return _from_file(path)
+    return _from_hub(spec, split, revision)
+
+
+def _from_file(path: Path) -> _Table:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}{_nearest_path(path)}")
+    if path.suffix not in FILE_SUFFIXES:
+        raise ValueError(f"{path} is no dataset file; its name must end in {', '.join(FILE_SUFFIXES)}")
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> _Table:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix == ".arrow":
+        return _read_arrow(path)
+    rows = _read_json(path)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def take(indices: Sequence[int], wanted: list[str]) -> list[Row]:
+        return [{name: rows[index][name] for name in wanted if name in rows[index]} for index in indices]
+
+    return _Table(columns, len(rows), take)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # text that is no UTF-8 shows when it is taken
+        raise ValueError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from error
+
+
+def _read_parquet(path: Path) -> _Table:
+    import pyarrow.parquet as pq
+
+    def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        # Given a file and not its path, which could be taken for an address or for a part of a larger data set.
+        with _readable(path), path.open("rb") as file:
+            return _rows_of(pq.ParquetFile(file).read(columns=columns), indices, columns)
+
+    with _readable(path), path.open("rb") as file:
+        parquet = pq.ParquetFile(file)
+        return _Table(parquet.schema_arrow.names, parquet.metadata.num_rows, take)
+
+
+def _read_arrow(path: Path) -> _Table:
+    import pyarrow as pa
+
+    with _readable(path), pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+
+    def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        with _readable(path):
+            chosen = table.select([name for name in columns if name in table.column_names])
+            chosen.validate(full=True)  # what is in such a file is used as it lies there: offsets that lead elsewhere
+            return _rows_of(chosen, indices, columns)
+
+    return _Table(table.column_names, table.num_rows, take)
+
+
+def _rows_of(table: Any, indices: Sequence[int], columns: list[str]) -> list[Row]:
+    """Rows of an Arrow table as they are stored: pictures and recordings stay what is written there, unopened."""
+    return table.select([name for name in columns if name in table.column_names]).take(list(indices)).to_pylist()
+
+
+def _joined(tables: list[_Table]) -> _Table:
+    starts = list(accumulate((table.n_rows for table in tables), initial=0))
+
+    def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        rows: list[Row] = []
+        for table, start in zip(tables, starts, strict=False):
+            inside = indices[bisect_left(indices, start) : bisect_left(indices, start + table.n_rows)]
+            rows += table.take([index - start for index in inside], columns) if inside else []
+        return rows
+
+    return _Table(list(dict.fromkeys(name for table in tables for name in table.columns)), starts[-1], take)
+
+
+def _read_json(path: Path) -> list[Row]:
+    """The rows of a JSONL file, or of a JSON file holding one array of objects. Blank lines are skipped."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            numbered = [(f"row {index + 1}", row) for index, row in enumerate(parse_json(text))]
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+    else:
+        numbered = [
+            (f"line {number}", _parse_line(line, f"line {number} of {path}"))
+            for number, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        ]
+    for place, row in numbered:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} of {path} is {kind(row)}; every row must be a JSON object")
+    return [row for _, row in numbered]
+
+
+def _parse_line(line: str, place: str) -> Any:
+    try:
+        return parse_json(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not valid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:  # numbers of thousands of digits, thousands of brackets
+        raise ValueError(f"{place} cannot be read: {error}") from error
+
+
+def _from_folder(path: Path, split: str) -> _Table:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    foreign_directory(path, also=Path(HF_HUB_CACHE))
+    try:
+        saved = _saved_dataset(path, split)
+        files = _files_by_card(path, split) if saved is None else _files_of_saved(saved)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # damaged files raise whatever the reader of their format raises
+        raise ValueError(f"the folder {path} cannot be loaded as a dataset: {error}") from error
+    return _joined([_open_file(file) for file in files])
+
+
+def _saved_dataset(path: Path, split: str) -> Path | None:
+    """The folder with one split of what `datasets` saved, if it did."""
+    if (path / "dataset_dict.json").is_file():
+        splits = read_object(path / "dataset_dict.json").get("splits") or []
+        _check_plain(path / "dataset_dict.json", splits)
+        if split not in splits:
+            raise ValueError(f"it has no split {split!r}, only {sorted(splits)}")
+        return path / split
+    return path if (path / "state.json").is_file() else None
+
+
+def _files_of_saved(path: Path) -> list[Path]:
+    state = read_object(path / "state.json")
+    files = state.get("_data_files") or []
+    names: list[Any] = [file.get("filename") if isinstance(file, dict) else file for file in files]
+    _check_plain(path / "state.json", names)
+    if state.get("_indices_data_files"):
+        raise ValueError(f"{path / 'state.json'} has indices beside its rows, which old versions wrote: save it again")
+    if not names or not all(name.endswith(".arrow") for name in names):
+        raise ValueError(f"{path / 'state.json'} names {names}; rows are in *.arrow files")
+    return [path / name for name in names]
+
+
+def _files_by_card(path: Path, split: str) -> list[Path]:
+    """The files of a split: those its card names, else those whose names or folders say so, as `datasets` sorts them.
+
+    Only where they are is asked of `datasets`, which would open what they name: pictures, other folders, addresses.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    settings = _card(path)
+    base = str((path / (settings.get("data_dir") or "")).resolve())
+    patterns = settings.get("data_files")
+    found = DataFilesDict.from_patterns(
+        get_data_patterns(base) if patterns is None else sanitize_patterns(patterns),
+        base_path=base,
+        allowed_extensions=list(FILE_SUFFIXES),
+    )
+    splits = {str(name): list(files) for name, files in found.items() if files}
+    if not splits:
+        raise ValueError(f"it holds no {', '.join(FILE_SUFFIXES)} file")
+    if split not in splits:
+        raise ValueError(f"it has no split {split!r}, only {sorted(splits)}")
+    return [require_inside(Path(file), path, also=Path(HF_HUB_CACHE)) for file in splits[split]]
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """What the cards of a folder say about its files: `data_files` and `data_dir`, or neither."""
+    cards = [path / name for name in ("README.md", ".huggingface.yaml") if (path / name).is_file()]
+    configs = [found for card in cards if (found := _check_card(card))]
+    if not configs:
+        return {}
+    chosen = [
+        config
+        for config in configs[-1]
+        if len(configs[-1]) == 1 or config.get("default") or config.get("config_name") == "default"
+    ]
+    if len(chosen) != 1:
+        names = [config.get("config_name") for config in configs[-1]]
+        raise ValueError(f"its card has the configurations {names} and says of none that it is the default")
+    return chosen[0]
+
+
+def _check_card(path: Path) -> list[dict[str, Any]]:
+    """The configurations in a dataset card. Raises ValueError for one whose files are not in its own folder."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".md":
+        block = REGEX_YAML_BLOCK.search(text)
+        text = block[2] if block else ""
+    try:
+        card = parse_yaml(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the settings in {path} cannot be read: {error}") from error
+    configs = card.get("configs") if isinstance(card, dict) else None
+    for pattern in _texts(configs):
+        if "://" in pattern or "::" in pattern or pattern.startswith(("/", "~")) or ".." in re.split(r"[/\\]", pattern):
+            raise ValueError(f"{path} names {printable(pattern)!r:.200}, outside of its folder: load that by itself")
+    return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _check_plain(path: Path, names: Any) -> None:
+    for name in names if isinstance(names, list) else [names]:
+        if not isinstance(name, str) or name != Path(name).name or "\\" in name:
+            raise ValueError(f"{path} names {printable(str(name))!r:.200}; it must name files of its own folder")
+
+
+def _from_hub(spec: str, split: str, revision: str | None) -> _Table:
+    name, _, config = spec.partition(":")
+    local = _nearest_path(Path(name))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"{spec!r} is no file, no folder and no hub name (owner/name){local}")
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{spec!r} is not a local file or folder{local}, and loading it from the hub failed: {error}"
+        ) from error
+    return _from_dataset(loaded)
+
+
+def _from_dataset(dataset: "Dataset") -> _Table:
+    def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        used = [name for name in columns if name in dataset.column_names]
+        # As Arrow holds them: decoding opens the files and addresses that pictures and recordings name.
+        table: Any = dataset.select_columns(used).select(indices).with_format("arrow")[:]
+        return table.to_pylist()
+
+    return _Table(dataset.column_names, len(dataset), take)
+
+
+def refuse(spec: str, **arguments: Any) -> None:
+    """Options that a source cannot honour are errors, not noise."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} means nothing for {spec!r}; leave it out")
+
+
+def kind(value: Any) -> str:
+    # reprlib: a value may be nested more deeply than str can follow.
+    shown = reprlib.repr(value) if isinstance(value, list | dict) else str(value)
+    return "missing (null)" if value is None else f"of type {type(value).__name__} ({shown[:40]!r})"
+
+
+def _nearest_path(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor a folder {path.parent})"
+    return nearest(path.name, (sibling.name for sibling in path.parent.iterdir()))

@@ -1,0 +1,230 @@
+"""`TRBConfig`: every option of a training run, on top of TRL's, and the values of TRL's that are refused.
+
+Defaults live here and nowhere else. Which behavior or loss reads a knob is said in `trb.training.methods`; which option
+may change when a run is resumed, in `trb.training.resume`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import DistillationConfig
+
+from trb.records import ROLLOUTS
+from trb.sampling import SAMPLERS
+from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, halves
+
+__all__ = ["REPLICA_DTYPES", "TRBConfig"]
+
+# Options of TRL and transformers that would change the sampled law, the prompts of a step or the loss, with the only
+# value this trainer supports. A test classifies every option of the installed versions.
+_UNSUPPORTED = {
+    "beta": (1.0, "the loss is the reverse KL"),
+    "top_p": (1.0, "completions are drawn from the exact law; truncating it is not supported"),
+    "top_k": (0, "completions are drawn from the exact law; for the loss's support set loss_top_k"),
+    "min_p": (None, "completions are drawn from the exact law; truncating it is not supported"),
+    "repetition_penalty": (1.0, "completions are drawn from the exact law"),
+    "generation_kwargs": (None, "trb's samplers take no generation options"),
+    "cache_implementation": (None, "trb's samplers manage their own caches"),
+    "vllm_structured_outputs_regex": (None, "completions are drawn from the exact law; a grammar would truncate it"),
+    "label_smoothing_factor": (0.0, "the loss is the reverse KL, which has no labels"),
+    "neftune_noise_alpha": (None, "the loss is taken at the policy that was sampled from, without noise"),
+    "average_tokens_across_devices": (True, "the loss is the mean over the completion tokens of all processes"),
+    "auto_find_batch_size": (False, "a step has as many rollouts as its batch; set per_device_train_batch_size"),
+    "train_sampling_strategy": ("random", "each prompt is repeated for its rollouts; set shuffle_dataset"),
+    "data_seed": (None, "the order of prompts follows seed"),
+    "dataloader_in_order": (True, "rollouts are reused over accumulation steps, which takes batches in their order"),
+}
+
+# The dtype of what is sampled from under sharding; None is decided by the precision of training.
+REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class TRBConfig(DistillationConfig):
+    """Every knob of `TRBTrainer`, on top of TRL's `DistillationConfig`. Defaults are the paper's (section 6)."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Dropout off in training: the loss's support is chosen from the same model."},
+    )
+    method: str = field(
+        default="trb",
+        metadata={"help": "; ".join(f"{name}: {method.text}" for name, method in METHODS.items())},
+    )
+    behavior: str | None = field(
+        default=None,
+        metadata={
+            "help": "What rollouts are drawn from, in place of the method's own: "
+            + "; ".join(f"{name}: {half.text}" for name, half in BEHAVIORS.items())
+        },
+    )
+    loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the loss matches, in place of the method's own: "
+            + "; ".join(f"{name}: {half.text}" for name, half in TARGETS.items())
+        },
+    )
+    num_generations: int = field(default=4, metadata={"help": "Rollouts per prompt in an optimizer step."})
+    initial_kl_budget: float = field(
+        default=0.01, metadata={"help": "ε0 of trb and fixed: KL(behavior || student) per token, in nats."}
+    )
+    blend_warmup_steps: int = field(
+        default=25,
+        metadata={"help": "K of trb: optimizer steps until the budget is 0 and the teacher stops sampling."},
+    )
+    budget_schedule: str = field(
+        default="linear", metadata={"help": "How trb's budget falls: linear (paper), cosine or constant."}
+    )
+    skd_teacher_top_k: int = field(default=25, metadata={"help": "skd: student tokens inside it are kept."})
+    skd_teacher_temperature: float = field(
+        default=0.6, metadata={"help": "skd: temperature of the teacher sample that replaces a token."}
+    )
+    initial_temperature: float = field(
+        default=0.9,
+        metadata={"help": "temperature: rollout temperature at step 0, relative to `temperature`."},
+    )
+    temperature_warmup_steps: int = field(
+        default=25, metadata={"help": "temperature: optimizer steps until the rollout temperature is 1."}
+    )
+    sft_warmup_steps: int = field(
+        default=25, metadata={"help": "sft: supervised updates on teacher completions before distillation."}
+    )
+    veto_strength: float = field(default=0.4, metadata={"help": "veto: b at step 0."})
+    veto_steps: int | None = field(
+        default=None, metadata={"help": "veto: optimizer steps until b is 0; None for the whole training."}
+    )
+    loss_top_k: int = field(
+        default=16,
+        metadata={"help": "Support of the loss: the student's k likeliest tokens; 0 for the vocabulary."},
+    )
+    loss_chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens projected to the vocabulary at once in the loss: bounds its memory. None leaves the number "
+            "to the device."
+        },
+    )
+    sampler: str = field(default="speculative", metadata={"help": f"How rollouts are computed: {', '.join(SAMPLERS)}."})
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "speculative: tokens drafted before the teacher reads them. None chooses from acceptance and the "
+            "models' shapes, in the same way in every run."
+        },
+    )
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows sampled at once per process, to bound KV-cache memory; None for all."},
+    )
+    replica_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Under FSDP2 and ZeRO-3: dtype of the whole copies that are sampled from. auto is the precision of "
+            "training: bfloat16 with bf16, else the weights' own."
+        },
+    )
+    teacher_sharded: bool = field(
+        default=False,
+        metadata={
+            "help": "Under FSDP2 and ZeRO-3: shard the teacher, but for its head, once it has left the sampler. Until "
+            "then each process holds it whole."
+        },
+    )
+    vllm_blended: bool = field(
+        default=True,
+        metadata={
+            "help": "With use_vllm in colocate mode: rollouts that need the teacher come from vLLM as well, from an "
+            "engine with copies of both models that is released when the warm-up ends. false blends without vLLM."
+        },
+    )
+    vllm_request_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "With vllm_mode=server: seconds that one request to the server may take, to the last byte of its "
+            "answer; then the run ends with an error."
+        },
+    )
+    recorded_rollouts: int = field(
+        default=4,
+        metadata={"help": f"Rollouts written to {ROLLOUTS} each logged step, with per-token numbers."},
+    )
+    recorded_alternatives: int = field(
+        default=3,
+        metadata={
+            "help": "Likeliest tokens under the student, the teacher and the behavior policy recorded with each token "
+            "of those rollouts; 0 for none."
+        },
+    )
+    recorded_scores_every: int = field(
+        default=10,
+        metadata={
+            "help": "Every how many logged steps the recorded rollouts also get both models' log-probabilities and the "
+            "likeliest tokens, which takes a pass of each model over them; 0 for never."
+        },
+    )
+
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "The run stops when so many steps in a row had a loss or gradient that is not finite. Such steps "
+            "are skipped, and saved in skipped/."
+        },
+    )
+    checkpoint_checksums: bool = field(
+        default=True,
+        metadata={"help": "Checksums of checkpoints' contents, about 2 GB/s; false records and compares sizes only."},
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            # On a machine with only a CPU the defaults of TRL (bf16, pinned memory) fail or warn at every run.
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+        _check_choice("method", self.method, METHODS)
+        for name, table in (("behavior", BEHAVIORS), ("loss", TARGETS)):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), table)
+        _check_choice("budget_schedule", self.budget_schedule, BUDGET_SCHEDULES)
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
+        for name, (supported, why) in _UNSUPPORTED.items():
+            if getattr(self, name) != supported:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
+        if "chat_template" in (self.chat_template_kwargs or {}):
+            raise ValueError(
+                "chat_template_kwargs sets chat_template; set the tokenizer's chat_template instead (in recipes, "
+                "chat_template with the name of a file)"
+            )
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length=None is not supported; set the longest completion in tokens")
+        for name in (
+            "num_generations",
+            "max_completion_length",
+            "loss_chunk_tokens",
+            "block_size",
+            "max_skipped_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
+        for name in ("loss_top_k", "sft_warmup_steps", "veto_strength", *recorded):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for half in halves():
+            if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
+                half.build(self, lambda: 0).at(0)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str] | Mapping[str, Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

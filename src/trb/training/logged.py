@@ -1,0 +1,190 @@
+"""What a step is measured by: metrics of rollouts and tokens, rewards, and the few rollouts that are written down.
+
+Seams of TRL: `log` averages `_metrics`; Accelerate fills the last batch of an evaluation up and says so in
+`gradient_state`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers.utils import logging
+from trl import DistillationTrainer
+
+from trb.losses import TokenMetrics
+from trb.policies import BehaviorPolicy, samples_student
+from trb.sampling import Rollout, prompt_key
+from trb.sampling.scoring import TokenScores, score_completions
+from trb.training.config import TRBConfig
+from trb.training.guard import StepGuard
+from trb.training.methods import kl_budget_of
+from trb.training.metrics import Observers, Sums
+from trb.training.ranks import Ranks
+from trb.training.recording import RunRecorder, score_record
+from trb.vocab import SharedVocabulary
+
+__all__ = ["MeasuredTrainer", "RewardFunction", "ShowSteps"]
+
+logger = logging.get_logger(__name__)
+
+RewardFunction = Callable[[list[str], Sequence[Mapping[str, Any]]], list[float]]
+
+# Below this share of the student's probability, a top-k loss was seen to make the student worse (docs/experiments.md).
+_THIN_SUPPORT = 0.5
+
+
+class MeasuredTrainer(DistillationTrainer):
+    """The part of `TRBTrainer` that measures and records."""
+
+    args: TRBConfig
+    model: Any
+    vocabulary: SharedVocabulary
+    recorder: RunRecorder
+    _ranks: Ranks
+    _guard: StepGuard
+    _sums: dict[str, Sums]
+    _observers: Observers
+    _rollout: Rollout | None
+    _teacher_is_sharded: bool
+    reward_fn: RewardFunction | None
+    _rewards_work = False
+
+    def _rollout_policy(self, step: int) -> BehaviorPolicy:
+        raise NotImplementedError
+
+    def sampling_student(self) -> PreTrainedModel:
+        """The student to sample from."""
+        raise NotImplementedError
+
+    def behavior_policy(self, step: int) -> BehaviorPolicy:
+        """The policy that completions of optimizer step `step` (from 0) are drawn from."""
+        raise NotImplementedError
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in self._sums[mode].take(self._ranks).items():
+            self._metrics[mode][f"trb/{name}"] = [value]
+        if "loss" in logs:
+            self._metrics[mode]["trb/skipped_steps"] = [self._guard.skipped]
+            logs["loss"] = self._guard.mean_loss(logs["loss"])
+        super().log(logs, start_time)
+
+    def _add(self, mode: str, name: str, total: float | Tensor, count: int) -> None:
+        self._sums[mode].add(name, total, count)
+        if mode == "train":
+            self._observers.add(name, total, count)
+
+    def _add_token_metrics(self, metrics: TokenMetrics) -> None:
+        mode = "train" if self.model.training else "eval"
+        tokens = metrics.reverse_kl.numel()
+        for name in ("reverse_kl", "teacher_entropy", "teacher_log_prob", "support_mass"):
+            self._add(mode, name, getattr(metrics, name).sum().item(), tokens)
+        if samples_student(self._rollout_policy(self.state.global_step)):
+            # The student is then its own behavior policy. Of another law without a teacher, nothing is known.
+            self._add(mode, "kl_teacher", metrics.reverse_kl.sum().item(), tokens)
+        if tokens and metrics.support_mass.mean() < _THIN_SUPPORT:
+            logger.warning_once(
+                f"the student's top {self.args.loss_top_k} tokens hold only {metrics.support_mass.mean():.0%} of its "
+                "probability: the truncated loss can then drive probability into the tail. Set loss_top_k=0 (the full "
+                "vocabulary), or a larger one, until the student is sharper"
+            )
+
+    def _add_rollout(self, mode: str, rollout: Rollout) -> None:
+        stats, budget = rollout.stats, kl_budget_of(self._rollout_policy(self.state.global_step))
+        tokens = sum(map(len, rollout.completions))
+        for name, rows in (
+            ("teacher_weight", stats.teacher_weight),
+            ("kl_student", stats.kl_student),
+            ("kl_teacher", stats.kl_teacher),
+            ("accept_rate", stats.accepted),
+        ):
+            if any(rows):
+                self._add(mode, name, sum(map(sum, rows)), tokens)
+        self._add(mode, "sequence_kl", sum(map(sum, stats.kl_student)), len(rollout.completions))
+        if math.isfinite(budget):
+            self._add(mode, "kl_budget", budget, 1)
+        if budget > 0 and math.isfinite(budget):
+            self._add(mode, "sequence_kl_bound", budget * tokens, len(rollout.completions))
+        self._add(mode, "teacher_calls", rollout.teacher_calls, 1)
+        self._add(mode, "student_calls", rollout.student_calls, 1)
+
+    def _rewards(self, texts: list[str], rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+        """Rewards are only logged: once they have worked, a grader that fails costs its numbers and not the run."""
+        if self.reward_fn is None:
+            return None
+        try:
+            rewards = self.reward_fn(texts, rows)
+        except Exception as error:
+            if not self._rewards_work:
+                raise
+            logger.warning(f"step {self.state.global_step}: no rewards, as their function failed: {error!r}")
+            return [math.nan] * len(texts)
+        self._rewards_work = True
+        return rewards
+
+    def _own_rows(self, rows: int) -> int:
+        """How many of an evaluation batch's rows are new; the last batches are filled up with rows seen before, so that
+        every process gets equally many."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(rows, max(0, state.remainder - self._ranks.index * rows))
+
+    def _record(self, texts: list[str], rewards: list[float] | None) -> None:
+        """Write the first rollouts of the step; runs on the main process, whose rows come first in the batch."""
+        if self._rollout is None or self.state.global_step % max(1, self.state.logging_steps):
+            return
+        rows = min(self.args.recorded_rollouts, len(texts))
+        prompts, completions = self._rollout.prompts[:rows], self._rollout.completions[:rows]
+        # The same few tokens come again and again, and each call of the tokenizer costs more than what it decodes.
+        text_of = cache(lambda token: self._tokenizer.decode([token]))
+        stats, scores = self._rollout.stats, self._recorded_scores(prompts, completions)
+        keys = [prompt_key(prompt) for prompt in prompts]
+        self.recorder.write_rollouts(
+            {
+                "step": self.state.global_step,
+                "prompt": self._tokenizer.decode(prompts[row], skip_special_tokens=False),
+                "prompt_key": f"{keys[row]:016x}",
+                "rollout_index": keys[:row].count(keys[row]),
+                "completion": texts[row],
+                "tokens": [text_of(token) for token in completions[row]],
+                "reward": None if rewards is None else rewards[row],
+                "teacher_weight": stats.teacher_weight[row],
+                "kl_student": stats.kl_student[row],
+                "accepted": stats.accepted[row],
+                **({} if scores is None else score_record(scores, row, text_of)),
+            }
+            for row in range(rows)
+        )
+
+    def _recorded_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> TokenScores | None:
+        """What both models say at every token of the recorded rollouts; no draw, no gradient, nothing left changed."""
+        every = self.args.recorded_scores_every * max(1, int(self.state.logging_steps))
+        if not prompts or not every or self.state.global_step % every:
+            return None
+        if self._teacher_is_sharded:
+            return None  # its weights are whole only inside a pass that every process makes
+        with self.compute_loss_context_manager():
+            return score_completions(
+                self.sampling_student(),
+                self.accelerator.unwrap_model(self.teacher_model),
+                prompts,
+                completions,
+                policy=self.behavior_policy(self.state.global_step),
+                vocabulary=self.vocabulary,
+                temperature=self.temperature,
+                top=self.args.recorded_alternatives,
+            )
+
+
+class ShowSteps(TrainerCallback):
+    """Ends each optimizer step for the schedules that remember, before anything of it is saved."""
+
+    def __init__(self, observers: Observers, ranks: Ranks) -> None:
+        self._observers, self._ranks = observers, ranks
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._observers.end_step(state.global_step - 1, self._ranks)

@@ -1,0 +1,112 @@
+"""Which prompts a step has, in which order, and whether they can be trained on.
+
+Seams of TRL: `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times;
+`_tokenize_prompts(prompts)` returns token ids, images and multimodal fields of a batch of prompts.
+"""
+
+from collections.abc import Callable, Iterator, Sized
+from functools import partial
+from typing import Any, cast
+
+import torch
+from datasets import IterableDataset
+from torch.utils.data import Sampler
+from trl import DistillationTrainer
+from trl.trainer.utils import RepeatSampler
+
+from trb.models.modeling import position_limit, without_adapters
+from trb.models.tokens import check_room, token_ids
+from trb.training.config import TRBConfig
+from trb.training.ranks import Ranks
+
+__all__ = ["PromptsInOrder"]
+
+# Prompts handed to the tokenizer at once when they are measured.
+_TOKENIZED_AT_ONCE = 1024
+
+
+class PromptsInOrder(DistillationTrainer):
+    """The part of `TRBTrainer` that repeats, orders and checks prompts."""
+
+    args: TRBConfig
+    model: Any
+    _ranks: Ranks
+    _prompts_checked = False
+
+    def _global_batch(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return _EpochSampler(
+            epoch=lambda: int(self.state.epoch or 0),
+            data_source=cast(Sized, self.train_dataset if dataset is None else dataset),
+            mini_repeat_count=self.args.num_generations,
+            batch_size=self._global_batch() // self.args.num_generations,
+            repeat_count=self.args.gradient_accumulation_steps,
+            shuffle=bool(self.shuffle_dataset),
+            seed=self.args.seed,
+        )
+
+    def check_prompts(self) -> None:
+        """Refuse prompts that would end the run later: fewer than one step needs, or too long for a model.
+
+        `train` begins with it. Prompts for training and evaluation are tokenised as they will be sampled from, once.
+
+        Raises:
+            ValueError: names the dataset and the numbers, or the row.
+        """
+        if self._prompts_checked:
+            return
+        args, rows = self.args, len(cast(Sized, self.train_dataset))
+        needed = self._global_batch() // args.num_generations
+        if rows < needed:
+            raise ValueError(
+                f"train_dataset has {rows} prompts, fewer than the {needed} of one optimizer step: "
+                f"per_device_train_batch_size={args.per_device_train_batch_size} x {self.accelerator.num_processes} "
+                f"processes x gradient_accumulation_steps={args.gradient_accumulation_steps} completions, "
+                f"num_generations={args.num_generations} of each prompt. Add prompts, or lower one of the first two"
+            )
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
+        evaluated = {f"eval_dataset[{key!r}]": rows for key, rows in (several or {}).items()}
+        if several is None and self.eval_dataset is not None:
+            evaluated = {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
+            if not isinstance(dataset, IterableDataset):
+                self._ranks.from_first(partial(self._check_room, name, dataset))
+        self._prompts_checked = True
+
+    def _check_room(self, name: str, dataset: Any) -> None:
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        limits = {
+            f"the {role} ({type(without_adapters(model)).__name__})": position_limit(model)
+            for role, model in (("student", self.model), ("teacher", teacher))
+        }
+        if self.use_vllm:
+            limits["vLLM (vllm_max_model_length)"] = self.args.vllm_max_model_length
+        if all(limit is None for limit in limits.values()):
+            return
+        prompts = [dataset[row]["prompt"] for row in range(len(dataset))]
+        chunks = (prompts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(prompts), _TOKENIZED_AT_ONCE))
+        lengths = [len(ids) for chunk in chunks for ids in self._tokenize_prompts(chunk)[0]]
+        check_room(lengths, name, int(self.max_completion_length or 0), limits, knob="max_completion_length")
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        if isinstance(prompts[0], str):
+            return [token_ids(self._tokenizer, text) for text in prompts], None, {}
+        return super()._tokenize_prompts(prompts)
+
+
+class _EpochSampler(RepeatSampler):
+    """TRL's order of prompts, as a function of seed and epoch: a run that starts in its third epoch has the third's."""
+
+    def __init__(self, *, epoch: Callable[[], int], **options: Any) -> None:
+        super().__init__(**options)
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(cast(int, self.seed))
+            for _ in range(self._epoch()):  # the permutations of the epochs before
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()

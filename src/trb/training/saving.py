@@ -1,0 +1,253 @@
+"""Checkpoints that are whole, resumes that go on where the run was, and models saved also where transformers would not.
+
+Seams of transformers and TRL:
+- `_save_checkpoint` writes into `_get_output_dir()`/checkpoint-N and rotates there; `_push_from_checkpoint` uploads it;
+- `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
+  latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
+- `_load_callback_state` comes when the trainer's state has been read; `_load_best_model` at the end of training;
+- `save_model` gathers sharded weights and calls `_save` where it should.
+
+What a checkpoint is, and when it is whole, is `trb.training.checkpoints`; what makes two runs the same,
+`trb.training.resume`.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, TrainerState
+from transformers.utils import logging
+
+from trb.models.modeling import without_adapters
+from trb.records import PROGRESS, TRAINER_STATE, progress_name
+from trb.safety.untrusted import check_checkpoint
+from trb.training import checkpoints, resume
+from trb.training.config import TRBConfig
+from trb.training.guard import StepGuard
+from trb.training.metrics import Observers, Sums
+from trb.training.prompts import PromptsInOrder
+from trb.training.ranks import Ranks
+from trb.vocab import SharedVocabulary
+
+__all__ = ["ResumableTrainer"]
+
+logger = logging.get_logger(__name__)
+
+
+class ResumableTrainer(PromptsInOrder):
+    """The part of `TRBTrainer` that saves and resumes."""
+
+    args: TRBConfig
+    model: Any
+    vocabulary: SharedVocabulary
+    _ranks: Ranks
+    _guard: StepGuard
+    _sums: dict[str, Sums]
+    _observers: Observers
+    _teacher_is_sharded: bool
+    _unfinished: Path | None = None
+    _resumed_from: Path | None = None
+    _description: dict[str, Any] | None = None
+
+    def train(
+        self,
+        resume_from_checkpoint: Any = None,
+        *args: Any,
+        verify: bool = True,
+        accept_changes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Train, as transformers' `Trainer.train`.
+
+        `resume_from_checkpoint=True` takes the latest checkpoint of the output directory that is whole. `verify=False`
+        trusts one that is named. A checkpoint of a run that differs in what changes results (`trb.training.resume` says
+        what does: options, prompts, models) is refused; `accept_changes=True` warns and goes on.
+
+        Raises:
+            ValueError: prompts that cannot be trained on (`check_prompts`); a checkpoint that could run code.
+            ChangedRunError: lists everything that differs from the checkpoint's run.
+            CheckpointError: the checkpoint named is damaged or not one of this trainer's, or True finds no whole one.
+            NonFiniteError: `max_skipped_steps` steps in a row had a loss or gradient that is not finite.
+        """
+        self.check_prompts()
+        if not self._teacher_is_sharded:  # options may have changed since, and both models are whole
+            self._description = None
+        self._describe_run()
+        self._guard.reset()
+        if resume_from_checkpoint is True:
+            # Never handed on as it is: transformers would choose by itself, and does not verify.
+            resume_from_checkpoint = str(self._ranks.from_first(self._latest_checkpoint))
+        elif resume_from_checkpoint and verify:
+            named = Path(resume_from_checkpoint)
+            self._ranks.from_first(lambda: checkpoints.verify(named))
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if resume_from_checkpoint:
+            saved = Path(resume_from_checkpoint)
+            check_checkpoint(saved)  # here too: DeepSpeed's files are not read as others are
+            self.check_same_run(saved, accept_changes=accept_changes)
+            if (
+                saved.parent.absolute() == Path(str(self.args.output_dir)).absolute()
+                and self.accelerator.is_main_process
+            ):
+                checkpoints.check_reach(saved)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _latest_checkpoint(self) -> Path:
+        directory = Path(str(self.args.output_dir))
+        found = checkpoints.latest(directory)
+        if found is None:
+            raise checkpoints.CheckpointError(
+                f"{checkpoints.none_whole(directory)}; to start anew, call train() without resume_from_checkpoint"
+            )
+        return found
+
+    def _describe_run(self) -> dict[str, Any]:
+        """What this run is, for its checkpoints; collective the first time."""
+        if self._description is None:
+            describe = partial(
+                resume.describe,
+                self.args,
+                world_size=self.accelerator.num_processes,
+                train_dataset=self.train_dataset,
+                tokenizer=self._tokenizer,
+                vocabulary=self.vocabulary,
+                student=self.model,
+                teacher=self.accelerator.unwrap_model(self.teacher_model),
+            )
+            self._description = self._ranks.from_first(describe)
+        return self._description
+
+    def check_same_run(self, checkpoint: Path, *, accept_changes: bool = False) -> None:
+        """Compare this run with a checkpoint's; collective. `train` does so before it resumes.
+
+        Raises:
+            ChangedRunError: lists everything that differs, unless `accept_changes` turns that into a warning.
+        """
+        saved = self._ranks.from_first(lambda: resume.read(checkpoint))
+        if saved is None:
+            logger.warning(f"{checkpoint} does not say which run it is of: its settings and data are not compared")
+            return
+        found = resume.differences(saved, self._describe_run(), length=resume.length_matters(self.args))
+        if not found:
+            return
+        text = resume.explain(checkpoint, found, accepted=accept_changes)
+        if not accept_changes:
+            raise resume.ChangedRunError(text)
+        logger.warning(text)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_checkpoint(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_callback_state(self) -> None:
+        """Called when the state has been read, and a best checkpoint forgotten that is not where it was."""
+        super()._load_callback_state()
+        if self._resumed_from is not None:
+            saved = TrainerState.load_from_json(str(self._resumed_from / TRAINER_STATE))
+            self.state.best_model_checkpoint = checkpoints.best_beside(self._resumed_from, saved.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write it beside, seal it, and rename it into place; then remove those that `save_total_limit` leaves over."""
+        directory = Path(self._get_output_dir(trial))
+        step, name = self.state.global_step, f"checkpoint-{self.state.global_step}"
+        if self.accelerator.is_local_main_process:
+            checkpoints.clear_partial(directory)
+        self.accelerator.wait_for_everyone()
+        description = self._describe_run()
+        self._unfinished = directory / checkpoints.PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(self._unfinished / name):
+                self.state.best_model_checkpoint = str(directory / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(self._unfinished / name / TRAINER_STATE))
+        finally:
+            self._unfinished = None
+        # The second round is for nodes whose disks are their own.
+        for publishes in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+            self.accelerator.wait_for_everyone()
+            if publishes and (directory / checkpoints.PARTIAL / name).exists():
+                resume.write(directory / checkpoints.PARTIAL / name, description)
+                checkpoints.write_reach(directory, directory / checkpoints.PARTIAL / name)
+                checkpoints.seal(directory / checkpoints.PARTIAL / name, checksums=self.args.checkpoint_checksums)
+                checkpoints.publish(directory, name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.prune(directory, step, self.args.save_total_limit, [self.state.best_model_checkpoint])
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(directory / name))
+
+    def _load_best_model(self) -> None:
+        """As in transformers, which loads it unseen: it may have been saved hours ago, or be named by another run."""
+        best = Path(str(self.state.best_model_checkpoint))
+        check_checkpoint(best)  # a resumed trainer_state.json may name any
+        self._ranks.from_first(lambda: checkpoints.verify(best))
+        super()._load_best_model()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._unfinished is None:  # else it is about to be renamed, and is pushed then
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        PROGRESS.write(self._progress_file(output_dir), self._progress())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path, progress = self._progress_file(checkpoint), None
+        if path.exists():  # another trainer writes none, and fewer processes fewer
+            progress = PROGRESS.read(path)
+            self._go_on_from(progress)
+        # The same on every process, of which there may be more now.
+        self._observers.load_state_dict(self._ranks.from_first(lambda: (progress or {}).get("schedules", {})))
+
+    def _progress_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / progress_name(self.accelerator.process_index)
+
+    def _progress(self) -> dict[str, Any]:
+        """What this process has added up since the last log, and counted since the first step: JSON keeps every bit."""
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "metrics": dict(self._metrics["train"]),
+            "sums": self._sums["train"].state_dict(),
+            "schedules": self._observers.state_dict(),
+            "guard": self._guard.state(),
+        }
+
+    def _go_on_from(self, progress: Mapping[str, Any]) -> None:
+        self._tr_loss.fill_(progress["loss"])
+        self._total_loss_scalar = progress["total_loss"]
+        self._globalstep_last_logged = progress["last_logged"]
+        self._metrics["train"].update(progress["metrics"])
+        self._sums["train"].load_state_dict(progress["sums"])
+        self._guard.load(progress["guard"])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, and also where that writes no model: under FSDP2 with sharded checkpoints, and with
+        DeepSpeed before it has wrapped the model."""
+        state = self.accelerator.state
+        if not _internal_call and self.is_fsdp_enabled and "SHARDED" in str(state.fsdp_plugin.state_dict_type):
+            weights = self.accelerator.get_state_dict(self.model)
+        elif not _internal_call and self.is_deepspeed_enabled and self.model_wrapped is self.model:
+            weights = None
+        else:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """An adapter too is saved with the ids that end its completions, which its base may not know."""
+        super()._save(output_dir, state_dict)
+        if without_adapters(self.model) is not self.model:
+            directory = self.args.output_dir if output_dir is None else output_dir
+            GenerationConfig(eos_token_id=self.vocabulary.stop_ids).save_pretrained(str(directory))
