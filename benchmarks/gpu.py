@@ -35,7 +35,8 @@ from trb.losses import chunked_reverse_kl
 from trb.models.modeling import OutputHead, hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import sample
-from trb.sampling.cache import SlotReader, attention_through_slots
+from trb.sampling.attention import attention_through_slots
+from trb.sampling.cache import SlotReader
 from trb.sampling.draw import inverse_cdf
 from trb.studies.provenance import describe
 

@@ -1218,7 +1218,8 @@ def watch(event, arguments):
         tried.append(repr(arguments[-2:]))
         raise RuntimeError("no network today")
 sys.addaudithook(watch)
-from trb.models.loading import load_model, load_tokenizer, quiet_libraries
+from trb.models.loading import load_model, load_tokenizer
+from trb.models.packaged import quiet_libraries
 from trb.tasks.prompts import load_prompts
 quiet_libraries()
 folder = sys.argv[1]
@@ -1274,7 +1275,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="TEXT", help="attempts whose area or name holds this text")
     parser.add_argument("--verbose", action="store_true", help="say how each was refused")
     options = parser.parse_args()
-    from trb.models.loading import quiet_libraries
+    from trb.models.packaged import quiet_libraries
     from trb.safety.files import write_json
     from trb.safety.untrusted import printable
     from trb.studies import provenance

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trb.losses import chunked_reverse_kl
-from trb.models.loading import load_model, load_tokenizer, prune_depth
+from trb.models.loading import load_model, load_tokenizer
 from trb.models.modeling import OutputHead, completion_hidden_states
+from trb.models.pruning import prune_depth
 from trb.policies import StudentPolicy
 from trb.safety.files import cache_directory
 from trb.sampling import sample

@@ -45,7 +45,8 @@ from trb.models.modeling import OutputHead, completion_hidden_states
 from trb.planning import Figure, Layout, Machine, Pair, Plan, Shape, Work, make_plan
 from trb.policies import TrustRegionPolicy
 from trb.sampling import speculative
-from trb.sampling.cache import SlotReader, attention_through_slots
+from trb.sampling.attention import attention_through_slots
+from trb.sampling.cache import SlotReader
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.studies.provenance import describe
 from trb.vocab import log_probs

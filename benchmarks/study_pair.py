@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.models.loading import load_model, load_tokenizer, quiet_libraries
+from trb.models.loading import load_model, load_tokenizer
+from trb.models.packaged import quiet_libraries
 from trb.safety.files import write_json
 from trb.studies import provenance
-from trb.tasks.prompts import load_prompts
 from trb.tasks.evaluation import evaluate
+from trb.tasks.prompts import load_prompts
 from trb.zoo import TASKS
 from trb.zoo.train import Lessons, fit
 

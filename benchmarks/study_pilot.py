@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trb.models.loading import quiet_libraries
+from trb.models.packaged import quiet_libraries
 from trb.safety.files import write_json
 from trb.studies import provenance
 from trb.studies.experiments import train

@@ -21,7 +21,8 @@ from reference import blend as oracle
 from reference.distributions import Array, kl, log_normalise
 from torch import Tensor
 
-from trb.blend import BlendResult, solve, weigh
+from trb.blend import solve, weigh
+from trb.blend.laws import BlendResult
 
 ABSOLUTE_SLACK = 1e-6
 RELATIVE_GAP = 1e-3

@@ -23,8 +23,8 @@ from reference.distributions import Array, kl, log_normalise
 from test_blend import FAMILIES, LOWEST, as_numpy, assert_log_probs_follow_the_weight, assert_within_promise, cast
 from torch import Tensor
 
-from trb.blend import BlendResult
 from trb.blend import native as blend_native
+from trb.blend.laws import BlendResult
 from trb.blend.native import FLAGGED, NativeResult, solve_rows
 
 needs_library = pytest.mark.skipif(not blend_native.available(), reason="no C compiler, or TRB_NATIVE=0")

@@ -32,9 +32,9 @@ from test_blend import (
 from torch import Tensor
 
 from trb import blend
-from trb.blend import BlendResult
 from trb.blend import native as blend_native
 from trb.blend import triton as blend_triton
+from trb.blend.laws import BlendResult
 from trb.blend.triton import FLAGGED, SolvedRows
 
 needs_triton = pytest.mark.skipif(blend_triton.triton is None, reason="Triton is not installed")

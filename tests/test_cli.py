@@ -19,7 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trb import cli, zoo
 from trb.cli import main
 from trb.studies import experiments
-from trb.studies.recipe import ConfigError
+from trb.studies.yaml_files import ConfigError
 
 SMALL = """\
 student: zoo:student

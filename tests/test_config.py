@@ -10,7 +10,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trb.studies.recipe import ConfigError, Recipe, RunConfig, describe_keys, load_recipe, make_recipe, parse_overrides
+from trb.studies.keys import RunConfig, describe_keys, parse_overrides
+from trb.studies.recipe import Recipe, load_recipe, make_recipe
+from trb.studies.yaml_files import ConfigError
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 
 PAIR = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}

@@ -19,9 +19,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from trb.tasks.prompts import MATH_SYSTEM_PROMPT, check_lengths, load_prompts, render
-from trb.tasks.answers import boxed_answers, decode_metadata, encode_metadata, last_boxed
 from trb.models.tokens import token_ids
+from trb.tasks.answers import boxed_answers, decode_metadata, encode_metadata, last_boxed
+from trb.tasks.prompts import MATH_SYSTEM_PROMPT, check_lengths, load_prompts, render
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} stop {% endfor %}"

@@ -36,7 +36,8 @@ from trb.studies.diagnostics import (
     replacement_curve,
 )
 from trb.studies.experiments import Listener, RunDirectoryError
-from trb.studies.recipe import ConfigError, Recipe, make_recipe
+from trb.studies.recipe import Recipe, make_recipe
+from trb.studies.yaml_files import ConfigError
 
 SIGMAS = 5.0
 LETTERS = "abcdef"  # token ids 0 to 5; 0 and 4 end a completion

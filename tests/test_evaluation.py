@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trb import zoo
 from trb.policies import StudentPolicy
 from trb.sampling import Rollout, prompt_key, stream_seed
-from trb.tasks.prompts import MATH_SYSTEM_PROMPT, render
 from trb.tasks.evaluation import BENCHMARKS, EvalResult, evaluate, load_benchmark, pass_at_1_interval
 from trb.tasks.grading import Verifier
+from trb.tasks.prompts import MATH_SYSTEM_PROMPT, render
 from trb.vocab import SharedVocabulary
 
 BENCHMARK_COPIES = Path(__file__).parent / "data" / "benchmarks"

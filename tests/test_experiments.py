@@ -34,7 +34,8 @@ from trb.studies.experiments import (
     model_of_run,
     train,
 )
-from trb.studies.recipe import ConfigError, Recipe, load_recipe, make_recipe
+from trb.studies.recipe import Recipe, load_recipe, make_recipe
+from trb.studies.yaml_files import ConfigError
 from trb.training import checkpoints
 from trb.training.checkpoints import latest
 from trb.training.resume import ChangedRunError

@@ -26,11 +26,12 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from trb.report import ReportError, write_report
 from trb.safety.confinement import arithmetic
 from trb.safety.untrusted import check_checkpoint, lora_options, parse_yaml, printable
-from trb.studies.recipe import ConfigError, load_recipe
+from trb.studies.recipe import load_recipe
 from trb.studies.study import load_study
+from trb.studies.yaml_files import ConfigError
 from trb.tasks.answers import boxed_answers
-from trb.tasks.prompts import load_prompts
 from trb.tasks.grading import Verifier, _prepare
+from trb.tasks.prompts import load_prompts
 
 EXAMPLES = int(os.environ.get("TRB_FUZZ_EXAMPLES", "25"))
 few = settings(

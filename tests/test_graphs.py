@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import Rollout, cache, graphs, sample
-from trb.sampling.cache import SlotReader, attention_through_slots
+from trb.sampling.attention import attention_through_slots
+from trb.sampling.cache import SlotReader
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 PROMPTS = [[1], [2, 3, 1], [3, 5, 2, 2, 1], [5], [3, 3], [1, 2, 3, 5, 1, 2, 3]] * 4

@@ -31,7 +31,9 @@ from transformers import (
 
 from trb import zoo
 from trb.models import loading
-from trb.models.loading import kept_layers, load_model, load_tokenizer, memory_estimate, prune_depth
+from trb.models.loading import load_model, load_tokenizer
+from trb.models.memory import memory_estimate
+from trb.models.pruning import kept_layers, prune_depth
 
 LAYERS = 5
 SIZES: dict[str, Any] = {

@@ -19,7 +19,8 @@ from tiny_models import plain_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trb import TRBConfig, TRBTrainer
-from trb.models.loading import load_model, load_tokenizer, prune_depth
+from trb.models.loading import load_model, load_tokenizer
+from trb.models.pruning import prune_depth
 from trb.policies import BehaviorPolicy, TrustRegionPolicy
 from trb.sampling import sample
 from trb.sampling.draw import accept_or_replace, inverse_cdf

@@ -284,7 +284,7 @@ def test_a_mask_that_is_wrong_is_found_and_passed_over(
     warnings_seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever breaks the masks of slots again gets slower rollouts and a warning, not another law."""
-    causal = trb.sampling.cache.at_own_positions
+    causal = trb.sampling.attention.at_own_positions
 
     def without_window(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
         return causal(first_R, lambda row, head, query, key: key <= query, **arguments)
@@ -304,7 +304,7 @@ def test_a_window_lost_in_half_precision_is_found_on_its_mask(broken: bool, monk
     monkeypatch.setitem(tiny_models._TINY, "sliding_window", 64)
     model = build("gemma3_text").to(torch.bfloat16)
     if broken:
-        exact = trb.sampling.cache.at_own_positions
+        exact = trb.sampling.attention.at_own_positions
 
         def without_window(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
             return exact(first_R, lambda row, head, query, key: key <= query, **arguments)
@@ -330,7 +330,7 @@ def test_windows_too_long_to_pass_through_are_checked_on_their_masks(
     )
     model = random_model(MistralForCausalLM, config, 0, 0.3)
     if broken:
-        exact = trb.sampling.cache.at_own_positions
+        exact = trb.sampling.attention.at_own_positions
 
         def one_too_many(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
             return exact(first_R, lambda row, head, query, key: mask_function(row, head, query - 1, key), **arguments)

@@ -16,12 +16,13 @@ from transformers.optimization import get_scheduler
 from trb import zoo
 from trb.safety.templates import PLAIN_TEMPLATE
 from trb.studies import experiments
-from trb.studies.recipe import Recipe, RunConfig, load_recipe, make_recipe
+from trb.studies.keys import RunConfig
+from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.study import load_study
-from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.tasks.evaluation import EvalResult
+from trb.tasks.prompts import MATH_SYSTEM_PROMPT
+from trb.training.config import TRBConfig
 from trb.training.methods import METHODS
-from trb.training.trainer import TRBConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # accelerate/ holds launcher settings and studies/ studies, which are no recipes.

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 import trb.tasks.grading
-from trb.tasks.prompts import load_prompts
 from trb.tasks.grading import Verifier
+from trb.tasks.prompts import load_prompts
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 

@@ -41,8 +41,8 @@ from trb.safety import confinement
 from trb.safety.templates import check_chat_template
 from trb.safety.untrusted import check_checkpoint, check_weight_index, parse_json, parse_yaml, printable, require_inside
 from trb.studies import sweep
-from trb.tasks.prompts import load_prompts
 from trb.tasks.grading import Verifier
+from trb.tasks.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -26,7 +26,8 @@ from trb.policies import (
     TrustRegionPolicy,
 )
 from trb.sampling import Rollout, sample
-from trb.sampling.cache import SlotReader, attention_through_slots, grouped_attention, supports_slots
+from trb.sampling.attention import attention_through_slots, grouped_attention
+from trb.sampling.cache import SlotReader, supports_slots
 
 PROMPTS = [[1], [2, 3, 1], [3, 5, 2, 2, 1], [5], [3, 3], [1, 2, 3, 5, 1, 2, 3]] * 3
 POLICIES = [

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trb.studies.recipe import ConfigError
 from trb.studies.study import Study, Unit, load_study
+from trb.studies.yaml_files import ConfigError
 
 STUDY = {
     "name": "small",

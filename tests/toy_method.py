@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trb.blend import DenseLaw
+from trb.blend.laws import DenseLaw
 from trb.losses import RowLoss, Rows
 from trb.policies import POLICIES, Target
 from trb.schedule import Constant, Schedule

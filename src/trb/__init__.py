@@ -10,14 +10,15 @@ __version__ = "0.1.0"
 __all__ = ["TRBConfig", "TRBTrainer", "__version__"]
 
 if TYPE_CHECKING:
-    from trb.training.trainer import TRBConfig, TRBTrainer
+    from trb.training.config import TRBConfig
+    from trb.training.trainer import TRBTrainer
 
 
 def __getattr__(name: str) -> Any:
     if name in ("TRBConfig", "TRBTrainer"):
-        from trb.training import trainer
+        from trb.training import config, trainer
 
-        return getattr(trainer, name)
+        return config.TRBConfig if name == "TRBConfig" else trainer.TRBTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -19,7 +19,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from trb.blend import DenseLaw, Law, log_softmax, weigh
+from trb.blend import weigh
+from trb.blend.laws import DenseLaw, Law, log_softmax
 
 __all__ = [
     "POLICIES",

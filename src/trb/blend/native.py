@@ -69,7 +69,7 @@ _PIECE_ELEMENTS = 1 << 16
 
 
 class NativeResult(NamedTuple):
-    """As `trb.blend.BlendResult`, for N rows. Where `passes` is FLAGGED nothing was solved: the rest is NaN.
+    """As `trb.blend.laws.BlendResult`, for N rows. Where `passes` is FLAGGED nothing was solved: the rest is NaN.
 
     Attributes:
         log_probs: `[N, V]` float32 log μ, or None if it was not asked for.

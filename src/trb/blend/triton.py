@@ -54,7 +54,7 @@ _INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 class SolvedRows(NamedTuple):
-    """As `trb.blend.BlendResult`, for N rows. Where `passes` is FLAGGED nothing was solved: the rest is NaN.
+    """As `trb.blend.laws.BlendResult`, for N rows. Where `passes` is FLAGGED nothing was solved: the rest is NaN.
 
     Attributes:
         log_probs: `[N, V]` float32 log μ, or None if it was not asked for.

@@ -343,7 +343,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_keys()
         return 0
     from trb.studies.experiments import train
-    from trb.studies.recipe import ConfigError
+    from trb.studies.yaml_files import ConfigError
 
     recipe, directory = _recipe(arguments, rest)
     methods = recipe.run.methods
@@ -362,7 +362,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.studies.experiments import compare
-    from trb.studies.recipe import ConfigError
+    from trb.studies.yaml_files import ConfigError
 
     recipe, directory = _recipe(arguments, rest)
     if recipe.run.methods and "method" in recipe.training:
@@ -373,8 +373,10 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _recipe(arguments: argparse.Namespace, rest: list[str]) -> tuple["Recipe", Path]:
-    from trb.models.loading import quiet_libraries
-    from trb.studies.recipe import ConfigError, load_recipe, parse_overrides
+    from trb.models.packaged import quiet_libraries
+    from trb.studies.keys import parse_overrides
+    from trb.studies.recipe import load_recipe
+    from trb.studies.yaml_files import ConfigError
 
     if arguments.config is None:
         raise ConfigError("--config is missing: name a recipe, such as recipes/quickstart.yaml")
@@ -401,7 +403,7 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.models.loading import quiet_libraries
+    from trb.models.packaged import quiet_libraries
     from trb.studies.experiments import (
         RunDirectoryError,
         evaluate_suites,
@@ -487,7 +489,7 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.models.loading import quiet_libraries
+    from trb.models.packaged import quiet_libraries
     from trb.studies.study import load_study
 
     if arguments.workers is not None and arguments.workers < 1:
@@ -520,7 +522,7 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _probe(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.models.loading import quiet_libraries
+    from trb.models.packaged import quiet_libraries
     from trb.report import write_report
     from trb.studies.diagnostics import probe
 
@@ -540,8 +542,9 @@ def _probe(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
     """The recipe named, or the first trb configuration of a study's setting."""
-    from trb.studies.recipe import ConfigError, load_recipe, read_yaml
+    from trb.studies.recipe import load_recipe
     from trb.studies.study import Unit, load_study
+    from trb.studies.yaml_files import ConfigError, read_yaml
 
     path = Path(arguments.config)
     if "settings" not in read_yaml(path):

@@ -120,7 +120,7 @@ def _percent(value: float | None) -> str:
 
 def print_keys() -> None:
     """Every key of a recipe with its type, default and help."""
-    from trb.studies.recipe import describe_keys
+    from trb.studies.keys import describe_keys
 
     for title, entries in describe_keys().items():
         print(f"\n{title}\n")

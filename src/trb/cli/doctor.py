@@ -15,8 +15,9 @@ from trb.safety.untrusted import foreign_directory, printable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from trb.studies.recipe import Recipe, RunConfig
-    from trb.training.trainer import TRBConfig
+    from trb.studies.keys import RunConfig
+    from trb.studies.recipe import Recipe
+    from trb.training.config import TRBConfig
 
 
 class Check(NamedTuple):
@@ -38,8 +39,10 @@ class Launch(NamedTuple):
 def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from rich.text import Text
 
-    from trb.models.loading import quiet_libraries
-    from trb.studies.recipe import load_recipe, make_recipe, parse_overrides, read_yaml
+    from trb.models.packaged import quiet_libraries
+    from trb.studies.keys import parse_overrides
+    from trb.studies.recipe import load_recipe, make_recipe
+    from trb.studies.yaml_files import read_yaml
 
     options = {name: value for name in ("student", "teacher") if (value := getattr(arguments, name))}
     options |= parse_overrides(rest)
@@ -69,7 +72,7 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _checks(recipe: "Recipe | None", accelerate_config: Mapping[str, Any] | None) -> Iterator[Check]:
-    from trb.models.loading import quiet_libraries
+    from trb.models.packaged import quiet_libraries
 
     quiet_libraries()
     yield from _check_software()
@@ -214,7 +217,9 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from trb.models.loading import check_config, load_model, prune_depth, resolve
+    from trb.models.directories import check_config
+    from trb.models.loading import load_model, resolve
+    from trb.models.pruning import prune_depth
 
     spec, revision = getattr(run, role), getattr(run, f"{role}_revision")
     trust = getattr(run, f"{role}_trust_remote_code")
@@ -281,7 +286,7 @@ def _memory_parts(
 ) -> dict[str, int]:
     """Bytes on one device by purpose: sampling and the update take turns, so the larger of the two counts."""
     from trb.losses import default_chunk_tokens
-    from trb.models.loading import memory_estimate
+    from trb.models.memory import memory_estimate
     from trb.training.methods import behavior_of
     from trb.vocab import head_rows
 

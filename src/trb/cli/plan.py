@@ -10,7 +10,7 @@ from trb.cli.display import new_console, printable
 if TYPE_CHECKING:
     from trb.planning import Layout, Machine, Pair, Plan, Shape, Work
     from trb.studies.recipe import Recipe
-    from trb.training.trainer import TRBConfig
+    from trb.training.config import TRBConfig
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trb.errors import did_you_mean
-from trb.models.loading import DTYPES, memory_estimate
+from trb.models.memory import DTYPES, memory_estimate
 
 __all__ = [
     "ENGINES",
@@ -134,7 +134,7 @@ class Pair:
     Attributes:
         student: a causal LM; parameters that require no gradient are not trained.
         teacher: the same, frozen.
-        student_dtype: of the student's own weights, a name of `trb.models.loading.DTYPES`.
+        student_dtype: of the student's own weights, a name of `trb.models.memory.DTYPES`.
         teacher_dtype: of the teacher's.
         compute_dtype: of the forward pass under autocast; None for the student's own.
     """
@@ -163,7 +163,7 @@ class Pair:
 
 
 def bytes_of(dtype: str, model: PreTrainedModel) -> int:
-    """Of one number of that dtype, a name of `trb.models.loading.DTYPES`; auto is the model's own."""
+    """Of one number of that dtype, a name of `trb.models.memory.DTYPES`; auto is the model's own."""
     chosen = DTYPES[dtype]
     return (chosen if isinstance(chosen, torch.dtype) else model.dtype).itemsize
 

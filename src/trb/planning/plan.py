@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trb.losses import default_chunk_tokens
-from trb.models.loading import memory_estimate
+from trb.models.memory import memory_estimate
 from trb.models.modeling import length_groups
 from trb.planning.inputs import (
     Layout,

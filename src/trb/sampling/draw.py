@@ -9,7 +9,7 @@ Shape suffixes: N prefixes, V vocabulary, B bins, W tokens of one bin.
 import torch
 from torch import Tensor
 
-from trb.blend import DenseLaw
+from trb.blend.laws import DenseLaw
 from trb.policies import Target
 
 __all__ = ["accept_or_replace", "inverse_cdf"]

@@ -39,14 +39,8 @@ from trb.models.modeling import (
     tolerance,
     windows,
 )
-from trb.sampling.cache import (
-    SlotReader,
-    attention_through_slots,
-    exact_masks,
-    masks_by,
-    slot_attentions,
-    supports_slots,
-)
+from trb.sampling.attention import attention_through_slots, exact_masks, masks_by, slot_attentions
+from trb.sampling.cache import SlotReader, supports_slots
 from trb.sampling.graphs import is_compiled
 from trb.sampling.readers import GroupedReader, PaddedReader, Reader, WholeReader
 

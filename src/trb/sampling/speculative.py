@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trb.policies import BehaviorPolicy, Target
+from trb.sampling.attention import attention_through_slots
 from trb.sampling.blocks import BlockChooser, MeasuredCosts, PlannedCosts, synchronize
-from trb.sampling.cache import SlotReader, attention_through_slots
+from trb.sampling.cache import SlotReader
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import NonFiniteLogitsError, Rollout, RolloutStats, without_law
 from trb.sampling.uniforms import as_int64, uniforms

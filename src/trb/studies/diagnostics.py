@@ -45,8 +45,9 @@ from trb.studies.experiments import (
     sole_run,
     template_options,
 )
-from trb.studies.recipe import ConfigError, Recipe
+from trb.studies.recipe import Recipe
 from trb.studies.statistics import Estimate, auroc_estimate, mean_estimate, paired_difference
+from trb.studies.yaml_files import ConfigError
 from trb.tasks.grading import Verifier
 from trb.tasks.prompts import render
 from trb.training.recording import score_record

@@ -44,25 +44,29 @@ from transformers import (
 )
 
 from trb import records
-from trb.models.loading import load_model, load_tokenizer, memory_estimate, take_template
+from trb.models.loading import load_model, load_tokenizer, take_template
+from trb.models.memory import memory_estimate
 from trb.models.modeling import without_adapters
 from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RECIPE, RESULTS, SCORES, SKIPPED, TRAINER_STATE
 from trb.safety.files import exclusive, remove, remove_unfinished, write_text
 from trb.safety.templates import PLAIN_TEMPLATE
 from trb.safety.untrusted import parse_yaml
 from trb.studies import provenance
-from trb.studies.recipe import ConfigError, Recipe, RunConfig, is_method_name
+from trb.studies.keys import RunConfig, is_method_name
+from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
+from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, evaluate, load_benchmark
 from trb.tasks.grading import Verifier
 from trb.tasks.prompts import check_lengths, load_prompts
 from trb.training import checkpoints, resume
 from trb.training.checkpoints import CheckpointError
+from trb.training.config import TRBConfig
 from trb.training.methods import name_of
 from trb.training.ranks import Ranks
 from trb.training.recording import drop_after_step, read_records
 from trb.training.sharding import loaded_whole
-from trb.training.trainer import TRBConfig, TRBTrainer
+from trb.training.trainer import TRBTrainer
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from trb.records import REFERENCE, role_name
-from trb.studies.recipe import ConfigError, Recipe, make_recipe, read_yaml
+from trb.studies.recipe import Recipe, make_recipe
+from trb.studies.yaml_files import ConfigError, read_yaml
 from trb.training.methods import METHODS
 
 __all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", "Study", "Unit", "load_study"]

@@ -29,7 +29,8 @@ import torch
 import yaml
 
 from trb import records
-from trb.models.loading import load_model, quiet_libraries
+from trb.models.loading import load_model
+from trb.models.packaged import quiet_libraries
 from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, SELECTION, STUDY, STUDY_PLAN, TEST, JsonFile
 from trb.safety.files import LOCK, exclusive, write_text
 from trb.safety.untrusted import parse_yaml

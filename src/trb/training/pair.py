@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
-from trb.models.loading import adapter_base, attach_adapter, check_model, load_tokenizer, resolve
+from trb.models.adapters import adapter_base, attach_adapter
+from trb.models.loading import check_model, load_tokenizer, resolve
 from trb.models.modeling import has_adapters, without_adapters
 from trb.training.config import TRBConfig
 

@@ -47,7 +47,8 @@ from transformers.utils import logging
 from trl.models import prepare_deepspeed
 
 from trb.losses import ReverseKL, TokenBatch
-from trb.models.loading import adapter_base, load_tokenizer
+from trb.models.adapters import adapter_base
+from trb.models.loading import load_tokenizer
 from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
@@ -77,7 +78,7 @@ from trb.training.sharding import (
 from trb.training.vllm import ReleaseEngine, WarmupEngine, deferred_generation
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
-__all__ = ["RewardFunction", "TRBConfig", "TRBTrainer"]
+__all__ = ["TRBTrainer"]
 
 logger = logging.get_logger(__name__)
 

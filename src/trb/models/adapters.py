@@ -1,0 +1,91 @@
+"""LoRA adapters in directories: which model they stand on, and what of their configuration is read."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel
+
+from trb.models.directories import check_directory, explained, is_adapter, token_ids_only
+from trb.models.modeling import check_adapter
+from trb.safety.untrusted import lora_options, read_object
+
+__all__ = ["adapter_base", "adapter_config", "attach_adapter"]
+
+
+def adapter_base(spec: str) -> tuple[str, str | None] | None:
+    """Spec and revision of the model that the adapter in a directory stands on; None for any other spec.
+
+    Raises ValueError for an adapter that cannot be used, and what `load_model` does for files that are missing.
+    """
+    directory = Path(spec).expanduser()
+    if not directory.is_dir() or not is_adapter(directory):
+        return None
+    check_directory(directory)
+    adapter = adapter_config(directory)
+    return adapter["base_model_name_or_path"], adapter.get("revision")
+
+
+def adapter_config(directory: Path) -> dict[str, Any]:
+    path = directory / "adapter_config.json"
+    config = _read_adapter_config(path)
+    # An adapter may stand on another one, but not on itself.
+    seen, base = {directory.resolve()}, Path(config["base_model_name_or_path"])
+    while base.is_dir() and is_adapter(base):
+        if base.resolve() in seen:
+            raise ValueError(f"{path} names a base that stands on the adapter itself: name a whole model")
+        seen.add(base.resolve())
+        check_directory(base)
+        base = Path(_read_adapter_config(base / "adapter_config.json")["base_model_name_or_path"])
+    return config
+
+
+def _read_adapter_config(path: Path) -> dict[str, Any]:
+    config = read_object(path)
+    base = config.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ValueError(f"{path} does not name its base_model_name_or_path: add it there")
+    try:
+        check_adapter(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return lora_options(path)
+
+
+def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = False) -> PreTrainedModel:
+    """A `peft.PeftModel` around `base`, with the adapter of a directory in place, in eval mode and in base's dtype.
+
+    `merge` adds the adapter to the weights and returns `base` itself. Raises ValueError for an adapter that does not
+    fit, and OSError for one that is damaged or lacks some of its weights.
+    """
+    from peft import LoraConfig, PeftModel
+
+    options = adapter_config(directory)
+    if "layers_to_transform" not in options:
+        _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
+    with explained(directory, "adapter"), warnings.catch_warnings():
+        # Left alone, missing weights are drawn at random or are zero, and the adapter does less than it should.
+        warnings.filterwarnings("error", message=".*Found missing adapter keys")
+        # With a configuration at hand PEFT reads none.
+        adapted: Any = PeftModel.from_pretrained(
+            base, directory, config=LoraConfig(**options), autocast_adapter_dtype=False
+        )
+        if (directory / "generation_config.json").is_file():  # what ends a completion may be the adapter's own
+            base.generation_config = GenerationConfig.from_pretrained(directory)
+            base.generation_config = token_ids_only(base)
+    # PEFT froze what a merged model may want to train.
+    return adapted.merge_and_unload().requires_grad_(True).eval() if merge else adapted.eval()
+
+
+def _check_adapter_depth(directory: Path, depth: int) -> None:
+    """Refuse an adapter of a pruned model on its unpruned base: the names match, the layers do not."""
+    with safe_open(directory / "adapter_model.safetensors", "pt") as weights:
+        found = [re.search(r"\.(?:layers|h)\.(\d+)\.", key) for key in weights.keys()]  # noqa: SIM118
+    trained = max((int(match[1]) + 1 for match in found if match), default=depth)
+    if trained != depth:
+        raise ValueError(
+            f"the adapter in {directory} was trained on {trained} layers and its base has {depth}: "
+            f"pass keep_layers={trained} (or drop keep_layers) so that they agree"
+        )

@@ -1,0 +1,87 @@
+"""Students cut from larger models: some layers kept, front and back among them, the rest left out."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+__all__ = ["kept_layers", "prune_depth"]
+
+
+def prune_depth(model: PreTrainedModel, keep: int) -> PreTrainedModel:
+    """A new model with `keep` of the layers (see `kept_layers`); the given model is left as it was.
+
+    Embeddings, final norm and output head are copied, tied weights stay tied, per-layer entries of the config
+    follow their layers, and attention layers are renumbered so that key-value caches fit. Works for decoder
+    stacks kept in one module list with interchangeable layers (Llama, Qwen2, Qwen3, GPT-2 and the like).
+
+    Raises ValueError when `keep` is out of range or the architecture is of another kind.
+    """
+    path, layers = _layer_list(model)
+    kept = kept_layers(len(layers), keep)
+    # deepcopy takes what it finds in memo for a copy already made: dropped layers are then never duplicated.
+    memo: dict[int, Any] = {id(layer): nn.Identity() for i, layer in enumerate(layers) if i not in kept}
+    pruned = copy.deepcopy(model, memo)
+    copied: Any = pruned.get_submodule(path)
+    stack = nn.ModuleList(copied[i] for i in kept)
+    parent, _, name = path.rpartition(".")
+    setattr(pruned.get_submodule(parent), name, stack)
+    _renumber(stack)
+    config = pruned.config.get_text_config()
+    for key, value in config.to_dict().items():
+        if "layer" in key and isinstance(value, list) and len(value) == len(layers):
+            setattr(config, key, [value[i] for i in kept])
+    config.num_hidden_layers = keep
+    _check_rebuildable(pruned)
+    return pruned
+
+
+def kept_layers(total: int, keep: int) -> list[int]:
+    """Indices of the layers that stay of `total`: 3/5 of `keep` from the front, the rest from the end.
+
+    One block behind the middle goes, because a model survives that better than losing layers evenly. Measured
+    on SmolLM2-135M as the mean KL(full || pruned) in nats a token, on the full model's samples for 8 chat
+    prompts: with 24 of 30 layers 1.25 (evenly spaced 3.29), with 20 layers 2.93 (8.72); after 24 distillation
+    steps on other prompts 1.01 (1.39) and 1.61 (2.61). Of nine places tried for a block of ten, this was best.
+
+    Raises ValueError unless 2 <= keep <= total.
+    """
+    if not 2 <= keep <= total:
+        raise ValueError(f"keep_layers={keep} is out of range: the model has {total} layers, so use 2 to {total}")
+    front = min(keep - 1, round(0.6 * keep))
+    return [*range(front), *range(total - keep + front, total)]
+
+
+def _renumber(stack: nn.ModuleList) -> None:
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.__dict__["layer_idx"] = index
+
+
+def _layer_list(model: PreTrainedModel) -> tuple[str, Any]:
+    """Name and module list of the decoder layers."""
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+    # Layers hold lists of their own (experts, say), which can be as long as the stack: take the outermost.
+    outermost = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    if len(outermost) != 1:
+        raise ValueError(
+            f"cannot prune {type(model).__name__}: expected one list of {depth} decoder layers, found "
+            f"{', '.join(outermost) or 'none'}; use a smaller student instead of keep_layers"
+        )
+    return outermost[0], stacks[outermost[0]]
+
+
+def _check_rebuildable(pruned: PreTrainedModel) -> None:
+    """Refuse architectures whose layers depend on their position: a saved copy would not load again."""
+    with torch.device("meta"):
+        rebuilt = type(pruned)(copy.deepcopy(pruned.config))
+    shapes = {name: weight.shape for name, weight in pruned.state_dict().items()}
+    if shapes != {name: weight.shape for name, weight in rebuilt.state_dict().items()}:
+        raise ValueError(
+            f"cannot prune {type(pruned).__name__}: its layers differ by position, so they are not "
+            "interchangeable; use a smaller student instead of keep_layers"
+        )
