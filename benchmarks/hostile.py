@@ -391,7 +391,7 @@ def a_template_from_elsewhere(folder: Path, how: str) -> str:
     from datasets import Dataset
 
     from trb import TRBConfig, TRBTrainer, zoo
-    from trb.studies.experiments import load_tokenizers
+    from trb.studies.material import load_tokenizers
     from trb.studies.recipe import make_recipe
     from trb.tasks.prompts import render
 
@@ -612,8 +612,8 @@ RECIPE: dict[str, Any] = {
 def resuming_a_run(folder: Path, name: str) -> str:
     import torch
 
-    from trb.studies.experiments import train
     from trb.studies.recipe import make_recipe
+    from trb.studies.run import train
     from trb.training.checkpoints import seal
 
     recipe = make_recipe({**RECIPE, "max_steps": 2})
@@ -884,7 +884,7 @@ def a_study(folder: Path, text: str) -> str:
 
 @case("configurations")
 def a_comparison_whose_methods_are_elsewhere(folder: Path) -> str:
-    from trb.studies.experiments import _clear_comparison, _listed_methods
+    from trb.studies.directories import _clear_comparison, _listed_methods
     from trb.studies.recipe import make_recipe
 
     victim, runs = folder / "victim", folder / "runs"
@@ -1229,7 +1229,7 @@ for spec in ("zoo:chains", folder + "/data.jsonl", folder + "/data"):
     assert len(load_prompts(spec, limit=1)) == 1
 if sys.argv[2] == "train":
     from trb.studies.recipe import make_recipe
-    from trb.studies.experiments import train
+    from trb.studies.run import train
     train(make_recipe(json.loads(sys.argv[3])), folder + "/run")
 print("TRIED", tried)
 """

@@ -19,8 +19,8 @@ from typing import Any
 from trb.models.packaged import quiet_libraries
 from trb.safety.files import write_json
 from trb.studies import provenance
-from trb.studies.experiments import train
 from trb.studies.recipe import make_recipe
+from trb.studies.run import train
 from trb.studies.study import BASELINE, Unit, load_study
 
 ROOM = 0.1

@@ -288,7 +288,7 @@ def estimate(value: float, half_width: float = 0.03) -> dict[str, Any]:
 
 
 def probe_record() -> dict[str, Any]:
-    """probe.json as `trb.studies.diagnostics.probe` writes it."""
+    """probe.json as `trb.studies.probe.probe` writes it."""
     lengths, budgets = (4, 8, 16), (0.0, 0.01, 0.05)
     truncations = [
         {

@@ -38,7 +38,7 @@ from trb.policies import TeacherPolicy, TrustRegionPolicy
 from trb.safety.untrusted import lora_options
 from trb.sampling import sample
 from trb.sampling.scoring import score_completions
-from trb.studies.diagnostics import probe
+from trb.studies.probe import probe
 from trb.studies.recipe import make_recipe
 from trb.training.vllm import _teacher_checkpoint
 from trb.vocab import SharedVocabulary, head_rows
@@ -284,7 +284,7 @@ def assert_alike(one: Any, other: Any, where: str = "") -> None:
 
 def test_a_run_trains_from_an_adapter_that_teaches_and_a_merged_one_that_learns(tmp_path: Path) -> None:
     """And `trb eval` and `trb doctor` take it."""
-    from trb.studies.experiments import train
+    from trb.studies.run import train
 
     own, _ = zoo.load("student")
     learner = adapted(own, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), spread=0.1)

@@ -27,16 +27,17 @@ from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy
 from trb.sampling.scoring import score_completions
 from trb.studies import diagnostics
 from trb.studies.diagnostics import (
-    Subject,
     budget_curve,
     continuation_probe,
     default_truncations,
     matched_excerpts,
-    probe,
     replacement_curve,
 )
-from trb.studies.experiments import Listener, RunDirectoryError
+from trb.studies.listener import Listener
+from trb.studies.material import RunDirectoryError
+from trb.studies.probe import probe
 from trb.studies.recipe import Recipe, make_recipe
+from trb.studies.subject import Subject
 from trb.studies.yaml_files import ConfigError
 
 SIGMAS = 5.0

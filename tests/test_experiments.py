@@ -24,17 +24,13 @@ from trb.cli import main
 from trb.models.loading import load_model, load_tokenizer
 from trb.report import write_report
 from trb.studies import experiments
-from trb.studies.experiments import (
-    DiskFullError,
-    Listener,
-    RunDirectoryError,
-    check_seal,
-    compare,
-    mean_of_suites,
-    model_of_run,
-    train,
-)
+from trb.studies.comparison import compare
+from trb.studies.disks import DiskFullError
+from trb.studies.listener import Listener
+from trb.studies.material import RunDirectoryError, check_seal, model_of_run
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
+from trb.studies.run import train
+from trb.studies.scores import mean_of_suites
 from trb.studies.yaml_files import ConfigError
 from trb.training import checkpoints
 from trb.training.checkpoints import latest

@@ -12,7 +12,8 @@ from test_trainer import build, logged, weights
 from transformers import TrainerCallback
 
 from trb import zoo
-from trb.losses import ReverseKL, RowLoss
+from trb.losses import ReverseKL
+from trb.losses.chunked import RowLoss
 from trb.training import checkpoints
 from trb.training.guard import NonFiniteError, StepGuard
 from trb.training.trainer import TRBTrainer

@@ -16,7 +16,8 @@ from reference import losses as reference
 from reference.distributions import entropy, kl, log_normalise, shared_events
 from torch import Tensor, nn
 
-from trb.losses import chunked_cross_entropy, chunked_reverse_kl, topk_reverse_kl, veto_target
+from trb.losses import chunked_reverse_kl, topk_reverse_kl, veto_target
+from trb.losses.chunked import chunked_cross_entropy
 from trb.vocab import SharedVocabulary, align
 
 Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]

@@ -26,7 +26,7 @@ from trb.policies import (
 )
 from trb.sampling import NonFiniteLogitsError, Rollout, sample
 from trb.studies import experiments
-from trb.studies.diagnostics import Subject
+from trb.studies.subject import Subject
 from trb.tasks.evaluation import evaluate
 from trb.tasks.grading import Verifier
 

@@ -24,9 +24,10 @@ from trb.report import ReportError, write_report
 from trb.report.tables import tables_of
 from trb.safety import files
 from trb.safety.typed_files import JsonFile, LinesFile, RecordError, TypedFile, VersionError
-from trb.studies.diagnostics import probe
-from trb.studies.experiments import compare, train
+from trb.studies.comparison import compare
+from trb.studies.probe import probe
 from trb.studies.recipe import make_recipe
+from trb.studies.run import train
 from trb.studies.study import Study
 from trb.studies.sweep import run_study
 from trb.training.guard import StepGuard

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
+from trb.studies.power import power, seeds_needed
+from trb.studies.resampling import variance_components
 from trb.studies.statistics import (
     Estimate,
     area_under_curve,
@@ -25,10 +27,7 @@ from trb.studies.statistics import (
     holm,
     mean_estimate,
     paired_difference,
-    power,
-    seeds_needed,
     steps_to_target,
-    variance_components,
 )
 
 

@@ -15,9 +15,10 @@ from conftest import held_by_another, student_stopping_as_the_teacher
 
 from trb import zoo
 from trb.studies import sweep
-from trb.studies.experiments import RunDirectoryError
+from trb.studies.material import RunDirectoryError
 from trb.studies.study import ROLES, Reference, Study
-from trb.studies.sweep import StudyError, StudyListener, default_workers, run_study
+from trb.studies.sweep import StudyListener, run_study
+from trb.studies.workers import StudyError, default_workers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Two methods, three configurations, one seed for the choice and one for the test: five runs of two steps.

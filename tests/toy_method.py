@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from trb.blend.laws import DenseLaw
-from trb.losses import RowLoss, Rows
+from trb.losses.chunked import RowLoss
+from trb.losses.terms import Rows
 from trb.policies import POLICIES, Target
 from trb.schedule import Constant, Schedule
 from trb.training.methods import BEHAVIORS, METHODS, TARGETS, Half, Method, Scheduled

@@ -10,8 +10,8 @@ it, kept inside a bracket, usually needs two or three passes over the vocabulary
 and summing `expm1` leaves no cancellation, which is what makes float32 enough for small budgets. Rows whose
 log-probabilities lie too far apart for that (one-hot rows, say) are solved in float64 in log space.
 
-Two compiled kernels do the same for ordinary rows in a fraction of the time, and leave the others to this module:
-`blend_native` on a CPU with a C compiler, `blend_triton` on a GPU.
+Two compiled kernels do the same for ordinary rows in a fraction of the time, and leave the others to `eager`:
+`native` on a CPU with a C compiler, `triton` on a GPU.
 
 Left out on purpose: schedules of the budget (`schedule`), end-of-sequence and head alignment (`vocab`), and
 drawing tokens (`sampling`).
@@ -28,9 +28,9 @@ from torch import Tensor
 from trb.blend import native as blend_native
 from trb.blend import triton as blend_triton
 from trb.blend.eager import LARGEST_SHIFT, POSSIBLE_MASK, solve_log_probs
-from trb.blend.laws import BLOCK_ELEMENTS_CPU, BlendResult, DenseLaw, GeometricLaw, WeightResult, flat, log_softmax
+from trb.blend.laws import BLOCK_ELEMENTS_CPU, BlendResult, DenseLaw, GeometricLaw, Law, WeightResult, flat, log_softmax
 
-__all__ = ["solve", "weigh"]
+__all__ = ["BlendResult", "DenseLaw", "GeometricLaw", "Law", "WeightResult", "log_softmax", "solve", "weigh"]
 
 # Above this, every student probability and every e^{βr} is a normal float32 number (r ≤ -log student ≤ 85).
 _FLOAT32_LOG_PROB_FLOOR = -85.0

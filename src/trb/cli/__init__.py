@@ -342,7 +342,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.help_keys:
         print_keys()
         return 0
-    from trb.studies.experiments import train
+    from trb.studies.run import train
     from trb.studies.yaml_files import ConfigError
 
     recipe, directory = _recipe(arguments, rest)
@@ -361,7 +361,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from trb.studies.experiments import compare
+    from trb.studies.comparison import compare
     from trb.studies.yaml_files import ConfigError
 
     recipe, directory = _recipe(arguments, rest)
@@ -404,16 +404,10 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.models.packaged import quiet_libraries
-    from trb.studies.experiments import (
-        RunDirectoryError,
-        evaluate_suites,
-        load_student,
-        load_tokenizers,
-        model_of_run,
-        problem_sets,
-        sole_run,
-    )
+    from trb.studies.directories import sole_run
+    from trb.studies.material import RunDirectoryError, load_student, load_tokenizers, model_of_run, problem_sets
     from trb.studies.recipe import make_recipe
+    from trb.studies.scores import evaluate_suites
     from trb.tasks.grading import Verifier
     from trb.training.ranks import Ranks
 
@@ -452,7 +446,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path | None) -> None:
     from trb.studies import provenance
-    from trb.studies.experiments import mean_of_suites
+    from trb.studies.scores import mean_of_suites
 
     results = {score["name"]: score for score in scores}
     if len(scores) > 1:
@@ -524,7 +518,7 @@ def _sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _probe(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.models.packaged import quiet_libraries
     from trb.report import write_report
-    from trb.studies.diagnostics import probe
+    from trb.studies.probe import probe
 
     quiet_libraries()
     recipe = _probed_recipe(arguments)

@@ -16,7 +16,7 @@ from trb.safety.untrusted import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trb.studies.experiments import Listener
+    from trb.studies.listener import Listener
     from trb.studies.study import Study
     from trb.studies.sweep import StudyListener
 
@@ -134,7 +134,7 @@ def listening(quiet: bool) -> Iterator["Listener"]:
     """A display on standard error: live bars on a terminal, a line now and then elsewhere, nothing when quiet."""
     from rich.console import Console
 
-    from trb.studies.experiments import Listener
+    from trb.studies.listener import Listener
 
     console = Console(stderr=True)
     if quiet or int(os.environ.get("RANK", "0")):
@@ -206,7 +206,7 @@ def live_display(console: "Console") -> Iterator["Listener"]:
     from rich.markup import escape
     from rich.progress import Progress, TextColumn
 
-    from trb.studies.experiments import Listener
+    from trb.studies.listener import Listener
 
     class Live(Listener):
         def __init__(self, progress: Progress) -> None:
@@ -252,7 +252,7 @@ def live_display(console: "Console") -> Iterator["Listener"]:
 
 
 def _lines_display(console: "Console") -> "Listener":
-    from trb.studies.experiments import Listener
+    from trb.studies.listener import Listener
 
     class Lines(Listener):
         name, steps = "", 0

@@ -162,7 +162,7 @@ def _memory_bytes() -> int:
 
 
 def _check_pair(run: "RunConfig", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
-    from trb.studies.experiments import load_tokenizers
+    from trb.studies.material import load_tokenizers
     from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
 
     try:
@@ -285,7 +285,7 @@ def _memory_parts(
     run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
 ) -> dict[str, int]:
     """Bytes on one device by purpose: sampling and the update take turns, so the larger of the two counts."""
-    from trb.losses import default_chunk_tokens
+    from trb.losses.chunked import default_chunk_tokens
     from trb.models.memory import memory_estimate
     from trb.training.methods import behavior_of
     from trb.vocab import head_rows

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trb.losses import default_chunk_tokens
+from trb.losses.chunked import default_chunk_tokens
 from trb.models.memory import memory_estimate
 from trb.models.modeling import length_groups
 from trb.planning.inputs import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.losses import default_chunk_tokens
+from trb.losses.chunked import default_chunk_tokens
 from trb.models.modeling import OutputHead, completion_hidden_states, evaluation_mode, without_adapters
 from trb.policies import BehaviorPolicy, Target
 from trb.vocab import SharedVocabulary, head_rows

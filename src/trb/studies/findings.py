@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trb.records import EVALS, METRICS, PROBE, PROBE_FOLDER, PROVENANCE, REFERENCE_SCORES, SELECTION, TEST
-from trb.studies.experiments import mean_of_suites
+from trb.studies.scores import mean_of_suites
 from trb.studies.statistics import (
     Estimate,
     area_under_curve,

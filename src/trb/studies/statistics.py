@@ -24,6 +24,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from trb.studies.resampling import (
+    Floats,
+    check_resampling,
+    check_share,
+    chunks_of,
+    columns_of,
+    curve_of,
+    labelled_rows,
+    quantiles_of,
+    summarise,
+    table_of,
+)
+
 __all__ = [
     "Estimate",
     "area_under_curve",
@@ -36,17 +49,8 @@ __all__ = [
     "holm",
     "mean_estimate",
     "paired_difference",
-    "power",
-    "seeds_needed",
     "steps_to_target",
-    "variance_components",
 ]
-
-Floats = NDArray[np.float64]
-
-MIN_RESAMPLES = 100
-# Numbers held at once while resampling: 32 MB per array of int64 or float64.
-_CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,13 @@ def mean_estimate(
     Raises:
         ValueError: as `paired_difference`, or a score outside `bounds`.
     """
-    scores = _table("scores_SP", scores_SP)
+    scores = table_of("scores_SP", scores_SP)
     if bounds is not None and not (bounds[0] <= scores.min() and scores.max() <= bounds[1]):
         raise ValueError(
             f"scores_SP has values from {scores.min()} to {scores.max()}, outside bounds {bounds}; "
             "pass the range that one score can have"
         )
-    summary = _summary(scores, _columns(strata_P, scores.shape[1]), resamples, seed, level)
+    summary = summarise(scores, columns_of(strata_P, scores.shape[1]), resamples, seed, level)
     low, high = summary.interval
     if bounds is not None:
         low, high = max(low, float(bounds[0])), min(high, float(bounds[1]))
@@ -149,13 +153,13 @@ def paired_difference(
         ValueError: shapes that differ or are not [seeds, problems], no or non-finite values, one seed and one problem,
             a suite of a single problem, fewer than 100 resamples, a level outside (0, 1).
     """
-    first, second = _table("first_SP", first_SP), _table("second_SP", second_SP)
+    first, second = table_of("first_SP", first_SP), table_of("second_SP", second_SP)
     if first.shape != second.shape:
         raise ValueError(
             f"first_SP has shape {first.shape} and second_SP {second.shape}; keep the seeds and problems that both have"
         )
     differences = first - second
-    summary = _summary(differences, _columns(strata_P, differences.shape[1]), resamples, seed, level)
+    summary = summarise(differences, columns_of(strata_P, differences.shape[1]), resamples, seed, level)
     exceedances = int(np.count_nonzero(np.abs(summary.deviations_R) >= abs(summary.value)))
     return Estimate(
         value=summary.value,
@@ -166,29 +170,6 @@ def paired_difference(
         seeds=differences.shape[0],
         problems=differences.shape[1],
     )
-
-
-def variance_components(differences_SP: ArrayLike) -> dict[str, float]:
-    """Unbiased estimates of the variances `seed`, `problem` and `residual` of a crossed table, in squared score units.
-
-    Two-way analysis of variance without replication (Searle, Casella and McCulloch, 1992, "Variance Components"). An
-    estimate of `seed` or `problem` may be negative: the truth is then near zero.
-
-    Raises:
-        ValueError: fewer than two seeds or problems, or non-finite values.
-    """
-    table = _table("differences_SP", differences_SP)
-    seeds, problems = table.shape
-    if min(seeds, problems) < 2:
-        raise ValueError(f"differences_SP has shape {table.shape}; components need at least 2 seeds and 2 problems")
-    means_S, means_P = table.mean(axis=1), table.mean(axis=0)
-    leftover = table - means_S[:, None] - means_P + table.mean()
-    residual = float(np.square(leftover).sum()) / ((seeds - 1) * (problems - 1))
-    return {
-        "seed": float(means_S.var(ddof=1)) - residual / problems,
-        "problem": float(means_P.var(ddof=1)) - residual / seeds,
-        "residual": residual,
-    }
 
 
 def expected_standard_error(components: Mapping[str, float], seeds: int, problems: int) -> float:
@@ -228,8 +209,12 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 @overload
 def area_under_curve(steps: ArrayLike, scores: Sequence[float]) -> float: ...
+
+
 @overload
 def area_under_curve(steps: ArrayLike, scores: NDArray[Any]) -> Any: ...
+
+
 def area_under_curve(steps: ArrayLike, scores: Any) -> Any:
     """Trapezoid area divided by the range of the steps: the mean score over training, in the unit of the scores.
 
@@ -243,7 +228,7 @@ def area_under_curve(steps: ArrayLike, scores: Any) -> Any:
     Raises:
         ValueError: steps and scores that do not fit, fewer than two steps, or steps that do not increase.
     """
-    steps_K, curves = _curve(steps, scores)
+    steps_K, curves = curve_of(steps, scores)
     if steps_K.size < 2:
         raise ValueError(f"steps has {steps_K.size} value; an area needs at least 2")
     areas = ((curves[..., 1:] + curves[..., :-1]) / 2) @ np.diff(steps_K) / (steps_K[-1] - steps_K[0])
@@ -264,7 +249,7 @@ def steps_to_target(steps: ArrayLike, scores: ArrayLike, target: float) -> float
     Raises:
         ValueError: steps and scores that do not fit, steps that do not increase, or a target that is not finite.
     """
-    steps_K, scores_K = _curve(steps, scores)
+    steps_K, scores_K = curve_of(steps, scores)
     if scores_K.ndim != 1:
         raise ValueError(f"scores must be one curve, got shape {scores_K.shape}; call once per curve")
     if not math.isfinite(target):
@@ -289,7 +274,7 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         ValueError: lengths that differ, NaN, labels other than 0 and 1, or a class without rows.
     """
-    scores_N, labels_N = _labelled(scores, labels)
+    scores_N, labels_N = labelled_rows(scores, labels)
     return float(_weighted_auroc(scores_N, labels_N, np.ones((1, scores_N.size)))[0])
 
 
@@ -322,8 +307,8 @@ def auroc_estimate(
     Raises:
         ValueError: as `auroc`, groups of another length, fewer than two groups, or as `paired_difference`.
     """
-    scores_N, labels_N = _labelled(scores, labels)
-    _check_resampling(resamples, level)
+    scores_N, labels_N = labelled_rows(scores, labels)
+    check_resampling(resamples, level)
     group_N = np.arange(scores_N.size) if groups is None else np.asarray(groups)
     if group_N.shape != scores_N.shape:
         raise ValueError(f"groups has shape {group_N.shape} for {scores_N.size} scores; give one group per row")
@@ -332,7 +317,7 @@ def auroc_estimate(
         raise ValueError(f"groups has only {members[0].item()!r}; an interval needs rows of at least 2 groups")
     rng = np.random.default_rng(seed)
     parts = []
-    for count in _chunks(resamples, scores_N.size):
+    for count in chunks_of(resamples, scores_N.size):
         picks = rng.integers(members.size, size=(count, members.size)) + members.size * np.arange(count)[:, None]
         weights_RG = np.bincount(picks.ravel(), minlength=count * members.size).reshape(count, members.size)
         parts.append(_weighted_auroc(scores_N, labels_N, weights_RG[:, group_N]))
@@ -340,7 +325,7 @@ def auroc_estimate(
     resampled = resampled[~np.isnan(resampled)]
     return Estimate(
         value=auroc(scores_N, labels_N),
-        interval=_quantiles(resampled, level),
+        interval=quantiles_of(resampled, level),
         standard_error=float(resampled.std()),
         p_value=None,
         effect_size=None,
@@ -361,8 +346,8 @@ def band(values_SK: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats, Flo
     Raises:
         ValueError: not a matrix, no or non-finite values, or a level outside (0, 1).
     """
-    values = _table("values_SK", values_SK)
-    _check_share("level", level)
+    values = table_of("values_SK", values_SK)
+    check_share("level", level)
     mean = values.mean(axis=0)
     seeds = values.shape[0]
     if seeds == 1:
@@ -397,115 +382,6 @@ def combined_p_value(parts: Sequence[tuple[float, float, int]]) -> float:
     return float(2 * special.stdtr(variance**2 / doubt if doubt else math.inf, ratio))
 
 
-def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> float:
-    """Probability that a two-sided paired t test over `seeds` finds a true `difference`, at error rate 1 - level.
-
-    Exact for normal differences (noncentral t). It speaks about the problems at hand: for other problems plan with
-    `expected_standard_error`.
-
-    Args:
-        difference: true mean difference, in the unit of the scores.
-        spread: standard deviation of one seed's difference (its mean over the problems), > 0.
-        seeds: number of pairs, ≥ 2.
-        level: 1 - the probability of a false alarm, in (0, 1).
-
-    Raises:
-        ValueError: an argument out of range.
-    """
-    if not math.isfinite(difference):
-        raise ValueError(f"difference must be finite, got {difference}")
-    if not 0 < spread < math.inf:
-        raise ValueError(f"spread must be a positive standard deviation, got {spread}")
-    if seeds < 2:
-        raise ValueError(f"seeds must be at least 2 for a t test, got {seeds}")
-    _check_share("level", level)
-    from scipy import stats  # half a second that nothing else here needs
-
-    shift, critical = difference / spread * math.sqrt(seeds), special.stdtrit(seeds - 1, (1 + level) / 2)
-    # Both tails as upper ones: nct.cdf has no number for far lower tails.
-    return min(1.0, sum(float(stats.nct.sf(critical, seeds - 1, way)) for way in (shift, -shift)))
-
-
-def seeds_needed(difference: float, spread: float, power: float = 0.8, level: float = 0.95) -> int:
-    """The fewest seeds, at least 2, with which `trb.studies.statistics.power` is at least `power`; arguments as there.
-
-    Raises:
-        ValueError: a difference of zero (no number suffices), or an argument out of range.
-    """
-    _check_share("power", power)
-    if difference == 0:
-        raise ValueError("difference must not be 0: no number of seeds finds it; pass the smallest one that matters")
-    high = 2
-    while _power(difference, spread, high, level) < power:
-        high *= 2
-    low = max(2, high // 2)
-    while low < high:
-        middle = (low + high) // 2
-        if _power(difference, spread, middle, level) < power:
-            low = middle + 1
-        else:
-            high = middle
-    return high
-
-
-# `seeds_needed` has an argument of the same name.
-_power = power
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """What `mean_estimate` and `paired_difference` share. Deviations: resampled means around zero."""
-
-    value: float
-    interval: tuple[float, float]
-    standard_error: float
-    means_S: Floats
-    deviations_R: Floats
-
-
-def _summary(table: Floats, columns: list[NDArray[np.intp]], resamples: int, seed: int, level: float) -> _Summary:
-    """The crossed estimate of one table; `columns` holds the problems of each suite."""
-    _check_resampling(resamples, level)
-    if table.size == 1:
-        raise ValueError("one seed and one problem show no spread; an interval needs at least 2 of either")
-    rng = np.random.default_rng(seed)
-    means_S = np.mean([table[:, members].mean(axis=1) for members in columns], axis=0)
-    effects = [means_S, *(_problem_effects(table[:, members]) / len(columns) for members in columns)]
-    variance, deviations = 0.0, np.zeros(resamples)
-    for part in effects:
-        if part.size > 1:
-            variance += float(part.var(ddof=1)) / part.size
-            deviations += _resampled_means(part, resamples, rng)
-    value = float(means_S.mean())
-    low, high = _quantiles(deviations, level)
-    return _Summary(value, (value + low, value + high), math.sqrt(variance), means_S, deviations)
-
-
-def _problem_effects(table: Floats) -> Floats:
-    """[P] the problems' means, shrunk so that their variance estimates the problem component alone.
-
-    With one seed the residual cannot be told apart, and belongs in the interval: there is no seeds' part to carry it.
-    """
-    means_P = table.mean(axis=0)
-    if min(table.shape) == 1:
-        return means_P
-    variance = float(means_P.var(ddof=1))
-    if variance == 0:
-        return means_P
-    return means_P * math.sqrt(max(0.0, variance_components(table)["problem"]) / variance)
-
-
-def _resampled_means(effects_N: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """[R] bootstrap deviations of the mean of N ≥ 2 effects, with the spread of a t law with N - 1 degrees.
-
-    sqrt(N / (N - 1)) makes the bootstrap variance unbiased and sqrt((N - 1) / chi^2) turns normal into t.
-    """
-    size = effects_N.size
-    centred = effects_N - effects_N.mean()
-    parts = [centred[rng.integers(size, size=(count, size))].mean(axis=1) for count in _chunks(resamples, size)]
-    return np.concatenate(parts) * np.sqrt(size / rng.chisquare(size - 1, resamples))
-
-
 def _effect_size(means_S: Floats) -> float | None:
     """Cohen's d_z times Hedges' correction Gamma(m/2) / (sqrt(m/2) Gamma((m-1)/2)), m = S - 1."""
     degrees = means_S.size - 1
@@ -529,92 +405,3 @@ def _weighted_auroc(scores_N: Floats, labels_N: NDArray[np.bool_], weights_RN: N
     wins = (weights * (below[:, left] + below[:, right])).sum(axis=1) / 2
     pairs = weights.sum(axis=1) * below[:, -1]
     return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
-
-
-def _quantiles(values_R: Floats, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _chunks(resamples: int, width: int) -> list[int]:
-    """Resamples split so that an array of a part's resamples x `width` stays below `_CHUNK` numbers."""
-    rows = max(1, _CHUNK // width)
-    return [min(rows, resamples - start) for start in range(0, resamples, rows)]
-
-
-def _table(name: str, values: ArrayLike) -> Floats:
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 2 or not table.size:
-        raise ValueError(f"{name} must be a matrix with a row per seed, at least 1 by 1; got shape {table.shape}")
-    _check_finite(name, table)
-    return table
-
-
-def _columns(strata_P: ArrayLike | None, problems: int) -> list[NDArray[np.intp]]:
-    """The problems of each suite; one suite of all problems without strata."""
-    if strata_P is None:
-        return [np.arange(problems)]
-    strata = np.asarray(strata_P)
-    if strata.shape != (problems,):
-        raise ValueError(f"strata_P has shape {strata.shape} for {problems} problems; give one suite per problem")
-    labels, counts = np.unique(strata, return_counts=True)
-    if problems > 1 and counts.min() == 1:
-        raise ValueError(
-            f"strata_P has a single problem of suite {labels[counts.argmin()].item()!r}, which shows no spread; "
-            "give every suite at least 2 problems or leave it out"
-        )
-    return [np.flatnonzero(strata == label) for label in labels]
-
-
-def _curve(steps: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats]:
-    steps_K, curves = np.asarray(steps, dtype=np.float64), np.asarray(scores, dtype=np.float64)
-    if steps_K.ndim != 1 or not steps_K.size:
-        raise ValueError(f"steps must be a list of at least one step, got shape {steps_K.shape}")
-    if curves.shape[-1:] != steps_K.shape:
-        raise ValueError(f"scores has shape {curves.shape} for {steps_K.size} steps; the last axis must be the steps")
-    _check_finite("steps", steps_K)
-    _check_finite("scores", curves)
-    late = np.flatnonzero(np.diff(steps_K) <= 0)
-    if late.size:
-        k = int(late[0])
-        raise ValueError(
-            f"steps must increase, but steps[{k + 1}] = {steps_K[k + 1]:g} follows {steps_K[k]:g}; sort them"
-        )
-    return steps_K, curves
-
-
-def _labelled(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
-    scores_N, labels_N = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    if scores_N.ndim != 1 or scores_N.shape != labels_N.shape:
-        raise ValueError(f"scores has shape {scores_N.shape} and labels {labels_N.shape}; give one of each per row")
-    missing = np.flatnonzero(np.isnan(scores_N))
-    if missing.size:
-        raise ValueError(f"scores[{missing[0]}] is nan; drop rows without a score")
-    other = labels_N[~np.isin(labels_N, (0, 1))]
-    if other.size:
-        raise ValueError(f"labels must be 0 or 1, got {other[0].item()!r}; threshold them first")
-    positive = labels_N.astype(bool)
-    for kind, count in (("positive", int(positive.sum())), ("negative", int((~positive).sum()))):
-        if not count:
-            raise ValueError(f"labels has no {kind} row of {positive.size}; AUROC needs both classes, sample more rows")
-    return scores_N, positive
-
-
-def _check_finite(name: str, values: Floats) -> None:
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        where = ", ".join(map(str, bad[0]))
-        raise ValueError(
-            f"{name}[{where}] is {values[tuple(bad[0])]}; every entry must be finite, drop what is missing"
-        )
-
-
-def _check_resampling(resamples: int, level: float) -> None:
-    if resamples < MIN_RESAMPLES:
-        raise ValueError(f"resamples must be at least {MIN_RESAMPLES}, got {resamples}; 10000 is the default")
-    _check_share("level", level)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must lie between 0 and 1, got {value}; 95% is 0.95")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.utils import logging
 from trl import DistillationTrainer
 
-from trb.losses import TokenMetrics
+from trb.losses.terms import TokenMetrics
 from trb.policies import BehaviorPolicy, samples_student
 from trb.sampling import Rollout, prompt_key
 from trb.sampling.scoring import TokenScores, score_completions

@@ -46,7 +46,8 @@ from transformers import (
 from transformers.utils import logging
 from trl.models import prepare_deepspeed
 
-from trb.losses import ReverseKL, TokenBatch
+from trb.losses import ReverseKL
+from trb.losses.chunked import TokenBatch
 from trb.models.adapters import adapter_base
 from trb.models.loading import load_tokenizer
 from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters

@@ -1,0 +1,111 @@
+"""A loss and its gradient at single prefixes, from both laws there, and what is measured of them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rows", "TokenMetrics", "reverse_kl_terms", "token_metrics", "wide"]
+
+# Below any log-probability that matters, above minus infinity.
+_LOWEST_LOG_PROB = -1e30
+
+
+@dataclass(frozen=True)
+class TokenMetrics:
+    """What a loss pass saw at the N unmasked tokens, detached, in the order of the mask; nats.
+
+    Attributes:
+        reverse_kl: full-vocabulary KL(student || teacher).
+        student_entropy: entropy of the student's distribution.
+        teacher_entropy: entropy of the teacher's.
+        teacher_log_prob: log πT of the token itself.
+        support_mass: student probability of the loss's support; far below 1, the truncated loss is a poor guide.
+    """
+
+    reverse_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    teacher_log_prob: Tensor
+    support_mass: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Both laws at R prefixes, `[R, V]`, normalised over the shared events; a loss may overwrite the probabilities."""
+
+    log_student: Tensor
+    log_teacher: Tensor
+    student: Tensor
+    teacher: Tensor
+    token: Tensor | None = None
+
+    @classmethod
+    def of(cls, log_student: Tensor, log_teacher: Tensor, token: Tensor | None = None) -> "Rows":
+        return cls(log_student, log_teacher, log_student.exp(), log_teacher.exp(), token)
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def reverse_kl_terms(
+    log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, target_CV: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient by the logits and support mass of each row; overwrites the probabilities."""
+    if 0 < k < log_student_CV.shape[-1]:
+        return _top_k_terms(log_student_CV, log_target_CV, student_CV, k)
+    return _full_terms(log_student_CV, log_target_CV, student_CV, target_CV)
+
+
+def _top_k_terms(
+    log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient by the logits (w r, scattered, less (Σ w r) p; overwrites `student_CV`), support mass."""
+    support_CK = log_student_CV.topk(k, dim=-1).indices
+    log_student_CK, log_target_CK = log_student_CV.gather(-1, support_CK), log_target_CV.gather(-1, support_CK)
+    loss_C, mass_C = _terms_on_support(log_student_CK, log_target_CK)
+    student_CK = log_student_CK.exp()
+    ratio_CK = torch.where(student_CK > 0, log_student_CK - log_target_CK, 0.0)
+    pull_CK = student_CK / mass_C[:, None] * ratio_CK
+    gradient_CV = student_CV.mul_(-pull_CK.sum(-1, keepdim=True)).scatter_add_(-1, support_CK, pull_CK)
+    return loss_C, gradient_CV, mass_C
+
+
+def _full_terms(
+    log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, target_CV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_top_k_terms` with the whole vocabulary as support: the gradient is p (r - KL)."""
+    mass_C, target_mass_C = student_CV.sum(-1), target_CV.sum(-1)
+    # A token the student cannot draw, or whose probability underflows, contributes only the target's mass: zero times
+    # an infinite ratio is NaN. A NaN of the logits stays in the masses.
+    weighted_CV = (log_student_CV - log_target_CV).mul_(student_CV)
+    weighted_CV.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    divergence_C = weighted_CV.sum(-1)
+    gradient_CV = weighted_CV.addcmul_(student_CV, divergence_C[:, None], value=-1).div_(mass_C[:, None])
+    return (divergence_C - mass_C + target_mass_C) / mass_C, gradient_CV, mass_C
+
+
+def _terms_on_support(log_student_NK: Tensor, log_target_NK: Tensor) -> tuple[Tensor, Tensor]:
+    student_NK, target_NK = log_student_NK.exp(), log_target_NK.exp()
+    # A token the student cannot draw contributes only the target's mass; log 0 - log 0 must not reach the product.
+    possible_NK = student_NK > 0
+    log_ratio_NK = torch.where(possible_NK, log_student_NK, 0.0) - torch.where(possible_NK, log_target_NK, 0.0)
+    support_mass_N = student_NK.detach().sum(-1)
+    return (student_NK * log_ratio_NK - student_NK + target_NK).sum(-1) / support_mass_N, support_mass_N
+
+
+def token_metrics(
+    log_student_CV: Tensor, log_teacher_CV: Tensor, student_CV: Tensor, teacher_CV: Tensor, token_C: Tensor
+) -> tuple[Tensor, ...]:
+    token_log_prob_C = log_teacher_CV.gather(-1, token_C[:, None]).squeeze(-1)
+    student_entropy_C = _expected_surprise(student_CV, log_student_CV)
+    teacher_entropy_C = _expected_surprise(teacher_CV, log_teacher_CV)
+    reverse_kl_C = (_expected_surprise(student_CV, log_teacher_CV) - student_entropy_C).clamp_min(0)
+    return reverse_kl_C, student_entropy_C, teacher_entropy_C, token_log_prob_C
+
+
+def _expected_surprise(probs_CV: Tensor, log_probs_CV: Tensor) -> Tensor:
+    """`-Σ p log q` with 0 log 0 = 0: clamping is an order cheaper than masking, and what it changes has no weight."""
+    return log_probs_CV.clamp_min(_LOWEST_LOG_PROB).mul_(probs_CV).sum(-1).neg_()

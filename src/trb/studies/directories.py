@@ -1,0 +1,313 @@
+"""Directories of runs: whose they are, what may go on in them, what is cleared, set aside, sealed or made again."""
+
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerState
+
+from trb import records
+from trb.records import CONFIG, EVALUATIONS, MODEL, RECIPE, RESULTS, SCORES, SKIPPED
+from trb.safety.files import exclusive, remove, remove_unfinished, write_text
+from trb.safety.untrusted import parse_yaml
+from trb.studies import provenance
+from trb.studies.disks import require_writable
+from trb.studies.keys import is_method_name
+from trb.studies.material import RunDirectoryError
+from trb.studies.recipe import Recipe
+from trb.training import checkpoints, resume
+from trb.training.checkpoints import CheckpointError
+from trb.training.config import TRBConfig
+from trb.training.ranks import Ranks
+from trb.training.recording import drop_after_step
+
+__all__ = [
+    "begin",
+    "check_claim",
+    "check_shared_recipe",
+    "clear",
+    "clear_comparison",
+    "finish_pruning",
+    "finished_results",
+    "holds_scores",
+    "is_damaged",
+    "is_last",
+    "listed_methods",
+    "make_again",
+    "named_checkpoint",
+    "read_results",
+    "seal_run",
+    "set_aside",
+    "sole_run",
+    "state_of",
+]
+
+logger = logging.getLogger(__name__)
+
+# What may differ when a run is continued: how long it is (the trainer refuses that where its schedule depends on it),
+# and what it leaves behind, not what it computes.
+_MAY_CHANGE = {*resume.FREE, *resume.LENGTH, "eval_every", "eval_max_rows", "save_final_model"}
+
+_OF_A_RUN = (*records.MEASUREMENTS, CONFIG, records.PROVENANCE, RESULTS)
+
+_SEALED = (*_OF_A_RUN, RECIPE, MODEL, EVALUATIONS, SKIPPED)
+
+_REMOVED = (*_OF_A_RUN, records.REPORT, records.CHECKSUMS, MODEL, records.MODEL_PARTIAL, EVALUATIONS, SKIPPED)
+
+
+def seal_run(directory: Path, args: TRBConfig) -> None:
+    """Checksums of what a run or a comparison has left, its checkpoints apart, which have their own."""
+    files = [directory / name for name in _SEALED]
+    checkpoints.seal(directory, checksums=args.checkpoint_checksums, files_of=files)
+
+
+@dataclass(frozen=True)
+class _Difference:
+    key: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.there!r} there and {self.here!r} here"
+
+
+def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset()) -> list[_Difference]:
+    """What a written configuration says otherwise than `recipe`; nothing if there is none."""
+    if not path.exists():
+        return []
+    there = _written_recipe(path)
+    if there is None:
+        kept = (path.parent / RESULTS).exists() or checkpoints.numbered(path.parent)
+        remedy = "" if kept else ", or --overwrite to start over"
+        raise RunDirectoryError(
+            f"{path} is damaged; restore it (the recipe with its defaults), or use another output directory{remedy}"
+        )
+    # As it would be read back: through YAML, so that tuples and numbers compare alike.
+    here = yaml.safe_load(recipe.to_yaml())
+    # An option that the version which wrote it did not have yet, and that changes no result, is no difference.
+    new = {key for key in here if key not in there and key in _MAY_CHANGE}
+    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore | new]
+    return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
+
+
+def _written_recipe(path: Path) -> dict[str, Any] | None:
+    """The keys of a written configuration, or None if it is damaged."""
+    try:
+        there = parse_yaml(path.read_bytes().decode("utf-8"))
+    except (IsADirectoryError, yaml.YAMLError, ValueError):
+        return None
+    return there if isinstance(there, dict) else None
+
+
+def is_damaged(path: Path) -> bool:
+    return path.exists() and _written_recipe(path) is None
+
+
+def check_claim(
+    directory: Path, recipe: Recipe, checkpoint: Path | None, accept_changes: bool, *, warn: bool = True
+) -> Path | None:
+    """The checkpoint to go on from, if any. Raises RunDirectoryError if the directory holds another run."""
+    if checkpoint is not None and not (directory / CONFIG).exists():
+        raise RunDirectoryError(
+            f"{directory} holds checkpoints but no {CONFIG}, so it is unknown what they are; "
+            "use another output directory"
+        )
+    if is_damaged(directory / CONFIG) and _says_itself(checkpoint):
+        if warn:
+            logger.warning("%s is damaged: what %s says of its run is compared", directory / CONFIG, checkpoint)
+        return checkpoint
+    found = _differences(directory / CONFIG, recipe)
+    # A longer run may go on from a checkpoint; without one it would silently start over.
+    refused = [difference for difference in found if difference.key not in _MAY_CHANGE or checkpoint is None]
+    if refused and not (accept_changes and checkpoint is not None):
+        _refuse(directory, refused, can_accept=checkpoint is not None)
+    if refused and warn:
+        logger.warning("%s goes on with changes: %s", directory, "; ".join(map(str, refused)))
+    return checkpoint
+
+
+def _says_itself(checkpoint: Path | None) -> bool:
+    """Whether a checkpoint says which run it is of."""
+    try:
+        return checkpoint is not None and resume.read(checkpoint) is not None
+    except ValueError:
+        return False
+
+
+def check_shared_recipe(directory: Path, recipe: Recipe) -> None:
+    ignore = frozenset({"methods", *_MAY_CHANGE})
+    differences = _differences(directory / RECIPE, recipe, ignore)
+    if differences:
+        _refuse(directory, differences, can_accept=False)
+
+
+def _refuse(directory: Path, differences: list[_Difference], *, can_accept: bool) -> None:
+    remedy = "Use another output directory, or --overwrite to remove what is there"
+    if can_accept:
+        remedy += ", or --accept-changes to go on from its last checkpoint all the same"
+    raise RunDirectoryError(f"{directory} holds another configuration: {'; '.join(map(str, differences))}. {remedy}")
+
+
+def finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What a finished run found, if its directory holds that.
+
+    None where results or model are damaged and the last checkpoint can make them again. Raises RunDirectoryError where
+    it cannot. Damaged records are named in a warning: nothing can bring them back.
+    """
+    path, config = directory / RESULTS, directory / CONFIG
+    if not path.exists():
+        return None
+    if (is_damaged(config) and _says_itself(checkpoints.latest(directory, warn=None))) or _differences(config, recipe):
+        return None
+    results = read_results(path)  # first, as a file that may not be read is not damaged
+    damaged = checkpoints.differing(directory)
+    again = [text for name, text in damaged.items() if name == path.name or name.partition("/")[0] == MODEL]
+    if results is None and path.name not in damaged:
+        again.append(f"{path.name} cannot be read")
+    if again:
+        listed = f"{directory} is damaged: {'; '.join(again)}"
+        if checkpoints.latest(directory) is None:
+            raise RunDirectoryError(
+                f"{listed}. There is no whole checkpoint to make it again from: restore it, use another output "
+                "directory, or --overwrite to remove what is there"
+            )
+        logger.warning("%s; made again from the last checkpoint", listed)
+        return None
+    if damaged:
+        logger.warning("%s: records are damaged, and the results are not: %s", directory, "; ".join(damaged.values()))
+    return results
+
+
+def read_results(path: Path) -> dict[str, Any] | None:
+    """Scores by name in a results.json, or None if it holds none. Raises OSError where it may not be read."""
+    try:
+        return results if holds_scores(results := RESULTS.read(path)) else None
+    except (IsADirectoryError, ValueError):
+        return None
+
+
+def holds_scores(results: dict[str, Any]) -> bool:
+    """Whether the contents of a results.json are scores by name."""
+    scores = [score for name, score in results.items() if name != "provenance"]
+    return bool(scores) and SCORES.fits(scores)
+
+
+def set_aside(path: Path) -> Path:
+    """Move a damaged file or folder out of the way, keeping what can be kept; returns where it is now."""
+    aside = records.aside(path)
+    remove(aside)
+    return path.rename(aside)
+
+
+def make_again(path: Path) -> None:
+    """Move damaged results aside with a warning; the caller computes them anew."""
+    logger.warning("%s is damaged; moved to %s, and made again", path, set_aside(path).name)
+
+
+def clear(directory: Path) -> None:
+    """Remove what a run writes, and nothing else."""
+    saved = directory.glob(f"{records.CHECKPOINT_PREFIX}*")
+    for path in (*saved, *(directory / name for name in (*_REMOVED, checkpoints.PARTIAL))):
+        remove(path)
+
+
+def begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
+    """Claim the directory for a run; without a checkpoint, drop what an interrupted one measured."""
+    checkpoints.unseal(directory)
+    for path, read in ((directory / RESULTS, read_results), (directory / CONFIG, _written_recipe)):
+        if path.exists() and read(path) is None:
+            set_aside(path)
+    (directory / RESULTS).unlink(missing_ok=True)
+    if afresh:
+        for file in records.MEASUREMENTS:
+            (directory / file).unlink(missing_ok=True)
+        for folder in (EVALUATIONS, SKIPPED):
+            shutil.rmtree(directory / folder, ignore_errors=True)
+    checkpoints.clear_partial(directory)
+    remove_unfinished(directory)
+    for file in records.MEASUREMENTS:
+        drop_after_step(directory / file, sys.maxsize)  # a kill may have cut the last line off
+    write_text(directory / CONFIG, recipe.to_yaml())
+    checkpoints.seal(directory, files_of=[directory / CONFIG, provenance.write(directory)])
+
+
+def finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
+    """Remove what `save_total_limit` leaves over: a kill may have come between a save and that."""
+    state = state_of(checkpoint)
+    best = checkpoints.best_beside(checkpoint, state.best_model_checkpoint)
+    checkpoints.prune(directory, state.global_step, args.save_total_limit, [best])
+
+
+def listed_methods(directory: Path) -> set[str]:
+    """The runs of the comparison that a directory holds, as far as its recipe can be read."""
+    try:
+        there = parse_yaml((directory / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError):
+        return set()
+    listed = there.get("methods") if isinstance(there, dict) else None
+    # "../x" would clear a directory elsewhere.
+    return {name for name in (listed if isinstance(listed, dict) else {}) if is_method_name(name)}
+
+
+def clear_comparison(directory: Path, names: set[str]) -> None:
+    for name in names:
+        clear(directory / name)
+    clear(directory)
+    remove(directory / RECIPE)
+
+
+def named_checkpoint(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint is {name!r}, and there is no such directory")
+    try:
+        Ranks.of_launch().from_first(partial(checkpoints.verify, path))
+    except CheckpointError as error:
+        raise RunDirectoryError(f"resume_from_checkpoint is {name!r}: {error}") from error
+    return path
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / records.TRAINER_STATE))
+
+
+def is_last(checkpoint: Path, args: TRBConfig) -> bool:
+    """Whether nothing is left to train after a checkpoint."""
+    state = state_of(checkpoint)
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+
+
+@contextmanager
+def sole_run(directory: Path, *, first: bool = True, inside: bool = False) -> Iterator[None]:
+    """Keep every other command, also a second start of this one, from writing into a directory, which is made.
+
+    Args:
+        directory: of a run, a comparison, a probe or an evaluation.
+        first: whether this is the first process of its launch; the others hold nothing.
+        inside: as in `trb.safety.files.exclusive`.
+
+    Raises RunDirectoryError naming the holder, or where nothing can be written.
+    """
+    if not first:
+        yield
+        return
+    require_writable(directory)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(directory, inside=inside))
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"another run is writing to {directory}: {error.strerror}; wait for it, or use another output directory"
+            ) from error
+        yield

@@ -1,0 +1,136 @@
+"""One piece of a study: a run, or the scores of a model, done in whatever process it is given to."""
+
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trb import records
+from trb.models.loading import load_model
+from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, STUDY_PLAN, TEST, JsonFile
+from trb.safety.files import exclusive
+from trb.studies.directories import holds_scores, make_again
+from trb.studies.material import load_pair, load_tokenizers, problem_sets
+from trb.studies.run import train
+from trb.studies.scores import evaluate_suites
+from trb.studies.study import ProblemSets, Reference, Study, Unit, load_study
+from trb.tasks.grading import Verifier
+from trb.vocab import SharedVocabulary
+
+__all__ = ["JUDGEMENT", "Job", "do_job", "is_done", "is_whole"]
+
+# What may change between two starts: how results are judged, not what is run.
+JUDGEMENT = ("description", "target", "level", "resamples")
+
+Job = Unit | Reference
+
+
+def do_job(directory: str, keep_models: bool, job: Job) -> float:
+    """Do a job, unless it is done; returns the seconds it took."""
+    start, study = time.monotonic(), _study_in(directory)
+    if isinstance(job, Reference):
+        _score_reference(study, Path(directory), job)
+        return time.monotonic() - start
+    run = Path(directory) / job.path
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run, wait=True, inside=True):
+        if not is_done(Path(directory), job):
+            if job.phase == "test" and not (run / MODEL).is_dir():  # removed once scored, and now needed again
+                (run / RESULTS).unlink(missing_ok=True)
+            train(study.recipe_of(job), run, initial_scores=_initial_scores(Path(directory), job.setting))
+            if job.phase == "test":
+                _score_trained(study, job, run)
+            _keep_seconds(run, time.monotonic() - start)
+        if job.phase == "test" and not keep_models:
+            for leftover in (MODEL, SCORING):
+                shutil.rmtree(run / leftover, ignore_errors=True)
+    return time.monotonic() - start
+
+
+def is_done(directory: Path, job: Job) -> bool:
+    """Whether a job's results are there. Damaged ones are moved aside, so that the job is done again."""
+    if isinstance(job, Reference):
+        return is_whole(REFERENCE_SCORES, directory / job.path)
+    if job.phase == "test":
+        return is_whole(TEST, directory / job.path / TEST)
+    return is_whole(RESULTS, directory / job.path / RESULTS, holds_scores)
+
+
+def is_whole(file: JsonFile, path: Path, check: Callable[[Any], bool] = lambda _: True) -> bool:
+    if not path.exists():
+        return False
+    try:
+        if check(file.read(path)):
+            return True
+    except (IsADirectoryError, ValueError):
+        pass
+    make_again(path)
+    return False
+
+
+def _score_reference(study: Study, directory: Path, job: Reference) -> None:
+    setting = study.settings[job.setting]
+    run = study.scoring_recipe(job.setting, setting.dev).run
+    student, teacher = load_pair(run)
+    vocabulary = SharedVocabulary.of_pair(student, teacher, *load_tokenizers(run))
+    model = student if job.role == "student" else teacher
+    scores = {
+        name: _score(study, job.setting, getattr(setting, name), model, None, vocabulary) for name in ("dev", "test")
+    }
+    REFERENCE_SCORES.write(directory / job.path, scores)
+
+
+def _initial_scores(directory: Path, setting: str) -> list[dict[str, Any]]:
+    """The untrained student on the development split: every run of a setting starts there."""
+    path = directory / Reference(setting, "student").path
+    suites = REFERENCE_SCORES.read(path)["dev"]["suites"].values()
+    return [{key: value for key, value in suite.items() if key != "correct"} for suite in suites]
+
+
+def _score_trained(study: Study, job: Unit, run: Path) -> None:
+    """Score the model of a finished run on the test split, and keep the outcome of every problem."""
+    problems = study.settings[job.setting].test
+    dtype = study.scoring_recipe(job.setting, problems).run.student_dtype
+    model = load_model(str(run / MODEL), dtype=dtype)  # it was saved with every stop id of its pair
+    TEST.write(run / TEST, _score(study, job.setting, problems, model, run / SCORING))
+
+
+def _score(
+    study: Study,
+    setting: str,
+    problems: ProblemSets,
+    model: Any,
+    folder: Path | None,
+    vocabulary: SharedVocabulary | None = None,
+) -> dict[str, Any]:
+    """Scores per suite, each with the number of right answers to every problem. Goes on where `folder` has results."""
+    recipe = study.scoring_recipe(setting, problems)
+    args = recipe.training_config("unused")
+    tokenizer, _ = load_tokenizers(recipe.run)
+    sets = problem_sets(recipe.run)
+    outcomes: dict[str, list[int]] = {}
+    with Verifier(recipe.run.reward_timeout_s) as verifier:
+        scores = evaluate_suites(
+            model,
+            tokenizer=tokenizer,
+            problems=sets,
+            run=recipe.run,
+            args=args,
+            verifier=verifier,
+            folder=folder,
+            outcomes=outcomes,
+            vocabulary=vocabulary,
+        )
+    return {"suites": {score["name"]: score | {"correct": outcomes[score["name"]]} for score in scores}}
+
+
+def _keep_seconds(run: Path, seconds: float) -> None:
+    """How long a run took, apart from what it found: that must not depend on the clock."""
+    records.SECONDS.write(run / records.SECONDS, round(seconds, 1))
+
+
+@cache
+def _study_in(directory: str) -> Study:
+    return load_study(Path(directory) / STUDY_PLAN)

@@ -1,0 +1,237 @@
+"""What a run is made from: models, tokenizers, prompts and problem sets, as its recipe names them."""
+
+import gc
+import json
+import random
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trb.models.loading import load_model, load_tokenizer, take_template
+from trb.records import CONFIG, MODEL, TRAINER_STATE
+from trb.safety.templates import PLAIN_TEMPLATE
+from trb.studies.keys import RunConfig
+from trb.studies.yaml_files import ConfigError
+from trb.tasks.evaluation import BENCHMARKS, load_benchmark
+from trb.tasks.prompts import check_lengths, load_prompts
+from trb.training import checkpoints
+from trb.training.config import TRBConfig
+from trb.training.sharding import loaded_whole
+from trb.vocab import SharedVocabulary, check_same_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "Material",
+    "RunDirectoryError",
+    "free_memory",
+    "load_material",
+    "load_pair",
+    "load_student",
+    "load_tokenizers",
+    "lora",
+    "model_of_run",
+    "problem_sets",
+    "template_options",
+    "with_template_options",
+]
+
+
+class RunDirectoryError(ValueError):
+    """An output directory that cannot be used for this run; the message says why and what to do."""
+
+
+def lora(run: RunConfig) -> Any:
+    if not run.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=run.lora_rank,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=run.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The student's tokenizer, with the recipe's chat template, and the teacher's.
+
+    Raises:
+        ValueError: the two are different tokenizers.
+        RunDirectoryError: one of them lies in a run or a checkpoint that is damaged (`check_seal`).
+    """
+    for spec in dict.fromkeys((run.student, run.teacher)):
+        check_seal(spec)
+    student = load_tokenizer(
+        run.student, trust_remote_code=run.student_trust_remote_code, revision=run.student_revision
+    )
+    teacher = load_tokenizer(
+        run.teacher, trust_remote_code=run.teacher_trust_remote_code, revision=run.teacher_revision
+    )
+    check_same_tokenizer(student, teacher)
+    if run.chat_template is not None:
+        take_template(student, run.chat_template, _template(run.chat_template))
+    return student, teacher
+
+
+def _template(name: str) -> str:
+    if name == "plain":
+        return PLAIN_TEMPLATE
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"chat_template is {name!r}, neither plain nor a readable file: {why}") from error
+
+
+def model_of_run(spec: str) -> str:
+    """The trained model of a run directory; any other spec is itself."""
+    model = Path(spec).expanduser() / MODEL
+    return spec if not model.is_dir() or (model.parent / "config.json").exists() else str(model)
+
+
+def check_seal(spec: str) -> None:
+    """Compare a run's model, or a checkpoint that is used as a model, with the checksums that the run wrote.
+
+    Raises:
+        RunDirectoryError: a file differs.
+    """
+    path = Path(spec).expanduser()
+    # Others may keep a file of this name beside their models.
+    if (path.parent / CONFIG).exists():
+        wrong = checkpoints.differing(path.parent, of=lambda name: name.startswith(f"{path.name}/"))
+    else:
+        wrong = {}
+    if (path / TRAINER_STATE).exists():
+        wrong |= checkpoints.differing(path)
+    if wrong:
+        raise RunDirectoryError(
+            f"{path} is damaged: {'; '.join(wrong.values())}. The command that trained it makes its model again, from "
+            "the last whole checkpoint"
+        )
+
+
+def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedModel:
+    """The student, pruned where the recipe says so. An adapter stays apart from its base, but for training."""
+    return load_model(
+        run.student,
+        dtype=run.student_dtype,
+        trust_remote_code=run.student_trust_remote_code,
+        revision=run.student_revision,
+        keep_layers=run.student_keep_layers,
+        merge_adapter=for_training,
+    )
+
+
+def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The student and the teacher; see `load_student`."""
+    student = load_student(run, for_training=for_training)
+    teacher = load_model(
+        run.teacher,
+        dtype=run.teacher_dtype,
+        trust_remote_code=run.teacher_trust_remote_code,
+        revision=run.teacher_revision,
+    )
+    return student, teacher
+
+
+@dataclass
+class Material:
+    """What a run is made of, checked against each other."""
+
+    tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase
+    prompts: "Dataset"
+    held_out: "Dataset | None"
+    problems: dict[str, "Dataset"]
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    vocabulary: SharedVocabulary
+
+
+def load_material(run: RunConfig, args: TRBConfig) -> Material:
+    """Load everything, what is cheap to find wrong first."""
+    tokenizer, teacher_tokenizer = load_tokenizers(run)
+    prompts, held_out = _training_prompts(run, args, tokenizer)
+    problems = problem_sets(run)
+    with loaded_whole(args):
+        student, teacher = load_pair(run, for_training=True)
+    vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
+    return Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
+
+
+def _training_prompts(
+    run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple["Dataset", "Dataset | None"]:
+    """The prompts to train on, and those held out to measure the loss on."""
+    prompts = load_prompts(
+        run.train_data,
+        split=run.train_split,
+        limit=run.train_limit,
+        seed=run.train_seed,
+        system_prompt=run.system_message,
+        prompt_column=run.train_prompt_column,
+        answer_column=run.train_answer_column,
+        revision=run.train_revision,
+    )
+    prompts = check_lengths(prompts, tokenizer, run.max_prompt_length, run.overlong_prompts, **template_options(args))
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    needed = batch // args.num_generations
+    if len(prompts) - run.held_out_prompts < needed:
+        raise ConfigError(
+            f"{run.train_data} has {len(prompts)} prompts, {run.held_out_prompts} of them held out: fewer than the "
+            f"{needed} of one optimizer step are left; add prompts, or lower prompts_per_step or held_out_prompts"
+        )
+    if not run.held_out_prompts:
+        return prompts, None
+    held_out = set(random.Random(run.train_seed).sample(range(len(prompts)), run.held_out_prompts))
+    return (
+        prompts.select([index for index in range(len(prompts)) if index not in held_out]),
+        prompts.select(sorted(held_out)),
+    )
+
+
+def problem_sets(run: RunConfig) -> dict[str, "Dataset"]:
+    """The problems of every entry of `eval_data`, by its name."""
+    return {name: _problems(name, run) for name in run.eval_data}
+
+
+def _problems(name: str, run: RunConfig) -> "Dataset":
+    benchmark, _, path = name.partition("=")
+    if benchmark not in BENCHMARKS:
+        return load_prompts(
+            name, split=run.eval_split, limit=run.eval_limit, seed=run.eval_seed, system_prompt=run.system_message
+        )
+    problems = load_benchmark(benchmark, path or None)
+    if run.eval_limit is None or run.eval_limit >= len(problems):
+        return problems
+    return problems.select(sorted(random.Random(run.eval_seed).sample(range(len(problems)), run.eval_limit)))
+
+
+def template_options(args: TRBConfig) -> dict[str, Any]:
+    """Keyword arguments of the chat template."""
+    options = args.chat_template_kwargs or {}
+    return dict(options) if isinstance(options, dict) else json.loads(options)
+
+
+def with_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """A tokenizer whose chat template gets `options`, as the trainer's does."""
+    if not options:
+        return tokenizer
+    tokenizer = copy(tokenizer)
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **options)  # type: ignore[method-assign]
+    return tokenizer

@@ -1,0 +1,345 @@
+"""Everything that can be said of a pair before it is trained: the diagnostics of section 6 in one directory."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
+from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
+from trb.safety.files import finite
+from trb.studies import provenance
+from trb.studies.diagnostics import (
+    KL_BUDGETS,
+    LEVEL,
+    SKD_TOP_K,
+    budget_curve,
+    check_truncations,
+    continuation_probe,
+    default_truncations,
+    matched_excerpts,
+    replacement_curve,
+)
+from trb.studies.directories import make_again, sole_run
+from trb.studies.listener import Listener
+from trb.studies.material import (
+    RunDirectoryError,
+    load_pair,
+    load_tokenizers,
+    model_of_run,
+    problem_sets,
+    template_options,
+)
+from trb.studies.recipe import Recipe
+from trb.studies.scores import precision
+from trb.studies.subject import ROWS, Remember, Subject
+from trb.studies.yaml_files import ConfigError
+from trb.tasks.grading import Verifier
+
+__all__ = ["probe"]
+
+# What the numbers of a probe depend on; rows in flight and the device only round differently.
+_READ_OF_RECIPE = (
+    *("student_revision", "student_dtype", "student_keep_layers", "teacher", "teacher_revision", "teacher_dtype"),
+    *("chat_template", "system_prompt", "eval_data", "eval_split", "eval_seed", "eval_limit", "reward_timeout_s"),
+)
+
+_NOT_KEPT = ("recipe", "max_rows", "device")
+
+
+def probe(
+    recipe: Recipe,
+    output_dir: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    budgets: Sequence[float] = KL_BUDGETS,
+    truncations: Sequence[int] | None = None,
+    kl_budget: float | None = None,
+    skd_top_k: Sequence[int] = SKD_TOP_K,
+    problems: int = 128,
+    samples: int = 4,
+    excerpts: int = 4,
+    alternatives: int = 3,
+    max_new_tokens: int | None = None,
+    max_rows: int | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Every diagnostic of a recipe's pair, on its evaluation problems; returns what probe.json holds.
+
+    Writes probe.json (infinities as null), provenance.json and rollouts.jsonl (the excerpts). Finished parts stay in
+    parts/, from where a killed probe goes on; a finished probe with the same settings is returned as it is.
+
+    Args:
+        recipe: a checked recipe with `eval_data`. Its methods, if any, only tell the settings of trb and skd.
+        output_dir: the directory of this probe.
+        model: another student than the recipe's: a run directory (its model/ is read), or a model spec.
+        budgets: of `budget_curve`; empty to leave it out.
+        truncations: of `continuation_probe`, in tokens; by default `default_truncations`, empty to leave it out.
+        kl_budget: of the trust region in the continuation probe and the excerpts; by default the recipe's.
+        skd_top_k: of `replacement_curve`, at the recipe's `skd_teacher_temperature`; empty to leave it out.
+        problems: at most so many of every problem set.
+        samples: rollouts per problem and policy.
+        excerpts: problems shown token by token; 0 for none.
+        alternatives: likeliest tokens per law shown with each token.
+        max_new_tokens: longest completion; by default the recipe's max_completion_length.
+        max_rows: completions in flight; by default `eval_max_rows` of the recipe, or 256.
+        seed: of the draws; by default the recipe's.
+        overwrite: remove the probe that the directory holds.
+        listener: hears about progress.
+
+    Raises:
+        ConfigError: a recipe without evaluation data.
+        RunDirectoryError: the directory holds a probe with other settings.
+        ValueError, OSError: a value out of range, or models or data that cannot be loaded or do not go together.
+    """
+    if not recipe.run.eval_data:
+        raise ConfigError(f"{recipe.source}: eval_data is empty; a probe needs problems with answers")
+    directory, listener = Path(output_dir), listener or Listener()
+    settings = _Settings.of(
+        recipe,
+        directory,
+        model=model,
+        budgets=tuple(map(float, budgets)),
+        truncations=truncations,
+        kl_budget=kl_budget,
+        skd_top_k=tuple(skd_top_k),
+        problems=problems,
+        samples=samples,
+        excerpts=excerpts,
+        alternatives=alternatives,
+        max_new_tokens=max_new_tokens,
+        max_rows=max_rows,
+        seed=seed,
+    )
+    with sole_run(directory, inside=True):  # beside the runs of a study, it touches none of them
+        return _probe_alone(recipe, settings, directory, overwrite, listener)
+
+
+def _probe_alone(
+    recipe: Recipe, settings: "_Settings", directory: Path, overwrite: bool, listener: Listener
+) -> dict[str, Any]:
+    """The probe itself, in a directory that nobody else writes to."""
+    if overwrite:
+        _clear(directory)
+    parts = _Parts(directory / PARTS, listener)
+    parts.claim(settings.to_dict())
+    finished = directory / PROBE
+    if finished.exists():
+        try:
+            return PROBE.read(finished)
+        except ValueError:
+            make_again(finished)
+    provenance.write(directory)
+    with Verifier(recipe.run.reward_timeout_s) as verifier:
+        results = _measure(settings, verifier, parts, directory, listener)
+    PROBE.write(finished, results)
+    return results
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Everything that decides the numbers of a probe."""
+
+    recipe: Recipe
+    student: str
+    budgets: tuple[float, ...]
+    truncations: tuple[int, ...]
+    kl_budget: float
+    skd_top_k: tuple[int, ...]
+    skd_default_top_k: int
+    skd_temperature: float
+    problems: int
+    samples: int
+    excerpts: int
+    alternatives: int
+    max_new_tokens: int
+    max_rows: int
+    seed: int
+    temperature: float
+    template_options: Mapping[str, Any]
+    dtype: str | None
+    device: str
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        directory: Path,
+        *,
+        model: str | None,
+        truncations: Sequence[int] | None,
+        kl_budget: float | None,
+        max_new_tokens: int | None,
+        max_rows: int | None,
+        seed: int | None,
+        **given: Any,
+    ) -> "_Settings":
+        args = recipe.training_config(directory)
+        if args.world_size > 1:
+            raise ConfigError("a probe runs in one process; start it without a launcher")
+        trb, skd = (_variant(recipe, method).training_config(directory) for method in ("trb", "skd"))
+        longest = int(args.max_completion_length or 0) if max_new_tokens is None else max_new_tokens
+        return cls(
+            recipe=recipe,
+            student=recipe.run.student if model is None else model_of_run(model),
+            truncations=default_truncations(longest) if truncations is None else tuple(truncations),
+            kl_budget=trb.initial_kl_budget if kl_budget is None else kl_budget,
+            skd_default_top_k=skd.skd_teacher_top_k,
+            skd_temperature=skd.skd_teacher_temperature,
+            max_new_tokens=longest,
+            max_rows=max_rows or recipe.run.eval_max_rows or ROWS,
+            seed=args.seed if seed is None else seed,
+            temperature=args.temperature,
+            template_options=template_options(args),
+            dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+            device=str(args.device),
+            **given,
+        )
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("problems", 2), ("samples", 1), ("excerpts", 0), ("alternatives", 0)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        for name in ("max_new_tokens", "max_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_truncations(self.truncations, self.max_new_tokens)
+        for budget in (*self.budgets, self.kl_budget):
+            TrustRegionPolicy(budget)
+        for top_k in self.skd_top_k:
+            SKDPolicy(top_k, self.skd_temperature)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What another probe must agree on to go on from this one's parts, as JSON types."""
+        run = replace(self.recipe.run, eval_limit=self._limit)
+        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in _NOT_KEPT}
+        return json.loads(json.dumps({name: getattr(run, name) for name in _READ_OF_RECIPE} | own))
+
+    @property
+    def _limit(self) -> int:
+        return min(self.problems, self.recipe.run.eval_limit or self.problems)
+
+    def load(self, verifier: Verifier, remember: Remember) -> tuple[Subject, dict[str, int]]:
+        """The subject, and how many problems each set contributed."""
+        run = replace(self.recipe.run, eval_limit=self._limit)
+        tokenizer, teacher_tokenizer = load_tokenizers(run)
+        sets = problem_sets(run)
+        if self.student != run.student:
+            run = replace(run, student=self.student, student_revision=None)
+        student, teacher = (model.to(self.device) for model in load_pair(run))  # type: ignore[arg-type]
+        subject = Subject(
+            student,
+            teacher,
+            tokenizer,
+            [row for rows in sets.values() for row in rows],
+            verifier,
+            samples=self.samples,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            max_rows=self.max_rows,
+            teacher_tokenizer=teacher_tokenizer,
+            template_options=self.template_options,
+            remember=remember,
+        )
+        return subject, {name: len(rows) for name, rows in sets.items()}
+
+
+def _variant(recipe: Recipe, method: str) -> Recipe:
+    """The recipe of the first entry that trains by `method`, or else the recipe itself."""
+    for name, entry in recipe.run.methods.items():
+        if (entry or {}).get("method", name) == method:
+            return recipe.for_method(name)
+    return recipe
+
+
+def _measure(
+    settings: _Settings, verifier: Verifier, parts: "_Parts", directory: Path, listener: Listener
+) -> dict[str, Any]:
+    listener.stage("loading models and problems")
+    subject, counts = settings.load(verifier, parts)
+    trust_region = TrustRegionPolicy(settings.kl_budget)
+    policies: dict[str, BehaviorPolicy] = {"student": StudentPolicy(), "trb": trust_region}
+    shown = {**policies, "skd": SKDPolicy(settings.skd_default_top_k, settings.skd_temperature)}
+    results: dict[str, Any] = {
+        "student": settings.student,
+        "teacher": settings.recipe.run.teacher,
+        "problems": counts,
+        "samples": settings.samples,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "kl_budget": settings.kl_budget,
+        "skd_teacher_temperature": settings.skd_temperature,
+        "seed": settings.seed,
+        "level": LEVEL,
+        "continuation": None,
+        "budgets": None,
+        "replacement": None,
+    }
+    with precision(settings.recipe.training_config(directory)):
+        if settings.truncations:
+            results["continuation"] = continuation_probe(subject, policies=policies, truncations=settings.truncations)
+        if settings.budgets:
+            results["budgets"] = budget_curve(subject, budgets=settings.budgets)
+        if settings.skd_top_k:
+            results["replacement"] = replacement_curve(
+                subject, top_ks=settings.skd_top_k, teacher_temperature=settings.skd_temperature
+            )
+        if settings.excerpts:
+            listener.stage("excerpts")
+            records = matched_excerpts(subject, policies=shown, prompts=settings.excerpts, top=settings.alternatives)
+            ROLLOUTS.write(directory / ROLLOUTS, records)
+    return finite({**results, "provenance": provenance.describe()})
+
+
+class _Parts:
+    """Remembers finished parts as files, so that a killed probe goes on from there."""
+
+    def __init__(self, folder: Path, listener: Listener) -> None:
+        self.folder, self.listener = folder, listener
+
+    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
+        path = self.folder / part_name(name)
+        if path.exists():
+            try:
+                return PART.read(path)
+            except ValueError:
+                make_again(path)
+        self.listener.stage(name)
+        value = compute()
+        PART.write(path, value)
+        return value
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Take the folder for these settings, or refuse if it was taken for others."""
+        path, directory = self.folder / PROBE_SETTINGS, self.folder.parent
+        runs = [file for file in RUN_MARKS if (directory / file).exists()]
+        if runs:
+            raise RunDirectoryError(f"{directory} holds {runs[0]} of a training run; give the probe its own directory")
+        begun = [part for part in self.folder.glob("*") if PART.claims(part) and part != path]
+        if begun and path.exists():
+            there = PROBE_SETTINGS.read(path)
+            different = [key for key in dict.fromkeys([*there, *settings]) if there.get(key) != settings.get(key)]
+            if different:
+                named = "; ".join(
+                    f"{key} is {there.get(key)!r} there and {settings.get(key)!r} here" for key in different
+                )
+                raise RunDirectoryError(
+                    f"{directory} holds another probe: {named}. Use another output directory, or --overwrite to "
+                    "remove what is there"
+                )
+        PROBE_SETTINGS.write(path, settings)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what a probe writes, and nothing else."""
+    if (directory / PARTS / PROBE_SETTINGS).exists():
+        shutil.rmtree(directory / PARTS)
+        for file in (PROBE, ROLLOUTS, PROVENANCE):
+            (directory / file).unlink(missing_ok=True)

@@ -1,0 +1,304 @@
+"""Experiments: train one method, or several from the same start, and leave everything on disk that a reader needs.
+
+A run directory holds config.yaml (a recipe with every default filled in), provenance.json, metrics.jsonl, evals.jsonl,
+held_out.jsonl, rollouts.jsonl, checkpoints, evaluations/ (results per problem), model/ and, once finished,
+results.json. A comparison directory holds recipe.yaml, evaluations/ of the student and the teacher, one run directory
+per method, and results.json. Calling again continues: finished parts are kept, an interrupted run starts from its last
+complete checkpoint, and another configuration in the same directory is refused.
+
+Methods of a comparison start from the same weights, see the same prompts in the same order and, because every draw is
+a function of (seed, prompt, rollout, position), share their noise: paired comparisons have less variance.
+
+Left out on purpose: sweeps over settings and seeds, machines other than this one, and drawing (`trb.report`).
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+
+from trb import records
+from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RESULTS
+from trb.safety.files import remove
+from trb.studies import provenance
+from trb.studies.directories import (
+    begin,
+    check_claim,
+    clear,
+    finish_pruning,
+    finished_results,
+    is_damaged,
+    is_last,
+    named_checkpoint,
+    seal_run,
+    sole_run,
+    state_of,
+)
+from trb.studies.disks import explained_disk_errors, require_space
+from trb.studies.keys import RunConfig
+from trb.studies.listener import Listener
+from trb.studies.material import Material, RunDirectoryError, free_memory, load_material, lora
+from trb.studies.recipe import Recipe
+from trb.studies.scores import evaluate_suites, mean_of_suites
+from trb.studies.yaml_files import ConfigError
+from trb.tasks.grading import Verifier
+from trb.training import checkpoints
+from trb.training.config import TRBConfig
+from trb.training.methods import name_of
+from trb.training.ranks import Ranks
+from trb.training.recording import drop_after_step, read_records
+from trb.training.trainer import TRBTrainer
+
+__all__ = ["train", "train_in"]
+
+_KEPT_LOGS = 10
+
+
+def train(
+    recipe: Recipe,
+    output_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+    listener: Listener | None = None,
+    initial_scores: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Train one student, evaluating it before, during and after; returns what results.json holds.
+
+    Args:
+        recipe: a checked recipe (`trb.studies.recipe.load_recipe`).
+        output_dir: the run directory. A finished run with this recipe is returned as it is; an interrupted one goes on
+            from its last complete checkpoint.
+        overwrite: remove the run that the directory holds, and start over.
+        accept_changes: go on from a checkpoint though the recipe, the data or the models have changed, with a warning.
+            What was measured before stays as it was measured.
+        listener: hears about progress.
+        initial_scores: what `evaluate_suites` said of the untrained student, where that is known already.
+
+    Raises:
+        ConfigError: the trainer refuses a value.
+        RunDirectoryError: the directory holds another run, cannot be written, or its disk lacks the space.
+        DiskFullError: the disk filled up while saving. Earlier checkpoints and metrics are intact.
+        ValueError, OSError: models or data cannot be loaded, or do not go together.
+    """
+    if recipe.run.methods:
+        raise ConfigError(f"{recipe.source} has methods: choose one with for_method, or use compare")
+    listener, args = listener or Listener(), recipe.training_config(output_dir)
+    listener.plan({name_of(args): max(0, args.max_steps)})
+    return train_in(recipe, Path(output_dir), name_of(args), initial_scores, overwrite, listener, accept_changes)
+
+
+# ---- one run ----
+
+
+def train_in(
+    recipe: Recipe,
+    directory: Path,
+    name: str,
+    before: list[dict[str, Any]] | None,
+    overwrite: bool,
+    listener: Listener,
+    accept_changes: bool,
+) -> dict[str, Any]:
+    """`train` under a name, with the initial student's scores where they are known already."""
+    args = recipe.training_config(directory)
+    finished = None if overwrite else Ranks.of_launch().from_first(lambda: finished_results(directory, recipe))
+    if finished is not None:
+        listener.finished(name)
+        return finished
+    with sole_run(directory, first=args.process_index == 0):
+        if overwrite and args.process_index == 0:
+            clear(directory)
+        args.distributed_state.wait_for_everyone()
+        return _train_alone(recipe, args, directory, name, before, listener, accept_changes)
+
+
+def _train_alone(
+    recipe: Recipe,
+    args: TRBConfig,
+    directory: Path,
+    name: str,
+    before: list[dict[str, Any]] | None,
+    listener: Listener,
+    accept_changes: bool,
+) -> dict[str, Any]:
+    """The run itself, in a directory that nobody else writes to."""
+    run = recipe.run
+    found = Ranks.of_launch().from_first(partial(checkpoints.latest, directory))
+    checkpoint = check_claim(directory, recipe, found, accept_changes)
+    checkpoint = named_checkpoint(args.resume_from_checkpoint) or checkpoint
+    if checkpoint is None and checkpoints.numbered(directory):
+        raise RunDirectoryError(
+            f"{checkpoints.none_whole(directory)}, and starting over would drop what it has measured. Use another "
+            "output directory, or --overwrite to remove what is there"
+        )
+    listener.stage(f"{name}: loading models and data")
+    material = load_material(run, args)
+    require_space(directory, material.student, run, args)
+    with Verifier(run.reward_timeout_s) as verifier, explained_disk_errors(directory):
+        score = partial(
+            evaluate_suites,
+            tokenizer=material.tokenizer,
+            problems=material.problems,
+            run=run,
+            args=args,
+            verifier=verifier,
+            vocabulary=material.vocabulary,
+        )
+        observer = _Observer(directory, name, run.eval_every if material.problems else 0, score, listener)
+        trainer = observer.trainer = _trainer(material, run, args, verifier, observer)
+        trainer.check_prompts()
+        config = directory / CONFIG
+        unknown = Ranks.of_launch().from_first(lambda: is_damaged(config))
+        if checkpoint is not None and not accept_changes and (unknown or not is_last(checkpoint, args)):
+            trainer.check_same_run(checkpoint)
+        if args.process_index == 0:
+            # Not before: a run that cannot start must not claim the directory.
+            begin(directory, recipe, afresh=checkpoint is None)
+            if checkpoint is not None and args.resume_from_checkpoint is None:
+                finish_pruning(directory, checkpoint, args)
+        args.distributed_state.wait_for_everyone()
+        if observer.scores_at(0) is None:
+            observer.measure(0) if before is None else observer.keep(0, before)
+        start = time.monotonic()
+        _take_steps(trainer, checkpoint, accept_changes)
+        seconds = round(time.monotonic() - start, 1)
+        steps = trainer.state.global_step
+        if run.save_final_model:
+            listener.stage(f"{name}: saving the model")
+            _save_model(trainer, directory)
+        observer.measure(steps)
+        trained = mean_of_suites(observer.scores_at(steps) or []) | {"steps": steps, "train_seconds": seconds}
+        results = {
+            "student": mean_of_suites(observer.scores_at(0) or []),
+            name: trained | _held_out_summary(directory),
+            "provenance": provenance.describe(),
+        }
+        if args.process_index == 0:
+            RESULTS.write(directory / RESULTS, results)
+            seal_run(directory, args)
+    listener.finished(name)
+    del trainer, observer, material, score
+    free_memory()
+    return results
+
+
+def _trainer(
+    material: "Material", run: RunConfig, args: TRBConfig, verifier: Verifier, observer: "_Observer"
+) -> TRBTrainer:
+    set_seed(args.seed)  # before adapters are initialised
+    trainer = TRBTrainer(
+        model=material.student,
+        teacher_model=material.teacher,
+        args=args,
+        train_dataset=material.prompts,
+        eval_dataset=material.held_out,
+        processing_class=material.tokenizer,
+        teacher_processing_class=material.teacher_tokenizer,
+        reward_fn=verifier.score,
+        peft_config=lora(run),
+        callbacks=[observer],
+    )
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    return trainer
+
+
+def _take_steps(trainer: TRBTrainer, checkpoint: Path | None, accept_changes: bool) -> None:
+    """Train to the end, from a checkpoint where there is one. Raises ValueError for one that could run code."""
+    if checkpoint is None:
+        trainer.args.eval_on_start = trainer.eval_dataset is not None
+        trainer.train()
+    elif is_last(checkpoint, trainer.args):
+        # transformers would take one more step than asked for.
+        if checkpoint.parent == Path(str(trainer.args.output_dir)):
+            Ranks.of_launch().from_first(partial(checkpoints.check_reach, checkpoint))
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state_of(checkpoint)
+    else:
+        # Verified it was, before anything was loaded.
+        trainer.train(resume_from_checkpoint=str(checkpoint), verify=False, accept_changes=accept_changes)
+
+
+class _Observer(TrainerCallback):
+    """Evaluates during training, keeps evals.jsonl in step with the checkpoints, and tells the listener."""
+
+    trainer: TRBTrainer
+
+    def __init__(self, directory: Path, name: str, every: int, score: Any, listener: Listener) -> None:
+        self.directory, self.name, self.every, self.score, self.listener = directory, name, every, score, listener
+        self.path = directory / EVALS
+        self._logs: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            drop_after_step(self.path, state.global_step)
+            for folder in (self.directory / EVALUATIONS).glob("*"):
+                if (records.named_step(folder) or 0) > state.global_step:
+                    shutil.rmtree(folder)
+        self.listener.run(self.name, state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self._logs = dict(logs or {})
+        # metrics.jsonl has them all. Here they would fill the memory, and each checkpoint's trainer_state.json.
+        del state.log_history[:-_KEPT_LOGS]
+        if "loss" in self._logs:
+            self.listener.step(state.global_step, self._logs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not control.should_log:
+            self.listener.step(state.global_step, self._logs)
+        # The last evaluation comes after training, when the model has been saved.
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.measure(state.global_step)
+            self.listener.run(self.name, state.global_step, state.max_steps)
+
+    def measure(self, step: int) -> None:
+        """Evaluate the student as it is now and record the scores under `step`."""
+        student = self.trainer.sampling_student()
+        folder = self.directory / EVALUATIONS / records.step_name(step)
+        self.keep(step, self.score(student, folder=folder, label=f"{self.name}: step {step}", listener=self.listener))
+
+    def keep(self, step: int, scores: list[dict[str, Any]]) -> None:
+        """Record scores under `step`, in place of any that are there."""
+        if scores and self.trainer.args.process_index == 0:
+            drop_after_step(self.path, step - 1)
+            EVALS.append(self.path, [{"step": step, **score} for score in scores])
+        self.trainer.accelerator.wait_for_everyone()
+
+    def scores_at(self, step: int) -> list[dict[str, Any]] | None:
+        """The recorded scores of `step`, or None; the first process reads for all, so that they decide alike."""
+        return Ranks.of_launch().from_first(lambda: self._recorded(step))
+
+    def _recorded(self, step: int) -> list[dict[str, Any]] | None:
+        recorded = (record for record in read_records(self.path) if record["step"] == step)
+        found = [{key: record[key] for key in record if key != "step"} for record in recorded]
+        return found or None
+
+
+def _held_out_summary(directory: Path) -> dict[str, Any]:
+    """The first and the last measurement on held-out prompts: the student's own rollouts, whatever the sampler was."""
+    recorded = read_records(directory / records.HELD_OUT)
+    if not recorded:
+        return {}
+    ends = zip(("before", "after"), (recorded[0], recorded[-1]), strict=True)
+    keys = ("step", "loss", "trb/teacher_log_prob")
+    return {"held_out": {name: {key: record.get(key) for key in keys} for name, record in ends}}
+
+
+def _save_model(trainer: TRBTrainer, directory: Path) -> None:
+    """Write model/ so that it is never seen half written."""
+    partial_copy, target = directory / records.MODEL_PARTIAL, directory / MODEL
+    if trainer.args.process_index == 0:
+        remove(partial_copy)  # what a kill has left there would be part of the model
+    trainer.save_model(str(partial_copy))
+    if trainer.args.process_index == 0:
+        (partial_copy / "training_args.bin").unlink(missing_ok=True)  # config.yaml says it, and no code in it
+        shutil.rmtree(target, ignore_errors=True)
+        partial_copy.rename(target)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,187 @@
+"""Scores of models on problem sets, their means, and the results file that keeps them."""
+
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trb import records
+from trb.models.memory import memory_estimate
+from trb.models.modeling import without_adapters
+from trb.records import EVALUATIONS, RECIPE, SCORES
+from trb.safety.files import write_text
+from trb.studies.directories import set_aside
+from trb.studies.keys import RunConfig
+from trb.studies.listener import Listener
+from trb.studies.material import free_memory, load_material, template_options, with_template_options
+from trb.studies.recipe import Recipe
+from trb.studies.statistics import combined_interval
+from trb.tasks.evaluation import evaluate
+from trb.tasks.grading import Verifier
+from trb.training import checkpoints
+from trb.training.config import TRBConfig
+from trb.training.ranks import Ranks
+from trb.vocab import SharedVocabulary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["evaluate_suites", "mean_of_suites", "precision", "scores_before"]
+
+logger = logging.getLogger(__name__)
+
+_CPU_CACHE_BYTES = 2 << 30
+
+_MOST_ROWS = 512
+
+
+def evaluate_suites(
+    model: PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Mapping[str, "Dataset"],
+    run: RunConfig,
+    args: TRBConfig,
+    verifier: Verifier,
+    folder: Path | None = None,
+    label: str = "",
+    listener: Listener | None = None,
+    outcomes: dict[str, list[int]] | None = None,
+    vocabulary: SharedVocabulary | None = None,
+) -> list[dict[str, Any]]:
+    """pass@1 of `model` on every problem set, as the lines of evals.jsonl without their step.
+
+    Sampling runs in the precision of training. The processes of a launch share the problems, so `model` must be whole
+    on each; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
+    `outcomes` is filled with the number of right answers to every problem, by problem set. `vocabulary` is as in
+    `trb.tasks.evaluation.evaluate`.
+    """
+    longest = run.eval_max_new_tokens or int(args.max_completion_length or 0)
+    scores = []
+    for name, rows in problems.items():
+        (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
+        with precision(args):
+            result = evaluate(
+                model.to(args.device),  # type: ignore[arg-type]
+                with_template_options(tokenizer, template_options(args)),
+                rows,
+                n=run.samples_of(name),
+                max_new_tokens=longest,
+                temperature=run.eval_temperature,
+                seed=run.eval_seed,
+                max_rows=run.eval_max_rows or _rows_in_flight(model, run.max_prompt_length + longest, args.device),
+                results_path=folder / records.problems_name(name) if folder else None,
+                ranks=Ranks.of_launch(),
+                verifier=verifier,
+                name=name,
+                progress=False,
+                vocabulary=vocabulary,
+            )
+        if outcomes is not None:
+            outcomes[name] = result.correct
+        scores.append(result.to_dict())
+    return scores
+
+
+def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """One score from those of several problem sets: the unweighted mean of pass@1 (paper, section 6).
+
+    The interval combines theirs as independent ones (`trb.studies.statistics.combined_interval`). The single scores
+    stay under "suites". Without scores, pass_at_1 is None.
+    """
+    if not scores:
+        return {"name": "", "pass_at_1": None, "interval": None}
+    if len(scores) == 1:
+        return dict(scores[0])
+    count, samples = len(scores), sum(score["n_samples"] for score in scores)
+    mean = math.fsum(score["pass_at_1"] for score in scores) / count
+    low, high = combined_interval([(score["pass_at_1"], score["interval"]) for score in scores])
+    weighted = {
+        key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples
+        for key in ("mean_length", "stop_rate")
+    }
+    return {
+        "name": "mean of " + ", ".join(score["name"] for score in scores),
+        "pass_at_1": mean,
+        "interval": [max(0.0, low), min(1.0, high)],
+        "n_problems": sum(score["n_problems"] for score in scores),
+        "n_samples": samples,
+        **weighted,
+        "suites": {score["name"]: score for score in scores},
+    }
+
+
+def scores_before(
+    recipe: Recipe, args: TRBConfig, directory: Path, listener: Listener
+) -> dict[str, list[dict[str, Any]]]:
+    """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read."""
+    folder = directory / EVALUATIONS
+    paths = {name: folder / records.role_name(name) for name in ("student", "teacher")}
+    if args.process_index == 0:
+        _check_sealed_scores(directory, paths)
+    args.distributed_state.wait_for_everyone()
+    missing = not all(path.exists() for path in paths.values())
+    args.distributed_state.wait_for_everyone()  # nobody looks after somebody has written
+    if missing:
+        listener.stage("loading models and data")
+        material = load_material(recipe.run, args)
+        if args.process_index == 0:
+            write_text(directory / RECIPE, recipe.to_yaml())
+        with Verifier(recipe.run.reward_timeout_s) as verifier:
+            for name in paths:
+                scores = evaluate_suites(
+                    getattr(material, name),
+                    tokenizer=material.tokenizer,
+                    problems=material.problems,
+                    run=recipe.run,
+                    args=args,
+                    verifier=verifier,
+                    folder=folder / name,
+                    label=f"{name} before training" if name == "student" else name,
+                    listener=listener,
+                    vocabulary=material.vocabulary,
+                )
+                if args.process_index == 0:
+                    SCORES.write(paths[name], scores)
+        del material
+        free_memory()
+        args.distributed_state.wait_for_everyone()
+    elif args.process_index == 0:
+        write_text(directory / RECIPE, recipe.to_yaml())  # methods may have joined
+    return {name: SCORES.read(path) for name, path in paths.items()}
+
+
+def _check_sealed_scores(directory: Path, paths: Mapping[str, Path]) -> None:
+    """Set damaged scores aside, so that they are measured again, and take the seal off what is written next."""
+    wrong = checkpoints.differing(directory)
+    for name, path in paths.items():
+        if path.exists() and (f"{EVALUATIONS}/{path.name}" in wrong or not _read_scores(path)):
+            logger.warning("%s is damaged; moved to %s, and the %s is scored again", path, set_aside(path).name, name)
+    checkpoints.unseal(directory)
+
+
+def _read_scores(path: Path) -> list[dict[str, Any]] | None:
+    try:
+        return list(SCORES.read(path))
+    except (IsADirectoryError, ValueError):
+        return None
+
+
+def precision(args: TRBConfig) -> AbstractContextManager[Any]:
+    """The autocast context that training runs in."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype=dtype)
+
+
+def _rows_in_flight(model: PreTrainedModel, tokens: int, device: torch.device) -> int:
+    """How many completions keep their KV cache within 2 GiB, or a quarter of a GPU's memory."""
+    budget = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else _CPU_CACHE_BYTES
+    row = memory_estimate(without_adapters(model), batch=1, sequence_length=tokens, training=False, dtype="auto")[
+        "kv_cache"
+    ]
+    return max(1, min(_MOST_ROWS, budget // max(1, row)))
