@@ -11,50 +11,24 @@ import pytest
 import trb
 
 PACKAGE = Path(trb.__file__).parent
-# Each may import only from those before it. A package counts as one layer: its inner order is its own affair.
+# The rooms, in the order of docs/architecture.md: each may import only from those before it, and inside a room nothing
+# imports in a circle.
 LAYERS = (
-    "statistics",
-    "choices",
-    "files",
-    "untrusted",
-    "typed_files",
+    "errors",
+    "safety",
     "records",
-    "confinement",
-    "templates",
-    "ranks",
-    "blend_trial",
-    "blend_native",
-    "blend_triton",
     "blend",
     "schedule",
     "vocab",
     "policies",
-    "modeling",
     "losses",
-    "methods",
-    "metrics",
-    "sampling",
-    "scoring",
-    "sharding",
     "zoo",
-    "loading",
+    "models",
+    "sampling",
+    "training",
+    "tasks",
     "planning",
-    "data",
-    "rewards",
-    "provenance",
-    "evaluation",
-    "recording",
-    "checkpoints",
-    "resume",
-    "guard",
-    "vllm_rollouts",
-    "trainer",
-    "config",
-    "experiments",
-    "study",
-    "findings",
-    "sweep",
-    "diagnostics",
+    "studies",
     "report",
     "cli",
 )
@@ -119,6 +93,65 @@ def violations(package: Path, layers: tuple[str, ...] = LAYERS) -> list[str]:
 
 def test_imports_go_one_way() -> None:
     assert violations(PACKAGE) == []
+
+
+def imported_modules(path: Path, package: Path) -> Iterator[str]:
+    """Dotted names of every module of the package that a file imports, inside functions too."""
+    for node in imports(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] != package.name:
+                continue
+            for length in range(len(parts), 1, -1):
+                place = package.joinpath(*parts[1:length])
+                if place.with_suffix(".py").is_file() or (place / "__init__.py").is_file():
+                    yield ".".join(parts[:length])
+                    break
+
+
+def circles(package: Path) -> list[list[str]]:
+    """Groups of modules that import each other."""
+    names = {}
+    for path in package.rglob("*.py"):
+        parts = (package.name, *path.relative_to(package).with_suffix("").parts)
+        names[".".join(parts).removesuffix(".__init__")] = path
+    edges = {name: set(imported_modules(path, package)) - {name} for name, path in names.items()}
+    reach = {name: set(targets) for name, targets in edges.items()}
+    for _ in names:
+        grown = {name: found.union(*(reach.get(target, set()) for target in found)) for name, found in reach.items()}
+        if grown == reach:
+            break
+        reach = grown
+    looping = sorted(name for name in names if name in reach[name])
+    return [
+        sorted(other for other in looping if other in reach[name])
+        for name in looping
+        if name == min(other for other in looping if other in reach[name] and name in reach[other])
+    ]
+
+
+def test_no_modules_import_in_a_circle() -> None:
+    assert circles(PACKAGE) == []
+
+
+def test_the_check_sees_a_circle(tmp_path: Path) -> None:
+    package = tmp_path / "pkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for name, source in (("a", "from pkg.b import f"), ("b", "def f():\n    import pkg.c"), ("c", "from pkg import a")):
+        (package / f"{name}.py").write_text(source)
+    (package / "d.py").write_text("from pkg import a")
+    assert circles(package) == [["pkg.a", "pkg.b", "pkg.c"]]
+
+
+def test_modules_are_small_and_few_are_at_the_root() -> None:
+    long = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in long.items() if lines > 500} == {}
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
 
 
 @pytest.mark.parametrize(
