@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trb
 from trb.cli.display import message, new_console
-from trb.safety.untrusted import foreign_directory, printable
+from trb.cli.outline import outline
+from trb.safety.untrusted import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,40 +207,6 @@ def _check_pair(run: "RunConfig", args: "TRBConfig", launch: Launch, *, has_leng
 
 def _ids(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids))
-
-
-def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrainedModel":
-    """A model without weights: what it would be, without the memory to load it.
-
-    With `weights=False` a directory that holds only a config.json will do.
-    """
-    import torch
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    from trb.models.directories import check_config
-    from trb.models.loading import load_model, resolve
-    from trb.models.pruning import prune_depth
-
-    spec, revision = getattr(run, role), getattr(run, f"{role}_revision")
-    trust = getattr(run, f"{role}_trust_remote_code")
-    keep = run.student_keep_layers if role == "student" else None
-    if (Path(spec).expanduser() / "adapter_config.json").is_file():
-        return load_model(spec, trust_remote_code=trust, keep_layers=keep, merge_adapter=role == "student")
-    directory = Path(spec).expanduser()
-    shape_only = not weights and (directory / "config.json").is_file()
-    if shape_only:
-        foreign_directory(directory, also=Path(HF_HUB_CACHE))
-    source = directory if shape_only else resolve(spec, revision)
-    check_config(source, trust_remote_code=trust, revision=revision)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
-    except OSError:  # none was saved; the model's configuration names the stop ids
-        model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id)
-    return model if keep is None else prune_depth(model, keep)
 
 
 def _check_lengths(

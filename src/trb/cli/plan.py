@@ -68,7 +68,7 @@ def _accelerators(arguments: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _pair(recipe: "Recipe", args: "TRBConfig") -> "Pair":
-    from trb.cli.doctor import outline
+    from trb.cli.outline import outline
     from trb.planning import Pair
 
     student, teacher = (outline(recipe.run, role, weights=False) for role in ("student", "teacher"))

@@ -1,0 +1,118 @@
+"""`trb eval`: pass@1 of a model, or of a run's, on problem sets."""
+
+import argparse
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from trb.cli.display import listening, new_console, score_table
+from trb.cli.probe import OF_A_RUN
+from trb.records import EVALUATIONS, RESULTS
+
+__all__ = ["add_eval", "run_eval"]
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="SPEC", help="zoo:student, smollm2-135m, a directory, a run or a hub id")
+    add(
+        "--data", required=True, nargs="+", metavar="SPEC", help="problem sets: gsm8k, math500, zoo:chains, a file, ..."
+    )
+    add("--samples", type=int, default=1, metavar="N", help="completions per problem (default: 1)")
+    add("--limit", type=int, metavar="N", help="problems per set (default: all)")
+    add("--split", default="test", help="split of the data (default: test)")
+    add("--max-new-tokens", type=int, default=1024, metavar="N", help="longest completion (default: 1024)")
+    add("--temperature", type=float, default=1.0, help="sampling temperature (default: 1)")
+    add("--seed", type=int, default=0, help="seed of problems and sampling (default: 0)")
+    add("--system-prompt", metavar="TEXT", help="system message; math for the paper's")
+    add("--dtype", default="float32", help="weights: float32, bfloat16, float16 or auto (default: float32)")
+    add("--keep-layers", type=int, metavar="N", help="prune the model to N layers first")
+    add("--revision", help="branch, tag or commit of a model on the hub")
+    add("--chat-template", metavar="FILE", help="a Jinja file, or plain, for models without a chat template")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    add("--max-rows", type=int, metavar="N", help="completions in flight at once")
+    add("--output-dir", metavar="DIR", help=f"write {RESULTS} and the results of every problem there")
+    add("--resume", action="store_true", help="continue an interrupted evaluation of the same model in --output-dir")
+    add("--quiet", action="store_true", help="no progress, only the result")
+    parser.set_defaults(hint="With --output-dir, add --resume to go on from there.")
+
+
+def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from trb.models.packaged import quiet_libraries
+    from trb.studies.directories import sole_run
+    from trb.studies.material import RunDirectoryError, load_student, load_tokenizers, model_of_run, problem_sets
+    from trb.studies.recipe import make_recipe
+    from trb.studies.scores import evaluate_suites
+    from trb.tasks.grading import Verifier
+    from trb.training.ranks import Ranks
+
+    quiet_libraries()
+    model_spec = model_of_run(arguments.model)
+    folder = Path(arguments.output_dir) if arguments.output_dir else None
+    recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
+    run, args = recipe.run, recipe.training_config(folder or "unused")
+    is_first = Ranks.of_launch().is_first
+    held = [name for name in OF_A_RUN if folder and (folder / name).exists()]
+    if held:
+        raise RunDirectoryError(f"{folder} holds {held[0]} of a training run; give the evaluation its own --output-dir")
+    with sole_run(folder, first=is_first) if folder else nullcontext():
+        with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
+            listener.stage("loading the model and problems")
+            problems = problem_sets(run)
+            tokenizer, _ = load_tokenizers(run)
+            model = load_student(run)
+            if folder and not arguments.resume and is_first:
+                shutil.rmtree(folder / EVALUATIONS, ignore_errors=True)
+            scores = evaluate_suites(
+                model,
+                tokenizer=tokenizer,
+                problems=problems,
+                run=run,
+                args=args,
+                verifier=verifier,
+                folder=folder / EVALUATIONS if folder else None,
+                label=model_spec,
+                listener=listener,
+            )
+        if is_first:
+            _keep_evaluation(scores, model_spec, folder)
+    return 0
+
+
+def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path | None) -> None:
+    from trb.studies import provenance
+    from trb.studies.scores import mean_of_suites
+
+    results = {score["name"]: score for score in scores}
+    if len(scores) > 1:
+        results["mean"] = {**mean_of_suites(scores), "suites": list(results)}
+    new_console().print(score_table(results, gain=False))
+    if folder:
+        RESULTS.write(folder / RESULTS, {"model": model_spec, **results, "provenance": provenance.describe()})
+
+
+def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
+    """The options of `trb eval` as keys of a recipe."""
+    return {
+        "student": model,
+        "teacher": model,
+        "train_data": "none",
+        "student_revision": arguments.revision,
+        "teacher_revision": arguments.revision,
+        "student_dtype": arguments.dtype,
+        "student_keep_layers": arguments.keep_layers,
+        "student_trust_remote_code": arguments.trust_remote_code,
+        "teacher_trust_remote_code": arguments.trust_remote_code,
+        "chat_template": arguments.chat_template,
+        "system_prompt": arguments.system_prompt,
+        "eval_data": arguments.data,
+        "eval_split": arguments.split,
+        "eval_limit": arguments.limit,
+        "eval_samples": arguments.samples,
+        "eval_max_new_tokens": arguments.max_new_tokens,
+        "eval_temperature": arguments.temperature,
+        "eval_seed": arguments.seed,
+        "eval_max_rows": arguments.max_rows,
+        "bf16": False,
+    }

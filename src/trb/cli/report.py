@@ -1,0 +1,16 @@
+"""`trb report`: a page of what a directory holds, and exports of it."""
+
+import argparse
+
+from trb.safety.untrusted import printable
+
+__all__ = ["run_report"]
+
+
+def run_report(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from trb.report import export, write_report
+
+    print(printable(str(write_report(arguments.directory)), lines=False))
+    for path in export(arguments.directory, arguments.export) if arguments.export else ():
+        print(printable(str(path), lines=False))
+    return 0

@@ -1,0 +1,61 @@
+"""`trb sweep`: a study, on this machine or a cluster."""
+
+import argparse
+from pathlib import Path
+
+from trb.cli.display import following, new_console, print_paths, print_plan, study_table
+from trb.records import STUDY
+
+__all__ = ["add_sweep", "run_sweep"]
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="the study, a YAML file")
+    add("--output-dir", metavar="DIR", help="default: runs/ and the study's name")
+    add("--plan", action="store_true", help="check the study, print its runs, and stop")
+    add("--workers", type=int, metavar="N", help="runs at once (default: one per GPU, or as many as the cores hold)")
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="run as tasks of a Ray cluster: its address, auto for one that is running, nothing to start one here",
+    )
+    add("--gpus", type=float, default=0, metavar="N", help="with --ray: GPUs per run (default: 0)")
+    add("--keep-models", action="store_true", help="keep the trained models; they are removed once scored otherwise")
+    add("--quiet", action="store_true", help="no progress, only the result")
+    parser.set_defaults(hint="Run the same command again: finished runs are kept.")
+
+
+def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from trb.models.packaged import quiet_libraries
+    from trb.studies.study import load_study
+
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers is {arguments.workers}; give at least 1")
+    quiet_libraries()
+    study = load_study(arguments.config)
+    if arguments.plan:
+        print_plan(study)
+        return 0
+    from trb.studies.sweep import run_study
+
+    directory = Path(arguments.output_dir or Path("runs") / study.name)
+    with following(arguments.quiet) as listener:
+        results = run_study(
+            study,
+            directory,
+            workers=arguments.workers,
+            ray=arguments.ray,
+            gpus=arguments.gpus,
+            keep_models=arguments.keep_models,
+            listener=listener,
+        )
+    from trb.report import write_report
+
+    console = new_console()
+    for setting in results["settings"].values():
+        console.print(study_table(setting))
+    print_paths(results=directory / STUDY, report=write_report(directory))
+    return 0
