@@ -18,7 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trb import cli, zoo
 from trb.cli import main
-from trb.studies import experiments
+from trb.studies import material, run, scores
 from trb.studies.yaml_files import ConfigError
 
 SMALL = """\
@@ -215,7 +215,7 @@ def test_bugs_are_not_dressed_up_as_user_errors(
     def breaks(*args: Any, **kwargs: Any) -> None:
         raise error  # in this module, which is not part of the package
 
-    monkeypatch.setattr(experiments, "load_pair", breaks)
+    monkeypatch.setattr(material, "load_pair", breaks)
     with pytest.raises(type(error)):
         main(["train", "--config", str(recipe), "--output-dir", str(tmp_path / "run")])
 
@@ -231,7 +231,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiments, "load_pair", interrupted)
+    monkeypatch.setattr(material, "load_pair", interrupted)
     method = ["--method", "trb"] if command == "train" else []
     assert main([command, "--config", str(comparison), "--output-dir", str(tmp_path / "run"), *method]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
@@ -245,7 +245,7 @@ def test_a_full_disk_exits_with_2(
     def fills_up(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(experiments, "_save_model", fills_up)
+    monkeypatch.setattr(run, "_save_model", fills_up)
     message = refused(capsys, "train", "--config", recipe, "--output-dir", tmp_path / "run", "--eval-data", "[]")
     assert f"error: the disk of {tmp_path / 'run'} is full" in message
 
@@ -330,9 +330,9 @@ def test_eval(
     assert len((out / "evaluations" / "zoo-chains.jsonl").read_text().splitlines()) == 9
 
     sampled = []
-    evaluate = experiments.evaluate
+    evaluate = scores.evaluate
     monkeypatch.setattr(
-        experiments, "evaluate", lambda *a, **k: sampled.append(k["results_path"].exists()) or evaluate(*a, **k)
+        scores, "evaluate", lambda *a, **k: sampled.append(k["results_path"].exists()) or evaluate(*a, **k)
     )
     assert main([*command, "--resume", "--quiet"]) == 0
     assert main([*command, "--quiet"]) == 0

@@ -26,6 +26,7 @@ from trb import zoo
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
 from trb.sampling.scoring import score_completions
 from trb.studies import diagnostics
+from trb.studies import probe as probe_module
 from trb.studies.diagnostics import (
     budget_curve,
     continuation_probe,
@@ -548,7 +549,7 @@ def test_a_killed_probe_goes_on_where_it_was(probed: Path, tmp_path: Path, stop_
 
 
 def test_a_finished_probe_is_not_repeated(probed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnostics, "load_pair", None)
+    monkeypatch.setattr(probe_module, "load_pair", None)
     written = (probed / "probe.json").read_bytes()
     assert probe(small(), probed, max_rows=2, **OPTIONS) == json.loads(written)
     assert (probed / "probe.json").read_bytes() == written
@@ -605,7 +606,7 @@ def test_a_trained_students_run_directory_takes_the_initial_students_place(probe
 def test_a_probe_refuses_bad_options_before_it_loads_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    monkeypatch.setattr(diagnostics, "load_pair", None)
+    monkeypatch.setattr(probe_module, "load_pair", None)
     with pytest.raises(error, match=message):
         probe(small(), tmp_path, **{**OPTIONS, **change})
     assert not list(tmp_path.iterdir())

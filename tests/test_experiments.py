@@ -23,7 +23,8 @@ from trb import zoo
 from trb.cli import main
 from trb.models.loading import load_model, load_tokenizer
 from trb.report import write_report
-from trb.studies import experiments
+from trb.studies import disks, material, scores
+from trb.studies import run as run_module
 from trb.studies.comparison import compare
 from trb.studies.disks import DiskFullError
 from trb.studies.listener import Listener
@@ -133,8 +134,8 @@ def test_its_model_is_the_trained_student(finished: Path) -> None:
 
 
 def test_a_finished_run_is_not_repeated(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "TRBTrainer", None)
-    monkeypatch.setattr(experiments, "load_model", None)
+    monkeypatch.setattr(run_module, "TRBTrainer", None)
+    monkeypatch.setattr(material, "load_model", None)
     results = train(small(save_strategy="steps", save_steps=2), finished)
     assert results == json.loads((finished / "results.json").read_text())
 
@@ -164,7 +165,7 @@ def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(*args, **kwargs)
             self.add_callback(Killer())
 
-    monkeypatch.setattr(experiments, "TRBTrainer", Doomed)
+    monkeypatch.setattr(run_module, "TRBTrainer", Doomed)
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["with checkpoints", "without"])
@@ -220,7 +221,7 @@ def leftovers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / ".lock").write_text(json.dumps(holder))
     with monkeypatch.context() as patch:  # killed right after the disk was found to take bytes
         patch.setattr(Path, "unlink", lambda *arguments, **options: None)
-        experiments._require_writable(run)
+        disks.require_writable(run)
 
 
 def files_for_folders(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,14 +253,14 @@ def test_a_run_killed_in_its_last_evaluation_only_evaluates(
     length = {"max_steps": -1, "num_train_epochs": 1, "train_limit": 12} if epochs else {}
     recipe = small(save_strategy="steps", save_steps=2, **length)
     with monkeypatch.context() as patch:
-        evaluate = experiments.evaluate
+        evaluate = scores.evaluate
 
         def killed_after_training(*args: Any, **kwargs: Any) -> Any:
             if "step-000006" in str(kwargs["results_path"]):
                 raise Killed
             return evaluate(*args, **kwargs)
 
-        patch.setattr(experiments, "evaluate", killed_after_training)
+        patch.setattr(scores, "evaluate", killed_after_training)
         with pytest.raises(Killed):
             train(recipe, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -312,7 +313,7 @@ def test_a_kill_between_a_save_and_the_removal_of_older_ones_leaves_no_more_than
 
 
 def test_logs_do_not_pile_up_in_memory_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "_KEPT_LOGS", 2)
+    monkeypatch.setattr(run_module, "_KEPT_LOGS", 2)
     train(small(save_strategy="steps", save_steps=6, eval_data=[]), tmp_path)
     assert len(records(tmp_path / "metrics.jsonl")) == 6
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
@@ -405,7 +406,7 @@ def test_what_a_comparison_shares_stays_though_changes_are_accepted(tmp_path: Pa
 def test_a_prompt_without_room_is_found_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiments, "evaluate", lambda *args, **options: pytest.fail("measured"))
+    monkeypatch.setattr(scores, "evaluate", lambda *args, **options: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"train_dataset\[0\] has .* exceeds the \d+ positions"):
         train(small(max_completion_length=2000), tmp_path)
     assert not (tmp_path / "config.yaml").exists()
@@ -637,15 +638,15 @@ def test_a_run_inside_a_living_comparison_is_not_started_over(tmp_path: Path) ->
 def test_an_unwritable_directory_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiments, "load_tokenizer", None)
+    monkeypatch.setattr(material, "load_tokenizer", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match=r"cannot write to .*file/run: Not a directory; choose another"):
         train(small(), tmp_path / "file" / "run")
 
 
 def test_too_small_a_disk_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "TRBTrainer", None)
-    monkeypatch.setattr(experiments.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(run_module, "TRBTrainer", None)
+    monkeypatch.setattr(disks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(RunDirectoryError, match=r"has 0\.0 MB free, and a checkpoint and the final model take about"):
         train(small(save_strategy="steps"), tmp_path)
 
@@ -664,7 +665,7 @@ ENOSPC = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     ],
 )
 def test_a_full_disk_is_recognised_in_every_library_s_words(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(DiskFullError, match="is full") as caught, experiments._explained_disk_errors(tmp_path):
+    with pytest.raises(DiskFullError, match="is full") as caught, disks.explained_disk_errors(tmp_path):
         try:
             raise error
         except Exception as cause:
@@ -673,13 +674,13 @@ def test_a_full_disk_is_recognised_in_every_library_s_words(error: Exception, tm
 
 
 def test_any_error_on_a_disk_without_space_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
-    with pytest.raises(DiskFullError), experiments._explained_disk_errors(tmp_path / "not" / "made"):
+    monkeypatch.setattr(disks.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    with pytest.raises(DiskFullError), disks.explained_disk_errors(tmp_path / "not" / "made"):
         raise RuntimeError("words of a library nobody has read")
 
 
 def test_other_errors_stay_themselves(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), experiments._explained_disk_errors(tmp_path):
+    with pytest.raises(PermissionError), disks.explained_disk_errors(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
 
@@ -812,9 +813,9 @@ def test_a_comparison_run_again_only_does_what_is_missing(tmp_path: Path, monkey
         def finished(self, name: str) -> None:
             finished.append(name)
 
-    evaluate = experiments.evaluate
-    monkeypatch.setattr(experiments, "TRBTrainer", Counted)
-    monkeypatch.setattr(experiments, "evaluate", lambda *a, **k: evaluated.append(k["name"]) or evaluate(*a, **k))
+    evaluate = scores.evaluate
+    monkeypatch.setattr(run_module, "TRBTrainer", Counted)
+    monkeypatch.setattr(scores, "evaluate", lambda *a, **k: evaluated.append(k["name"]) or evaluate(*a, **k))
     wider = small(max_steps=1, eval_every=0, methods={"opd": {}, "veto": {}})
     second = compare(wider, tmp_path, listener=Watch())
     assert built == ["veto"]
@@ -883,7 +884,7 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
             seen.update(kwargs)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(experiments, "TRBTrainer", Watched)
+    monkeypatch.setattr(run_module, "TRBTrainer", Watched)
     recipe = small(max_steps=4, eval_data=[], held_out_prompts=5, held_out_every=2, save_strategy="steps", save_steps=2)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_place(patch, Watched, 3)
@@ -916,13 +917,13 @@ def test_template_options_reach_training_and_evaluation(tmp_path: Path, monkeypa
     template = tmp_path / "brief.jinja"
     template.write_text("{% if brief %}b{% else %}l{% endif %}{{ messages[-1]['content'] }}=")
     rendered: list[list[int]] = []
-    evaluate = experiments.evaluate
+    evaluate = scores.evaluate
 
     def watch(model: Any, tokenizer: Any, problems: Any, **options: Any) -> Any:
         rendered.append(tokenizer.apply_chat_template(problems[0]["prompt"], return_dict=False))
         return evaluate(model, tokenizer, problems, **options)
 
-    monkeypatch.setattr(experiments, "evaluate", watch)
+    monkeypatch.setattr(scores, "evaluate", watch)
     options = {"chat_template": str(template), "chat_template_kwargs": {"brief": True}}
     train(small(max_steps=1, eval_every=0, **options), tmp_path / "run")
     tokenizer = zoo.load("student")[1]
@@ -941,12 +942,12 @@ def test_problem_sets_have_their_names_and_limits(tmp_path: Path) -> None:
     lines = [json.dumps({"question": f"{n}+1", "answer": f"#### {n + 1}"}) for n in range(9)]
     (tmp_path / "g.jsonl").write_text("\n".join(lines))
     name = f"gsm8k={tmp_path / 'g.jsonl'}"
-    sets = experiments.problem_sets(small(eval_data=[name, "zoo:chains"], eval_limit=5).run)
+    sets = material.problem_sets(small(eval_data=[name, "zoo:chains"], eval_limit=5).run)
     assert list(sets) == [name, "zoo:chains"]
     assert [len(rows) for rows in sets.values()] == [5, 5]
-    everything = experiments.problem_sets(small(eval_data=[name], eval_limit=None).run)[name]
+    everything = material.problem_sets(small(eval_data=[name], eval_limit=None).run)[name]
     assert sets[name]["answer"] == [answer for answer in everything["answer"] if answer in sets[name]["answer"]]
-    other = experiments.problem_sets(small(eval_data=[name], eval_limit=5, eval_seed=1).run)[name]
+    other = material.problem_sets(small(eval_data=[name], eval_limit=5, eval_seed=1).run)[name]
     assert other["answer"] != sets[name]["answer"]
     test, training = (row["prompt"][-1]["content"] for row in (sets["zoo:chains"][0], zoo.problems(1, seed=0)[0]))
     assert split_of(test) == "test" != split_of(training)
@@ -972,7 +973,7 @@ def test_rows_in_flight_keep_the_cache_within_its_budget() -> None:
     model = zoo.load("student")[0]
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    rows = experiments._rows_in_flight(model, 1 << 20, torch.device("cpu"))
+    rows = scores._rows_in_flight(model, 1 << 20, torch.device("cpu"))
     assert rows * per_token * (1 << 20) <= 2 << 30 < (rows + 1) * per_token * (1 << 20)
-    assert experiments._rows_in_flight(model, 1 << 30, torch.device("cpu")) == 1
-    assert experiments._rows_in_flight(model, 16, torch.device("cpu")) == 512
+    assert scores._rows_in_flight(model, 1 << 30, torch.device("cpu")) == 1
+    assert scores._rows_in_flight(model, 16, torch.device("cpu")) == 512

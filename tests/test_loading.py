@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from trb import zoo
-from trb.models import loading
+from trb.models import loading, memory, packaged
 from trb.models.loading import load_model, load_tokenizer
 from trb.models.memory import memory_estimate
 from trb.models.pruning import kept_layers, prune_depth
@@ -378,22 +378,22 @@ def test_digits_are_split_off_before_spaces_are_merged(cache: Path) -> None:
 
 
 def test_the_conversion_is_done_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = loading.smollm2_directory()
+    first = packaged.smollm2_directory()
     monkeypatch.delattr(loading, "_convert_gguf")
-    assert loading.smollm2_directory() == first
+    assert packaged.smollm2_directory() == first
     assert [path.name for path in cache.iterdir()] == [first.name]
 
 
 def test_the_conversion_leaves_the_random_state_alone(cache: Path) -> None:
     state = torch.random.get_rng_state()
-    loading.smollm2_directory()
+    packaged.smollm2_directory()
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_a_damaged_cache_is_rebuilt(cache: Path, victim: str, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    directory = loading.smollm2_directory()
+    directory = packaged.smollm2_directory()
     intact = (directory / "model.safetensors").read_bytes()
     path = directory / victim
     if damage == "missing":
@@ -403,7 +403,7 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, victim: str, damage: str, caplo
         content[len(content) // 2] ^= 1
         path.write_bytes(content if victim != "manifest.json" else content[:-9])
     with caplog.at_level(logging.WARNING, logger="trb.models.loading"):
-        loading.smollm2_directory()
+        packaged.smollm2_directory()
     assert "is damaged: converting" in caplog.text
     assert (directory / "model.safetensors").read_bytes() == intact
     assert [path.name for path in cache.iterdir()] == [directory.name]
@@ -414,18 +414,18 @@ def test_a_failed_conversion_leaves_nothing_behind(cache: Path, monkeypatch: pyt
         (directory / "model.safetensors").write_bytes(b"half")
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(loading, "_convert_gguf", fail)
+    monkeypatch.setattr(packaged, "_convert_gguf", fail)
     with pytest.raises(RuntimeError, match="disk full"):
-        loading.smollm2_directory()
+        packaged.smollm2_directory()
     assert list(cache.iterdir()) == []
 
 
 def test_a_process_that_comes_second_uses_the_copy_of_the_first(
     cache: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = loading.smollm2_directory()
+    first = packaged.smollm2_directory()
     stamp = (first / "manifest.json").stat().st_mtime_ns
-    loading._build_atomically(small_gguf, "0" * 64, first)
+    packaged._build_atomically(small_gguf, "0" * 64, first)
     assert (first / "manifest.json").stat().st_mtime_ns == stamp
     assert [path.name for path in cache.iterdir()] == [first.name]
 
@@ -561,7 +561,7 @@ def test_layers_that_are_not_interchangeable_are_refused() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_and_cache_are_counted_to_the_byte(name: str, dtype: str) -> None:
-    model = build(name).to(loading.DTYPES[dtype])
+    model = build(name).to(memory.DTYPES[dtype])
     estimate = memory_estimate(model, batch=2, sequence_length=6, training=True, dtype=dtype)
     parameter_bytes = sum(p.nbytes for p in model.parameters())
     # Shorter than the window, so that sliding layers keep every token.

@@ -25,7 +25,7 @@ from trb.policies import (
     TrustRegionPolicy,
 )
 from trb.sampling import NonFiniteLogitsError, Rollout, sample
-from trb.studies import experiments
+from trb.studies import material
 from trb.studies.subject import Subject
 from trb.tasks.evaluation import evaluate
 from trb.tasks.grading import Verifier
@@ -197,7 +197,7 @@ def test_the_command_says_it_in_a_line(
 ) -> None:
     student = pair[0]
     breaking(student, draw(pair, StudentPolicy()).completions[0][2])
-    monkeypatch.setattr(experiments, "load_model", lambda *arguments, **options: student)
+    monkeypatch.setattr(material, "load_model", lambda *arguments, **options: student)
     arguments = [
         "--model",
         "zoo:student",

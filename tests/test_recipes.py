@@ -15,7 +15,7 @@ from transformers.optimization import get_scheduler
 
 from trb import zoo
 from trb.safety.templates import PLAIN_TEMPLATE
-from trb.studies import experiments
+from trb.studies import material, run, scores
 from trb.studies.keys import RunConfig
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.study import load_study
@@ -211,7 +211,7 @@ class Spy:
 
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    """`trb.studies.experiments` with every builder replaced: nothing is loaded, trained or sampled."""
+    """What a run is made of, with every builder replaced: nothing is loaded, trained or sampled."""
     spy = Spy()
     model, tokenizer = zoo.load("student")
     score = EvalResult("x", 0.5, (0.4, 0.6), 2, 2, 3.0, 1.0)
@@ -252,7 +252,9 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
         ("Verifier", lambda *a, **k: nullcontext(SimpleNamespace(score=None))),
         ("TRBTrainer", trainer),
     ):
-        monkeypatch.setattr(experiments, name, spy.stand_in(name, result))
+        for module in (run, material, scores):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, spy.stand_in(name, result))
     return spy
 
 
@@ -333,7 +335,7 @@ def test_every_field_of_a_run_reaches_what_it_is_for(spied: Spy, tmp_path: Path)
     defaults = RunConfig("", "", "")
     assert [key for key in values if key != "methods" and getattr(defaults, key) == values[key]] == []
     recipe = make_recipe({**values, "per_device_train_batch_size": 8, "gradient_checkpointing": False})
-    experiments.train(recipe, tmp_path)
+    run.train(recipe, tmp_path)
     assert spied.all("load_benchmark", 0) == ["gsm8k"]
     assert spied.all("load_benchmark", 1) == ["f.jsonl"]
     for key, (value, probe) in PROBES.items():

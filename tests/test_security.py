@@ -35,12 +35,12 @@ from test_trainer import build
 
 import trb.tasks.grading
 from trb import zoo
-from trb.models import loading
+from trb.models import directories, loading
 from trb.models.loading import load_model, load_tokenizer
 from trb.safety import confinement
 from trb.safety.templates import check_chat_template
 from trb.safety.untrusted import check_checkpoint, check_weight_index, parse_json, parse_yaml, printable, require_inside
-from trb.studies import sweep
+from trb.studies import workers
 from trb.tasks.grading import Verifier
 from trb.tasks.prompts import load_prompts
 
@@ -109,7 +109,7 @@ def test_ray_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "")
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
-    with sweep._ray_session("local"):
+    with workers._ray_session("local"):
         assert seen == ["0"]
 
 
@@ -221,7 +221,7 @@ def test_the_hub_s_cache_may_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (snapshot / blob.name).symlink_to(os.path.relpath(blob, snapshot))
     with pytest.raises(ValueError, match="leads out of"):
         load_model(str(snapshot))
-    monkeypatch.setattr(loading, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(directories, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert load_model(str(snapshot)).num_parameters() > 0
 
 
@@ -323,11 +323,11 @@ def test_long_numbers_and_strange_text_are_kept(tmp_path: Path) -> None:
 # `check_checkpoint` or, for templates, in `take_template`. Whatever is added here needs its check first.
 OPENERS = {
     "from_pretrained": {
-        "loading.load_tokenizer", "loading._load_weights", "loading.attach_adapter", "loading._convert_gguf",
+        "loading.load_tokenizer", "loading._load_weights", "adapters.attach_adapter", "packaged._convert_gguf",
         "cli.doctor.outline", "vllm_rollouts._check_shape", "zoo.load",
     },
     "create_model_from_path": {"trainer._load_teacher"},
-    "get_config_dict": {"loading.check_config"},
+    "get_config_dict": {"directories.check_config"},
     "load_dataset": {"data._from_hub"},
     "load_from_disk": set(),
     "load_adapter": set(),
@@ -336,7 +336,7 @@ OPENERS = {
     "pickle.load": set(),
     "pickle.loads": set(),
     "foreign_directory": {
-        "loading._check_directory", "data._from_folder", "untrusted.check_checkpoint", "cli.doctor.outline",
+        "directories.check_directory", "data._from_folder", "untrusted.check_checkpoint", "cli.doctor.outline",
     },
     "check_chat_template": {"loading.take_template", "data.render"},
     "chat_template =": {"loading.take_template", "templates._rendering_problem", "zoo.tokenizer._wrapped"},

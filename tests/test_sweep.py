@@ -14,7 +14,7 @@ import pytest
 from conftest import held_by_another, student_stopping_as_the_teacher
 
 from trb import zoo
-from trb.studies import sweep
+from trb.studies import jobs, sweep, workers
 from trb.studies.material import RunDirectoryError
 from trb.studies.study import ROLES, Reference, Study
 from trb.studies.sweep import StudyListener, run_study
@@ -111,7 +111,7 @@ def test_references_stop_with_every_stop_id_of_the_pair(tmp_path, role):
     chains = STUDY["settings"]["chains"]
     recipe = {**chains["recipe"], "student": str(student), "max_completion_length": 48}
     reference = Reference("chains", role)
-    sweep._score_reference(study(settings={"chains": {**chains, "recipe": recipe}}), tmp_path, reference)
+    jobs._score_reference(study(settings={"chains": {**chains, "recipe": recipe}}), tmp_path, reference)
     suites = json.loads((tmp_path / reference.path).read_text())["test"]["suites"]
     assert [suite["stop_rate"] >= 0.5 for suite in suites.values()] == [True, True]
 
@@ -232,8 +232,8 @@ def test_a_small_first_phase_does_not_shrink_the_pool(monkeypatch):
         def shutdown(self, **kwargs):
             pass
 
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Executor)
-    with sweep._LocalPool(("unused", False), 3, 1) as pool:
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Executor)
+    with workers._LocalPool(("unused", False), 3, 1) as pool:
         for jobs in (["one"], ["one", "two", "three", "four"]):
             assert len(list(pool.map(jobs))) == len(jobs)
     assert asked == [3]

@@ -8,7 +8,7 @@ is kept: a study that was killed goes on where it was, and ends with the same st
 
 The test split is scored after the choice is on disk, once per chosen run, from the model that the run wrote.
 
-Left out on purpose: judging the results (`trb.studies.findings`), and what one run does (`trb.studies.experiments`).
+Left out on purpose: judging the results (`trb.studies.findings`), and what one run does (`trb.studies.run`).
 """
 
 import json

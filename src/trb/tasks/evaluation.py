@@ -5,7 +5,7 @@ per problem in a JSONL file as they come, and a killed run picks up where it sto
 pure function of (seed, prompt, rollout index, position), the resumed run ends with exactly the same numbers. For the
 same reason several processes may share the problems: each samples and scores its part, and all get every result.
 
-Left out on purpose: comparing methods (paired intervals live in `trb.studies.experiments`), pass@k for k > 1, and the
+Left out on purpose: comparing methods (paired intervals live in `trb.studies.statistics`), pass@k for k > 1, and the
 serving engines; sampling goes through whatever `sampler` is given.
 """
 
