@@ -977,3 +977,18 @@ def test_rows_in_flight_keep_the_cache_within_its_budget() -> None:
     assert rows * per_token * (1 << 20) <= 2 << 30 < (rows + 1) * per_token * (1 << 20)
     assert scores._rows_in_flight(model, 1 << 30, torch.device("cpu")) == 1
     assert scores._rows_in_flight(model, 16, torch.device("cpu")) == 512
+
+
+def test_a_run_killed_after_its_results_is_sealed_by_the_next_start(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    seal = json.loads((run / "checksums.json").read_text())
+    before = {path.relative_to(run) for path in run.rglob("*")}
+    (run / "checksums.json").unlink()
+    for name in (".lock", ".checksums.json.12345.partial", "model/.config.json.9.partial"):
+        (run / name).write_text("torn")
+    monkeypatch.setattr(material, "load_model", None)  # nothing is done again
+    train(small(save_strategy="steps", save_steps=2), run)
+    assert {path.relative_to(run) for path in run.rglob("*")} == before
+    assert json.loads((run / "checksums.json").read_text()) == seal

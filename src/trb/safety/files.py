@@ -17,6 +17,7 @@ from typing import Any
 
 __all__ = [
     "LOCK",
+    "UNFINISHED",
     "cache_directory",
     "exclusive",
     "finite",
@@ -74,7 +75,7 @@ def remove(path: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what processes that were killed inside `write_bytes` have left in a folder and those below it."""
-    for path in folder.rglob(".*.[0-9]*.partial"):
+    for path in folder.rglob(UNFINISHED):
         path.unlink(missing_ok=True)
 
 
@@ -93,6 +94,9 @@ def finite(value: Any) -> Any:
         return [finite(item) for item in value]
     return value
 
+
+# What `write_bytes` writes beside a file before it takes its place.
+UNFINISHED = ".*.[0-9]*.partial"
 
 LOCK = ".lock"  # who holds a folder; what holds it is the system's lock on this file
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # from systems that can lock nothing there

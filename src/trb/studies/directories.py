@@ -4,7 +4,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ import yaml
 from transformers import TrainerState
 
 from trb import records
-from trb.records import CONFIG, EVALUATIONS, MODEL, RECIPE, RESULTS, SCORES, SKIPPED
-from trb.safety.files import exclusive, remove, remove_unfinished, write_text
+from trb.records import CHECKSUMS, CONFIG, EVALUATIONS, MODEL, RECIPE, RESULTS, SCORES, SKIPPED
+from trb.safety.files import LOCK, UNFINISHED, exclusive, remove, remove_unfinished, write_text
 from trb.safety.untrusted import parse_yaml
 from trb.studies import provenance
 from trb.studies.disks import require_writable
@@ -34,6 +34,7 @@ __all__ = [
     "check_shared_recipe",
     "clear",
     "clear_comparison",
+    "finish_ending",
     "finish_pruning",
     "finished_results",
     "holds_scores",
@@ -183,6 +184,18 @@ def finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
     if damaged:
         logger.warning("%s: records are damaged, and the results are not: %s", directory, "; ".join(damaged.values()))
     return results
+
+
+def finish_ending(directory: Path, args: TRBConfig) -> None:
+    """Do what a finished run was killed before it had done: seal it, and remove what was half written."""
+    left = [directory / LOCK, *directory.rglob(UNFINISHED)]
+    if (directory / CHECKSUMS).exists() and not any(path.exists() for path in left):
+        return
+    # Whoever holds it ends it; and nothing needs to be done where nothing may be written.
+    with suppress(OSError), exclusive(directory):
+        remove_unfinished(directory)
+        if not (directory / CHECKSUMS).exists():
+            seal_run(directory, args)
 
 
 def read_results(path: Path) -> dict[str, Any] | None:

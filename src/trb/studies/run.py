@@ -30,6 +30,7 @@ from trb.studies.directories import (
     begin,
     check_claim,
     clear,
+    finish_ending,
     finish_pruning,
     finished_results,
     is_damaged,
@@ -109,6 +110,8 @@ def train_in(
     args = recipe.training_config(directory)
     finished = None if overwrite else Ranks.of_launch().from_first(lambda: finished_results(directory, recipe))
     if finished is not None:
+        if args.process_index == 0:
+            finish_ending(directory, args)
         listener.finished(name)
         return finished
     with sole_run(directory, first=args.process_index == 0):
