@@ -66,7 +66,11 @@ UNREPEATABLE = {"step_time", "runtime", "samples_per_second", "steps_per_second"
 
 
 def small(**changes: Any) -> Recipe:
-    return make_recipe({**SMALL, **changes})
+    values = {**SMALL, **changes}
+    methods = {name: (entry or {}).get("method", name) for name, entry in values.get("methods", {}).items()}
+    if not {"trb", "fixed"} & set(methods.values() or [values.get("method", "trb")]):  # whose knobs these are
+        del values["initial_kl_budget"], values["blend_warmup_steps"]
+    return make_recipe(values)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,6 @@ from trb.cli.probe import add_probe, run_probe
 from trb.cli.report import run_report
 from trb.cli.sweep import add_sweep, run_sweep
 from trb.cli.train import add_compare, add_train, run_compare, run_train
-from trb.records import REPORT
 from trb.safety.untrusted import printable
 
 __all__ = ["main"]
@@ -151,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         add_command(commands, "sweep", "run a study: methods x settings x seeds, judged by fixed rules", run_sweep)
     )
     add_probe(add_command(commands, "probe", "what blending does to a student's prefixes, before training", run_probe))
-    report = add_command(commands, "report", f"write {REPORT} for a run, a comparison, a study or a probe", run_report)
+    report = add_command(commands, "report", "write the page of a run, a comparison, a study or a probe", run_report)
     report.add_argument("directory", metavar="DIR", help="a run, comparison, study or probe directory")
     report.add_argument(
         "--export", metavar="OUT", help="also write figures (PNG, SVG) and tables (Markdown, CSV, LaTeX)"

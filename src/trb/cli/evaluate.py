@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from trb.cli.display import listening, new_console, score_table
-from trb.cli.probe import OF_A_RUN
-from trb.records import EVALUATIONS, RESULTS
 
 __all__ = ["add_eval", "run_eval"]
 
@@ -32,7 +30,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", metavar="FILE", help="a Jinja file, or plain, for models without a chat template")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     add("--max-rows", type=int, metavar="N", help="completions in flight at once")
-    add("--output-dir", metavar="DIR", help=f"write {RESULTS} and the results of every problem there")
+    add("--output-dir", metavar="DIR", help="write the scores and the results of every problem there")
     add("--resume", action="store_true", help="continue an interrupted evaluation of the same model in --output-dir")
     add("--quiet", action="store_true", help="no progress, only the result")
     parser.set_defaults(hint="With --output-dir, add --resume to go on from there.")
@@ -40,6 +38,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.models.packaged import quiet_libraries
+    from trb.records import CONFIG, EVALUATIONS, METRICS, RECIPE, STUDY_PLAN
     from trb.studies.directories import sole_run
     from trb.studies.material import RunDirectoryError, load_student, load_tokenizers, model_of_run, problem_sets
     from trb.studies.recipe import make_recipe
@@ -53,7 +52,8 @@ def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
     run, args = recipe.run, recipe.training_config(folder or "unused")
     is_first = Ranks.of_launch().is_first
-    held = [name for name in OF_A_RUN if folder and (folder / name).exists()]
+    # Files of a run, a comparison or a study, whose results an evaluation must not replace.
+    held = [name for name in (CONFIG, METRICS, RECIPE, STUDY_PLAN) if folder and (folder / name).exists()]
     if held:
         raise RunDirectoryError(f"{folder} holds {held[0]} of a training run; give the evaluation its own --output-dir")
     with sole_run(folder, first=is_first) if folder else nullcontext():
@@ -81,6 +81,7 @@ def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path | None) -> None:
+    from trb.records import RESULTS
     from trb.studies import provenance
     from trb.studies.scores import mean_of_suites
 

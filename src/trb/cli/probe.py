@@ -5,15 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trb.cli.display import listening, print_paths
-from trb.records import CONFIG, METRICS, PROBE, RECIPE, STUDY_PLAN
 
 if TYPE_CHECKING:
     from trb.studies.recipe import Recipe
 
-__all__ = ["OF_A_RUN", "add_probe", "run_probe"]
-
-# Files of a run, a comparison or a study, whose results an evaluation must not replace.
-OF_A_RUN = (CONFIG, METRICS, RECIPE, STUDY_PLAN)
+__all__ = ["add_probe", "run_probe"]
 
 
 def add_probe(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +38,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
 
 def run_probe(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.models.packaged import quiet_libraries
+    from trb.records import PROBE
     from trb.report import write_report
     from trb.studies.probe import probe
 

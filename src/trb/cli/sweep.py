@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from trb.cli.display import following, new_console, print_paths, print_plan, study_table
-from trb.records import STUDY
 
 __all__ = ["add_sweep", "run_sweep"]
 
@@ -30,6 +29,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.models.packaged import quiet_libraries
+    from trb.records import STUDY
     from trb.studies.study import load_study
 
     if arguments.workers is not None and arguments.workers < 1:

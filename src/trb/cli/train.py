@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trb.cli.display import listening, new_console, print_keys, print_paths, score_table
-from trb.records import RESULTS
 
 if TYPE_CHECKING:
     from trb.studies.recipe import Recipe
@@ -96,6 +95,7 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
     """The table, the report, and where everything is."""
     if int(os.environ.get("RANK", "0")):
         return 0
+    from trb.records import RESULTS
     from trb.report import write_report
 
     report = write_report(directory)

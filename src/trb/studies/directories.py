@@ -25,6 +25,7 @@ from trb.studies.recipe import Recipe
 from trb.training import checkpoints, resume
 from trb.training.checkpoints import CheckpointError
 from trb.training.config import TRBConfig
+from trb.training.methods import every_knob
 from trb.training.ranks import Ranks
 from trb.training.recording import drop_after_step
 
@@ -143,8 +144,10 @@ def _says_itself(checkpoint: Path | None) -> bool:
 
 
 def check_shared_recipe(directory: Path, recipe: Recipe) -> None:
-    ignore = frozenset({"methods", *_MAY_CHANGE})
-    differences = _differences(directory / RECIPE, recipe, ignore)
+    # A knob that only one of the two has is read by methods that the other does not have; each run compares its own.
+    there = _written_recipe(directory / RECIPE) or {}
+    knobs = every_knob() - (set(there) & set(recipe.resolved()))
+    differences = _differences(directory / RECIPE, recipe, frozenset({"methods", *_MAY_CHANGE, *knobs}))
     if differences:
         _refuse(directory, differences, can_accept=False)
 
