@@ -144,10 +144,12 @@ def _says_itself(checkpoint: Path | None) -> bool:
 
 
 def check_shared_recipe(directory: Path, recipe: Recipe) -> None:
+    path = directory / RECIPE
+    if not path.exists():
+        return
     # A knob that only one of the two has is read by methods that the other does not have; each run compares its own.
-    there = _written_recipe(directory / RECIPE) or {}
-    knobs = every_knob() - (set(there) & set(recipe.resolved()))
-    differences = _differences(directory / RECIPE, recipe, frozenset({"methods", *_MAY_CHANGE, *knobs}))
+    knobs = every_knob() - (set(_written_recipe(path) or {}) & set(recipe.resolved()))
+    differences = _differences(path, recipe, frozenset({"methods", *_MAY_CHANGE, *knobs}))
     if differences:
         _refuse(directory, differences, can_accept=False)
 
