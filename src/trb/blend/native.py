@@ -9,7 +9,7 @@ Left out on purpose: rows that float32 cannot represent, positive budgets below 
 They come back with `passes = FLAGGED`; `trb.blend` solves those, and remains the semantics of record. Also left
 out: gradients, and checks of the budget's sign (a negative or NaN one is flagged).
 
-Without a compiler that builds a library which solves a known row in a process of its own (`blend_trial`), or with
+Without a compiler that builds a library which solves a known row in a process of its own (`trb.blend.trial`), or with
 the environment variable TRB_NATIVE=0, `available()` is False. Libraries are kept in `$TRB_CACHE/native` (by default
 `~/.cache/trb/native`) under the hash of their content, as long as nobody else can write there.
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 FLAGGED = -1
 
 _SOURCE = Path(__file__).with_name("blend.c")
-_TRIAL = Path(__file__).with_name("blend_trial.py")
+_TRIAL = Path(__file__).with_name("trial.py")
 # Not -ffast-math: linking with it makes the whole process flush denormals, and it forgets infinities.
 _FLAGS = (
     "-std=c11",

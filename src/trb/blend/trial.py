@@ -1,4 +1,4 @@
-"""The compiled solver on one small row: `python blend_trial.py LIBRARY` ends with 0 if its answers are right.
+"""The compiled solver on one small row: `python trial.py LIBRARY` ends with 0 if its answers are right.
 
 A library that a broken compiler, disk or processor spoiled may kill whoever loads it. `trb.blend.native` runs this
 file, which therefore imports nothing but the standard library, in a process of its own first.
