@@ -30,6 +30,7 @@ from trb.blend.native import FLAGGED, NativeResult, solve_rows
 needs_library = pytest.mark.skipif(not blend_native.available(), reason="no C compiler, or TRB_NATIVE=0")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
+
 # Without one of them `available()` is False, the tests that need the library are skipped, and every solve is slow.
 @pytest.mark.parametrize("path", [blend_native._SOURCE, blend_native._TRIAL], ids=lambda path: path.name)
 def test_what_the_build_needs_is_there(path: Path) -> None:

@@ -4,14 +4,14 @@ At one prefix, with budget ε ≥ 0, the behavior policy is `argmin_μ KL(μ || 
 `KL(μ || student) ≤ ε`. The solution is the geometric path `μ ∝ student^(1-β) teacher^β` at the largest
 feasible teacher weight β (paper, section 2); `solve` finds it.
 
-Numerics. With r = log teacher - log student, A(β) = log Σ student · e^{βr} and moments under μ:
-KL(μ||student) = βA' - A, and its derivative in β is β·Var[r]. `sqrt(2 KL)` is almost linear in β, so Newton on
-it, kept inside a bracket, usually needs two or three passes over the vocabulary. Centring r at its student mean
-and summing `expm1` leaves no cancellation, which is what makes float32 enough for small budgets. Rows whose
-log-probabilities lie too far apart for that (one-hot rows, say) are solved in float64 in log space.
+Numerics. With r = log teacher - log student, A(β) = log Σ student · e^{βr} and moments under μ: KL(μ||student) = βA' -
+A, and its derivative in β is β·Var[r]. `sqrt(2 KL)` is almost linear in β, so Newton on it, kept inside a bracket,
+usually needs two or three passes over the vocabulary. Centring r at its student mean and summing `expm1` leaves no
+cancellation, which is what makes float32 enough for small budgets. Rows with a log-probability below -85 (one-hot rows,
+say) or a positive budget below 5e-4 are solved in float64 in log space.
 
 Two compiled kernels do the same for ordinary rows in a fraction of the time, and leave the others to `eager`:
-`native` on a CPU with a C compiler, `triton` on a GPU.
+`native` on a CPU with a C compiler, which keeps positive budgets down to 1e-5, and `triton` on a GPU.
 
 Left out on purpose: schedules of the budget (`schedule`), end-of-sequence and head alignment (`vocab`), and
 drawing tokens (`sampling`).

@@ -1,4 +1,10 @@
-"""The solve in plain torch, for rows that the faster ways leave and for machines that have none of them."""
+"""The solve in plain torch: the semantics of record, for rows and machines that the compiled kernels leave.
+
+Works on log-probabilities in whichever dtype it is given, float32 or float64; which rows need which is decided in
+`trb.blend`. Left out on purpose: logits, gradients, and memory (the caller cuts rows into blocks).
+
+Shape suffixes: N rows, V vocabulary.
+"""
 
 import math
 from dataclasses import dataclass

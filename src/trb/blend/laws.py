@@ -1,4 +1,11 @@
-"""Laws over a vocabulary, dense or between two others, read at tokens or whole rows; and a softmax that sums to 1."""
+"""Laws over a vocabulary, written out or as a blend of two others, and the results that carry them.
+
+A sampler reads a law at one token of each prefix, or at a few whole rows: a blend need not be written out for that.
+`log_softmax` is the one normaliser of the blend, as good as its dtype. Left out: which teacher weight a blend has
+(`trb.blend`), and drawing from a law (`trb.sampling.draw`).
+
+Shape suffixes: N prefixes, R rows of them, V vocabulary.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol

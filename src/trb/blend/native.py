@@ -5,9 +5,9 @@ after another while it stays in cache. This module builds that file with the sys
 needed (about a second, once for each machine and version), loads it and spreads rows over `torch.get_num_threads()`
 threads. A row's result depends on that row alone, to the last bit.
 
-Left out on purpose: rows that float32 cannot represent, positive budgets below 1e-5, supports that differ and NaN.
-They come back with `passes = FLAGGED`; `trb.blend` solves those, and remains the semantics of record. Also left
-out: gradients, and checks of the budget's sign (a negative or NaN one is flagged).
+Left out on purpose: rows that float32 cannot represent (a log-ratio more than 60 above its mean, say), positive budgets
+below 1e-5, supports that differ and NaN. They come back with `passes = FLAGGED`; `trb.blend` solves those, and remains
+the semantics of record. Also left out: gradients, and checks of the budget's sign (a negative or NaN one is flagged).
 
 Without a compiler that builds a library which solves a known row in a process of its own (`trb.blend.trial`), or with
 the environment variable TRB_NATIVE=0, `available()` is False. Libraries are kept in `$TRB_CACHE/native` (by default

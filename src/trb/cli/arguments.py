@@ -1,4 +1,7 @@
-"""What the arguments of every command have in common: help that teaches, and examples that run."""
+"""What the arguments of all commands share: help that teaches, and examples that run.
+
+Left out: what a command does, and the keys of recipes, which are options too (`trb.studies.keys`).
+"""
 
 import argparse
 from collections.abc import Callable

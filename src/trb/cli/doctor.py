@@ -1,4 +1,9 @@
-"""`trb doctor`: whether this machine, and a pair of models, can do what a recipe asks."""
+"""`trb doctor`: whether this machine, and a pair of models, can do what a recipe asks.
+
+Every check prints a line; one that fails makes the exit code 1. Weights are not read but for adapters: shapes, ids and
+templates say enough. Left out: how models are read token by token, which takes weights (`trb.sampling.reading` finds
+out before the first sample), and machines that are not at hand (`trb.cli.plan`).
+"""
 
 import argparse
 import os

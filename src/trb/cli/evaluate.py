@@ -1,4 +1,7 @@
-"""`trb eval`: pass@1 of a model, or of a run's, on problem sets."""
+"""`trb eval`: pass@1 of a model, or of a run's, on problem sets.
+
+Left out: how completions are drawn, graded and resumed (`trb.tasks.evaluation`), and comparing two models' scores.
+"""
 
 import argparse
 import shutil

@@ -1,4 +1,7 @@
-"""Models without weights: what a pair would be, without the memory to load it."""
+"""Models without weights: what a recipe's pair would be, without the memory to load it.
+
+For `trb doctor`. An adapter is loaded with its base all the same, as its shape is not in its configuration.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,4 +1,7 @@
-"""`trb doctor --plan`: memory, traffic and time of a step on machines that need not be at hand."""
+"""`trb doctor --plan`: memory, traffic and time of a step on machines that need not be at hand.
+
+Asks `trb.planning` and prints its answer, with the assumptions. Left out: anything measured here and now.
+"""
 
 import argparse
 import json

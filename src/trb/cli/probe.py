@@ -1,4 +1,7 @@
-"""`trb probe`: what can be said of a pair before it is trained."""
+"""`trb probe`: what blending does to the prefixes of a pair, before any training or of a trained student.
+
+Left out: what is measured and how (`trb.studies.probe`), and charts (`trb.report`).
+"""
 
 import argparse
 from pathlib import Path

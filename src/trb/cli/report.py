@@ -1,4 +1,7 @@
-"""`trb report`: a page of what a directory holds, and exports of it."""
+"""`trb report`: a page of what a directory holds, and exports of it.
+
+Left out: everything but the arguments; `trb.report` reads, draws and refuses.
+"""
 
 import argparse
 

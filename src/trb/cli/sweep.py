@@ -1,4 +1,7 @@
-"""`trb sweep`: a study, on this machine or a cluster."""
+"""`trb sweep`: a study, on this machine or a cluster.
+
+Left out: which runs a study has (`trb.studies.study`) and where they are computed (`trb.studies.workers`).
+"""
 
 import argparse
 from pathlib import Path

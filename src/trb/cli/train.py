@@ -1,4 +1,8 @@
-"""`trb train` and `trb compare`: a recipe, options over it, and a directory that is gone on with."""
+"""`trb train` and `trb compare`: a recipe, options over it, and a directory that is gone on with.
+
+Left out: what a run and a comparison are, and what may go on in a directory (`trb.studies.run`,
+`trb.studies.comparison`, `trb.studies.directories`).
+"""
 
 import argparse
 import os

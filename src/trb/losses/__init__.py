@@ -1,5 +1,7 @@
-"""The distillation losses: reverse KL(student || teacher) on the student's top-k or over the full vocabulary, and
-against Veto's target; plain on logits, and from hidden states in chunks that never hold `[B, T, V]`.
+"""The distillation losses: reverse KL to the teacher or to Veto's target, and SFT warm-up's cross-entropy.
+
+On the student's top-k or over the full vocabulary; plain on logits, and from hidden states in chunks that never hold
+`[B, T, V]`.
 
 At one prefix, S is the set of the student's k most likely tokens, p and q the student's and the teacher's
 probabilities normalised over the *full* vocabulary, and Z_S = Σ_S p. The loss is

@@ -1,4 +1,8 @@
-"""Losses from hidden states, a chunk of tokens at a time: the gradient comes with it, and no `[B, T, V]` is held.
+"""Losses from hidden states, a chunk of tokens at a time: no `[B, T, V]` is ever held.
+
+Loss and gradients come from one sweep: each chunk is projected, scored and differentiated while its logits are there,
+and the backward pass only scales what was found. Left out: which loss that is at a single prefix (`trb.losses.terms`
+and the objects of `trb.losses`), and the models below the head (`trb.models.modeling`).
 
 Shape suffixes: N tokens, V vocabulary, H hidden size, C tokens of one chunk, R rows of a chunk.
 """

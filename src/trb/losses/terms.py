@@ -1,4 +1,10 @@
-"""A loss and its gradient at single prefixes, from both laws there, and what is measured of them."""
+"""A loss and its gradient at single prefixes, from both laws there, and what is measured of them.
+
+Gradients are by the logits, and written by hand. Left out: where the laws come from, averages, and chunks
+(`trb.losses.chunked`).
+
+Shape suffixes: R prefixes, C tokens of one chunk, V vocabulary.
+"""
 
 import math
 from dataclasses import dataclass

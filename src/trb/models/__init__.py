@@ -1,1 +1,4 @@
-"""Hugging Face models as the package sees them: loading, pruning, heads, and what a pass over them must give."""
+"""Hugging Face models as this package needs them: found, checked, loaded, cut, measured, and read by the loss.
+
+Reading them token by token is the affair of `trb.sampling`, training them that of `trb.training`.
+"""

@@ -1,4 +1,8 @@
-"""LoRA adapters in directories: which model they stand on, and what of their configuration is read."""
+"""LoRA adapters in directories: which model each stands on, and what of its configuration is read.
+
+Only known options of LoRA are passed on, and weights only from safetensors. Left out: making adapters for training
+(PEFT's work, asked for by `trb.studies.material`), and kinds other than LoRA, which are refused.
+"""
 
 import re
 import warnings

@@ -1,4 +1,7 @@
-"""Directories with models that others wrote: what must be there, what is refused, and how a failure is explained."""
+"""Directories with models that others wrote: what must be there, what is refused, and how failures are explained.
+
+Left out: opening them (`trb.models.loading`), and what any foreign file has in common (`trb.safety.untrusted`).
+"""
 
 import contextlib
 import os

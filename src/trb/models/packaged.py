@@ -1,4 +1,7 @@
-"""The real model that comes as a package: SmolLM2-135M, converted from its GGUF file once and kept in the cache."""
+"""The real model that comes as a package: SmolLM2-135M, converted from its GGUF file once and kept in the cache.
+
+The package is never imported, only its file is read. Left out: other GGUF models, and keeping weights quantised.
+"""
 
 import contextlib
 import copy

@@ -1,4 +1,8 @@
-"""Students cut from larger models: some layers kept, front and back among them, the rest left out."""
+"""Students cut from larger models: one block of layers behind the middle is left out.
+
+What stays is the front, three fifths of the kept layers, and the end. Left out: pruning within layers, stacks whose
+layers are not interchangeable (refused), and making good the damage, which is what distillation is for.
+"""
 
 import copy
 from typing import Any

@@ -1,4 +1,7 @@
-"""Prompts as token ids, and whether they leave a model room for what is to follow."""
+"""Prompts as token ids, and whether they leave a model room for what is to follow.
+
+Left out: chat templates (`trb.tasks.prompts` and the trainer render them), and cutting prompts to fit.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING

@@ -1,5 +1,4 @@
-"""Puts the page together: one HTML file with its style, script and data inside, and no way to load anything
-else.
+"""The page: one HTML file with its style, script and data inside, and no way to load anything else.
 
 The policy in the page allows exactly this style and this script (by hash), no requests, and no text parsed as
 markup. Data go in as JSON with `<`, `>`, `&` and everything outside ASCII escaped, so that no string in them

@@ -1,5 +1,6 @@
-"""What the charts show: which quantity, from which key, as which series. Pure data, drawn by `svg` and
-`figures`.
+"""What the charts show: which quantity, from which key, as which series.
+
+Pure data, drawn by `svg` and `figures`.
 
 A quantity that no run recorded gives no panel; a null or NaN point stays None, a gap. Values are never
 changed here: smoothing (`smoothed`) and thinning (`thinned`) are separate, and say so on the page.

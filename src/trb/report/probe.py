@@ -1,6 +1,6 @@
 """The diagnostics in a probe.json as charts: continuation success, what budgets change, what SKD replaces.
 
-`trb.studies.diagnostics` writes that file, into a directory of its own or as an entry of study.json; every number in it
+`trb.studies.probe` writes that file, into a directory of its own or as an entry of study.json; every number in it
 has an interval over problems already. Charts without a number are left out. This module also reads a probe's directory.
 """
 

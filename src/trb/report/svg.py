@@ -1,5 +1,4 @@
-"""Geometry of the page's charts: panels and scores become SVG path data, ticks and a sentence for screen
-readers.
+"""Geometry of the page's charts: panels and scores become SVG path data, ticks and a sentence for screen readers.
 
 Only numbers and path strings leave this module; the template writes the elements and the stylesheet gives
 them colour. Coordinates are in the chart's own units (WIDTH x HEIGHT), rounded to a tenth.

@@ -1,5 +1,6 @@
-"""What every reader of other people's files shares: text that is safe to print, bounded parsers, paths that stay
-inside, and a look into pickles without opening them.
+"""What every reader of other people's files shares: printable text, bounded parsers, safe paths and pickles.
+
+Paths stay inside their folder, and pickles are looked into without opening them.
 
 Functions refuse with a ValueError that says what is wrong; none of them executes, downloads or follows anything.
 `SECURITY.md` says which inputs are trusted and which are not.

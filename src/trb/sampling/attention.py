@@ -1,4 +1,11 @@
-"""Attention and masks of rows at positions of their own: the library's mask functions, and query heads folded."""
+"""Attention and masks of rows that stand at positions of their own.
+
+Masks are the library's own functions, evaluated at the positions of each row; attention folds the query heads of a key
+head into the query length instead of copying keys and values. Left out: the cache that is attended to
+(`trb.sampling.cache`), and whether a model read so is exact (`trb.sampling.reading` compares).
+
+Shape suffixes: R rows, Q tokens read at once, L cached positions.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

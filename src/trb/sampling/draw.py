@@ -1,4 +1,4 @@
-"""Draft, accept, or draw the residual: an exact draw from μ that reuses the student's sample (design, principle 4).
+"""Draft, accept, or draw the residual: an exact draw from μ that reuses the student's sample.
 
 Running sums are float64: at V = 150,000 a float32 one is off by more than many tokens' probability. They run over bins
 of the vocabulary and then inside one bin, which costs one read of the weights instead of a widened copy and its scan.

@@ -1,5 +1,7 @@
-"""CUDA graphs of a model's passes: a pass of a few tokens is a thousand small kernels, and launching them one by one
-from Python takes several times as long as running them.
+"""CUDA graphs of a model's passes, captured once per shape and replayed.
+
+A pass of a few tokens is a thousand small kernels, and launching them one by one from Python takes several times as
+long as running them.
 
 A pass is captured per shape, the second time the shape occurs, and replayed from then on. Shapes are few: rows are
 rounded up to a bucket, the attended length to a multiple of 256. `Replays` holds one model's graphs; a `SlotReader`

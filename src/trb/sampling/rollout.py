@@ -1,4 +1,6 @@
-"""The record of one sampling call: completions and what the sampler saw at every token; or why there is none.
+"""The record of one sampling call: completions, what the sampler saw at every token, or why there is none.
+
+Left out: what is computed from it later (`trb.sampling.scoring`), and files (`trb.training.recording`).
 
 Shape suffixes: N prefixes, V vocabulary.
 """

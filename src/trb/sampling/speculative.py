@@ -2,7 +2,7 @@
 
 A round drafts a block of tokens with the student, reads the block with the teacher in one pass, and decides position
 by position against μ: a draft x is kept with probability overlap(x) / student(x), the first that is not is replaced
-by a draw from the rest of μ, and what was drafted after it is dropped (paper.md, section 7). There is no bonus token:
+by a draw from the rest of μ, and what was drafted after it is dropped (docs/method.md). There is no bonus token:
 after the last draft the student has not spoken yet. Each position owns its random numbers, so the tokens are those of
 the lockstep sampler, whatever the block size, the batch or the order of the rows.
 

@@ -1,4 +1,11 @@
-"""Several methods from one start: each a run in a directory of its own, and a table of what they reached."""
+"""Several methods from one start: each a run in a directory of its own, and a table of what they reached.
+
+A comparison directory holds recipe.yaml, evaluations/ of the student and the teacher, one run directory per method, and
+results.json. Methods start from the same weights, see the same prompts in the same order and, because every draw is a
+function of (seed, prompt, rollout, position), share their noise: paired comparisons have less variance.
+
+Left out on purpose: several seeds and settings, and tests of differences (`trb.studies.study`, `trb.studies.findings`).
+"""
 
 import os
 from collections.abc import Mapping

@@ -5,10 +5,8 @@ and problems, and draws and grades completions once per behavior policy, however
 share their random numbers, so that differences have less noise than either side. Intervals speak about problems like
 these, given these models; they say nothing about other training runs.
 
-`probe` runs everything for a recipe and leaves probe.json, rollouts.jsonl and provenance.json. It is a single process.
-
-Left out on purpose: comparing trained methods and their learning curves (`trb.studies.sweep`), and drawing
-(`trb.report`).
+Left out on purpose: running everything for a recipe, and its files (`trb.studies.probe`), comparing trained methods and
+their learning curves (`trb.studies.sweep`), and drawing (`trb.report`).
 
 Shape suffixes: N rows (rollouts), P problems.
 """

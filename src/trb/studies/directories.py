@@ -1,4 +1,9 @@
-"""Directories of runs: whose they are, what may go on in them, what is cleared, set aside, sealed or made again."""
+"""Directories of runs: whose they are, what may go on in them, what is cleared, set aside, sealed or made again.
+
+A directory belongs to one configuration; another one is refused, and damage is named and moved aside, never
+overwritten. Left out: what the files mean (`trb.records`), checkpoints (`trb.training.checkpoints`), and full disks
+(`trb.studies.disks`).
+"""
 
 import logging
 import shutil

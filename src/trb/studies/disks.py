@@ -1,4 +1,7 @@
-"""Disks that fill up or may not be written: found before anything is loaded, and explained where they are met."""
+"""Disks that fill up or may not be written: found before anything is loaded, and explained where they are met.
+
+Left out: making room.
+"""
 
 import errno
 import os

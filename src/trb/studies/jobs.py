@@ -1,4 +1,8 @@
-"""One piece of a study: a run, or the scores of a model, done in whatever process it is given to."""
+"""One piece of a study: a run, or the scores of a model, done in whatever process it is given to.
+
+A job that is done is not done again, and one whose results are damaged is. Left out: which jobs there are
+(`trb.studies.study`), their order (`trb.studies.sweep`), and where they run (`trb.studies.workers`).
+"""
 
 import shutil
 import time

@@ -1,4 +1,8 @@
-"""The keys of a recipe: their types, their checks, and how the command line writes them."""
+"""The keys of a recipe: their types, their checks, and how the command line writes them.
+
+Keys are the fields of `RunConfig` and of `TRBConfig`. Left out: files and the checks that need more than one key
+(`trb.studies.recipe`).
+"""
 
 import dataclasses
 import enum
@@ -89,7 +93,7 @@ class RunConfig:
     student_revision: str | None = _option(None, "Branch, tag or commit of a student on the hub.")
     teacher_revision: str | None = _option(None, "Branch, tag or commit of a teacher on the hub.")
     student_keep_layers: int | None = _option(
-        None, "Prune the student to so many evenly spaced layers before training."
+        None, "Prune the student to so many layers before training: a block behind the middle goes."
     )
     student_dtype: str = _option("float32", f"The student's weights: {', '.join(DTYPES)}. AdamW wants float32.")
     teacher_dtype: str = _option("float32", f"The teacher's weights: {', '.join(DTYPES)}.")

@@ -1,4 +1,7 @@
-"""Who wants to know how far a run is: what the command line draws, and nobody else needs."""
+"""Who wants to know how far a run is: what a display overrides, and silence for everybody else.
+
+Left out: showing anything (`trb.cli.display`), and anything a result could depend on.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,8 @@
-"""What a run is made from: models, tokenizers, prompts and problem sets, as its recipe names them."""
+"""What a run is made from: models, tokenizers, prompts and problem sets, as its recipe names them.
+
+What is cheap to find wrong comes first. Left out: how each is read and refused (`trb.models`, `trb.tasks`), and
+training.
+"""
 
 import gc
 import json

@@ -1,4 +1,8 @@
-"""How large a difference so many seeds can find."""
+"""How large a difference so many seeds can find, and how many seeds a difference takes.
+
+For whoever designs a study: nothing in the package calls it. Left out: planning for other problems
+(`trb.studies.statistics.expected_standard_error`).
+"""
 
 import math
 
@@ -39,7 +43,7 @@ def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> 
 
 
 def seeds_needed(difference: float, spread: float, power: float = 0.8, level: float = 0.95) -> int:
-    """The fewest seeds, at least 2, with which `trb.studies.statistics.power` is at least `power`; arguments as there.
+    """The fewest seeds, at least 2, with which `power` is at least `power`; arguments as there.
 
     Raises:
         ValueError: a difference of zero (no number suffices), or an argument out of range.

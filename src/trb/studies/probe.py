@@ -1,4 +1,8 @@
-"""Everything that can be said of a pair before it is trained: the diagnostics of section 6 in one directory."""
+"""Every diagnostic of the paper's section 6 for one recipe, in one directory.
+
+Leaves probe.json, rollouts.jsonl and provenance.json, and finished parts on the way, so that a killed probe goes on. It
+is a single process. Left out: what is measured (`trb.studies.diagnostics`) and how it is drawn (`trb.report.probe`).
+"""
 
 import dataclasses
 import json

@@ -3,7 +3,7 @@
 A recipe mixes the keys of `RunConfig` (models, data, evaluation) and of `TRBConfig` (method and training; also every
 option of TRL and transformers) in one namespace. Checking is strict: unknown keys, wrong types and duplicates are
 errors that name the key, the file and the remedy. Values are read as YAML 1.2 has them (`no` is a word, `1e-5` a
-number).
+number; `trb.studies.yaml_files`).
 
 Left out on purpose: several files that include each other, and variables. A recipe is read in one place, top to bottom.
 """

@@ -1,4 +1,10 @@
-"""What the estimates are made of: tables of scores, resampled over seeds and problems at once, and their quantiles."""
+"""Tables of scores, resampled over seeds and problems at once: what the estimates are made of.
+
+Pure functions of numpy arrays, and the checks of their arguments. Left out: what the estimates are called and mean
+(`trb.studies.statistics`).
+
+Shape suffixes: S seeds, P problems, N effects of one axis, R resamples.
+"""
 
 import math
 from dataclasses import dataclass

@@ -1,15 +1,12 @@
-"""Experiments: train one method, or several from the same start, and leave everything on disk that a reader needs.
+"""One run: a student trained by one method, scored before, during and after, and everything left on disk.
 
 A run directory holds config.yaml (a recipe with every default filled in), provenance.json, metrics.jsonl, evals.jsonl,
 held_out.jsonl, rollouts.jsonl, checkpoints, evaluations/ (results per problem), model/ and, once finished,
-results.json. A comparison directory holds recipe.yaml, evaluations/ of the student and the teacher, one run directory
-per method, and results.json. Calling again continues: finished parts are kept, an interrupted run starts from its last
-complete checkpoint, and another configuration in the same directory is refused.
+results.json. Calling again continues: finished parts are kept, an interrupted run starts from its last complete
+checkpoint, and another configuration in the same directory is refused.
 
-Methods of a comparison start from the same weights, see the same prompts in the same order and, because every draw is
-a function of (seed, prompt, rollout, position), share their noise: paired comparisons have less variance.
-
-Left out on purpose: sweeps over settings and seeds, machines other than this one, and drawing (`trb.report`).
+Left out on purpose: several methods (`trb.studies.comparison`), settings and seeds (`trb.studies.sweep`), machines
+other than this one, and drawing (`trb.report`).
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Scores of models on problem sets, their means, and the results file that keeps them."""
+"""Scores of models on problem sets, their means, and the results file that keeps them.
+
+Left out: how one set is scored (`trb.tasks.evaluation`), and intervals over seeds (`trb.studies.statistics`).
+"""
 
 import logging
 import math

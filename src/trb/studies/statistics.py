@@ -8,7 +8,7 @@ the mean of a table of S x P scores has variance seed / S + problem / P + residu
 seeds and other problems of the same kind. The plain two-way bootstrap (Owen, 2007, "The pigeonhole bootstrap")
 resamples rows and columns together and counts the residual about three times, which would drown a small effect.
 
-`power`, `seeds_needed` and `expected_standard_error` plan a study (docs/studies.md): they are for whoever designs one,
+`expected_standard_error` and `trb.studies.power` plan a study (docs/studies.md): they are for whoever designs one,
 and nothing here calls them.
 
 Left out on purpose: the interval of a single evaluation with few problems (`trb.tasks.evaluation.pass_at_1_interval`),

@@ -1,4 +1,10 @@
-"""A pair and its problems, sampled and scored once and asked many times."""
+"""A pair and its problems, sampled and scored once however many diagnostics ask.
+
+Left out: the diagnostics (`trb.studies.diagnostics`), and where results are kept between processes: whoever gives
+`remember` decides that.
+
+Shape suffixes: N rows (rollouts), P problems.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,6 @@
-"""Runs a study (`trb.studies.study`) to its end: references, selection, test, on local processes or as tasks of a Ray
-cluster.
+"""Runs a study to its end: references, selection, test; killed and started again, it ends the same.
+
+On local processes or as tasks of a Ray cluster; what a study is, says `trb.studies.study`.
 
 A study directory holds study.yaml, provenance.json (of the first start), one folder per setting and, in the end,
 study.json. A setting's folder has reference/ (scores of the untrained student and the teacher), select/ and

@@ -1,4 +1,8 @@
-"""Where the runs of a study are computed: processes of this machine, or tasks of a Ray cluster."""
+"""Where the runs of a study are computed: processes of this machine, or tasks of a Ray cluster.
+
+Left out: what a job does (`trb.studies.jobs`), and going on after a failure: the pool stops and names the run, and the
+same command continues.
+"""
 
 import os
 import signal

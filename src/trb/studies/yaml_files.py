@@ -1,4 +1,7 @@
-"""YAML as recipes have it: safe, by YAML 1.2's rules, no key twice."""
+"""YAML as recipes have it: safe, by YAML 1.2's rules, no key twice.
+
+Left out: which keys there may be (`trb.studies.keys`), and bounds on size (`trb.safety.untrusted.parse_yaml`).
+"""
 
 import os
 import re

@@ -1,4 +1,7 @@
-"""Answers as models write them: boxes, references, and what a generated task must remember of its question."""
+"""Answers as models write them: boxes, references, and what a generated task must remember of its question.
+
+Text only, in linear time. Left out: whether an answer is right (`trb.tasks.grading`).
+"""
 
 import json
 import re

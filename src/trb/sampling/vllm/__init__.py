@@ -1,9 +1,9 @@
 """Blended sampling inside vLLM: an engine with the student as its draft model and the teacher as its target.
 
-`BlendEngine` is the front: it starts the engine, hands it prompts with the policy of the moment, takes the
-completions and what the samplers saw at every token, and gives the draft model new weights. `trb.sampling.sample(...,
-engine=...)` is the call. The rule is in `sampling.verification`, what is replaced inside vLLM in
-`sampling.vllm_plugin`.
+`BlendEngine` is the front: it starts the engine, hands it prompts with the policy of the moment, takes the completions
+and what the samplers saw at every token, and gives the draft model new weights. `trb.sampling.sample(..., engine=...)`
+is the call. The rule is in `trb.sampling.vllm.verification`, what is replaced inside vLLM in
+`trb.sampling.vllm.plugin`.
 
 Left out on purpose: plain student sampling after the warm-up, which is TRL's own vLLM path.
 """

@@ -27,7 +27,7 @@ draft model is run over the step's tokens once more, read one token earlier: the
 position that is sampled, whatever the engine did before.
 
 Left out on purpose: the second model runner (V2, vLLM's default on a GPU), asynchronous scheduling and pipeline
-parallelism, which are refused; and what is done with logits, which `sampling.verification` decides.
+parallelism, which are refused; and what is done with logits, which `trb.sampling.vllm.verification` decides.
 """
 
 import copy

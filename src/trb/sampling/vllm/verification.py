@@ -1,10 +1,9 @@
 """Blended requests inside a serving engine: their drafts, the decision on them, and the record of each completion.
 
-The engine (vLLM, see `sampling.vllm_plugin`) runs the student as its draft model and the teacher as its target model
-and keeps their caches; what happens to the logits is decided here, by the rule and the random numbers of the
+The engine (vLLM, see `trb.sampling.vllm.plugin`) runs the student as its draft model and the teacher as its target
+model and keeps their caches; what happens to the logits is decided here, by the rule and the random numbers of the
 in-process samplers. A request carries its policy, its stop ids and its place in the random stream, so that one batch
-may mix budgets, and a completion depends on neither its batch nor on when its drafts were made, dropped or made
-again.
+may mix budgets, and a completion depends on neither its batch nor on when its drafts were made, dropped or made again.
 
 A draft belongs to the prefix it was made at. What the engine schedules of it may be all, part or something else (an
 engine pads and cuts); positions are decided as long as the scheduled tokens are the drafted ones, and one more: the
