@@ -41,7 +41,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-processors test-vllm lint format smollm2 bench bench-vllm study study-smollm2 zoo hostile fuzz audit lock plans models models-real torture clean
+.PHONY: help setup quickstart test test-processors test-vllm lint format smollm2 bench bench-vllm study study-smollm2 zoo hostile fuzz audit lock plans docs-modules models models-real torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ bench-vllm: $(VLLM_VENV)/run.stamp ## blended sampling inside vLLM: its law and 
 plans: $(VENV)/run.stamp ## check the cost model against runs of one and two processes, and write the tables of docs/scaling.md
 	$(BIN)/python benchmarks/plan_check.py
 	$(BIN)/python benchmarks/plans.py
+
+docs-modules: $(VENV)/dev.stamp ## write the list of modules in docs/architecture.md from their docstrings
+	$(BIN)/python tests/module_list.py
 
 models: $(VENV)/dev.stamp ## hold every causal-LM type of transformers to its own forward passes, and write docs/models.md (five minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py

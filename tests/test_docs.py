@@ -1,12 +1,21 @@
 """Documentation names only things that exist."""
 
+import ast
 import importlib
+import inspect
+import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from module_list import PAGE, first_line, with_list
+from transformers import TrainerCallback
+from trl import DistillationConfig
 
+import trb
+import trb.training
 from trb.policies import POLICIES
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
@@ -58,6 +67,86 @@ def test_the_method_page_has_every_method_behavior_and_loss_with_its_knobs() -> 
         assert found.keys() == halves.keys()
         for name, half in halves.items():
             assert [word for word in found[name] if "." not in word] == [*half.knobs]
+
+
+def test_the_list_of_modules_is_that_of_their_docstrings() -> None:
+    assert text(PAGE) == with_list(text(PAGE)), "run `make docs-modules`"
+
+
+def test_a_module_begins_with_one_sentence_in_one_line() -> None:
+    lines = {path: first_line(path) for path in Path(trb.__file__).parent.rglob("*.py")}
+    assert {str(path): line for path, line in lines.items() if not line.endswith(".")} == {}
+
+
+# ---- the seam with TRL ----
+
+# What a class statement leaves in every class.
+IMPLICIT = set(vars(type("Empty", (), {}))) | {
+    "__annotations__",
+    "__parameters__",
+    "__static_attributes__",
+    "__firstlineno__",
+}
+
+
+def overriding(module: Any) -> Iterator[tuple[str, str]]:
+    """(class, name) of whatever a module's classes replace of a library's, but for callbacks and configurations."""
+    for owner in vars(module).values():
+        if not inspect.isclass(owner) or owner.__module__ != module.__name__:
+            continue
+        if issubclass(owner, TrainerCallback | DistillationConfig):
+            continue
+        theirs = [base for base in owner.__mro__ if base.__module__.split(".")[0] in ("trl", "transformers", "torch")]
+        for name in vars(owner).keys() - IMPLICIT:
+            if any(name in vars(base) for base in theirs):
+                yield owner.__name__, name
+
+
+def overridden() -> dict[str, tuple[str, str, str]]:
+    """`Class.name` -> (class, name, file) in `trb.training`."""
+    found = {}
+    for info in pkgutil.iter_modules(trb.training.__path__):
+        for owner, name in overriding(importlib.import_module(f"trb.training.{info.name}")):
+            found[f"{owner}.{name}"] = (owner, name, f"{info.name}.py")
+    return found
+
+
+def table_rows(page: str, header: str) -> list[list[str]]:
+    table = page.split(f"\n{header}\n", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_seams_are_those_of_the_classes() -> None:
+    rows = table_rows(text(PAGE), "| seam | overridden in | what is relied on |")
+    listed = [(seam, where.strip("`")) for seams, where, _ in rows for seam in re.findall(r"`([\w.]+)`", seams)]
+    assert len(dict(listed)) == len(listed)
+    assert dict(listed) == {seam: where for seam, (_, _, where) in overridden().items()}
+
+
+def test_each_part_of_the_trainer_lists_its_own_seams() -> None:
+    modules = {where: importlib.import_module(f"trb.training.{where[:-3]}") for _, _, where in overridden().values()}
+    for _, name, where in overridden().values():
+        assert re.search(rf"`{name}\b", modules[where].__doc__ or ""), f"{where} does not list {name}"
+
+
+def test_the_private_names_that_are_used_are_listed() -> None:
+    rows = table_rows(text(PAGE), "| name | used in | what is relied on |")
+    listed = {name for names, _, _ in rows for name in re.findall(r"`(\w+)`", names)}
+    used: set[str] = set()
+    ours: set[str] = set()
+    for where in {where for _, _, where in overridden().values()} - {"vllm.py"}:
+        tree = ast.parse((ROOT / "src" / "trb" / "training" / where).read_text(encoding="utf-8"))
+        for owner in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            ours |= {node.target.id for node in owner.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+            for method in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
+                ours.add(method.name)
+                names = {node for node in ast.walk(method) if isinstance(node, ast.Attribute)}
+                own = {node for node in names if ast.unparse(node.value) == "self"}
+                used |= {node.attr for node in own if node.attr.startswith("_")}
+                if method.name == "__init__":
+                    ours |= {node.attr for node in own if isinstance(node.ctx, ast.Store)}
+    assert used - ours <= listed, used - ours - listed
+    assert {name for name in listed if name.startswith("_")} - {"_iter_named_params"} <= used
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", text(ROOT / "README.md"), re.S), ids=range(3))

@@ -123,6 +123,11 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "log": ["self", "logs", "start_time"],
         "save_model": ["self", "output_dir", "_internal_call"],
         "_save": ["self", "output_dir", "state_dict"],
+        "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+        "_load_best_model": ["self"],
+        "_load_callback_state": ["self"],
+        "_send_telemetry": ["self"],
     }
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(DistillationTrainer, name)).parameters) == parameters, name

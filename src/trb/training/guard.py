@@ -5,8 +5,11 @@ and one small all-reduce carries that sum's and the gradient norm's verdict. A s
 (the scheduler and the budget go on), changes neither weights nor optimizer state, and leaves its prompts and
 completions in skipped/step-N.jsonl, N being the step's number in metrics.jsonl.
 
-Left out on purpose: dropping the gradients (the trainer's affair), repairing numbers, and DeepSpeed, which takes its
-step inside the backward pass: there a number that is not finite can only end the run.
+Seams of transformers: `training_step` comes for each micro-batch; `_get_grad_norm` once per optimizer step, after
+clipping and right before `optimizer.step()`; `_tr_loss` is the sum that `log` will average.
+
+Left out on purpose: repairing numbers, and DeepSpeed, which takes its step inside the backward pass: there a number
+that is not finite can only end the run.
 """
 
 import math
@@ -144,11 +147,7 @@ class StepGuard:
 
 
 class GuardedTrainer(DistillationTrainer):
-    """The part of `TRBTrainer` that judges a step before it is taken.
-
-    Seams of transformers: `training_step` comes for each micro-batch; `_get_grad_norm` once per optimizer step, after
-    clipping and right before `optimizer.step()`.
-    """
+    """The part of `TRBTrainer` that judges a step before it is taken."""
 
     args: TRBConfig
     _guard: StepGuard

@@ -2,6 +2,9 @@
 
 Seams of TRL: `log` averages `_metrics`; Accelerate fills the last batch of an evaluation up and says so in
 `gradient_state`.
+
+Left out: sums over micro-batches and processes (`trb.training.metrics`), files (`trb.training.recording`), and logging
+services.
 """
 
 import math

@@ -5,7 +5,8 @@ from `trb.policies` or `trb.losses` under a schedule. A method is a named pair o
 that knows a method: the configuration, the trainer, the planner, the report and the documentation read them, and an
 entry added from outside works like ours (docs/extending.md).
 
-Nothing here needs torch before a behavior or target is built, so that the report's labels cost nothing.
+Left out: the policies and losses themselves, and schedules (`trb.schedule`). Nothing here needs torch before a behavior
+or target is built, so that the report's labels cost nothing.
 """
 
 from __future__ import annotations

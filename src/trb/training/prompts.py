@@ -1,7 +1,12 @@
 """Which prompts a step has, in which order, and whether they can be trained on.
 
-Seams of TRL: `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times;
-`_tokenize_prompts(prompts)` returns token ids, images and multimodal fields of a batch of prompts.
+Seams of TRL:
+- `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; it is replaced, because each
+  prompt has several rollouts and a resumed run must have the order of its epoch;
+- `RepeatSampler` is built by `__init__` with one generator, from which each `__iter__` takes a permutation;
+- `_tokenize_prompts(prompts)` returns token ids, images and multimodal fields of a batch of prompts.
+
+Left out: where prompts come from and how they are rendered (`trb.tasks.prompts`), and what is drawn after them.
 """
 
 from collections.abc import Callable, Iterator, Sized

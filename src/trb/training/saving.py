@@ -4,11 +4,12 @@ Seams of transformers and TRL:
 - `_save_checkpoint` writes into `_get_output_dir()`/checkpoint-N and rotates there; `_push_from_checkpoint` uploads it;
 - `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
   latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
-- `_load_callback_state` comes when the trainer's state has been read; `_load_best_model` at the end of training;
+- `train` reads a checkpoint with `_load_from_checkpoint`, then the trainer's state, then comes `_load_callback_state`;
+  `_load_best_model` is called at the end;
 - `save_model` gathers sharded weights and calls `_save` where it should.
 
-What a checkpoint is, and when it is whole, is `trb.training.checkpoints`; what makes two runs the same,
-`trb.training.resume`.
+Left out: what a checkpoint is, and when it is whole (`trb.training.checkpoints`), and what makes two runs the same
+(`trb.training.resume`).
 """
 
 from collections.abc import Mapping

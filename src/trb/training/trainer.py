@@ -1,29 +1,27 @@
-"""`TRBTrainer`: TRL's `DistillationTrainer` with two things replaced, how completions are sampled and the loss.
+"""`TRBTrainer`: TRL's `DistillationTrainer` with other rollouts and another loss.
 
 While the behavior policy needs the teacher, completions come from `trb.sampling.sample`, in process or inside vLLM
-(`use_vllm=True`, colocate mode); afterwards from plain student sampling (then TRL's own vLLM path). The loss is the
-reverse KL on the student's top-k.
-Everything else (loop, sharding, PEFT, resume, logging, hub) is TRL's and transformers'.
+(`use_vllm=True`, colocate mode); afterwards from plain student sampling (then TRL's own vLLM path). What a step's
+policy and loss are is said in `trb.training.methods`.
 
-TRL internals this module relies on, checked by a contract test against the installed version:
-- `DistillationTrainer.__init__` accepts `teacher_model=None` and then leaves `self.teacher_model = None` to us
-  (we prepare the teacher ourselves because TRL refuses heads padded to different sizes);
-- `_tokenize_prompts(prompts)` returns token ids, images and multimodal fields of a batch of prompts;
+Those two are replaced here. What else is touched has a part of its own, which lists its seams as this one does: the
+order of prompts, also replaced (`trb.training.prompts`), saving and resume (`trb.training.saving`), steps that are not
+taken (`trb.training.guard`), metrics and records (`trb.training.logged`), and TRL's vLLM (`trb.training.vllm`).
+docs/architecture.md has all of them in one table, which a test holds to the classes. The loop, sharding, PEFT, logging
+services and the hub are TRL's and transformers'.
+
+Seams of TRL overridden here, checked by a contract test against the installed version:
+- `__init__` accepts `teacher_model=None` and then leaves `self.teacher_model = None` to us (we prepare the teacher
+  ourselves because TRL refuses heads padded to different sizes);
 - `_generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)` returns completion ids, stop token
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
-  inside the student's wrapper; `_forward_redirection` does the same for the teacher's;
-- `eos_token_ids` are the stop ids of its own generation and of its metrics, and `vllm_generation.generation_kwargs` go
-  into every request of its vLLM, in this process or served;
-- `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; `log` averages `_metrics`;
-- `save_model` gathers sharded weights and calls `_save` where it should; Accelerate fills the last batch of an
-  evaluation up and says so in `gradient_state`.
+  inside the student's wrapper;
+- `_send_telemetry` is silenced; `_tag_names`, `_name` and `_paper` are what the model card says.
 
-And of transformers, for runs that lose nothing (`trb.training.checkpoints`, `trb.training.guard`):
-- `_save_checkpoint` writes into `_get_output_dir()`/checkpoint-N and rotates there; `_push_from_checkpoint` uploads it;
-- `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
-  latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
-- `_get_grad_norm` comes once per optimizer step, after clipping and right before `optimizer.step()`.
+And used as they are: `_forward_redirection` does for the teacher's wrapper what is done for the student's;
+`eos_token_ids` are the stop ids of TRL's own generation and of its metrics; `vllm_generation.generation_kwargs` go into
+every request of its vLLM, in this process or served; `_is_vlm` and `_tokenizer` say what the student reads.
 
 Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 """
@@ -424,11 +422,3 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
             return self._forward_redirection(
                 self.teacher_model, teacher, completion_hidden_states, teacher, ids_BL, mask_BL, completion_BL
             )
-
-    # ---- saving ----
-
-    # ---- steps that must not be taken ----
-
-    # ---- checkpoints ----
-
-    # ---- logging ----

@@ -4,10 +4,10 @@
 per optimizer step and gives its memory back when the warm-up ends. `DeferredGeneration` is TRL's own vLLM, started
 only then, so that the two never hold memory together.
 
-TRL internals relied on, checked by a contract test: `DistillationTrainer` builds `VLLMGeneration` under that name,
-whose constructor ends with `_init_vllm()`; `sync_weights()` and `generate(...)` are all that is called of it; and
-`_iter_named_params()` yields whole parameters under their checkpoint names, on every process, for DDP, FSDP,
-DeepSpeed and PEFT.
+Seams of TRL, checked by a contract test: `DistillationTrainer` builds `VLLMGeneration` under that name, whose
+`__init__` ends with `_init_vllm()`; `sync_weights()` and `generate(...)` are all that is called of it; and
+`_iter_named_params()` yields whole parameters under their checkpoint names, on every process, for DDP, FSDP, DeepSpeed
+and PEFT. `VLLMClient` waits with `check_server(...)` and asks with `generate(...)`, both through its `session`.
 
 Left out on purpose: TRL's server mode, whose server samples from the student only (docs/vllm.md says how to serve
 blended rollouts).
