@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+HEADER = "| | measured | under which conditions |"
 
 
 def text(page: Path) -> str:
@@ -149,12 +153,79 @@ def test_the_private_names_that_are_used_are_listed() -> None:
     assert {name for name in listed if name.startswith("_")} - {"_iter_named_params"} <= used
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", text(ROOT / "README.md"), re.S), ids=range(3))
-def test_python_blocks_of_the_readme_run(
+USE = text(ROOT / "README.md") + text(ROOT / "docs" / "usage.md")
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", USE, re.S), ids=range(4))
+def test_python_blocks_for_users_run(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, "block", "exec"), {"__name__": "block"})
+
+
+def test_the_first_block_of_the_readme_is_short() -> None:
+    first = re.search(r"```python\n(.*?)```", text(ROOT / "README.md"), re.S)
+    assert first and len([line for line in first[1].splitlines() if line]) <= 10
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def points(difference: dict[str, Any]) -> tuple[str, str]:
+    """A difference of shares in percentage points, with its interval."""
+    low, high = (f"{100 * end:.2f}" for end in difference["interval"])
+    return f"{100 * difference['estimate']:+.2f} points", f"{low} to {high})"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
+    study, smollm2 = result("study"), result("smollm2-study")["settings"]["smollm2-clock"]["methods"]["trb"]
+    average, headline = study["average"]["methods"], result("cpu")["headline"]
+    numbers = result("gpu")["sections"]["time_sampling"]["numbers"]
+    rates = {name: row["tokens_per_s"] for name, row in numbers.items() if "tokens_per_s" in row}
+    counts, kills = result("models")["counts"], result("torture")["kills"]
+    rows = {row[0].strip("* "): " ".join(row[1:]) for row in table_rows(text(ROOT / "README.md"), HEADER)}
+    after = {
+        setting: found["continuation"]["truncations"][-1]["policies"] for setting, found in study["diagnostics"].items()
+    }
+    solved = {
+        (setting, policy): f"{100 * numbers['success']['teacher']['value']:.1f}%"
+        for setting, policies in after.items()
+        for policy, numbers in policies.items()
+    }
+    expected = {
+        "A better student than plain OPD? No, not in our settings": points(average["trb"]["difference_to_opd"]),
+        "nor on a real language model": (*points(smollm2["difference_to_opd"]), f"{smollm2['seeds']} seeds"),
+        "what did end higher": points(average["veto"]["difference_to_opd"]),
+        "Better prefixes? Yes": (
+            f"solves {solved['long-chains', 'trb']} instead of {solved['long-chains', 'student']}",
+            f"{solved['clock', 'trb']}, {solved['clock', 'student']})",
+        ),
+        "Cheap blending": (
+            f"{headline['warmup_step_over_opd_step']:.1f} times our plain step",
+            f"{headline['warmup_step_over_trl_step']:.1f} times a step of TRL's",
+            f"{headline['opd_step_over_trl_step']:.1f} times TRL's",
+        ),
+        "Fast exact sampling": (
+            f"{headline['speculative_over_lockstep']:.1f} times",
+            f"{headline['teacher_passes_per_token']:.1f} teacher passes per token",
+        ),
+        "": (
+            f"{rates['trust region, batch 64, speculative, blocks of 4, graphs']:,.0f} tokens per second",
+            f"lockstep {rates['trust region, batch 64, lockstep']:.0f}",
+            f"alone {rates['student, batch 64, speculative, graphs']:,.0f}",
+        ),
+        "Exact for every model, or refused by name": (
+            f"of {sum(counts.values())} causal-LM types {counts['exact']} exact",
+            f"{counts['refused']} refused, {counts['library']} the library",
+        ),
+        "Runs that survive": (f"{kills['survived']} of {kills['tried']} killed runs",),
+    }
+    assert rows.keys() == expected.keys()
+    for name, phrases in expected.items():
+        for phrase in phrases:
+            assert phrase in rows[name], (name, phrase)
 
 
 def test_the_walk_through_extending_runs() -> None:
@@ -173,12 +244,12 @@ def test_the_walk_through_extending_runs() -> None:
     assert schedule.value(1) == 0.2
 
 
-def test_recipes_and_flags_of_the_readme_exist() -> None:
+def test_recipes_and_flags_for_users_exist() -> None:
     from trb.cli import main
 
-    for recipe in re.findall(r"--config (\S+)", text(ROOT / "README.md")):
+    for recipe in re.findall(r"--config (\S+)", USE):
         assert (ROOT / recipe).exists(), recipe
-    for command in sorted(set(re.findall(r"^trb (\w+)", text(ROOT / "README.md"), re.M))):
+    for command in sorted(set(re.findall(r"^trb (\w+)", USE, re.M))):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
