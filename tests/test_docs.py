@@ -17,6 +17,7 @@ from trl import DistillationConfig
 
 import trb
 import trb.training
+from trb import blend
 from trb.policies import POLICIES
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
@@ -54,6 +55,37 @@ def test_functions_tests_and_files_named_in_a_page_exist(page: Path) -> None:
         assert (ROOT / path).exists(), path
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text(page)):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_scripts_named_without_their_folder_exist(page: Path) -> None:
+    folders = ("src", "tests", "benchmarks", "examples")
+    there = [str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    named = re.findall(r"`([\w./-]+\.(?:py|c|sh))`", text(page))
+    assert [name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in there)] == []
+
+
+def test_what_the_sources_name_exists() -> None:
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for dotted in re.findall(r"`(trb\.[A-Za-z_.]+[A-Za-z_])(?:\(\))?`", text(path)):
+            try:
+                resolve(dotted)
+            except (ImportError, AttributeError) as error:
+                pytest.fail(f"{path} names {dotted}: {error}")
+
+
+def test_the_floors_of_the_method_page_are_those_of_the_solvers() -> None:
+    page = " ".join(text(ROOT / "docs" / "method.md").split())
+    of_torch = re.search(r"log-probability below (\S+) or a positive budget under (\S+) go through float64", page)
+    of_c = re.search(r"in C keeps budgets down to (\S+) and log-ratios up to (\S+) above", page)
+    assert of_torch and of_c
+    assert [float(number) for number in of_torch.groups()] == [
+        blend._FLOAT32_LOG_PROB_FLOOR,
+        blend._FLOAT32_BUDGET_FLOOR,
+    ]
+    source = text(ROOT / "src" / "trb" / "blend" / "blend.c")
+    floors = [re.search(rf" {name} = ([\d.e-]+)", source) for name in ("BUDGET_FLOOR", "LARGEST_RATIO")]
+    assert [float(number) for number in of_c.groups()] == [float(found[1]) for found in floors if found]
 
 
 def cells(page: str, first: str) -> dict[str, list[str]]:

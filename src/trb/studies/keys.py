@@ -93,7 +93,7 @@ class RunConfig:
     student_revision: str | None = _option(None, "Branch, tag or commit of a student on the hub.")
     teacher_revision: str | None = _option(None, "Branch, tag or commit of a teacher on the hub.")
     student_keep_layers: int | None = _option(
-        None, "Prune the student to so many layers before training: a block behind the middle goes."
+        None, "Prune the student to so many layers before training: 3/5 of them from its front, the rest from its end."
     )
     student_dtype: str = _option("float32", f"The student's weights: {', '.join(DTYPES)}. AdamW wants float32.")
     teacher_dtype: str = _option("float32", f"The teacher's weights: {', '.join(DTYPES)}.")
