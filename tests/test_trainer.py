@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import RepeatSampler
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb.losses import topk_reverse_kl
@@ -132,6 +133,11 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(DistillationTrainer, name)).parameters) == parameters, name
     assert inspect.signature(DistillationTrainer.__init__).parameters["teacher_model"].default is None
+    ours = [owner for owner in TRBTrainer.__mro__ if owner.__module__.startswith("trb.")]
+    functions = {name for owner in ours for name, value in vars(owner).items() if inspect.isfunction(value)}
+    assert {name for name in functions if hasattr(DistillationTrainer, name)} == {"__init__", *expected}
+    options = {"data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"}
+    assert options <= inspect.signature(RepeatSampler.__init__).parameters.keys()
 
 
 # ---- the events that end a completion ----

@@ -1,7 +1,7 @@
 """Directories of runs: whose they are, what may go on in them, what is cleared, set aside, sealed or made again.
 
-A directory belongs to one configuration; another one is refused, and damage is named and moved aside, never
-overwritten. Left out: what the files mean (`trb.records`), checkpoints (`trb.training.checkpoints`), and full disks
+A directory belongs to one configuration; another one is refused, and damaged results are named and moved aside. Left
+out: what the files mean (`trb.records`), checkpoints (`trb.training.checkpoints`), and full disks
 (`trb.studies.disks`).
 """
 

@@ -43,7 +43,7 @@ def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> 
 
 
 def seeds_needed(difference: float, spread: float, power: float = 0.8, level: float = 0.95) -> int:
-    """The fewest seeds, at least 2, with which `power` is at least `power`; arguments as there.
+    """The fewest seeds, at least 2, with which `power()` is at least `power`; arguments as there.
 
     Raises:
         ValueError: a difference of zero (no number suffices), or an argument out of range.

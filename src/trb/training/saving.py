@@ -4,8 +4,8 @@ Seams of transformers and TRL:
 - `_save_checkpoint` writes into `_get_output_dir()`/checkpoint-N and rotates there; `_push_from_checkpoint` uploads it;
 - `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
   latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
-- `train` reads a checkpoint with `_load_from_checkpoint`, then the trainer's state, then comes `_load_callback_state`;
-  `_load_best_model` is called at the end;
+- `train` reads weights with `_load_from_checkpoint`, calls `_load_callback_state` once the trainer's state was read,
+  and `_load_best_model` at the end;
 - `save_model` gathers sharded weights and calls `_save` where it should.
 
 Left out: what a checkpoint is, and when it is whole (`trb.training.checkpoints`), and what makes two runs the same
