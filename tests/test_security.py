@@ -323,23 +323,26 @@ def test_long_numbers_and_strange_text_are_kept(tmp_path: Path) -> None:
 # `check_checkpoint` or, for templates, in `take_template`. Whatever is added here needs its check first.
 OPENERS = {
     "from_pretrained": {
-        "loading.load_tokenizer", "loading._load_weights", "adapters.attach_adapter", "packaged._convert_gguf",
-        "cli.doctor.outline", "vllm_rollouts._check_shape", "zoo.load",
+        "models.loading.load_tokenizer", "models.loading._load_weights", "models.adapters.attach_adapter",
+        "models.packaged._convert_gguf", "cli.outline.outline", "training.vllm._check_shape", "zoo.load",
     },
-    "create_model_from_path": {"trainer._load_teacher"},
-    "get_config_dict": {"directories.check_config"},
-    "load_dataset": {"data._from_hub"},
+    "create_model_from_path": {"training.pair.load_teacher"},
+    "get_config_dict": {"models.directories.check_config"},
+    "load_dataset": {"tasks.sources._from_hub"},
     "load_from_disk": set(),
     "load_adapter": set(),
     "load_dataset_builder": set(),
-    "torch.load": {"untrusted._check_record"},
+    "torch.load": {"safety.untrusted._check_record"},
     "pickle.load": set(),
     "pickle.loads": set(),
     "foreign_directory": {
-        "directories.check_directory", "data._from_folder", "untrusted.check_checkpoint", "cli.doctor.outline",
+        "models.directories.check_directory", "tasks.sources._from_folder", "safety.untrusted.check_checkpoint",
+        "cli.outline.outline",
     },
-    "check_chat_template": {"loading.take_template", "data.render"},
-    "chat_template =": {"loading.take_template", "templates._rendering_problem", "zoo.tokenizer._wrapped"},
+    "check_chat_template": {"models.loading.take_template", "tasks.prompts.render"},
+    "chat_template =": {
+        "models.loading.take_template", "safety.templates._rendering_problem", "zoo.tokenizer._wrapped",
+    },
 }  # fmt: skip
 
 
