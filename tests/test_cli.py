@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import student_stopping_as_the_teacher
 from rich.console import Console
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import BertConfig, BertLMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from trb import cli, zoo
 from trb.cli import main
@@ -532,37 +532,90 @@ def test_doctor_on_too_little_memory(
 LAUNCHES = Path(__file__).parents[1] / "recipes" / "accelerate"
 
 
-def gigabytes(estimate: str, part: str) -> float:
-    return float(re.search(rf"{part} ([0-9.]+)", estimate)[1])  # type: ignore[index]
+def estimated_parts(estimate: str) -> dict[str, float]:
+    """Gigabytes by component."""
+    parts = re.search(r"a rough estimate: (.*)\);", estimate)[1].split(", ")  # type: ignore[index]
+    return {name: float(size) for name, size in (part.rsplit(" ", 1) for part in parts)}
 
 
-def test_doctor_estimates_one_process_of_a_launch(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def wide_pair(recipe: Path, tmp_path: Path) -> tuple[Any, ...]:
+    """Options that name a recipe and a pair of half a billion parameters each, without weights."""
     config = Qwen3Config(
         vocab_size=64, hidden_size=2048, intermediate_size=8192, num_hidden_layers=8, max_position_embeddings=64
     )
-    with torch.device("meta"):
-        count = sum(p.numel() for p in Qwen3ForCausalLM(config).parameters())
     config.save_pretrained(tmp_path / "wide")
     (tmp_path / "wide" / "model.safetensors").touch()  # the doctor reads no weights
     zoo.load("student")[1].save_pretrained(tmp_path / "wide")
-    pair = ("--config", recipe, "--student", tmp_path / "wide", "--teacher", tmp_path / "wide", "--bf16", "true")
+    return ("--config", recipe, "--student", tmp_path / "wide", "--teacher", tmp_path / "wide", "--bf16", "true")
 
-    def estimate(launch: str, *more: str) -> str:
-        return doctor(capsys, *pair, "--launch", LAUNCHES / f"{launch}.yaml", *more)[1]["memory estimate"][1]
+
+@pytest.mark.parametrize(
+    ("launch", "strategy", "options"),
+    [
+        ("ddp", "ddp", ()),
+        ("ddp", "ddp", ("--lora-rank", 4)),
+        ("fsdp2", "fsdp", ("--gradient-checkpointing", "true")),
+        ("fsdp2", "fsdp", ("--method", "opd", "--teacher-sharded", "true", "--replica-dtype", "float32")),
+        ("zero3", "zero3", ("--rollout-batch-size", 2)),
+    ],
+)
+def test_doctor_estimates_what_its_plan_says(
+    wide_pair: tuple[Any, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    launch: str,
+    strategy: str,
+    options: tuple[Any, ...],
+) -> None:
+    here = {"like": "cpu", "per_node": {"value": 8, "kind": "assumed", "source": "this test"}}
+    (tmp_path / "here.json").write_text(json.dumps(here))
+    planning = ("--machine", tmp_path / "here.json", "--gpus", 8, "--strategy", strategy, "--json")
+    main(["doctor", "--plan", *map(str, (*wide_pair, *planning, *options))])
+    plan = json.loads(capsys.readouterr().out)
+    largest = max(plan["memory"].values(), key=lambda parts: sum(parts.values()))
+    found = doctor(capsys, *wide_pair, "--launch", LAUNCHES / f"{launch}.yaml", *options)[1]["memory estimate"][1]
+    assert f"about {plan['peak'] / 1e9:.1f} GB on each device" in found
+    assert estimated_parts(found) == {name: float(f"{size / 1e9:.1f}") for name, size in largest.items() if size}
+
+
+def test_doctor_estimates_one_process_of_a_launch(
+    wide_pair: tuple[Any, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Qwen3ForCausalLM(Qwen3Config.from_pretrained(tmp_path / "wide")).parameters())
+
+    def estimate(launch: str, *more: str) -> dict[str, float]:
+        checks = doctor(capsys, *wide_pair, "--launch", LAUNCHES / f"{launch}.yaml", *more)[1]
+        return estimated_parts(checks["memory estimate"][1])
 
     states = 4 * 4 * count / 1e9  # weights, gradients and two moments, in float32
-    assert gigabytes(estimate("ddp"), "optimizer") == pytest.approx(states, abs=0.06)
-    assert "copy" not in estimate("ddp")
+    trained = ("student's weights", "master weights", "gradients", "optimizer's moments")
+    whole = estimate("ddp")
+    assert sum(whole[name] for name in trained if name in whole) == pytest.approx(states, abs=0.16)
+    assert "sampling replica" not in whole
     for launch in ("fsdp2", "zero3"):
         found = estimate(launch)
-        assert gigabytes(found, "optimizer") == pytest.approx(states / 8, abs=0.06)
-        assert gigabytes(found, "sample from") == pytest.approx(2 * count / 1e9, abs=0.06)
-        assert gigabytes(found, "teacher") == pytest.approx(4 * count / 1e9, abs=0.06)
+        assert sum(found[name] for name in trained if name in found) == pytest.approx(states / 8, abs=0.21)
+        assert found["sampling replica"] == pytest.approx(2 * count / 1e9, abs=0.06)
+        assert found["teacher's weights"] == pytest.approx(4 * count / 1e9, abs=0.06)
     plain = estimate("fsdp2", "--method", "opd", "--teacher_sharded", "true", "--replica_dtype", "float32")
-    assert gigabytes(plain, "sample from") == pytest.approx(4 * count / 1e9, abs=0.06)
-    assert gigabytes(plain, "teacher") == pytest.approx(4 * count / 8 / 1e9, abs=0.06)
+    assert plain["sampling replica"] == pytest.approx(4 * count / 1e9, abs=0.06)
+    assert plain["teacher's weights"] == pytest.approx(4 * count / 8 / 1e9, abs=0.06)
+
+
+def test_doctor_says_when_it_cannot_tell_the_layers(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(vocab_size=64, is_decoder=True, **sizes)).save_pretrained(tmp_path / "bert")
+    zoo.load("student")[1].save_pretrained(tmp_path / "bert")
+    code, checks = doctor(capsys, "--config", recipe, "--teacher", tmp_path / "bert", "--teacher-dtype", "float32")
+    assert code == 0
+    assert checks["memory estimate"] == (
+        "warn",
+        "cannot plan for BertLMHeadModel: none of its parameters belongs to a numbered layer",
+    )
 
 
 @pytest.mark.parametrize(

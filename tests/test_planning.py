@@ -269,12 +269,14 @@ def test_the_student_travels_to_where_it_samples_once_a_step() -> None:
     weights = sum(parameter.numel() for parameter in tiny().parameters())
     shape = Shape.of(pair.student)
     assert sampling_transfers(shape, pair, Layout(8)) == []
-    for layout, size in (
-        (Layout(8, "fsdp"), 2 * weights),
-        (Layout(8, "zero3"), 2 * weights),
-        (Layout(8, "ddp", "vllm"), 2 * weights),
+    whole = Pair(tiny(), tiny(), replica_dtype="float32")
+    for kept, layout, size in (
+        (pair, Layout(8, "fsdp"), 2 * weights),
+        (whole, Layout(8, "fsdp"), 4 * weights),
+        (pair, Layout(8, "zero3"), 2 * weights),
+        (pair, Layout(8, "ddp", "vllm"), 2 * weights),
     ):
-        (found,) = sampling_transfers(shape, pair, layout)
+        (found,) = sampling_transfers(shape, kept, layout)
         assert found.payload * found.count == size
 
 
@@ -443,7 +445,8 @@ def test_uneven_rows_take_about_the_steps_of_a_simulation() -> None:
 def test_memory_of_one_process_is_what_its_tensors_take() -> None:
     student, teacher = tiny(), tiny(5)
     work = Work(rollouts=4, generations=2, prompt=4, completion=8, micro_batch=4, kl_budget=0.1)
-    plan = make_plan(Pair(student, teacher, teacher_dtype="float32", compute_dtype=None), work, Layout(1), H100)
+    pair = Pair(student, teacher, teacher_dtype="float32", compute_dtype=None)
+    plan = make_plan(pair, work, Layout(1), H100)
     optimizer = torch.optim.AdamW(student.parameters())
     loss_of(student, 4).backward()
     optimizer.step()
@@ -460,6 +463,12 @@ def test_memory_of_one_process_is_what_its_tensors_take() -> None:
         cached += sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert plan.memory["sampling"]["caches"] == cached
     assert update["teacher's hidden states"] == torch.empty(4, 8, 32).nbytes
+    # The loss holds the student's, the teacher's and a gradient for a chunk, a round two heads for every draft.
+    vocabulary, block = student.config.vocab_size, int(plan.numbers["block_size"])
+    assert update["logits of the loss"] == torch.empty(3, 4 * 12, vocabulary).nbytes
+    assert plan.memory["sampling"]["logits of a round"] == torch.empty(2, 4, block, vocabulary).nbytes
+    chunked = make_plan(pair, replace(work, loss_chunk=5), Layout(1), H100)
+    assert chunked.memory["update"]["logits of the loss"] == torch.empty(3, 5, vocabulary).nbytes
     assert plan.peak == max(sum(parts.values()) for parts in plan.memory.values())
 
 
@@ -478,6 +487,8 @@ def test_zero3_divides_sixteen_bytes_a_parameter() -> None:
     divided = ("student's weights", "master weights", "optimizer's moments", "gradients")
     assert sum(plan.memory["update"][name] for name in divided) == pytest.approx(16 * 1.720574976e9 / 8)
     assert plan.memory["sampling"]["sampling replica"] == 2 * 1720574976
+    whole = make_plan(replace(qwen(), replica_dtype="float32"), PROTOCOL, Layout(8, "zero3"), H100)
+    assert whole.memory["sampling"]["sampling replica"] == 4 * 1720574976
 
 
 def test_only_trained_parameters_have_gradients_and_travel() -> None:

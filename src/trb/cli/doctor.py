@@ -36,10 +36,14 @@ class Check(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """How many processes share a run, and whether they shard what is trained."""
+    """How many processes share a run, and how they train: a strategy of `trb.planning`."""
 
     processes: int = 1
-    sharded: bool = False
+    strategy: str = "ddp"
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy != "ddp"
 
 
 def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -103,8 +107,8 @@ def _check_launch(config: Mapping[str, Any]) -> tuple[Launch, Check]:
         remedy = "Set fsdp_version: 2"
     elif kind == "FSDP" and fsdp.get("fsdp_cpu_ram_efficient_loading", True):
         remedy = "Set fsdp_cpu_ram_efficient_loading: false; the teacher of every process but one would be empty"
-    sharded = kind == "FSDP" or deepspeed.get("zero_stage") == 3
-    return Launch(processes, sharded), Check("fail" if remedy else "ok", "launch", text, remedy)
+    strategy = "fsdp" if kind == "FSDP" else "zero3" if deepspeed.get("zero_stage") == 3 else "ddp"
+    return Launch(processes, strategy), Check("fail" if remedy else "ok", "launch", text, remedy)
 
 
 def _check_software() -> Iterator[Check]:
@@ -231,16 +235,16 @@ def _check_lengths(
 def _check_memory(
     run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
 ) -> Check:
-    import torch
-
-    parts = _memory_parts(run, args, launch, student, teacher)
+    available = _device_bytes(args.device.type)
+    try:
+        phase, parts = _largest_phase(run, args, launch, student, teacher, available)
+    except ValueError as error:
+        return Check("warn", "memory estimate", str(error))
     needed = sum(parts.values())
-    on_gpu = torch.cuda.is_available()
-    available = torch.cuda.mem_get_info()[0] if on_gpu else _memory_bytes()
     text = (
-        f"about {needed / 1e9:.1f} GB on {'each' if launch.processes > 1 else 'one'} device (a rough estimate: "
-        + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
-        + f"); {available / 1e9:.1f} GB are free"
+        f"about {needed / 1e9:.1f} GB on {'each' if launch.processes > 1 else 'one'} device in the {phase} phase (a "
+        f"rough estimate: {', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items() if size)}); "
+        f"{available / 1e9:.1f} GB are free"
     )
     remedy = "Lower per_device_train_batch_size or rollout_batch_size, use bfloat16 or lora_rank"
     remedy += ", or set teacher_sharded" if launch.sharded else ", or shard with FSDP2"
@@ -253,60 +257,33 @@ def _check_memory(
     )
 
 
-def _memory_parts(
-    run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
-) -> dict[str, int]:
-    """Bytes on one device by purpose: sampling and the update take turns, so the larger of the two counts."""
-    from trb.losses.chunked import default_chunk_tokens
-    from trb.models.memory import memory_estimate
+def _largest_phase(
+    run: "RunConfig",
+    args: "TRBConfig",
+    launch: Launch,
+    student: "PreTrainedModel",
+    teacher: "PreTrainedModel",
+    available: float,
+) -> tuple[str, dict[str, float]]:
+    """The phase of a step that takes most of this machine, with its bytes by component."""
+    from dataclasses import replace
+
+    from trb.cli.plan import pair_of, work_of
+    from trb.planning import MACHINES, Figure, Layout, make_plan
     from trb.training.methods import behavior_of
-    from trb.vocab import head_rows
 
-    length = run.max_prompt_length + int(args.max_completion_length or 0)
-    batch = args.per_device_train_batch_size
-    rows = batch * args.gradient_accumulation_steps
-    if run.prompts_per_step is not None:  # then the batch of a step is shared by the processes
-        rows = max(batch, rows // launch.processes)
-    rows = min(args.rollout_batch_size or rows, rows)
-    if run.lora_rank:
-        student.requires_grad_(False)
-    update = memory_estimate(
-        student,
-        batch=batch,
-        sequence_length=length,
-        training=True,
-        dtype=run.student_dtype,
-        logits_chunk=args.loss_chunk_tokens or default_chunk_tokens(head_rows(student), args.device.type),
-    )
-    replica_dtype = _replica_dtype(run, args)
-    draft = memory_estimate(
-        student,
-        batch=rows,
-        sequence_length=length,
-        training=False,
-        dtype=replica_dtype if launch.sharded else run.student_dtype,
-    )
-    reference = memory_estimate(teacher, batch=rows, sequence_length=length, training=False, dtype=run.teacher_dtype)
-    activations = update["activations"]
-    if args.gradient_checkpointing:
-        # Each layer keeps its input, and one layer at a time keeps the rest.
-        config = student.config.get_text_config()
-        layers, element = config.num_hidden_layers, update["weights"] // sum(p.numel() for p in student.parameters())
-        activations = activations // layers + layers * batch * length * config.hidden_size * element
-    trained = update["weights"] + update["gradients"] + update["optimizer"]
-    sampling = draft["kv_cache"] + reference["kv_cache"] + draft["logits"] + reference["logits"]
-    shards = launch.processes if launch.sharded else 1
+    # Of the rates, only the choice of a block depends on them.
+    like = MACHINES["h100" if args.device.type == "cuda" else "cpu"]
+    here = replace(like, memory=Figure(available, "measured", "free now"), reserved=Figure(0, "measured", "not free"))
     # A teacher that samples first is whole until it has left the sampler.
-    samples_first = behavior_of(args).at(0).needs_teacher
-    return {
-        "student and optimizer": trained // shards,
-        "its copy to sample from": draft["weights"] if launch.sharded else 0,
-        "teacher": reference["weights"] // (shards if args.teacher_sharded and not samples_first else 1),
-        "caches or activations": max(sampling, activations + update["logits"]),
-    }
+    divided = args.teacher_sharded and not behavior_of(args).at(0).needs_teacher
+    layout = Layout(launch.processes, launch.strategy, teacher_sharded=divided)
+    pair, work = pair_of(run, args, student, teacher), work_of(run, args, launch.processes)
+    memory = make_plan(pair, work, layout, here).memory
+    return max(memory.items(), key=lambda phase: sum(phase[1].values()))
 
 
-def _replica_dtype(run: "RunConfig", args: "TRBConfig") -> str:
-    if args.replica_dtype != "auto":
-        return args.replica_dtype
-    return "bfloat16" if args.bf16 else "float16" if args.fp16 else run.student_dtype
+def _device_bytes(device: str) -> int:
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else _memory_bytes()

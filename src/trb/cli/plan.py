@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from trb.cli.display import new_console, printable
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from trb.planning import Layout, Machine, Pair, Plan, Shape, Work
+    from trb.studies.keys import RunConfig
     from trb.studies.recipe import Recipe
     from trb.training.config import TRBConfig
 
@@ -36,6 +39,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
     """Print the plan of a recipe; 1 if it does not fit."""
+    from trb.cli.outline import outline
     from trb.planning import Layout, Shape, find_machine, make_plan
 
     machine, args = find_machine(arguments.machine), recipe.training_config("unused")
@@ -48,7 +52,15 @@ def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
         teacher_sharded=arguments.shard_teacher or args.teacher_sharded,
         eager_sampling=arguments.eager_sampling,
     )
-    pair, work = _pair(recipe, args), _work(recipe, args, layout, arguments)
+    student, teacher = (outline(recipe.run, role, weights=False) for role in ("student", "teacher"))
+    pair = pair_of(recipe.run, args, student, teacher)
+    work = work_of(
+        recipe.run,
+        args,
+        layout.ranks,
+        mean_completion=arguments.mean_completion,
+        acceptance=arguments.acceptance,
+    )
     plan = make_plan(pair, work, layout, machine)
     run = _whole_run(recipe, args, pair, work, layout, machine)
     if arguments.json:
@@ -70,24 +82,32 @@ def _accelerators(arguments: argparse.Namespace, machine: "Machine") -> int:
     return gpus * arguments.nodes
 
 
-def _pair(recipe: "Recipe", args: "TRBConfig") -> "Pair":
-    from trb.cli.outline import outline
+def pair_of(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel") -> "Pair":
+    """What a plan needs to know of the models of a recipe, whose weights may be missing."""
     from trb.planning import Pair
 
-    student, teacher = (outline(recipe.run, role, weights=False) for role in ("student", "teacher"))
-    if recipe.run.lora_rank:
+    if run.lora_rank:
         student.requires_grad_(False)
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    return Pair(student, teacher, recipe.run.student_dtype, recipe.run.teacher_dtype, compute)
+    replica = None if args.replica_dtype == "auto" else args.replica_dtype
+    return Pair(student, teacher, run.student_dtype, run.teacher_dtype, compute, replica)
 
 
-def _work(recipe: "Recipe", args: "TRBConfig", layout: "Layout", arguments: argparse.Namespace) -> "Work":
+def work_of(
+    run: "RunConfig",
+    args: "TRBConfig",
+    ranks: int,
+    *,
+    mean_completion: float | None = None,
+    acceptance: float | None = None,
+) -> "Work":
+    """What a step of a recipe does, trained on by so many processes."""
     from trb.planning import Work
     from trb.training.methods import behavior_of, kl_budget_of
 
-    run, batch = recipe.run, args.per_device_train_batch_size
+    batch = args.per_device_train_batch_size
     if run.prompts_per_step is None:
-        rollouts = batch * args.gradient_accumulation_steps * layout.ranks
+        rollouts = batch * args.gradient_accumulation_steps * ranks
     else:
         rollouts = run.prompts_per_step * args.num_generations
     return Work(
@@ -95,11 +115,11 @@ def _work(recipe: "Recipe", args: "TRBConfig", layout: "Layout", arguments: argp
         generations=args.num_generations,
         prompt=run.max_prompt_length,
         completion=int(args.max_completion_length or 0),
-        mean_completion=arguments.mean_completion,
+        mean_completion=mean_completion,
         micro_batch=batch,
         rows=args.rollout_batch_size,
         kl_budget=kl_budget_of(behavior_of(args).at(0)),  # bounds what sampling costs
-        acceptance=arguments.acceptance,
+        acceptance=acceptance,
         block_size=args.block_size,
         checkpointing=bool(args.gradient_checkpointing),
         loss_chunk=args.loss_chunk_tokens,

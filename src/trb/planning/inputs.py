@@ -5,11 +5,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from trb.errors import did_you_mean
-from trb.models.memory import DTYPES, memory_estimate
+from trb.models.memory import bytes_of, cache_entries, query_width
 
 __all__ = [
     "ENGINES",
@@ -18,7 +17,6 @@ __all__ = [
     "Pair",
     "Shape",
     "Work",
-    "bytes_of",
     "columns_decided",
     "continuation_rate",
     "micro_batches",
@@ -83,7 +81,6 @@ class Shape:
                 f"cannot plan for {type(model).__name__}: none of its parameters belongs to a numbered layer"
             )
         total = sum(parameter.numel() for parameter in model.parameters())
-        cache = memory_estimate(model, batch=1, sequence_length=1, training=False)["kv_cache"]
         return cls(
             parameters=total,
             trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -95,8 +92,8 @@ class Shape:
             experts=experts,
             expert_share=_expert_share(config) if experts else 1.0,
             hidden=config.hidden_size,
-            query=_query_width(config),
-            cached=cache // torch.float32.itemsize,
+            query=query_width(config),
+            cached=cache_entries(model),
             key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             vocabulary=config.vocab_size,
         )
@@ -122,11 +119,6 @@ def _expert_share(config: Any) -> float:
     return chosen / there if chosen and there else 1.0
 
 
-def _query_width(config: Any) -> int:
-    heads = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-
-
 @dataclass(frozen=True)
 class Pair:
     """The two models, weights not needed, and the precisions they are kept and used in.
@@ -137,6 +129,7 @@ class Pair:
         student_dtype: of the student's own weights, a name of `trb.models.memory.DTYPES`.
         teacher_dtype: of the teacher's.
         compute_dtype: of the forward pass under autocast; None for the student's own.
+        replica_dtype: of the copy that a sharded student is sampled from in process; None for that of the forward pass.
     """
 
     student: PreTrainedModel
@@ -144,6 +137,7 @@ class Pair:
     student_dtype: str = "float32"
     teacher_dtype: str = "bfloat16"
     compute_dtype: str | None = "bfloat16"
+    replica_dtype: str | None = None
 
     @property
     def master_bytes(self) -> int:
@@ -158,14 +152,8 @@ class Pair:
         return self.compute_bytes != self.master_bytes
 
     @property
-    def forward_dtype(self) -> str:
-        return self.student_dtype if self.compute_dtype is None else self.compute_dtype
-
-
-def bytes_of(dtype: str, model: PreTrainedModel) -> int:
-    """Of one number of that dtype, a name of `trb.models.memory.DTYPES`; auto is the model's own."""
-    chosen = DTYPES[dtype]
-    return (chosen if isinstance(chosen, torch.dtype) else model.dtype).itemsize
+    def replica_bytes(self) -> int:
+        return self.compute_bytes if self.replica_dtype is None else bytes_of(self.replica_dtype, self.student)
 
 
 @dataclass(frozen=True)

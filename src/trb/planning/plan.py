@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trb.losses.chunked import default_chunk_tokens
-from trb.models.memory import memory_estimate
+from trb.models.memory import activation_entries, bytes_of
 from trb.models.modeling import length_groups
 from trb.planning.inputs import (
     Layout,
     Pair,
     Shape,
     Work,
-    bytes_of,
     columns_decided,
     micro_batches,
     rollouts_of_a_rank,
@@ -27,6 +26,7 @@ __all__ = ["Plan", "make_plan", "pass_seconds", "run_seconds"]
 
 # AdamW reads a weight, its gradient and two moments and writes all but the gradient; clipping reads the gradient again.
 _OPTIMIZER_TOUCHES = 8
+_LOGIT_BYTES = 4  # whatever the models compute in
 
 
 def pass_seconds(
@@ -161,7 +161,7 @@ class _Planner:
             found["master weights"] = 4 * student.trained / ranks
             found["optimizer's moments"] = 8 * student.trained / ranks
         if self.layout.sharded and not self.engine:
-            found["sampling replica"] = pair.compute_bytes * student.parameters
+            found["sampling replica"] = pair.replica_bytes * student.parameters
         divided = self.teacher.parameters - self.teacher.head if self._teacher_divided() else 0
         found["teacher's weights"] = self.teacher_bytes * (self.teacher.parameters - divided + divided / ranks)
         return found
@@ -186,15 +186,12 @@ class _Planner:
         """Of both models, on one accelerator. A slot is as long as the longest row, an engine's pages as long as the
         mean one; a key head is not divided."""
         length = math.ceil(self.work.prompt + self.work.mean) if self.engine else self.length
-        sizes: dict[str, Any] = {"batch": 1, "sequence_length": length, "training": False}
-        own = memory_estimate(self.pair.student, dtype=self.pair.forward_dtype, **sizes)["kv_cache"]
-        taught = memory_estimate(self.pair.teacher, dtype=self.pair.teacher_dtype, **sizes)["kv_cache"]
+        own = length * self.student.cached * self.pair.compute_bytes
+        taught = length * self.teacher.cached * self.teacher_bytes
         return own / min(self.ways, self.student.key_heads) + taught / min(self.ways, self.teacher.key_heads)
 
     def _logit_bytes_per_row(self, block: int) -> float:
-        sizes: dict[str, Any] = {"batch": block, "sequence_length": 1, "training": False}
-        models = (self.pair.student, self.pair.teacher)
-        return sum(memory_estimate(model, **sizes)["logits"] for model in models)
+        return block * (self.student.vocabulary + self.teacher.vocabulary) * _LOGIT_BYTES
 
     def _engine_memory(self, block: int) -> dict[str, float]:
         """What vLLM takes of one accelerator."""
@@ -234,21 +231,19 @@ class _Planner:
         return found
 
     def _activations(self) -> float:
-        """As `memory_estimate` has it; with checkpointing each layer keeps its input, and one layer the rest."""
-        batch = min(self.work.micro_batch, self.local)
-        sizes: dict[str, Any] = {"batch": batch, "sequence_length": self.length, "dtype": self.pair.forward_dtype}
-        whole = memory_estimate(self.pair.student, training=True, **sizes)["activations"]
-        if not self.work.checkpointing:
-            return whole
-        inputs = self.student.layers * batch * self.length * self.student.hidden * self.pair.compute_bytes
-        return whole / self.student.layers + inputs
+        """Of one micro-batch; with checkpointing each layer keeps its input, and one layer at a time the rest."""
+        entries: float = activation_entries(self.pair.student)
+        if self.work.checkpointing:
+            entries = entries / self.student.layers + self.student.layers * self.student.hidden
+        return self._micro_batch_tokens() * entries * self.pair.compute_bytes
 
     def _loss_logits(self) -> float:
+        """The student's, the teacher's and a gradient, for one chunk of tokens."""
         chunk = self.work.loss_chunk or default_chunk_tokens(self.vocabulary, self.machine.device)
-        batch = min(self.work.micro_batch, self.local)
-        return memory_estimate(
-            self.pair.student, batch=batch, sequence_length=self.length, training=True, logits_chunk=chunk
-        )["logits"]
+        return 3 * min(chunk, self._micro_batch_tokens()) * self.student.vocabulary * _LOGIT_BYTES
+
+    def _micro_batch_tokens(self) -> int:
+        return min(self.work.micro_batch, self.local) * self.length
 
     # ---- rows in flight ----
 

@@ -7,8 +7,9 @@ Bytes are those of the ring algorithms. The counts for FSDP2 are those that torc
 import math
 from dataclasses import dataclass
 
+from trb.models.memory import bytes_of
 from trb.models.modeling import length_groups
-from trb.planning.inputs import Layout, Pair, Shape, Work, bytes_of, micro_batches, rollouts_of_a_rank
+from trb.planning.inputs import Layout, Pair, Shape, Work, micro_batches, rollouts_of_a_rank
 from trb.planning.machines import Machine
 
 __all__ = ["Transfer", "sampling_transfers", "transfer_seconds", "update_transfers"]
@@ -91,4 +92,4 @@ def sampling_transfers(student: Shape, pair: Pair, layout: Layout) -> list[Trans
     if not layout.sharded:
         return []
     # Cast before it travels, a parameter at a time; weights that are not trained stay as they were.
-    return [Transfer("student to its replica", "all-gather", pair.compute_bytes * student.trained, 1, student.tensors)]
+    return [Transfer("student to its replica", "all-gather", pair.replica_bytes * student.trained, 1, student.tensors)]

@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trb import records
-from trb.models.memory import memory_estimate
-from trb.models.modeling import without_adapters
+from trb.models.memory import bytes_of, cache_entries
 from trb.records import EVALUATIONS, RECIPE, SCORES
 from trb.safety.files import write_text
 from trb.studies.directories import set_aside
@@ -184,7 +183,5 @@ def precision(args: TRBConfig) -> AbstractContextManager[Any]:
 def _rows_in_flight(model: PreTrainedModel, tokens: int, device: torch.device) -> int:
     """How many completions keep their KV cache within 2 GiB, or a quarter of a GPU's memory."""
     budget = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else _CPU_CACHE_BYTES
-    row = memory_estimate(without_adapters(model), batch=1, sequence_length=tokens, training=False, dtype="auto")[
-        "kv_cache"
-    ]
+    row = tokens * cache_entries(model) * bytes_of("auto", model)
     return max(1, min(_MOST_ROWS, budget // max(1, row)))
