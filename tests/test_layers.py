@@ -1,6 +1,7 @@
 """The package's own rules about imports: one direction between layers, none of them slow or with side effects."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,6 +153,41 @@ def test_modules_are_small_and_few_are_at_the_root() -> None:
     long = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {name: lines for name, lines in long.items() if lines > 500} == {}
     assert len(list(PACKAGE.glob("*.py"))) <= 10
+
+
+def long_functions(source: str, most: int = 60) -> list[str]:
+    """Functions with more lines than that, docstrings not counted, and no reason in a comment above."""
+    found, lines = [], source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first = node.body[0]
+        said = first.end_lineno - first.lineno + 1 if ast.get_docstring(node, clean=False) is not None else 0  # type: ignore[operator]
+        length = node.end_lineno - node.lineno + 1 - said  # type: ignore[operator]
+        above = min(part.lineno for part in (node, *node.decorator_list)) - 2
+        explained = above >= 0 and re.match(r"\s*# long because \w", lines[above])
+        if length > most and not explained:
+            found.append(f"{node.name} has {length} lines")
+    return found
+
+
+def test_functions_are_short_or_say_why_not() -> None:
+    long = {str(path.relative_to(PACKAGE)): long_functions(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    assert {name: found for name, found in long.items() if found} == {}
+
+
+def test_the_check_sees_long_functions() -> None:
+    body = "    x = 1\n" * 3
+    documented = 'def f():\n    """A\n    B\n    C"""\n    x = 1\n    x = 2\n'
+    assert long_functions("def f():\n" + body, most=3) == ["f has 4 lines"]
+    assert long_functions("def f():\n" + body, most=4) == []
+    assert long_functions(documented, most=3) == []
+    assert long_functions(documented, most=2) == ["f has 3 lines"]
+    assert long_functions("# long because of x\n@g\ndef f():\n" + body, most=3) == []
+    assert long_functions("# long because\n\ndef f():\n" + body, most=3) == ["f has 4 lines"]
+    indented = "class A:\n    # long because of x\n    async def f():\n        x = 1\n        x = 2\n"
+    assert long_functions(indented, most=2) == []
+    assert long_functions(indented.replace("# long because of x", "x: int"), most=2) == ["f has 3 lines"]
 
 
 @pytest.mark.parametrize(

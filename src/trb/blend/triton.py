@@ -164,6 +164,7 @@ def _jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+# long because it is one search: its twenty running values would be arguments and results of any helper
 @_jit
 def _solve_kernel(
     student: tl.tensor,

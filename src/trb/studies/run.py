@@ -129,14 +129,7 @@ def _train_alone(
 ) -> dict[str, Any]:
     """The run itself, in a directory that nobody else writes to."""
     run = recipe.run
-    found = Ranks.of_launch().from_first(partial(checkpoints.latest, directory))
-    checkpoint = check_claim(directory, recipe, found, accept_changes)
-    checkpoint = named_checkpoint(args.resume_from_checkpoint) or checkpoint
-    if checkpoint is None and checkpoints.numbered(directory):
-        raise RunDirectoryError(
-            f"{checkpoints.none_whole(directory)}, and starting over would drop what it has measured. Use another "
-            "output directory, or --overwrite to remove what is there"
-        )
+    checkpoint = _start(recipe, args, directory, accept_changes)
     listener.stage(f"{name}: loading models and data")
     material = load_material(run, args)
     require_space(directory, material.student, run, args)
@@ -186,6 +179,19 @@ def _train_alone(
     del trainer, observer, material, score
     free_memory()
     return results
+
+
+def _start(recipe: Recipe, args: TRBConfig, directory: Path, accept_changes: bool) -> Path | None:
+    """The checkpoint that the run goes on from; None for a run that begins."""
+    found = Ranks.of_launch().from_first(partial(checkpoints.latest, directory))
+    checkpoint = check_claim(directory, recipe, found, accept_changes)
+    checkpoint = named_checkpoint(args.resume_from_checkpoint) or checkpoint
+    if checkpoint is None and checkpoints.numbered(directory):
+        raise RunDirectoryError(
+            f"{checkpoints.none_whole(directory)}, and starting over would drop what it has measured. Use another "
+            "output directory, or --overwrite to remove what is there"
+        )
+    return checkpoint
 
 
 def _trainer(

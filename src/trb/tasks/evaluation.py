@@ -111,6 +111,7 @@ def load_benchmark(name: str, path: str | Path | None = None) -> "Dataset":
     )
 
 
+# long because its options take a line each: as parameters, as settings of the results file, and for the sampler
 def evaluate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -146,12 +147,7 @@ def evaluate(
     of other settings or other content; NonFiniteLogitsError, naming the problem, where the model's logits are NaN or
     infinite.
     """
-    if n < 1 or not len(problems):
-        raise ValueError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
-    rows = [dict(row) for row in problems]
-    for index, row in enumerate(rows):
-        if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
-            raise ValueError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
+    rows = _checked_rows(problems, n)
     prompts = render(tokenizer, rows)
     # Another sampler may have other limits.
     limits = {f"the model ({type(model).__name__})": position_limit(model) if sampler is sample else None}
@@ -190,11 +186,7 @@ def evaluate(
             part = _share(start, len(rows), chunk, ranks)
             found: list[dict[str, Any]] = []
             if prompts[part]:
-                try:
-                    rollout = _rollout(draw, prompts[part], n)
-                except NonFiniteLogitsError as error:
-                    place = f"problem {part.start + error.row // n + 1} of {len(rows)} of {name}"
-                    raise NonFiniteLogitsError("model", error.row, error.position, place) from error
+                rollout = _rollout(draw, prompts, part, n, name)
                 texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
                 scores = scorer.score(texts, [row for row in rows[part] for _ in range(n)])
                 found = _records(part.start, prompts[part], n, rollout, scores, texts, save_completions)
@@ -227,6 +219,17 @@ def pass_at_1_interval(correct: Sequence[int], n: int) -> tuple[float, float]:
     return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
+def _checked_rows(problems: "Dataset | Sequence[Mapping[str, Any]]", n: int) -> list[dict[str, Any]]:
+    """The problems as plain rows: some, and each with something to score against."""
+    if n < 1 or not len(problems):
+        raise ValueError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
+    rows = [dict(row) for row in problems]
+    for index, row in enumerate(rows):
+        if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
+            raise ValueError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
+    return rows
+
+
 def _fingerprint(prompts: list[list[int]], rows: list[dict[str, Any]]) -> str:
     """A hash of everything about the problems that a score depends on."""
     digest = hashlib.sha256()
@@ -244,14 +247,19 @@ def _share(start: int, stop: int, chunk: int, ranks: Ranks) -> slice:
     return slice(first, min(stop, first + size))
 
 
-def _rollout(draw: Callable[..., Rollout], prompts: list[list[int]], n: int) -> Rollout:
-    """`n` completions of every prompt; rows of one prompt stand together."""
-    return draw(
-        prompts=[prompt for prompt in prompts for _ in range(n)],
-        policy=StudentPolicy(),
-        prompt_keys=[prompt_key(prompt) for prompt in prompts for _ in range(n)],
-        rollout_index=[index for _ in prompts for index in range(n)],
-    )
+def _rollout(draw: Callable[..., Rollout], prompts: list[list[int]], part: slice, n: int, name: str) -> Rollout:
+    """`n` completions of every prompt of a part; rows of one prompt stand together."""
+    chosen = prompts[part]
+    try:
+        return draw(
+            prompts=[prompt for prompt in chosen for _ in range(n)],
+            policy=StudentPolicy(),
+            prompt_keys=[prompt_key(prompt) for prompt in chosen for _ in range(n)],
+            rollout_index=[index for _ in chosen for index in range(n)],
+        )
+    except NonFiniteLogitsError as error:
+        place = f"problem {part.start + error.row // n + 1} of {len(prompts)} of {name}"
+        raise NonFiniteLogitsError("model", error.row, error.position, place) from error
 
 
 def _records(

@@ -15,7 +15,7 @@ from trb.models.loading import check_model, load_tokenizer, resolve
 from trb.models.modeling import has_adapters, without_adapters
 from trb.training.config import TRBConfig
 
-__all__ = ["check_loaded", "check_router_loss", "checked_student", "load_teacher"]
+__all__ = ["check_router_loss", "checked_student", "checked_teacher"]
 
 
 def load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTrainedModel:
@@ -49,6 +49,22 @@ def checked_student(
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
         tokenizer.padding_side = tokenizer.truncation_side = "left"  # as TRL would
     return model, tokenizer
+
+
+def checked_teacher(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: TRBConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The teacher and its tokenizer, both loaded here where `model` is a name."""
+    if not isinstance(model, str):
+        check_loaded(args)
+        return model, tokenizer
+    if tokenizer is None:
+        tokenizer = load_tokenizer(
+            model,
+            trust_remote_code=args.trust_remote_code,
+            revision=None if adapter_base(model) else args.teacher_model_revision,
+        )
+    return load_teacher(model, args, args.teacher_model_revision), tokenizer
 
 
 def check_loaded(args: TRBConfig) -> None:

@@ -46,8 +46,6 @@ from trl.models import prepare_deepspeed
 
 from trb.losses import ReverseKL
 from trb.losses.chunked import TokenBatch
-from trb.models.adapters import adapter_base
-from trb.models.loading import load_tokenizer
 from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
@@ -62,7 +60,7 @@ from trb.training.methods import (
     target_of,
 )
 from trb.training.metrics import Observers, Sums
-from trb.training.pair import check_loaded, check_router_loss, checked_student, load_teacher
+from trb.training.pair import check_router_loss, checked_student, checked_teacher
 from trb.training.ranks import Ranks
 from trb.training.recording import RunRecorder, survive_failures
 from trb.training.saving import ResumableTrainer
@@ -127,6 +125,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
     args: TRBConfig
     model: Any  # transformers declares it optional; it never is after construction
 
+    # long because TRL's constructor takes every argument by name, and the parts are set up in an order that matters
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -157,25 +156,11 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         if self._is_vlm:
             raise ValueError(f"TRBTrainer handles text models only, got {type(self.model).__name__}")
         check_router_loss(self.model)
-        if self._global_batch() % args.num_generations:
-            raise ValueError(
-                f"the batch of one optimizer step is {self._global_batch()} completions (per_device_train_batch_size "
-                f"x processes x gradient_accumulation_steps), which num_generations={args.num_generations} does not "
-                "divide; change one of them"
-            )
+        self._check_batch()
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
-        if isinstance(teacher_model, str):
-            if teacher_processing_class is None:
-                teacher_processing_class = load_tokenizer(
-                    teacher_model,
-                    trust_remote_code=args.trust_remote_code,
-                    revision=None if adapter_base(teacher_model) else args.teacher_model_revision,
-                )
-            teacher_model = load_teacher(teacher_model, args, args.teacher_model_revision)
-        else:
-            check_loaded(args)
+        teacher_model, teacher_processing_class = checked_teacher(teacher_model, teacher_processing_class, args)
         if teacher_processing_class is not None:
             check_same_tokenizer(self._tokenizer, teacher_processing_class)
         if shards_parameters(self.accelerator):
@@ -210,6 +195,14 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         self._rollout: Rollout | None = None
 
     # ---- set-up ----
+
+    def _check_batch(self) -> None:
+        batch, generations = self._global_batch(), self.args.num_generations
+        if batch % generations:
+            raise ValueError(
+                f"the batch of one optimizer step is {batch} completions (per_device_train_batch_size x processes x "
+                f"gradient_accumulation_steps), which num_generations={generations} does not divide; change one of them"
+            )
 
     def _replica(self) -> Replica | None:
         """The student's whole copy to sample from, where training will shard the student."""
