@@ -172,7 +172,7 @@ def measure(trainer: TRBTrainer, path: Path, **changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"n": 2, "max_new_tokens": 24, "max_rows": 4, "verifier": ExactAnswers(), **changes}
     problems = zoo.problems(7, seed=2, split="test")
     ranks = Ranks.of_launch()
-    student, tokenizer = trainer.sampling_student(), trainer._tokenizer
+    student, tokenizer = trainer.sampling_student(), trainer.processing_class
     result = evaluate(student, tokenizer, problems, results_path=path, ranks=ranks, progress=False, **options)
     return {**result.to_dict(), "correct": result.correct}
 

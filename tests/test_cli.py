@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import student_stopping_as_the_teacher
@@ -18,8 +20,9 @@ from transformers import BertConfig, BertLMHeadModel, Qwen3Config, Qwen3ForCausa
 
 from trb import cli, zoo
 from trb.cli import main
-from trb.studies import material, run, scores
+from trb.studies import material, scores
 from trb.studies.yaml_files import ConfigError
+from trb.training.trainer import TRBTrainer
 
 SMALL = """\
 student: zoo:student
@@ -245,7 +248,7 @@ def test_a_full_disk_exits_with_2(
     def fills_up(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(run, "_save_model", fills_up)
+    monkeypatch.setattr(TRBTrainer, "save_model", fills_up)
     message = refused(capsys, "train", "--config", recipe, "--output-dir", tmp_path / "run", "--eval-data", "[]")
     assert f"error: the disk of {tmp_path / 'run'} is full" in message
 
@@ -520,12 +523,12 @@ def test_doctor_on_too_little_memory(
 ) -> None:
     student, teacher = (sum(p.numel() for p in zoo.load(name)[0].parameters()) for name in zoo.NAMES)
     resident = 4 * (4 * student + teacher)  # weights, gradients and two moments; weights
-    monkeypatch.setattr(cli.doctor, "_memory_bytes", lambda: resident)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=resident))
     code, checks = doctor(capsys, "--config", recipe)
     assert code == 1
     assert checks["memory estimate"][0] == "fail"
     assert "Lower per_device_train_batch_size" in checks["memory estimate"][1]
-    monkeypatch.setattr(cli.doctor, "_memory_bytes", lambda: 2 * resident)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * resident))
     assert doctor(capsys, "--config", recipe)[1]["memory estimate"][0] == "ok"
 
 

@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,7 +98,8 @@ class Bench:
         self.refuse = ""
         monkeypatch.setattr(graphs, "wanted", lambda model: graphs.obstacle(model) is None)
         monkeypatch.setattr(graphs, "new_replays", self.new_replays)
-        monkeypatch.setattr(graphs, "_memory", lambda model: 1e9)
+        self.memory = 1e9
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=self.memory))
         # Graphs of a few positions, so that lengths are rounded and buffers grow within a test.
         monkeypatch.setattr(graphs, "LENGTH_STEP", 4)
         monkeypatch.setattr(cache, "_FIRST_ROOM", 2)
@@ -241,9 +243,9 @@ def test_nothing_is_left_where_a_graph_could_go_stale(bench: Bench) -> None:
     adapted.unload()
 
 
-def test_too_much_memory_is_not_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_memory_is_not_left(bench: Bench) -> None:
     model = tiny_llama(6, seed=1)
-    monkeypatch.setattr(graphs, "_memory", lambda model: 1e4)
+    bench.memory = 1e4
     draw(model, model, StudentPolicy())
     assert not graphs._LEFT
 

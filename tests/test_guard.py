@@ -103,8 +103,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_counts(
         assert row["non_finite"] == named
         assert row["step"] == 2
         assert len(row["reverse_kl"]) == len(row["completion_ids"]) > 0
-        assert trainer._tokenizer.decode(row["prompt_ids"]) == row["prompt"]
-        assert trainer._tokenizer.decode(row["completion_ids"]) == row["completion"]
+        assert trainer.processing_class.decode(row["prompt_ids"]) == row["prompt"]
+        assert trainer.processing_class.decode(row["completion_ids"]) == row["completion"]
 
 
 @pytest.mark.parametrize("method", ["trb", "opd"])

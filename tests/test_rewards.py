@@ -374,11 +374,12 @@ def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) ->
 
 SCRIPT = """
 import sys
+import psutil
 from trb.tasks.grading import Verifier
 assert not {"torch", "datasets", "transformers"} & set(sys.modules), "heavy import"
 verifier = Verifier(timeout_s=%s)
 verifier.score([r"\\boxed{x+1}"], [{"answer": "1+x"}])
-print(verifier._worker._process.pid, flush=True)
+print(psutil.Process().children()[0].pid, flush=True)
 print(verifier.score([%r], [{"answer": "5"}]), flush=True)
 """
 
@@ -399,7 +400,14 @@ def test_script_without_main_guard_and_without_close_leaves_nothing_behind() -> 
 def test_a_killed_caller_does_not_leave_a_busy_worker() -> None:
     with subprocess.Popen([sys.executable, "-c", SCRIPT % (1, TOWER)], stdout=subprocess.PIPE, text=True) as caller:
         pid = int(caller.stdout.readline())
-        time.sleep(0.3)
+        idle = psutil.Process(pid).cpu_times().user
+
+        def busy(pid: int) -> bool:
+            return gone(pid) or psutil.Process(pid).cpu_times().user > idle + 0.05
+
+        deadline = time.monotonic() + 20
+        while not busy(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
         caller.kill()
     deadline = time.monotonic() + 20
     while not gone(pid) and time.monotonic() < deadline:

@@ -261,7 +261,7 @@ def test_loss_is_the_mean_over_completion_tokens_of_unpadded_rows_at_the_samplin
         stops += completion[-1] == stop
         assert stop not in completion[:-1]
     assert stops > 0
-    assert trainer._tokenizer.pad_token_id == stop
+    assert trainer.processing_class.pad_token_id == stop
     assert count.item() == tokens
     assert loss.item() == pytest.approx(total / tokens, rel=1e-4)
 
@@ -336,7 +336,7 @@ def test_completions_are_those_of_the_public_sampler(tmp_path: Path) -> None:
 
 def test_a_rendered_prompt_keeps_its_one_bos_token(tmp_path: Path) -> None:
     trainer = build(tmp_path, max_completion_length=2)
-    tokenizer = trainer._tokenizer
+    tokenizer = trainer.processing_class
     bos = tokenizer.bos_token = tokenizer.eos_token
     template = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
     tokenizer.backend_tokenizer.post_processor = template

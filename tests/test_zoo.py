@@ -223,7 +223,7 @@ def test_short_training_run_writes_a_loadable_pair(tmp_path, monkeypatch, pair):
     monkeypatch.setitem(zoo_train.PAIRS, "chains", replace(chains, models=shorter))
     monkeypatch.setattr(zoo_train, "MAX_NEW_TOKENS", 8)
     zoo_train.main(["--out", str(tmp_path), "--eval-problems", "4", "--seed", "3"])
-    monkeypatch.setattr(zoo, "_WEIGHTS", tmp_path)
+    monkeypatch.setattr(zoo, "path", lambda name: tmp_path / name)
     for name in zoo.NAMES:
         model, tokenizer = zoo.load(name)
         assert tokenizer.get_vocab() == pair[name][1].get_vocab()
@@ -326,7 +326,7 @@ def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo_train, "MAX_NEW_TOKENS", 4)
     command = ["--pair", name, "--out", str(tmp_path), "--eval-problems", "3"]
     zoo_train.main(command)
-    monkeypatch.setattr(zoo, "_WEIGHTS", tmp_path)
+    monkeypatch.setattr(zoo, "path", lambda name: tmp_path / name)
     for role, recipe in zip(zoo.NAMES, pair.models, strict=True):
         model, tokenizer = zoo.load(role)
         assert model.config.model_type == recipe.family
