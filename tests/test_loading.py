@@ -379,7 +379,7 @@ def test_digits_are_split_off_before_spaces_are_merged(cache: Path) -> None:
 
 def test_the_conversion_is_done_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = packaged.smollm2_directory()
-    monkeypatch.delattr(loading, "_convert_gguf")
+    monkeypatch.delattr(packaged, "_convert_gguf")
     assert packaged.smollm2_directory() == first
     assert [path.name for path in cache.iterdir()] == [first.name]
 
