@@ -557,6 +557,7 @@ def wide_pair(recipe: Path, tmp_path: Path) -> tuple[Any, ...]:
     ("launch", "strategy", "options"),
     [
         ("ddp", "ddp", ()),
+        ("ddp", "ddp", ("--prompts-per-step", "null", "--gradient-accumulation-steps", 2)),
         ("ddp", "ddp", ("--lora-rank", 4)),
         ("fsdp2", "fsdp", ("--gradient-checkpointing", "true")),
         ("fsdp2", "fsdp", ("--method", "opd", "--teacher-sharded", "true", "--replica-dtype", "float32")),
