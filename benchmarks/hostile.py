@@ -1175,7 +1175,7 @@ def code_in_the_grading_process(folder: Path, what: str) -> str:
         "kill": "import os; os.kill(os.getppid(), 0)",
     }[what]
     program = (
-        "import json, sys; from trb import confinement\n"
+        "import json, sys; from trb.safety import confinement\n"
         "import socket, ctypes\n"
         "print(confinement.limit_resources(1024)); confinement.forbid_side_effects()\n"
         f"try:\n    exec({code!r})\nexcept BaseException as error:\n    print(type(error).__name__, error)\n"

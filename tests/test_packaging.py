@@ -72,7 +72,7 @@ def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
         f"assert trb.__file__.startswith({str(tmp_path)!r}), trb.__file__\n"
         "model, tokenizer = load_model('zoo:student'), load_tokenizer('zoo:student')\n"
         "assert tokenizer.eos_token_id is not None\n"
-        "from trb import provenance\n"
+        "from trb.studies import provenance\n"
         "assert provenance.describe()['commit'] is None\n"
     )
     # -I: neither the working directory nor PYTHONPATH may lend a hand.
