@@ -223,6 +223,20 @@ def test_bugs_are_not_dressed_up_as_user_errors(
         main(["train", "--config", str(recipe), "--output-dir", str(tmp_path / "run")])
 
 
+def test_a_bug_of_the_package_itself_shows_its_traceback() -> None:
+    """Also where Python or a library raises it in one of the package's own lines."""
+    code = (
+        "import sys\nimport trb.report\nfrom trb import cli\n"
+        "trb.report.write_report = eval(\"lambda *a, **k: int('a bug')\", vars(trb.report))\n"
+        "sys.argv = ['trb', 'report', '.']\n"
+        "sys.exit(cli.main())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback (most recent call last)")
+    assert result.stderr.splitlines()[-1].startswith("ValueError: invalid literal for int()")
+
+
 @pytest.mark.parametrize(
     ("command", "hint"),
     [("train", "continue from the last complete checkpoint"), ("compare", "finished methods are kept")],

@@ -19,6 +19,7 @@ from trb.studies.material import RunDirectoryError
 from trb.studies.study import ROLES, Reference, Study
 from trb.studies.sweep import StudyListener, run_study
 from trb.studies.workers import StudyError, default_workers
+from trb.studies.yaml_files import ConfigError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Two methods, three configurations, one seed for the choice and one for the test: five runs of two steps.
@@ -191,6 +192,18 @@ def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path):
     with pytest.raises(StudyError, match=r"chains/select/opd/0/seed-100: .*missing\.jsonl.*run the same command again"):
         run_study(study(settings={"chains": broken}), tmp_path / "study", workers=1)
     assert (tmp_path / "study" / "chains" / "reference" / "teacher.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [(ConfigError("no key x"), StudyError), (KeyError("x"), KeyError)], ids=["for people", "a bug"]
+)
+def test_a_bug_in_a_run_is_not_dressed_up(error, shown):
+    future = Future()
+    future.set_exception(error)
+    with pytest.raises(shown) as caught:
+        list(workers._gathered({future: "job of a test"}))
+    said = [str(caught.value), *getattr(caught.value, "__notes__", [])][-1]
+    assert "job of a test" in said and "run the same command again" in said
 
 
 @pytest.mark.torture

@@ -1,9 +1,84 @@
-"""The hint that every refusal of an unknown name ends with."""
+"""The errors that are meant for people, and the hint that every refusal of an unknown name ends with.
+
+A `TrbError` says what is wrong and what to do; the command line shows that, and no traceback. The other classes are
+also what Python calls such an error, so that `except ValueError` goes on working, and are the bases of the named ones
+(`ConfigError`, `CheckpointError`, ...). An error of any other class is a bug, and its traceback says where.
+"""
 
 import difflib
+import errno
+import sys
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["did_you_mean"]
+__all__ = [
+    "FileError",
+    "InputError",
+    "MissingFileError",
+    "OperationError",
+    "PackageError",
+    "ServerError",
+    "ServerTimeoutError",
+    "TrbError",
+    "did_you_mean",
+    "is_for_people",
+]
+
+# What a machine refuses, whichever library asked it: the error of the system names the file, and no line of code.
+_ENVIRONMENT = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP),  # something else than the file that should be there
+)
+
+
+class TrbError(Exception):
+    """Something that whoever asked for it can set right; the message says how."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes by what it says: the arguments of a subclass may be models, and its message is made already.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[TrbError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> TrbError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(attributes)
+    return error
+
+
+class InputError(TrbError, ValueError):
+    """A value, file or combination of options that cannot be used."""
+
+
+class OperationError(TrbError, RuntimeError):
+    """What was asked for failed, or cannot be done now or here."""
+
+
+class FileError(TrbError, OSError):
+    """A file that cannot be read or written."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class PackageError(TrbError, ImportError):
+    """A package that is missing, or installed in a version that does not do."""
+
+
+class ServerError(TrbError, ConnectionError):
+    """A server that cannot be reached, or that ended the connection."""
+
+
+class ServerTimeoutError(TrbError, TimeoutError):
+    """A server that did not answer in time."""
+
+
+def is_for_people(error: BaseException) -> bool:
+    """Whether an error is shown by its message alone; any other is a bug, and is shown with its traceback."""
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+        return True
+    torch = sys.modules.get("torch")  # which has raised it, or is not loaded; its message says how much was asked for
+    return isinstance(error, TrbError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:

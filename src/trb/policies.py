@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trb.blend import weigh
 from trb.blend.laws import DenseLaw, Law, log_softmax
+from trb.errors import InputError
 
 __all__ = [
     "POLICIES",
@@ -114,7 +115,7 @@ class TrustRegionPolicy:
 
     def __post_init__(self) -> None:
         if not self.kl_budget >= 0:
-            raise ValueError(f"kl_budget must be a non-negative number of nats, got {self.kl_budget}")
+            raise InputError(f"kl_budget must be a non-negative number of nats, got {self.kl_budget}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -141,7 +142,7 @@ class SKDPolicy:
 
     def __post_init__(self) -> None:
         if self.teacher_top_k < 1:
-            raise ValueError(f"teacher_top_k must be at least 1, got {self.teacher_top_k}")
+            raise InputError(f"teacher_top_k must be at least 1, got {self.teacher_top_k}")
         _check_temperature(self.teacher_temperature)
 
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
@@ -178,12 +179,12 @@ def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 
 def _check_temperature(temperature: float) -> None:
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        raise InputError(f"temperature must be positive and finite, got {temperature}")
 
 
 def _present(teacher_log_probs: Tensor | None, policy: object) -> Tensor:
     if teacher_log_probs is None:
-        raise ValueError(f"{policy!r} needs teacher log-probabilities, got None")
+        raise InputError(f"{policy!r} needs teacher log-probabilities, got None")
     return teacher_log_probs
 
 

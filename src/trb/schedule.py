@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trb.errors import did_you_mean
+from trb.errors import InputError, did_you_mean
 
 __all__ = ["KINDS", "Budget", "Constant", "FirstSteps", "Ramp", "Schedule", "kl_budget", "ramp"]
 
@@ -110,12 +110,12 @@ def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind
         ValueError: a negative or NaN budget, a negative K or step, or an unknown kind.
     """
     if not initial_kl_budget >= 0:
-        raise ValueError(f"initial_kl_budget must be a non-negative number of nats, got {initial_kl_budget}")
+        raise InputError(f"initial_kl_budget must be a non-negative number of nats, got {initial_kl_budget}")
     if blend_warmup_steps < 0:
-        raise ValueError(f"blend_warmup_steps must be at least 0, got {blend_warmup_steps}")
+        raise InputError(f"blend_warmup_steps must be at least 0, got {blend_warmup_steps}")
     if kind not in KINDS:
         hint = did_you_mean(str(kind), KINDS)
-        raise ValueError(f"unknown budget schedule {kind!r}; choose one of {', '.join(KINDS)}{hint}")
+        raise InputError(f"unknown budget schedule {kind!r}; choose one of {', '.join(KINDS)}{hint}")
     remaining = 1 - _progress(step, blend_warmup_steps)
     if kind == "constant":
         return float(initial_kl_budget)
@@ -132,7 +132,7 @@ def ramp(step: int, start: float, end: float, steps: int) -> float:
 
 def _progress(step: int, steps: int) -> float:
     if step < 0:
-        raise ValueError(f"step must be at least 0, got {step}")
+        raise InputError(f"step must be at least 0, got {step}")
     if steps < 0:
-        raise ValueError(f"the number of warm-up steps must be at least 0, got {steps}")
+        raise InputError(f"the number of warm-up steps must be at least 0, got {steps}")
     return 1.0 if step >= steps else step / steps

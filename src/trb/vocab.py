@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trb.blend.laws import log_softmax
+from trb.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,12 +61,12 @@ class SharedVocabulary:
         """
         student_ids = _as_ids(student_eos)
         if not student_ids:
-            raise ValueError("the student needs at least one end-of-sequence id; pass eos_token_id=")
+            raise InputError("the student needs at least one end-of-sequence id; pass eos_token_id=")
         size = min(sizes)
         every_id = dict.fromkeys([*student_ids, *_as_ids(teacher_eos)])
         for token_id in every_id:
             if not 0 <= token_id < size:
-                raise ValueError(
+                raise InputError(
                     f"end-of-sequence id {token_id} lies outside the {size} head rows that the models share "
                     f"(heads: {', '.join(map(str, sizes))} rows)"
                 )
@@ -193,14 +194,14 @@ def check_same_tokenizer(
     for token, student_id in student.items():
         teacher_id = teacher.get(token)
         if teacher_id is not None and teacher_id != student_id:
-            raise ValueError(
+            raise InputError(
                 f"different tokenizers: token {token!r} is id {student_id} for the student and {teacher_id} for the "
                 f"teacher. {remedy}"
             )
     added = student_tokenizer.get_added_vocab()
     missing = [token for token in student if token not in teacher and token not in added]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"different tokenizers: {len(missing)} of the student's tokens are unknown to the teacher, such as "
             f"{missing[0]!r} (id {student[missing[0]]}). {remedy}"
         )
@@ -214,7 +215,7 @@ def check_heads(student_rows: int, teacher_rows: int, used_ids: int) -> None:
     """
     for owner, rows in (("teacher", teacher_rows), ("student", student_rows)):
         if rows < used_ids:
-            raise ValueError(
+            raise InputError(
                 f"the {owner}'s head has {rows} rows but the tokenizer uses ids up to {used_ids - 1}: ids "
                 f"{rows}..{used_ids - 1} would have no {owner} probability. Use a {owner} with at least {used_ids} rows"
             )
@@ -239,7 +240,7 @@ def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
     if tokenizer is not None:
         ids = list(dict.fromkeys([*ids, *_as_ids(tokenizer.eos_token_id)]))
     if not ids:
-        raise ValueError("no end-of-sequence id in the model's generation config, its config or the tokenizer")
+        raise InputError("no end-of-sequence id in the model's generation config, its config or the tokenizer")
     return ids
 
 

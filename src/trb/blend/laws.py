@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trb.errors import InputError
+
 __all__ = [
     "BLOCK_ELEMENTS_CPU",
     "BlendResult",
@@ -152,7 +154,7 @@ def _log_total(scores: Tensor) -> Tensor:
 def flat(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both models as `[N, V]` and the budget as `[N]` float64, checked."""
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
+        raise InputError(
             f"student and teacher logits differ in shape, {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}: align them first with trb.vocab.align"
         )
@@ -168,5 +170,5 @@ def _checked_budget(kl_budget: float | Tensor, leading: torch.Size, device: torc
     invalid = ~(budget >= 0)
     if invalid.any():
         value = budget[invalid].reshape(-1)[0].item()
-        raise ValueError(f"kl_budget must be a non-negative number of nats, got {value}")
+        raise InputError(f"kl_budget must be a non-negative number of nats, got {value}")
     return budget.expand(leading)

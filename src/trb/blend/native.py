@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trb.errors import InputError, OperationError
 from trb.safety.files import cache_directory
 from trb.safety.untrusted import printable
 
@@ -110,7 +111,7 @@ def solve_rows(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, *, writ
     """
     library = _library()
     if library is None:
-        raise RuntimeError("the native solver is not available here; use trb.blend.solve")
+        raise OperationError("the native solver is not available here; use trb.blend.solve")
     _check(student_NV, teacher_NV, budget_N)
     student_NV, teacher_NV = _readable(student_NV, teacher_NV)
     budget_N = budget_N.double().contiguous()
@@ -148,13 +149,13 @@ def solve_rows(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, *, writ
 def _check(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor) -> None:
     matching = student_NV.shape == teacher_NV.shape and budget_N.shape == student_NV.shape[:1]
     if student_NV.dim() != 2 or not matching:
-        raise ValueError(
+        raise InputError(
             f"expected student and teacher [N, V] and budgets [N], got {tuple(student_NV.shape)}, "
             f"{tuple(teacher_NV.shape)} and {tuple(budget_N.shape)}"
         )
     for tensor in (student_NV, teacher_NV, budget_N):
         if tensor.device.type != "cpu":
-            raise ValueError(f"the native solver reads CPU tensors, got one on {tensor.device}")
+            raise InputError(f"the native solver reads CPU tensors, got one on {tensor.device}")
 
 
 def _readable(*logits: Tensor) -> list[Tensor]:

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trb.errors import InputError, OperationError
+
 try:
     import triton
     import triton.language as tl
@@ -103,7 +105,7 @@ def solve_rows(
         ValueError: shapes that differ, no tokens, or a dtype the kernel does not read.
     """
     if triton is None:
-        raise RuntimeError("the fused solver needs Triton, which is not installed; use trb.blend.solve")
+        raise OperationError("the fused solver needs Triton, which is not installed; use trb.blend.solve")
     _check(student_NV, teacher_NV, budget_N)
     student_NV, teacher_NV = (x if x.stride(1) == 1 else x.contiguous() for x in (student_NV, teacher_NV))
     rows, vocabulary = student_NV.shape
@@ -132,13 +134,13 @@ def solve_rows(
 def _check(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor) -> None:
     matching = student_NV.shape == teacher_NV.shape and budget_N.shape == student_NV.shape[:1]
     if student_NV.dim() != 2 or not matching or not student_NV.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"expected student and teacher [N, V] and budgets [N] with V > 0, got {tuple(student_NV.shape)}, "
             f"{tuple(teacher_NV.shape)} and {tuple(budget_N.shape)}"
         )
     for logits_NV in (student_NV, teacher_NV):
         if logits_NV.dtype not in _DTYPES:
-            raise ValueError(f"the fused solver reads float32, bfloat16 and float16, got {logits_NV.dtype}")
+            raise InputError(f"the fused solver reads float32, bfloat16 and float16, got {logits_NV.dtype}")
 
 
 def _empty(like_NV: Tensor, with_log_probs: bool) -> SolvedRows:

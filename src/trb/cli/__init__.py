@@ -8,7 +8,6 @@ Nothing a model wrote is ever printed: a completion can hold terminal escape seq
 """
 
 import argparse
-import errno
 import logging
 import os
 import signal
@@ -28,15 +27,10 @@ from trb.cli.probe import add_probe, run_probe
 from trb.cli.report import run_report
 from trb.cli.sweep import add_sweep, run_sweep
 from trb.cli.train import add_compare, add_train, run_compare, run_train
+from trb.errors import is_for_people
 from trb.safety.untrusted import printable
 
 __all__ = ["main"]
-
-# What the machine refuses needs no traceback, whoever asked for it.
-_ENVIRONMENT = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
-    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP),  # something else than the file that should be there
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,23 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"interrupted. {arguments.hint}")
         return 130
     except Exception as error:
-        if arguments.debug or os.environ.get("TRB_DEBUG") == "1" or not _is_explained(error):
+        if arguments.debug or os.environ.get("TRB_DEBUG") == "1" or not is_for_people(error):
             raise
         _say(f"error: {message(error)}")
         return 2
-
-
-def _is_explained(error: Exception) -> bool:
-    """Whether the message was written for the user: raised by this package about its input, not a bug below it."""
-    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
-        return True
-    if not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
-        return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-    return module == "trb" or module.startswith("trb.")
 
 
 def _shield_terminal() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import trb
 from trb.cli.display import message, new_console
 from trb.cli.outline import outline
+from trb.errors import InputError
 from trb.safety.untrusted import printable
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
         from trb.cli.plan import run_plan
 
         if recipe is None:
-            raise ValueError("--plan needs a recipe (--config) or a pair (--student and --teacher)")
+            raise InputError("--plan needs a recipe (--config) or a pair (--student and --teacher)")
         return run_plan(recipe, arguments)
     console, failed = new_console(), False
     for check in _checks(recipe, launch):

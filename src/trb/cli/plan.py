@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from trb.cli.display import new_console, printable
+from trb.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,11 +75,11 @@ def _accelerators(arguments: argparse.Namespace, machine: "Machine") -> int:
     per_node = int(machine.per_node.value)
     gpus = per_node if arguments.gpus is None else arguments.gpus
     if not 1 <= gpus <= per_node:
-        raise ValueError(f"--gpus={gpus} is out of range: a node of {machine.name} has {per_node}; see --nodes")
+        raise InputError(f"--gpus={gpus} is out of range: a node of {machine.name} has {per_node}; see --nodes")
     if arguments.nodes < 1:
-        raise ValueError(f"--nodes must be at least 1, got {arguments.nodes}")
+        raise InputError(f"--nodes must be at least 1, got {arguments.nodes}")
     if arguments.nodes > 1 and gpus != per_node:
-        raise ValueError(f"with several nodes all {per_node} accelerators of each are used: drop --gpus={gpus}")
+        raise InputError(f"with several nodes all {per_node} accelerators of each are used: drop --gpus={gpus}")
     return gpus * arguments.nodes
 
 

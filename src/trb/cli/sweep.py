@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from trb.cli.display import following, new_console, print_paths, print_plan, study_table
+from trb.errors import InputError
 
 __all__ = ["add_sweep", "run_sweep"]
 
@@ -36,7 +37,7 @@ def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.studies.study import load_study
 
     if arguments.workers is not None and arguments.workers < 1:
-        raise ValueError(f"--workers is {arguments.workers}; give at least 1")
+        raise InputError(f"--workers is {arguments.workers}; give at least 1")
     quiet_libraries()
     study = load_study(arguments.config)
     if arguments.plan:

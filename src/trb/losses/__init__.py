@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trb.errors import InputError
 from trb.losses.chunked import Head, RowLoss, TokenBatch, chunked_cross_entropy, default_chunk_tokens
 from trb.losses.terms import Rows, TokenMetrics, reverse_kl_terms
 from trb.vocab import SharedVocabulary, log_probs
@@ -85,7 +86,7 @@ def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float)
         ValueError: a negative or NaN strength.
     """
     if not strength >= 0:
-        raise ValueError(f"Veto strength must be at least 0, got {strength}")
+        raise InputError(f"Veto strength must be at least 0, got {strength}")
     log_teacher = log_probs(teacher_logits.detach())
     if strength == 0:
         return log_teacher
@@ -216,14 +217,14 @@ class _WithGradient(torch.autograd.Function):
 
 def _check_k(k: int) -> None:
     if k < 0:
-        raise ValueError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
+        raise InputError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
 
 
 def _check_shapes(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> None:
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
+        raise InputError(
             f"student and teacher logits differ in shape, {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}: align them first with trb.vocab.align"
         )
     if mask.shape != student_logits.shape[:-1]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(student_logits.shape[:-1])}")
+        raise InputError(f"mask has shape {tuple(mask.shape)}, expected {tuple(student_logits.shape[:-1])}")

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
+from trb.errors import InputError
 from trb.models.directories import check_directory, explained, is_adapter, token_ids_only
 from trb.models.modeling import check_adapter
 from trb.safety.untrusted import lora_options, read_object
@@ -39,7 +40,7 @@ def adapter_config(directory: Path) -> dict[str, Any]:
     seen, base = {directory.resolve()}, Path(config["base_model_name_or_path"])
     while base.is_dir() and is_adapter(base):
         if base.resolve() in seen:
-            raise ValueError(f"{path} names a base that stands on the adapter itself: name a whole model")
+            raise InputError(f"{path} names a base that stands on the adapter itself: name a whole model")
         seen.add(base.resolve())
         check_directory(base)
         base = Path(_read_adapter_config(base / "adapter_config.json")["base_model_name_or_path"])
@@ -50,11 +51,11 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
     config = read_object(path)
     base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
-        raise ValueError(f"{path} does not name its base_model_name_or_path: add it there")
+        raise InputError(f"{path} does not name its base_model_name_or_path: add it there")
     try:
         check_adapter(config)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     return lora_options(path)
 
 
@@ -89,7 +90,7 @@ def _check_adapter_depth(directory: Path, depth: int) -> None:
         found = [re.search(r"\.(?:layers|h)\.(\d+)\.", key) for key in weights.keys()]  # noqa: SIM118
     trained = max((int(match[1]) + 1 for match in found if match), default=depth)
     if trained != depth:
-        raise ValueError(
+        raise InputError(
             f"the adapter in {directory} was trained on {trained} layers and its base has {depth}: "
             f"pass keep_layers={trained} (or drop keep_layers) so that they agree"
         )

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from trb import zoo
-from trb.errors import did_you_mean
+from trb.errors import FileError, InputError, MissingFileError, PackageError, did_you_mean
 from trb.models.packaged import SMOLLM2, smollm2_directory
 from trb.safety.untrusted import check_weight_index, foreign_directory, printable
 
@@ -51,14 +51,14 @@ def local_directory(spec: str) -> Path | None:
         check_directory(path)
         return path
     if path.exists():
-        raise ValueError(f"{spec!r} is a file: name its directory, which must also hold config.json")
+        raise InputError(f"{spec!r} is a file: name its directory, which must also hold config.json")
     # A hub id has at most one slash, so anything deeper can only be a directory that is not there.
     if spec.startswith((".", "/", "~")) or spec.count(os.sep) > 1:
-        raise FileNotFoundError(f"no model at {spec!r}{_nearest_path(path)}")
+        raise MissingFileError(f"no model at {spec!r}{_nearest_path(path)}")
     if not _HUB_ID.fullmatch(spec):
         hint = did_you_mean(spec, BUILT_IN)
         choices = f"{', '.join(BUILT_IN)}, a directory, or a hub id (owner/name)"
-        raise ValueError(f"cannot read the model spec {spec!r}: use one of {choices}{hint}")
+        raise InputError(f"cannot read the model spec {spec!r}: use one of {choices}{hint}")
     return None
 
 
@@ -69,15 +69,15 @@ def check_directory(path: Path) -> None:
     if not (path / "config.json").is_file() and not is_adapter(path):
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
         if checkpoints:
-            raise FileNotFoundError(f"{path} holds checkpoints, not a model: name one, such as {checkpoints[-1]}")
-        raise FileNotFoundError(f"{path} holds no model: it has neither config.json nor adapter_config.json")
+            raise MissingFileError(f"{path} holds checkpoints, not a model: name one, such as {checkpoints[-1]}")
+        raise MissingFileError(f"{path} holds no model: it has neither config.json nor adapter_config.json")
     if not any(path.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
         found = f"only pickled weights, {', '.join(pickled)}" if pickled else "no weights at all"
         remedy = "save the model again with model.save_pretrained"
-        raise FileNotFoundError(f"{path} has no *.safetensors file ({found}): {remedy}")
+        raise MissingFileError(f"{path} has no *.safetensors file ({found}): {remedy}")
     if (path / "adapter_config.json").is_file() and not (path / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(f"{path} has no adapter_model.safetensors: only adapters saved as such are read")
+        raise MissingFileError(f"{path} has no adapter_model.safetensors: only adapters saved as such are read")
     check_weight_index(path)
 
 
@@ -95,34 +95,38 @@ def explained(source: Path | str, what: str) -> Iterator[None]:
     """Say which files are meant, whatever a library raised about them: its parsers raise anything on damaged ones."""
     try:
         yield
-    except (ImportError, MemoryError, PermissionError, torch.OutOfMemoryError):
+    except (MemoryError, PermissionError, torch.OutOfMemoryError):
         raise  # these say what is wrong; PermissionError names the file
+    except ImportError as error:
+        raise PackageError(f"the {what} of {source} needs a package: {error}") from error
     except (OSError, HFValidationError, SafetensorError) as error:
         raise _unavailable(source, what, error) from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
-            raise ValueError(
+            raise InputError(
                 f"the {what} of {source} comes with Python code: set student_trust_remote_code or "
                 "teacher_trust_remote_code (trb eval: --trust-remote-code) if you have read it and trust it"
             ) from error
-        raise ValueError(f"the {what} of {source} cannot be used: {error}") from error
+        raise InputError(f"the {what} of {source} cannot be used: {error}") from error
     except Exception as error:
         raise _unavailable(source, what, error) from error
 
 
-def _unavailable(source: Path | str, what: str, error: Exception) -> OSError:
+def _unavailable(source: Path | str, what: str, error: Exception) -> FileError:
     """Whose message keeps the cause: a thread that cannot be started is no damage, and many other things are not."""
     cause = printable(f"{type(error).__name__}: {error}", lines=False)[:_LONGEST_CAUSE]
     if isinstance(source, Path):
-        return OSError(
+        return FileError(
             f"cannot read the {what} in {source} ({cause}); if its files are incomplete or damaged, save it again"
         )
     nearby = [str(p) for p in Path(source).parent.glob("*") if p.is_dir()]
     hint = did_you_mean(source, [*BUILT_IN, *nearby])
     if is_offline_mode():
         remedy = hint or "; download it once with `hf download`, or unset HF_HUB_OFFLINE"
-        return OSError(f"the {what} of {source!r} is not in the hub cache and HF_HUB_OFFLINE is set{remedy} ({cause})")
-    return OSError(f"no directory {source!r} here, and the hub did not provide its {what}{hint} ({cause})")
+        return FileError(
+            f"the {what} of {source!r} is not in the hub cache and HF_HUB_OFFLINE is set{remedy} ({cause})"
+        )
+    return FileError(f"no directory {source!r} here, and the hub did not provide its {what}{hint} ({cause})")
 
 
 def check_config(source: Path | str, *, trust_remote_code: bool = False, revision: str | None = None) -> None:
@@ -137,7 +141,7 @@ def check_config(source: Path | str, *, trust_remote_code: bool = False, revisio
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         kernels = [name for name in _implementations(config) if "/" in name]
     if kernels:
-        raise ValueError(
+        raise InputError(
             f"the configuration of {source} names the kernel {printable(kernels[0])!r}, which is code from the hub: "
             "remove it there, or set student_trust_remote_code or teacher_trust_remote_code if you trust it"
         )

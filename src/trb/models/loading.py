@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trb import zoo
+from trb.errors import FileError, InputError, MissingFileError
 from trb.models.adapters import adapter_config, attach_adapter
 from trb.models.directories import TOKENIZER_FILES, check_config, explained, is_adapter, local_directory, token_ids_only
 from trb.models.memory import DTYPES, check_dtype
@@ -74,7 +75,7 @@ def load_tokenizer(
     source = resolve(spec, revision)
     if isinstance(source, Path) and not any((source / name).is_file() for name in TOKENIZER_FILES):
         if not is_adapter(source):
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{source} holds no tokenizer: save one there with tokenizer.save_pretrained, or name the "
                 "model it was trained from"
             )
@@ -118,7 +119,7 @@ def resolve(spec: str, revision: str | None = None) -> Path | str:
     if local is None:
         return spec
     if revision is not None:
-        raise ValueError(f"revision={revision!r} is for hub ids, but {spec!r} is read from {local}: drop it")
+        raise InputError(f"revision={revision!r} is for hub ids, but {spec!r} is read from {local}: drop it")
     return local
 
 
@@ -126,7 +127,7 @@ def check_model(spec: str, *, trust_remote_code: bool = False, revision: str | N
     """What another loader may open for a spec: a directory or a hub id, checked as `load_model` does; same errors."""
     source = resolve(spec, revision)
     if isinstance(source, Path) and is_adapter(source):
-        raise ValueError(
+        raise InputError(
             f"{spec!r} is an adapter: pass the model of trb.models.loading.load_model({spec!r}, merge_adapter=True)"
         )
     check_config(source, trust_remote_code=trust_remote_code, revision=revision)
@@ -154,7 +155,7 @@ def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revis
     # Left alone, a missing weight is drawn at random and only logged.
     missing = sorted(info["missing_keys"])
     if missing:
-        raise OSError(f"{source} lacks {len(missing)} of the weights, such as {missing[0]!r}: save it again")
+        raise FileError(f"{source} lacks {len(missing)} of the weights, such as {missing[0]!r}: save it again")
     return model
 
 
@@ -163,11 +164,11 @@ def _check_no_adapter(source: Path | str, revision: str | None) -> None:
     with explained(source, "model"):
         found = find_adapter_config_file(str(source), revision=revision)
     if found and isinstance(source, Path):
-        raise ValueError(
+        raise InputError(
             f"{source} holds a whole model and an adapter: move adapter_config.json to a directory of its own"
         )
     if found:
-        raise ValueError(
+        raise InputError(
             f"{source!r} is an adapter on the hub: download it with `hf download {source} --local-dir DIRECTORY` and "
             "name the directory"
         )

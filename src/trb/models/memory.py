@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from trb.errors import InputError
 from trb.models.modeling import without_adapters
 
 __all__ = ["DTYPES", "activation_entries", "bytes_of", "cache_entries", "check_dtype", "query_width"]
@@ -17,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise InputError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
 
 
 def bytes_of(dtype: str, model: PreTrainedModel) -> int:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trb.errors import InputError
+
 __all__ = [
     "OutputHead",
     "UnsupportedModelError",
@@ -64,7 +66,7 @@ _LONGEST_PROBE = 1100
 _CAUSAL_PROBE = 32
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(InputError):
     """A model whose completions could not be sampled, or trained on, exactly; names the model type and the reason."""
 
     def __init__(self, model: nn.Module, reason: str) -> None:
@@ -110,7 +112,7 @@ def check_adapter(config: Any) -> None:
         kind, why = "activated LoRA", "its adapter begins to act at a place inside the prompt"
     else:
         return
-    raise ValueError(f"adapters of the kind {kind} are not supported: {why}. Use a LoRA adapter, or a whole model")
+    raise InputError(f"adapters of the kind {kind} are not supported: {why}. Use a LoRA adapter, or a whole model")
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -457,7 +459,7 @@ def check_causal(model: nn.Module) -> None:
         if broken := [name for name, weight in inner.named_parameters() if not weight.isfinite().all()]:
             more = f" and {len(broken) - 1} other weights" if len(broken) > 1 else ""
             name = inner.name_or_path or f"a {type(inner).__name__}"
-            raise ValueError(f"{name} is damaged: NaN or infinity in {broken[0]}{more}, and so in its logits")
+            raise InputError(f"{name} is damaged: NaN or infinity in {broken[0]}{more}, and so in its logits")
         raise UnsupportedModelError(model, "its own logits are not finite, for ordinary tokens")
     gap = disagreement(parts, [whole[len(row) - 5 : len(row) - 4], whole[len(row) - 2 : len(row) - 1]])
     if not gap <= tolerance(whole):

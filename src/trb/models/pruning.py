@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from trb.errors import InputError
+
 __all__ = ["kept_layers", "prune_depth"]
 
 
@@ -53,7 +55,7 @@ def kept_layers(total: int, keep: int) -> list[int]:
     Raises ValueError unless 2 <= keep <= total.
     """
     if not 2 <= keep <= total:
-        raise ValueError(f"keep_layers={keep} is out of range: the model has {total} layers, so use 2 to {total}")
+        raise InputError(f"keep_layers={keep} is out of range: the model has {total} layers, so use 2 to {total}")
     front = min(keep - 1, round(0.6 * keep))
     return [*range(front), *range(total - keep + front, total)]
 
@@ -72,7 +74,7 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, Any]:
     # Layers hold lists of their own (experts, say), which can be as long as the stack: take the outermost.
     outermost = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if len(outermost) != 1:
-        raise ValueError(
+        raise InputError(
             f"cannot prune {type(model).__name__}: expected one list of {depth} decoder layers, found "
             f"{', '.join(outermost) or 'none'}; use a smaller student instead of keep_layers"
         )
@@ -85,7 +87,7 @@ def _check_rebuildable(pruned: PreTrainedModel) -> None:
         rebuilt = type(pruned)(copy.deepcopy(pruned.config))
     shapes = {name: weight.shape for name, weight in pruned.state_dict().items()}
     if shapes != {name: weight.shape for name, weight in rebuilt.state_dict().items()}:
-        raise ValueError(
+        raise InputError(
             f"cannot prune {type(pruned).__name__}: its layers differ by position, so they are not "
             "interchangeable; use a smaller student instead of keep_layers"
         )

@@ -6,6 +6,8 @@ Left out: chat templates (`trb.tasks.prompts` and the trainer render them), and 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from trb.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +49,7 @@ def check_room(
         return
     overlong = [row for row, length in enumerate(lengths) if length + max_new_tokens > limit]
     if overlong:
-        raise ValueError(
+        raise InputError(
             f"{name}[{overlong[0]}] has {lengths[overlong[0]]} tokens, and with {knob}={max_new_tokens} more exceeds "
             f"the {limit} positions of {owner} ({len(overlong)} of {len(lengths)} rows do); shorten or drop such rows, "
             f"or lower {knob}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from trb.errors import did_you_mean
+from trb.errors import InputError, did_you_mean
 from trb.models.memory import bytes_of, cache_entries, query_width
 
 __all__ = [
@@ -77,7 +77,7 @@ class Shape:
                 in_layers[int(found[1])] = in_layers.get(int(found[1]), 0) + parameter.numel()
                 experts += parameter.numel() if ".experts." in name else 0
         if not in_layers:
-            raise ValueError(
+            raise InputError(
                 f"cannot plan for {type(model).__name__}: none of its parameters belongs to a numbered layer"
             )
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -192,15 +192,15 @@ class Work:
         for name in ("rollouts", "generations", "prompt", "completion", "micro_batch", "rows", "block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         if not 0 < self.mean <= self.completion:
-            raise ValueError(
+            raise InputError(
                 f"mean_completion must lie above 0 and at most at completion={self.completion}, got {self.mean}"
             )
         if not self.kl_budget >= 0:
-            raise ValueError(f"kl_budget must be at least 0, got {self.kl_budget}")
+            raise InputError(f"kl_budget must be at least 0, got {self.kl_budget}")
         if self.acceptance is not None and not 0 <= self.acceptance <= 1:
-            raise ValueError(f"acceptance must lie in [0, 1], got {self.acceptance}")
+            raise InputError(f"acceptance must lie in [0, 1], got {self.acceptance}")
 
     @property
     def mean(self) -> float:
@@ -238,17 +238,17 @@ class Layout:
         for name, value, choices in (("strategy", self.strategy, STRATEGIES), ("engine", self.engine, ENGINES)):
             if value not in choices:
                 hint = did_you_mean(str(value), choices)
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}{hint}")
+                raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}{hint}")
         if self.accelerators < 1:
-            raise ValueError(f"a plan needs at least 1 accelerator, got {self.accelerators}")
+            raise InputError(f"a plan needs at least 1 accelerator, got {self.accelerators}")
         if not 0 <= self.engine_accelerators < self.accelerators:
-            raise ValueError(
+            raise InputError(
                 f"engine_accelerators={self.engine_accelerators} of {self.accelerators} leave none to train on"
             )
         if self.engine_accelerators and self.engine != "vllm":
-            raise ValueError("engine_accelerators are vLLM's: choose engine='vllm', or set them to 0")
+            raise InputError("engine_accelerators are vLLM's: choose engine='vllm', or set them to 0")
         if self.tensor_parallel is not None and not 1 <= self.tensor_parallel <= self.sampling_ranks:
-            raise ValueError(
+            raise InputError(
                 f"tensor_parallel={self.tensor_parallel} is out of range: {self.sampling_ranks} accelerators sample"
             )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trb.errors import did_you_mean
+from trb.errors import InputError, MissingFileError, did_you_mean
 
 __all__ = ["KINDS", "MACHINES", "Figure", "Machine", "find_machine"]
 
@@ -206,17 +206,17 @@ def find_machine(spec: str) -> Machine:
     path = Path(spec).expanduser()
     if not path.is_file():
         if path.suffix:
-            raise FileNotFoundError(f"no machine file at {path}")
-        raise ValueError(
+            raise MissingFileError(f"no machine file at {path}")
+        raise InputError(
             f"unknown machine {spec!r}; choose one of {', '.join(MACHINES)}, or name a JSON file that describes it"
             f"{did_you_mean(spec, tuple(MACHINES))}"
         )
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(described, dict):
-        raise ValueError(f"{path} must hold an object, field: figure")
+        raise InputError(f"{path} must hold an object, field: figure")
     return _described(described, str(path))
 
 
@@ -224,18 +224,18 @@ def _described(described: dict[str, Any], source: str) -> Machine:
     names = [item.name for item in fields(Machine) if item.name not in _WORDS]
     like = described.get("like")
     if like is not None and like not in MACHINES:
-        raise ValueError(f"{source}: like is {like!r}; choose one of {', '.join(MACHINES)}")
+        raise InputError(f"{source}: like is {like!r}; choose one of {', '.join(MACHINES)}")
     unknown = sorted(set(described) - {*names, *_WORDS, "like"})
     if unknown:
-        raise ValueError(f"{source}: unknown field {unknown[0]!r}{did_you_mean(unknown[0], tuple(names))}")
+        raise InputError(f"{source}: unknown field {unknown[0]!r}{did_you_mean(unknown[0], tuple(names))}")
     figures = {name: _figure(name, described[name], source) for name in names if name in described}
     missing = [name for name in names if name not in figures and like is None]
     if missing:
-        raise ValueError(f"{source} leaves {', '.join(missing)} open: give them, or name a machine under like")
+        raise InputError(f"{source} leaves {', '.join(missing)} open: give them, or name a machine under like")
     inherited = {} if like is None else MACHINES[like].figures()
     device = described.get("device", "cuda" if like is None else MACHINES[like].device)
     if device not in ("cuda", "cpu"):
-        raise ValueError(f"{source}: device is {device!r}; choose cuda or cpu")
+        raise InputError(f"{source}: device is {device!r}; choose cuda or cpu")
     name = str(described.get("name", Path(source).stem))
     return Machine(name=name, device=device, **(inherited | figures))
 
@@ -259,9 +259,9 @@ def _figure(name: str, given: Any, source: str) -> Figure:
     try:
         value, kind, origin = float(given["value"]), given["kind"], str(given["source"])
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{source}: {name} must be an object with value (a number), kind and source") from error
+        raise InputError(f"{source}: {name} must be an object with value (a number), kind and source") from error
     if kind not in KINDS:
-        raise ValueError(f"{source}: the kind of {name} is {kind!r}; choose one of {', '.join(KINDS)}")
+        raise InputError(f"{source}: the kind of {name} is {kind!r}; choose one of {', '.join(KINDS)}")
     if not (0 < value < float("inf") or (value == 0 and name in _TIMES)):
-        raise ValueError(f"{source}: {name} is {value}; it must be a finite number above 0")
+        raise InputError(f"{source}: {name} is {value}; it must be a finite number above 0")
     return Figure(value, kind, origin)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from trb.errors import InputError
 from trb.records import (
     CONFIG,
     EVALS,
@@ -40,7 +41,7 @@ REFERENCES = ("student", "teacher")
 _LARGEST = 1e300
 
 
-class ReportError(ValueError):
+class ReportError(InputError):
     """A directory or file cannot be reported on; the message names it and says what was expected."""
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
+from trb.errors import InputError
+
 __all__ = [
     "arithmetic",
     "forbid_side_effects",
@@ -70,7 +72,7 @@ def tame_reasoning_gym() -> None:
 
 
 def _refuse_to_execute(*_: Any) -> None:
-    raise ValueError("answers are not executed")
+    raise InputError("answers are not executed")
 
 
 def _check_names(code: CodeType, permitted: Callable[[str], bool]) -> None:
@@ -80,9 +82,9 @@ def _check_names(code: CodeType, permitted: Callable[[str], bool]) -> None:
     """
     refused = [name for name in code.co_names if not permitted(name)]
     if refused:
-        raise ValueError(f"the expression uses {refused[0]!r}, which answers may not")
+        raise InputError(f"the expression uses {refused[0]!r}, which answers may not")
     if any(isinstance(constant, CodeType) for constant in code.co_consts):
-        raise ValueError("the expression defines a function, which answers may not")
+        raise InputError("the expression defines a function, which answers may not")
 
 
 # ---- layer 2: what the interpreter does ----

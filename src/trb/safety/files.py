@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from trb.errors import MissingFileError
+
 __all__ = [
     "LOCK",
     "UNFINISHED",
@@ -189,4 +191,4 @@ def cache_directory() -> Path:
     try:
         return Path(named).expanduser()
     except RuntimeError as error:
-        raise FileNotFoundError(f"no home directory for {named!r}: set TRB_CACHE to a folder of your own") from error
+        raise MissingFileError(f"no home directory for {named!r}: set TRB_CACHE to a folder of your own") from error

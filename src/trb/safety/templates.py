@@ -16,6 +16,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+from trb.errors import InputError, OperationError
 from trb.safety import confinement
 
 __all__ = ["PLAIN_TEMPLATE", "check_chat_template"]
@@ -46,7 +47,7 @@ def check_chat_template(template: str | dict[str, str] | None, source: str) -> N
     texts = template.values() if isinstance(template, dict) else () if template is None else (template,)
     for text in texts:
         if problem := _problem(text):
-            raise ValueError(f"the chat template of {source} is not used: {problem}")
+            raise InputError(f"the chat template of {source} is not used: {problem}")
 
 
 @lru_cache(maxsize=64)
@@ -66,7 +67,7 @@ def _problem(template: str) -> str:
     if child.returncode < 0:  # by the kernel: RLIMIT_CPU is the limit that ends a process
         return f"it does not render within {SECONDS} seconds of processor time"
     if child.returncode:
-        raise RuntimeError(f"the process that tries chat templates failed: {child.stderr[-2000:].strip()}")
+        raise OperationError(f"the process that tries chat templates failed: {child.stderr[-2000:].strip()}")
     return json.loads(child.stdout)["problem"]
 
 

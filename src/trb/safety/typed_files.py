@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, PlainValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
+from trb.errors import InputError, OperationError
 from trb.safety.files import finite, write_text
 from trb.safety.untrusted import parse_json
 
@@ -36,11 +37,11 @@ __all__ = [
 VERSION_KEY = "format_version"
 
 
-class RecordError(ValueError):
+class RecordError(InputError):
     """A file that is damaged or holds something else than its name says; the message names it and the field."""
 
 
-class VersionError(RuntimeError):
+class VersionError(OperationError):
     """A file in another version of its layout. No ValueError: it is whole, and must not be made again."""
 
 

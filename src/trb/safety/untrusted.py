@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from trb.errors import InputError
+
 if TYPE_CHECKING:
     import yaml
 
@@ -56,7 +58,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise InputError("it is nested too deeply") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -64,9 +66,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a value of type {type(value).__name__}; it must hold a JSON object")
+        raise InputError(f"{path} holds a value of type {type(value).__name__}; it must hold a JSON object")
     return value
 
 
@@ -89,12 +91,12 @@ def parse_yaml(text: str, loader: "type[yaml.SafeLoader] | None" = None) -> Any:
         if node is None:
             return None
         if _expanded(node, {}) > MAX_YAML_NODES:
-            raise ValueError(f"it stands for more than {MAX_YAML_NODES:,} values, aliases written out")
+            raise InputError(f"it stands for more than {MAX_YAML_NODES:,} values, aliases written out")
         return reader.construct_document(node)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply, or holds itself") from error
+        raise InputError("it is nested too deeply, or holds itself") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # PyYAML on tags such as !!bool 7
-        raise ValueError(f"a tag does not fit its value ({error!r})") from error
+        raise InputError(f"a tag does not fit its value ({error!r})") from error
     finally:
         reader.dispose()
 
@@ -116,9 +118,9 @@ def require_inside(path: Path, folder: Path, *, also: Path | None = None) -> Pat
     try:
         target = path.resolve()
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is a link that leads nowhere: {error}") from error
+        raise InputError(f"{path} is a link that leads nowhere: {error}") from error
     if not any(target.is_relative_to(root.resolve()) for root in (folder, also) if root is not None):
-        raise ValueError(f"{path} leads out of {folder}, to {target}: copy what it names into the folder")
+        raise InputError(f"{path} leads out of {folder}, to {target}: copy what it names into the folder")
     return path
 
 
@@ -134,7 +136,7 @@ def foreign_directory(directory: Path, *, also: Path | None = None) -> None:
         for name in (*folders, *files):
             path = require_inside(Path(folder, name), directory, also=also)
             if not (path.is_file() or path.is_dir()):
-                raise ValueError(f"{path} is neither a file nor a folder: remove it")
+                raise InputError(f"{path} is neither a file nor a folder: remove it")
 
 
 def check_weight_index(directory: Path) -> None:
@@ -142,10 +144,10 @@ def check_weight_index(directory: Path) -> None:
     for index in sorted(directory.glob("*.index.json")):
         shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict):
-            raise ValueError(f"{index} maps no weights to files: save the model again")
+            raise InputError(f"{index} maps no weights to files: save the model again")
         for shard in dict.fromkeys(map(str, shards.values())):
             if not shard.endswith(".safetensors") or shard != os.path.basename(shard) or "\\" in shard:
-                raise ValueError(f"{index} names {printable(shard)!r:.200}: weights are *.safetensors files beside it")
+                raise InputError(f"{index} names {printable(shard)!r:.200}: weights are *.safetensors files beside it")
 
 
 # ---- adapters ----
@@ -223,12 +225,12 @@ def lora_options(path: Path) -> dict[str, Any]:
         if allowed is None:
             if value in (False, [], {}, _OFF.get(key)):
                 continue
-            raise ValueError(
+            raise InputError(
                 f"{path} sets {shown}, which is not read: only plain LoRA is. Load the adapter with PEFT where you "
                 "trust it, merge it (merge_and_unload) and save the whole model"
             )
         if not allowed(value):
-            raise ValueError(f"{path} sets {shown}; it must be {kind}")
+            raise InputError(f"{path} sets {shown}; it must be {kind}")
         if key not in _NOT_PASSED_ON:
             options[key] = value
     return options
@@ -278,7 +280,7 @@ def _check_file(path: Path, directory: Path) -> None:
     if path.name == "adapter_config.json" and path.parent != directory:  # of adapters that the run itself did not have
         lora_options(path)
     if path.suffix == ".bin" and path.name.startswith(("pytorch_model", "adapter_model")) and "fsdp" not in path.name:
-        raise ValueError(f"{path} holds weights as a pickle: only *.safetensors are read")
+        raise InputError(f"{path} holds weights as a pickle: only *.safetensors are read")
     if path.name.endswith(".metadata"):  # of one process, __0.metadata
         called = [name for name in _named_in_pickle(path) if not _is_sharding(name)]
         if not called:
@@ -288,7 +290,7 @@ def _check_file(path: Path, directory: Path) -> None:
     else:
         return
     if called:
-        raise ValueError(
+        raise InputError(
             f"{path} would call {printable(called[0])} when it is read, so it is not. If you wrote this checkpoint "
             f"yourself and nobody else could change it, set {_TRUST}=1"
         )
@@ -303,7 +305,7 @@ def _unsafe_in_torch_file(path: Path) -> list[str]:
         with safe_globals():
             return sorted(get_unsafe_globals_in_checkpoint(path))
     except Exception as error:  # its parser was not written for hostile files, and raises whatever happens
-        raise ValueError(f"{path} is no file of torch.save that can be looked into ({error}): not read") from error
+        raise InputError(f"{path} is no file of torch.save that can be looked into ({error}): not read") from error
 
 
 class _Named(type):
@@ -345,7 +347,7 @@ def _named_in_pickle(path: Path) -> list[str]:
         try:
             reader.load()
         except Exception as error:  # the machine of pickle raises almost anything on damaged input
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
+            raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
     return sorted(reader.names)
 
 
@@ -368,7 +370,7 @@ def _check_shards(path: Path) -> None:
             if type(kinds) is not dict or type(records) is not dict:
                 raise pickle.UnpicklingError("it lists no records")
         except Exception as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
+            raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): not read") from error
     for index, record in records.items():
         name = getattr(index, "fqn", None) if type(index) is MetadataIndex else None
         _check_record(path, record, is_tensor=type(name) is str and type(kinds.get(name)) is TensorStorageMetadata)
@@ -380,9 +382,9 @@ def _check_record(path: Path, record: Any, *, is_tensor: bool) -> None:
 
     name = getattr(record, "relative_path", None)
     if type(name) is not str or name != os.path.basename(name) or "\\" in name or not name.endswith(".distcp"):
-        raise ValueError(f"{path} names {printable(str(name))!r:.200}: shards are *.distcp files beside it")
+        raise InputError(f"{path} names {printable(str(name))!r:.200}: shards are *.distcp files beside it")
     if transforms := getattr(record, "transform_descriptors", None):
-        raise ValueError(
+        raise InputError(
             f"{path} asks for {printable(str(transforms))!r:.200}, which is not supported: save it without"
         )
     if is_tensor:  # torch reads these with weights_only=True itself
@@ -393,7 +395,7 @@ def _check_record(path: Path, record: Any, *, is_tensor: bool) -> None:
             torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever damaged bytes make the reader raise
             why = printable(str(error).partition("\n")[0])
-            raise ValueError(
+            raise InputError(
                 f"{path.parent / name} holds a record that could run code when it is read, or is damaged ({why:.300}). "
                 f"If you wrote this checkpoint yourself and nobody else could change it, set {_TRUST}=1"
             ) from error

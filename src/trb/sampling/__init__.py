@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.errors import did_you_mean
+from trb.errors import InputError, did_you_mean
 from trb.models.modeling import position_limit, rope_switch, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.lockstep import sample_lockstep
@@ -205,7 +205,7 @@ def _in_stretches(
     """
     switches = sorted({switch for model in models if (switch := rope_switch(model)) is not None})
     if len(switches) > 1:
-        raise ValueError(f"student and teacher change their rotary factors at different lengths: {switches} tokens")
+        raise InputError(f"student and teacher change their rotary factors at different lengths: {switches} tokens")
     if not switches or max(map(len, prompts)) + max_new_tokens - 1 <= switches[0]:
         end = switches[0] if switches else None
         count = len(prompts)
@@ -248,40 +248,40 @@ def _check_options(
 ) -> None:
     if method not in SAMPLERS:
         hint = did_you_mean(str(method), [*SAMPLERS])
-        raise ValueError(f"unknown sampling method {method!r}; choose one of {', '.join(SAMPLERS)}{hint}")
+        raise InputError(f"unknown sampling method {method!r}; choose one of {', '.join(SAMPLERS)}{hint}")
     if policy.needs_teacher and models < 2:
-        raise ValueError(f"{policy!r} needs a teacher, got teacher=None")
+        raise InputError(f"{policy!r} needs a teacher, got teacher=None")
     for name, value in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise InputError(f"{name} must be at least 1, got {value}")
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+        raise InputError(f"temperature must be positive, got {temperature}")
 
 
 def _check_block_size(block_size: int | str) -> None:
     if isinstance(block_size, str):
         if block_size not in BLOCK_SIZES:
             hint = did_you_mean(block_size, BLOCK_SIZES)
-            raise ValueError(
+            raise InputError(
                 f"block_size must be a number or one of {', '.join(BLOCK_SIZES)}, got {block_size!r}{hint}"
             )
     elif block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+        raise InputError(f"block_size must be at least 1, got {block_size}")
 
 
 def _check_rows(prompts: list[list[int]], keys: list[int], index: list[int], vocabulary_size: int) -> None:
     for name, values, end in (("prompt_keys", keys, 1 << 64), ("rollout_index", index, MAX_ROLLOUTS)):
         if len(values) != len(prompts):
-            raise ValueError(f"{name} has {len(values)} entries for {len(prompts)} prompts")
+            raise InputError(f"{name} has {len(values)} entries for {len(prompts)} prompts")
         outside = [value for value in values if not 0 <= value < end]
         if outside:
-            raise ValueError(f"{name} must lie in [0, {end}), got {outside[0]}")
+            raise InputError(f"{name} must lie in [0, {end}), got {outside[0]}")
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {row} is empty; a prompt needs at least one token")
+            raise InputError(f"prompt {row} is empty; a prompt needs at least one token")
         outside = [token for token in prompt if not 0 <= token < vocabulary_size]
         if outside:
-            raise ValueError(
+            raise InputError(
                 f"prompt {row} contains token id {outside[0]}, outside the {vocabulary_size} shared head rows"
             )
 
@@ -291,7 +291,7 @@ def _check_positions(models: list[PreTrainedModel], prompts: list[list[int]], ma
     for model in models:
         limit = position_limit(model)
         if limit is not None and longest + max_new_tokens > limit:
-            raise ValueError(
+            raise InputError(
                 f"a prompt of {longest} tokens plus max_new_tokens={max_new_tokens} exceeds the {limit} positions of "
                 f"{type(model).__name__}; shorten the prompts or lower max_new_tokens"
             )

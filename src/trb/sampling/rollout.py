@@ -11,12 +11,13 @@ from typing import TypedDict
 
 from torch import Tensor
 
+from trb.errors import OperationError
 from trb.vocab import SharedVocabulary
 
 __all__ = ["EngineOptions", "NonFiniteLogitsError", "Rollout", "RolloutStats", "without_law"]
 
 
-class NonFiniteLogitsError(RuntimeError):
+class NonFiniteLogitsError(OperationError):
     """A model's logits at a prefix make no law: one is NaN or +infinity, or all are -infinity.
 
     Attributes:

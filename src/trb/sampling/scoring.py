@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trb.errors import InputError
 from trb.losses.chunked import default_chunk_tokens
 from trb.models.modeling import OutputHead, completion_hidden_states, evaluation_mode, without_adapters
 from trb.policies import BehaviorPolicy, Target
@@ -209,7 +210,7 @@ def _pairs(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
     if len(prompts) != len(completions):
-        raise ValueError(f"{len(completions)} completions for {len(prompts)} prompts; pass one prompt per completion")
+        raise InputError(f"{len(completions)} completions for {len(prompts)} prompts; pass one prompt per completion")
     return zip(prompts, completions, strict=True)
 
 
@@ -223,21 +224,21 @@ def _check(
     max_rows: int | None,
 ) -> None:
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+        raise InputError(f"temperature must be positive, got {temperature}")
     if top < 0:
-        raise ValueError(f"top must be at least 0, got {top}")
+        raise InputError(f"top must be at least 0, got {top}")
     if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        raise InputError(f"max_rows must be at least 1, got {max_rows}")
     for name, model in (("student", student), ("teacher", teacher)):
         rows_of_head = head_rows(without_adapters(model))
         if rows_of_head < vocabulary.size:
-            raise ValueError(
+            raise InputError(
                 f"the {name}'s head has {rows_of_head} rows, fewer than the {vocabulary.size} of the shared "
                 "vocabulary; build it with SharedVocabulary.of from both models' head_rows"
             )
     for row, (prompt, completion) in enumerate(rows):
         if not prompt:
-            raise ValueError(f"prompt {row} is empty; a prompt needs at least one token")
+            raise InputError(f"prompt {row} is empty; a prompt needs at least one token")
         outside = [token for token in prompt + completion if not 0 <= token < vocabulary.size]
         if outside:
-            raise ValueError(f"row {row} contains token id {outside[0]}, outside the {vocabulary.size} shared rows")
+            raise InputError(f"row {row} contains token id {outside[0]}, outside the {vocabulary.size} shared rows")

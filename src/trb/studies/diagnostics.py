@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trb.errors import InputError
 from trb.policies import BehaviorPolicy, SKDPolicy, TrustRegionPolicy
 from trb.sampling import prompt_key
 from trb.sampling.scoring import TokenScores
@@ -123,7 +124,7 @@ def continuation_probe(
         ValueError: an unknown reference, or a truncation out of range.
     """
     if reference not in policies:
-        raise ValueError(f"reference is {reference!r}; choose one of the policies: {', '.join(policies)}")
+        raise InputError(f"reference is {reference!r}; choose one of the policies: {', '.join(policies)}")
     check_truncations(truncations, subject.max_new_tokens)
     drawn = {name: subject.rollouts(policy) for name, policy in policies.items()}
     return {
@@ -173,7 +174,7 @@ def _truncation(
 def check_truncations(truncations: Sequence[int], max_new_tokens: int) -> None:
     for length in truncations:
         if not 0 <= length < max_new_tokens:
-            raise ValueError(f"truncation {length} leaves nothing to continue; give lengths in [0, {max_new_tokens})")
+            raise InputError(f"truncation {length} leaves nothing to continue; give lengths in [0, {max_new_tokens})")
 
 
 def _ended(rollouts: Sampled, row: int, length: int) -> bool:
@@ -221,7 +222,7 @@ def budget_curve(subject: Subject, *, budgets: Sequence[float] = KL_BUDGETS) -> 
         ValueError: a negative budget, or none.
     """
     if not len(budgets):
-        raise ValueError("budgets is empty; give at least one KL budget")
+        raise InputError("budgets is empty; give at least one KL budget")
     first = subject.rollouts(TrustRegionPolicy(budgets[0]))
     return [_budget_point(subject, budget, subject.rollouts(TrustRegionPolicy(budget)), first) for budget in budgets]
 
@@ -305,7 +306,7 @@ def matched_excerpts(
         Records in the format of rollouts.jsonl, problem by problem, each with its `policy`'s name.
     """
     if prompts < 0:
-        raise ValueError(f"prompts must be at least 0, got {prompts}")
+        raise InputError(f"prompts must be at least 0, got {prompts}")
     rows = [problem * subject.samples for problem in range(min(prompts, len(subject.rows)))]
     by_policy = []
     for name, policy in policies.items():

@@ -19,6 +19,7 @@ import yaml
 from transformers import TrainerState
 
 from trb import records
+from trb.errors import MissingFileError
 from trb.records import CHECKSUMS, CONFIG, EVALUATIONS, MODEL, RECIPE, RESULTS, SCORES, SKIPPED
 from trb.safety.files import LOCK, UNFINISHED, exclusive, remove, remove_unfinished, write_text
 from trb.safety.untrusted import parse_yaml
@@ -291,7 +292,7 @@ def named_checkpoint(name: str | None) -> Path | None:
         return None
     path = Path(name).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint is {name!r}, and there is no such directory")
+        raise MissingFileError(f"resume_from_checkpoint is {name!r}, and there is no such directory")
     try:
         Ranks.of_launch().from_first(partial(checkpoints.verify, path))
     except CheckpointError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from trb import records
+from trb.errors import FileError
 from trb.studies.keys import RunConfig
 from trb.studies.material import RunDirectoryError
 from trb.training import checkpoints
@@ -24,7 +25,7 @@ __all__ = ["DiskFullError", "explained_disk_errors", "require_space", "require_w
 _FULL_BYTES = 1 << 20
 
 
-class DiskFullError(OSError):
+class DiskFullError(FileError):
     """The disk filled up while saving; the message says what is intact and how to go on."""
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trb.errors import InputError
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.records import CONFIG, MODEL, TRAINER_STATE
 from trb.safety.templates import PLAIN_TEMPLATE
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 
-class RunDirectoryError(ValueError):
+class RunDirectoryError(InputError):
     """An output directory that cannot be used for this run; the message says why and what to do."""
 
 

@@ -8,6 +8,7 @@ import math
 
 from scipy import special
 
+from trb.errors import InputError
 from trb.studies.resampling import check_share
 
 __all__ = ["power", "seeds_needed"]
@@ -29,11 +30,11 @@ def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> 
         ValueError: an argument out of range.
     """
     if not math.isfinite(difference):
-        raise ValueError(f"difference must be finite, got {difference}")
+        raise InputError(f"difference must be finite, got {difference}")
     if not 0 < spread < math.inf:
-        raise ValueError(f"spread must be a positive standard deviation, got {spread}")
+        raise InputError(f"spread must be a positive standard deviation, got {spread}")
     if seeds < 2:
-        raise ValueError(f"seeds must be at least 2 for a t test, got {seeds}")
+        raise InputError(f"seeds must be at least 2 for a t test, got {seeds}")
     check_share("level", level)
     from scipy import stats  # half a second that nothing else here needs
 
@@ -50,7 +51,7 @@ def seeds_needed(difference: float, spread: float, power: float = 0.8, level: fl
     """
     check_share("power", power)
     if difference == 0:
-        raise ValueError("difference must not be 0: no number of seeds finds it; pass the smallest one that matters")
+        raise InputError("difference must not be 0: no number of seeds finds it; pass the smallest one that matters")
     high = 2
     while _power(difference, spread, high, level) < power:
         high *= 2

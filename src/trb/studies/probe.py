@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trb.errors import InputError
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.safety.files import finite
@@ -209,10 +210,10 @@ class _Settings:
     def __post_init__(self) -> None:
         for name, smallest in (("problems", 2), ("samples", 1), ("excerpts", 0), ("alternatives", 0)):
             if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
         for name in ("max_new_tokens", "max_rows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_truncations(self.truncations, self.max_new_tokens)
         for budget in (*self.budgets, self.kl_budget):
             TrustRegionPolicy(budget)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trb.errors import InputError
+
 __all__ = [
     "Floats",
     "check_resampling",
@@ -46,7 +48,7 @@ def variance_components(differences_SP: ArrayLike) -> dict[str, float]:
     table = table_of("differences_SP", differences_SP)
     seeds, problems = table.shape
     if min(seeds, problems) < 2:
-        raise ValueError(f"differences_SP has shape {table.shape}; components need at least 2 seeds and 2 problems")
+        raise InputError(f"differences_SP has shape {table.shape}; components need at least 2 seeds and 2 problems")
     means_S, means_P = table.mean(axis=1), table.mean(axis=0)
     leftover = table - means_S[:, None] - means_P + table.mean()
     residual = float(np.square(leftover).sum()) / ((seeds - 1) * (problems - 1))
@@ -72,7 +74,7 @@ def summarise(table: Floats, columns: list[NDArray[np.intp]], resamples: int, se
     """The crossed estimate of one table; `columns` holds the problems of each suite."""
     check_resampling(resamples, level)
     if table.size == 1:
-        raise ValueError("one seed and one problem show no spread; an interval needs at least 2 of either")
+        raise InputError("one seed and one problem show no spread; an interval needs at least 2 of either")
     rng = np.random.default_rng(seed)
     means_S = np.mean([table[:, members].mean(axis=1) for members in columns], axis=0)
     effects = [means_S, *(_problem_effects(table[:, members]) / len(columns) for members in columns)]
@@ -125,7 +127,7 @@ def chunks_of(resamples: int, width: int) -> list[int]:
 def table_of(name: str, values: ArrayLike) -> Floats:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or not table.size:
-        raise ValueError(f"{name} must be a matrix with a row per seed, at least 1 by 1; got shape {table.shape}")
+        raise InputError(f"{name} must be a matrix with a row per seed, at least 1 by 1; got shape {table.shape}")
     _check_finite(name, table)
     return table
 
@@ -136,10 +138,10 @@ def columns_of(strata_P: ArrayLike | None, problems: int) -> list[NDArray[np.int
         return [np.arange(problems)]
     strata = np.asarray(strata_P)
     if strata.shape != (problems,):
-        raise ValueError(f"strata_P has shape {strata.shape} for {problems} problems; give one suite per problem")
+        raise InputError(f"strata_P has shape {strata.shape} for {problems} problems; give one suite per problem")
     labels, counts = np.unique(strata, return_counts=True)
     if problems > 1 and counts.min() == 1:
-        raise ValueError(
+        raise InputError(
             f"strata_P has a single problem of suite {labels[counts.argmin()].item()!r}, which shows no spread; "
             "give every suite at least 2 problems or leave it out"
         )
@@ -149,15 +151,15 @@ def columns_of(strata_P: ArrayLike | None, problems: int) -> list[NDArray[np.int
 def curve_of(steps: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats]:
     steps_K, curves = np.asarray(steps, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     if steps_K.ndim != 1 or not steps_K.size:
-        raise ValueError(f"steps must be a list of at least one step, got shape {steps_K.shape}")
+        raise InputError(f"steps must be a list of at least one step, got shape {steps_K.shape}")
     if curves.shape[-1:] != steps_K.shape:
-        raise ValueError(f"scores has shape {curves.shape} for {steps_K.size} steps; the last axis must be the steps")
+        raise InputError(f"scores has shape {curves.shape} for {steps_K.size} steps; the last axis must be the steps")
     _check_finite("steps", steps_K)
     _check_finite("scores", curves)
     late = np.flatnonzero(np.diff(steps_K) <= 0)
     if late.size:
         k = int(late[0])
-        raise ValueError(
+        raise InputError(
             f"steps must increase, but steps[{k + 1}] = {steps_K[k + 1]:g} follows {steps_K[k]:g}; sort them"
         )
     return steps_K, curves
@@ -166,17 +168,17 @@ def curve_of(steps: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats]:
 def labelled_rows(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
     scores_N, labels_N = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if scores_N.ndim != 1 or scores_N.shape != labels_N.shape:
-        raise ValueError(f"scores has shape {scores_N.shape} and labels {labels_N.shape}; give one of each per row")
+        raise InputError(f"scores has shape {scores_N.shape} and labels {labels_N.shape}; give one of each per row")
     missing = np.flatnonzero(np.isnan(scores_N))
     if missing.size:
-        raise ValueError(f"scores[{missing[0]}] is nan; drop rows without a score")
+        raise InputError(f"scores[{missing[0]}] is nan; drop rows without a score")
     other = labels_N[~np.isin(labels_N, (0, 1))]
     if other.size:
-        raise ValueError(f"labels must be 0 or 1, got {other[0].item()!r}; threshold them first")
+        raise InputError(f"labels must be 0 or 1, got {other[0].item()!r}; threshold them first")
     positive = labels_N.astype(bool)
     for kind, count in (("positive", int(positive.sum())), ("negative", int((~positive).sum()))):
         if not count:
-            raise ValueError(f"labels has no {kind} row of {positive.size}; AUROC needs both classes, sample more rows")
+            raise InputError(f"labels has no {kind} row of {positive.size}; AUROC needs both classes, sample more rows")
     return scores_N, positive
 
 
@@ -184,17 +186,17 @@ def _check_finite(name: str, values: Floats) -> None:
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         where = ", ".join(map(str, bad[0]))
-        raise ValueError(
+        raise InputError(
             f"{name}[{where}] is {values[tuple(bad[0])]}; every entry must be finite, drop what is missing"
         )
 
 
 def check_resampling(resamples: int, level: float) -> None:
     if resamples < MIN_RESAMPLES:
-        raise ValueError(f"resamples must be at least {MIN_RESAMPLES}, got {resamples}; 10000 is the default")
+        raise InputError(f"resamples must be at least {MIN_RESAMPLES}, got {resamples}; 10000 is the default")
     check_share("level", level)
 
 
 def check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
-        raise ValueError(f"{name} must lie between 0 and 1, got {value}; 95% is 0.95")
+        raise InputError(f"{name} must lie between 0 and 1, got {value}; 95% is 0.95")

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from trb.errors import InputError
 from trb.studies.resampling import (
     Floats,
     check_resampling,
@@ -98,7 +99,7 @@ def mean_estimate(
     """
     scores = table_of("scores_SP", scores_SP)
     if bounds is not None and not (bounds[0] <= scores.min() and scores.max() <= bounds[1]):
-        raise ValueError(
+        raise InputError(
             f"scores_SP has values from {scores.min()} to {scores.max()}, outside bounds {bounds}; "
             "pass the range that one score can have"
         )
@@ -155,7 +156,7 @@ def paired_difference(
     """
     first, second = table_of("first_SP", first_SP), table_of("second_SP", second_SP)
     if first.shape != second.shape:
-        raise ValueError(
+        raise InputError(
             f"first_SP has shape {first.shape} and second_SP {second.shape}; keep the seeds and problems that both have"
         )
     differences = first - second
@@ -183,10 +184,10 @@ def expected_standard_error(components: Mapping[str, float], seeds: int, problem
     """
     missing = [name for name in ("seed", "problem", "residual") if name not in components]
     if missing:
-        raise ValueError(f"components lacks {', '.join(missing)}; pass what variance_components returns")
+        raise InputError(f"components lacks {', '.join(missing)}; pass what variance_components returns")
     for name, count in (("seeds", seeds), ("problems", problems)):
         if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+            raise InputError(f"{name} must be at least 1, got {count}")
     shares = {"seed": seeds, "problem": problems, "residual": seeds * problems}
     return math.sqrt(sum(max(0.0, components[name]) / count for name, count in shares.items()))
 
@@ -199,7 +200,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """
     for name, p_value in p_values.items():
         if not 0 <= p_value <= 1:
-            raise ValueError(f"p_values[{name!r}] must be in [0, 1], got {p_value}")
+            raise InputError(f"p_values[{name!r}] must be in [0, 1], got {p_value}")
     adjusted, largest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
@@ -230,7 +231,7 @@ def area_under_curve(steps: ArrayLike, scores: Any) -> Any:
     """
     steps_K, curves = curve_of(steps, scores)
     if steps_K.size < 2:
-        raise ValueError(f"steps has {steps_K.size} value; an area needs at least 2")
+        raise InputError(f"steps has {steps_K.size} value; an area needs at least 2")
     areas = ((curves[..., 1:] + curves[..., :-1]) / 2) @ np.diff(steps_K) / (steps_K[-1] - steps_K[0])
     return float(areas) if curves.ndim == 1 else areas
 
@@ -251,9 +252,9 @@ def steps_to_target(steps: ArrayLike, scores: ArrayLike, target: float) -> float
     """
     steps_K, scores_K = curve_of(steps, scores)
     if scores_K.ndim != 1:
-        raise ValueError(f"scores must be one curve, got shape {scores_K.shape}; call once per curve")
+        raise InputError(f"scores must be one curve, got shape {scores_K.shape}; call once per curve")
     if not math.isfinite(target):
-        raise ValueError(f"target must be a finite score, got {target}")
+        raise InputError(f"target must be a finite score, got {target}")
     reached = np.flatnonzero(scores_K >= target)
     if not reached.size:
         return None
@@ -311,10 +312,10 @@ def auroc_estimate(
     check_resampling(resamples, level)
     group_N = np.arange(scores_N.size) if groups is None else np.asarray(groups)
     if group_N.shape != scores_N.shape:
-        raise ValueError(f"groups has shape {group_N.shape} for {scores_N.size} scores; give one group per row")
+        raise InputError(f"groups has shape {group_N.shape} for {scores_N.size} scores; give one group per row")
     members, group_N = np.unique(group_N, return_inverse=True)
     if members.size < 2:
-        raise ValueError(f"groups has only {members[0].item()!r}; an interval needs rows of at least 2 groups")
+        raise InputError(f"groups has only {members[0].item()!r}; an interval needs rows of at least 2 groups")
     rng = np.random.default_rng(seed)
     parts = []
     for count in chunks_of(resamples, scores_N.size):

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from trb.errors import InputError
 from trb.records import REFERENCE, role_name
 from trb.studies.recipe import Recipe, make_recipe
 from trb.studies.yaml_files import ConfigError, read_yaml
@@ -101,10 +102,10 @@ class Seeds(_Part):
     def _disjoint(self) -> "Seeds":
         shared = sorted(set(self.select) & set(self.test))
         if shared:
-            raise ValueError(f"seed {shared[0]} is used for selection and for the test; use different ones")
+            raise InputError(f"seed {shared[0]} is used for selection and for the test; use different ones")
         for name in ("select", "test"):
             if len(set(seeds := getattr(self, name))) < len(seeds):
-                raise ValueError(f"{name} names a seed twice")
+                raise InputError(f"{name} names a seed twice")
         return self
 
 
@@ -135,19 +136,19 @@ class Study(_Part):
     @model_validator(mode="after")
     def _fair(self) -> "Study":
         if BASELINE not in self.methods:
-            raise ValueError(f"methods lacks {BASELINE}, which every method is compared with")
+            raise InputError(f"methods lacks {BASELINE}, which every method is compared with")
         for name, configurations in self.methods.items():
             if name not in METHODS and any("method" not in entry for entry in configurations):
-                raise ValueError(f"{name} is no method; give its configurations a method: {', '.join(METHODS)}")
+                raise InputError(f"{name} is no method; give its configurations a method: {', '.join(METHODS)}")
             if self.configurations != "unequal" and len(configurations) not in (1, self.configurations):
-                raise ValueError(
+                raise InputError(
                     f"{name} has {len(configurations)} configurations and `configurations` says {self.configurations}: "
                     "every family gets the same number (or one, with nothing to choose)"
                 )
         for where, recipe in [("recipe", self.recipe), *((f"{n}: recipe", s.recipe) for n, s in self.settings.items())]:
             for key in _OWN_KEYS:
                 if key in recipe:
-                    raise ValueError(f"{where} sets {key}, which the study decides itself; leave it out")
+                    raise InputError(f"{where} sets {key}, which the study decides itself; leave it out")
         return self
 
     # ---- its runs ----

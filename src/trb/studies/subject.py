@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trb.errors import InputError
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.scoring import TokenScores, score_completions
@@ -112,13 +113,13 @@ class Subject:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or len(self.problems) < 2:
-            raise ValueError(
+            raise InputError(
                 f"an interval over problems needs two problems and a sample of each, got {len(self.problems)} problems "
                 f"and samples={self.samples}"
             )
         for index, row in enumerate(self.rows):
             if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
-                raise ValueError(
+                raise InputError(
                     f"problem {index + 1} of {len(self.rows)} has no answer to score against; leave it out"
                 )
         check_heads(head_rows(self.student), head_rows(self.teacher), max(self.tokenizer.get_vocab().values()) + 1)

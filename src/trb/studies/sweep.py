@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from trb import records
+from trb.errors import InputError
 from trb.records import SELECTION, STUDY, STUDY_PLAN
 from trb.safety.files import LOCK, exclusive, write_text
 from trb.safety.untrusted import parse_yaml
@@ -184,6 +185,6 @@ def _check_disjoint(study: Study, setting: str) -> None:
         seen[name] = {json.dumps(row["prompt"]) for rows in sets.values() for row in rows}
     shared = len(seen["dev"] & seen["test"])
     if shared:
-        raise ValueError(
+        raise InputError(
             f"{setting}: {shared} development problems are test problems too; choose another seed or split for one"
         )

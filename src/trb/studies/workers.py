@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from trb.errors import OperationError, PackageError, is_for_people
 from trb.models.packaged import quiet_libraries
 from trb.studies.jobs import Job, do_job
 from trb.studies.study import Study
@@ -23,8 +24,10 @@ from trb.training.ranks import end_with
 
 __all__ = ["Pool", "StudyError", "default_workers", "open_pool"]
 
+_GO_ON = "finished runs are intact; run the same command again to go on"
 
-class StudyError(RuntimeError):
+
+class StudyError(OperationError):
     """A study that cannot go on; the message names the run and says what is kept."""
 
 
@@ -35,7 +38,10 @@ def default_workers(threads: int) -> int:
 
 class Pool(Protocol):
     def map(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float]]:
-        """Do the jobs in any order, yielding each with its seconds as it is finished. Raises StudyError."""
+        """Do the jobs in any order, yielding each with its seconds as it is finished.
+
+        Raises StudyError for what people can set right; a bug in a job is raised as it is, with a note of the job.
+        """
 
 
 @contextmanager
@@ -114,13 +120,16 @@ def _gathered(futures: dict[Future[float], Job]) -> Iterator[tuple[Job, float]]:
         except Exception as error:
             for other in futures:
                 other.cancel()
-            raise _failed(futures[future], error) from error
+            _explain(futures[future], error)
+            raise
         yield futures[future], seconds
 
 
-def _failed(job: Job, error: Exception) -> StudyError:
-    text = str(error) or type(error).__name__
-    return StudyError(f"{job}: {text} (finished runs are intact; run the same command again to go on)")
+def _explain(job: Job, error: Exception) -> None:
+    """Raise what is for people as a StudyError that names the job; a bug, which keeps its traceback, gets a note."""
+    if is_for_people(error):
+        raise StudyError(f"{job}: {error} ({_GO_ON})") from error
+    error.add_note(f"{job} ({_GO_ON})")
 
 
 def _start_worker(parent: int, threads: int) -> None:
@@ -157,9 +166,10 @@ class _RayPool:
             except ray.exceptions.RayTaskError as error:
                 for other in running:
                     ray.cancel(other)
-                raise _failed(job, error.cause if isinstance(error.cause, Exception) else error) from error
-            except ray.exceptions.RayError as error:
-                raise _failed(job, error) from error
+                _explain(job, error.cause if isinstance(error.cause, Exception) else error)
+                raise
+            except ray.exceptions.RayError as error:  # of the cluster: a lost node, a full store
+                raise StudyError(f"{job}: {error} ({_GO_ON})") from error
             yield job, seconds
 
 
@@ -174,7 +184,7 @@ def _ray_session(address: str) -> Iterator[None]:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("--ray needs Ray: pip install 'trb[ray]'") from error
+        raise PackageError("--ray needs Ray: pip install 'trb[ray]'") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by init; a local cluster would report itself
     ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from trb.errors import did_you_mean
+from trb.errors import InputError, did_you_mean
 from trb.safety.untrusted import parse_yaml
 
 __all__ = ["ConfigError", "Dumper", "nearest_key", "read_value", "read_yaml"]
@@ -20,7 +20,7 @@ __all__ = ["ConfigError", "Dumper", "nearest_key", "read_value", "read_yaml"]
 nearest_key = partial(did_you_mean, cutoff=0.5)
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A recipe or an override that cannot be used; the message names the file, the key and the remedy."""
 
 

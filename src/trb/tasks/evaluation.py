@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
+from trb.errors import InputError
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
@@ -100,7 +101,7 @@ def load_benchmark(name: str, path: str | Path | None = None) -> "Dataset":
     same split). Raises ValueError for an unknown name; what loading raises is that of `trb.tasks.prompts.load_prompts`.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
+        raise InputError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
     return load_prompts(
         benchmark.hub_name if path is None else Path(path).absolute(),
@@ -222,11 +223,11 @@ def pass_at_1_interval(correct: Sequence[int], n: int) -> tuple[float, float]:
 def _checked_rows(problems: "Dataset | Sequence[Mapping[str, Any]]", n: int) -> list[dict[str, Any]]:
     """The problems as plain rows: some, and each with something to score against."""
     if n < 1 or not len(problems):
-        raise ValueError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
+        raise InputError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
     rows = [dict(row) for row in problems]
     for index, row in enumerate(rows):
         if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
-            raise ValueError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
+            raise InputError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
     return rows
 
 
@@ -341,7 +342,7 @@ def _resumed(path: Path | None, settings: dict[str, Any], round_size: int) -> li
     _check_settings(parsed[0] if parsed else {}, settings, path)
     for number, record in enumerate(parsed[1:]):
         if record.get("problem") != number:
-            raise ValueError(f"line {number + 2} of {path} is not problem {number} as it should be; delete the file")
+            raise InputError(f"line {number + 2} of {path} is not problem {number} as it should be; delete the file")
     kept = len(parsed) - 1
     if kept < settings["n_problems"]:
         kept -= kept % round_size
@@ -354,9 +355,9 @@ def _parse_line(line: bytes, number: int, path: Path) -> dict[str, Any]:
     try:
         parsed = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"line {number} of {path} is not a result ({error}); {remedy}") from error
+        raise InputError(f"line {number} of {path} is not a result ({error}); {remedy}") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f"line {number} of {path} is not a result; {remedy}")
+        raise InputError(f"line {number} of {path} is not a result; {remedy}")
     return parsed
 
 
@@ -364,14 +365,14 @@ def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path
     """Refuse to continue a file that was written with other settings, or is something else altogether."""
     written = header.get("settings")
     if not isinstance(written, dict):
-        raise ValueError(f"{path} is not a results file of an evaluation; use another results_path")
+        raise InputError(f"{path} is not a results file of an evaluation; use another results_path")
     differences = [
         f"{key} is {written.get(key)!r} there and {value!r} here"
         for key, value in settings.items()
         if written.get(key) != value
     ]
     if differences:
-        raise ValueError(
+        raise InputError(
             f"{path} holds results of another evaluation ({'; '.join(differences)}); delete it or use another "
             "results_path"
         )

@@ -36,6 +36,7 @@ from itertools import product
 from types import ModuleType, TracebackType
 from typing import IO, Any, Self
 
+from trb.errors import InputError, OperationError, PackageError
 from trb.safety import confinement
 from trb.tasks.answers import Box, boxed_answers, decode_metadata, last_boxed
 from trb.tasks.sources import import_reasoning_gym
@@ -74,7 +75,7 @@ class Verifier:
 
     def __init__(self, timeout_s: float = 5.0, *, memory_limit_mb: int = 2048) -> None:
         if not timeout_s > 0:
-            raise ValueError(f"timeout_s is {timeout_s}; give a positive number of seconds")
+            raise InputError(f"timeout_s is {timeout_s}; give a positive number of seconds")
         self.timeouts = 0
         self.crashes = 0
         self._timeout_s = timeout_s
@@ -89,7 +90,7 @@ class Verifier:
         ImportError when a reasoning-gym row meets no reasoning-gym.
         """
         if len(completions) != len(rows):
-            raise ValueError(f"{len(completions)} completions for {len(rows)} rows; pass one row each")
+            raise InputError(f"{len(completions)} completions for {len(rows)} rows; pass one row each")
         scores, jobs = [], []
         for index, (completion, row) in enumerate(zip(completions, rows, strict=True)):
             verdict = _prepare(completion, row)
@@ -153,7 +154,7 @@ def _prepare(completion: str, row: Mapping[str, Any]) -> float | Job:
     if verifier.startswith("reasoning-gym:"):
         return _prepare_task(completion, verifier, row.get("metadata", "{}"))
     if verifier not in ("math", "exact"):
-        raise ValueError(f"unknown verifier {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
+        raise InputError(f"unknown verifier {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
     if not answer:
         return math.nan
     boxes = boxed_answers(completion)
@@ -254,7 +255,7 @@ class _Worker:
             self.stop()
             if not isinstance(error, TimeoutError | EOFError):
                 raise
-            raise RuntimeError(f"the answer-checking worker did not start: {trace or error}") from error
+            raise OperationError(f"the answer-checking worker did not start: {trace or error}") from error
         if not ready["memory_limited"]:
             logger.warning("this system cannot limit the memory of the process that checks answers, only its time")
 
@@ -281,7 +282,7 @@ class _Worker:
             raise EOFError("the worker ended")
         message = json.loads(line)
         if "error" in message:
-            raise {"ImportError": ImportError}.get(message["kind"], ValueError)(message["error"])
+            raise (PackageError if message["kind"] == "ImportError" else InputError)(message["error"])
         return message
 
     def stop(self) -> None:
@@ -309,7 +310,7 @@ def _serve(timeout_s: float, memory_limit_mb: int) -> None:
     os.dup2(2, 1)  # whatever a library prints must not look like a reply
     logging.disable(logging.CRITICAL)
     if not _math_equal(r"\frac{1}{2}", "0.5") or _math_equal("1", "2"):
-        raise RuntimeError("math-verify of this version does not work; install math-verify>=0.9,<0.10")
+        raise OperationError("math-verify of this version does not work; install math-verify>=0.9,<0.10")
     confinement.tame_sympy()
     _silence()
     limited = confinement.limit_resources(memory_limit_mb)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trb.errors import InputError
 from trb.models.tokens import token_ids
 from trb.safety.templates import check_chat_template
 from trb.tasks.answers import Row, last_boxed, reference_answer
@@ -84,7 +85,7 @@ def load_prompts(
     offending row, column or name and the remedy. Rows and lines are counted from 1.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; give a positive number of rows, or None for all")
+        raise InputError(f"limit is {limit}; give a positive number of rows, or None for all")
     name = str(spec)
     if name.startswith(("zoo:", REASONING_GYM)):
         refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
@@ -93,7 +94,7 @@ def load_prompts(
     else:
         table = open_table(name, split, revision)
         if table.n_rows == 0:
-            raise ValueError(f"{name} is empty: it has no rows")
+            raise InputError(f"{name} is empty: it has no rows")
         columns = _choose_columns(name, table.columns, prompt_column, answer_column)
         indices = _subset(table.n_rows, limit, seed)
         rows = [
@@ -120,11 +121,11 @@ def render(
     """
     if plain:
         if chat_template_kwargs:
-            raise ValueError(f"plain=True uses no chat template; remove {sorted(chat_template_kwargs)}")
+            raise InputError(f"plain=True uses no chat template; remove {sorted(chat_template_kwargs)}")
         texts = ("\n\n".join(message["content"] for message in row["prompt"]) for row in rows)
         return [token_ids(tokenizer, text) for text in texts]
     if not tokenizer.chat_template and "chat_template" not in chat_template_kwargs:
-        raise ValueError(
+        raise InputError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template "
             "(for instance to that of the instruct model), or pass plain=True to join messages by blank lines"
         )
@@ -150,7 +151,7 @@ def check_lengths(
     Lengths are those of `render` with the same `plain` and template arguments.
     """
     if overlong not in ("error", "drop"):
-        raise ValueError(f'overlong is {overlong!r}; use "error" or "drop"')
+        raise InputError(f'overlong is {overlong!r}; use "error" or "drop"')
     lengths = [len(ids) for ids in render(tokenizer, dataset, plain=plain, **chat_template_kwargs)]
     kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
     dropped = len(lengths) - len(kept)
@@ -163,7 +164,7 @@ def check_lengths(
             if overlong == "drop"
             else ', or drop such rows with overlong="drop" (in recipes, overlong_prompts: drop)'
         )
-        raise ValueError(
+        raise InputError(
             f"the prompt of row {row + 1} has {lengths[row]} tokens, more than the limit of "
             f"{max_prompt_length} ({dropped} of {len(lengths)} rows are); raise max_prompt_length{remedy}"
         )
@@ -193,11 +194,11 @@ class _Columns(NamedTuple):
 def _choose_columns(source: str, found: list[str], prompt: str | None, answer: str | None) -> _Columns:
     for wanted in (prompt, answer):
         if wanted is not None and wanted not in found:
-            raise ValueError(f"{source} has no column {wanted!r}{nearest(wanted, found)}; it has {found}")
+            raise InputError(f"{source} has no column {wanted!r}{nearest(wanted, found)}; it has {found}")
     by_lower_name = {name.lower(): name for name in reversed(found)}
     guesses = [by_lower_name[name] for name in PROMPT_COLUMNS if name in by_lower_name]
     if prompt is None and not guesses:
-        raise ValueError(
+        raise InputError(
             f"{source} has none of the prompt columns {list(PROMPT_COLUMNS)}; it has {found}: "
             "name the right one with prompt_column"
         )
@@ -217,7 +218,7 @@ def _convert(raw: Row, columns: _Columns, place: str) -> Row:
     try:
         "".join([*(message["content"] for message in messages), answer, *scoring.values()]).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place} holds half a surrogate pair, which is no text: {error.reason}; remove it") from error
+        raise InputError(f"{place} holds half a surrogate pair, which is no text: {error.reason}; remove it") from error
     return row
 
 
@@ -225,9 +226,9 @@ def _scoring(raw: Row, place: str) -> dict[str, str]:
     """The `verifier` and `metadata` that a source states for a row itself."""
     verifier, metadata = raw.get("verifier"), raw.get("metadata") or "{}"
     if verifier not in ("math", "exact") and not str(verifier).startswith(REASONING_GYM):
-        raise ValueError(f"column 'verifier' of {place} is {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
+        raise InputError(f"column 'verifier' of {place} is {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
     if not isinstance(metadata, str):
-        raise ValueError(f"column 'metadata' of {place} is {kind(metadata)}; it must be JSON as text")
+        raise InputError(f"column 'metadata' of {place} is {kind(metadata)}; it must be JSON as text")
     return {"verifier": str(verifier), "metadata": metadata}
 
 
@@ -240,27 +241,27 @@ def _messages(value: Any, place: str) -> tuple[list[Message], str | None]:
     """The prompt as messages, and the assistant's reply that followed it in the source, if any."""
     if isinstance(value, str):
         if not value.strip():
-            raise ValueError(f"{place} is empty")
+            raise InputError(f"{place} is empty")
         return [{"role": "user", "content": value}], None
     if not isinstance(value, list):
-        raise ValueError(f"{place} is {kind(value)}; a prompt is text or a list of messages")
+        raise InputError(f"{place} is {kind(value)}; a prompt is text or a list of messages")
     messages = [_message(item, f"message {number} in {place}") for number, item in enumerate(value, start=1)]
     reply = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
     if not any(message["role"] == "user" for message in messages):
-        raise ValueError(f"{place} has no user message to answer")
+        raise InputError(f"{place} has no user message to answer")
     return messages, reply
 
 
 def _message(item: Any, place: str) -> Message:
     """One message, in either common spelling: role/content or from/value."""
     if not isinstance(item, dict):
-        raise ValueError(f"{place} is {kind(item)}; it must be an object with 'role' and 'content'")
+        raise InputError(f"{place} is {kind(item)}; it must be an object with 'role' and 'content'")
     keys = ("role", "content") if "role" in item else ("from", "value")
     role, content = (item.get(key) for key in keys)
     if role not in _ROLES:
-        raise ValueError(f"{place} has the role {role!r}; known roles are {sorted(_ROLES)}")
+        raise InputError(f"{place} has the role {role!r}; known roles are {sorted(_ROLES)}")
     if not isinstance(content, str):
-        raise ValueError(f"{place} has content of the wrong type: {kind(content)}, not text")
+        raise InputError(f"{place} has content of the wrong type: {kind(content)}, not text")
     return {"role": _ROLES[role], "content": content}
 
 
@@ -281,7 +282,7 @@ def _answer(value: Any, place: str) -> str:
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value == int(value) else repr(value)
-    raise ValueError(f"{place} is {kind(value)}; an answer is text, a number, or a list of texts")
+    raise InputError(f"{place} is {kind(value)}; an answer is text, a number, or a list of texts")
 
 
 def _to_dataset(rows: list[Row]) -> "Dataset":

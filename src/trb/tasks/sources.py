@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from trb.errors import did_you_mean
+from trb.errors import InputError, MissingFileError, PackageError, did_you_mean
 from trb.safety.untrusted import foreign_directory, parse_json, parse_yaml, printable, read_object, require_inside
 from trb.tasks.answers import Row, encode_metadata
 
@@ -52,11 +52,11 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
 
     name, _, query = spec.removeprefix("zoo:").partition("?")
     if name not in TASKS:
-        raise ValueError(f"unknown task {spec!r}; the zoo has {', '.join(f'zoo:{task}' for task in TASKS)}")
+        raise InputError(f"unknown task {spec!r}; the zoo has {', '.join(f'zoo:{task}' for task in TASKS)}")
     task = TASKS[name]
     size = _task_settings(spec, query, {task.unit}).get(task.unit)
     if not isinstance(size, int | None):
-        raise ValueError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
+        raise InputError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
     return [
         {"prompt": problem["prompt"], "answer": problem["answer"], "verifier": "exact", "metadata": "{}"}
         for problem in task.problems(n, seed=seed, split=split, size=size)
@@ -68,13 +68,13 @@ def reasoning_gym_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     gym = import_reasoning_gym()
     registry = gym.factory.DATASETS
     if task not in registry:
-        raise ValueError(f"unknown reasoning-gym task {task!r}{nearest(task, registry)}")
+        raise InputError(f"unknown reasoning-gym task {task!r}{nearest(task, registry)}")
     settings = _task_settings(spec, query, {field.name for field in fields(registry[task][1])})
     try:
         dataset = gym.create_dataset(task, seed=_generator_seed(seed, split), size=n, **settings)
         entries = [dataset[index] for index in range(n)]
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"reasoning-gym refuses {spec!r}: {error}") from error
+        raise InputError(f"reasoning-gym refuses {spec!r}: {error}") from error
     return [
         {
             "prompt": [{"role": "user", "content": entry["question"]}],
@@ -91,7 +91,7 @@ def import_reasoning_gym() -> ModuleType:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ImportError(f"reasoning-gym tasks need the extra package ({error}): pip install 'trb[tasks]'") from error
+        raise PackageError(f"reasoning-gym tasks need the extra package ({error}): pip install 'trb[tasks]'") from error
     return reasoning_gym
 
 
@@ -101,13 +101,13 @@ def _task_settings(spec: str, query: str, valid: set[str]) -> dict[str, Any]:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
     except ValueError as error:
-        raise ValueError(f"{spec!r}: write the task's settings as ?key=value&key=value ({error})") from error
+        raise InputError(f"{spec!r}: write the task's settings as ?key=value&key=value ({error})") from error
     settings = {}
     for key, value in pairs:
         if key in ("seed", "size"):
-            raise ValueError(f"{spec!r}: {key!r} is not a setting here; use the seed and limit arguments")
+            raise InputError(f"{spec!r}: {key!r} is not a setting here; use the seed and limit arguments")
         if key not in valid:
-            raise ValueError(f"{spec!r}: the task has no setting {key!r}{nearest(key, valid)}")
+            raise InputError(f"{spec!r}: the task has no setting {key!r}{nearest(key, valid)}")
         settings[key] = _literal(value)
     return settings
 
@@ -148,9 +148,9 @@ def open_table(spec: str, split: str, revision: str | None) -> _Table:
 
 def _from_file(path: Path) -> _Table:
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}{_nearest_path(path)}")
+        raise MissingFileError(f"there is no file {path}{_nearest_path(path)}")
     if path.suffix not in FILE_SUFFIXES:
-        raise ValueError(f"{path} is no dataset file; its name must end in {', '.join(FILE_SUFFIXES)}")
+        raise InputError(f"{path} is no dataset file; its name must end in {', '.join(FILE_SUFFIXES)}")
     return _open_file(path)
 
 
@@ -175,7 +175,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:  # text that is no UTF-8 shows when it is taken
-        raise ValueError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from error
+        raise InputError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from error
 
 
 def _read_parquet(path: Path) -> _Table:
@@ -229,12 +229,12 @@ def _read_json(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
             numbered = [(f"row {index + 1}", row) for index, row in enumerate(parse_json(text))]
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+            raise InputError(f"{path} is not valid JSON: {error}") from error
     else:
         numbered = [
             (f"line {number}", _parse_line(line, f"line {number} of {path}"))
@@ -243,7 +243,7 @@ def _read_json(path: Path) -> list[Row]:
         ]
     for place, row in numbered:
         if not isinstance(row, dict):
-            raise ValueError(f"{place} of {path} is {kind(row)}; every row must be a JSON object")
+            raise InputError(f"{place} of {path} is {kind(row)}; every row must be a JSON object")
     return [row for _, row in numbered]
 
 
@@ -251,9 +251,9 @@ def _parse_line(line: str, place: str) -> Any:
     try:
         return parse_json(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not valid JSON ({error.msg} at column {error.colno})") from error
+        raise InputError(f"{place} is not valid JSON ({error.msg} at column {error.colno})") from error
     except ValueError as error:  # numbers of thousands of digits, thousands of brackets
-        raise ValueError(f"{place} cannot be read: {error}") from error
+        raise InputError(f"{place} cannot be read: {error}") from error
 
 
 def _from_folder(path: Path, split: str) -> _Table:
@@ -266,7 +266,7 @@ def _from_folder(path: Path, split: str) -> _Table:
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # damaged files raise whatever the reader of their format raises
-        raise ValueError(f"the folder {path} cannot be loaded as a dataset: {error}") from error
+        raise InputError(f"the folder {path} cannot be loaded as a dataset: {error}") from error
     return _joined([_open_file(file) for file in files])
 
 
@@ -276,7 +276,7 @@ def _saved_dataset(path: Path, split: str) -> Path | None:
         splits = read_object(path / "dataset_dict.json").get("splits") or []
         _check_plain(path / "dataset_dict.json", splits)
         if split not in splits:
-            raise ValueError(f"it has no split {split!r}, only {sorted(splits)}")
+            raise InputError(f"it has no split {split!r}, only {sorted(splits)}")
         return path / split
     return path if (path / "state.json").is_file() else None
 
@@ -287,9 +287,9 @@ def _files_of_saved(path: Path) -> list[Path]:
     names: list[Any] = [file.get("filename") if isinstance(file, dict) else file for file in files]
     _check_plain(path / "state.json", names)
     if state.get("_indices_data_files"):
-        raise ValueError(f"{path / 'state.json'} has indices beside its rows, which old versions wrote: save it again")
+        raise InputError(f"{path / 'state.json'} has indices beside its rows, which old versions wrote: save it again")
     if not names or not all(name.endswith(".arrow") for name in names):
-        raise ValueError(f"{path / 'state.json'} names {names}; rows are in *.arrow files")
+        raise InputError(f"{path / 'state.json'} names {names}; rows are in *.arrow files")
     return [path / name for name in names]
 
 
@@ -311,9 +311,9 @@ def _files_by_card(path: Path, split: str) -> list[Path]:
     )
     splits = {str(name): list(files) for name, files in found.items() if files}
     if not splits:
-        raise ValueError(f"it holds no {', '.join(FILE_SUFFIXES)} file")
+        raise InputError(f"it holds no {', '.join(FILE_SUFFIXES)} file")
     if split not in splits:
-        raise ValueError(f"it has no split {split!r}, only {sorted(splits)}")
+        raise InputError(f"it has no split {split!r}, only {sorted(splits)}")
     return [require_inside(Path(file), path, also=Path(HF_HUB_CACHE)) for file in splits[split]]
 
 
@@ -330,7 +330,7 @@ def _card(path: Path) -> dict[str, Any]:
     ]
     if len(chosen) != 1:
         names = [config.get("config_name") for config in configs[-1]]
-        raise ValueError(f"its card has the configurations {names} and says of none that it is the default")
+        raise InputError(f"its card has the configurations {names} and says of none that it is the default")
     return chosen[0]
 
 
@@ -346,11 +346,11 @@ def _check_card(path: Path) -> list[dict[str, Any]]:
     try:
         card = parse_yaml(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"the settings in {path} cannot be read: {error}") from error
+        raise InputError(f"the settings in {path} cannot be read: {error}") from error
     configs = card.get("configs") if isinstance(card, dict) else None
     for pattern in _texts(configs):
         if "://" in pattern or "::" in pattern or pattern.startswith(("/", "~")) or ".." in re.split(r"[/\\]", pattern):
-            raise ValueError(f"{path} names {printable(pattern)!r:.200}, outside of its folder: load that by itself")
+            raise InputError(f"{path} names {printable(pattern)!r:.200}, outside of its folder: load that by itself")
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
 
 
@@ -366,20 +366,20 @@ def _texts(value: Any) -> Iterator[str]:
 def _check_plain(path: Path, names: Any) -> None:
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or name != Path(name).name or "\\" in name:
-            raise ValueError(f"{path} names {printable(str(name))!r:.200}; it must name files of its own folder")
+            raise InputError(f"{path} names {printable(str(name))!r:.200}; it must name files of its own folder")
 
 
 def _from_hub(spec: str, split: str, revision: str | None) -> _Table:
     name, _, config = spec.partition(":")
     local = _nearest_path(Path(name))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ValueError(f"{spec!r} is no file, no folder and no hub name (owner/name){local}")
+        raise InputError(f"{spec!r} is no file, no folder and no hub name (owner/name){local}")
     import datasets
 
     try:
         loaded = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{spec!r} is not a local file or folder{local}, and loading it from the hub failed: {error}"
         ) from error
     return _from_dataset(loaded)
@@ -399,7 +399,7 @@ def refuse(spec: str, **arguments: Any) -> None:
     """Options that a source cannot honour are errors, not noise."""
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f"{name}={value!r} means nothing for {spec!r}; leave it out")
+            raise InputError(f"{name}={value!r} means nothing for {spec!r}; leave it out")
 
 
 def kind(value: Any) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
 
+from trb.errors import InputError
 from trb.records import CHECKPOINT_PARTIAL, CHECKPOINT_PREFIX, CHECKSUMS, REACH, TRAINER_STATE
 from trb.safety.files import flush, remove
 
@@ -50,7 +51,7 @@ PARTIAL = CHECKPOINT_PARTIAL  # transformers looks for checkpoint-*, and must no
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be trusted; the message names it and the file that is wrong."""
 
 
@@ -256,10 +257,10 @@ def _sealed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
         content = CHECKSUMS.read(path)
         files: dict[str, dict[str, Any]] = content["files"]
         if content["sha256"] != _digest(files):
-            raise ValueError("differs from its own checksum")
+            raise InputError("differs from its own checksum")
         for name in files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{name} is not inside")
+                raise InputError(f"{name} is not inside")
     except FileNotFoundError as error:
         raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {CHECKSUMS}") from error
     except (OSError, ValueError) as error:

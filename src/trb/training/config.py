@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from trl import DistillationConfig
 
+from trb.errors import InputError
 from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, halves
@@ -196,14 +197,14 @@ class TRBConfig(DistillationConfig):
         _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
         for name, (supported, why) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
+                raise InputError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
         if "chat_template" in (self.chat_template_kwargs or {}):
-            raise ValueError(
+            raise InputError(
                 "chat_template_kwargs sets chat_template; set the tokenizer's chat_template instead (in recipes, "
                 "chat_template with the name of a file)"
             )
         if self.max_completion_length is None:
-            raise ValueError("max_completion_length=None is not supported; set the longest completion in tokens")
+            raise InputError("max_completion_length=None is not supported; set the longest completion in tokens")
         for name in (
             "num_generations",
             "max_completion_length",
@@ -213,18 +214,18 @@ class TRBConfig(DistillationConfig):
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
         for name in ("loss_top_k", "sft_warmup_steps", "veto_strength", *recorded):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         for half in halves():
             if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
                 half.build(self, lambda: 0).at(0)
         if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+            raise InputError(f"temperature must be positive, got {self.temperature}")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str] | Mapping[str, Any]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

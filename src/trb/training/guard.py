@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 from trl import DistillationTrainer
 
+from trb.errors import OperationError
 from trb.records import SKIPPED_STEP, step_name
 from trb.training import checkpoints
 from trb.training.config import TRBConfig
@@ -34,7 +35,7 @@ __all__ = ["GuardedTrainer", "NonFiniteError", "StepGuard"]
 logger = logging.get_logger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(OperationError):
     """Too many steps in a row had a loss or a gradient that is not finite; the message says where to look."""
 
 

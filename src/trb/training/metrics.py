@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trb.errors import InputError
 from trb.schedule import Schedule
 from trb.training.ranks import Ranks
 
@@ -76,5 +77,5 @@ class Observers:
         for name, schedule in self._schedules.items():
             if schedule.remembers:
                 if name not in states:
-                    raise ValueError(f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}")
+                    raise InputError(f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}")
                 schedule.load_state_dict(states[name])

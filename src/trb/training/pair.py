@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
+from trb.errors import InputError
 from trb.models.adapters import adapter_base, attach_adapter
 from trb.models.loading import check_model, load_tokenizer, resolve
 from trb.models.modeling import has_adapters, without_adapters
@@ -71,7 +72,7 @@ def check_loaded(args: TRBConfig) -> None:
     """Refuse options of a teacher that is to be loaded, where one is given that is."""
     for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
         if getattr(args, name) is not None:
-            raise ValueError(
+            raise InputError(
                 f"{name}={getattr(args, name)!r} does nothing for a teacher_model that is loaded already: load it so, "
                 "or pass its path or hub id"
             )
@@ -82,7 +83,7 @@ def check_router_loss(student: nn.Module) -> None:
     config = without_adapters(student).config.get_text_config()
     coefficient = getattr(config, "router_aux_loss_coef", 0.0)
     if getattr(config, "output_router_logits", False) and coefficient:
-        raise ValueError(
+        raise InputError(
             f"{config.model_type}: output_router_logits=True asks for a router loss (router_aux_loss_coef="
             f"{coefficient}), which TRBTrainer does not train on; set model.config.output_router_logits=False"
         )

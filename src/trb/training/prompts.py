@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
+from trb.errors import InputError
 from trb.models.modeling import position_limit, without_adapters
 from trb.models.tokens import check_room, token_ids
 from trb.training.config import TRBConfig
@@ -66,7 +67,7 @@ class PromptsInOrder(DistillationTrainer):
         args, rows = self.args, len(cast(Sized, self.train_dataset))
         needed = self._global_batch() // args.num_generations
         if rows < needed:
-            raise ValueError(
+            raise InputError(
                 f"train_dataset has {rows} prompts, fewer than the {needed} of one optimizer step: "
                 f"per_device_train_batch_size={args.per_device_train_batch_size} x {self.accelerator.num_processes} "
                 f"processes x gradient_accumulation_steps={args.gradient_accumulation_steps} completions, "

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 
+from trb.errors import InputError
 from trb.records import HELD_OUT, MEASURED, METRICS, ROLLOUTS, SKIPPED, aside, named_step
 from trb.safety.files import flush, write_bytes
 from trb.sampling.scoring import TokenScores
@@ -142,12 +143,12 @@ def logged_metrics(path: Path, names: Sequence[str]) -> dict[str, dict[int, floa
             break
         try:
             if not METRICS.fits(line.record):
-                raise ValueError(line.error or f"step is {line.record.get('step')!r:.40}")
+                raise InputError(line.error or f"step is {line.record.get('step')!r:.40}")
             for name in names:
                 if line.record.get(name) is not None:
                     found[name][line.record["step"]] = float(line.record[name])
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(
+            raise InputError(
                 f"line {line.number} of {path} is no metrics record ({error!r}); repair or remove it"
             ) from error
     return found

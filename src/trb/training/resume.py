@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from trb.errors import InputError
 from trb.models.modeling import without_adapters
 from trb.records import RUN
 from trb.training.methods import behavior_of, every_knob, knobs_of, pair_of, target_of
@@ -116,7 +117,7 @@ _NOT_THE_MODEL = (
 _NOT_THE_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 
 
-class ChangedRunError(ValueError):
+class ChangedRunError(InputError):
     """A checkpoint of a run with other settings, data or models; the message lists what differs."""
 
 

@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from trb.errors import InputError
+
 __all__ = [
     "ExpireOnUpdate",
     "Replica",
@@ -51,19 +53,19 @@ def check_sharding(accelerator: Accelerator, *models: nn.Module) -> None:
     """
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.fsdp_version != 2:
-        raise ValueError(
+        raise InputError(
             f"fsdp_version={fsdp.fsdp_version} is not supported: set fsdp_version: 2 in the Accelerate configuration "
             "(recipes/accelerate/fsdp2.yaml)"
         )
     if fsdp is not None and fsdp.cpu_ram_efficient_loading and accelerator.num_processes > 1:
-        raise ValueError(
+        raise InputError(
             "fsdp_cpu_ram_efficient_loading=True loads weights on the first process only, and the teacher of every "
             "other would be empty: set fsdp_cpu_ram_efficient_loading: false in the Accelerate configuration"
         )
     for model in models:
         partitioned = next((name for name, value in model.named_parameters() if _is_sharded(value)), None)
         if partitioned is not None:
-            raise ValueError(
+            raise InputError(
                 f"{type(model).__name__} was sharded while it was loaded ({partitioned} is not whole): pass a model "
                 "that was loaded within trb.training.sharding.loaded_whole(args), and without a device mesh"
             )
@@ -99,7 +101,7 @@ class Replica:
     def __init__(self, model: nn.Module, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
-                raise ValueError(
+                raise InputError(
                     f"{name} is quantised ({parameter.dtype}), and a quantised model cannot be copied out of its "
                     "shards for sampling: train without FSDP and ZeRO-3, or without quantisation"
                 )

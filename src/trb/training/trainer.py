@@ -44,6 +44,7 @@ from transformers import (
 from transformers.utils import logging
 from trl.models import prepare_deepspeed
 
+from trb.errors import InputError
 from trb.losses import ReverseKL
 from trb.losses.chunked import TokenBatch
 from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters
@@ -139,9 +140,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         **kwargs: Any,
     ) -> None:
         if isinstance(train_dataset, IterableDataset):
-            raise ValueError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
+            raise InputError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
         if kwargs.get("tools"):
-            raise ValueError("TRBTrainer samples single turns; tools are not supported")
+            raise InputError("TRBTrainer samples single turns; tools are not supported")
         model, processing_class = checked_student(model, processing_class, args)
         with deferred_generation(args.vllm_request_timeout):
             super().__init__(
@@ -154,7 +155,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
                 **kwargs,
             )
         if self._is_vlm:
-            raise ValueError(f"TRBTrainer handles text models only, got {type(self.model).__name__}")
+            raise InputError(f"TRBTrainer handles text models only, got {type(self.model).__name__}")
         check_router_loss(self.model)
         self._check_batch()
         self._ranks = Ranks.of_launch()
@@ -199,7 +200,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
     def _check_batch(self) -> None:
         batch, generations = self._global_batch(), self.args.num_generations
         if batch % generations:
-            raise ValueError(
+            raise InputError(
                 f"the batch of one optimizer step is {batch} completions (per_device_train_batch_size x processes x "
                 f"gradient_accumulation_steps), which num_generations={generations} does not divide; change one of them"
             )
@@ -208,10 +209,10 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         """The student's whole copy to sample from, where training will shard the student."""
         if not shards_parameters(self.accelerator):
             if self.args.teacher_sharded:
-                raise ValueError("teacher_sharded=True needs a launch with FSDP2 or ZeRO-3 (docs/distributed.md)")
+                raise InputError("teacher_sharded=True needs a launch with FSDP2 or ZeRO-3 (docs/distributed.md)")
             return None
         if self.args.teacher_sharded and self.behavior_policy(_EVENTUALLY).needs_teacher:
-            raise ValueError(
+            raise InputError(
                 f"teacher_sharded=True saves nothing with behavior {pair_of(self.args)[0]}, whose sampler needs the "
                 "whole teacher at every step; leave it at False"
             )

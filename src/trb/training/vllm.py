@@ -31,6 +31,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
+from trb.errors import InputError, OperationError, ServerError
 from trb.models.modeling import has_adapters, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling import Engine, EngineOptions, Rollout
@@ -157,7 +158,7 @@ def _teacher_checkpoint(teacher: PreTrainedModel, several: bool) -> Iterator[str
         return
     if several:  # transformers writes on the first process alone, and nodes need not share a disk
         what = "has adapters" if adapted else "was not loaded from a directory or the hub"
-        raise ValueError(
+        raise InputError(
             f"the teacher {what}, so several processes cannot give it to their engines: save it as a whole model "
             "(merge_and_unload, save_pretrained) and load it from there, or set vllm_blended=False"
         )
@@ -171,7 +172,7 @@ def _merged(model: Any) -> PreTrainedModel:
     if not has_adapters(model):
         return model
     if not hasattr(model, "merge_and_unload"):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has adapters in place and no PEFT wrapper that could merge them for vLLM: pass "
             "the PeftModel, or set vllm_blended=False"
         )
@@ -261,7 +262,7 @@ class BoundedClient(VLLMClient):
             except (TimeoutError, ConnectionError) as error:
                 found = str(error)
             if time.monotonic() + retry_interval >= give_up:
-                raise ConnectionError(
+                raise ServerError(
                     f"the vLLM server at {self.base_url} was not up in vllm_server_timeout={total_timeout:g}: {found}"
                 )
             time.sleep(retry_interval)
@@ -272,10 +273,10 @@ class BoundedClient(VLLMClient):
         try:
             output = super().generate(prompts, **kwargs)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise RuntimeError(f"{self.base_url} answered something else than completions: {error!r:.300}") from error
+            raise OperationError(f"{self.base_url} answered something else than completions: {error!r:.300}") from error
         completions = output["completion_ids"]
         if len(completions) != n * len(prompts) or output["prompt_ids"] != prompts:
-            raise RuntimeError(
+            raise OperationError(
                 f"{self.base_url} answered {len(completions)} completions of {len(output['prompt_ids'])} prompts; "
                 f"{n} of each of {len(prompts)} prompts were asked for, and these prompts"
             )
@@ -309,12 +310,12 @@ def _check_shape(student: PreTrainedModel, trust_remote_code: bool) -> None:
     path, here = student.name_or_path, student.config.get_text_config().num_hidden_layers
     remedy = "save the student (save_pretrained), its tokenizer beside it, and train from there, or set use_vllm=False"
     if not path:
-        raise ValueError(
+        raise InputError(
             f"use_vllm=True starts vLLM from the student's checkpoint, and this student has none: {remedy}"
         )
     saved = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config().num_hidden_layers
     if saved != here:
-        raise ValueError(
+        raise InputError(
             f"use_vllm=True starts vLLM from the student's checkpoint {path}, which has {saved} layers; the student "
             f"was pruned to {here}: {remedy}"
         )
@@ -322,7 +323,7 @@ def _check_shape(student: PreTrainedModel, trust_remote_code: bool) -> None:
 
 def _check_sharing(size: int, processes: int) -> None:
     if processes % size:
-        raise ValueError(
+        raise InputError(
             f"vllm_tensor_parallel_size={size} does not divide the number of processes, {processes}: an engine is "
             "shared by so many of them"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from trb.errors import InputError
 from trb.zoo.chains import Chains
 from trb.zoo.clock import Clock
 from trb.zoo.tasks import Task
@@ -26,7 +27,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 def path(name: str) -> Path:
     """Directory of a shipped model and its tokenizer. Raises ValueError for a name that is not in NAMES."""
     if name not in NAMES:
-        raise ValueError(f"unknown zoo model {name!r}; choose one of {', '.join(NAMES)}")
+        raise InputError(f"unknown zoo model {name!r}; choose one of {', '.join(NAMES)}")
     return _WEIGHTS / name
 
 

