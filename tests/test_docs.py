@@ -19,6 +19,7 @@ import trb
 import trb.training
 from trb import blend
 from trb.policies import POLICIES
+from trb.tasks.grading import VERIFIERS
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
 ROOT = Path(__file__).parents[1]
@@ -261,7 +262,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
 
 
 def test_the_walk_through_extending_runs() -> None:
-    tables: list[dict[str, Any]] = [POLICIES, BEHAVIORS, TARGETS, BUDGET_SCHEDULES, METHODS]
+    tables: list[dict[str, Any]] = [POLICIES, BEHAVIORS, TARGETS, BUDGET_SCHEDULES, METHODS, VERIFIERS]
     before, scope = [dict(table) for table in tables], {"__name__": "walk"}
     try:
         for block in re.findall(r"```python\n(.*?)```", text(ROOT / "docs" / "extending.md"), re.S):

@@ -2,9 +2,12 @@
 
 import json
 import math
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,8 +24,8 @@ from trb import zoo
 from trb.policies import StudentPolicy
 from trb.sampling import Rollout, prompt_key, stream_seed
 from trb.tasks.evaluation import BENCHMARKS, EvalResult, evaluate, load_benchmark, pass_at_1_interval
-from trb.tasks.grading import Verifier
-from trb.tasks.prompts import MATH_SYSTEM_PROMPT, render
+from trb.tasks.grading import VERIFIERS, Verifier
+from trb.tasks.prompts import MATH_SYSTEM_PROMPT, load_prompts, render
 from trb.vocab import SharedVocabulary
 
 BENCHMARK_COPIES = Path(__file__).parent / "data" / "benchmarks"
@@ -163,6 +166,38 @@ def test_given_verifier_is_used_and_left_open(tokenizer: PreTrainedTokenizerFast
             return [1.0] * len(completions)
 
     assert run(tokenizer, verifier=AllRight()).pass_at_1 == 1.0
+
+
+def a_multiple(completion: str, row: Mapping[str, Any]) -> float:
+    """A verifier from outside the package: the last digits are a multiple of what follows the verifier's name."""
+    if not row["metadata"].strip("{}"):
+        return math.nan
+    digits = re.findall("[0-9]+", completion)
+    return bool(digits) and int(digits[-1]) % int(row["verifier"].partition(":")[2]) == 0
+
+
+def test_a_verifier_from_outside_is_loaded_scored_and_evaluated_with(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}?", "verifier": "multiple:3", "metadata": '{"any": 1}'} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"row 1 of .* is 'multiple:3'; use one of 'math', 'exact', 'reasoning-gym:"):
+        load_prompts(path)
+    monkeypatch.setitem(VERIFIERS, "multiple:", a_multiple)
+    loaded = list(load_prompts(path))
+    with Verifier() as verifier:
+        assert verifier.score(["12", "13", ""], loaded[:3]) == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"unknown verifier 'multiple'; use one of .*'multiple:NAME'"):
+        verifier.score(["12"], [loaded[0] | {"verifier": "multiple"}])
+
+    class AllTheirNumbers(FakeSampler):
+        def right(self, seed: int, key: int, index: int) -> bool:
+            return True
+
+    assert run(tokenizer, AllTheirNumbers(tokenizer), problems=loaded, n=2).pass_at_1 == 0.5  # 0 and 3, not 1 and 2
+    with pytest.raises(ValueError, match="problem 2 of 2 has no answer"):
+        run(tokenizer, problems=[loaded[0], loaded[1] | {"metadata": "{}"}])
 
 
 def test_progress_bar_goes_to_stderr(tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture) -> None:

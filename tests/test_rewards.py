@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from typing import Any
 
 import psutil
 import pytest
 
 import trb.tasks.grading
-from trb.tasks.grading import Verifier
+from trb.tasks.grading import VERIFIERS, Verifier
 from trb.tasks.prompts import load_prompts
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
@@ -238,6 +239,18 @@ def test_bad_arguments(verifier: Verifier) -> None:
         verifier.score(["a", "b"], math_rows("1"))
     with pytest.raises(ValueError, match="unknown verifier 'maths'"):
         verifier.score(["a"], [{"answer": "1", "verifier": "maths"}])
+    with pytest.raises(ValueError, match="unknown verifier 'math:x'"):
+        verifier.score(["a"], [{"answer": "1", "verifier": "math:x"}])
+
+
+def test_a_verifier_from_outside_may_ask_the_worker(verifier: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    def brief(completion: str, row: Mapping[str, Any]) -> Any:
+        return VERIFIERS["math"](completion, row) if len(completion) < 40 else 0
+
+    monkeypatch.setitem(VERIFIERS, "brief", brief)
+    rows = [{"answer": "1/2", "verifier": "brief"}] * 3
+    completions = [r"\boxed{0.5}", r"\boxed{0.6}", "so " * 20 + r"\boxed{0.5}"]
+    assert verifier.score(completions, rows) == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="timeout_s is 0"):
         Verifier(timeout_s=0)
 

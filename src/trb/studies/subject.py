@@ -19,7 +19,7 @@ from trb.errors import InputError
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.scoring import TokenScores, score_completions
-from trb.tasks.grading import Verifier
+from trb.tasks.grading import Verifier, can_be_scored
 from trb.tasks.prompts import render
 from trb.vocab import SharedVocabulary, check_heads, head_rows
 
@@ -118,7 +118,7 @@ class Subject:
                 f"and samples={self.samples}"
             )
         for index, row in enumerate(self.rows):
-            if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
+            if not can_be_scored(row):
                 raise InputError(
                     f"problem {index + 1} of {len(self.rows)} has no answer to score against; leave it out"
                 )

@@ -30,7 +30,7 @@ from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
 from trb.safety.untrusted import parse_json
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
-from trb.tasks.grading import Verifier
+from trb.tasks.grading import Verifier, can_be_scored
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT, load_prompts, render
 from trb.training.ranks import Ranks
 from trb.vocab import SharedVocabulary, stop_token_ids
@@ -226,7 +226,7 @@ def _checked_rows(problems: "Dataset | Sequence[Mapping[str, Any]]", n: int) -> 
         raise InputError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
     rows = [dict(row) for row in problems]
     for index, row in enumerate(rows):
-        if not row["answer"] and row.get("verifier", "math") in ("math", "exact"):
+        if not can_be_scored(row):
             raise InputError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
     return rows
 

@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from types import ModuleType, TracebackType
@@ -39,9 +39,9 @@ from typing import IO, Any, Self
 from trb.errors import InputError, OperationError, PackageError
 from trb.safety import confinement
 from trb.tasks.answers import Box, boxed_answers, decode_metadata, last_boxed
-from trb.tasks.sources import import_reasoning_gym
+from trb.tasks.sources import REASONING_GYM, import_reasoning_gym
 
-__all__ = ["Verifier"]
+__all__ = ["VERIFIERS", "Verifier", "can_be_scored", "check_verifier"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ Job = list[Any]
 class Verifier:
     """Scores completions against reference answers: 1.0 right, 0.0 wrong, nan where the row has no answer.
 
-    `score(completions, rows)` needs of each row `answer`, `verifier` ("math" by default, "exact" or
-    "reasoning-gym:TASK") and, for the last, `metadata`, as `trb.tasks.prompts.load_prompts` gives them.
+    `score(completions, rows)` needs of each row `answer`, `verifier` ("math" by default, or another of VERIFIERS) and,
+    for reasoning-gym, `metadata`, as `trb.tasks.prompts.load_prompts` gives them.
 
     - "exact": the last \\boxed{} equals the answer, after collapsing white space.
     - "math": math-verify on the last \\boxed{} (or on a run of boxes such as `\\boxed{1}, \\boxed{2}`);
@@ -94,9 +94,10 @@ class Verifier:
         scores, jobs = [], []
         for index, (completion, row) in enumerate(zip(completions, rows, strict=True)):
             verdict = _prepare(completion, row)
-            scores.append(verdict if isinstance(verdict, float) else 0.0)
-            if not isinstance(verdict, float):
+            if isinstance(verdict, list):
                 jobs.append((index, verdict))
+                verdict = 0.0
+            scores.append(float(verdict))
         for start in range(0, len(jobs), BATCH):
             self._work(jobs[start : start + BATCH], scores)
         return scores
@@ -148,19 +149,17 @@ class Verifier:
 # --- reading answers out of completions (in the caller's process: linear time only) -----------------------
 
 
-def _prepare(completion: str, row: Mapping[str, Any]) -> float | Job:
-    """The score where it is plain to see, else what to ask the worker."""
-    verifier, answer = row.get("verifier", "math"), row["answer"]
-    if verifier.startswith("reasoning-gym:"):
-        return _prepare_task(completion, verifier, row.get("metadata", "{}"))
-    if verifier not in ("math", "exact"):
-        raise InputError(f"unknown verifier {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
-    if not answer:
+def _exact(completion: str, row: Mapping[str, Any]) -> float:
+    if not row["answer"]:
         return math.nan
     boxes = boxed_answers(completion)
-    if verifier == "exact":
-        return float(bool(boxes) and boxes[-1].content.split() == answer.split())
-    gold = last_boxed(answer) or answer
+    return float(bool(boxes) and boxes[-1].content.split() == row["answer"].split())
+
+
+def _math(completion: str, row: Mapping[str, Any]) -> float | Job:
+    if not row["answer"]:
+        return math.nan
+    boxes, gold = boxed_answers(completion), last_boxed(row["answer"]) or row["answer"]
     if not boxes:
         return ["math", gold, [], completion[-MAX_MATH_CHARS:]]
     plain = _plain_verdict(gold, boxes[-1].content)
@@ -170,7 +169,7 @@ def _prepare(completion: str, row: Mapping[str, Any]) -> float | Job:
     return ["math", gold, [text for text in readings if len(text) <= MAX_MATH_CHARS], ""]
 
 
-def _prepare_task(completion: str, verifier: str, metadata: str) -> float | Job:
+def _reasoning_gym(completion: str, row: Mapping[str, Any]) -> float | Job:
     candidates = [(box.end, box.content) for box in boxed_answers(completion)[-1:]]
     closing = completion.rfind("</answer>")
     opening = completion.rfind("<answer>", 0, max(closing, 0))
@@ -181,7 +180,36 @@ def _prepare_task(completion: str, verifier: str, metadata: str) -> float | Job:
     answer = max(candidates)[1]
     wrapped = _TEXT_COMMAND.fullmatch(answer)
     answer = wrapped[1].strip() if wrapped else answer
-    return ["gym", verifier, metadata, answer] if len(answer) <= MAX_TASK_CHARS else 0.0
+    return ["gym", row["verifier"], row.get("metadata", "{}"), answer] if len(answer) <= MAX_TASK_CHARS else 0.0
+
+
+# By what a row calls its verifier; a name that ends in ":" takes what follows it. Each returns the score where that is
+# plain to see, nan for a row that nothing can be scored against, else what to ask the worker.
+VERIFIERS: dict[str, Callable[[str, Mapping[str, Any]], float | Job]] = {
+    "math": _math,
+    "exact": _exact,
+    REASONING_GYM: _reasoning_gym,
+}
+
+
+def check_verifier(verifier: Any, what: str = "unknown verifier") -> str:
+    """The name in VERIFIERS of what a row calls its verifier. Raises ValueError, which begins with `what`."""
+    name, colon, _ = str(verifier).partition(":")
+    if name + colon not in VERIFIERS:
+        known = (f"{name}NAME" if name.endswith(":") else name for name in VERIFIERS)
+        raise InputError(f"{what} {verifier!r}; use one of {', '.join(map(repr, known))}")
+    return name + colon
+
+
+def _prepare(completion: str, row: Mapping[str, Any]) -> float | Job:
+    """The score where it is plain to see, else what to ask the worker."""
+    return VERIFIERS[check_verifier(row.get("verifier", "math"))](completion, row)
+
+
+def can_be_scored(row: Mapping[str, Any]) -> bool:
+    """Whether the row has something to score completions against. Raises ValueError for an unknown verifier."""
+    verdict = _prepare("", row)
+    return isinstance(verdict, list) or not math.isnan(verdict)
 
 
 _INTEGER = re.compile(r"[-+]?\d{1,100}")

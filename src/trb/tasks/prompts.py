@@ -2,13 +2,11 @@
 
 Every source ends as one `datasets.Dataset` with the columns `prompt` (a list of `{"role", "content"}`
 messages that ends before the assistant speaks), `answer` (str, empty where there is none), `verifier`
-("math", "exact" or "reasoning-gym:TASK") and `metadata` (a JSON object as text).
+(one of `trb.tasks.grading.VERIFIERS`) and `metadata` (a JSON object as text).
 
 Left out on purpose: shuffling, repeating a prompt for several rollouts and padding belong to the trainer; deciding
 whether an answer is right belongs to `trb.tasks.grading`. Nothing here touches the network unless the specification is
-a hub name, and a folder is read without leaving it, whatever its card, its links or its columns say. `datasets` is
-imported inside functions so that `trb.tasks.grading`, and the worker process it starts, can use the text helpers at the
-end of this file without paying for it.
+a hub name, and a folder is read without leaving it, whatever its card, its links or its columns say.
 """
 
 import logging
@@ -22,6 +20,7 @@ from trb.errors import InputError
 from trb.models.tokens import token_ids
 from trb.safety.templates import check_chat_template
 from trb.tasks.answers import Row, last_boxed, reference_answer
+from trb.tasks.grading import check_verifier
 from trb.tasks.sources import (
     GENERATED_ROWS,
     REASONING_GYM,
@@ -225,8 +224,7 @@ def _convert(raw: Row, columns: _Columns, place: str) -> Row:
 def _scoring(raw: Row, place: str) -> dict[str, str]:
     """The `verifier` and `metadata` that a source states for a row itself."""
     verifier, metadata = raw.get("verifier"), raw.get("metadata") or "{}"
-    if verifier not in ("math", "exact") and not str(verifier).startswith(REASONING_GYM):
-        raise InputError(f"column 'verifier' of {place} is {verifier!r}; use 'math', 'exact' or 'reasoning-gym:TASK'")
+    check_verifier(verifier, f"column 'verifier' of {place} is")
     if not isinstance(metadata, str):
         raise InputError(f"column 'metadata' of {place} is {kind(metadata)}; it must be JSON as text")
     return {"verifier": str(verifier), "metadata": metadata}
