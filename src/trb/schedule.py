@@ -63,8 +63,23 @@ class Budget(Schedule):
     blend_warmup_steps: int
     kind: str = "linear"
 
+    def __post_init__(self) -> None:
+        if not self.initial_kl_budget >= 0:
+            raise InputError(f"initial_kl_budget must be a non-negative number of nats, got {self.initial_kl_budget}")
+        if self.blend_warmup_steps < 0:
+            raise InputError(f"blend_warmup_steps must be at least 0, got {self.blend_warmup_steps}")
+        if self.kind not in KINDS:
+            hint = did_you_mean(str(self.kind), KINDS)
+            raise InputError(f"unknown budget schedule {self.kind!r}; choose one of {', '.join(KINDS)}{hint}")
+
     def value(self, step: int) -> float:
-        return kl_budget(step, self.initial_kl_budget, self.blend_warmup_steps, self.kind)
+        remaining = 1 - _progress(step, self.blend_warmup_steps)
+        if self.kind == "constant":
+            return float(self.initial_kl_budget)
+        if remaining <= 0:
+            return 0.0
+        share = remaining if self.kind == "linear" else (1 - math.cos(math.pi * remaining)) / 2
+        return float(self.initial_kl_budget) * share
 
 
 @dataclass(frozen=True)
@@ -109,20 +124,7 @@ def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind
     Raises:
         ValueError: a negative or NaN budget, a negative K or step, or an unknown kind.
     """
-    if not initial_kl_budget >= 0:
-        raise InputError(f"initial_kl_budget must be a non-negative number of nats, got {initial_kl_budget}")
-    if blend_warmup_steps < 0:
-        raise InputError(f"blend_warmup_steps must be at least 0, got {blend_warmup_steps}")
-    if kind not in KINDS:
-        hint = did_you_mean(str(kind), KINDS)
-        raise InputError(f"unknown budget schedule {kind!r}; choose one of {', '.join(KINDS)}{hint}")
-    remaining = 1 - _progress(step, blend_warmup_steps)
-    if kind == "constant":
-        return float(initial_kl_budget)
-    if remaining <= 0:
-        return 0.0
-    share = remaining if kind == "linear" else (1 - math.cos(math.pi * remaining)) / 2
-    return float(initial_kl_budget) * share
+    return Budget(initial_kl_budget, blend_warmup_steps, kind).value(step)
 
 
 def ramp(step: int, start: float, end: float, steps: int) -> float:
