@@ -884,7 +884,7 @@ def a_study(folder: Path, text: str) -> str:
 
 @case("configurations")
 def a_comparison_whose_methods_are_elsewhere(folder: Path) -> str:
-    from trb.studies.directories import _clear_comparison, _listed_methods
+    from trb.studies.directories import clear_comparison, listed_methods
     from trb.studies.recipe import make_recipe
 
     victim, runs = folder / "victim", folder / "runs"
@@ -893,7 +893,7 @@ def a_comparison_whose_methods_are_elsewhere(folder: Path) -> str:
     runs.mkdir()
     (runs / "recipe.yaml").write_text(json.dumps({"methods": {"../victim": {}, str(victim): {}, "..": {}, "": {}}}))
     recipe = make_recipe({**RECIPE, "eval_data": "zoo:chains", "methods": {"opd": {}}})
-    _clear_comparison(runs, {*recipe.run.methods, *_listed_methods(runs)})  # what --overwrite does
+    clear_comparison(runs, {*recipe.run.methods, *listed_methods(runs)})  # what --overwrite does
     if not (victim / "config.yaml").exists() or not (victim / "model").exists():
         raise SucceededError("it removed somebody else's run")
     return "left alone"

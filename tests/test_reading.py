@@ -34,6 +34,7 @@ from transformers.masking_utils import eager_mask
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
+import trb.sampling.attention
 import trb.sampling.cache
 from trb import zoo
 from trb.models.modeling import (
@@ -289,7 +290,7 @@ def test_a_mask_that_is_wrong_is_found_and_passed_over(
     def without_window(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
         return causal(first_R, lambda row, head, query, key: key <= query, **arguments)
 
-    monkeypatch.setattr(trb.sampling.cache, "at_own_positions", without_window)
+    monkeypatch.setattr(trb.sampling.attention, "at_own_positions", without_window)
     student, teacher = build("gemma3_text", seed=0), build("gemma3_text", seed=1)
     assert draw(student, teacher).completions == expected(student, teacher)
     assert way(student) == "lockstep"
@@ -309,7 +310,7 @@ def test_a_window_lost_in_half_precision_is_found_on_its_mask(broken: bool, monk
         def without_window(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
             return exact(first_R, lambda row, head, query, key: key <= query, **arguments)
 
-        monkeypatch.setattr(trb.sampling.cache, "at_own_positions", without_window)
+        monkeypatch.setattr(trb.sampling.attention, "at_own_positions", without_window)
     assert way(model) == ("lockstep" if broken else "slots")
 
 
@@ -335,7 +336,7 @@ def test_windows_too_long_to_pass_through_are_checked_on_their_masks(
         def one_too_many(first_R: Tensor, mask_function: Any, **arguments: Any) -> Tensor:
             return exact(first_R, lambda row, head, query, key: mask_function(row, head, query - 1, key), **arguments)
 
-        monkeypatch.setattr(trb.sampling.cache, "at_own_positions", one_too_many)
+        monkeypatch.setattr(trb.sampling.attention, "at_own_positions", one_too_many)
     assert way(model) == ("lockstep" if broken else "slots")
     assert ["its mask differs at position" in text for text in warnings_seen] == [True] * broken
 

@@ -65,6 +65,8 @@ _MAY_CHANGE = {*resume.FREE, *resume.LENGTH, "eval_every", "eval_max_rows", "sav
 
 _OF_A_RUN = (*records.MEASUREMENTS, CONFIG, records.PROVENANCE, RESULTS)
 
+# Differences that a refusal names.
+_LISTED = 20
 _SEALED = (*_OF_A_RUN, RECIPE, MODEL, EVALUATIONS, SKIPPED)
 
 _REMOVED = (*_OF_A_RUN, records.REPORT, records.CHECKSUMS, MODEL, records.MODEL_PARTIAL, EVALUATIONS, SKIPPED)
@@ -135,7 +137,7 @@ def check_claim(
     # A longer run may go on from a checkpoint; without one it would silently start over.
     refused = [difference for difference in found if difference.key not in _MAY_CHANGE or checkpoint is None]
     if refused and not (accept_changes and checkpoint is not None):
-        _refuse(directory, refused, can_accept=checkpoint is not None)
+        _refuse(directory / CONFIG, refused, can_accept=checkpoint is not None)
     if refused and warn:
         logger.warning("%s goes on with changes: %s", directory, "; ".join(map(str, refused)))
     return checkpoint
@@ -157,14 +159,16 @@ def check_shared_recipe(directory: Path, recipe: Recipe) -> None:
     knobs = every_knob() - (set(_written_recipe(path) or {}) & set(recipe.resolved()))
     differences = _differences(path, recipe, frozenset({"methods", *_MAY_CHANGE, *knobs}))
     if differences:
-        _refuse(directory, differences, can_accept=False)
+        _refuse(path, differences, can_accept=False)
 
 
-def _refuse(directory: Path, differences: list[_Difference], *, can_accept: bool) -> None:
+def _refuse(path: Path, differences: list[_Difference], *, can_accept: bool) -> None:
     remedy = "Use another output directory, or --overwrite to remove what is there"
     if can_accept:
         remedy += ", or --accept-changes to go on from its last checkpoint all the same"
-    raise RunDirectoryError(f"{directory} holds another configuration: {'; '.join(map(str, differences))}. {remedy}")
+    listed = "; ".join(map(str, differences[:_LISTED]))
+    more = f"; and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
+    raise RunDirectoryError(f"{path.parent} holds another configuration: {listed}{more} ({path.name}). {remedy}")
 
 
 def finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
