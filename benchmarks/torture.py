@@ -487,11 +487,8 @@ def verdict(subject: Subject, command: str, name: str, ended: Ended, left: Any) 
     return "named" if named else "silent loss"
 
 
-def matrix(lab: Lab, rng: random.Random, *, sample: int | None = None, whole: bool = False) -> dict[str, Any]:
-    """Every file with every damage, each under one command, in turn, so that each file meets all of them.
-
-    `whole` tries every cell under every command, `sample` so many of them at random.
-    """
+def matrix(lab: Lab, rng: random.Random, sample: int | None) -> dict[str, Any]:
+    """Every file with every damage under every command, or a sample of these cells."""
     tried = subjects(lab)
     cells = []
     for subject in tried:
@@ -503,12 +500,8 @@ def matrix(lab: Lab, rng: random.Random, *, sample: int | None = None, whole: bo
             name = str(path.relative_to(subject.origin))
             deep = subject.name == "comparison" and name.partition("/")[0] in ("opd", "trb")  # a run, as the others
             old = name.partition("/")[0] in (*folders[:-1], checkpoints.PARTIAL)
-            if name == "report.html" or old or deep:
-                continue
-            every, turn = list(subject.commands), sum(subject is other for other, *_ in cells)
-            for number, damage in enumerate(FILE_DAMAGES):
-                tried_under = every if whole else [every[(turn + number) % len(every)]]
-                cells += [(subject, command, name, damage) for command in tried_under]
+            if name != "report.html" and not old and not deep:
+                cells += [(subject, command, name, damage) for damage in FILE_DAMAGES for command in subject.commands]
     if sample is not None:
         cells = rng.sample(cells, sample)
     result: dict[str, Any] = {"cells": 0, "verdicts": {}, "wrong": []}
@@ -891,7 +884,7 @@ def hostile(folder: Path) -> dict[str, Any] | None:
     return json.loads(out.read_text()) if out.exists() else {"tried": 1, "refused": 0, "cases": ["it did not run"]}
 
 
-def torture(lab: Lab, seed: int, quick: bool, whole: bool, kill_count: int, steps: int) -> dict[str, Any]:
+def torture(lab: Lab, seed: int, quick: bool, kill_count: int, steps: int) -> dict[str, Any]:
     """Everything, in the order of the table."""
     rng, began = random.Random(seed), time.monotonic()
     measure(lab)
@@ -906,7 +899,7 @@ def torture(lab: Lab, seed: int, quick: bool, whole: bool, kill_count: int, step
     result: dict[str, Any] = {"quick": quick, "seed": seed}
     result["kills"] = kills(lab, rng, chosen, saves, moments)
     result["checkpoints"] = corruption(lab, rng, 1 if quick else 6)
-    result["matrix"] = matrix(lab, rng, sample=12 if quick else None, whole=whole)
+    result["matrix"] = matrix(lab, rng, 12 if quick else None)
     result["faults"] = faults(lab, rng, list(QUICK) if quick else list(FAULTS))
     result["hostile_inputs"] = None if quick else hostile(lab.folder)
     result["growth"] = growth(lab, steps)
@@ -961,9 +954,6 @@ def main() -> int:
         "--kills", type=int, default=40, metavar="N", help="file operations killed before (default: 40)"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="of the long run (default: 2000, with --quick 20)")
-    parser.add_argument(
-        "--whole-matrix", action="store_true", help="every damaged file under every command: an hour more"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of moments and damages (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
     arguments = parser.parse_args()
@@ -972,7 +962,7 @@ def main() -> int:
     steps = arguments.steps or (20 if arguments.quick else 2000)
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder), console)
-        result = torture(lab, arguments.seed, arguments.quick, arguments.whole_matrix, arguments.kills, steps)
+        result = torture(lab, arguments.seed, arguments.quick, arguments.kills, steps)
     print_table(result, Console())
     if arguments.out:
         write_json(arguments.out, {**result, "provenance": provenance.describe()})
