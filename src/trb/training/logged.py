@@ -53,7 +53,7 @@ class MeasuredTrainer(DistillationTrainer):
     _rollout: Rollout | None
     _teacher_is_sharded: bool
     reward_fn: RewardFunction | None
-    _rewards_work = False
+    _rewards_work: bool = False
 
     def _rollout_policy(self, step: int) -> BehaviorPolicy:
         raise NotImplementedError

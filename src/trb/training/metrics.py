@@ -49,33 +49,26 @@ class Observers:
     """The schedules of a run that remember: they are shown each step's averages, the same on every process."""
 
     def __init__(self, schedules: Mapping[str, Schedule]) -> None:
-        self._schedules = dict(schedules)
+        self._schedules = {name: schedule for name, schedule in schedules.items() if schedule.remembers}
         self._sums = Sums()
 
-    @property
-    def _remembering(self) -> list[Schedule]:
-        found = {id(schedule): schedule for schedule in self._schedules.values() if schedule.remembers}
-        return list(found.values())
-
     def add(self, name: str, total: float | Tensor, count: int) -> None:
-        if self._remembering:
+        if self._schedules:
             self._sums.add(name, total, count)
 
     def end_step(self, step: int, ranks: Ranks) -> None:
         """Show what was added since the last step; collective, unless nobody remembers."""
-        remembering = self._remembering
-        if remembering:
+        if self._schedules:
             averages = self._sums.take(ranks)
-            for schedule in remembering:
+            for schedule in {id(schedule): schedule for schedule in self._schedules.values()}.values():
                 schedule.observe(step, averages)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: schedule.state_dict() for name, schedule in self._schedules.items() if schedule.remembers}
+        return {name: schedule.state_dict() for name, schedule in self._schedules.items()}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Raises ValueError for a schedule with a memory of which the checkpoint holds none."""
         for name, schedule in self._schedules.items():
-            if schedule.remembers:
-                if name not in states:
-                    raise InputError(f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}")
-                schedule.load_state_dict(states[name])
+            if name not in states:
+                raise InputError(f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}")
+            schedule.load_state_dict(states[name])

@@ -37,7 +37,7 @@ class PromptsInOrder(DistillationTrainer):
     args: TRBConfig
     model: Any
     _ranks: Ranks
-    _prompts_checked = False
+    _prompts_checked: bool = False
 
     def _global_batch(self) -> int:
         args = self.args

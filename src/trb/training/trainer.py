@@ -185,11 +185,6 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         survive_failures(self.callback_handler.callbacks)
         self._guard = StepGuard(Path(str(args.output_dir)) / SKIPPED)
         self._loss_before = torch.zeros(())
-        self._unfinished: Path | None = None
-        self._resumed_from: Path | None = None
-        self._description: dict[str, Any] | None = None
-        self._prompts_checked = False
-        self._rewards_work = False
         self._sums = {"train": Sums(), "eval": Sums()}
         self._observers = Observers({"behavior": self.behavior.schedule, "loss": self.target.schedule})
         self.add_callback(ShowSteps(self._observers, self._ranks))
