@@ -21,10 +21,10 @@ from typing import Any
 import trb
 from trb.cli.arguments import EXAMPLES, add_command
 from trb.cli.display import message
-from trb.cli.doctor import run_doctor
+from trb.cli.doctor import add_doctor, run_doctor
 from trb.cli.evaluate import add_eval, run_eval
 from trb.cli.probe import add_probe, run_probe
-from trb.cli.report import run_report
+from trb.cli.report import add_report, run_report
 from trb.cli.sweep import add_sweep, run_sweep
 from trb.cli.train import add_compare, add_train, run_compare, run_train
 from trb.errors import is_for_people
@@ -131,20 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         add_command(commands, "sweep", "run a study: methods x settings x seeds, judged by fixed rules", run_sweep)
     )
     add_probe(add_command(commands, "probe", "what blending does to a student's prefixes, before training", run_probe))
-    report = add_command(commands, "report", "write the page of a run, a comparison, a study or a probe", run_report)
-    report.add_argument("directory", metavar="DIR", help="a run, comparison, study or probe directory")
-    report.add_argument(
-        "--export", metavar="OUT", help="also write figures (PNG, SVG) and tables (Markdown, CSV, LaTeX)"
-    )
-    _add_doctor(add_command(commands, "doctor", "check this machine, and a pair of models", run_doctor, overrides=True))
+    add_report(add_command(commands, "report", "write the page of a run, a comparison, a study or a probe", run_report))
+    add_doctor(add_command(commands, "doctor", "check this machine, and a pair of models", run_doctor, overrides=True))
     return parser
-
-
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    from trb.cli.plan import add_plan_arguments
-
-    parser.add_argument("--config", metavar="FILE", help="check the pair, lengths and batch of this recipe")
-    parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
-    parser.add_argument("--teacher", metavar="SPEC", help="with --student: check this pair")
-    parser.add_argument("--launch", metavar="FILE", help="estimate memory for this `accelerate launch` configuration")
-    add_plan_arguments(parser)

@@ -47,6 +47,16 @@ class Launch(NamedTuple):
         return self.strategy != "ddp"
 
 
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    from trb.cli.plan import add_plan_arguments
+
+    parser.add_argument("--config", metavar="FILE", help="check the pair, lengths and batch of this recipe")
+    parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
+    parser.add_argument("--teacher", metavar="SPEC", help="with --student: check this pair")
+    parser.add_argument("--launch", metavar="FILE", help="estimate memory for this `accelerate launch` configuration")
+    add_plan_arguments(parser)
+
+
 def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from rich.text import Text
 

@@ -7,7 +7,14 @@ import argparse
 
 from trb.safety.untrusted import printable
 
-__all__ = ["run_report"]
+__all__ = ["add_report", "run_report"]
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="a run, comparison, study or probe directory")
+    parser.add_argument(
+        "--export", metavar="OUT", help="also write figures (PNG, SVG) and tables (Markdown, CSV, LaTeX)"
+    )
 
 
 def run_report(arguments: argparse.Namespace, rest: list[str]) -> int:
