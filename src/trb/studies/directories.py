@@ -101,9 +101,11 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
         )
     # As it would be read back: through YAML, so that tuples and numbers compare alike.
     here = yaml.safe_load(recipe.to_yaml())
-    # An option that the version which wrote it did not have yet, and that changes no result, is no difference.
+    # An option that the version which wrote it did not have yet, and that changes no result, is no difference. Nor is a
+    # knob that only methods read which one of the two does not have: which methods those are is compared itself.
     new = {key for key in here if key not in there and key in _MAY_CHANGE}
-    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore | new]
+    others = every_knob() & (there.keys() ^ here.keys())
+    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore | new | others]
     return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
 
 
@@ -153,11 +155,7 @@ def _says_itself(checkpoint: Path | None) -> bool:
 
 def check_shared_recipe(directory: Path, recipe: Recipe) -> None:
     path = directory / RECIPE
-    if not path.exists():
-        return
-    # A knob that only one of the two has is read by methods that the other does not have; each run compares its own.
-    knobs = every_knob() - (set(_written_recipe(path) or {}) & set(recipe.resolved()))
-    differences = _differences(path, recipe, frozenset({"methods", *_MAY_CHANGE, *knobs}))
+    differences = _differences(path, recipe, frozenset({"methods", *_MAY_CHANGE}))
     if differences:
         _refuse(path, differences, can_accept=False)
 
