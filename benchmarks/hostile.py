@@ -4,8 +4,8 @@
 
 An attempt succeeds if its code runs (it would leave a file called canary), if it reads, writes or removes something
 outside of the folder it came in, opens a connection, hangs, or is taken for an ordinary input. It is refused if the
-package says no in an error of its own, or gives a wrong answer no point. `tests/test_security.py` runs the same
-attempts, all but the slow ones.
+package says no in an error of its own, or gives a wrong answer no point. `tests/security/test_security.py` runs the
+same attempts, all but the slow ones.
 
 Left out on purpose: denial of service by honest size, such as a model larger than memory (see SECURITY.md).
 """

@@ -4,7 +4,7 @@
     python benchmarks/start_time.py --against ../older --rounds 5                          paired with another one
 
 User and system time of whole processes, medians; the runs of two checkouts alternate. What --help may import is a test
-(tests/test_cli.py).
+(tests/cli/test_cli.py).
 """
 
 import argparse

@@ -51,7 +51,7 @@ _SMALLEST_CELL = 20
 def law(options: argparse.Namespace) -> dict[str, Any]:
     """Completions of the tests' tiny pair, as many of each sampler, with different seeds: chi-square of homogeneity.
 
-    The pair is the one of tests/test_vllm.py: two architectures with random weights, different stop ids and heads,
+    The pair is the one of tests/sampling/test_vllm.py: two architectures, random weights, different stop ids and heads,
     whose completions spread over many cells. Cells are whole completions, rare ones pooled by their prompt. As a check
     of power, the same test compares vLLM's completions with those of another budget.
     """

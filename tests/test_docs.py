@@ -50,7 +50,7 @@ def resolve(dotted: str) -> object:
 def test_functions_tests_and_files_named_in_a_page_exist(page: Path) -> None:
     for dotted in re.findall(r"`(trb\.[A-Za-z_.]+[A-Za-z_])(?:\(\))?`", text(page)):
         resolve(dotted)
-    for path, name in re.findall(r"`(tests/[a-z_]+\.py)::(\w+)`", text(page)):
+    for path, name in re.findall(r"`(tests/[a-z_/]+\.py)::(\w+)`", text(page)):
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.M), f"{path}::{name}"
     for path in re.findall(r"`((?:tests|recipes|benchmarks|examples|docs|src)/[\w./-]+\.\w+)`", text(page)):
         assert (ROOT / path).exists(), path

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import BaseModel
-from test_experiments import SMALL
-from test_sweep import STUDY
+from small_recipes import SMALL, STUDY
 
 import trb
 from trb import records

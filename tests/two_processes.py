@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_guard import TINY, Snapshots
-from test_trainer import Kill, build, logged, losses, weights
+from tiny_runs import TINY, Kill, Snapshots, build, logged, losses, weights
 
 from trb.training.trainer import TRBTrainer
 

@@ -19,7 +19,7 @@ from vllm_helpers import INSIDE, shut_down  # first: its settings come before vL
 # isort: split
 import torch
 from distributed_worker import FSDP2, launched_on_cpu
-from test_trainer import Completions, build, losses
+from tiny_runs import Completions, build, losses
 from transformers import AutoModelForCausalLM
 
 WARMUP = 3

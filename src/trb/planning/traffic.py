@@ -1,7 +1,7 @@
 """What ranks send to each other in a step, and how long it takes.
 
 Bytes are those of the ring algorithms. The counts for FSDP2 are those that torch was seen to make
-(tests/test_planning.py); those for ZeRO-3 follow its documentation. Nothing is hidden behind computation here.
+(tests/planning/test_planning.py); those for ZeRO-3 follow its documentation. Nothing is hidden behind computation here.
 """
 
 import math

@@ -24,7 +24,7 @@ from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.training.config import TRBConfig
 from trb.training.methods import METHODS
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 # accelerate/ holds launcher settings and studies/ studies, which are no recipes.
 FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "studies"))
 STUDIES = sorted((RECIPES / "studies").glob("*.yaml"))
@@ -297,7 +297,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "eval_seed": (9, lambda spy, _: {*spy.all("evaluate", "seed"), spy.all("load_prompts", "seed")[1]}),
     "eval_max_rows": (13, lambda spy, _: {*spy.all("evaluate", "max_rows")}),
     "save_final_model": (False, lambda _, directory: (directory / "model").exists()),
-    "methods": ({}, lambda *_: {}),  # what compare reads: tests/test_experiments.py
+    "methods": ({}, lambda *_: {}),  # what compare reads: tests/studies/test_experiments.py
 }
 SEEN = {
     "student_revision": {"r1"},

@@ -28,7 +28,7 @@ from trb.training.sharding import (
 )
 
 CPU = torch.device("cpu")
-LAUNCHES = Path(__file__).parents[1] / "recipes" / "accelerate"
+LAUNCHES = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
 def accelerator(*, fsdp: Any = None, zero_stage: int | None = None, count: int = 2) -> Any:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import student_stopping_as_the_teacher
 from rich.console import Console
+from small_recipes import SMALL_FILE
 from transformers import BertConfig, BertLMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from trb import cli, zoo
@@ -24,35 +25,17 @@ from trb.studies import material, scores
 from trb.studies.yaml_files import ConfigError
 from trb.training.trainer import TRBTrainer
 
-SMALL = """\
-student: zoo:student
-teacher: zoo:teacher
-train_data: zoo:chains
-train_limit: 40
-max_prompt_length: 32
-max_steps: 2
-prompts_per_step: 2
-num_generations: 2
-per_device_train_batch_size: 4
-max_completion_length: 8
-gradient_checkpointing: false
-save_strategy: no
-logging_steps: 1
-eval_data: zoo:chains
-eval_limit: 4
-"""
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
-    path.write_text(SMALL)
+    path.write_text(SMALL_FILE)
     return path
 
 
 @pytest.fixture
 def comparison(recipe: Path) -> Path:
-    recipe.write_text(SMALL + "methods: {opd: {}, trb: {initial_kl_budget: 0.3}}\n")
+    recipe.write_text(SMALL_FILE + "methods: {opd: {}, trb: {initial_kl_budget: 0.3}}\n")
     return recipe
 
 
@@ -546,7 +529,7 @@ def test_doctor_on_too_little_memory(
     assert doctor(capsys, "--config", recipe)[1]["memory estimate"][0] == "ok"
 
 
-LAUNCHES = Path(__file__).parents[1] / "recipes" / "accelerate"
+LAUNCHES = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
 def estimated_parts(estimate: str) -> dict[str, float]:
@@ -704,7 +687,7 @@ def test_doctor_plan_as_json_says_what_it_was_made_from(capsys: pytest.CaptureFi
 
 
 def test_doctor_plans_from_shapes_alone_and_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    shapes = Path(__file__).parents[1] / "benchmarks" / "shapes"
+    shapes = Path(__file__).parents[2] / "benchmarks" / "shapes"
     pair = ("--student", shapes / "llama-70b", "--teacher", shapes / "llama-405b", "--teacher-dtype", "bfloat16")
     text = planned(capsys, *pair, "--nodes", 2, "--strategy", "zero3", code=1)
     assert "(70.55 B)" in text and "16 x h100, zero3" in text

@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from test_trainer import build, config, weights
+from tiny_runs import build, config, weights
 from transformers import get_scheduler
 
 from trb import TRBConfig, zoo

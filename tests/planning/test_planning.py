@@ -42,7 +42,7 @@ from trb.planning.machines import KINDS
 from trb.planning.plan import pass_seconds
 from trb.planning.traffic import Transfer, sampling_transfers, transfer_seconds, update_transfers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 H100 = MACHINES["h100"]
 RANKS = 4
 SIZES: dict[str, Any] = {

@@ -27,7 +27,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from test_trainer import build
+from tiny_runs import build
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trb import zoo

@@ -16,8 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from test_cli import SMALL
-from test_sweep import STUDY
+from small_recipes import SMALL_FILE, STUDY
 
 from trb.cli import _interruptible
 
@@ -79,7 +78,12 @@ def test_processes_of_a_launcher_that_was_killed_end(tmp_path: Path) -> None:
     recipe, log = tmp_path / "recipe.yaml", tmp_path / "log"
     recipe.write_text(
         yaml.safe_dump(
-            {**yaml.safe_load(SMALL), "max_steps": 100_000, "per_device_train_batch_size": 2, "save_strategy": "no"}
+            {
+                **yaml.safe_load(SMALL_FILE),
+                "max_steps": 100_000,
+                "per_device_train_batch_size": 2,
+                "save_strategy": "no",
+            }
         )
     )
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -31,7 +31,7 @@ import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_trainer import build
+from tiny_runs import build
 
 import trb.tasks.grading
 from trb import zoo
@@ -44,7 +44,7 @@ from trb.studies import workers
 from trb.tasks.grading import Verifier
 from trb.tasks.prompts import load_prompts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def attempts() -> ModuleType:

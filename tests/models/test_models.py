@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from trb.models.modeling import OutputHead, UnsupportedModelError, position_limit
 from trb.sampling import Rollout
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "models.json"
 # One of every way of attending, placing, windowing, routing and remembering.
 QUICK = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import Kill, build, config, logged, losses, weights
+from tiny_runs import Kill, build, config, logged, losses, weights
 from toy_method import ENTRIES, Fading, MixturePolicy
 
 import trb

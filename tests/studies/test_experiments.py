@@ -17,6 +17,7 @@ import yaml
 from conftest import held_by_another, student_stopping_as_the_teacher
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from small_recipes import SMALL
 from transformers import TrainerCallback
 
 from trb import zoo
@@ -39,28 +40,6 @@ from trb.training.resume import ChangedRunError
 from trb.training.trainer import TRBTrainer
 from trb.zoo.tasks import split_of
 
-SMALL: dict[str, Any] = {
-    "student": "zoo:student",
-    "teacher": "zoo:teacher",
-    "train_data": "zoo:chains",
-    "train_limit": 40,
-    "max_prompt_length": 32,
-    "max_steps": 6,
-    "prompts_per_step": 2,
-    "num_generations": 2,
-    "per_device_train_batch_size": 4,
-    "max_completion_length": 8,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "initial_kl_budget": 0.3,
-    "blend_warmup_steps": 4,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "eval_data": "zoo:chains",
-    "eval_limit": 4,
-    "eval_every": 2,
-}
 # Clocks.
 UNREPEATABLE = {"step_time", "runtime", "samples_per_second", "steps_per_second"}
 

@@ -13,7 +13,7 @@ import yaml
 from trb.models.loading import load_model, load_tokenizer
 from trb.zoo import TASKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def script(name: str) -> ModuleType:

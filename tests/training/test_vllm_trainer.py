@@ -18,7 +18,8 @@ from vllm import SamplingParams
 from vllm_helpers import INSIDE, release, shut_down, widened
 
 # isort: split
-from test_trainer import Completions, build, losses
+
+from tiny_runs import Completions, build, losses
 
 from trb import TRBTrainer, zoo
 from trb.policies import StudentPolicy

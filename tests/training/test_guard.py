@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_in_two_processes
-from test_trainer import build, logged, weights
-from transformers import TrainerCallback
+from tiny_runs import TINY, Snapshots, build, logged, weights
 
 from trb import zoo
 from trb.losses import ReverseKL
@@ -17,31 +16,6 @@ from trb.losses.chunked import RowLoss
 from trb.training import checkpoints
 from trb.training.guard import NonFiniteError, StepGuard
 from trb.training.trainer import TRBTrainer
-
-TINY = {
-    "max_completion_length": 6,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "num_generations": 1,
-    "max_steps": 4,
-    "weight_decay": 0.1,  # would show if the optimizer took a step with gradients of zero
-    "lr_scheduler_type": "linear",
-}
-
-
-class Snapshots(TrainerCallback):
-    """Weights, the optimizer's state and the learning rate after each step."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, torch.Tensor]] = []
-        self.moments: list[list[torch.Tensor]] = []
-        self.rates: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.weights.append({name: value.detach().clone() for name, value in kwargs["model"].named_parameters()})
-        states = kwargs["optimizer"].state_dict()["state"].values()
-        self.moments.append([value.clone() for entry in states for value in entry.values()])
-        self.rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, steps: set[int], part: int = 1) -> None:

@@ -121,7 +121,7 @@ def test_a_killed_holder_lets_go_though_its_children_live(tmp_path: Path) -> Non
     code = (
         "import os, sys, time; from pathlib import Path; from trb.safety.files import exclusive\n"
         "with exclusive(Path(sys.argv[1])):\n"
-        "    if child := os.fork(): print(child, flush=True)\n"
+        "    if not os.fork(): print(os.getpid(), flush=True)\n"  # the child itself: it has let go by then
         "    time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from test_trainer import build
+from tiny_runs import build
 from trl import DistillationTrainer
 
 from trb import zoo

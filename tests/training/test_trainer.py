@@ -13,8 +13,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
+from tiny_runs import Completions, Kill, build, config, logged, losses, weights
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
@@ -31,78 +31,7 @@ from trb.training.methods import target_of
 from trb.training.ranks import Ranks
 from trb.vocab import align
 
-ROOT = Path(__file__).parents[1]
-
-
-PASSED_ON = ("reward_fn", "peft_config", "callbacks", "eval_dataset")
-
-
-def config(directory: Path, **changes: Any) -> TRBConfig:
-    settings: dict[str, Any] = {
-        "output_dir": str(directory),
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 3e-4,
-        "weight_decay": 0.0,
-        "lr_scheduler_type": "constant",
-        "max_completion_length": 24,
-        "initial_kl_budget": 0.5,
-        "blend_warmup_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
-    return TRBConfig(**{**settings, **changes})
-
-
-def build(directory: Path, *, student: Any = None, teacher: Any = None, **changes: Any) -> TRBTrainer:
-    passed_on = {name: changes.pop(name) for name in PASSED_ON if name in changes}
-    rows = changes.pop("train_rows", None) or zoo.problems(64, seed=0, split="train")
-    own_student, tokenizer = zoo.load("student")
-    own_teacher, teacher_tokenizer = zoo.load("teacher")
-    trainer = TRBTrainer(
-        own_student if student is None else student,
-        own_teacher if teacher is None else teacher,
-        config(directory, **changes),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        teacher_processing_class=teacher_tokenizer,
-        **passed_on,
-    )
-    trainer.model.train()  # as `train` does; some tests below call single steps of it
-    return trainer
-
-
-def losses(trainer: TRBTrainer) -> list[float]:
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def logged(trainer: TRBTrainer, name: str) -> list[float]:
-    return [row[f"trb/{name}"] for row in trainer.state.log_history if "loss" in row]
-
-
-def weights(trainer: TRBTrainer) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
-
-
-class Completions(TrainerCallback):
-    """Collects what the trainer sampled, in sampling order."""
-
-    def __init__(self) -> None:
-        self.per_step: list[list[list[int]]] = []
-
-    def watch(self, trainer: TRBTrainer) -> None:
-        generate = trainer._generate_single_turn
-
-        def recorded(*args: Any, **kwargs: Any) -> list[list[int]]:
-            completions = generate(*args, **kwargs)
-            self.per_step.append([list(ids) for ids in completions])
-            return completions
-
-        trainer._generate_single_turn = recorded  # type: ignore[method-assign]
+ROOT = Path(__file__).parents[2]
 
 
 # ---- the seams of TRL that the trainer stands on ----
@@ -516,15 +445,6 @@ def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tmp_path: Pa
     assert losses(whole) == pytest.approx(losses(parts), rel=2e-4)
     for (name, one), other in zip(weights(whole).items(), weights(parts).values(), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3, msg=name)
-
-
-class Kill(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import held_by_another, student_stopping_as_the_teacher
+from small_recipes import STUDY
 
 from trb import zoo
 from trb.studies import jobs, sweep, workers
@@ -21,34 +22,8 @@ from trb.studies.sweep import StudyListener, run_study
 from trb.studies.workers import StudyError, default_workers
 from trb.studies.yaml_files import ConfigError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Two methods, three configurations, one seed for the choice and one for the test: five runs of two steps.
-STUDY = {
-    "name": "sweep-test",
-    "seeds": {"select": [100], "test": 1},
-    "configurations": 2,
-    "resamples": 100,
-    "recipe": {
-        "max_steps": 2,
-        "prompts_per_step": 2,
-        "num_generations": 2,
-        "per_device_train_batch_size": 4,
-        "max_prompt_length": 64,
-        "max_completion_length": 32,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "train_limit": 16,
-    },
-    "settings": {
-        "chains": {
-            "recipe": {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"},
-            "dev": {"data": "zoo:chains", "limit": 8, "seed": 1},
-            "test": {"data": ["zoo:chains?operands=3", "zoo:chains?operands=5"], "limit": 6, "seed": 2},
-        }
-    },
-    "methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.5], "blend_warmup_steps": 2}},
-}
 
 
 class Diary(StudyListener):

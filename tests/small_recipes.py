@@ -1,0 +1,71 @@
+"""A recipe and a study that take seconds."""
+
+from typing import Any
+
+SMALL: dict[str, Any] = {
+    "student": "zoo:student",
+    "teacher": "zoo:teacher",
+    "train_data": "zoo:chains",
+    "train_limit": 40,
+    "max_prompt_length": 32,
+    "max_steps": 6,
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 8,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "initial_kl_budget": 0.3,
+    "blend_warmup_steps": 4,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "eval_data": "zoo:chains",
+    "eval_limit": 4,
+    "eval_every": 2,
+}
+
+SMALL_FILE = """\
+student: zoo:student
+teacher: zoo:teacher
+train_data: zoo:chains
+train_limit: 40
+max_prompt_length: 32
+max_steps: 2
+prompts_per_step: 2
+num_generations: 2
+per_device_train_batch_size: 4
+max_completion_length: 8
+gradient_checkpointing: false
+save_strategy: no
+logging_steps: 1
+eval_data: zoo:chains
+eval_limit: 4
+"""
+
+STUDY = {
+    "name": "sweep-test",
+    "seeds": {"select": [100], "test": 1},
+    "configurations": 2,
+    "resamples": 100,
+    "recipe": {
+        "max_steps": 2,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_prompt_length": 64,
+        "max_completion_length": 32,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "train_limit": 16,
+    },
+    "settings": {
+        "chains": {
+            "recipe": {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"},
+            "dev": {"data": "zoo:chains", "limit": 8, "seed": 1},
+            "test": {"data": ["zoo:chains?operands=3", "zoo:chains?operands=5"], "limit": 6, "seed": 2},
+        }
+    },
+    "methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.5], "blend_warmup_steps": 2}},
+}
