@@ -7,6 +7,7 @@ from reference.policies import Law
 
 from trb.policies import (
     BehaviorPolicy,
+    GeometricPolicy,
     SKDPolicy,
     StudentPolicy,
     TeacherPolicy,
@@ -21,6 +22,7 @@ POLICIES: dict[str, tuple[BehaviorPolicy, Law]] = {
     "budget 0.02": (TrustRegionPolicy(0.02), laws.trust_region(0.02)),
     "budget 0.5": (TrustRegionPolicy(0.5), laws.trust_region(0.5)),
     "budget inf": (TrustRegionPolicy(math.inf), laws.teacher()),
+    "weight 0.3": (GeometricPolicy(0.3), laws.geometric(0.3)),
     "skd": (SKDPolicy(2, 0.6), laws.skd(2, 0.6)),
     "teacher": (TeacherPolicy(), laws.teacher()),
 }

@@ -11,8 +11,10 @@ from reference.distributions import kl
 from reference.policies import Law
 from torch import Tensor
 
+from trb.blend import solve
 from trb.policies import (
     BehaviorPolicy,
+    GeometricPolicy,
     SKDPolicy,
     StudentPolicy,
     TeacherPolicy,
@@ -31,6 +33,10 @@ CASES: dict[str, tuple[BehaviorPolicy, Law]] = {
     "budget 0.05": (TrustRegionPolicy(0.05), laws.trust_region(0.05)),
     "budget 0.5": (TrustRegionPolicy(0.5), laws.trust_region(0.5)),
     "budget inf": (TrustRegionPolicy(math.inf), laws.teacher()),
+    "weight 0": (GeometricPolicy(0.0), laws.student()),
+    "weight 0.2": (GeometricPolicy(0.2), laws.geometric(0.2)),
+    "weight 0.9": (GeometricPolicy(0.9), laws.geometric(0.9)),
+    "weight 1": (GeometricPolicy(1.0), laws.teacher()),
     "skd 1": (SKDPolicy(1, 1.0), laws.skd(1, 1.0)),
     "skd 3, cool": (SKDPolicy(3, 0.2), laws.skd(3, 0.2)),
     "skd 5": (SKDPolicy(5, 0.6), laws.skd(5, 0.6)),
@@ -117,12 +123,14 @@ def test_teacher_weight_at_the_ends() -> None:
         (TemperaturePolicy(0.8), 0.0),
         (TrustRegionPolicy(0.0), 0.0),
         (TrustRegionPolicy(math.inf), 1.0),
+        (GeometricPolicy(0.4), 0.4),
+        (GeometricPolicy(1.0), 1.0),
         (TeacherPolicy(), 1.0),
     ):
         assert (policy.target(student, teacher).teacher_weight == weight).all()
 
 
-@pytest.mark.parametrize("policy", [StudentPolicy(), TrustRegionPolicy(0.0)], ids=str)
+@pytest.mark.parametrize("policy", [StudentPolicy(), TrustRegionPolicy(0.0), GeometricPolicy(0.0)], ids=str)
 def test_student_sampling_is_the_student_to_the_last_bit(policy: BehaviorPolicy) -> None:
     student = log_probs(10, torch.float32)
     assert torch.equal(policy.target(student, log_probs(11, torch.float32)).log_probs, student)
@@ -131,9 +139,9 @@ def test_student_sampling_is_the_student_to_the_last_bit(policy: BehaviorPolicy)
 
 def test_who_needs_a_teacher() -> None:
     needy: list[BehaviorPolicy] = [TrustRegionPolicy(1e-6), TrustRegionPolicy(math.inf)]
-    needy += [SKDPolicy(5, 1.0), TeacherPolicy()]
+    needy += [GeometricPolicy(1e-3), SKDPolicy(5, 1.0), TeacherPolicy()]
     alone: list[BehaviorPolicy] = [StudentPolicy(), TemperaturePolicy(0.9)]
-    alone += [TrustRegionPolicy(0.0), TrustRegionPolicy(0)]
+    alone += [TrustRegionPolicy(0.0), TrustRegionPolicy(0), GeometricPolicy(0.0)]
     assert all(policy.needs_teacher for policy in needy)
     assert not any(policy.needs_teacher for policy in alone)
     student = log_probs(12)
@@ -179,6 +187,32 @@ def test_a_token_whose_probability_underflows_costs_nothing(name: str) -> None:
         assert target.kl_teacher.numpy() == pytest.approx(kl_teacher, abs=slack, rel=1e-3)
 
 
+def test_models_that_share_no_token_leave_the_path_at_the_student() -> None:
+    student = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]]).log()
+    teacher = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.0, 1.0, 0.0, 0.0]]).log()
+    target = GeometricPolicy(0.5).target(student, teacher)
+    assert target.log_probs.exp().tolist() == [[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+    assert target.teacher_weight.tolist() == [0.0, 0.5]
+    assert target.kl_student.tolist() == [0.0, pytest.approx(math.log(2))]
+
+
+def test_one_weight_for_all_prefixes_spends_a_common_budget_best() -> None:
+    """Of random divisions of the same Σ KL(μ || student) over prefixes, none is nearer to the teacher in total."""
+    student, teacher = log_probs(17), log_probs(18)
+    geometric = GeometricPolicy(0.35).target(student, teacher)
+    assert geometric.kl_teacher is not None
+    spent, left = geometric.kl_student.sum().item(), geometric.kl_teacher.sum().item()
+    generator = np.random.default_rng(0)
+    for concentration in (0.3, 3.0, 300.0):
+        for _ in range(20):
+            budget = torch.tensor(generator.dirichlet([concentration] * ROWS)) * spent
+            other = solve(student, teacher, budget)
+            assert other.kl_student.sum() <= spent
+            assert other.kl_teacher.sum() > left
+    same = solve(student, teacher, geometric.kl_student)
+    assert same.kl_teacher.sum().item() == pytest.approx(left, rel=1e-3)
+
+
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
 def test_skd_with_impossible_tokens(temperature: float) -> None:
     student, teacher = log_probs(15), log_probs(16)
@@ -207,6 +241,9 @@ def test_policies_are_values() -> None:
         (lambda: TemperaturePolicy(math.inf), "inf"),
         (lambda: TrustRegionPolicy(-0.02), r"-0\.02"),
         (lambda: TrustRegionPolicy(math.nan), "nan"),
+        (lambda: GeometricPolicy(-0.1), r"-0\.1"),
+        (lambda: GeometricPolicy(1.5), r"1\.5"),
+        (lambda: GeometricPolicy(math.nan), "nan"),
         (lambda: SKDPolicy(0, 1.0), r"\b0\b"),
         (lambda: SKDPolicy(-4, 1.0), "-4"),
         (lambda: SKDPolicy(5, 0.0), r"0\.0"),

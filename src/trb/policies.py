@@ -26,6 +26,7 @@ from trb.errors import InputError
 __all__ = [
     "POLICIES",
     "BehaviorPolicy",
+    "GeometricPolicy",
     "SKDPolicy",
     "StudentPolicy",
     "Target",
@@ -129,6 +130,41 @@ class TrustRegionPolicy:
 
 
 @dataclass(frozen=True)
+class GeometricPolicy:
+    """μ ∝ student^(1-β) · teacher^β with the same β = `teacher_weight` in [0, 1] at every prefix.
+
+    Trust-region blending moves along the same path and spends the same divergence at every prefix. One β for all spends
+    it where the teacher gains most by it: for prefixes that are given, it is the minimum of Σ KL(μ || teacher) under a
+    budget for Σ KL(μ || student) (docs/theory.md). μ lives on the tokens that both models allow, and is the student
+    where there are none.
+    """
+
+    teacher_weight: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.teacher_weight <= 1:
+            raise InputError(f"teacher_weight must lie in [0, 1], got {self.teacher_weight}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.teacher_weight > 0
+
+    def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
+        if not self.needs_teacher:
+            return StudentPolicy().target(student_log_probs, teacher_log_probs)
+        teacher_NV = _present(teacher_log_probs, self)
+        if self.teacher_weight == 1:
+            return TeacherPolicy().target(student_log_probs, teacher_NV)
+        mixed_NV = torch.lerp(student_log_probs, teacher_NV.to(student_log_probs.dtype), self.teacher_weight)
+        mixed_NV.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        apart_N = (mixed_NV == -math.inf).all(-1)
+        law_NV = log_softmax(mixed_NV, mixed_NV.dtype)
+        law_NV[apart_N] = student_log_probs[apart_N]
+        weight_N = torch.full_like(law_NV[:, 0], self.teacher_weight).masked_fill_(apart_N, 0.0)
+        return Target(DenseLaw(law_NV), None, weight_N, _kl(law_NV, student_log_probs), _kl(law_NV, teacher_NV))
+
+
+@dataclass(frozen=True)
 class SKDPolicy:
     """Interleaved teacher injection (paper, section 6: SKD).
 
@@ -190,12 +226,12 @@ def _present(teacher_log_probs: Tensor | None, policy: object) -> Tensor:
 
 POLICIES: dict[str, type] = {
     policy.__name__: policy
-    for policy in (StudentPolicy, TemperaturePolicy, TrustRegionPolicy, SKDPolicy, TeacherPolicy)
+    for policy in (StudentPolicy, TemperaturePolicy, TrustRegionPolicy, GeometricPolicy, SKDPolicy, TeacherPolicy)
 }
 """Policies by the name that travels in requests to a serving engine; add one's own in each of its processes."""
 
 # What policies are at the end of their warm-up.
-_STUDENT_LAWS = (StudentPolicy(), TrustRegionPolicy(0.0), TemperaturePolicy(1.0))
+_STUDENT_LAWS = (StudentPolicy(), TrustRegionPolicy(0.0), GeometricPolicy(0.0), TemperaturePolicy(1.0))
 
 
 def samples_student(policy: BehaviorPolicy) -> bool:

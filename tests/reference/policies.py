@@ -38,6 +38,16 @@ def trust_region(budget: float) -> Law:
     return lambda p_student, p_teacher: np.exp(blend.behavior(_log(p_student), _log(p_teacher), budget))
 
 
+def geometric(weight: float) -> Law:
+    """Products of powers, normalised; 0^0 is 1."""
+
+    def law(p_student: Array, p_teacher: Array) -> Array:
+        product = np.power(p_student, 1 - weight) * np.power(p_teacher, weight)
+        return product / product.sum()
+
+    return law
+
+
 def skd(top_k: int, teacher_temperature: float) -> Law:
     """Sum over the student's draft: one in the teacher's top-k stays, any other the teacher replaces."""
 

@@ -3,7 +3,7 @@
 The exact law is built from plain full forward passes, one prefix at a time, without cache or padding, and from
 there in numpy. Prompts of different lengths share every batch. Seeds are fixed, so these tests pass or fail for
 good; had they been drawn at random, a correct sampler would fail this file with probability below 1e-3
-(`LEVEL` times fewer than 60 chi-square tests, plus 5-sigma bounds of 6e-7 each).
+(`LEVEL` times fewer than 80 chi-square tests, plus 5-sigma bounds of 6e-7 each).
 """
 
 import math
@@ -34,7 +34,7 @@ from trb.policies import (
 )
 from trb.sampling import Rollout, sample
 
-LEVEL = 1.5e-5
+LEVEL = 1.2e-5
 SIGMAS = 5.0
 METHODS = ["lockstep", "speculative"]
 PROMPTS = ((1,), (2, 3, 1), (3, 5, 2, 2, 1))
@@ -73,7 +73,7 @@ def exact_law(pair: TinyPair, prompt: tuple[int, ...], law: Law, temperature: fl
     return enumerate_completions(student, teacher, law, max_new_tokens=HORIZON, stop=pair.student_eos)
 
 
-def rollouts(pair: TinyPair, policy: BehaviorPolicy, n: int, **options: Any) -> Rollout:
+def rollouts(pair: TinyPair, policy: BehaviorPolicy | list[BehaviorPolicy], n: int, **options: Any) -> Rollout:
     """n rollouts of each prompt, interleaved so that every batch is ragged."""
     arguments = {
         "max_new_tokens": HORIZON,
@@ -109,6 +109,31 @@ def test_completions_have_the_exact_law(tiny_pair: TinyPair, name: str, prompt: 
     assert goodness_of_fit(of_prompt(drawn(tiny_pair, name, method), prompt), law) > LEVEL
 
 
+@every_method
+def test_every_row_has_the_law_of_its_own_policy(tiny_pair: TinyPair, method: str) -> None:
+    """Three policies in turn over the rollouts of each prompt: each has its law, and its tokens when alone."""
+    names = ["student", "budget 0.5", "weight 0.3"]
+    policies = [POLICIES[names[index % 3]][0] for index in range(N) for _ in PROMPTS]
+    out = rollouts(tiny_pair, policies, N, method=method, max_rows=64)
+    for place, name in enumerate(names):
+        alone = drawn(tiny_pair, name, method)
+        for prompt in range(len(PROMPTS)):
+            own = of_prompt(out, prompt)[place::3]
+            assert own == of_prompt(alone, prompt)[place::3]
+            assert goodness_of_fit(own, exact_law(tiny_pair, PROMPTS[prompt], POLICIES[name][1])) > LEVEL
+    weights = [row for row in out.stats.teacher_weight]
+    assert all(weight == 0 for row in weights[0::9] for weight in row)
+    assert all(weight == pytest.approx(0.3) for row in weights[6::9] for weight in row)
+
+
+def test_policies_of_rows_are_checked(tiny_pair: TinyPair) -> None:
+    with pytest.raises(ValueError, match="policy has 2 entries for 3 prompts"):
+        rollouts(tiny_pair, [StudentPolicy()] * 2, 1)
+    options: dict[str, Any] = {"max_new_tokens": 2, "eos_token_id": tiny_pair.student_eos}
+    with pytest.raises(ValueError, match=r"TrustRegionPolicy\(kl_budget=0.1\) needs a teacher"):
+        sample(tiny_pair.student, None, [[1], [2]], [StudentPolicy(), TrustRegionPolicy(0.1)], **options)
+
+
 @every_prompt
 def test_the_chi_square_tells_any_two_policies_apart(tiny_pair: TinyPair, prompt: int) -> None:
     """Power: samples of one policy are rejected under the law of every other."""
@@ -120,7 +145,7 @@ def test_the_chi_square_tells_any_two_policies_apart(tiny_pair: TinyPair, prompt
         law = exact_law(tiny_pair, PROMPTS[prompt], POLICIES[assumed][1])
         assert goodness_of_fit(of_prompt(drawn(tiny_pair, sampled, METHODS[0]), prompt), law) < LEVEL
         compared += 1
-    assert compared == 52
+    assert compared == 68
 
 
 @every_prompt

@@ -264,7 +264,7 @@ def blended(fake: Fake, *, seconds: float = 20.0, **record: Any) -> Any:
     fake.answers.setdefault("/collective_rpc", records)
     engine = ServedEngine(fake.url, "teacher", timeout_s=seconds)
     return engine.sample(
-        PROMPTS, StudentPolicy(), vocabulary=PAIR, max_new_tokens=4, temperature=1.0, seed=0, prompt_keys=[1, 2],
+        PROMPTS, [StudentPolicy()] * 2, vocabulary=PAIR, max_new_tokens=4, temperature=1.0, seed=0, prompt_keys=[1, 2],
         rollout_index=[0, 0],
     )  # fmt: skip
 

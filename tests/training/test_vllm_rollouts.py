@@ -14,7 +14,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from trb.policies import StudentPolicy
+from trb.policies import StudentPolicy, TrustRegionPolicy
 from trb.sampling import EngineOptions, Rollout, RolloutStats
 from trb.sampling.vllm import sampling_parameters, stopping_parameters
 from trb.sampling.vllm.plugin import REQUEST_KEY
@@ -32,13 +32,18 @@ PARTS = [
 ]
 
 
+def with_policies(part: Any) -> tuple[Any, ...]:
+    prompts, keys, rollouts = part
+    return prompts, [TrustRegionPolicy(key) for key in keys], keys, rollouts
+
+
 @dataclass(frozen=True)
 class Launch(Ranks):
     """Four processes, of which this one alone is real."""
 
     def gather(self, item: Any) -> list[Any]:
-        assert item == PARTS[self.index]
-        return PARTS
+        assert item == with_policies(PARTS[self.index])
+        return [with_policies(part) for part in PARTS]
 
 
 @dataclass
@@ -47,8 +52,9 @@ class Recorder:
 
     asked: list[Any] = field(default_factory=list)
 
-    def sample(self, prompts: Any, policy: Any, **options: Any) -> Rollout:
+    def sample(self, prompts: Any, policies: Any, **options: Any) -> Rollout:
         self.asked.append(prompts)
+        assert policies == [TrustRegionPolicy(key) for key in options["prompt_keys"]]
         completions = [list(pair) for pair in zip(options["prompt_keys"], options["rollout_index"], strict=True)]
         numbers = [[float(row)] for row in range(len(prompts))]
         stats = RolloutStats(*(numbers for _ in range(4)))
@@ -60,6 +66,7 @@ class Recorder:
 def test_processes_that_share_an_engine_ask_for_all_their_rows_and_keep_their_own(index: int, size: int) -> None:
     recorder = Recorder()
     prompts, keys, rollouts = PARTS[index]
+    policies = [TrustRegionPolicy(key) for key in keys]
     options: EngineOptions = {
         "vocabulary": SharedVocabulary(9, 0, ()),
         "max_new_tokens": 2,
@@ -68,7 +75,7 @@ def test_processes_that_share_an_engine_ask_for_all_their_rows_and_keep_their_ow
         "prompt_keys": keys,
         "rollout_index": rollouts,
     }
-    found = SharedEngine(recorder, Launch(index, 4), size).sample(prompts, StudentPolicy(), **options)
+    found = SharedEngine(recorder, Launch(index, 4), size).sample(prompts, policies, **options)
     together = range(index // size * size, index // size * size + size)
     assert recorder.asked == [[prompt for rank in together for prompt in PARTS[rank][0]]]
     assert found.prompts == prompts

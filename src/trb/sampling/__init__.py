@@ -36,7 +36,7 @@ __all__ = [
     "stream_seed",
 ]
 
-_ROW_OPTIONS = ("prompt_keys", "rollout_index", "row_numbers")
+_ROW_OPTIONS = ("policies", "prompt_keys", "rollout_index", "row_numbers")
 BLOCK_SIZES = ("measured", "planned")
 
 
@@ -66,16 +66,16 @@ class Engine(Protocol):
     """Samples in place of the models given to `sample`, which it holds copies of; see `trb.sampling.vllm`."""
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], policy: BehaviorPolicy, **options: Unpack[EngineOptions]
+        self, prompts: Sequence[Sequence[int]], policies: Sequence[BehaviorPolicy], **options: Unpack[EngineOptions]
     ) -> Rollout:
-        """One completion per prompt, from the policy's law; the arguments are those of `trb.sampling.sample`."""
+        """One completion per prompt, from the law of its policy; arguments as in `trb.sampling.sample`, checked."""
 
 
 def sample(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     prompts: Sequence[Sequence[int]],
-    policy: BehaviorPolicy,
+    policy: BehaviorPolicy | Sequence[BehaviorPolicy],
     *,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int],
@@ -99,9 +99,9 @@ def sample(
 
     Args:
         student: any Hugging Face causal LM, or a PEFT wrapper around one; drafts every token.
-        teacher: the same, with the student's tokenizer; may be None when `policy.needs_teacher` is False.
+        teacher: the same, with the student's tokenizer; may be None when no policy needs it.
         prompts: token ids of each row, not padded, not empty.
-        policy: one of `trb.policies`.
+        policy: one of `trb.policies`, or one for each row.
         max_new_tokens: the longest completion, stop token included.
         eos_token_id: the id, or ids, that end a completion; the first is the one emitted.
         teacher_eos_token_id: the teacher's stop ids; None means the student's.
@@ -140,7 +140,8 @@ def sample(
     models = [student] if teacher is None else [student, teacher]
     sizes = [head_rows(model) for model in models] + ([] if vocab_size is None else [vocab_size])
     vocabulary = SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id)
-    _check_options(policy, len(models), max_new_tokens, temperature, method, max_rows)
+    policies = _policies_of(policy, len(rows), len(models))
+    _check_options(max_new_tokens, temperature, method, max_rows)
     _check_block_size(block_size)
     _check_rows(rows, keys, index, vocabulary.size)
     _check_positions(models, rows, max_new_tokens)
@@ -156,16 +157,18 @@ def sample(
         "rollout_index": index,
     }
     if engine is not None:
-        return engine.sample(rows, policy, **shared)
-    read = [student, teacher] if policy.needs_teacher and teacher is not None else [student]
+        return engine.sample(rows, policies, **shared)
+    taught = any(policy.needs_teacher for policy in policies)
+    read = [student, teacher] if taught and teacher is not None else [student]
     with torch.no_grad(), sampling_mode(*models):
         ways = _ways(read, slots=SAMPLERS[method].in_slots)
         options: dict[str, Any] = {**shared, "max_rows": max_rows, "row_numbers": list(range(len(rows)))}
+        options["policies"] = policies
         options["allow_non_finite"] = allow_non_finite
         if ways[0].in_slots:
             options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
         run = SAMPLERS[method if ways[0].in_slots == SAMPLERS[method].in_slots else "lockstep"].run
-        return _in_stretches(_Sampling(student, teacher, policy, run, ways, options), read, rows, max_new_tokens)
+        return _in_stretches(_Sampling(student, teacher, run, ways, options), read, rows, max_new_tokens)
 
 
 def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
@@ -182,7 +185,6 @@ class _Sampling:
 
     student: PreTrainedModel
     teacher: PreTrainedModel | None
-    policy: BehaviorPolicy
     run: Callable[..., Rollout]
     ways: Sequence[Way]
     options: dict[str, Any]
@@ -193,7 +195,7 @@ class _Sampling:
             how: dict[str, Any] = {"attentions": attentions, "end": end, "beyond_switch": beyond_switch}
         else:
             how = {"readers": [partial(cast(Any, way.reader), end=end) for way in self.ways]}
-        return self.run(self.student, self.teacher, rows, self.policy, **{**self.options, **columns, **how})
+        return self.run(self.student, self.teacher, rows, **{**self.options, **columns, **how})
 
 
 def _in_stretches(
@@ -243,14 +245,20 @@ def _across(switch: int, sampling: _Sampling, prompts: list[list[int]], max_new_
     return whole
 
 
-def _check_options(
-    policy: BehaviorPolicy, models: int, max_new_tokens: int, temperature: float, method: str, max_rows: int | None
-) -> None:
+def _policies_of(policy: BehaviorPolicy | Sequence[BehaviorPolicy], rows: int, models: int) -> Sequence[BehaviorPolicy]:
+    policies = policy if isinstance(policy, Sequence) else [policy] * rows
+    if len(policies) != rows:
+        raise InputError(f"policy has {len(policies)} entries for {rows} prompts")
+    for each in policies if isinstance(policy, Sequence) else [policy]:
+        if each.needs_teacher and models < 2:
+            raise InputError(f"{each!r} needs a teacher, got teacher=None")
+    return policies
+
+
+def _check_options(max_new_tokens: int, temperature: float, method: str, max_rows: int | None) -> None:
     if method not in SAMPLERS:
         hint = did_you_mean(str(method), [*SAMPLERS])
         raise InputError(f"unknown sampling method {method!r}; choose one of {', '.join(SAMPLERS)}{hint}")
-    if policy.needs_teacher and models < 2:
-        raise InputError(f"{policy!r} needs a teacher, got teacher=None")
     for name, value in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")

@@ -6,15 +6,97 @@ of the vocabulary and then inside one bin, which costs one read of the weights i
 Shape suffixes: N prefixes, V vocabulary, B bins, W tokens of one bin.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from trb.blend.laws import DenseLaw
-from trb.policies import Target
+from trb.policies import BehaviorPolicy, Target
 
-__all__ = ["accept_or_replace", "inverse_cdf"]
+__all__ = ["Decision", "accept_or_replace", "decide", "distinct", "inverse_cdf"]
 
 _BIN = 256
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was drawn at N prefixes, and the numbers of `trb.policies.Target` there.
+
+    Attributes:
+        token: `[N]` token ids.
+        accepted: `[N]` whether the student's draft was kept.
+        teacher_weight, kl_student: `[N]` as in `Target`.
+        kl_teacher: `[N]`; None where no teacher took part.
+    """
+
+    token: Tensor
+    accepted: Tensor
+    teacher_weight: Tensor
+    kl_student: Tensor
+    kl_teacher: Tensor | None
+
+
+def distinct(policies: Sequence[BehaviorPolicy]) -> tuple[list[BehaviorPolicy], list[int]]:
+    """The different policies of some rows, and which of them each row has."""
+    different: list[BehaviorPolicy] = []
+    which = []
+    for policy in policies:
+        if policy not in different:
+            different.append(policy)
+        which.append(different.index(policy))
+    return different, which
+
+
+def decide(
+    policies: Sequence[BehaviorPolicy],
+    which_N: Tensor,
+    log_student_NV: Tensor,
+    log_teacher_NV: Tensor | None,
+    draft_N: Tensor,
+    uniform_N2: Tensor,
+) -> Decision:
+    """An exact draw at each prefix from the law of its own policy, reusing the student's draft.
+
+    Args:
+        policies: different policies.
+        which_N: `[N]` the place in `policies` of each prefix's.
+        log_student_NV: the student's log-probabilities, which the drafts were drawn from.
+        log_teacher_NV: the teacher's; None if no policy needs them.
+        draft_N: `[N]` drafted token ids.
+        uniform_N2: `[N, 2]` uniforms for acceptance and for the residual draw.
+    """
+    if len(policies) == 1:
+        return _decide_alike(policies[0], log_student_NV, log_teacher_NV, draft_N, uniform_N2)
+    parts, places = [], []
+    for number, policy in enumerate(policies):
+        rows = (which_N == number).nonzero().squeeze(-1)
+        if rows.numel():
+            teacher_RV = None if log_teacher_NV is None else log_teacher_NV[rows]
+            parts.append(_decide_alike(policy, log_student_NV[rows], teacher_RV, draft_N[rows], uniform_N2[rows]))
+            places.append(rows)
+    back_N = torch.cat(places).argsort()
+
+    def merged(name: str) -> Tensor | None:
+        columns = [getattr(part, name) for part in parts]
+        if any(column is None for column in columns):
+            return None
+        return torch.cat([column.to(columns[0].dtype) for column in columns])[back_N]
+
+    return Decision(**{name: merged(name) for name in Decision.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+def _decide_alike(
+    policy: BehaviorPolicy,
+    log_student_NV: Tensor,
+    log_teacher_NV: Tensor | None,
+    draft_N: Tensor,
+    uniform_N2: Tensor,
+) -> Decision:
+    target = policy.target(log_student_NV, log_teacher_NV)
+    token_N, accepted_N = accept_or_replace(target, log_student_NV, draft_N, *uniform_N2.unbind(-1))
+    return Decision(token_N, accepted_N, target.teacher_weight, target.kl_student, target.kl_teacher)
 
 
 def inverse_cdf(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:

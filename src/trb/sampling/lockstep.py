@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.policies import BehaviorPolicy, Target
-from trb.sampling.draw import accept_or_replace, inverse_cdf
+from trb.policies import BehaviorPolicy
+from trb.sampling.draw import Decision, decide, distinct, inverse_cdf
 from trb.sampling.readers import PaddedReader, Reader
 from trb.sampling.rollout import NonFiniteLogitsError, Rollout, RolloutStats, without_law
 from trb.sampling.uniforms import as_int64, uniforms
@@ -31,7 +31,7 @@ def sample_lockstep(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     prompts: Sequence[Sequence[int]],
-    policy: BehaviorPolicy,
+    policies: Sequence[BehaviorPolicy],
     *,
     max_rows: int | None,
     max_new_tokens: Sequence[int],
@@ -42,9 +42,10 @@ def sample_lockstep(
     readers: Sequence[Callable[[PreTrainedModel], Reader]] = (PaddedReader, PaddedReader),
     **options: Any,
 ) -> Rollout:
-    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for three.
+    """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for these.
 
     Args:
+        policies: of each row.
         max_new_tokens: of each row.
         drawn: tokens of each row's completion that its prompt already holds.
         row_numbers: what errors call each row.
@@ -52,17 +53,18 @@ def sample_lockstep(
     """
     rollout = Rollout()
     step = max_rows or max(1, len(prompts))
-    rows = list(zip(prompts, max_new_tokens, drawn, prompt_keys, rollout_index, row_numbers, strict=True))
+    different, which = distinct(policies)
+    rows = list(zip(prompts, max_new_tokens, drawn, prompt_keys, rollout_index, row_numbers, which, strict=True))
     for start in range(0, len(prompts), step):
-        rollout.extend(_sample_batch(student, teacher, policy, rows[start : start + step], readers, **options))
+        rollout.extend(_sample_batch(student, teacher, different, rows[start : start + step], readers, **options))
     return rollout
 
 
 def _sample_batch(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    policy: BehaviorPolicy,
-    rows: Sequence[tuple[Sequence[int], int, int, int, int, int]],
+    policies: Sequence[BehaviorPolicy],
+    rows: Sequence[tuple[Sequence[int], int, int, int, int, int, int]],
     readers_of: Sequence[Callable[[PreTrainedModel], Reader]],
     *,
     vocabulary: SharedVocabulary,
@@ -72,13 +74,15 @@ def _sample_batch(
 ) -> Rollout:
     device = student.device
     models = [student]
-    if policy.needs_teacher:
+    if any(policy.needs_teacher for policy in policies):
         assert teacher is not None
         models.append(teacher)
     readers = [read(model) for read, model in zip(readers_of, models, strict=False)]
-    prompts, limits, drawn, keys, indices, numbers = map(list, zip(*rows, strict=True))
+    prompts, limits, drawn, keys, indices, numbers, which = map(list, zip(*rows, strict=True))
     keys_R = as_int64(keys, device)
-    limit_R, first_R, index_R = (torch.tensor(values, device=device) for values in (limits, drawn, indices))
+    limit_R, first_R, index_R, which_R = (
+        torch.tensor(values, device=device) for values in (limits, drawn, indices, which)
+    )
     rows_R = torch.arange(len(prompts), device=device)
     open_R = torch.ones_like(rows_R, dtype=torch.bool)
     longest = max(limits)
@@ -88,8 +92,9 @@ def _sample_batch(
     for position in range(longest):
         uniform_R3 = uniforms(seed, keys_R, index_R, first_R + position)
         student_and_teacher = [vocabulary.log_probs(rows.to(device), temperature) for rows in logits]
-        token_R, accepted_R, target = _draw(policy, student_and_teacher, uniform_R3)
-        trace.write(position, rows_R[open_R], token_R[open_R], accepted_R[open_R], target, open_R)
+        decision = _draw(policies, which_R, student_and_teacher, uniform_R3)
+        token_R = decision.token
+        trace.write(position, rows_R[open_R], decision, open_R)
         if not allow_non_finite:
             log_student_RV, *log_teacher = student_and_teacher
             verdict_R = without_law(log_student_RV, log_teacher[0] if log_teacher else None, vocabulary.stop_id)
@@ -103,7 +108,7 @@ def _sample_batch(
             for reader in readers:
                 reader.keep(kept.to(reader.model.device))
             token_R, rows_R, keys_R = token_R[kept], rows_R[kept], keys_R[kept]
-            index_R, first_R, limit_R = index_R[kept], first_R[kept], limit_R[kept]
+            index_R, first_R, limit_R, which_R = index_R[kept], first_R[kept], limit_R[kept], which_R[kept]
             open_R = torch.ones_like(rows_R, dtype=torch.bool)
         logits = [reader.read_tokens(token_R.to(reader.model.device)) for reader in readers]
 
@@ -113,14 +118,12 @@ def _sample_batch(
 
 
 def _draw(
-    policy: BehaviorPolicy, student_and_teacher: list[Tensor], uniform_R3: Tensor
-) -> tuple[Tensor, Tensor, Target]:
+    policies: Sequence[BehaviorPolicy], which_R: Tensor, student_and_teacher: list[Tensor], uniform_R3: Tensor
+) -> Decision:
     log_student_RV, *log_teacher = student_and_teacher
-    draft_uniform_R, accept_R, residual_R = uniform_R3.unbind(-1)
-    draft_R = inverse_cdf(log_student_RV.exp(), draft_uniform_R)
-    target = policy.target(log_student_RV, log_teacher[0] if log_teacher else None)
-    token_R, accepted_R = accept_or_replace(target, log_student_RV, draft_R, accept_R, residual_R)
-    return token_R, accepted_R, target
+    draft_R = inverse_cdf(log_student_RV.exp(), uniform_R3[:, 0])
+    log_teacher_RV = log_teacher[0] if log_teacher else None
+    return decide(policies, which_R, log_student_RV, log_teacher_RV, draft_R, uniform_R3[:, 1:])
 
 
 class _Trace:
@@ -134,20 +137,13 @@ class _Trace:
         self.without_law_RT = torch.zeros(rows, length, dtype=torch.float64, device=device)
         self.has_teacher = False
 
-    def write(
-        self, position: int, rows: Tensor, token: Tensor, accepted: Tensor, target: Target, open_R: Tensor
-    ) -> None:
-        self.tokens_RT[rows, position] = token
-        self.has_teacher = target.kl_teacher is not None
-        values = {
-            "teacher_weight": target.teacher_weight[open_R],
-            "kl_student": target.kl_student[open_R],
-            "accepted": accepted,
-        }
-        if target.kl_teacher is not None:
-            values["kl_teacher"] = target.kl_teacher[open_R]
-        for name, value in values.items():
-            self.numbers[name][rows, position] = value.float()
+    def write(self, position: int, rows: Tensor, decision: Decision, open_R: Tensor) -> None:
+        self.tokens_RT[rows, position] = decision.token[open_R]
+        self.has_teacher = decision.kl_teacher is not None
+        for name in self._COLUMNS:
+            column_R = getattr(decision, name)
+            if column_R is not None:
+                self.numbers[name][rows, position] = column_R[open_R].float()
 
     def require_laws(self, row_numbers: Sequence[int], drawn: Sequence[int]) -> None:
         """Raises NonFiniteLogitsError for the first row that met a prefix without a law."""

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.policies import BehaviorPolicy, Target
+from trb.policies import BehaviorPolicy
 from trb.sampling.attention import attention_through_slots
 from trb.sampling.blocks import BlockChooser, MeasuredCosts, PlannedCosts, synchronize
 from trb.sampling.cache import SlotReader
-from trb.sampling.draw import accept_or_replace, inverse_cdf
+from trb.sampling.draw import Decision, decide, distinct, inverse_cdf
 from trb.sampling.rollout import NonFiniteLogitsError, Rollout, RolloutStats, without_law
 from trb.sampling.uniforms import as_int64, uniforms
 from trb.vocab import SharedVocabulary
@@ -46,9 +46,10 @@ _TOLERANCE = 0.05
 @dataclass
 class _Row:
     """One prompt on its way: the caches hold every token but the newest. `first` tokens of its completion were drawn
-    before, and are part of the prompt; at most `limit` are drawn here."""
+    before, and are part of the prompt; at most `limit` are drawn here. `policy` is a place in the sampler's list."""
 
     number: int
+    policy: int
     key: int
     index: int
     cached: int
@@ -64,7 +65,7 @@ def sample_speculative(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     prompts: Sequence[Sequence[int]],
-    policy: BehaviorPolicy,
+    policies: Sequence[BehaviorPolicy],
     *,
     vocabulary: SharedVocabulary,
     max_new_tokens: Sequence[int],
@@ -85,6 +86,7 @@ def sample_speculative(
     """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for these.
 
     Args:
+        policies: of each row.
         max_new_tokens: of each row.
         drawn: tokens of each row's completion that its prompt already holds.
         row_numbers: what errors call each row.
@@ -92,18 +94,19 @@ def sample_speculative(
         end: no row reaches this position (see `SlotReader`).
         beyond_switch: every row is longer than the models' `rope_switch`.
     """
-    columns = zip(prompts, prompt_keys, rollout_index, drawn, max_new_tokens, strict=True)
+    different, which = distinct(policies)
+    columns = zip(prompts, which, prompt_keys, rollout_index, drawn, max_new_tokens, strict=True)
     rows = [
-        _Row(number, key, index, len(prompt) - 1, prompt[-1], first, limit)
-        for number, (prompt, key, index, first, limit) in enumerate(columns)
+        _Row(number, policy, key, index, len(prompt) - 1, prompt[-1], first, limit)
+        for number, (prompt, policy, key, index, first, limit) in enumerate(columns)
     ]
     slots = max(1, min(max_rows or len(rows), len(rows)))
-    taught = teacher if policy.needs_teacher else None
+    taught = teacher if any(policy.needs_teacher for policy in different) else None
     ends: dict[str, Any] = {"end": end, "beyond_switch": beyond_switch}
     sampler = _Sampler(
         SlotReader(student, slots, **ends),
         None if taught is None else SlotReader(taught, slots, keep_hidden=keep_teacher_hidden, **ends),
-        policy,
+        different,
         vocabulary,
         max(max_new_tokens),
         temperature,
@@ -147,7 +150,7 @@ class _Drafting:
 class _Sampler:
     student: SlotReader
     teacher: SlotReader | None
-    policy: BehaviorPolicy
+    policies: Sequence[BehaviorPolicy]
     vocabulary: SharedVocabulary
     max_new_tokens: int
     temperature: float
@@ -202,8 +205,8 @@ class _Sampler:
         """Draft, read and decide one block; the slots of the rows that finished."""
         remaining = max(row.limit - len(row.completion) for row in flying)
         block = self.chooser.choose(len(flying), remaining)
-        rows = [(row.newest, row.cached, len(row.completion), row.limit) for row in flying]
-        newest_R, cached_R, drawn_R, limit_R = torch.tensor(rows).to(self._device).unbind(-1)
+        rows = [(row.newest, row.cached, len(row.completion), row.limit, row.policy) for row in flying]
+        newest_R, cached_R, drawn_R, limit_R, which_R = torch.tensor(rows).to(self._device).unbind(-1)
         ahead_K = torch.arange(block, device=self._device)
         # A row near its limit drafts tokens that will be dropped; any random number does for them.
         place_RK1 = (drawn_R[:, None] + ahead_K).clamp_max(self.max_new_tokens - 1)[..., None]
@@ -215,8 +218,8 @@ class _Sampler:
         if self.teacher is not None:
             with self._timed("teacher", len(flying) * block, self.teacher):
                 logits_RKV = self.teacher.read(read_RK[:, :-1], position_RK, longest)
-        left_R = limit_R - drawn_R
-        return self._settle(flying, self._verify(left_R, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
+        left_R2 = torch.stack([limit_R - drawn_R, which_R], dim=-1)
+        return self._settle(flying, self._verify(left_R2, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
 
     def _own_uniforms(self, rows: list[_Row]) -> Tensor:
         """`[rows, max_new_tokens, 3]` random numbers of whole completions: computed once, not in every round."""
@@ -246,7 +249,7 @@ class _Sampler:
 
     def _verify(
         self,
-        left_R: Tensor,
+        left_R2: Tensor,
         draft_RK: Tensor,
         log_student_K: list[Tensor],
         logits_RKV: Tensor | None,
@@ -256,7 +259,9 @@ class _Sampler:
 
         Columns are decided in turn, so that nothing is solved after a row's first replaced draft or its end; on an
         accelerator many at once, where solving what is then dropped costs less than asking which rows are left.
+        `left_R2` holds how many tokens each row may still have, and its policy.
         """
+        left_R, which_R = left_R2.unbind(-1)
         rows, block = draft_RK.shape
         seen = torch.full((rows, block, 2 + len(_COLUMNS)), -1.0, dtype=torch.float64, device=self._device)
         live = torch.arange(rows, device=self._device)
@@ -269,18 +274,16 @@ class _Sampler:
             if logits_RKV is not None:
                 place = row_N.to(logits_RKV.device), column_N.to(logits_RKV.device)
                 log_teacher_NV = self.vocabulary.log_probs(logits_RKV[place].to(self._device), self.temperature)
-            target = self.policy.target(log_student_NV, log_teacher_NV)
-            accept_N, residual_N = uniform_RK3[row_N, column_N, 1], uniform_RK3[row_N, column_N, 2]
-            token_N, accepted_N = accept_or_replace(
-                target, log_student_NV, draft_RK[row_N, column_N], accept_N, residual_N
-            )
-            goes_on_N = accepted_N & (token_N != self.vocabulary.stop_id) & (column_N + 1 < left_R[row_N])
+            drafted_N, uniform_N2 = draft_RK[row_N, column_N], uniform_RK3[row_N, column_N, 1:]
+            decision = decide(self.policies, which_R[row_N], log_student_NV, log_teacher_NV, drafted_N, uniform_N2)
+            token_N = decision.token
+            goes_on_N = decision.accepted & (token_N != self.vocabulary.stop_id) & (column_N + 1 < left_R[row_N])
             going_KR = goes_on_N.view(len(columns), -1)
             if len(columns) > 1:
                 going_KR = going_KR.cumprod(0).bool()
                 reached_N = torch.cat([torch.ones_like(going_KR[:1]), going_KR[:-1]]).view(-1)
                 token_N = torch.where(reached_N, token_N, -1)
-            numbers = [token_N.double(), *_numbers(target, accepted_N)]
+            numbers = [token_N.double(), *_numbers(decision)]
             if self.watched is None:
                 numbers.append(torch.zeros_like(numbers[0]))
             else:
@@ -367,13 +370,11 @@ class _Sampler:
         )
 
 
-def _numbers(target: Target, accepted_N: Tensor) -> list[Tensor]:
+def _numbers(decision: Decision) -> list[Tensor]:
     """The columns of `RolloutStats`, `[N]` float64 each; -1 for one that the policy does not have."""
-    columns = [accepted_N if name == "accepted" else getattr(target, name) for name in _COLUMNS]
-    return [
-        torch.full_like(accepted_N, -1.0, dtype=torch.float64) if column is None else column.double()
-        for column in columns
-    ]
+    missing_N = torch.full_like(decision.accepted, -1.0, dtype=torch.float64)
+    columns = [getattr(decision, name) for name in _COLUMNS]
+    return [missing_N if column is None else column.double() for column in columns]
 
 
 def _stacked(log_student_K: list[Tensor], live: Tensor) -> Tensor:

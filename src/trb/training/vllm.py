@@ -123,16 +123,16 @@ class SharedEngine:
     size: int
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], policy: BehaviorPolicy, **options: Unpack[EngineOptions]
+        self, prompts: Sequence[Sequence[int]], policies: Sequence[BehaviorPolicy], **options: Unpack[EngineOptions]
     ) -> Rollout:
         """As `Engine.sample`; every process of the launch calls it together."""
-        own = (list(prompts), list(options["prompt_keys"]), list(options["rollout_index"]))
+        own = (list(prompts), list(policies), list(options["prompt_keys"]), list(options["rollout_index"]))
         first = self.ranks.index // self.size * self.size
         parts = self.ranks.gather(own)[first : first + self.size]
-        everyones, keys, index = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
+        everyones, behaviors, keys, index = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
         shared: EngineOptions = {**options, "prompt_keys": keys, "rollout_index": index}
-        start = sum(len(rows) for rows, _, _ in parts[: self.ranks.index - first])
-        return self.engine.sample(everyones, policy, **shared).rows(start, start + len(own[0]))
+        start = sum(len(rows) for rows, *_ in parts[: self.ranks.index - first])
+        return self.engine.sample(everyones, behaviors, **shared).rows(start, start + len(own[0]))
 
 
 def _dtype(args: Any, student: Any) -> str:

@@ -159,7 +159,7 @@ class BlendEngine:
         self.release()
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], policy: BehaviorPolicy, **options: Unpack[EngineOptions]
+        self, prompts: Sequence[Sequence[int]], policies: Sequence[BehaviorPolicy], **options: Unpack[EngineOptions]
     ) -> Rollout:
         """One completion per prompt; arguments as in `trb.sampling.sample`, which validates them.
 
@@ -171,7 +171,7 @@ class BlendEngine:
 
         if self._waits_for_weights:
             raise OperationError("the student has no weights yet: call update_student before sampling")
-        requests = requests_of(map(str, self._names), policy, options)
+        requests = requests_of(map(str, self._names), policies, options)
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         parameters = [SamplingParams(**sampling_parameters(request)) for request in requests]
         outputs = self._live().generate(inputs, parameters, use_tqdm=False)
@@ -241,7 +241,7 @@ class ServedEngine:
         self._url, self._model, self._connections, self._timeout = url.rstrip("/"), model, connections, timeout_s
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], policy: BehaviorPolicy, **options: Unpack[EngineOptions]
+        self, prompts: Sequence[Sequence[int]], policies: Sequence[BehaviorPolicy], **options: Unpack[EngineOptions]
     ) -> Rollout:
         """As `BlendEngine.sample`.
 
@@ -251,7 +251,7 @@ class ServedEngine:
             ConnectionError: the server could not be reached.
         """
         call = uuid.uuid4().hex  # several clients may share a server
-        requests = requests_of((f"{call}-{row}" for row in count()), policy, options)
+        requests = requests_of((f"{call}-{row}" for row in count()), policies, options)
         with ThreadPoolExecutor(self._connections) as pool:
             completions = list(pool.map(self._complete, prompts, requests))
         records = self._ask("trb_take_records", names_of(requests))
@@ -329,13 +329,13 @@ def stopping_parameters(vocabulary: SharedVocabulary) -> dict[str, Any]:
     return {"ignore_eos": True, "stop_token_ids": vocabulary.stop_ids}
 
 
-def requests_of(names: Iterator[str], policy: BehaviorPolicy, options: EngineOptions) -> list[BlendRequest]:
+def requests_of(names: Iterator[str], policies: Sequence[BehaviorPolicy], options: EngineOptions) -> list[BlendRequest]:
     """A request for each row, with the next of the names."""
     shared: dict[str, Any] = dict(options)
-    rows = zip(shared.pop("prompt_keys"), shared.pop("rollout_index"), strict=True)
+    rows = zip(policies, shared.pop("prompt_keys"), shared.pop("rollout_index"), strict=True)
     return [
         BlendRequest(name=next(names), policy=policy, prompt_key=key, rollout_index=index, **shared)
-        for key, index in rows
+        for policy, key, index in rows
     ]
 
 
