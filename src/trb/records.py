@@ -279,6 +279,7 @@ class Rollout(Step):
     prompt: Text = None
     prompt_key: Text = None
     rollout_index: Number = None
+    blended: bool | None = None
     policy: Text = None
     completion: Text = None
     tokens: list[str] | None = None

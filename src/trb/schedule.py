@@ -14,7 +14,18 @@ from typing import Any, ClassVar
 
 from trb.errors import InputError, did_you_mean
 
-__all__ = ["KINDS", "Budget", "Constant", "FirstSteps", "Ramp", "Schedule", "kl_budget", "ramp"]
+__all__ = [
+    "KINDS",
+    "Budget",
+    "Constant",
+    "FirstSteps",
+    "GapBudget",
+    "Ramp",
+    "Schedule",
+    "SequenceBudget",
+    "kl_budget",
+    "ramp",
+]
 
 KINDS = ("linear", "cosine", "constant")
 
@@ -33,6 +44,14 @@ class Schedule(ABC):
     @abstractmethod
     def value(self, step: int) -> float:
         """The number of optimizer step `step`; asked any number of times, also for steps to come."""
+
+    def last(self) -> float:
+        """The value when all that is to happen has happened, however long the training."""
+        return self.value(1 << 40)
+
+    def readings(self) -> dict[str, float]:
+        """What a memory holds, by the names under which it is logged."""
+        return {}
 
     def observe(self, step: int, statistics: Mapping[str, float]) -> None:  # noqa: B027 (most have no memory)
         """Step `step` is done; its averages over all processes, under the names of the log without `trb/`."""
@@ -104,12 +123,169 @@ class Ramp(Schedule):
 
 @dataclass(frozen=True)
 class FirstSteps(Schedule):
-    """1 in the first `steps` steps, then 0."""
+    """`number` in the first `steps` steps, then 0."""
 
     steps: int
+    number: float = 1.0
 
     def value(self, step: int) -> float:
-        return float(step < self.steps)
+        return float(self.number) if step < self.steps else 0.0
+
+
+# How much of what a completion cost before is forgotten at each step, and over how many steps a debt is paid.
+_FORGET, _REPAY_STEPS = 0.5, 5
+# A step's spending is at most expected to grow so much: the first estimates are made far from where they are used.
+_GROWTH = 8.0
+
+
+@dataclass
+class SequenceBudget(Schedule):
+    """Holds Σ_t KL(μ_t || student) at `target` nats per completion on average, however long completions are.
+
+    What a completion costs at a value v is taken to be c · v^power, c a running mean of what was seen; what was spent
+    too much or too little before is made good over the next steps. This is the dual ascent of docs/theory.md in the
+    variable that the sampler reads. Observes `sequence_kl`: of blended completions, nats.
+
+    Attributes:
+        target: B, nats per completion, > 0 and finite.
+        start: the value of the first step, before anything is known.
+        highest: no value is above it.
+        power: 1 where v is a budget per token; 2 where it is a teacher weight.
+    """
+
+    target: float
+    start: float
+    highest: float
+    power: int = 1
+    remembers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (self.target > 0 and math.isfinite(self.target)):
+            raise InputError(f"sequence_kl_budget must be positive and finite, in nats, got {self.target}")
+        self._value, self._cost, self._owed = min(self.start, self.highest), math.nan, 0.0
+
+    def value(self, step: int) -> float:
+        return self._value
+
+    def observe(self, step: int, statistics: Mapping[str, float]) -> None:
+        spent = statistics.get("sequence_kl")
+        if spent is None:
+            return
+        cost = spent / self._value**self.power
+        self._cost = cost if math.isnan(self._cost) else self._cost + _FORGET * (cost - self._cost)
+        self._owed += self.target - spent
+        aim = self.target + self._owed / _REPAY_STEPS
+        aim = min(max(aim, self.target / 2), 2 * self.target)
+        largest = min(self.highest, self._value * _GROWTH ** (1 / self.power))
+        wanted = (aim / self._cost) ** (1 / self.power) if self._cost > 0 else math.inf
+        self._value = min(wanted, largest)
+        # Where even the highest value does not spend the target, nothing is owed that could ever be paid.
+        if self._value == self.highest:
+            self._owed = min(self._owed, self.target)
+
+    def state_dict(self) -> dict[str, Any]:
+        cost = None if math.isnan(self._cost) else self._cost
+        return {"value": self._value, "cost": cost, "owed": self._owed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._value, self._owed = state["value"], state["owed"]
+        self._cost = math.nan if state["cost"] is None else state["cost"]
+
+
+# Of the gap that was there at the start: how much of a step's is mixed in, and where blending ends.
+_GAP_WEIGHT, _GAP_END = 0.2, 0.03
+# Steps before the comparison of blended rollouts with the student's own may end the warm-up.
+_COMPARED_STEPS = 10
+
+
+class _Advantage:
+    """By how much a number is larger for blended rollouts, over the last steps, and how sure that is."""
+
+    def __init__(self) -> None:
+        self.mean, self.square, self.steps = 0.0, 0.0, 0
+
+    def add(self, difference: float) -> None:
+        self.steps += 1
+        weight = max(_GAP_WEIGHT, 1 / self.steps)
+        self.mean += weight * (difference - self.mean)
+        self.square += weight * (difference**2 - self.square)
+
+    @property
+    def is_there(self) -> bool:
+        """Larger by more than the standard error of an exponential mean."""
+        error = math.sqrt(max(0.0, self.square - self.mean**2) * _GAP_WEIGHT / (2 - _GAP_WEIGHT))
+        return self.mean > error
+
+
+class GapBudget(Schedule):
+    """A budget that shrinks with the gap it is there to bridge, and ends by itself.
+
+    ε_k = ε0 · min(1, D_k / D_0), with D the reverse KL per token that the loss measures, smoothed. It ends for good
+    when D has fallen to 3% of D_0; or when, after ten steps, blended rollouts are no better than the student's own
+    ones of the same prompts, in the teacher's log-probability per token and in reward, by more than the standard error.
+    Observes `reverse_kl`, and where there are both kinds of rollouts `teacher_log_prob_blended` and `_student`, and
+    `reward_blended` and `_student`.
+
+    Args:
+        base: the budget ε0; a `SequenceBudget` is told what would have been spent without the shrinking.
+    """
+
+    remembers: ClassVar[bool] = True
+    _COMPARED = ("teacher_log_prob", "reward")
+
+    def __init__(self, base: Schedule) -> None:
+        self._base = base
+        self._first: float | None = None
+        self._gap = 0.0
+        self._ended = False
+        self._advantages = {name: _Advantage() for name in self._COMPARED}
+
+    @property
+    def _left(self) -> float:
+        """Of the gap at the start, at most 1."""
+        if self._first is None:
+            return 1.0
+        return min(1.0, self._gap / self._first) if self._first > 0 else 0.0
+
+    def value(self, step: int) -> float:
+        return 0.0 if self._ended else self._base.value(step) * self._left
+
+    def last(self) -> float:
+        return 0.0
+
+    def readings(self) -> dict[str, float]:
+        return {"gap": self._left}
+
+    def observe(self, step: int, statistics: Mapping[str, float]) -> None:
+        if self._ended or "reverse_kl" not in statistics:
+            return
+        spent = statistics.get("sequence_kl")
+        shown = statistics if spent is None else {**statistics, "sequence_kl": spent / self._left}
+        self._base.observe(step, shown)
+        gap = statistics["reverse_kl"]
+        if self._first is None:
+            self._first = self._gap = gap
+        self._gap += _GAP_WEIGHT * (gap - self._gap)
+        for name, advantage in self._advantages.items():
+            pair = [statistics.get(f"{name}_{kind}") for kind in ("blended", "student")]
+            if pair[0] is not None and pair[1] is not None:
+                advantage.add(pair[0] - pair[1])
+        self._ended = self._left < _GAP_END or self._no_better()
+
+    def _no_better(self) -> bool:
+        known = [advantage for advantage in self._advantages.values() if advantage.steps >= _COMPARED_STEPS]
+        return bool(known) and not any(advantage.is_there for advantage in known)
+
+    def state_dict(self) -> dict[str, Any]:
+        advantages = {name: dict(vars(advantage)) for name, advantage in self._advantages.items()}
+        own = {"first": self._first, "gap": self._gap, "ended": self._ended, "advantages": advantages}
+        return {**own, "base": self._base.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._first, self._gap, self._ended = state["first"], state["gap"], state["ended"]
+        for name, values in state["advantages"].items():
+            vars(self._advantages[name]).update(values)
+        self._base.load_state_dict(state["base"])
 
 
 def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind: str = "linear") -> float:

@@ -121,7 +121,7 @@ def test_every_row_has_the_law_of_its_own_policy(tiny_pair: TinyPair, method: st
             own = of_prompt(out, prompt)[place::3]
             assert own == of_prompt(alone, prompt)[place::3]
             assert goodness_of_fit(own, exact_law(tiny_pair, PROMPTS[prompt], POLICIES[name][1])) > LEVEL
-    weights = [row for row in out.stats.teacher_weight]
+    weights = out.stats.teacher_weight
     assert all(weight == 0 for row in weights[0::9] for weight in row)
     assert all(weight == pytest.approx(0.3) for row in weights[6::9] for weight in row)
 

@@ -14,6 +14,7 @@ from trb.studies.keys import RunConfig, describe_keys, parse_overrides
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
+from trb.training.methods import pair_of
 
 PAIR = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
 TEXT = "".join(f"{key}: {value}\n" for key, value in PAIR.items())
@@ -239,7 +240,7 @@ def test_a_knob_that_the_pair_does_not_read_is_refused(tmp_path: Path, text: str
 
 def test_halves_of_methods_combine_and_bring_their_knobs(tmp_path: Path) -> None:
     text = "method: trb\nloss: veto\ninitial_kl_budget: 0.1\nveto_strength: 0.3"
-    assert read(tmp_path, text).pairs() == [("trust_region", "veto")]
+    assert [pair_of(choice) for choice in read(tmp_path, text).choices()] == [("trust_region", "veto")]
     shared = read(tmp_path, "initial_kl_budget: 1\nmethods: {opd: , trb: }")  # read by one of the two
     assert "initial_kl_budget" not in shared.for_method("opd").resolved()
     assert shared.for_method("trb").resolved()["initial_kl_budget"] == 1

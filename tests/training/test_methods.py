@@ -18,9 +18,10 @@ from trb.policies import StudentPolicy, TeacherPolicy, TrustRegionPolicy
 from trb.report.style import label, style_indices
 from trb.sampling import SAMPLERS, Sampler
 from trb.sampling.vllm.verification import BlendRequest
-from trb.schedule import Constant, FirstSteps
+from trb.schedule import KINDS, Constant, FirstSteps
 from trb.training.methods import (
     BEHAVIORS,
+    BUDGET_SCHEDULES,
     METHODS,
     TARGETS,
     behavior_of,
@@ -155,16 +156,27 @@ def test_every_knob_has_an_owner_and_is_an_option() -> None:
     names = set(trb.TRBConfig.__dataclass_fields__)
     assert every_knob() <= names
     assert all(owners_of(knob) for knob in every_knob())
-    assert knobs_of([("student", "reverse_kl")]) == {"loss_top_k"}
+    plain = SimpleNamespace(method="opd", behavior=None, loss=None)
+    assert knobs_of([plain]) == {"loss_top_k"}
+    found = [
+        knobs_of([SimpleNamespace(method="trb", behavior=None, loss=None, budget_schedule=kind)]) for kind in KINDS
+    ]
+    assert found[0] == found[1] == found[2] | {"blend_warmup_steps"}
+    assert {"initial_kl_budget", "budget_schedule", "behavior_share", "loss_top_k"} == found[2]
+    assert owners_of("sequence_kl_budget") == [
+        *("behavior: geometric", "budget_schedule: sequence", "budget_schedule: gap")
+    ]
     assert owners_of("veto_strength") == ["loss: veto"]
     assert owners_of("seed") == []
 
 
 def test_an_option_is_read_by_its_owner_alone(tmp_path: Path) -> None:
     """What a half builds depends on its knobs, and on no other option."""
-    fields: dict[str, Any] = dict(vars(config(tmp_path)))
-    for half in (*BEHAVIORS.values(), *TARGETS.values()):
-        half.build(SimpleNamespace(**{knob: fields[knob] for knob in half.knobs}), lambda: 9).at(0)
+    for schedule in BUDGET_SCHEDULES:
+        args = config(tmp_path, budget_schedule=schedule)
+        for half in (*BEHAVIORS.values(), *TARGETS.values()):
+            read = {*half.reads(args), "max_completion_length"}
+            half.build(SimpleNamespace(**{knob: getattr(args, knob) for knob in read}), lambda: 9).at(0)
 
 
 def test_no_other_module_asks_which_method_it_is() -> None:

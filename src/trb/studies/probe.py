@@ -44,6 +44,7 @@ from trb.studies.scores import precision
 from trb.studies.subject import ROWS, Remember, Subject
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.grading import Verifier
+from trb.training.methods import behavior_of, kl_budget_of
 
 __all__ = ["probe"]
 
@@ -194,7 +195,7 @@ class _Settings:
             recipe=recipe,
             student=recipe.run.student if model is None else model_of_run(model),
             truncations=default_truncations(longest) if truncations is None else tuple(truncations),
-            kl_budget=trb.initial_kl_budget if kl_budget is None else kl_budget,
+            kl_budget=kl_budget_of(behavior_of(trb).at(0)) if kl_budget is None else kl_budget,
             skd_default_top_k=skd.skd_teacher_top_k,
             skd_temperature=skd.skd_teacher_temperature,
             max_new_tokens=longest,

@@ -30,12 +30,9 @@ from trb.studies.keys import (
 )
 from trb.studies.yaml_files import ConfigError, Dumper, nearest_key, read_yaml
 from trb.training.config import TRBConfig
-from trb.training.methods import METHODS, every_knob, knobs_of, owners_of, pair_of
+from trb.training.methods import CHOICES, METHODS, every_knob, knobs_of, owners_of, pair_of
 
 __all__ = ["Recipe", "load_recipe", "make_recipe"]
-
-# What decides the behavior and the loss of a run.
-_PAIR = ("method", "behavior", "loss")
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,10 @@ class Recipe:
     def _value(self, name: str) -> Any:
         return self.training.get(name, default_of(training_fields()[name]))
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """The behaviors and losses in use: of the run, or of every method of a comparison."""
+    def choices(self) -> list[SimpleNamespace]:
+        """What decides which knobs are read: of the run, or of every method of a comparison."""
         variants = [self.for_method(name) for name in self.run.methods] or [self]
-        return [pair_of(SimpleNamespace(**{key: each._value(key) for key in _PAIR})) for each in variants]
+        return [SimpleNamespace(**{key: each._value(key) for key in CHOICES}) for each in variants]
 
     def for_method(self, name: str) -> "Recipe":
         """The recipe of one entry of `methods`: the same run, with that entry's overrides."""
@@ -91,7 +88,7 @@ class Recipe:
         Left out are the knobs of behaviors and losses that are not in use.
         """
         run = {key: value for key, value in dataclasses.asdict(self.run).items() if key != "methods" or value}
-        unread = every_knob() - knobs_of(self.pairs())
+        unread = every_knob() - knobs_of(self.choices())
         training = {name: self._value(name) for name in training_fields() if name not in {*REPLACED_KEYS, *unread}}
         if self.run.prompts_per_step is not None:
             del training["gradient_accumulation_steps"]
@@ -139,22 +136,28 @@ def make_recipe(
     recipe = Recipe(run, {key: value for key, value in checked.items() if key not in run_keys}, source)
     for variant in [recipe, *(recipe.for_method(name) for name in run.methods)]:
         variant.training_config("unused")
-    _check_knobs(recipe.training, recipe.pairs(), source)
+    _check_knobs(recipe.training, recipe.choices(), source)
     for name, entry in run.methods.items():
         variant = recipe.for_method(name)
-        _check_knobs(entry or {}, variant.pairs(), variant.source)
+        _check_knobs(entry or {}, variant.choices(), variant.source)
     return recipe
 
 
-def _check_knobs(given: Iterable[str], pairs: Sequence[tuple[str, str]], source: str) -> None:
+def _check_knobs(given: Iterable[str], choices: Sequence[SimpleNamespace], source: str) -> None:
     """Refuse knobs that no behavior or loss in use reads."""
     for key in given:
-        if key in every_knob() - knobs_of(pairs):
-            used = " and ".join(dict.fromkeys(f"behavior: {behavior}, loss: {loss}" for behavior, loss in pairs))
+        if key in every_knob() - knobs_of(choices):
+            used = " and ".join(dict.fromkeys(map(_in_words, choices)))
             raise ConfigError(
                 f"{source}: {key} would do nothing: it belongs to {'; '.join(owners_of(key))}, and this is {used}; "
                 "leave it out, or choose another method, behavior or loss"
             )
+
+
+def _in_words(choice: SimpleNamespace) -> str:
+    behavior, loss = pair_of(choice)
+    schedule = f", budget_schedule: {choice.budget_schedule}" if "budget_schedule" in knobs_of([choice]) else ""
+    return f"behavior: {behavior}{schedule}, loss: {loss}"
 
 
 def _method_entry(name: str, entry: Mapping[str, Any] | None, source: str) -> dict[str, Any]:

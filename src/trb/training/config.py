@@ -71,15 +71,41 @@ class TRBConfig(DistillationConfig):
         },
     )
     num_generations: int = field(default=4, metadata={"help": "Rollouts per prompt in an optimizer step."})
-    initial_kl_budget: float = field(
-        default=0.01, metadata={"help": "ε0 of trb and fixed: KL(behavior || student) per token, in nats."}
+    initial_kl_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "ε0 of trb and fixed: KL(behavior || student) per token, in nats. None is 0.01; with "
+            "budget_schedule=gap, what spends sequence_kl_budget."
+        },
+    )
+    sequence_kl_budget: float = field(
+        default=1.0,
+        metadata={
+            "help": "B of budget_schedule=sequence and gap, and of geometric: KL(behavior || student) of a whole "
+            "completion, in nats, on average."
+        },
     )
     blend_warmup_steps: int = field(
         default=25,
         metadata={"help": "K of trb: optimizer steps until the budget is 0 and the teacher stops sampling."},
     )
     budget_schedule: str = field(
-        default="linear", metadata={"help": "How trb's budget falls: linear (paper), cosine or constant."}
+        default="linear",
+        metadata={
+            "help": "How trb's budget falls: "
+            + "; ".join(f"{name}: {kind.text}" for name, kind in BUDGET_SCHEDULES.items())
+        },
+    )
+    behavior_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each prompt's rollouts that are drawn from the behavior; the others are the student's "
+            "own. None is 1; with budget_schedule=gap, which compares the two, 0.75."
+        },
+    )
+    teacher_weight: float | None = field(
+        default=None,
+        metadata={"help": "geometric: the teacher's weight at every prefix; None is what spends sequence_kl_budget."},
     )
     skd_teacher_top_k: int = field(default=25, metadata={"help": "skd: student tokens inside it are kept."})
     skd_teacher_temperature: float = field(
@@ -222,6 +248,8 @@ class TRBConfig(DistillationConfig):
         for half in halves():
             if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
                 half.build(self, lambda: 0).at(0)
+        if self.behavior_share is not None and not 0 <= self.behavior_share <= 1:
+            raise InputError(f"behavior_share must lie in [0, 1], got {self.behavior_share}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
 

@@ -10,20 +10,22 @@ services.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.utils import logging
 from trl import DistillationTrainer
 
 from trb.losses.terms import TokenMetrics
-from trb.policies import BehaviorPolicy, samples_student
+from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.sampling import Rollout, prompt_key
 from trb.sampling.scoring import TokenScores, score_completions
 from trb.training.config import TRBConfig
 from trb.training.guard import StepGuard
-from trb.training.methods import kl_budget_of
+from trb.training.methods import Behavior, kl_budget_of
 from trb.training.metrics import Observers, Sums
 from trb.training.ranks import Ranks
 from trb.training.recording import RunRecorder, score_record
@@ -34,6 +36,9 @@ __all__ = ["MeasuredTrainer", "RewardFunction", "ShowSteps"]
 logger = logging.get_logger(__name__)
 
 RewardFunction = Callable[[list[str], Sequence[Mapping[str, Any]]], list[float]]
+
+# Of the rollouts of a step, by whether they are drawn from its policy.
+_KINDS = (("blended", True), ("student", False))
 
 # Below this share of the student's probability, a top-k loss was seen to make the student worse (docs/experiments.md).
 _THIN_SUPPORT = 0.5
@@ -51,6 +56,8 @@ class MeasuredTrainer(DistillationTrainer):
     _sums: dict[str, Sums]
     _observers: Observers
     _rollout: Rollout | None
+    _blended: list[bool]
+    behavior: Behavior
     _teacher_is_sharded: bool
     reward_fn: RewardFunction | None
     _rewards_work: bool = False
@@ -96,23 +103,53 @@ class MeasuredTrainer(DistillationTrainer):
             )
 
     def _add_rollout(self, mode: str, rollout: Rollout) -> None:
-        stats, budget = rollout.stats, kl_budget_of(self._rollout_policy(self.state.global_step))
-        tokens = sum(map(len, rollout.completions))
+        """Of those drawn from the step's policy, where that is a share of them."""
+        policy = self._rollout_policy(self.state.global_step)
+        stats, budget = rollout.stats, kl_budget_of(policy)
+        completions = list(compress(rollout.completions, self._blended))
+        tokens = sum(map(len, completions))
         for name, rows in (
             ("teacher_weight", stats.teacher_weight),
             ("kl_student", stats.kl_student),
             ("kl_teacher", stats.kl_teacher),
             ("accept_rate", stats.accepted),
         ):
-            if any(rows):
-                self._add(mode, name, sum(map(sum, rows)), tokens)
-        self._add(mode, "sequence_kl", sum(map(sum, stats.kl_student)), len(rollout.completions))
+            drawn = list(compress(rows, self._blended))
+            if any(drawn):
+                self._add(mode, name, sum(map(sum, drawn)), tokens)
+        self._add(mode, "sequence_kl", sum(map(sum, compress(stats.kl_student, self._blended))), len(completions))
         if math.isfinite(budget):
             self._add(mode, "kl_budget", budget, 1)
         if budget > 0 and math.isfinite(budget):
-            self._add(mode, "sequence_kl_bound", budget * tokens, len(rollout.completions))
+            self._add(mode, "sequence_kl_bound", budget * tokens, len(completions))
+        if mode == "train":
+            self._add(mode, "share", 0 if samples_student(policy) else sum(self._blended), len(self._blended))
+            for name, value in self.behavior.schedule.readings().items():
+                self._add(mode, name, value, 1)
         self._add(mode, "teacher_calls", rollout.teacher_calls, 1)
         self._add(mode, "student_calls", rollout.student_calls, 1)
+
+    def _compare_rewards(self, mode: str, rewards: Sequence[float] | None) -> None:
+        """Rewards of blended rollouts and of the student's own apart, where a step has both."""
+        if mode != "train" or rewards is None or all(self._blended):
+            return
+        for kind, wanted in _KINDS:
+            known = [
+                reward
+                for reward, blended in zip(rewards, self._blended, strict=True)
+                if blended == wanted and not math.isnan(reward)
+            ]
+            self._add(mode, f"reward_{kind}", sum(known), len(known))
+
+    def _compare_tokens(self, metrics: TokenMetrics, rollout_row: Tensor, completion_BL: Tensor) -> None:
+        """The teacher's log-probability of blended rollouts and of the student's own apart, where a step has both."""
+        if not self.model.training or all(self._blended):
+            return
+        blended_B = torch.tensor([self._blended[row] for row in rollout_row.tolist()], device=rollout_row.device)
+        blended_N = blended_B[:, None].expand_as(completion_BL)[completion_BL.bool()]
+        for kind, wanted in _KINDS:
+            log_prob_N = metrics.teacher_log_prob[blended_N == wanted]
+            self._add("train", f"teacher_log_prob_{kind}", log_prob_N.sum().item(), log_prob_N.numel())
 
     def _rewards(self, texts: list[str], rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
         """Rewards are only logged: once they have worked, a grader that fails costs its numbers and not the run."""
@@ -152,35 +189,46 @@ class MeasuredTrainer(DistillationTrainer):
                 "prompt": self._tokenizer.decode(prompts[row], skip_special_tokens=False),
                 "prompt_key": f"{keys[row]:016x}",
                 "rollout_index": keys[:row].count(keys[row]),
+                "blended": self._blended[row],
                 "completion": texts[row],
                 "tokens": [text_of(token) for token in completions[row]],
                 "reward": None if rewards is None else rewards[row],
                 "teacher_weight": stats.teacher_weight[row],
                 "kl_student": stats.kl_student[row],
                 "accepted": stats.accepted[row],
-                **({} if scores is None else score_record(scores, row, text_of)),
+                **(score_record(*scores[row], text_of) if scores else {}),
             }
             for row in range(rows)
         )
 
-    def _recorded_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> TokenScores | None:
-        """What both models say at every token of the recorded rollouts; no draw, no gradient, nothing left changed."""
+    def _recorded_scores(
+        self, prompts: list[list[int]], completions: list[list[int]]
+    ) -> list[tuple[TokenScores, int]] | None:
+        """What both models say at every token of the recorded rollouts, with each one's place in it; no draw, no
+        gradient, nothing left changed."""
         every = self.args.recorded_scores_every * max(1, int(self.state.logging_steps))
         if not prompts or not every or self.state.global_step % every:
             return None
         if self._teacher_is_sharded:
             return None  # its weights are whole only inside a pass that every process makes
-        with self.compute_loss_context_manager():
-            return score_completions(
-                self.sampling_student(),
-                self.accelerator.unwrap_model(self.teacher_model),
-                prompts,
-                completions,
-                policy=self.behavior_policy(self.state.global_step),
-                vocabulary=self.vocabulary,
-                temperature=self.temperature,
-                top=self.args.recorded_alternatives,
-            )
+        found: dict[int, tuple[TokenScores, int]] = {}
+        for _, wanted in _KINDS:
+            rows = [row for row in range(len(prompts)) if self._blended[row] == wanted]
+            if not rows:
+                continue
+            with self.compute_loss_context_manager():
+                scores = score_completions(
+                    self.sampling_student(),
+                    self.accelerator.unwrap_model(self.teacher_model),
+                    [prompts[row] for row in rows],
+                    [completions[row] for row in rows],
+                    policy=self.behavior_policy(self.state.global_step) if wanted else StudentPolicy(),
+                    vocabulary=self.vocabulary,
+                    temperature=self.temperature,
+                    top=self.args.recorded_alternatives,
+                )
+            found |= {row: (scores, place) for place, row in enumerate(rows)}
+        return [found[row] for row in range(len(prompts))]
 
 
 class ShowSteps(TrainerCallback):

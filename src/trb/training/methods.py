@@ -12,10 +12,10 @@ or target is built, so that the report's labels cost nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from trb.schedule import KINDS, Budget, Constant, FirstSteps, Ramp, Schedule
+from trb.schedule import Budget, Constant, FirstSteps, GapBudget, Ramp, Schedule, SequenceBudget
 
 if TYPE_CHECKING:
     from trb.losses import Loss
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BEHAVIORS",
     "BUDGET_SCHEDULES",
+    "CHOICES",
     "METHODS",
     "TARGETS",
     "Behavior",
+    "BudgetSchedule",
     "Half",
     "Method",
     "Scheduled",
@@ -47,10 +49,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scheduled(Generic[T]):
-    """An object for each optimizer step: what `make` makes of the schedule's value there."""
+    """An object for each optimizer step: what `make` makes of the schedule's value there.
+
+    Of a behavior, `share` of each prompt's rollouts are drawn from it, and the others from the student.
+    """
 
     make: Callable[[float], T]
     schedule: Schedule
+    share: Schedule = field(default_factory=lambda: Constant(1.0))
 
     def at(self, step: int) -> T:
         return self.make(self.schedule.value(step))
@@ -68,10 +74,39 @@ class Half(Generic[T]):
         text: what it does, in a few words, for `--help`.
         build: from a `TRBConfig`, and a function that gives the number of training steps once training has begun.
         knobs: fields of the configuration that `build` reads, and nothing else does.
+        choice: one more, whose value decides in `BUDGET_SCHEDULES` which others are read; None for none.
     """
 
     text: str
     build: Callable[[Any, Callable[[], int]], Scheduled[T]]
+    knobs: tuple[str, ...] = ()
+    choice: str | None = None
+
+    def reads(self, args: Any) -> set[str]:
+        """The knobs that are read with a configuration's choice."""
+        if self.choice is None:
+            return {*self.knobs}
+        return {*self.knobs, self.choice, *BUDGET_SCHEDULES[getattr(args, self.choice)].knobs}
+
+    def may_read(self) -> set[str]:
+        """The knobs that are read with some choice."""
+        if self.choice is None:
+            return {*self.knobs}
+        return {*self.knobs, self.choice, *(knob for kind in BUDGET_SCHEDULES.values() for knob in kind.knobs)}
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """How a budget changes, by name.
+
+    Attributes:
+        text: in a few words, for `--help`.
+        build: from a `TRBConfig`.
+        knobs: fields of the configuration that `build` reads; besides them, `max_completion_length` alone.
+    """
+
+    text: str
+    build: Callable[[Any], Schedule]
     knobs: tuple[str, ...] = ()
 
 
@@ -87,11 +122,48 @@ class Method:
 
 # ---- behaviors: the policy of each step ----
 
-# How the budget of `trust_region` changes; one with a memory may join (`trb.schedule.Schedule`).
-BUDGET_SCHEDULES: dict[str, Callable[[Any], Schedule]] = {
-    kind: lambda args, kind=kind: Budget(args.initial_kl_budget, args.blend_warmup_steps, kind)  # type: ignore[misc]
-    for kind in KINDS
+_DEFAULT_BUDGET = 0.01  # the paper's choice, nats per token
+_DEFAULT_GAP_SHARE = 0.75
+
+
+def _falling(kind: str) -> Callable[[Any], Schedule]:
+    return lambda args: Budget(_initial_budget(args), args.blend_warmup_steps, kind)
+
+
+def _initial_budget(args: Any) -> float:
+    return _DEFAULT_BUDGET if args.initial_kl_budget is None else float(args.initial_kl_budget)
+
+
+def _sequence(args: Any) -> Schedule:
+    # Were every token to spend it, the first step would still keep to the target.
+    start = args.sequence_kl_budget / args.max_completion_length
+    return SequenceBudget(args.sequence_kl_budget, start, highest=args.sequence_kl_budget)
+
+
+def _gap(args: Any) -> Schedule:
+    return GapBudget(_sequence(args) if args.initial_kl_budget is None else Constant(_initial_budget(args)))
+
+
+BUDGET_SCHEDULES: dict[str, BudgetSchedule] = {
+    "linear": BudgetSchedule(
+        "to 0 at blend_warmup_steps (paper)", _falling("linear"), ("initial_kl_budget", "blend_warmup_steps")
+    ),
+    "cosine": BudgetSchedule(
+        "the same along a cosine", _falling("cosine"), ("initial_kl_budget", "blend_warmup_steps")
+    ),
+    "constant": BudgetSchedule("never", lambda args: Constant(_initial_budget(args)), ("initial_kl_budget",)),
+    "sequence": BudgetSchedule("holds sequence_kl_budget nats per completion", _sequence, ("sequence_kl_budget",)),
+    "gap": BudgetSchedule(
+        "with the reverse KL, from initial_kl_budget or else sequence_kl_budget, and ends by itself",
+        _gap,
+        ("initial_kl_budget", "sequence_kl_budget"),
+    ),
 }
+"""How the budget of `trust_region` falls; one from outside may join."""
+
+
+def _share(args: Any, default: float = 1.0) -> Schedule:
+    return Constant(default if args.behavior_share is None else float(args.behavior_share))
 
 
 def _student(args: Any, length: Callable[[], int]) -> Behavior:
@@ -103,19 +175,38 @@ def _student(args: Any, length: Callable[[], int]) -> Behavior:
 def _trust_region(args: Any, length: Callable[[], int]) -> Behavior:
     from trb.policies import TrustRegionPolicy
 
-    return Scheduled(TrustRegionPolicy, BUDGET_SCHEDULES[args.budget_schedule](args))
+    schedule = BUDGET_SCHEDULES[args.budget_schedule].build(args)
+    share = _share(args, _DEFAULT_GAP_SHARE if isinstance(schedule, GapBudget) else 1.0)
+    return Scheduled(TrustRegionPolicy, schedule, share)
 
 
 def _fixed_budget(args: Any, length: Callable[[], int]) -> Behavior:
     from trb.policies import TrustRegionPolicy
 
-    return Scheduled(TrustRegionPolicy, Constant(float(args.initial_kl_budget)))
+    return Scheduled(TrustRegionPolicy, Constant(_initial_budget(args)), _share(args))
+
+
+def _annealed_share(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import TrustRegionPolicy
+
+    share = Ramp(1.0, 0.0, args.blend_warmup_steps)
+    return Scheduled(TrustRegionPolicy, FirstSteps(args.blend_warmup_steps, _initial_budget(args)), share)
+
+
+def _geometric(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import GeometricPolicy
+
+    if args.teacher_weight is not None:
+        return Scheduled(GeometricPolicy, Constant(float(args.teacher_weight)), _share(args))
+    # The start is small where nothing is known of the pair: divergence grows like its square.
+    return Scheduled(GeometricPolicy, SequenceBudget(args.sequence_kl_budget, 0.05, highest=1.0, power=2), _share(args))
 
 
 def _skd(args: Any, length: Callable[[], int]) -> Behavior:
     from trb.policies import SKDPolicy
 
-    return Scheduled(lambda tau: SKDPolicy(args.skd_teacher_top_k, tau), Constant(args.skd_teacher_temperature))
+    temperature = Constant(args.skd_teacher_temperature)
+    return Scheduled(lambda tau: SKDPolicy(args.skd_teacher_top_k, tau), temperature, _share(args))
 
 
 def _temperature(args: Any, length: Callable[[], int]) -> Behavior:
@@ -135,13 +226,24 @@ BEHAVIORS: dict[str, Half[BehaviorPolicy]] = {
     "trust_region": Half(
         "the policy closest to the teacher within a KL budget that shrinks to 0",
         _trust_region,
-        ("initial_kl_budget", "blend_warmup_steps", "budget_schedule"),
+        ("behavior_share",),
+        choice="budget_schedule",
     ),
-    "fixed_budget": Half("the same with a budget that stays", _fixed_budget, ("initial_kl_budget",)),
+    "fixed_budget": Half("the same with a budget that stays", _fixed_budget, ("initial_kl_budget", "behavior_share")),
+    "annealed_share": Half(
+        "a share of the rollouts, falling from 1 to 0, with a budget that stays; the student for the others",
+        _annealed_share,
+        ("initial_kl_budget", "blend_warmup_steps"),
+    ),
+    "geometric": Half(
+        "student^(1-weight) teacher^weight, by default with the weight that spends sequence_kl_budget",
+        _geometric,
+        ("teacher_weight", "sequence_kl_budget", "behavior_share"),
+    ),
     "skd": Half(
         "the student; a token outside the teacher's top k is replaced by a teacher sample",
         _skd,
-        ("skd_teacher_top_k", "skd_teacher_temperature"),
+        ("skd_teacher_top_k", "skd_teacher_temperature", "behavior_share"),
     ),
     "temperature": Half(
         "the student at a temperature that rises to 1",
@@ -205,6 +307,14 @@ METHODS: dict[str, Method] = {
         *("fixed_budget", "reverse_kl", "Fixed\N{NO-BREAK SPACE}ε"),
         "fixed-budget blending: initial_kl_budget, never annealed",
     ),
+    "share": Method(
+        *("annealed_share", "reverse_kl", "Annealed share"),
+        "a share of the rollouts is blended with initial_kl_budget, falling from 1 to 0",
+    ),
+    "geometric": Method(
+        *("geometric", "reverse_kl", "Geometric"),
+        "the same teacher weight at every prefix, such that a completion spends sequence_kl_budget",
+    ),
     "skd": Method(
         *("skd", "reverse_kl", "SKD"), "a student token outside the teacher's top-k is replaced by a teacher sample"
     ),
@@ -252,9 +362,17 @@ def kl_budget_of(policy: BehaviorPolicy) -> float:
     return float(getattr(policy, "kl_budget", 0.0))
 
 
-def knobs_of(pairs: Iterable[tuple[str, str]]) -> set[str]:
-    """The knobs that some pairs of (behavior, target) read, together."""
-    return {knob for behavior, loss in pairs for half in (BEHAVIORS[behavior], TARGETS[loss]) for knob in half.knobs}
+CHOICES = ("method", "behavior", "loss", "budget_schedule")
+"""The options that decide which knobs are read."""
+
+
+def knobs_of(configurations: Iterable[Any]) -> set[str]:
+    """The knobs that some configurations read, together; of each, only `CHOICES` are looked at."""
+    found: set[str] = set()
+    for args in configurations:
+        behavior, loss = pair_of(args)
+        found |= BEHAVIORS[behavior].reads(args) | TARGETS[loss].reads(args)
+    return found
 
 
 def halves() -> list[Half[Any]]:
@@ -264,10 +382,13 @@ def halves() -> list[Half[Any]]:
 
 def every_knob() -> set[str]:
     """The knobs of all behaviors and targets."""
-    return {knob for half in halves() for knob in half.knobs}
+    return {knob for half in halves() for knob in half.may_read()}
 
 
 def owners_of(knob: str) -> list[str]:
     """Whose knob it is, in words; nobody's if it is no knob."""
     kinds: tuple[tuple[str, Mapping[str, Half]], ...] = (("behavior", BEHAVIORS), ("loss", TARGETS))
-    return [f"{kind}: {name}" for kind, table in kinds for name, half in table.items() if knob in half.knobs]
+    owners = [f"{kind}: {name}" for kind, table in kinds for name, half in table.items() if knob in half.knobs]
+    if any(half.choice == knob for half in halves()):
+        owners += [f"behavior: {name}" for name, half in BEHAVIORS.items() if half.choice == knob]
+    return owners + [f"budget_schedule: {name}" for name, kind in BUDGET_SCHEDULES.items() if knob in kind.knobs]

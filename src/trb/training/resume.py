@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from trb.errors import InputError
 from trb.models.modeling import without_adapters
 from trb.records import RUN
-from trb.training.methods import behavior_of, every_knob, knobs_of, pair_of, target_of
+from trb.training.methods import behavior_of, every_knob, knobs_of, target_of
 from trb.vocab import SharedVocabulary
 
 __all__ = [
@@ -97,6 +97,7 @@ _COMPARED = """
     chat_template_kwargs repetition_penalty cache_implementation use_vllm vllm_mode vllm_model_impl
     vllm_structured_outputs_regex vllm_max_model_length vllm_tensor_parallel_size vllm_blended beta method
     behavior loss num_generations initial_kl_budget blend_warmup_steps budget_schedule skd_teacher_top_k
+    sequence_kl_budget behavior_share teacher_weight
     skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
     loss_top_k replica_dtype per_device_train_batch_size gradient_accumulation_steps"""
 COMPARED = tuple(_COMPARED.split())
@@ -164,7 +165,7 @@ def describe(
         student: the model in training, PEFT wrapper included.
         teacher: the teacher, whole. Of each tensor at most 64 evenly spaced numbers are hashed.
     """
-    unread = every_knob() - knobs_of([pair_of(args)])
+    unread = every_knob() - knobs_of([args])
     own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name not in FREE}
     return {
         **{name: _plain(value) for name, value in own.items() if name not in unread},
@@ -283,7 +284,8 @@ def length_matters(args: Any) -> bool:
     """Whether a step's results depend on how many steps are to come."""
     schedule = _plain(args.lr_scheduler_type)
     warmup_is_share = schedule in _ENDLESS[1:3] and 0 < args.warmup_steps < 1
-    scheduled = (half.schedule.follows_length for half in (behavior_of(args), target_of(args)))
+    behavior, target = behavior_of(args), target_of(args)
+    scheduled = (each.follows_length for each in (behavior.schedule, behavior.share, target.schedule))
     return schedule not in _ENDLESS or warmup_is_share or any(scheduled)
 
 

@@ -73,6 +73,7 @@ from trb.training.sharding import (
     shard_in_place,
     shards_parameters,
 )
+from trb.training.shares import blended_rows
 from trb.training.vllm import ReleaseEngine, WarmupEngine, deferred_generation
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
@@ -82,7 +83,6 @@ logger = logging.get_logger(__name__)
 
 
 # A step after every warm-up.
-_EVENTUALLY = 1 << 40
 
 
 class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
@@ -189,6 +189,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         self._observers = Observers({"behavior": self.behavior.schedule, "loss": self.target.schedule})
         self.add_callback(ShowSteps(self._observers, self._ranks))
         self._rollout: Rollout | None = None
+        self._blended: list[bool] = []
 
     # ---- set-up ----
 
@@ -206,7 +207,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
             if self.args.teacher_sharded:
                 raise InputError("teacher_sharded=True needs a launch with FSDP2 or ZeRO-3 (docs/distributed.md)")
             return None
-        if self.args.teacher_sharded and self.behavior_policy(_EVENTUALLY).needs_teacher:
+        if self.args.teacher_sharded and self.behavior.make(self.behavior.schedule.last()).needs_teacher:
             raise InputError(
                 f"teacher_sharded=True saves nothing with behavior {pair_of(self.args)[0]}, whose sampler needs the "
                 "whole teacher at every step; leave it at False"
@@ -281,12 +282,15 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
             completions = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
             return [[self.vocabulary.event_of(token) for token in ids] for ids in completions]
         keys = [prompt_key(ids) for ids in prompt_ids]
+        index = self._rollout_index(keys)
+        policies = self._policies_of_rows(policy, keys, index)
+        taught = any(each.needs_teacher for each in policies)
         with self.compute_loss_context_manager():
             self._rollout = sample(
                 self.sampling_student(),
-                self.accelerator.unwrap_model(self.teacher_model) if policy.needs_teacher else None,
+                self.accelerator.unwrap_model(self.teacher_model) if taught else None,
                 prompt_ids,
-                policy,
+                policies,
                 max_new_tokens=cast(int, self.max_completion_length),
                 eos_token_id=self.vocabulary.stop_ids,
                 vocab_size=self.vocabulary.size,
@@ -294,7 +298,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
                 seed=stream_seed(self.args.seed, "train" if training else "eval", step),
                 method=self.args.sampler,
                 prompt_keys=keys,
-                rollout_index=self._rollout_index(keys),
+                rollout_index=index,
                 max_rows=self.args.rollout_batch_size,
                 block_size=self.args.block_size or "planned",
                 keep_teacher_hidden=training,
@@ -302,6 +306,20 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
                 engine=engine,
             )
         return self._rollout.completions
+
+    def _policies_of_rows(self, policy: BehaviorPolicy, keys: list[int], index: list[int]) -> list[BehaviorPolicy]:
+        """The step's policy, or the student's where only a share of the rollouts is drawn from it."""
+        step = self.state.global_step
+        whole = not self.model.training or samples_student(policy)
+        share = 1.0 if whole else self.behavior.share.value(step)
+        self._blended = blended_rows(
+            share,
+            generations=self.args.num_generations,
+            keys=keys,
+            rollout_index=index,
+            seed=stream_seed(self.args.seed, "share", step),
+        )
+        return [policy if blended else StudentPolicy() for blended in self._blended]
 
     def sampling_student(self) -> PreTrainedModel:
         """The student to sample from: the model itself, or under FSDP2 and ZeRO-3 this process's whole copy of it.
@@ -360,6 +378,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
             # The parent shuffles rows and splits them over accumulation steps; this says which is which.
             output["rollout_row"] = torch.arange(len(inputs), device=output["completion_ids"].device)
             self._add_rollout(mode, self._rollout)
+            self._compare_rewards(mode, rewards)
             if mode == "train" and self.accelerator.is_main_process:
                 self._record(texts, rewards)
         return output
@@ -395,6 +414,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
             )
         )
         self._add_token_metrics(metrics)
+        if "rollout_row" in inputs:
+            self._compare_tokens(metrics, inputs["rollout_row"], completion_BL)
         if self.model.training:
             self._guard.watch(inputs, metrics.reverse_kl)
         return loss, metrics.student_entropy.sum(), inputs["completion_mask"].sum()

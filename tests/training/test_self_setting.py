@@ -1,0 +1,265 @@
+"""Warm-ups that set themselves: what they hold, when they end, and that nothing of it is lost or differs."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import Kill, build, config, logged, losses, weights
+
+from trb.policies import GeometricPolicy, StudentPolicy, TrustRegionPolicy
+from trb.schedule import Constant, GapBudget, Schedule, SequenceBudget
+from trb.training.methods import behavior_of
+from trb.training.shares import blended_rows
+
+SCHEDULES = {
+    "sequence": {"budget_schedule": "sequence", "sequence_kl_budget": 0.7},
+    "gap": {"budget_schedule": "gap"},
+    "gap from a budget": {"budget_schedule": "gap", "initial_kl_budget": 0.3, "behavior_share": 0.5},
+    "geometric": {"method": "geometric", "sequence_kl_budget": 0.7},
+    "share": {"method": "share", "initial_kl_budget": 0.3},
+}
+
+
+# ---- the budget of a whole completion ----
+
+
+def held(schedule: Schedule, spend: Any, steps: int) -> list[float]:
+    """What is spent step by step by a pair whose completions cost `spend(value, step)`."""
+    found = []
+    for step in range(steps):
+        found.append(spend(schedule.value(step), step))
+        schedule.observe(step, {"sequence_kl": found[-1]})
+    return found
+
+
+@pytest.mark.parametrize("length", [20, 400, 7000])
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_the_target_is_met_whatever_the_length(length: int, noise: float) -> None:
+    """Half of the tokens leave more to spend than any budget tried, the others at most 0.02 nats; completions grow."""
+    generator = torch.Generator().manual_seed(length)
+
+    def spend(budget: float, step: int) -> float:
+        tokens = length * (1 + step / 60)
+        factor = 1 + noise * (2 * torch.rand((), generator=generator).item() - 1)
+        return factor * tokens * (0.5 * budget + 0.5 * min(budget, 0.02))
+
+    schedule = SequenceBudget(1.0, start=1.0 / 8192, highest=1.0)
+    spent = held(schedule, spend, 60)
+    assert sum(spent) / 60 == pytest.approx(1.0, abs=0.05)
+    assert sum(spent[20:]) / 40 == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_a_teacher_weight_meets_the_target_too(noise: float) -> None:
+    """Divergence grows like the square of the weight, and more slowly near the teacher."""
+    generator = torch.Generator().manual_seed(3)
+
+    def spend(weight: float, step: int) -> float:
+        return 8 * weight**2 / (1 + weight) * (1 + noise * (2 * torch.rand((), generator=generator).item() - 1))
+
+    spent = held(SequenceBudget(1.0, 0.05, highest=1.0, power=2), spend, 60)
+    assert sum(spent) / 60 == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_target_that_cannot_be_spent_leaves_no_debt() -> None:
+    """The pair has half a nat between its models; then their gap opens, and one step costs ten, which is made good."""
+    schedule = SequenceBudget(1.0, 0.01, highest=1.0)
+    held(schedule, lambda budget, step: 0.5 * min(1.0, budget / 0.1), 50)
+    assert schedule.value(0) == 1.0
+    spent = held(schedule, lambda budget, step: 10 * budget, 20)
+    assert max(spent[2:]) < 2.0
+    assert sum(spent) / 20 == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_step_without_blended_rollouts_teaches_nothing() -> None:
+    schedule = SequenceBudget(1.0, 0.01, highest=1.0)
+    schedule.observe(0, {"reverse_kl": 1.0})
+    assert schedule.value(1) == 0.01
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.inf, math.nan])
+def test_a_target_that_is_none_is_named(target: float) -> None:
+    with pytest.raises(ValueError, match=f"sequence_kl_budget must be positive and finite, in nats, got {target}"):
+        SequenceBudget(target, 0.1, 1.0)
+
+
+# ---- the budget that follows the gap ----
+
+
+def test_the_budget_falls_with_the_gap_and_ends_for_good() -> None:
+    schedule = GapBudget(Constant(0.5))
+    gaps = [4.0, 2.0, 8.0, *[0.0] * 30]
+    values = []
+    for step, gap in enumerate(gaps):
+        values.append(schedule.value(step))
+        schedule.observe(step, {"reverse_kl": gap})
+    assert values[:3] == [0.5, 0.5, pytest.approx(0.5 * 0.9)]
+    assert values[3] == pytest.approx(0.5 * min(1, 0.8 * 0.9 + 0.2 * 2))
+    first_end = values.index(0.0)
+    assert values[first_end - 1] >= 0.5 * 0.03 > 0.8 * values[first_end - 1]
+    assert not any(values[first_end:])
+    schedule.observe(99, {"reverse_kl": 100.0})
+    assert schedule.value(100) == 0.0 == schedule.last()
+
+
+def test_the_warm_up_ends_when_blended_rollouts_are_no_better() -> None:
+    def ended_at(better: float, reward: float | None = None) -> int | None:
+        generator = torch.Generator().manual_seed(0)
+        schedule = GapBudget(Constant(0.5))
+        for step in range(60):
+            noise = torch.randn((), generator=generator).item()
+            seen = {"teacher_log_prob_blended": -1.0 + better + 0.1 * noise, "teacher_log_prob_student": -1.0}
+            rewards = {} if reward is None else {"reward_blended": 0.5 + reward, "reward_student": 0.5}
+            schedule.observe(step, {"reverse_kl": 1.0, **seen, **rewards})
+            if not schedule.value(step + 1):
+                return step
+        return None
+
+    assert ended_at(1.0) is None
+    assert ended_at(0.0) in range(9, 20)
+    assert ended_at(-1.0) == 9
+    assert ended_at(-1.0, reward=0.2) is None
+    assert ended_at(-1.0, reward=0.0) == 9
+
+
+def test_a_base_that_remembers_is_told_what_would_have_been_spent() -> None:
+    schedule = GapBudget(SequenceBudget(1.0, 0.01, highest=10.0))
+    spent = []
+    for step in range(30):
+        spent.append(20 * schedule.value(step))
+        schedule.observe(step, {"sequence_kl": spent[-1], "reverse_kl": 1.0 if step < 15 else 0.5})
+    assert spent[14] == pytest.approx(1.0, rel=0.05)
+    assert spent[-1] == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "gap", "gap from a budget", "geometric"])
+def test_a_memory_survives_its_checkpoint_to_the_bit(tmp_path: Path, kind: str) -> None:
+    seen = [
+        {"sequence_kl": 0.3 + 0.1 * step, "reverse_kl": 1 / (1 + step), "reward_blended": 0.7, "reward_student": 0.1}
+        for step in range(12)
+    ]
+    straight, first, again = (behavior_of(config(tmp_path, **SCHEDULES[kind])).schedule for _ in range(3))
+    for step, numbers in enumerate(seen):
+        straight.observe(step, numbers)
+        (first if step < 5 else again).observe(step, numbers)
+        if step == 4:
+            again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert again.value(12) == straight.value(12)
+    assert again.state_dict() == straight.state_dict()
+
+
+# ---- shares ----
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
+@pytest.mark.parametrize("generations", [1, 4, 5])
+def test_a_share_of_each_prompts_rollouts_is_blended(share: float, generations: int) -> None:
+    keys = [key for key in range(4000) for _ in range(generations)]
+    index = [*range(generations)] * 4000
+    rows = blended_rows(share, generations=generations, keys=keys, rollout_index=index, seed=3)
+    counts = torch.tensor(rows).view(4000, generations).sum(1).double()
+    assert counts.min() >= math.floor(share * generations)
+    assert counts.max() <= math.ceil(share * generations)
+    # A prompt's count is the share by chance: five standard errors of a coin.
+    assert counts.mean().item() == pytest.approx(share * generations, abs=5 * 0.5 / math.sqrt(4000) + 1e-12)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = blended_rows(
+        *(share,),
+        generations=generations,
+        keys=[keys[i] for i in order],
+        rollout_index=[index[i] for i in order],
+        seed=3,
+    )
+    assert shuffled == [rows[i] for i in order]
+
+
+def test_rollouts_of_a_step_are_of_both_kinds_and_told_apart(tmp_path: Path) -> None:
+    trainer = build(tmp_path, budget_schedule="gap", initial_kl_budget=0.5, max_steps=1, recorded_rollouts=8)
+    trainer.train()
+    (row,) = (row for row in trainer.state.log_history if "loss" in row)
+    assert row["trb/share"] == 0.75
+    assert row["trb/kl_budget"] == 0.5
+    rollouts = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [rollout["blended"] for rollout in rollouts] == [True, True, True, False] * 2
+    student = [rollout for rollout in rollouts if not rollout["blended"]]
+    blended = [rollout for rollout in rollouts if rollout["blended"]]
+    assert all(weight == 0 for rollout in student for weight in rollout["teacher_weight"])
+    assert all(max(rollout["teacher_weight"]) > 0 for rollout in blended)
+    spent = [sum(rollout["kl_student"]) for rollout in blended]
+    assert row["trb/sequence_kl"] == pytest.approx(sum(spent) / len(spent), rel=1e-5)
+    for kind, some in (("blended", blended), ("student", student)):
+        mean = sum(sum(r["teacher_log_prob"]) for r in some) / sum(len(r["tokens"]) for r in some)
+        assert row[f"trb/teacher_log_prob_{kind}"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_the_students_rows_are_those_of_plain_distillation(tmp_path: Path) -> None:
+    both = build(tmp_path / "gap", budget_schedule="gap", initial_kl_budget=0.5, max_steps=1, recorded_rollouts=8)
+    plain = build(tmp_path / "opd", method="opd", max_steps=1, recorded_rollouts=8)
+    found = []
+    for trainer, name in ((both, "gap"), (plain, "opd")):
+        trainer.train()
+        lines = (tmp_path / name / "rollouts.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["completion"] for line in lines])
+    assert found[0][3::4] == found[1][3::4]
+    assert found[0] != found[1]
+
+
+def test_an_annealed_share_ends_with_the_student(tmp_path: Path) -> None:
+    behavior = behavior_of(config(tmp_path, method="share", initial_kl_budget=0.3, blend_warmup_steps=4))
+    assert [behavior.share.value(step) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert behavior.at(3) == TrustRegionPolicy(0.3)
+    assert behavior.at(4) == TrustRegionPolicy(0.0)
+
+
+def test_what_a_user_sets_is_what_is_built(tmp_path: Path) -> None:
+    assert behavior_of(config(tmp_path, method="geometric", teacher_weight=0.3)).at(7) == GeometricPolicy(0.3)
+    assert behavior_of(config(tmp_path, initial_kl_budget=None)).at(0) == TrustRegionPolicy(0.01)
+    sequence = behavior_of(config(tmp_path, budget_schedule="sequence", max_completion_length=50))
+    assert sequence.at(0) == TrustRegionPolicy(1 / 50)
+    assert sequence.share.value(0) == 1.0
+    assert behavior_of(config(tmp_path, budget_schedule="gap")).share.value(0) == 0.75
+    assert behavior_of(config(tmp_path, method="opd")).at(0) == StudentPolicy()
+    with pytest.raises(ValueError, match=r"behavior_share must lie in \[0, 1\], got 1.5"):
+        config(tmp_path, behavior_share=1.5)
+    with pytest.raises(ValueError, match=r"teacher_weight must lie in \[0, 1\], got -0.1"):
+        config(tmp_path, method="geometric", teacher_weight=-0.1)
+
+
+# ---- whole runs ----
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> None:
+    settings: dict[str, Any] = {
+        **{"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "blend_warmup_steps": 4},
+        **{"initial_kl_budget": None, **SCHEDULES[kind]},
+    }
+    straight = build(tmp_path / "straight", **settings)
+    straight.train()
+    killed = build(tmp_path / "killed", callbacks=[Kill(5)], **settings)
+    with contextlib.suppress(KeyboardInterrupt):
+        killed.train()
+    resumed = build(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for name in ("kl_budget", "share"):
+        assert logged(resumed, name) == logged(straight, name)
+    assert resumed.behavior.schedule.state_dict() == straight.behavior.schedule.state_dict()
+    assert losses(resumed) == losses(straight)
+    both = zip(weights(straight).values(), weights(resumed).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in both)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("behavior", [{"budget_schedule": "sequence"}, {"method": "geometric"}], ids=str)
+def test_a_run_meets_its_target(tmp_path: Path, behavior: dict[str, Any]) -> None:
+    """The embedded pair as it is, hardly trained: about 25 tokens a completion, of at most 64."""
+    settings: dict[str, Any] = {"initial_kl_budget": None, "max_steps": 40, "per_device_train_batch_size": 32}
+    settings |= {"learning_rate": 1e-7, "max_completion_length": 64, "recorded_rollouts": 0}
+    trainer = build(tmp_path, **settings, **behavior)
+    trainer.train()
+    spent = logged(trainer, "sequence_kl")
+    assert sum(spent) / len(spent) == pytest.approx(1.0, abs=0.05)
