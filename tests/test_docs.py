@@ -103,7 +103,12 @@ def test_the_method_page_has_every_method_behavior_and_loss_with_its_knobs() -> 
         found = cells(page, first)
         assert found.keys() == halves.keys()
         for name, half in halves.items():
-            assert [word for word in found[name] if "." not in word] == [*half.knobs]
+            knobs = [*([half.choice] if half.choice else []), *half.knobs]
+            assert [word for word in found[name] if "." not in word] == knobs
+    schedules = cells(page, "budget_schedule")
+    assert schedules.keys() == BUDGET_SCHEDULES.keys()
+    for name, kind in BUDGET_SCHEDULES.items():
+        assert [word for word in schedules[name] if "." not in word] == [*kind.knobs]
 
 
 def test_the_list_of_modules_is_that_of_their_docstrings() -> None:

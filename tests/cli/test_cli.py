@@ -85,7 +85,7 @@ def test_python_m_trb_is_the_command() -> None:
 def test_help_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help-keys"]) == 0
     text = capsys.readouterr().out
-    assert "  initial_kl_budget  (a number; default 0.01)" in text
+    assert "  sequence_kl_budget  (a number; default 1.0)" in text
     assert "  student  (text; required)" in text
     assert "  output_dir  (" not in text
     assert all(len(line) <= 120 for line in text.splitlines())

@@ -157,7 +157,7 @@ def test_models_and_prompts_are_required(tmp_path: Path, key: str) -> None:
 def test_every_key_has_a_help_text_and_a_default() -> None:
     entries = {key: (kind, default, text) for group in describe_keys().values() for key, kind, default, text in group}
     assert entries["student"][1] == "required"
-    assert entries["initial_kl_budget"][:2] == ("a number", "default 0.01")
+    assert entries["initial_kl_budget"][:2] == ("a number or null", "default null")
     for field in dataclasses.fields(RunConfig):
         assert len(entries[field.name][2]) > 10
     assert all(kind for kind, _, _ in entries.values())
@@ -215,6 +215,7 @@ def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> N
     assert yaml.safe_load(path.read_text())["save_strategy"] == "no"  # other readers of YAML agree
     everything = {key for group in describe_keys().values() for key, *_ in group}
     of_other_methods = {"skd_teacher_top_k", "skd_teacher_temperature", "initial_temperature"}
+    of_other_methods |= {"sequence_kl_budget", "teacher_weight"}
     of_other_methods |= {"temperature_warmup_steps", "sft_warmup_steps", "veto_strength", "veto_steps"}
     assert set(recipe.resolved()) == everything - of_other_methods
 
@@ -222,10 +223,15 @@ def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("method: opd\ninitial_kl_budget: 0.1", r"initial_kl_budget would do nothing.*behavior: trust_region"),
+        (
+            "method: opd\ninitial_kl_budget: 0.1",
+            r"initial_kl_budget would do nothing.*behavior: fixed_budget.*budget_schedule: linear",
+        ),
         ("method: fixed\nblend_warmup_steps: 3", "blend_warmup_steps would do nothing"),
         ("method: veto\nsft_warmup_steps: 3", r"sft_warmup_steps would do nothing.*loss: veto"),
         ("method: trb\nbehavior: student\ninitial_kl_budget: 1", "initial_kl_budget would do nothing"),
+        ("budget_schedule: gap\nblend_warmup_steps: 9", r"blend_warmup_steps would do nothing.*budget_schedule: gap"),
+        ("budget_schedule: sequence\ninitial_kl_budget: 9", "initial_kl_budget would do nothing"),
         ("method: trb\nveto_strength: 0.1", r"veto_strength would do nothing: it belongs to loss: veto"),
         ("methods: {opd: {initial_kl_budget: 1}}", r"methods: opd: initial_kl_budget would do nothing"),
         ("initial_kl_budget: 1\nmethods: {opd: , veto: }", "initial_kl_budget would do nothing"),

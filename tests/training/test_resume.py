@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from trb import TRBConfig, zoo
 from trb.records import RUN
 from trb.training import checkpoints, resume
-from trb.training.methods import every_knob, knobs_of, pair_of
+from trb.training.methods import every_knob, knobs_of
 from trb.training.resume import ChangedRunError, spread
 from trb.training.trainer import TRBTrainer
 
@@ -84,7 +84,7 @@ def test_free_options_change_nothing_that_is_kept_and_each_other_one_is_found(tm
     args = config(tmp_path)
     before = described(args)
     assert keys_of(before, before) == []
-    unread = every_knob() - knobs_of([pair_of(args)])
+    unread = every_knob() - knobs_of([args])
     assert "veto_strength" in unread
     for item in dataclasses.fields(TRBConfig):
         other = copy.copy(args)
