@@ -68,6 +68,8 @@ OUTCOME = (
 )
 BEHAVIOR = (
     Quantity("trb/kl_budget", "KL budget ε", "nats", "Allowed KL(μ ‖ student) at a prefix"),
+    Quantity("trb/share", "Share of blended rollouts", "", "The others are the student's own", format="percent"),
+    Quantity("trb/gap", "Gap left", "", "Reverse KL, smoothed, relative to step 0; the budget falls with it"),
     Quantity("trb/teacher_weight", "Teacher weight β", "", "Mean over visited tokens; 0 student, 1 teacher"),
     Quantity(
         "trb/kl_student",

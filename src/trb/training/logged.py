@@ -23,6 +23,7 @@ from trb.losses.terms import TokenMetrics
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.sampling import Rollout, prompt_key
 from trb.sampling.scoring import TokenScores, score_completions
+from trb.schedule import Constant
 from trb.training.config import TRBConfig
 from trb.training.guard import StepGuard
 from trb.training.methods import Behavior, kl_budget_of
@@ -123,7 +124,9 @@ class MeasuredTrainer(DistillationTrainer):
         if budget > 0 and math.isfinite(budget):
             self._add(mode, "sequence_kl_bound", budget * tokens, len(completions))
         if mode == "train":
-            self._add(mode, "share", 0 if samples_student(policy) else sum(self._blended), len(self._blended))
+            if self.behavior.share != Constant(1.0):
+                drawn = 0 if samples_student(policy) else sum(self._blended)
+                self._add(mode, "share", drawn, len(self._blended))
             for name, value in self.behavior.schedule.readings().items():
                 self._add(mode, name, value, 1)
         self._add(mode, "teacher_calls", rollout.teacher_calls, 1)
