@@ -125,8 +125,8 @@ class MeasuredTrainer(DistillationTrainer):
             self._add(mode, "sequence_kl_bound", budget * tokens, len(completions))
         if mode == "train":
             if self.behavior.share != Constant(1.0):
-                drawn = 0 if samples_student(policy) else sum(self._blended)
-                self._add(mode, "share", drawn, len(self._blended))
+                blended = 0 if samples_student(policy) else sum(self._blended)
+                self._add(mode, "share", blended, len(self._blended))
             for name, value in self.behavior.schedule.readings().items():
                 self._add(mode, name, value, 1)
         self._add(mode, "teacher_calls", rollout.teacher_calls, 1)
