@@ -239,12 +239,31 @@ def remember(directory: Path, count: int) -> dict[str, Any]:
     return {"shares": shares, "state": trainer.behavior.schedule.state_dict()["now"]}
 
 
+SELF_SETTING: dict[str, dict[str, Any]] = {
+    "gap": {"budget_schedule": "gap", "initial_kl_budget": None, "behavior_share": 0.5},
+    "geometric": {"method": "geometric", "sequence_kl_budget": 0.5},
+}
+
+
+def set_itself(directory: Path, count: int, **settings: Any) -> dict[str, Any]:
+    """A warm-up that sets itself: what is logged of each step, and what is remembered at the end."""
+    trainer = build(directory, count, **settings)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    names = {name for row in logs for name in row if name.startswith("trb/") and not name.endswith("_calls")}
+    return {
+        "logs": [{name: row[name] for name in sorted(names) if name in row} for row in logs],
+        "state": trainer.behavior.schedule.state_dict(),
+    }
+
+
 SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ddp": (nullcontext, train, {"ddp_find_unused_parameters": False}),
     # Recomputed activations gather each layer's weights once more, in the backward pass.
     "fsdp2": (partial(launched_on_cpu, FSDP2), train, {"teacher_sharded": True, "gradient_checkpointing": True}),
     "evaluation": (nullcontext, resume_evaluation, {}),
     "schedule": (nullcontext, remember, {}),
+    **{name: (nullcontext, set_itself, settings) for name, settings in SELF_SETTING.items()},
     # Last: transformers remembers DeepSpeed for the rest of the process.
     "zero3": (partial(launched_on_cpu, ZERO3), train, {"teacher_sharded": True}),
 }

@@ -160,3 +160,25 @@ def test_a_schedule_that_remembers_is_the_same_everywhere(pair: Any, tmp_path: P
     assert len(set(first["shares"])) == 3
     assert first["state"] == pytest.approx(alone["state"], rel=1e-9)
     assert first["shares"] == pytest.approx(alone["shares"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", worker.SELF_SETTING)
+def test_a_warm_up_that_sets_itself_is_the_same_everywhere(name: str, pair: Any, tmp_path: Path) -> None:
+    first, second = pair[name]
+    alone = worker.set_itself(tmp_path, 1, **worker.SELF_SETTING[name])
+    assert first == second
+    assert {"trb/sequence_kl", "trb/teacher_weight"} <= alone["logs"][0].keys()
+    if name == "gap":
+        assert {"trb/gap", "trb/share", "trb/teacher_log_prob_student", "trb/reward_blended"} <= alone["logs"][0].keys()
+    for ours, theirs in zip(first["logs"], alone["logs"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+    flat = [
+        {
+            key: value
+            for part in (state, state.get("base", {}), *state.get("advantages", {}).values())
+            for key, value in part.items()
+            if isinstance(value, float)
+        }
+        for state in (first["state"], alone["state"])
+    ]
+    assert flat[0] == pytest.approx(flat[1], rel=1e-9)
