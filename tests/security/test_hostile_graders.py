@@ -119,8 +119,7 @@ def test_code_in_the_grading_process(folder: Path, what: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS)
     limited, _, result = done.stdout.partition("\n")
-    assert result, done.stderr
-    assert "DONE" not in result, f"limits {limited}, then {result}"
+    assert result.startswith(("PermissionError", "MemoryError")), f"limits {limited}, then {result or done.stderr}"
 
 
 def test_secrets_in_the_environment(folder: Path) -> None:

@@ -31,9 +31,9 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from hostile_helpers import Bomb, canary, guarded, refused, shards, within
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from small_recipes import STUDY
 from tiny_runs import build
 
-import trb.tasks.grading
 from trb import zoo
 from trb.models import directories, loading
 from trb.models.loading import load_model, load_tokenizer
@@ -41,6 +41,7 @@ from trb.safety import confinement
 from trb.safety.templates import check_chat_template
 from trb.safety.untrusted import check_checkpoint, check_weight_index, parse_json, parse_yaml, printable, require_inside
 from trb.studies import workers
+from trb.studies.study import Study
 from trb.tasks.grading import Verifier
 from trb.tasks.prompts import load_prompts
 
@@ -146,7 +147,7 @@ def test_local_things_need_no_network(tmp_path: Path, monkeypatch: pytest.Monkey
         load_model("owner/no-such-model")
 
 
-def test_ray_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_reports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     ray = ModuleType("ray")
     ray.init = lambda **_: seen.append(os.environ.get("RAY_USAGE_STATS_ENABLED"))  # type: ignore[attr-defined]
@@ -154,7 +155,8 @@ def test_ray_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "")
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
-    with workers._ray_session("local"):
+    study = Study.model_validate(STUDY)
+    with workers.open_pool(tmp_path, study, None, "local", 0.0, False):
         assert seen == ["0"]
 
 
@@ -514,12 +516,12 @@ def test_sympy_reads_what_it_read_before(monkeypatch: pytest.MonkeyPatch) -> Non
         sympy_parser.parse_expr("x.__class__", evaluate=False)
 
 
-WITHOUT_LIMITS = "import sys; sys.modules['resource'] = None\n"
-
-
-def test_a_system_without_limits_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_system_without_limits_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The module `resource` is missing on Windows; time is limited there all the same."""
-    monkeypatch.setattr(trb.tasks.grading, "_BOOT", WITHOUT_LIMITS + trb.tasks.grading._BOOT)
+    (tmp_path / "resource.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)  # the grader looks for modules where this process does
     with caplog.at_level(logging.WARNING), Verifier(timeout_s=20) as verifier:
         assert verifier.score([r"\boxed{x+1}"], [{"answer": "1+x"}]) == [1.0]
     assert "cannot limit the memory" in caplog.text
