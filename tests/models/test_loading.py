@@ -412,7 +412,7 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, victim: str, damage: str, caplo
 
 
 def test_a_failed_conversion_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any, directory: Path) -> None:  # the weights are there by then
+    def fail(self: Any, directory: Path, **options: Any) -> None:  # the weights are there by then
         assert (directory / "model.safetensors").is_file()
         raise RuntimeError("disk full")
 
@@ -427,11 +427,12 @@ def test_a_process_that_comes_second_uses_the_copy_of_the_first(cache: Path, mon
     saved: list[Path] = []
     stamps: list[int] = []
 
-    def overtaken(self: Any, directory: Path) -> Any:  # another conversion begins and ends while this one is writing
+    def overtaken(self: Any, directory: Path, **options: Any) -> Any:
+        """Another conversion begins and ends while this one is writing."""
         saved.append(directory)
         if len(saved) == 1:
             stamps.append((packaged.smollm2_directory() / "manifest.json").stat().st_mtime_ns)
-        return save(self, directory)
+        return save(self, directory, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", overtaken)
     first = packaged.smollm2_directory()
