@@ -62,18 +62,19 @@ def guarded(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def within(seconds: int) -> Iterator[None]:
+def within(seconds: float) -> Iterator[None]:
     """Fails if the block takes longer, as far as Python gets to act."""
 
     def late(*_: Any) -> None:
         pytest.fail(f"still running after {seconds} s")
 
-    before, left = signal.signal(signal.SIGALRM, late), signal.alarm(seconds)
+    before = signal.signal(signal.SIGALRM, late)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.signal(signal.SIGALRM, before)
-        signal.alarm(left)  # of the block around this one
+        signal.setitimer(signal.ITIMER_REAL, left)  # of the block around this one
 
 
 # (a folder, what was seen), the innermost last; audit hooks cannot be taken back, so one looks here.

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hostile_helpers import SECONDS, each
+from hostile_helpers import SECONDS, each, slow
 from rich.console import Console
 
 from trb.cli import main
@@ -53,6 +53,7 @@ def test_a_table_with(folder: Path, text: str) -> None:
     assert output.getvalue().count("[bold]") == 3, "it was read as markup"
 
 
+@slow
 def test_a_traceback_about_a_file(folder: Path) -> None:
     """A bug of ours must not print what a file holds as it is: forced here by an error from outside the package."""
     code = (
