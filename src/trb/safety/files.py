@@ -18,6 +18,7 @@ from typing import Any
 from trb.errors import MissingFileError
 
 __all__ = [
+    "HOLDS_RUNS",
     "LOCK",
     "UNFINISHED",
     "cache_directory",

@@ -36,6 +36,7 @@ __all__ = [
     "continuation_probe",
     "default_truncations",
     "matched_excerpts",
+    "relative_success",
     "replacement_curve",
 ]
 

@@ -59,6 +59,7 @@ class Recipe:
             raise ConfigError(f"{self.source}: {error}") from error
 
     def accumulation_steps(self) -> int:
+        """What makes `prompts_per_step` of the batches and processes there are. Raises ConfigError if nothing does."""
         if "gradient_accumulation_steps" in self.training:
             raise ConfigError("prompts_per_step sets gradient_accumulation_steps; give one of the two")
         rollouts = (self.run.prompts_per_step or 0) * self._value("num_generations")

@@ -33,7 +33,7 @@ from trb.vocab import SharedVocabulary
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["evaluate_suites", "mean_of_suites", "precision", "scores_before"]
+__all__ = ["evaluate_suites", "mean_of_suites", "precision", "rows_in_flight", "scores_before"]
 
 logger = logging.getLogger(__name__)
 

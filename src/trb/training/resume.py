@@ -35,6 +35,7 @@ from trb.vocab import SharedVocabulary
 __all__ = [
     "COMPARED",
     "FREE",
+    "LAYOUT",
     "LENGTH",
     "ChangedRunError",
     "Difference",
