@@ -205,7 +205,8 @@ class Count:
     """Writes the attempts of a session: the area is the name of the file, the attempt that of the test."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.attempts = path, {}
+        self.path = path
+        self.attempts: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = re.search(r"test_hostile_(\w+)\.py::test_(\w+)(?:\[(.*)\])?$", report.nodeid)

@@ -28,7 +28,7 @@ import torch
 import transformers
 import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from hostile_helpers import Bomb, canary, guarded, refused, shards, within
+from hostile_helpers import Bomb, canary, checkpoint, guarded, model_copy, refused, shards, within
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from small_recipes import STUDY
@@ -84,6 +84,13 @@ def test_an_attempt_that_succeeds_is_noticed(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises((AssertionError, pytest.fail.Exception), match=why), guarded(tmp_path):
         attempt(tmp_path)
+
+
+def test_attempts_are_refused_for_nothing_else(tmp_path: Path) -> None:
+    """What they are made of is accepted."""
+    load_model(str(model_copy(tmp_path)))
+    check_checkpoint(checkpoint(tmp_path / "whole"))
+    check_checkpoint(shards(tmp_path / "sharded", {"lr": 0.1, "weight": torch.ones(2)}).parent)
 
 
 def test_attempts_are_counted(pytester: pytest.Pytester) -> None:
@@ -189,13 +196,13 @@ def test_a_checkpoint_of_transformers_passes(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_sharded_checkpoint_of_torch_passes(tmp_path: Path) -> None:
-    from torch.distributed import checkpoint
+    from torch.distributed import checkpoint as sharded
 
     layer = torch.nn.Linear(2, 2).to(torch.bfloat16)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
-    checkpoint.save(
+    sharded.save(
         {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "shards"
     )
     assert (tmp_path / "shards" / ".metadata").is_file()
@@ -227,13 +234,13 @@ def test_the_best_model_is_looked_into_too(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_attempts_on_shards_are_real(tmp_path: Path) -> None:
     """Were it not refused, torch would run it, and under weights_only=True it would not have to."""
-    from torch.distributed import checkpoint
+    from torch.distributed import checkpoint as sharded
 
     path = shards(tmp_path, {"lr": Bomb(tmp_path)})
     with pytest.raises(ValueError, match=r"__0_0.distcp holds a record that could run code .*TRB_TRUST_CHECKPOINTS=1"):
         check_checkpoint(path)
     assert not canary(tmp_path).exists()
-    checkpoint.load({"lr": 0.0}, checkpoint_id=path)
+    sharded.load({"lr": 0.0}, checkpoint_id=path)
     assert canary(tmp_path).exists()
 
 
