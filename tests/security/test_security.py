@@ -202,9 +202,7 @@ def test_a_sharded_checkpoint_of_torch_passes(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
-    sharded.save(
-        {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "shards"
-    )
+    sharded.save({"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "shards")
     assert (tmp_path / "shards" / ".metadata").is_file()
     check_checkpoint(tmp_path)
 
