@@ -135,8 +135,8 @@ study-smollm2: $(VENV)/run.stamp ## the same study on SmolLM2-135M and its prune
 zoo: $(VENV)/run.stamp ## train the embedded pair again, into runs/zoo
 	$(BIN)/python -m trb.zoo.train --out runs/zoo
 
-hostile: $(VENV)/dev.stamp ## attack every input that others may have written, and count the refusals (five minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/hostile.py
+hostile: $(VENV)/dev.stamp ## attack every input that others may have written, and count the refusals (five to ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/security --attempts-json benchmarks/results/hostile.json
 
 # atheris brings allocators and signal handlers of its own: it stays out of the environment.
 FUZZ_SECONDS ?= 60

@@ -875,15 +875,6 @@ def slope(samples: list[dict[str, Any]], name: str) -> float:
 # ---- all of it ----
 
 
-def hostile(folder: Path) -> dict[str, Any] | None:
-    """Inputs made to do harm, where their script is there."""
-    script, out = HERE / "hostile.py", folder / "hostile.json"
-    if not script.exists():
-        return None
-    subprocess.run([sys.executable, str(script), "--json", str(out)], check=False, capture_output=True, timeout=600)
-    return json.loads(out.read_text()) if out.exists() else {"tried": 1, "refused": 0, "cases": ["it did not run"]}
-
-
 def torture(lab: Lab, seed: int, quick: bool, kill_count: int, steps: int) -> dict[str, Any]:
     """Everything, in the order of the table."""
     rng, began = random.Random(seed), time.monotonic()
@@ -901,7 +892,6 @@ def torture(lab: Lab, seed: int, quick: bool, kill_count: int, steps: int) -> di
     result["checkpoints"] = corruption(lab, rng, 1 if quick else 6)
     result["matrix"] = matrix(lab, rng, 12 if quick else None)
     result["faults"] = faults(lab, rng, list(QUICK) if quick else list(FAULTS))
-    result["hostile_inputs"] = None if quick else hostile(lab.folder)
     result["growth"] = growth(lab, steps)
     result["differences_after_resume"] = sum(len(result[part]["differences"]) for part in ("kills", "checkpoints"))
     result["seconds"] = round(time.monotonic() - began)
@@ -917,9 +907,6 @@ def failures(result: dict[str, Any]) -> list[str]:
         found.append(f"damage was not recognised: {', '.join(result['checkpoints']['unrecognised'])}")
     found += result["matrix"]["wrong"]
     found += [f"{name}: {verdict}" for name, verdict in result["faults"]["cases"].items() if "not handled" in verdict]
-    hostile_inputs = result["hostile_inputs"]
-    if hostile_inputs and hostile_inputs["refused"] < hostile_inputs["tried"]:
-        found.append("a hostile input was let in")
     growing = [name for name, most in MOST_GROWTH.items() if result["growth"]["per_1000_steps"][name] > most]
     if growing and result["growth"]["steps"] >= 1000:  # over less, one handle that is open now and then is a slope
         found.append(f"growing with the steps: {', '.join(growing)}")
@@ -928,17 +915,13 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 def print_table(result: dict[str, Any], console: Console) -> None:
     kills, damaged, faulty = result["kills"], result["checkpoints"], result["faults"]
-    growing, hostile_inputs = result["growth"]["per_1000_steps"], result["hostile_inputs"]
+    growing = result["growth"]["per_1000_steps"]
     table = Table("", "", title="torture", title_justify="left")
     for name, value in (
         ("kills survived / tried", f"{kills['survived']} / {kills['tried']}"),
         ("faults handled / injected", f"{faulty['handled']} / {faulty['injected']}"),
         ("files x damages x commands", ", ".join(f"{n} {word}" for word, n in result["matrix"]["verdicts"].items())),
         ("damaged checkpoints recognised / made", f"{damaged['recognised']} / {damaged['made']}"),
-        (
-            "hostile inputs refused / tried",
-            f"{hostile_inputs['refused']} / {hostile_inputs['tried']}" if hostile_inputs else "not run",
-        ),
         ("differences after a resume", str(result["differences_after_resume"])),
         ("memory growth per 1,000 steps", f"{growing['memory_mb']:+.2f} MB over {result['growth']['steps']:,} steps"),
         ("file handles, threads per 1,000 steps", f"{growing['file_handles']:+.2f}, {growing['threads']:+.2f}"),

@@ -34,6 +34,8 @@ from trb import zoo
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["hostile_helpers", "pytester"]  # the folder of an attempt, and --attempts-json; its own test
+
 STUDENT_ROWS = 6
 TEACHER_ROWS = 8
 STUDENT_EOS = 0

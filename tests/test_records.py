@@ -67,7 +67,7 @@ def test_no_other_module_spells_the_name_of_a_file() -> None:
     # Below trb.records, `files` marks the folders that are held with the runs in them.
     others = [path for path in PACKAGE.rglob("*.py") if path.name not in ("records.py", "files.py")]
     assert [place for path in others for place in spelled(path, NAMES)] == []
-    assert set(files._HOLDS_RUNS) == {records.RECIPE.name, records.STUDY_PLAN.name}
+    assert set(files.HOLDS_RUNS) == {records.RECIPE.name, records.STUDY_PLAN.name}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A tiny random model of every causal-LM type of transformers, and what its own plain forward pass says.
 
-A configuration is derived from the type's own class: every field whose name stands in `_TINY` gets the value written
+A configuration is derived from the type's own class: every field whose name stands in `TINY` gets the value written
 there, lists with one entry per layer shrink to their distinct entries and the first again (so that each kind of layer
 appears and is followed by another, which reads what it wrote), and special ids go. What the names do not decide stands
 in `_EXCEPTIONS`, each entry with its reason.
@@ -43,7 +43,7 @@ WINDOW = 4
 TOLERANCE = torch.finfo(torch.float32).eps * 32 * 32
 
 # The values by the field's name, in every configuration that has such a field.
-_TINY: dict[str, Any] = {
+TINY: dict[str, Any] = {
     name: value
     for value, names in (
         (
@@ -290,7 +290,7 @@ def _tiny(kind: type[PretrainedConfig], special: dict[str, Any]) -> PretrainedCo
         if dataclasses.is_dataclass(part):
             parts[name] = _tiny(part, {})
     fields = {one.name: one for one in dataclasses.fields(kind)}
-    values = {name: _allowed(fields[name], value) for name, value in _TINY.items() if name in fields}
+    values = {name: _allowed(fields[name], value) for name, value in TINY.items() if name in fields}
     values |= {name: type(one.default)() for name, one in fields.items() if _DROPOUT.search(name)}
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has no groups

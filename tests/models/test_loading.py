@@ -23,6 +23,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -377,10 +378,11 @@ def test_digits_are_split_off_before_spaces_are_merged(cache: Path) -> None:
     assert load_tokenizer("smollm2-135m").tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
 
 
-def test_the_conversion_is_done_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_conversion_is_done_once(cache: Path) -> None:
     first = packaged.smollm2_directory()
-    monkeypatch.delattr(packaged, "_convert_gguf")
+    before = first.stat()
     assert packaged.smollm2_directory() == first
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [path.name for path in cache.iterdir()] == [first.name]
 
 
@@ -410,23 +412,32 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, victim: str, damage: str, caplo
 
 
 def test_a_failed_conversion_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(gguf: Path, directory: Path) -> None:
-        (directory / "model.safetensors").write_bytes(b"half")
+    def fail(self: Any, directory: Path, **options: Any) -> None:  # the weights are there by then
+        assert (directory / "model.safetensors").is_file()
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(packaged, "_convert_gguf", fail)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         packaged.smollm2_directory()
     assert list(cache.iterdir()) == []
 
 
-def test_a_process_that_comes_second_uses_the_copy_of_the_first(
-    cache: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_comes_second_uses_the_copy_of_the_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = PreTrainedTokenizerBase.save_pretrained
+    saved: list[Path] = []
+    stamps: list[int] = []
+
+    def overtaken(self: Any, directory: Path, **options: Any) -> Any:
+        """Another conversion begins and ends while this one is writing."""
+        saved.append(directory)
+        if len(saved) == 1:
+            stamps.append((packaged.smollm2_directory() / "manifest.json").stat().st_mtime_ns)
+        return save(self, directory, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", overtaken)
     first = packaged.smollm2_directory()
-    stamp = (first / "manifest.json").stat().st_mtime_ns
-    packaged._build_atomically(small_gguf, "0" * 64, first)
-    assert (first / "manifest.json").stat().st_mtime_ns == stamp
+    assert len(saved) == 2
+    assert [(first / "manifest.json").stat().st_mtime_ns] == stamps
     assert [path.name for path in cache.iterdir()] == [first.name]
 
 

@@ -82,7 +82,7 @@ def test_tiny_models_repeat_and_their_laws_are_peaked() -> None:
 def test_windows_are_on_and_prompts_go_past_them(model_type: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = model_oracle.PROMPTS[3]
     near_TV = plain_logits(build(model_type), prompt)
-    monkeypatch.setitem(tiny_models._TINY, field, 64)
+    monkeypatch.setitem(tiny_models.TINY, field, 64)
     moved_T = (plain_logits(build(model_type), prompt) - near_TV).abs().amax(-1)
     assert moved_T[: tiny_models.WINDOW].max() == 0
     assert moved_T[tiny_models.WINDOW :].min() > 0.01

@@ -102,7 +102,7 @@ class Bench:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=self.memory))
         # Graphs of a few positions, so that lengths are rounded and buffers grow within a test.
         monkeypatch.setattr(graphs, "LENGTH_STEP", 4)
-        monkeypatch.setattr(cache, "_FIRST_ROOM", 2)
+        monkeypatch.setattr(cache, "FIRST_ROOM", 2)
 
     def new_replays(self, model: PreTrainedModel, most_rows: int) -> graphs.Replays:
         self.recorders.append(Recorder(self.refuse))
@@ -174,7 +174,7 @@ def test_graphs_serve_the_next_call_and_see_new_weights(
         before = bench.recorded
         return draw(*pair, TrustRegionPolicy(0.5), block_size=3), bench.recorded - before
 
-    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1000)  # so short a length step makes many shapes
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1000)  # so short a length step makes many shapes
     for _ in range(3):  # the first call grows the buffers, the others capture what had occurred once
         both()
     found, new = both()
@@ -255,8 +255,8 @@ def test_models_are_kept_by_nothing_but_themselves(bench: Bench) -> None:
     for model in models:
         reader = SlotReader(model, 2)
         reader.close()
-    assert len(graphs._LEFT) == graphs._MOST_MODELS
-    assert list(graphs._LEFT) == models[-graphs._MOST_MODELS :]
+    assert len(graphs._LEFT) == graphs.MOST_MODELS
+    assert list(graphs._LEFT) == models[-graphs.MOST_MODELS :]
     alive = weakref.ref(models[-1])
     del model, models, reader
     gc.collect()
@@ -344,7 +344,7 @@ def test_results_are_not_overwritten_by_the_next_replay() -> None:
 
 def test_wide_passes_are_not_captured() -> None:
     replays = graphs.Replays(Recorder(), 1024)
-    wide = torch.zeros(graphs._MOST_TOKENS // 8 + 1, 8)
+    wide = torch.zeros(graphs.MOST_TOKENS // 8 + 1, 8)
     assert replays.run(double, 0, (wide, wide), (0, 0)) is None
     assert replays.settled
 
@@ -360,9 +360,9 @@ def test_graphs_are_dropped_by_number_and_by_size() -> None:
     assert len(recorder.recorded) == 4
     assert recorder.rehearsals > 4
     many = graphs.Replays(Recorder(), 4)
-    for key in range(3 * graphs._MOST_GRAPHS):
+    for key in range(3 * graphs.MOST_GRAPHS):
         many.run(double, key, (value, value), (0, 0))
-    assert len(many._shapes) == graphs._MOST_GRAPHS
+    assert len(many._shapes) == graphs.MOST_GRAPHS
 
 
 # --- on a GPU -----------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_a_mask_that_is_wrong_is_found_and_passed_over(
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_window_lost_in_half_precision_is_found_on_its_mask(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three keys too many among 64 make less difference than rounding may."""
-    monkeypatch.setitem(tiny_models._TINY, "sliding_window", 64)
+    monkeypatch.setitem(tiny_models.TINY, "sliding_window", 64)
     model = build("gemma3_text").to(torch.bfloat16)
     if broken:
         exact = trb.sampling.attention.at_own_positions
@@ -354,7 +354,7 @@ def test_what_begins_beyond_every_short_row_and_in_no_mask_is_known(
 ) -> None:
     """In the sizes of real models: scaled queries, chosen blocks of keys, a window inside the attention itself."""
     for name, value in {**sizes, "max_position_embeddings": 8192}.items():
-        monkeypatch.setitem(tiny_models._TINY, name, value)
+        monkeypatch.setitem(tiny_models.TINY, name, value)
     model = build(model_type)
     assert way(model) == wanted
     prompts = [[1 + (7 * place + row) % 23 for place in range(length)] for row, length in enumerate((1520, 1499, 9))]

@@ -221,7 +221,7 @@ def test_a_busy_server_is_asked_again(fake: Fake, monkeypatch: pytest.MonkeyPatc
         send(handler, 503, b"busy")
         return None
 
-    monkeypatch.setattr(served, "_PAUSES", (0.0,))
+    monkeypatch.setattr(served, "PAUSES", (0.0,))
     client = trls(fake, monkeypatch)
     fake.answers["/v1/completions"] = busy
     assert complete(client) == list(GOOD)

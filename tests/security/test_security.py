@@ -1,11 +1,9 @@
-"""Hostile inputs are refused, and what honest tools write is not.
+"""What the attempts of test_hostile_*.py leave open: that one that succeeds is noticed, and that honest files pass.
 
-The attempts are those of benchmarks/hostile.py, without the slow ones. The rest of this file holds the other side:
-every check has to let through what transformers, torch, datasets and PyYAML write themselves.
+Every check has to let through what transformers, torch, datasets and PyYAML write themselves.
 """
 
 import ast
-import importlib.util
 import json
 import logging
 import os
@@ -16,6 +14,7 @@ import shutil
 import socket
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,11 +28,12 @@ import torch
 import transformers
 import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
+from hostile_helpers import Bomb, canary, checkpoint, guarded, model_copy, refused, shards, within
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from small_recipes import STUDY
 from tiny_runs import build
 
-import trb.tasks.grading
 from trb import zoo
 from trb.models import directories, loading
 from trb.models.loading import load_model, load_tokenizer
@@ -41,37 +41,90 @@ from trb.safety import confinement
 from trb.safety.templates import check_chat_template
 from trb.safety.untrusted import check_checkpoint, check_weight_index, parse_json, parse_yaml, printable, require_inside
 from trb.studies import workers
+from trb.studies.study import Study
 from trb.tasks.grading import Verifier
 from trb.tasks.prompts import load_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def attempts() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hostile", ROOT / "benchmarks" / "hostile.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["hostile"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# ---- the net itself ----
 
 
-hostile = attempts()
-QUICK = [one for one in hostile.CASES if not one.slow]
+def code_that_runs(folder: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(folder)))
 
 
-@pytest.mark.parametrize("case", QUICK, ids=[f"{one.area}: {one.name}" for one in QUICK])
-def test_hostile_input_is_refused(case: Any, tmp_path: Path) -> None:
-    assert hostile.run(case, tmp_path)
+def input_that_is_accepted(folder: Path) -> None:
+    refused(lambda: load_tokenizer(zoo.path("student")))
 
 
-def test_an_attempt_that_succeeds_is_noticed(tmp_path: Path) -> None:
-    """The net itself: code that runs, and input that is accepted."""
-    bomb = pickle.dumps(hostile.Bomb(tmp_path))
-    runs = hostile.Case("", "", lambda folder: str(pickle.loads(bomb)))
-    with pytest.raises(hostile.SucceededError, match="its code ran"):
-        hostile.run(runs, tmp_path)
-    with pytest.raises(hostile.SucceededError, match="accepted"):
-        hostile.run(hostile.Case("", "", lambda folder: hostile.refused(lambda: 1)), tmp_path)
+def a_name_that_the_hub_is_asked_for(folder: Path) -> None:
+    refused(lambda: load_model("owner/no-such-model"))
+
+
+def a_loop(folder: Path) -> None:
+    with within(0.1):
+        while True:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("attempt", "why"),
+    [
+        (code_that_runs, "its code ran"),
+        (input_that_is_accepted, "it was accepted"),
+        (a_name_that_the_hub_is_asked_for, "it opened a connection: socket.getaddrinfo .*huggingface.co"),
+        (a_loop, "still running after 0.1 s"),
+    ],
+)
+def test_an_attempt_that_succeeds_is_noticed(
+    attempt: Callable[[Path], None], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=why), guarded(tmp_path):
+        attempt(tmp_path)
+
+
+def test_attempts_are_refused_for_nothing_else(tmp_path: Path) -> None:
+    """What they are made of is accepted."""
+    load_model(str(model_copy(tmp_path)))
+    check_checkpoint(checkpoint(tmp_path / "whole"))
+    check_checkpoint(shards(tmp_path / "sharded", {"lr": 0.1, "weight": torch.ones(2)}).parent)
+
+
+def test_attempts_are_counted(pytester: pytest.Pytester) -> None:
+    """Also one whose code is noticed after the test, when its folder is looked into."""
+    attempts = """
+import pickle
+from hostile_helpers import Bomb, each
+@each("text", one_text=1, other=2)
+def test_a_text(folder, text): assert text == 1
+def test_a_bomb(folder): pickle.loads(pickle.dumps(Bomb(folder)))
+"""
+    pytester.makepyfile(test_hostile_inputs=attempts, test_other="def test_other(): pass")
+    pytester.runpytest_inprocess("-p", "hostile_helpers", "--attempts-json", "attempts.json")
+    result = json.loads((pytester.path / "attempts.json").read_text())
+    assert (result["tried"], result["refused"]) == (3, 1)
+    assert [(case["area"], case["name"], case["refused"]) for case in result["cases"]] == [
+        ("inputs", "a bomb", False),
+        ("inputs", "a text: one text", True),
+        ("inputs", "a text: other", False),
+    ]
+    assert result["provenance"].keys() >= {"command", "commit", "versions", "machine"}
+
+
+def test_the_count_in_the_documents_is_of_these_attempts() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "hostile.json").read_text())
+    counted = {(case["area"], case["name"].partition(":")[0]) for case in result["cases"]}
+    written = {
+        (path.stem.removeprefix("test_hostile_").replace("_", " "), name.replace("_", " "))
+        for path in Path(__file__).parent.glob("test_hostile_*.py")
+        for name in re.findall(r"^def test_(\w+)\(", path.read_text(), re.M)
+    }
+    assert counted == written, "run `make hostile`"
+    assert f"{result['refused']} of {result['tried']}" in (ROOT / "SECURITY.md").read_text()
+    assert f"| {result['refused']} / {result['tried']} |" in (ROOT / "docs" / "robustness.md").read_text()
 
 
 # ---- the network ----
@@ -101,7 +154,7 @@ def test_local_things_need_no_network(tmp_path: Path, monkeypatch: pytest.Monkey
         load_model("owner/no-such-model")
 
 
-def test_ray_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_reports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     ray = ModuleType("ray")
     ray.init = lambda **_: seen.append(os.environ.get("RAY_USAGE_STATS_ENABLED"))  # type: ignore[attr-defined]
@@ -109,7 +162,8 @@ def test_ray_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "")
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
-    with workers._ray_session("local"):
+    study = Study.model_validate(STUDY)
+    with workers.open_pool(tmp_path, study, None, "local", 0.0, False):
         assert seen == ["0"]
 
 
@@ -129,7 +183,7 @@ def write_checkpoint(path: Path) -> Path:
     torch.save(scheduler.state_dict(), path / "scheduler.pt")
     generators = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
     torch.save(generators, path / "rng_state.pth")
-    (path / "training_args.bin").write_bytes(pickle.dumps(hostile.Bomb(path)))  # which nobody reads
+    (path / "training_args.bin").write_bytes(pickle.dumps(Bomb(path)))  # which nobody reads
     (path / "trainer_state.json").write_text("{}")
     return path
 
@@ -137,20 +191,18 @@ def write_checkpoint(path: Path) -> Path:
 def test_a_checkpoint_of_transformers_passes(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "checkpoint-1")
     check_checkpoint(path)
-    assert not hostile.canary(path).exists()
+    assert not canary(path).exists()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_sharded_checkpoint_of_torch_passes(tmp_path: Path) -> None:
-    from torch.distributed import checkpoint
+    from torch.distributed import checkpoint as sharded
 
     layer = torch.nn.Linear(2, 2).to(torch.bfloat16)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
-    checkpoint.save(
-        {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "shards"
-    )
+    sharded.save({"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "shards")
     assert (tmp_path / "shards" / ".metadata").is_file()
     check_checkpoint(tmp_path)
 
@@ -162,7 +214,7 @@ def test_a_checkpoint_is_looked_into_before_any_library_sees_it(
     monkeypatch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("it was handed on"))
     path = write_checkpoint(tmp_path / "checkpoint-1")
     (path / "global_step1").mkdir()
-    torch.save(hostile.Bomb(path), path / "global_step1" / "mp_rank_00_model_states.pt")
+    torch.save(Bomb(path), path / "global_step1" / "mp_rank_00_model_states.pt")
     with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt would call builtins.exec"):
         build(tmp_path / "run").train(resume_from_checkpoint=str(path), verify=False)
 
@@ -171,7 +223,7 @@ def test_the_best_model_is_looked_into_too(tmp_path: Path) -> None:
     """Which one that is stands in the trainer_state.json of the checkpoint."""
     trainer = build(tmp_path / "run")
     path = write_checkpoint(tmp_path / "elsewhere")
-    torch.save(hostile.Bomb(path), path / "pytorch_model.bin")
+    torch.save(Bomb(path), path / "pytorch_model.bin")
     trainer.state.best_model_checkpoint = str(path)
     with pytest.raises(ValueError, match=r"pytorch_model.bin holds weights as a pickle"):
         trainer._load_best_model()
@@ -180,19 +232,19 @@ def test_the_best_model_is_looked_into_too(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_attempts_on_shards_are_real(tmp_path: Path) -> None:
     """Were it not refused, torch would run it, and under weights_only=True it would not have to."""
-    from torch.distributed import checkpoint
+    from torch.distributed import checkpoint as sharded
 
-    path = hostile.shards(tmp_path, {"lr": hostile.Bomb(tmp_path)})
+    path = shards(tmp_path, {"lr": Bomb(tmp_path)})
     with pytest.raises(ValueError, match=r"__0_0.distcp holds a record that could run code .*TRB_TRUST_CHECKPOINTS=1"):
         check_checkpoint(path)
-    assert not hostile.canary(tmp_path).exists()
-    checkpoint.load({"lr": 0.0}, checkpoint_id=path)
-    assert hostile.canary(tmp_path).exists()
+    assert not canary(tmp_path).exists()
+    sharded.load({"lr": 0.0}, checkpoint_id=path)
+    assert canary(tmp_path).exists()
 
 
 def test_the_owner_may_turn_the_check_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_checkpoint(tmp_path / "checkpoint-1")
-    torch.save(hostile.Bomb(path), path / "states.pt")
+    torch.save(Bomb(path), path / "states.pt")
     with pytest.raises(ValueError, match=r"states.pt would call builtins.exec .* TRB_TRUST_CHECKPOINTS=1"):
         check_checkpoint(path)
     monkeypatch.setenv("TRB_TRUST_CHECKPOINTS", "1")
@@ -469,12 +521,12 @@ def test_sympy_reads_what_it_read_before(monkeypatch: pytest.MonkeyPatch) -> Non
         sympy_parser.parse_expr("x.__class__", evaluate=False)
 
 
-WITHOUT_LIMITS = "import sys; sys.modules['resource'] = None\n"
-
-
-def test_a_system_without_limits_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_system_without_limits_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The module `resource` is missing on Windows; time is limited there all the same."""
-    monkeypatch.setattr(trb.tasks.grading, "_BOOT", WITHOUT_LIMITS + trb.tasks.grading._BOOT)
+    (tmp_path / "resource.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)  # the grader looks for modules where this process does
     with caplog.at_level(logging.WARNING), Verifier(timeout_s=20) as verifier:
         assert verifier.score([r"\boxed{x+1}"], [{"answer": "1+x"}]) == [1.0]
     assert "cannot limit the memory" in caplog.text

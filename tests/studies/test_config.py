@@ -376,7 +376,7 @@ def test_prompts_per_step_keeps_the_batch_of_a_step(monkeypatch: pytest.MonkeyPa
         make_recipe({**values, "per_device_train_batch_size": 24})
     recipe = make_recipe(values)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert recipe._accumulation_steps() == 2
+    assert recipe.accumulation_steps() == 2
 
 
 def test_short_names() -> None:

@@ -255,7 +255,7 @@ def test_the_interval_of_relative_success_covers() -> None:
         shared = np.where(rng.random((30, 4)) < 0.5, luck, other)  # pairs share half of their noise
         second_P = (luck < rate_P[:, None]).mean(axis=1)
         first_P = (shared < (rate_P + 0.1 * (1 - rate_P))[:, None]).mean(axis=1)
-        relative = diagnostics._relative(first_P, second_P)
+        relative = diagnostics.relative_success(first_P, second_P)
         assert relative is not None
         low, high = relative["interval"]
         covered += low <= truth <= high

@@ -295,12 +295,11 @@ def test_a_kill_between_a_save_and_the_removal_of_older_ones_leaves_no_more_than
     assert checkpoints.numbered(tmp_path).keys() == {4}
 
 
-def test_logs_do_not_pile_up_in_memory_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_KEPT_LOGS", 2)
-    train(small(save_strategy="steps", save_steps=6, eval_data=[]), tmp_path)
-    assert len(records(tmp_path / "metrics.jsonl")) == 6
-    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"]] == [5, 6]
+def test_logs_do_not_pile_up_in_memory_and_checkpoints(tmp_path: Path) -> None:
+    train(small(max_steps=12, save_strategy="steps", save_steps=12, eval_data=[]), tmp_path)
+    assert len(records(tmp_path / "metrics.jsonl")) == 12
+    state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == list(range(3, 13))
 
 
 # ---- directories ----
@@ -956,10 +955,10 @@ def test_rows_in_flight_keep_the_cache_within_its_budget() -> None:
     model = zoo.load("student")[0]
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    rows = scores._rows_in_flight(model, 1 << 20, torch.device("cpu"))
+    rows = scores.rows_in_flight(model, 1 << 20, torch.device("cpu"))
     assert rows * per_token * (1 << 20) <= 2 << 30 < (rows + 1) * per_token * (1 << 20)
-    assert scores._rows_in_flight(model, 1 << 30, torch.device("cpu")) == 1
-    assert scores._rows_in_flight(model, 16, torch.device("cpu")) == 512
+    assert scores.rows_in_flight(model, 1 << 30, torch.device("cpu")) == 1
+    assert scores.rows_in_flight(model, 16, torch.device("cpu")) == 512
 
 
 def test_a_run_killed_after_its_results_is_sealed_by_the_next_start(

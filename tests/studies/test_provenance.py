@@ -109,7 +109,7 @@ def test_a_git_that_hangs_is_given_up(checkout: Path, tmp_path: Path, monkeypatc
     stuck.write_text("#!/bin/sh\nexec sleep 60\n")
     stuck.chmod(0o755)
     monkeypatch.setenv("PATH", str(stuck.parent), prepend=os.pathsep)
-    monkeypatch.setattr(provenance, "_GIT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(provenance, "GIT_TIMEOUT_S", 0.2)
     assert provenance.describe()["commit"] is None
 
 

@@ -127,7 +127,7 @@ def test_the_paper_pairs_have_the_values_of_the_paper(name: str) -> None:
 def test_the_paper_pairs_take_256_completions_a_step_on_eight_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert 8 * recipe.training["per_device_train_batch_size"] * recipe._accumulation_steps() == 256
+    assert 8 * recipe.training["per_device_train_batch_size"] * recipe.accumulation_steps() == 256
 
 
 @pytest.mark.parametrize("name", PAIRS)

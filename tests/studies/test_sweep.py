@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from conftest import held_by_another, student_stopping_as_the_teacher
 from small_recipes import STUDY
 
 from trb import zoo
-from trb.studies import jobs, sweep, workers
+from trb.studies import jobs, provenance, workers
 from trb.studies.material import RunDirectoryError
 from trb.studies.study import ROLES, Reference, Study
 from trb.studies.sweep import StudyListener, run_study
@@ -87,7 +88,8 @@ def test_references_stop_with_every_stop_id_of_the_pair(tmp_path, role):
     chains = STUDY["settings"]["chains"]
     recipe = {**chains["recipe"], "student": str(student), "max_completion_length": 48}
     reference = Reference("chains", role)
-    jobs._score_reference(study(settings={"chains": {**chains, "recipe": recipe}}), tmp_path, reference)
+    (tmp_path / "study.yaml").write_text(study(settings={"chains": {**chains, "recipe": recipe}}).to_yaml())
+    jobs.do_job(str(tmp_path), False, reference)
     suites = json.loads((tmp_path / reference.path).read_text())["test"]["suites"]
     assert [suite["stop_rate"] >= 0.5 for suite in suites.values()] == [True, True]
 
@@ -145,10 +147,10 @@ def test_a_file_inside_a_study_that_is_refused_is_named_itself(tmp_path, monkeyp
     """And is neither the study's directory nor another sweep."""
     refused = str(tmp_path / "chains" / "selection.json")
 
-    def begin(*arguments):
+    def begin(directory):
         raise error(errno.EACCES, "not for you", refused)
 
-    monkeypatch.setattr(sweep, "_begin", begin)
+    monkeypatch.setattr(provenance, "write", begin)
     with pytest.raises(error) as caught:
         run_study(Study.model_validate(STUDY), tmp_path)
     assert caught.value.filename == refused
@@ -169,14 +171,35 @@ def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path):
     assert (tmp_path / "study" / "chains" / "reference" / "teacher.json").exists()
 
 
+class Executor:
+    """Does every job at once, in place of processes."""
+
+    def __init__(self, job, asked, workers, **kwargs):
+        self.job = job
+        asked.append(workers)
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(self.job())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **kwargs):
+        pass
+
+
 @pytest.mark.parametrize(
     ("error", "shown"), [(ConfigError("no key x"), StudyError), (KeyError("x"), KeyError)], ids=["for people", "a bug"]
 )
-def test_a_bug_in_a_run_is_not_dressed_up(error, shown):
-    future = Future()
-    future.set_exception(error)
-    with pytest.raises(shown) as caught:
-        list(workers._gathered({future: "job of a test"}))
+def test_a_bug_in_a_run_is_not_dressed_up(tmp_path, monkeypatch, error, shown):
+    def done():
+        raise error
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", partial(Executor, done, []))
+    with pytest.raises(shown) as caught, workers.open_pool(tmp_path, study(), 3, None, 0.0, False) as pool:
+        list(pool.map(["job of a test"]))
     said = [str(caught.value), *getattr(caught.value, "__notes__", [])][-1]
     assert "job of a test" in said and "run the same command again" in said
 
@@ -205,23 +228,10 @@ def test_more_seeds_may_join_and_only_they_are_run(finished):
     assert results["settings"]["chains"]["methods"]["trb"]["seeds"] == 2
 
 
-def test_a_small_first_phase_does_not_shrink_the_pool(monkeypatch):
+def test_a_small_first_phase_does_not_shrink_the_pool(tmp_path, monkeypatch):
     asked = []
-
-    class Executor:
-        def __init__(self, workers, **kwargs):
-            asked.append(workers)
-
-        def submit(self, function, *arguments):
-            future = Future()
-            future.set_result(0.0)
-            return future
-
-        def shutdown(self, **kwargs):
-            pass
-
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", Executor)
-    with workers._LocalPool(("unused", False), 3, 1) as pool:
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", partial(Executor, lambda: 0.0, asked))
+    with workers.open_pool(tmp_path, study(), 3, None, 0.0, False) as pool:
         for jobs in (["one"], ["one", "two", "three", "four"]):
             assert len(list(pool.map(jobs))) == len(jobs)
     assert asked == [3]

@@ -1,20 +1,18 @@
 """Grading: right answers are right, wrong ones wrong, and no answer can hang, kill or exhaust the run."""
 
 import math
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-import trb.tasks.grading
 from trb.tasks.grading import VERIFIERS, Verifier
 from trb.tasks.prompts import load_prompts
 
@@ -25,6 +23,11 @@ TOWER = r"\boxed{9^{9^{9^{9}}}}"
 def verifier() -> Iterator[Verifier]:
     with Verifier(timeout_s=30.0) as shared:
         yield shared
+
+
+def workers() -> set[psutil.Process]:
+    """Those of every verifier of this process."""
+    return {child for child in psutil.Process().children() if "trb.tasks.grading" in " ".join(child.cmdline())}
 
 
 def math_rows(*answers: str) -> list[dict[str, str]]:
@@ -222,10 +225,11 @@ def test_where_the_answer_is_read(verifier: Verifier, answer: str, completion: s
 def test_exact_compares_text_and_needs_no_worker() -> None:
     rows = [{"answer": "a  b", "verifier": "exact"}] * 5
     completions = ["\\boxed{ a b }", "\\boxed{a\nb}", "\\boxed{ab}", "a b", "\\boxed{a b} \\boxed{c}"]
+    before = workers()
     with Verifier() as verifier:
         assert verifier.score(completions, rows) == [1.0, 1.0, 0.0, 0.0, 0.0]
         assert verifier.score([r"\boxed{0.5}"], [{"answer": "1/2", "verifier": "exact"}]) == [0.0]
-        assert verifier._worker is None
+        assert workers() == before
 
 
 def test_rows_without_an_answer_have_no_score(verifier: Verifier) -> None:
@@ -326,23 +330,31 @@ def test_hostile_answers_neither_hang_nor_shift_the_others() -> None:
     assert time.monotonic() - started < 55
 
 
-BOOT_WITH_TRAPS = """
-import json, os, sys
-path, *limits = json.loads(sys.argv[1]); sys.path[:] = path
-import trb.tasks.grading as rewards
-answer_job = rewards._answer_job
-def trapped(job):
-    if "die" in job[2][0]: os._exit(7)
-    if "allocate" in job[2][0]: bytearray(3 * 2**30)
+# A math-verify that crashes, in front of the real one: the worker looks for modules where this process does.
+TRAPS = """
+import os, sys
+place = sys.path.pop(0)
+del sys.modules["math_verify"]
+import math_verify
+sys.path.insert(0, place)
+parse = math_verify.parse
+def trapped(text, *arguments, **options):
+    if "die" in text: os._exit(7)
+    if "allocate" in text: bytearray(3 * 2**30); text = r"\\boxed{1}"  # right, if there is so much
     print("noise on stdout")
-    return answer_job(job)
-rewards._answer_job = trapped
-rewards._serve(*limits)
+    return parse(text, *arguments, **options)
+math_verify.parse = trapped
 """
 
 
-def test_a_crash_costs_only_the_answer_that_caused_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trb.tasks.grading, "_BOOT", BOOT_WITH_TRAPS)
+@pytest.fixture
+def traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "math_verify.py").write_text(TRAPS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("traps")
+def test_a_crash_costs_only_the_answer_that_caused_it() -> None:
     answers = ["x+1", "die", "x+2", "die", "die", "x+3"]
     with Verifier(timeout_s=30) as verifier:
         scores = verifier.score([f"\\boxed{{{a}}}" for a in answers], math_rows("1+x", "1", "2+x", "1", "1", "3+x"))
@@ -350,37 +362,40 @@ def test_a_crash_costs_only_the_answer_that_caused_it(monkeypatch: pytest.Monkey
         assert (verifier.crashes, verifier.timeouts) == (3, 0)
 
 
-def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("traps")
+def test_memory_is_limited() -> None:
     pytest.importorskip("resource")
-    monkeypatch.setattr(trb.tasks.grading, "_BOOT", BOOT_WITH_TRAPS)
     with Verifier(timeout_s=30, memory_limit_mb=1024) as verifier:
         assert verifier.score([r"\boxed{allocate}", r"\boxed{x+1}"], math_rows("1", "1+x")) == [0.0, 1.0]
-        assert verifier.crashes == 1
+    with Verifier(timeout_s=30, memory_limit_mb=8192) as verifier:
+        assert verifier.score([r"\boxed{allocate}"], math_rows("1")) == [1.0]
 
 
 def test_a_worker_that_died_between_calls_is_replaced(verifier: Verifier) -> None:
     assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]
-    os.kill(verifier._worker._process.pid, signal.SIGKILL)
-    verifier._worker._process.wait()
+    (worker,) = workers()
+    worker.kill()
+    worker.wait()
     assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]
     assert verifier.crashes == 0
 
 
 def test_closing_ends_the_worker_and_use_after_closing_starts_another() -> None:
-    verifier = Verifier()
+    verifier, before = Verifier(), workers()
     assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]
-    first = verifier._worker._process.pid
+    (first,) = workers() - before
     verifier.close()
     verifier.close()
-    assert not psutil.pid_exists(first)
+    assert not first.is_running()
     assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]
-    second = verifier._worker._process.pid
+    (second,) = workers() - before
     del verifier
-    assert not psutil.pid_exists(second)
+    assert not second.is_running()
 
 
-def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trb.tasks.grading, "_BOOT", "raise SystemExit('no sympy today')")
+def test_a_worker_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "math_verify.py").write_text("raise SystemExit('no sympy today')")
+    monkeypatch.syspath_prepend(tmp_path)
     with Verifier() as verifier, pytest.raises(RuntimeError, match="did not start: no sympy today"):
         verifier.score([r"\boxed{x+1}"], math_rows("1"))
 

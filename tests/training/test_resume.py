@@ -51,7 +51,7 @@ def test_every_option_is_classified_once() -> None:
     lists = [*resume.FREE, *resume.LENGTH, *resume.COMPARED]
     assert len(lists) == len(set(lists))
     assert set(lists) == {item.name for item in dataclasses.fields(TRBConfig)}
-    assert set(resume._LAYOUT) - {"world_size"} <= set(resume.COMPARED)
+    assert set(resume.LAYOUT) - {"world_size"} <= set(resume.COMPARED)
 
 
 def test_an_option_that_is_in_no_list_is_compared(tmp_path: Path) -> None:
@@ -182,16 +182,17 @@ def test_prompts_and_answers_are_compared_in_their_order(
         assert set(found) == {f"train_dataset.{key}" for key in keys}
 
 
-def test_a_large_dataset_is_sampled_with_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "_SAMPLED_ROWS", 5)
+def test_a_large_dataset_is_sampled_with_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = config(tmp_path)
+    monkeypatch.setattr(resume, "SAMPLED_ROWS", 5)
     assert spread(1000, 5) == [0, 249, 499, 749, 999]
     assert spread(5, 5) == [0, 1, 2, 3, 4]
     rows = [{"prompt": str(index), "answer": ""} for index in range(1000)]
-    before = resume._dataset(rows)
+    before = described(args, train_dataset=rows)
     for index in (0, 499, 999):
         other = [*rows[:index], {"prompt": "x", "answer": ""}, *rows[index + 1 :]]
-        assert resume._dataset(other)["prompts"] != before["prompts"]
-    assert resume._dataset(rows[:-1])["rows"] != before["rows"]
+        assert keys_of(before, described(args, train_dataset=other)) == ["train_dataset.prompts"]
+    assert "train_dataset.rows" in keys_of(before, described(args, train_dataset=rows[:-1]))
 
 
 def test_models_are_compared_by_shape_weights_and_adapters(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from trb.errors import MissingFileError
 
 __all__ = [
+    "HOLDS_RUNS",
     "LOCK",
     "UNFINISHED",
     "cache_directory",
@@ -102,7 +103,7 @@ UNFINISHED = ".*.[0-9]*.partial"
 
 LOCK = ".lock"  # who holds a folder; what holds it is the system's lock on this file
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # from systems that can lock nothing there
-_HOLDS_RUNS = ("recipe.yaml", "study.yaml")
+HOLDS_RUNS = ("recipe.yaml", "study.yaml")
 _held: set[str] = set()
 
 
@@ -138,7 +139,7 @@ def exclusive(folder: Path, *, wait: bool = False, inside: bool = False) -> Iter
 def _check_above(folder: Path) -> None:
     """Raises BlockingIOError if another process holds a comparison or study around a folder."""
     for above in folder.resolve().parents:
-        if str(above) in _held or not any((above / name).exists() for name in _HOLDS_RUNS):
+        if str(above) in _held or not any((above / name).exists() for name in HOLDS_RUNS):
             continue
         if (above / LOCK).is_file():
             with _locked(above, wait=False, note=False):

@@ -36,7 +36,7 @@ __all__ = ["SlotReader", "supports_slots"]
 _STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "hybrid", "rwkv", "moe_mamba")
 
 # Buffers start with room for the prompts and this many tokens, and grow by half when full.
-_FIRST_ROOM = 64
+FIRST_ROOM = 64
 
 
 def supports_slots(model: PreTrainedModel) -> bool:
@@ -284,7 +284,7 @@ class _State:
         capacity = self.plan.capacity
         if positions <= capacity:
             return
-        grown = max(positions, capacity + capacity // 2) if capacity else positions + _FIRST_ROOM
+        grown = max(positions, capacity + capacity // 2) if capacity else positions + FIRST_ROOM
         if self.replays is not None:
             grown = graphs.attended(grown - 1)
             self.replays.forget()

@@ -42,12 +42,12 @@ Outputs = tuple[Tensor, ...]
 
 LENGTH_STEP = 256
 # A pass over more tokens keeps the GPU busy for longer than it takes to launch.
-_MOST_TOKENS = 1024
-_MOST_GRAPHS = 32
+MOST_TOKENS = 1024
+MOST_GRAPHS = 32
 # Shares of the device's memory: for the results of one model's graphs, and for what a model's reader leaves behind.
 _RESULT_SHARE = 1 / 32
 _LEFT_SHARE = 1 / 16
-_MOST_MODELS = 2
+MOST_MODELS = 2
 
 
 def bucket(rows: int) -> int:
@@ -279,7 +279,7 @@ class Replays:
         rows = len(tensors[0])
         padded = min(bucket(rows), self._most_rows)
         self.settled = True
-        if self._refused or padded * tensors[0][0].numel() > _MOST_TOKENS:
+        if self._refused or padded * tensors[0][0].numel() > MOST_TOKENS:
             return None
         shape = self._shape((key, padded, *((x.shape[1:], x.dtype) for x in tensors)), tensors, padded)
         shape.fill(tensors, padding)
@@ -305,7 +305,7 @@ class Replays:
         if key not in self._shapes:
             self._shapes[key] = _Shape(tensors, padded)
         self._shapes.move_to_end(key)
-        while len(self._shapes) > 1 and (len(self._shapes) > _MOST_GRAPHS or self.bytes > self._most_bytes):
+        while len(self._shapes) > 1 and (len(self._shapes) > MOST_GRAPHS or self.bytes > self._most_bytes):
             self._shapes.popitem(last=False)
         return self._shapes[key]
 
@@ -349,7 +349,7 @@ def leave(model: PreTrainedModel, state: Any, size: int) -> None:
     if size > _LEFT_SHARE * _memory(model) or not _may_outlive_the_call(model):
         return
     _LEFT[model] = _fingerprint(model), state
-    while len(_LEFT) > _MOST_MODELS:
+    while len(_LEFT) > MOST_MODELS:
         del _LEFT[next(iter(_LEFT))]
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "continuation_probe",
     "default_truncations",
     "matched_excerpts",
+    "relative_success",
     "replacement_curve",
 ]
 
@@ -68,7 +69,7 @@ def _token_mean_shares(subject: Subject, totals: ArrayLike, lengths: ArrayLike) 
     return value + (total_P - value * length_P) / length_P.mean()
 
 
-def _relative(first_P: NDArray[np.float64], second_P: NDArray[np.float64]) -> dict[str, Any] | None:
+def relative_success(first_P: NDArray[np.float64], second_P: NDArray[np.float64]) -> dict[str, Any] | None:
     """Ratio of two means over the same problems, linearised in its logarithm; None where a mean is zero.
 
     With 4 rollouts a problem and success rates from 0.1 to 0.5, nominal 95% intervals covered 94% to 95% of the time
@@ -166,7 +167,7 @@ def _truncation(
     for name in drawn:
         if name != reference:
             pairs = {continuer: (success[name][continuer], success[reference][continuer]) for continuer in CONTINUERS}
-            found["relative"][name] = {continuer: _relative(*pair) for continuer, pair in pairs.items()}
+            found["relative"][name] = {continuer: relative_success(*pair) for continuer, pair in pairs.items()}
             found["difference"][name] = {continuer: _difference(*pair) for continuer, pair in pairs.items()}
     return found
 

@@ -22,7 +22,7 @@ from trb.records import PROVENANCE
 __all__ = ["describe", "write"]
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
-_GIT_TIMEOUT_S = 10
+GIT_TIMEOUT_S = 10
 _HIDDEN = "[redacted]"
 # The option's last word decides: --hub-token is a secret, --max-new-tokens and eos_token_id are not.
 _SECRET_NAME = re.compile(r"(?i)((^|[-_.])(token|secret|passw(or)?d|credentials?)|key)$")
@@ -113,7 +113,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
             env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
             text=True,
-            timeout=_GIT_TIMEOUT_S,
+            timeout=GIT_TIMEOUT_S,
             check=True,
         )
     except (OSError, subprocess.SubprocessError):

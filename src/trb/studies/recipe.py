@@ -48,14 +48,15 @@ class Recipe:
         options = dict(self.training)
         try:
             if self.run.prompts_per_step is not None:
-                options["gradient_accumulation_steps"] = self._accumulation_steps()
+                options["gradient_accumulation_steps"] = self.accumulation_steps()
             if self.run.held_out_prompts:
                 options |= {"eval_strategy": "steps", "eval_steps": self.run.held_out_every}
             return TRBConfig(output_dir=str(output_dir), disable_tqdm=True, **options)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ConfigError(f"{self.source}: {error}") from error
 
-    def _accumulation_steps(self) -> int:
+    def accumulation_steps(self) -> int:
+        """What makes `prompts_per_step` of the batches and processes there are. Raises ConfigError if nothing does."""
         if "gradient_accumulation_steps" in self.training:
             raise ConfigError("prompts_per_step sets gradient_accumulation_steps; give one of the two")
         rollouts = (self.run.prompts_per_step or 0) * self._value("num_generations")

@@ -33,7 +33,7 @@ from trb.vocab import SharedVocabulary
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["evaluate_suites", "mean_of_suites", "precision", "scores_before"]
+__all__ = ["evaluate_suites", "mean_of_suites", "precision", "rows_in_flight", "scores_before"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def evaluate_suites(
                 max_new_tokens=longest,
                 temperature=run.eval_temperature,
                 seed=run.eval_seed,
-                max_rows=run.eval_max_rows or _rows_in_flight(model, run.max_prompt_length + longest, args.device),
+                max_rows=run.eval_max_rows or rows_in_flight(model, run.max_prompt_length + longest, args.device),
                 results_path=folder / records.problems_name(name) if folder else None,
                 ranks=Ranks.of_launch(),
                 verifier=verifier,
@@ -180,7 +180,7 @@ def precision(args: TRBConfig) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype=dtype)
 
 
-def _rows_in_flight(model: PreTrainedModel, tokens: int, device: torch.device) -> int:
+def rows_in_flight(model: PreTrainedModel, tokens: int, device: torch.device) -> int:
     """How many completions keep their KV cache within 2 GiB, or a quarter of a GPU's memory."""
     budget = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else _CPU_CACHE_BYTES
     row = tokens * cache_entries(model) * bytes_of("auto", model)

@@ -35,6 +35,7 @@ from trb.vocab import SharedVocabulary
 __all__ = [
     "COMPARED",
     "FREE",
+    "LAYOUT",
     "LENGTH",
     "ChangedRunError",
     "Difference",
@@ -82,7 +83,7 @@ FREE = {name: reason for reason, names in _FREE_BECAUSE.items() for name in name
 LENGTH = ("max_steps", "num_train_epochs")
 
 # Compared if the number of completions in an optimizer step differs, or if each process averages for itself.
-_LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 
 # Compared as they stand. An option that is in no list is compared as well: this one says that it was thought of.
 _COMPARED = """
@@ -107,7 +108,7 @@ _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_pl
 # A resumed optimizer takes these from the checkpoint, whatever the configuration says.
 _KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
-_SAMPLED_ROWS = 1 << 16
+SAMPLED_ROWS = 1 << 16
 _SAMPLED_WEIGHTS = 64  # of each tensor
 _COLUMNS = {"prompts": "prompt", "answers": "answer"}
 # What a configuration holds beside the model: where it came from, and ids that the tokenizer decides.
@@ -183,7 +184,7 @@ def _dataset(dataset: Any) -> dict[str, Any]:
     if dataset is None:
         return {}
     rows = len(dataset)
-    indices = spread(rows, _SAMPLED_ROWS)
+    indices = spread(rows, SAMPLED_ROWS)
     sampled = {key: _digest(map(json.dumps, _column(dataset, name, indices))) for key, name in _COLUMNS.items()}
     return {"rows": rows, **sampled}
 
@@ -304,14 +305,14 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, length: boo
     if length and now["max_steps"] > 0:
         ignored.add("num_train_epochs")  # max_steps wins
     if _completions(saved) == _completions(now) and now.get("average_tokens_across_devices"):
-        ignored.update(_LAYOUT)
+        ignored.update(LAYOUT)
     shared = [key for key in now if key in saved and key not in ignored]
     return [Difference(key, saved[key], now[key]) for key in shared if saved[key] != now[key]]
 
 
 def _completions(run: Mapping[str, Any]) -> int:
     """Completions in an optimizer step."""
-    rows, accumulation, processes = (int(run.get(name, 0)) for name in _LAYOUT)
+    rows, accumulation, processes = (int(run.get(name, 0)) for name in LAYOUT)
     return rows * accumulation * processes
 
 

@@ -23,7 +23,7 @@ __all__ = ["Answer", "ask", "check_completion", "check_numbers"]
 MAX_BYTES = 1 << 30
 # Answers of a server that is busy or restarts: asked again after so many seconds.
 _PASSING = (500, 502, 503)
-_PAUSES = (1.0, 2.0, 4.0)
+PAUSES = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def ask(url: str, body: Any = None, *, seconds: float, post: bool = False, patie
         RuntimeError: it is larger than MAX_BYTES.
     """
     deadline = time.monotonic() + seconds
-    for pause in (*(_PAUSES if patient else ()), None):
+    for pause in (*(PAUSES if patient else ()), None):
         try:
             answer = _ask_once(url, body, deadline, post)
         except TimeoutError as error:
