@@ -9,34 +9,34 @@ Left out on purpose: the options in config.yaml, recipe.yaml and study.yaml (`tr
 what transformers writes into checkpoints and models, and what the numbers mean (the modules that compute them).
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Self
 
-from pydantic import Field, WrapValidator, model_validator
+from pydantic import BeforeValidator, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from trb.safety.typed_files import JsonFile, LinesFile, RunFile, Schema, of_kind
+from trb.safety.fields import (
+    Chance,
+    Count,
+    Flag,
+    Interval,
+    Known,
+    Level,
+    Named,
+    Number,
+    Numbers,
+    Options,
+    Share,
+    Text,
+    Whole,
+)
+from trb.safety.typed_files import JsonFile, LinesFile, RunFile, Schema
 
-# ---- what fields hold ----
 
-
-def _is_number(value: Any) -> bool:
-    return value is None or type(value) in (int, float)
-
-
-def _is_interval(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)))
-
-
-def _is_level(value: Any) -> bool:
-    return _is_number(value) and (value is None or 0 < value < 1 or not abs(value) < math.inf)
-
-
-def _is_chance(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_number(value[1])
+def _or_value(value: Any) -> Any:
+    return {"value": value} if type(value) in (int, float) else value
 
 
 def _or_names(value: Any, read: Callable[[Any], Any]) -> Any:
@@ -47,29 +47,22 @@ def _or_one(value: Any, read: Callable[[Any], Any]) -> Any:
     return read([value] if isinstance(value, Mapping) else value)
 
 
-Number = Annotated[Any, of_kind(_is_number, "a number or null")]
-Known = Annotated[Any, of_kind(lambda value: type(value) in (int, float), "a number")]
-Count = Annotated[Any, of_kind(lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")]
-Flag = Annotated[Any, of_kind(lambda value: value in (None, True, False), "true or false")]
-Share = Annotated[Any, of_kind(lambda value: type(value) is bool or _is_number(value), "a number, true or false")]
-Text = Annotated[Any, of_kind(lambda value: isinstance(value, str | None), "text")]
-Interval = Annotated[Any, of_kind(_is_interval, "[low, high] or null")]
-Level = Annotated[Any, of_kind(_is_level, "a share between 0 and 1 such as 0.95")]
-Chance = Annotated[Any, of_kind(_is_chance, "[text, probability]")]
-Numbers = list[Number] | None
-Options = dict[str, Any] | None
+class Scored(Schema):
+    """A mean pass@1 and its interval."""
 
-
-class Score(Schema):
-    """pass@1 of a model on a problem set, or the mean over several (under `suites`)."""
-
-    name: Text = None
     pass_at_1: Number = None
     interval: Interval = None
+
+
+class Score(Scored):
+    """pass@1 of a model on a problem set, or the mean over several (under `suites`)."""
+
+    name: Text = ""
     n_problems: Number = None
     n_samples: Number = None
     mean_length: Number = None
     stop_rate: Number = None
+    step: Count | None = None
     suites: Annotated[dict[str, "Score"] | None, WrapValidator(_or_names)] = None
 
 
@@ -129,20 +122,18 @@ class ReferenceScores(Schema):
     test: SplitScores
 
 
-class Configuration(Schema):
+class Configuration(Scored):
     """One configuration of a method, and its scores on the development problems."""
 
     configuration: Options = None
     score: Number = None
-    pass_at_1: Number = None
-    interval: Interval = None
     per_seed: Numbers = None
-    seeds: Number = None
+    seeds: Whole = None
     selected: Flag = None
 
 
 class Selection(Schema):
-    select_by: Text = None
+    select_by: Text = ""
     seeds: list[Count] | None = None
     methods: dict[str, list[Configuration]]
 
@@ -158,6 +149,8 @@ class Selection(Schema):
 
 
 class Difference(Schema):
+    """First minus second in pass@1; effect size is Cohen's d over seeds, Holm's p corrected for the comparisons."""
+
     estimate: Number = None
     interval: Interval = None
     standard_error: Number = None
@@ -167,76 +160,112 @@ class Difference(Schema):
 
 
 class Band(Schema):
-    steps: Numbers = None
+    """A quantity over training steps: the mean over seeds and the ends of its interval, parallel to `steps`."""
+
+    steps: list[Count] | None = None
     mean: Numbers = None
     low: Numbers = None
     high: Numbers = None
 
+    @model_validator(mode="after")
+    def _is_parallel(self) -> Self:
+        steps = len(self.steps or ())
+        if any(len(column) != steps for column in (self.mean, self.low, self.high) if column):
+            raise PydanticCustomError("kind", "expected a number for each of its {steps} steps", {"steps": steps})
+        return self
+
 
 class Target(Schema):
+    """When seeds first reached pass@1 `target`: the median step (null where most never did), and how many did."""
+
     target: Number = None
     median: Number = None
     reached: Number = None
     seeds: Number = None
 
 
-class Average(Schema):
-    pass_at_1: Number = None
-    interval: Interval = None
+class Average(Scored):
     difference_to_opd: Difference | None = None
     best: Flag = None
 
 
-class Method(Schema):
-    label: Text = None
+class Method(Scored):
+    label: Text = ""
     configuration: Options = None
-    seeds: Number = None
+    seeds: Whole = None
     problems: Number = None
-    pass_at_1: Number = None
-    interval: Interval = None
     per_seed: Numbers = None
     suites: dict[str, Number] | None = None
     difference_to_opd: Difference | None = None
-    differences: dict[str, Difference | None] | None = None
+    differences: Named[Difference]
     curve: Band | None = None
     area: Difference | None = None
     area_difference_to_opd: Difference | None = None
     steps_to_target: Target | None = None
-    metrics: dict[str, Band | None] | None = None
+    metrics: Named[Band]
 
 
 Suites = Annotated[list[dict[str, Any]] | None, WrapValidator(_or_one)]
 
 
-class Reference(Schema):
-    pass_at_1: Number = None
-    interval: Interval = None
+class Reference(Scored):
     mean_length: Number = None
     stop_rate: Number = None
 
 
 class Setting(Schema):
-    title: Text = None
-    description: Text = None
+    title: Text = ""
+    description: Text = ""
     dev: Suites = None
     test: Suites = None
     student: Reference | None = None
     teacher: Reference | None = None
-    methods: dict[str, Method | None] | None = None
-    sweep: dict[str, list[Configuration] | None] | None = None
-    steps: Number = None
+    methods: Named[Method]
+    sweep: Named[list[Configuration]]
+    steps: Whole = None
 
 
 class Averages(Schema):
-    methods: dict[str, Average | None] | None = None
+    methods: Named[Average]
+
+
+class Estimate(Schema):
+    value: Number = None
+    interval: Interval = None
+    standard_error: Number = None
+    p_value: Number = None
+    problems: Number = None
+
+
+Estimated = Annotated[Estimate | None, BeforeValidator(_or_value)]
+
+
+class Continued(Schema):
+    """Rollouts of a policy, cut and gone on with: the share that had ended before, and success by who went on."""
+
+    ended: Estimated = None
+    success: Named[Estimated]
+
+
+class Truncation(Schema):
+    length: Number = None
+    policies: Named[Continued]
+    relative: Named[dict[str, Estimated]]
+    difference: Named[dict[str, Estimated]]
+
+
+class Continuation(Schema):
+    reference: Text = ""
+    rollouts: Any = None
+    truncations: list[Truncation] | None = None
 
 
 class Probe(Schema):
-    """Estimates are objects with `value` and `interval`, or numbers; `trb.report.probe` looks into them."""
+    """Estimates are objects with `value` and `interval`, or numbers."""
 
     student: Any = None
     teacher: Any = None
-    problems: dict[str, Number] | None = None
+    problems: Named[Number]
     samples: Number = None
     max_new_tokens: Number = None
     temperature: Number = None
@@ -244,21 +273,21 @@ class Probe(Schema):
     skd_teacher_temperature: Number = None
     seed: Number = None
     level: Level = None
-    continuation: Any = None
-    budgets: Any = None
-    replacement: Any = None
+    continuation: Continuation | None = None
+    budgets: list[dict[str, Estimated]] | None = None
+    replacement: list[dict[str, Estimated]] | None = None
     provenance: Any = None
 
 
 class Findings(Schema):
-    name: Text = None
-    description: Text = None
-    rule: Text = None
+    name: Text = ""
+    description: Text = ""
+    rule: Text = ""
     level: Level = None
     seeds: Any = None
-    settings: dict[str, Setting | None] | None = None
+    settings: Named[Setting]
     average: Averages | None = None
-    diagnostics: dict[str, Probe | None] | None = None
+    diagnostics: Named[Probe]
     provenance: Options = None
 
 
@@ -276,12 +305,12 @@ class StepScore(Score):
 class Rollout(Step):
     """One completion, with numbers per token; `policy` in the excerpts of a probe."""
 
-    prompt: Text = None
-    prompt_key: Text = None
+    prompt: Text = ""
+    prompt_key: Text = ""
     rollout_index: Number = None
     blended: bool | None = None
-    policy: Text = None
-    completion: Text = None
+    policy: Text = ""
+    completion: Text = ""
     tokens: list[str] | None = None
     reward: Number = None
     teacher_weight: Numbers = None
@@ -311,7 +340,7 @@ class Problem(Schema):
 
     settings: Options = None
     problem: Count = 0
-    prompt_hash: Text = None
+    prompt_hash: Text = ""
     n: Count = 0
     correct: Count = 0
     lengths: list[Count] | None = None
@@ -324,7 +353,7 @@ class Problem(Schema):
 
 class Sealed(Schema):
     bytes: Count
-    sha256: Text = None
+    sha256: Text = ""
 
 
 class Checksums(Schema):

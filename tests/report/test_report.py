@@ -372,7 +372,7 @@ def test_several_evaluations_get_a_chart_each(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"step": 1}\n{"step": \n{"step": 3}\n', r"metrics\.jsonl, line 2: not valid JSON"),
         ("metrics.jsonl", '{"step": 1}\n{"step": \n', r"metrics\.jsonl, line 2: not valid JSON"),
         ("metrics.jsonl", "[1]\n", r"metrics\.jsonl, line 1: expected a JSON object, found list"),
-        ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl, line 1: step is None"),
+        ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl, line 1: step is missing"),
         ("metrics.jsonl", '{"step": 1.5}\n', r"metrics\.jsonl, line 1: step is 1\.5"),
         ("metrics.jsonl", '{"step": 1, "loss": "low"}\n', r"metrics\.jsonl, line 1: loss is 'low'"),
         ("evals.jsonl", '{"step": 1, "interval": 3}\n', r"evals\.jsonl, line 1: interval is 3"),

@@ -101,7 +101,10 @@ def _study_figures(study: Study) -> Iterator[tuple[str, Figure]]:
         yield "differences", draw_bars(forests, f"difference in pass@1, points; {study.interval_name}s", zero=True)
     for setting in study.settings:
         name = slug(setting.name)
-        for stem, bars in (("scores", study_panels.scores(study, setting)), ("sweep", study_panels.sweep(setting))):
+        for stem, bars in (
+            ("scores", study_panels.scores(study, setting)),
+            ("sweep", study_panels.sweep(study, setting)),
+        ):
             if any(row.value is not None for row in bars.rows):
                 yield f"{stem}-{name}", draw_bars([bars], "pass@1, percent")
         for group in study_panels.groups(study, setting):

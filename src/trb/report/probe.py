@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trb.records import PROBE
+from trb import records
+from trb.records import PROBE, Estimate, Truncation
 from trb.report.panels import Axis, Group, Panel, Quantity, Series, slug
-from trb.report.reading import ReportError, Run, finite, fitting, interval_of, number, read_json
+from trb.report.reading import Run, fitting, read_json
 from trb.report.style import label, show, style_indices
 
 CONTINUERS = ("student", "teacher")
@@ -40,19 +41,19 @@ _REPLACED = Quantity("replaced", "Replaced by SKD", "", "Share of tokens outside
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe's directory: its record, its excerpts as a run for the viewer, and the names of their policies."""
+    """A probe's directory: its record, what the schema makes of it, and its excerpts as a run for the viewer."""
 
     directory: Path
     record: Mapping[str, Any]
+    found: records.Probe
     run: Run
-    notes: tuple[str, ...]
 
 
 def read_probe(directory: str | Path) -> Probe:
     """Read DIRECTORY/probe.json; raises ReportError if it is malformed."""
     directory = Path(directory)
-    record = fitting(PROBE, read_json(directory / PROBE), directory / PROBE)
-    return Probe(directory, record, Run("probe", directory), ())
+    record = read_json(directory / PROBE)
+    return Probe(directory, record, fitting(PROBE, record, directory / PROBE), Run("probe", directory))
 
 
 def policy_label(name: str) -> str:
@@ -71,7 +72,7 @@ def groups(record: Mapping[str, Any], name: str, where: str) -> tuple[Group, ...
 
     Raises ReportError for entries of the wrong shape.
     """
-    drawn = _Drawing(record, name, where)
+    drawn = _Drawing(fitting(PROBE, record, where), name)
     found = (
         ("Going on from a cut rollout", drawn.continuation()),
         ("Rollouts at each KL budget", drawn.budgets()),
@@ -80,15 +81,15 @@ def groups(record: Mapping[str, Any], name: str, where: str) -> tuple[Group, ...
     return tuple(Group(title, tuple(panels)) for title, panels in found if panels)
 
 
-def headline(record: Mapping[str, Any], where: str) -> str:
+def headline(found: records.Probe) -> str:
     """In how many cuts the teacher does better from the trust region's prefixes than from the student's own."""
     above = below = total = 0
-    for entry in _entries(record.get("continuation"), "truncations", where):
-        difference = _estimate(_inner(entry, ("difference", "trb", "teacher"), where), where)
-        if difference is not None and difference[1] is not None:
+    for cut in _cuts(found):
+        difference = cut.difference.get("trb", {}).get("teacher")
+        if difference and difference.interval:
             total += 1
-            above += difference[1][0] > 0
-            below += difference[1][1] < 0
+            above += difference.interval[0] > 0
+            below += difference.interval[1] < 0
     if not total:
         return "No continuation of cut rollouts has been measured."
     lengths = "the one length" if total == 1 else f"{total} lengths"
@@ -98,29 +99,25 @@ def headline(record: Mapping[str, Any], where: str) -> str:
     )
 
 
-def facts(record: Mapping[str, Any], where: str) -> str:
+def facts(found: records.Probe) -> str:
     """One sentence on what was measured."""
-    problems = record.get("problems") or {}
-    if not isinstance(problems, Mapping):
-        raise ReportError(f"{where}: problems is {problems!r:.80}, expected an object of counts.")
-    counts = [number(problems, name, f"{where}: problems") for name in problems]
+    counts = found.problems.values()
     parts = [f"{show(sum(filter(None, counts)), 'count')} problems"] if counts else []
-    if record.get("samples") is not None:
-        parts.append(f"{show(number(record, 'samples', where), 'count')} rollouts of each")
-    if record.get("kl_budget") is not None:
-        parts.append(f"trust region of ε = {show(number(record, 'kl_budget', where))}")
-    models = [f"{record[role]} as the {role}" for role in CONTINUERS if record.get(role)]
+    if found.samples is not None:
+        parts.append(f"{show(found.samples, 'count')} rollouts of each")
+    if found.kl_budget is not None:
+        parts.append(f"trust region of ε = {show(found.kl_budget)}")
+    models = [f"{model} as the {role}" for role in CONTINUERS if (model := getattr(found, role))]
     return "; ".join([*models, ", ".join(parts)] if parts else models)
 
 
 class _Drawing:
     """The charts of one record."""
 
-    def __init__(self, record: Mapping[str, Any], name: str, where: str) -> None:
-        self.record, self.where = record, where
+    def __init__(self, found: records.Probe, name: str) -> None:
+        self.found = found
         self.prefix = "-".join(filter(None, (slug(name), "probe")))
-        level = number(record, "level", where)
-        self.interval = f"{100 * (0.95 if level is None else level):g}% interval"
+        self.interval = f"{100 * (0.95 if found.level is None else found.level):g}% interval"
 
     def panel(self, quantity: Quantity, series: list[Series], axis: Axis, levels: Sequence[Any] = ()) -> list[Panel]:
         """A chart in a list, or none if there is nothing to draw."""
@@ -143,11 +140,11 @@ class _Drawing:
 
     def continuation(self) -> list[Panel]:
         """Success by truncation length: for each continuer, and relative to the student's own prefixes."""
-        entries = _entries(self.record.get("continuation"), "truncations", self.where)
-        lengths = tuple(show(number(entry, "length", self.where), "count") for entry in entries)
+        cuts = _cuts(self.found)
+        lengths = tuple(show(cut.length, "count") for cut in cuts)
         axis = Axis("cut after token", lengths, f"{self.prefix}-cut")
-        policies, others = (_names(entries, key, self.where) for key in ("policies", "relative"))
-        styles = policy_styles(policies)
+        policies = dict.fromkeys(name for cut in cuts for name in cut.policies)
+        parts = {name: [cut.policies.get(name) for cut in cuts] for name in policies}
         found: list[Panel] = []
         for continuer in CONTINUERS:
             quantity = Quantity(
@@ -157,110 +154,77 @@ class _Drawing:
                 "Success after cutting rollouts of each policy",
                 format="percent",
             )
-            series = [
-                self.series(name, policy_label(name), styles[name], entries, ("policies", name, "success", continuer))
-                for name in policies
-            ]
-            found += self.panel(quantity, series, axis)
-        for name in others:
+            success = {
+                name: [part.success.get(continuer) if part else None for part in row] for name, row in parts.items()
+            }
+            found += self.panel(quantity, _lines(success), axis)
+        for name in dict.fromkeys(name for cut in cuts for name in cut.relative):
             title = f"{policy_label(name)} prefixes, relative"
             quantity = Quantity(f"relative-{name}", title, "", "Success over that of the student's own")
+            ratios = [cut.relative.get(name) or {} for cut in cuts]
             series = [
-                self.series(continuer, f"by the {continuer}", style, entries, ("relative", name, continuer))
+                _series(continuer, f"by the {continuer}", style, [ratio.get(continuer) for ratio in ratios])
                 for continuer, style in zip(CONTINUERS, (5, 6), strict=True)
             ]
             found += self.panel(quantity, series, axis, [("equal", 1.0)])
         ended = Quantity("ended", "Ended before the cut", "", "Rollouts counted as they stand", format="percent")
-        series = [
-            self.series(name, policy_label(name), styles[name], entries, ("policies", name, "ended"))
-            for name in policies
-        ]
-        return found + self.panel(ended, series, axis)
+        shares = {name: [part.ended if part else None for part in row] for name, row in parts.items()}
+        return found + self.panel(ended, _lines(shares), axis)
 
     def budgets(self) -> list[Panel]:
         """What rollouts are like, by KL budget."""
-        entries = _entries(self.record, "budgets", self.where)
-        labels = tuple("∞" if (b := number(e, "kl_budget", self.where)) is None else show(b) for e in entries)
-        axis = Axis("ε =", labels, f"{self.prefix}-budget")
+        points = self.found.budgets or []
+        values = [_value(point.get("kl_budget")) for point in points]
+        axis = Axis("ε =", tuple("∞" if value is None else show(value) for value in values), f"{self.prefix}-budget")
         style = style_indices(["trb"])["trb"]
         found = []
         for quantity in _BUDGETS:
-            series = self.series("trb", label("trb"), style, entries, (quantity.key,), quantity.bound)
+            bounds = [point.get(quantity.bound or "") for point in points]
+            series = _series("trb", label("trb"), style, [point.get(quantity.key) for point in points], bounds)
             levels = [("chance", 0.5)] if quantity.key == "auroc" else []
             found += self.panel(quantity, [series], axis, levels)
         return found
 
     def replacement(self) -> list[Panel]:
         """The share of tokens that SKD replaces, by its top-k."""
-        entries = _entries(self.record, "replacement", self.where)
-        labels = tuple(show(number(entry, "teacher_top_k", self.where), "count") for entry in entries)
+        points = self.found.replacement or []
+        labels = tuple(show(_value(point.get("teacher_top_k")), "count") for point in points)
         axis = Axis("top-k =", labels, f"{self.prefix}-top-k")
         style = style_indices(["skd"])["skd"]
-        return self.panel(_REPLACED, [self.series("skd", label("skd"), style, entries, ("replaced",))], axis)
-
-    def series(
-        self,
-        name: str,
-        shown: str,
-        style: int,
-        entries: Sequence[Mapping[str, Any]],
-        path: tuple[str, ...],
-        bound: str | None = None,
-    ) -> Series:
-        """One line: the estimate at `path` of every entry, or a plain number there."""
-        estimates = [_estimate(_inner(entry, path, self.where), self.where) for entry in entries]
-        ends = [interval for estimate in estimates if estimate for interval in [estimate[1]] if interval]
-        bounds = [_estimate(entry.get(bound), self.where) if bound else None for entry in entries]
-        return Series(
-            name,
-            shown,
-            style,
-            tuple(range(len(entries))),
-            tuple(estimate[0] if estimate else None for estimate in estimates),
-            low=tuple(e[1][0] if e and e[1] else None for e in estimates) if ends else (),
-            high=tuple(e[1][1] if e and e[1] else None for e in estimates) if ends else (),
-            bound=tuple(one[0] if one else None for one in bounds) if any(bounds) else (),
-        )
+        return self.panel(_REPLACED, [_series("skd", label("skd"), style, [p.get("replaced") for p in points])], axis)
 
 
-Estimate = tuple[float | None, tuple[float, float] | None]
+def _cuts(found: records.Probe) -> list[Truncation]:
+    return (found.continuation and found.continuation.truncations) or []
 
 
-def _estimate(value: Any, where: str) -> Estimate | None:
-    """Value and interval of an estimate; a bare number has no interval."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        return finite(value, where), None
-    return number(value, "value", where), interval_of(value, where)
+def _value(estimate: Estimate | None) -> float | None:
+    return estimate.value if estimate else None
 
 
-def _inner(record: Mapping[str, Any], path: tuple[str, ...], where: str) -> Any:
-    """What lies at `path`, None where a part of it is missing."""
-    value: Any = record
-    for key in path:
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            raise ReportError(f"{where}: {value!r:.80} holds no {key}, expected an object.")
-        value = value.get(key)
-    return value
+def _lines(points: Mapping[str, Sequence[Estimate | None]]) -> list[Series]:
+    """A line for each policy."""
+    styles = policy_styles(list(points))
+    return [_series(name, policy_label(name), styles[name], estimates) for name, estimates in points.items()]
 
 
-def _names(entries: Sequence[Mapping[str, Any]], key: str, where: str) -> list[str]:
-    """The keys of the objects that the entries have under `key`, each once."""
-    found: dict[str, None] = {}
-    for entry in entries:
-        value = entry.get(key)
-        if not isinstance(value, Mapping | None):
-            raise ReportError(f"{where}: {key} is {value!r:.80}, expected an object.")
-        found |= dict.fromkeys(value or ())
-    return list(found)
-
-
-def _entries(record: Any, key: str, where: str) -> list[Mapping[str, Any]]:
-    """The list of objects under `key`, empty if it is missing."""
-    value = _inner(record, (key,), where) if record is not None else None
-    if not (isinstance(value, list | None) and all(isinstance(entry, Mapping) for entry in value or ())):
-        raise ReportError(f"{where}: {key} is {value!r:.80}, expected a list of objects.")
-    return value or []
+def _series(
+    name: str,
+    shown: str,
+    style: int,
+    estimates: Sequence[Estimate | None],
+    bounds: Sequence[Estimate | None] = (),
+) -> Series:
+    """One line through the estimates, with their intervals where there are any."""
+    intervals = [estimate.interval if estimate else None for estimate in estimates]
+    low, high = zip(*((ends or (None, None)) for ends in intervals), strict=True) if any(intervals) else ((), ())
+    return Series(
+        name,
+        shown,
+        style,
+        tuple(range(len(estimates))),
+        tuple(map(_value, estimates)),
+        low=low,
+        high=high,
+        bound=tuple(map(_value, bounds)) if any(bounds) else (),
+    )

@@ -30,33 +30,22 @@ from trb.records import (
     RESULTS,
     ROLLOUTS,
     STUDY,
+    RunScore,
+    Score,
 )
-from trb.safety.typed_files import JsonFile, LinesFile, RecordError, VersionError, load_json
+from trb.safety.fields import known
+from trb.safety.typed_files import JsonFile, LinesFile, RecordError, TypedFile, VersionError, load_json
 from trb.safety.untrusted import parse_yaml, require_inside
 from trb.training import checkpoints
 from trb.training.methods import METHODS
 
 RUN_FILES = (CONFIG, *MEASUREMENTS)
 REFERENCES = ("student", "teacher")
-_LARGEST = 1e300
+_SCORE = JsonFile("a score", schema=RunScore)
 
 
 class ReportError(InputError):
     """A directory or file cannot be reported on; the message names it and says what was expected."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One evaluation: pass@1 in [0, 1] with its 95% interval; None wherever the file has no number."""
-
-    pass_at_1: float | None = None
-    interval: tuple[float, float] | None = None
-    n_problems: float | None = None
-    n_samples: float | None = None
-    mean_length: float | None = None
-    stop_rate: float | None = None
-    name: str = ""
-    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,50 +130,10 @@ def records(file: LinesFile, path: Path, notes: list[str]) -> Iterator[tuple[str
 def number(record: Mapping[str, Any], key: str, where: str) -> float | None:
     """A finite number, or None where the key is missing, null, NaN or infinite. Other types raise
     ReportError."""
-    return finite(record.get(key), f"{where}: {key}")
-
-
-def finite(value: Any, where: str) -> float | None:
-    """`value` if it is a finite number, None if it is null, NaN or infinite; other types raise
-    ReportError."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ReportError(f"{where} is {value!r:.80}, expected a number or null.")
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise ReportError(f"{where}: {key} is {value!r:.80}, expected a number or null.")
     return known(value)
-
-
-def known(value: float | None) -> float | None:
-    """A number, or None for null, NaN and infinities."""
-    # Comparisons are false for NaN, and unlike math.isfinite they accept integers beyond the float range.
-    return value if value is not None and -_LARGEST < value < _LARGEST else None
-
-
-def known_ends(interval: list[float | None] | None) -> tuple[float, float] | None:
-    """Both ends of an interval that a schema has passed; None where it or an end is not known."""
-    low, high = map(known, interval or (None, None))
-    return None if low is None or high is None else (low, high)
-
-
-def interval_of(record: Mapping[str, Any], where: str) -> tuple[float, float] | None:
-    """The record's `interval`, two finite numbers; None where it or an end is missing.
-
-    Anything else raises ReportError.
-    """
-    value = record.get("interval")
-    if value is None:
-        return None
-    if not (isinstance(value, list) and len(value) == 2):
-        raise ReportError(f"{where}: interval is {value!r:.80}, expected [low, high] or null.")
-    return known_ends([finite(end, f"{where}: interval") for end in value])
-
-
-def step_of(record: Mapping[str, Any], where: str) -> int:
-    """The record's optimizer step, a whole number >= 0; anything else raises ReportError."""
-    value = number(record, "step", where)
-    if value is None or value < 0 or value != int(value):
-        raise ReportError(f"{where}: step is {record.get('step')!r:.80}, expected a whole number, 0 or more.")
-    return int(value)
 
 
 def _expected() -> str:
@@ -291,7 +240,7 @@ def _read_metrics(file: LinesFile, path: Path, notes: list[str]) -> tuple[Step, 
     by_step: dict[int, Step] = {}
     repeated = 0
     for where, record in records(file, path, notes):
-        step = step_of(record, where)
+        step = checked(file, record, where).step
         repeated += step in by_step
         by_step[step] = Step(step, where, record)
     if repeated:
@@ -307,17 +256,19 @@ def _read_evals(path: Path, notes: list[str]) -> tuple[Score, ...]:
         return ()
     found: dict[tuple[str, int], Score] = {}
     for where, record in records(EVALS, path, notes):
-        score = _score({**record, "step": step_of(record, where)}, where)
-        found[score.name, score.step or 0] = score
+        score = checked(EVALS, record, where)
+        found[score.name, score.step] = score
     return tuple(sorted(found.values(), key=lambda score: score.step or 0))
 
 
 def parse_scores(results: Mapping[str, Any], path: str | Path) -> dict[str, Score]:
     """The scores in the contents of results.json, by name; `path` names their source in messages."""
-    found = fitting(RESULTS, results, path)
-    found.pop("provenance", None)
-    scores = {name: value for name, value in found.items() if isinstance(value, Mapping) and "pass_at_1" in value}
-    return {name: _score(value, f"{path}: {name}") for name, value in scores.items()}
+    fitting(RESULTS, results, path)
+    return {
+        name: checked(_SCORE, value, f"{path}: {name}")
+        for name, value in results.items()
+        if name != "provenance" and isinstance(value, Mapping) and "pass_at_1" in value
+    }
 
 
 def _scores_from_evals(runs: tuple[Run, ...], notes: list[str]) -> dict[str, Score]:
@@ -335,19 +286,6 @@ def _scores_from_evals(runs: tuple[Run, ...], notes: list[str]) -> dict[str, Sco
     return scores
 
 
-def _score(record: Mapping[str, Any], where: str) -> Score:
-    return Score(
-        pass_at_1=number(record, "pass_at_1", where),
-        interval=interval_of(record, where),
-        n_problems=number(record, "n_problems", where),
-        n_samples=number(record, "n_samples", where),
-        mean_length=number(record, "mean_length", where),
-        stop_rate=number(record, "stop_rate", where),
-        name=str(record.get("name") or ""),
-        step=None if record.get("step") is None else step_of(record, where),
-    )
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file; anything else raises ReportError."""
     if not path.is_file():
@@ -359,11 +297,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def fitting(file: JsonFile, value: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """The contents of a file without their version; raises ReportError if they are not what its name says."""
+def fitting(file: JsonFile, value: Mapping[str, Any], where: str | Path) -> Any:
+    """What a file's schema makes of its contents without their version; raises ReportError if they do not fit."""
     with _in_words():
-        found: dict[str, Any] = file.parse(dict(value), where)
-    return found
+        return file.check(file.unversioned(dict(value), where), where)
+
+
+def checked(file: TypedFile, value: Any, where: str) -> Any:
+    """What a file's schema makes of a line of it, or of a part; raises ReportError if it does not fit."""
+    with _in_words():
+        return file.check(value, where)
 
 
 @contextmanager

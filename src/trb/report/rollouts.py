@@ -9,12 +9,13 @@ methods meet, spread evenly from the first to the last; what was cut is reported
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trb.records import ROLLOUTS
-from trb.report.reading import ReportError, Run, finite, number, records, step_of
+from trb.records import MEASURED, ROLLOUTS, Rollout
+from trb.report.reading import Run, checked, records
+from trb.safety.fields import known
 
 MAX_ROLLOUTS = 200
 MAX_TOKENS = 400
@@ -70,7 +71,7 @@ def collect(groups: Sequence[Sequence[Run]], *, by_policy: bool = False) -> Roll
 def _steps_of(run: Run, notes: list[str]) -> list[tuple[int, bool]]:
     """Each row's step, and whether it was scored by both models."""
     return [
-        (step_of(row, where), bool(row.get("teacher_log_prob")))
+        (checked(MEASURED, row, where).step, bool(row.get("teacher_log_prob")))
         for where, row in records(ROLLOUTS, run.rollouts, notes)
     ]
 
@@ -102,8 +103,8 @@ def _chosen_rows(run: Run, positions: set[int], texts: dict[str, int], by_policy
     rows = []
     for index, (where, record) in enumerate(records(ROLLOUTS, run.rollouts, [])):
         if index in positions:
-            method = (by_policy and _string(record, "policy", where)) or run.name
-            row = _row(method, record, where, texts)
+            rollout = checked(ROLLOUTS, record, where)
+            row = _row((by_policy and rollout.policy) or run.name, rollout, texts)
             place = (row["method"], row["step"], row["match"])
             # A run that did not record which rollout of its prompt this is wrote them in order.
             row.setdefault("rollout_index", seen[place])
@@ -112,61 +113,41 @@ def _chosen_rows(run: Run, positions: set[int], texts: dict[str, int], by_policy
     return rows
 
 
-def _row(method: str, record: dict[str, Any], where: str, texts: dict[str, int]) -> dict[str, Any]:
-    prompt, completion = _string(record, "prompt", where), _string(record, "completion", where)
-    tokens = record.get("tokens")
-    if not isinstance(tokens, list | None):
-        raise ReportError(f"{where}: tokens is {tokens!r:.80}, expected a list of strings.")
-    pieces = [_clip(completion, MAX_TEXT_CHARACTERS)]  # of a run that kept no tokens
+def _row(method: str, rollout: Rollout, texts: dict[str, int]) -> dict[str, Any]:
+    prompt, tokens = rollout.prompt, rollout.tokens
+    pieces = [_clip(rollout.completion, MAX_TEXT_CHARACTERS)]  # of a run that kept no tokens
     if tokens is not None:
-        pieces = [_clip(str(token), MAX_TOKEN_CHARACTERS) for token in tokens[:MAX_TOKENS]]
+        pieces = [_clip(token, MAX_TOKEN_CHARACTERS) for token in tokens[:MAX_TOKENS]]
     row: dict[str, Any] = {
         "method": method,
-        "step": step_of(record, where),
-        "reward": number(record, "reward", where),
+        "step": rollout.step,
+        "reward": rollout.reward,
         "prompt": prompt[:MAX_TEXT_CHARACTERS],
         "prompt_cut": len(prompt) > MAX_TEXT_CHARACTERS,
-        "match": _string(record, "prompt_key", where) or prompt[:MAX_TEXT_CHARACTERS],
+        "match": rollout.prompt_key or prompt[:MAX_TEXT_CHARACTERS],
         "length": None if tokens is None else len(tokens),
         "tokens": pieces,
     }
-    index = number(record, "rollout_index", where)
-    row |= {} if index is None else {"rollout_index": int(index)}
-    row |= {key: _per_token(record, key, where) for key in PER_TOKEN if record.get(key)}
-    return row | ({"alternatives": _alternatives(record, where, texts)} if record.get("alternatives") else {})
+    row |= {} if rollout.rollout_index is None else {"rollout_index": int(rollout.rollout_index)}
+    row |= {key: _per_token(values) for key in PER_TOKEN if (values := getattr(rollout, key))}
+    # Per token and law of LAWS: the same few texts occur again and again.
+    alternatives = [
+        None if laws is None else [_flat(laws.get(law) or (), texts) for law in LAWS]
+        for laws in (rollout.alternatives or ())[:MAX_TOKENS]
+    ]
+    return row | ({"alternatives": alternatives} if alternatives else {})
 
 
-def _per_token(record: dict[str, Any], key: str, where: str) -> list[float | None]:
-    values = record[key]
-    if not isinstance(values, list):
-        raise ReportError(f"{where}: {key} is {values!r:.80}, expected a list with one number per token.")
-    numbers = (float(v) if isinstance(v, bool) else finite(v, f"{where}: {key}") for v in values[:MAX_TOKENS])
-    return [None if v is None else float(f"{v:.4g}") for v in numbers]
+def _per_token(values: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else float(f"{value:.4g}") for value in values[:MAX_TOKENS]]
 
 
-def _alternatives(record: dict[str, Any], where: str, texts: dict[str, int]) -> list[list[list[float]] | None]:
-    """Per token and law of LAWS, text numbers and probabilities in turn: the same few texts occur again and again."""
-    values = record["alternatives"]
-    if not isinstance(values, list):
-        raise ReportError(f"{where}: alternatives is {values!r:.80}, expected a list with one object per token.")
-    found: list[list[list[float]] | None] = []
-    for laws in values[:MAX_TOKENS]:
-        if not isinstance(laws, Mapping | None):
-            raise ReportError(f"{where}: alternatives holds {laws!r:.80}, expected an object or null.")
-        found.append(None if laws is None else [_flat(laws.get(law), where, texts) for law in LAWS])
-    return found
-
-
-def _flat(pairs: Any, where: str, texts: dict[str, int]) -> list[float]:
+def _flat(pairs: Iterable[tuple[str, float | None]], texts: dict[str, int]) -> list[float]:
+    """Text numbers and probabilities in turn."""
     flat: list[float] = []
-    if not isinstance(pairs, list | None):
-        raise ReportError(f"{where}: alternatives holds {pairs!r:.80}, expected [text, probability] pairs.")
-    for pair in pairs or ():
-        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise ReportError(f"{where}: alternatives holds {pair!r:.80}, expected [text, probability].")
-        chance = finite(pair[1], f"{where}: alternatives") or 0.0
-        text = _clip(pair[0], MAX_TOKEN_CHARACTERS)
-        flat += [texts.setdefault(text, len(texts)), float(f"{chance:.3g}")]
+    for text, chance in pairs:
+        number = texts.setdefault(_clip(text, MAX_TOKEN_CHARACTERS), len(texts))
+        flat += [number, float(f"{known(chance) or 0.0:.3g}")]
     return flat
 
 
@@ -197,13 +178,6 @@ def fitting(lengths: Sequence[int], total: int) -> int:
         left -= length
         rows -= 1
     return max(lengths, default=0)
-
-
-def _string(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if value is not None and not isinstance(value, str):
-        raise ReportError(f"{where}: {key} is {value!r:.80}, expected text.")
-    return value or ""
 
 
 def _clip(text: str, limit: int) -> str:

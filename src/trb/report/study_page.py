@@ -30,7 +30,7 @@ def render_study(study: Study) -> str:
     chosen = rollouts.collect([setting.runs for setting in study.settings])
     methods = [page.method_entry(name, study.labels[name], study.styles[name]) for name in study.labels]
     forests = study_panels.forests(study)
-    sweeps = [bars for setting in study.settings if (bars := study_panels.sweep(setting)).rows]
+    sweeps = [bars for setting in study.settings if (bars := study_panels.sweep(study, setting)).rows]
     details = [_details(study, setting) for setting in study.settings]
     results = tables.results_table(study)
     configuration = _configuration(study)
@@ -57,7 +57,7 @@ def render_study(study: Study) -> str:
         title=study.name,
         headline=study_summary.headline(study),
         context=study_summary.context(study),
-        facts=page.facts([setting.steps for setting in study.settings], study.provenance),
+        facts=page.facts([setting.found.steps for setting in study.settings], study.provenance),
         provenance=summary.provenance(study.provenance),
         notes=[*study.notes, *chosen.notes],
         study=study,
@@ -99,11 +99,11 @@ def render_probe(source: Probe) -> str:
             ("configuration", "Configuration", shown),
         ),
         title="Diagnostics",
-        headline=probe.headline(source.record, where),
-        context=probe.facts(source.record, where),
+        headline=probe.headline(source.found),
+        context=probe.facts(source.found),
         facts=page.facts([], origin),
         provenance=summary.provenance(origin),
-        notes=[*source.notes, *chosen.notes],
+        notes=chosen.notes,
         diagnostics=[diagnostics] if diagnostics.groups else [],
         shared=summary.flatten(shown),
     )
@@ -142,18 +142,18 @@ def _details(study: Study, setting: Setting) -> dict[str, Any]:
     own = (tables.suites_table(study, setting), tables.learning_table(study, setting))
     return {
         "setting": setting,
-        "test": _problem_sets(setting.test),
-        "dev": _problem_sets(setting.dev),
+        "test": _problem_sets(setting.found.test),
+        "dev": _problem_sets(setting.found.dev),
         "scores": study_panels.scores(study, setting),
         "tables": [table for table in own if table.rows],
         "pairs": tables.pairs_table(study, setting),
     }
 
 
-def _problem_sets(sets: tuple[Mapping[str, Any], ...]) -> str:
+def _problem_sets(sets: list[dict[str, Any]] | None) -> str:
     """ "chains (512 problems) and sums (256 problems)"."""
     texts = []
-    for one in sets:
+    for one in sets or ():
         size = one.get("problems")
         texts.append(str(one.get("name", "unnamed")) + (f" ({size:,} problems)" if isinstance(size, int) else ""))
     return " and ".join(texts)
@@ -163,7 +163,11 @@ def _configuration(study: Study) -> list[dict[str, Any]]:
     """Per setting, the selected configuration of each method, and the options its shown runs share."""
     found = []
     for setting in study.settings:
-        chosen = [(m.label, tables.configuration_text(m.configuration)) for m in setting.methods if m.configuration]
+        chosen = [
+            (study.labels[name], tables.configuration_text(method.configuration))
+            for name, method in setting.found.methods.items()
+            if method.configuration
+        ]
         options = summary.config_table(setting.runs, study.labels)
         if chosen or options.columns:
             found.append({"title": setting.title, "chosen": chosen, "options": options})

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trb.records import Band, Configuration, Difference, Method
 from trb.report import panels, svg
 from trb.report.panels import Axis, Group, Panel, Quantity, Series, Values, slug
-from trb.report.study import Band, Configuration, Difference, Method, Setting, Study
+from trb.report.study import Setting, Study
 from trb.report.tables import configuration_text, seeds_of, spanned
 
 _PASS_AT_1 = Quantity("pass_at_1", "pass@1, development", "", "Share of samples that are right", format="percent")
@@ -53,69 +54,82 @@ def groups(study: Study, setting: Setting) -> tuple[Group, ...]:
         ("Behavior policy", panels.BEHAVIOR),
         ("Optimizer", panels.OPTIMIZER),
     ):
-        drawn = [panel for quantity in quantities if (panel := _panel(study, setting, quantity, axis))]
-        if drawn:
-            found.append(Group(title, tuple(drawn)))
+        charts = [panel for quantity in quantities if (panel := _panel(study, setting, quantity, axis))]
+        if charts:
+            found.append(Group(title, tuple(charts)))
     return tuple(found)
 
 
 def _panel(study: Study, setting: Setting, quantity: Quantity, axis: Axis) -> Panel | None:
-    drawn = [(method, band) for method in setting.methods if (band := _band_of(method, quantity))]
-    if not drawn:
+    methods = {name: method for name, method in setting.found.methods.items() if _band_of(method, quantity)}
+    if not methods:
         return None
-    note = f"mean and {study.interval_name} over {seeds_of([method for method, _ in drawn])}"
+    note = f"mean and {study.interval_name} over {seeds_of(methods.values())}"
     # A band over seeds says how noisy a curve is; smoothing the mean inside it would hide that.
     shown = replace(quantity, smooth=False)
-    series = tuple(_series(method, band, quantity) for method, band in drawn)
+    series = tuple(_series(study, name, method, quantity) for name, method in methods.items())
     name = f"{slug(setting.name)}-{slug(quantity.key.removeprefix('trb/'))}"
     return Panel(name, shown, series, axis=axis, interval_name=study.interval_name, note=note)
 
 
 def _band_of(method: Method, quantity: Quantity) -> Band | None:
-    if quantity is _PASS_AT_1:
-        return method.curve
-    return method.metrics.get(quantity.key)
+    """A method's band, unless it has nothing to draw."""
+    band = method.curve if quantity is _PASS_AT_1 else method.metrics.get(quantity.key)
+    return band if band and _is_drawn(band) else None
 
 
-def _series(method: Method, band: Band, quantity: Quantity) -> Series:
+def _is_drawn(band: Band) -> bool:
+    return any(value is not None for value in band.mean or ())
+
+
+def _series(study: Study, name: str, method: Method, quantity: Quantity) -> Series:
+    band = _band_of(method, quantity) or Band()
     bound = method.metrics.get(quantity.bound) if quantity.bound else None
+    low, high = (band.low, band.high) if band.low and band.high else ([], [])
     return Series(
-        method.name,
-        method.label,
-        method.style,
-        band.steps,
-        band.mean,
-        low=band.low,
-        high=band.high,
-        bound=bound.mean if bound and bound.steps == band.steps else (),
+        name,
+        study.labels[name],
+        study.styles[name],
+        tuple(band.steps or ()),
+        tuple(band.mean or ()),
+        low=tuple(low),
+        high=tuple(high),
+        bound=tuple(bound.mean or ()) if bound and _is_drawn(bound) and bound.steps == band.steps else (),
     )
 
 
 def scores(study: Study, setting: Setting) -> Bars:
     """Each method's test score with its interval and its seeds."""
-    strip = svg.interval_bars([m.score for m in setting.methods], [m.per_seed for m in setting.methods])
+    methods = setting.found.methods
+    strip = svg.interval_bars(list(methods.values()), [method.per_seed or () for method in methods.values()])
     rows = tuple(
-        Bar(m.label, m.style, m.score.pass_at_1, m.score.interval, m.seeds, bar, per_seed=m.per_seed)
-        for m, bar in zip(setting.methods, strip.bars, strict=True)
+        _bar(study.labels[name], study.styles[name], method, bar)
+        for (name, method), bar in zip(methods.items(), strip.bars, strict=True)
     )
-    return Bars(f"{setting.title}, {seeds_of(setting.methods)}", rows, strip)
+    return Bars(f"{setting.title}, {seeds_of(methods.values())}", rows, strip)
+
+
+def _bar(label: str, style: int, scored: Method | Configuration, bar: svg.IntervalBar, selected: bool = False) -> Bar:
+    per_seed = tuple(scored.per_seed or ())
+    return Bar(label, style, scored.pass_at_1, scored.interval, scored.seeds, bar, selected=selected, per_seed=per_seed)
 
 
 def forests(study: Study) -> tuple[Bars, ...]:
     """Differences to plain distillation: on average over the settings, then in each; one axis for all."""
-    everyone = [method for setting in study.settings for method in setting.methods]
-    sections: list[tuple[str, list[tuple[str, int, int | None, Difference]]]] = []
+    everyone = [method for setting in study.settings for method in setting.found.methods.values()]
+    sections: list[tuple[str, list[tuple[str, int | None, Difference]]]] = []
     rows = [
-        (entry.label, entry.style, _common_seeds(study, entry.name), entry.difference)
-        for entry in study.average
-        if entry.difference
+        (name, _common_seeds(study, name), entry.difference_to_opd)
+        for name, entry in study.average.items()
+        if entry.difference_to_opd
     ]
     if rows:
         sections.append((f"Average over {len(study.settings)} settings, {seeds_of(everyone)} in each", rows))
     for setting in study.settings:
-        found = [(m.label, m.style, m.seeds, m.difference) for m in setting.methods if m.difference]
+        methods = setting.found.methods
+        found = [(name, m.seeds, m.difference_to_opd) for name, m in methods.items() if m.difference_to_opd]
         if found:
-            sections.append((f"{setting.title}, {seeds_of(setting.methods)}", found))
+            sections.append((f"{setting.title}, {seeds_of(methods.values())}", found))
     differences = [difference for _, entries in sections for *_, difference in entries]
     strip = svg.difference_bars([(one.estimate, one.interval) for one in differences])
     bars = iter(strip.bars)
@@ -123,8 +137,8 @@ def forests(study: Study) -> tuple[Bars, ...]:
         Bars(
             title,
             tuple(
-                Bar(name, style, d.estimate, d.interval, seeds, next(bars), difference=d)
-                for name, style, seeds, d in entries
+                Bar(study.labels[name], study.styles[name], d.estimate, d.interval, seeds, next(bars), difference=d)
+                for name, seeds, d in entries
             ),
             strip,
         )
@@ -134,29 +148,23 @@ def forests(study: Study) -> tuple[Bars, ...]:
 
 def _common_seeds(study: Study, name: str) -> int | None:
     """How many seeds a method has in every setting; None where settings differ."""
-    counts = {method.seeds for setting in study.settings if (method := setting.method(name))}
+    counts = {method.seeds for setting in study.settings if (method := setting.found.methods.get(name))}
     return counts.pop() if len(counts) == 1 else None
 
 
-def sweep(setting: Setting) -> Bars:
+def sweep(study: Study, setting: Setting) -> Bars:
     """Every configuration's development score, method by method, the selected one marked."""
-    entries: list[tuple[str, int, Configuration]] = []
-    for name, configurations in setting.sweep.items():
-        method = setting.method(name)
-        shown, style = (name, 7) if method is None else (method.label, method.style)
-        entries += [(shown, style, configuration) for configuration in configurations]
-    strip = svg.interval_bars([entry.score for *_, entry in entries], [entry.per_seed for *_, entry in entries])
+    named = [(name, entry) for name, entries in setting.found.sweep.items() for entry in entries]
+    configurations = [entry for _, entry in named]
+    strip = svg.interval_bars(configurations, [entry.per_seed or () for entry in configurations])
     rows = tuple(
-        Bar(
-            f"{shown}: {configuration_text(entry.configuration)}",
-            style,
-            entry.score.pass_at_1,
-            entry.score.interval,
-            entry.seeds,
+        _bar(
+            f"{study.labels.get(name, name)}: {configuration_text(entry.configuration)}",
+            study.styles.get(name, 7),
+            entry,
             bar,
-            selected=entry.selected,
-            per_seed=entry.per_seed,
+            selected=bool(entry.selected),
         )
-        for (shown, style, entry), bar in zip(entries, strip.bars, strict=True)
+        for (name, entry), bar in zip(named, strip.bars, strict=True)
     )
-    return Bars(f"{setting.title}, {spanned(entry.seeds for *_, entry in entries)}", rows, strip)
+    return Bars(f"{setting.title}, {spanned(entry.seeds for entry in configurations)}", rows, strip)

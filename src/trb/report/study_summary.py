@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trb.report.reading import Score
-from trb.report.study import BASELINE, OURS, Difference, Study
+from trb.records import Average, Difference, Method, Scored
+from trb.report.study import BASELINE, OURS, Study
 from trb.report.style import label, show, show_range
 
 
@@ -19,23 +19,25 @@ class Scope:
     """What the headline speaks about: the average, or one setting where there is no average yet."""
 
     where: str
-    scores: tuple[tuple[str, str, Score], ...]
-    difference: Difference | None
+    scores: dict[str, Average] | dict[str, Method]
+
+    @property
+    def difference(self) -> Difference | None:
+        """Of this method to plain distillation."""
+        ours = self.scores.get(OURS)
+        return ours.difference_to_opd if ours else None
 
 
 def scope(study: Study) -> Scope | None:
     """The average over all settings if it is on record, else the first setting with a score; None without any."""
-    scored = [entry for entry in study.average if entry.score.pass_at_1 is not None]
-    if scored:
-        ours = next((entry.difference for entry in scored if entry.name == OURS), None)
-        where = f"Averaged over {len(study.settings)} settings"
-        return Scope(where, tuple((entry.name, entry.label, entry.score) for entry in scored), ours)
+    averages = {name: entry for name, entry in study.average.items() if entry.pass_at_1 is not None}
+    if averages:
+        return Scope(f"Averaged over {len(study.settings)} settings", averages)
     for setting in study.settings:
-        methods = [method for method in setting.methods if method.score.pass_at_1 is not None]
+        methods = {name: method for name, method in setting.found.methods.items() if method.pass_at_1 is not None}
         if methods:
-            found = setting.method(OURS)
             where = f"In {setting.title}" + (", the first of the settings" if len(study.settings) > 1 else "")
-            return Scope(where, tuple((m.name, m.label, m.score) for m in methods), found.difference if found else None)
+            return Scope(where, methods)
     return None
 
 
@@ -44,12 +46,12 @@ def headline(study: Study) -> str:
     found = scope(study)
     if found is None:
         return "No method has been scored on the test problems yet."
-    name, shown, score = max(found.scores, key=lambda entry: entry[2].pass_at_1 or 0.0)
-    first = f"{found.where}, {shown} scores {'highest, ' if len(found.scores) > 1 else ''}{_percent(study, score)}"
-    names = {entry[0] for entry in found.scores}
-    if OURS not in names:
+    name = max(found.scores, key=lambda name: found.scores[name].pass_at_1 or 0.0)
+    score, rank = found.scores[name], "highest, " if len(found.scores) > 1 else ""
+    first = f"{found.where}, {study.labels[name]} scores {rank}{_percent(study, score)}"
+    if OURS not in found.scores:
         return f"{first}; {label(OURS)} has no score yet."
-    if BASELINE not in names:
+    if BASELINE not in found.scores:
         return f"{first}; there is no {label(BASELINE)} to compare with yet."
     # Said once what the brackets are, unless the score had none.
     interval = "" if score.interval else f"{study.interval_name} "
@@ -75,20 +77,20 @@ def context(study: Study) -> str:
     """The correction for several comparisons, the other methods that are resolved, and the ends of the range."""
     found = scope(study)
     parts = [study.description] if study.description else []
-    if found and found.difference and found.difference.p_holm is not None:
-        resolved = found.difference.p_holm < 1 - study.level
-        p_holm = show(found.difference.p_holm, "p")
+    if found and found.difference and found.difference.p_value_holm is not None:
+        resolved = found.difference.p_value_holm < 1 - study.level
+        p_holm = show(found.difference.p_value_holm, "p")
         parts.append(
             f"After correction for the comparisons with {label(BASELINE)} (Holm), p {'' if '<' in p_holm else '= '}"
             f"{p_holm}: {'still' if resolved else 'not'} resolved."
         )
-    scored = {method.name for setting in study.settings for method in setting.methods}
-    missing = [s.title for s in study.settings if {m.name for m in s.methods} < scored]
+    scored = {name for setting in study.settings for name in setting.found.methods}
+    missing = [setting.title for setting in study.settings if setting.found.methods.keys() < scored]
     if missing:
         parts.append(f"Not every method has been scored yet in {', '.join(missing)}.")
     return " ".join(parts)
 
 
-def _percent(study: Study, score: Score) -> str:
+def _percent(study: Study, score: Scored) -> str:
     interval = f" ({study.interval_name} {show_range(score.interval, 'percent')})" if score.interval else ""
     return f"{show(score.pass_at_1, 'percent')} pass@1{interval}"

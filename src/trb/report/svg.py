@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trb.records import Scored
 from trb.report.panels import Axis, Panel, Series, Values, smoothed, thinned
-from trb.report.reading import Score
 from trb.report.style import DASHES, MARKERS, MINUS, Format, show
 
 WIDTH, HEIGHT = 360, 190
@@ -131,7 +131,7 @@ def draw(panel: Panel, steps: tuple[int, int]) -> Chart:
     )
 
 
-def interval_bars(scores: Sequence[Score], dots: Sequence[Values] = ()) -> Strip:
+def interval_bars(scores: Sequence[Scored], dots: Sequence[Sequence[float | None]] = ()) -> Strip:
     """Scores on a common axis of pass@1; `dots` are each score's values per seed."""
     rows = [(score.pass_at_1, score.interval) for score in scores]
     return _strip(rows, dots or [()] * len(rows), "percent", floor=0.0, ceiling=1.0)
@@ -144,7 +144,7 @@ def difference_bars(rows: Sequence[tuple[float | None, tuple[float, float] | Non
 
 def _strip(
     rows: Sequence[tuple[float | None, tuple[float, float] | None]],
-    dots: Sequence[Values],
+    dots: Sequence[Sequence[float | None]],
     kind: Format,
     *,
     floor: float,

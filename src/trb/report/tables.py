@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trb.records import RESULTS, STUDY
+from trb.records import RESULTS, STUDY, Difference, Method, Scored, Target
 from trb.report import summary
 from trb.report.panels import slug
 from trb.report.reading import ReportError, Score, parse_scores, read, read_json
-from trb.report.study import BASELINE, Difference, Method, Setting, Study, parse_study, read_study
+from trb.report.study import BASELINE, Setting, Study, parse_study, read_study
 from trb.report.style import MINUS, Format, label, show, show_range, visible
 
 Value = float | str | None
@@ -103,7 +103,7 @@ def study_tables(study: Study) -> list[Table]:
         found += [
             suites_table(study, setting),
             learning_table(study, setting),
-            sweep_table(setting),
+            sweep_table(study, setting),
             pairs_table(study, setting),
         ]
     return [table for table in found if table.rows]
@@ -129,23 +129,23 @@ def score_tables(scores: Mapping[str, Score]) -> list[Table]:
 
 def results_table(study: Study) -> Table:
     """pass@1 of every method in every setting, and on average."""
-    names = [name for name in study.labels if _scores_of(study, name)]
-    columns = [{name: method.score for name in names if (method := s.method(name))} for s in study.settings]
-    columns += [{entry.name: entry.score for entry in study.average}] if study.average else []
+    columns: list[Mapping[str, Scored]] = [setting.found.methods for setting in study.settings]
+    columns += [study.average] if study.average else []
+    names = [name for name in study.labels if any(name in column for column in columns)]
     best = [_highest(score.pass_at_1 for score in column.values()) for column in columns]
 
-    def row(title: str, scores: Sequence[Score | None], bold: bool) -> tuple[Cell, ...]:
+    def row(title: str, scores: Sequence[Scored | None], bold: bool) -> tuple[Cell, ...]:
         cells = (_pass_at_1(one, top if bold else None) for one, top in zip(scores, best, strict=True))
         return (Cell(title), *cells)
 
-    def reference(title: str, scores: Sequence[Score]) -> list[tuple[Cell, ...]]:
-        known = any(score.pass_at_1 is not None for score in scores)
+    def reference(title: str, scores: Sequence[Scored | None]) -> list[tuple[Cell, ...]]:
+        known = any(score and score.pass_at_1 is not None for score in scores)
         return [row(title, [*scores, *[None] * bool(study.average)], False)] if known else []
 
     rows = [
-        *reference("Student, before", [setting.student for setting in study.settings]),
+        *reference("Student, before", [setting.found.student for setting in study.settings]),
         *(row(study.labels[name], [column.get(name) for column in columns], True) for name in names),
-        *reference("Teacher", [setting.teacher for setting in study.settings]),
+        *reference("Teacher", [setting.found.teacher for setting in study.settings]),
     ]
     header = ("Method", *(setting.title for setting in study.settings), *(["Average"] if study.average else []))
     caption = (
@@ -162,17 +162,17 @@ def differences_table(study: Study) -> Table:
         rows += [
             (
                 Cell(setting.title),
-                Cell(method.label),
-                *_difference_cells(method.difference),
-                _points(method.area_difference),
+                Cell(study.labels[name]),
+                *_difference_cells(method.difference_to_opd),
+                _points(method.area_difference_to_opd),
             )
-            for method in setting.methods
-            if method.difference
+            for name, method in setting.found.methods.items()
+            if method.difference_to_opd
         ]
     rows += [
-        (Cell("Average"), Cell(entry.label), *_difference_cells(entry.difference), Cell(None))
-        for entry in study.average
-        if entry.difference
+        (Cell("Average"), Cell(study.labels[name]), *_difference_cells(entry.difference_to_opd), Cell(None))
+        for name, entry in study.average.items()
+        if entry.difference_to_opd
     ]
     baseline = study.labels.get(BASELINE, label(BASELINE))
     caption = (
@@ -186,60 +186,64 @@ def differences_table(study: Study) -> Table:
 
 def suites_table(study: Study, setting: Setting) -> Table:
     """pass@1 by problem set, for a setting with several."""
-    suites = list(dict.fromkeys(suite for method in setting.methods for suite in method.suites))
-    best = {suite: _highest(method.suites.get(suite) for method in setting.methods) for suite in suites}
+    methods = setting.found.methods
+    by_method = {name: method.suites for name, method in methods.items() if method.suites}
+    suites = list(dict.fromkeys(suite for scores in by_method.values() for suite in scores))
+    best = {suite: _highest(scores.get(suite) for scores in by_method.values()) for suite in suites}
     rows = tuple(
         (
-            Cell(method.label),
-            *(Cell(v := method.suites.get(s), "percent", best=v is not None and v == best[s]) for s in suites),
-            _pass_at_1(method.score, None),
+            Cell(study.labels[name]),
+            *(Cell(v := scores.get(s), "percent", best=v is not None and v == best[s]) for s in suites),
+            _pass_at_1(methods[name], None),
         )
-        for method in setting.methods
-        if method.suites
+        for name, scores in by_method.items()
     )
-    sizes = {str(suite.get("name")): suite.get("problems") for suite in setting.test}
+    sizes = {str(suite.get("name")): suite.get("problems") for suite in setting.found.test or ()}
     header = ("Method", *(f"{s} ({sizes[s]} problems)" if sizes.get(s) else s for s in suites), "Mean")
-    caption = f"{setting.title}: pass@1 by problem set, means over {seeds_of(setting.methods)}."
+    caption = f"{setting.title}: pass@1 by problem set, means over {seeds_of(methods.values())}."
     return Table(f"suites-{slug(setting.name)}", caption, header, rows if len(suites) > 1 else ())
 
 
 def learning_table(study: Study, setting: Setting) -> Table:
     """How fast each method learned, on the development problems."""
+    methods = setting.found.methods
     rows = tuple(
         (
-            Cell(method.label),
-            Cell(method.area.pass_at_1, "percent", method.area.interval),
-            _points(method.area_difference),
-            Cell(None if method.target is None else method.target.median, "count"),
-            Cell(_reached(method)),
+            Cell(study.labels[name]),
+            Cell(area.estimate, "percent", area.interval),
+            _points(method.area_difference_to_opd),
+            Cell(target.median, "count"),
+            Cell(_reached(target)),
         )
-        for method in setting.methods
-        if method.area.pass_at_1 is not None or method.target is not None
+        for name, method in methods.items()
+        for area, target in [(method.area or Difference(), method.steps_to_target or Target())]
+        if area.estimate is not None or method.steps_to_target
     )
-    goals = {m.target.target for m in setting.methods if m.target and m.target.target is not None}
+    targets = [method.steps_to_target for method in methods.values() if method.steps_to_target]
+    goals = {one.target for one in targets if one.target is not None}
     goal = f"{show(min(goals), 'percent')}" if len(goals) == 1 else "the target"
     caption = (
         f"{setting.title}: mean pass@1 over training (area under the development curve) with {study.interval_name}s, "
-        f"and the median step at which {goal} was first reached; {seeds_of(setting.methods)}."
+        f"and the median step at which {goal} was first reached; {seeds_of(methods.values())}."
     )
     header = ("Method", "Area", "Difference to OPD", f"Steps to {goal}", "Seeds that reached it")
     return Table(f"learning-{slug(setting.name)}", caption, header, rows)
 
 
-def sweep_table(setting: Setting) -> Table:
+def sweep_table(study: Study, setting: Setting) -> Table:
     """Every configuration that was tried, with its development score."""
     rows = tuple(
         (
-            Cell(_label_of(setting, name)),
+            Cell(study.labels.get(name) or label(name)),
             Cell(configuration_text(entry.configuration)),
-            _pass_at_1(entry.score, None),
+            _pass_at_1(entry, None),
             Cell(entry.seeds, "count"),
             Cell("selected" if entry.selected else ""),
         )
-        for name, entries in setting.sweep.items()
+        for name, entries in setting.found.sweep.items()
         for entry in entries
     )
-    over = spanned(entry.seeds for entries in setting.sweep.values() for entry in entries)
+    over = spanned(entry.seeds for entries in setting.found.sweep.values() for entry in entries)
     caption = f"{setting.title}: pass@1 on the development problems of every configuration, means over {over}."
     return Table(
         f"sweep-{slug(setting.name)}", caption, ("Method", "Configuration", "pass@1", "Seeds", "Selected"), rows
@@ -248,23 +252,23 @@ def sweep_table(setting: Setting) -> Table:
 
 def pairs_table(study: Study, setting: Setting) -> Table:
     """Every method minus every other."""
-    names = [method.name for method in setting.methods if method.differences]
+    methods = setting.found.methods
+    names = [name for name, method in methods.items() if method.differences]
     rows = tuple(
-        (Cell(first.label), *(_points(first.differences.get(second)) for second in names))
-        for first in setting.methods
-        if first.differences
+        (Cell(study.labels[first]), *(_points(methods[first].differences.get(second)) for second in names))
+        for first in names
     )
     caption = (
         f"{setting.title}: method of the row minus method of the column in points of pass@1; {study.interval_name}s "
-        f"over {seeds_of(setting.methods)}, paired by seed and problem, not corrected for their number."
+        f"over {seeds_of(methods.values())}, paired by seed and problem, not corrected for their number."
     )
-    header = ("Method", *(_label_of(setting, name) for name in names))
+    header = ("Method", *(study.labels[name] for name in names))
     return Table(f"pairs-{slug(setting.name)}", caption, header, rows if len(names) > 1 else ())
 
 
-def configuration_text(configuration: Mapping[str, Any]) -> str:
+def configuration_text(configuration: Mapping[str, Any] | None) -> str:
     """ "key = value" pairs in one line; secrets hidden."""
-    return ", ".join(f"{key} = {value}" for key, value in summary.flatten(configuration)) or "defaults"
+    return ", ".join(f"{key} = {value}" for key, value in summary.flatten(configuration or {})) or "defaults"
 
 
 def seeds_of(methods: Iterable[Method]) -> str:
@@ -280,8 +284,8 @@ def spanned(seeds: Iterable[int | None]) -> str:
 
 def seeds_and_problems(settings: Sequence[Setting]) -> str:
     """ "20 seeds and 4,096 problems", with ranges where settings or methods differ."""
-    methods = [method for setting in settings for method in setting.methods]
-    problems = sorted({int(m.score.n_problems) for m in methods if m.score.n_problems})
+    methods = [method for setting in settings for method in setting.found.methods.values()]
+    problems = sorted({int(method.problems) for method in methods if method.problems})
     return seeds_of(methods) + (f" and {_span(problems)} problems" if problems else "")
 
 
@@ -289,21 +293,11 @@ def _span(counts: Sequence[int]) -> str:
     return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
-def _scores_of(study: Study, name: str) -> list[Score]:
-    found = [method.score for setting in study.settings if (method := setting.method(name))]
-    return found + [entry.score for entry in study.average if entry.name == name]
-
-
-def _label_of(setting: Setting, name: str) -> str:
-    method = setting.method(name)
-    return label(name) if method is None else method.label
-
-
 def _highest(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def _pass_at_1(score: Score | None, best: float | None) -> Cell:
+def _pass_at_1(score: Scored | None, best: float | None) -> Cell:
     if score is None:
         return Cell(None, "percent")
     return Cell(score.pass_at_1, "percent", score.interval, best=best is not None and score.pass_at_1 == best)
@@ -315,13 +309,11 @@ def _points(difference: Difference | None) -> Cell:
 
 def _difference_cells(difference: Difference | None) -> tuple[Cell, ...]:
     found = difference or Difference()
-    return _points(found), Cell(found.p_value, "p"), Cell(found.p_holm, "p"), Cell(found.effect_size, "effect")
+    return _points(found), Cell(found.p_value, "p"), Cell(found.p_value_holm, "p"), Cell(found.effect_size, "effect")
 
 
-def _reached(method: Method) -> str:
-    if method.target is None or method.target.reached is None:
-        return "–"
-    return f"{show(method.target.reached, 'count')} of {show(method.target.seeds, 'count')}"
+def _reached(target: Target) -> str:
+    return "–" if target.reached is None else f"{show(target.reached, 'count')} of {show(target.seeds, 'count')}"
 
 
 # ---- as text ----

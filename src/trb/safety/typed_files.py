@@ -8,14 +8,13 @@ whose content does not fit raises a RecordError that names the file and the fiel
 import json
 import os
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from trb.errors import InputError, OperationError
 from trb.safety.files import finite, write_text
@@ -31,7 +30,6 @@ __all__ = [
     "TypedFile",
     "VersionError",
     "load_json",
-    "of_kind",
 ]
 
 VERSION_KEY = "format_version"
@@ -43,17 +41,6 @@ class RecordError(InputError):
 
 class VersionError(OperationError):
     """A file in another version of its layout. No ValueError: it is whole, and must not be made again."""
-
-
-def of_kind(fits: Callable[[Any], bool], expected: str) -> PlainValidator:
-    """What makes `Annotated[Any, ...]` take the values that `fits` is true of; `expected` says in words which."""
-
-    def check(value: Any) -> Any:
-        if not fits(value):
-            raise PydanticCustomError("kind", "expected {what}", {"what": expected})
-        return value
-
-    return PlainValidator(check)
 
 
 class Schema(BaseModel):
@@ -113,23 +100,23 @@ class TypedFile(RunFile):
             return False
         return True
 
-    def check(self, value: Any, where: str | os.PathLike[str]) -> None:
-        """Raises RecordError naming `where` and the field, unless the schema takes a value."""
+    def check(self, value: Any, where: str | os.PathLike[str]) -> Any:
+        """What the schema makes of a value. Raises RecordError naming `where` and the field, unless it takes it."""
         try:
-            self._validate(value)
+            return self._validate(value)
         except ValidationError as error:
             raise RecordError(f"{os.fspath(where)}: {_first(error)}") from error
         except RecursionError as error:
             raise RecordError(f"{os.fspath(where)}: it is nested too deeply") from error
 
-    def _validate(self, value: Any) -> None:
+    def _validate(self, value: Any) -> Any:
         try:
-            self._adapter.validate_python(value)
+            return self._adapter.validate_python(value)
         except ValidationError as error:
             # Legal in JSON, and unknown to pydantic: they are text like any other here.
             if not {item["type"] for item in error.errors()} & {"invalid_key", "string_unicode"}:
                 raise
-            self._adapter.validate_python(_without_lone_surrogates(value))
+            return self._adapter.validate_python(_without_lone_surrogates(value))
 
     def check_version(self, value: Any, where: str | os.PathLike[str]) -> None:
         """Raises VersionError for an object that says it has another version."""
@@ -192,11 +179,14 @@ class JsonFile(TypedFile):
 
     def parse(self, value: Any, where: str | os.PathLike[str]) -> Any:
         """What `read` returns of a file with this content; `where` names it in messages."""
-        self.check_version(value, where)
-        if isinstance(value, dict):
-            value = {key: item for key, item in value.items() if key != VERSION_KEY}
+        value = self.unversioned(value, where)
         self.check(value, where)
         return value
+
+    def unversioned(self, value: Any, where: str | os.PathLike[str]) -> Any:
+        """The content without its version. Raises VersionError for another one than this."""
+        self.check_version(value, where)
+        return {key: item for key, item in value.items() if key != VERSION_KEY} if isinstance(value, dict) else value
 
 
 def load_json(path: Path) -> Any:
