@@ -132,7 +132,7 @@ def test_damaged_results_of_a_study_are_made_again(finished, tmp_path, caplog):
 
 def test_two_sweeps_at_once_are_refused(finished):
     directory, _ = finished
-    with held_by_another(directory), pytest.raises(RunDirectoryError, match="another sweep is running"):
+    with held_by_another(directory), pytest.raises(RunDirectoryError, match="another sweep is writing to"):
         run_study(study(), directory)
 
 

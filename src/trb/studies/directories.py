@@ -8,9 +8,8 @@ out: what the files mean (`trb.records`), checkpoints (`trb.training.checkpoints
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ __all__ = [
     "set_aside",
     "sole_run",
     "state_of",
+    "told_apart",
 ]
 
 logger = logging.getLogger(__name__)
@@ -78,20 +78,16 @@ def seal_run(directory: Path, args: TRBConfig) -> None:
     checkpoints.seal(directory, checksums=args.checkpoint_checksums, files_of=files)
 
 
-@dataclass(frozen=True)
-class _Difference:
-    key: str
-    there: Any
-    here: Any
-
-    def __str__(self) -> str:
-        return f"{self.key} is {self.there!r} there and {self.here!r} here"
+def told_apart(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """The keys that two configurations have otherwise, each with both values in words."""
+    keys = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
+    return {key: f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys}
 
 
-def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset()) -> list[_Difference]:
+def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset()) -> dict[str, str]:
     """What a written configuration says otherwise than `recipe`; nothing if there is none."""
     if not path.exists():
-        return []
+        return {}
     there = _written_recipe(path)
     if there is None:
         kept = (path.parent / RESULTS).exists() or checkpoints.numbered(path.parent)
@@ -105,8 +101,7 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
     # knob that only methods read which one of the two does not have: which methods those are is compared itself.
     new = {key for key in here if key not in there and key in _MAY_CHANGE}
     others = every_knob() & (there.keys() ^ here.keys())
-    keys = [key for key in dict.fromkeys([*there, *here]) if key not in ignore | new | others]
-    return [_Difference(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
+    return {key: text for key, text in told_apart(there, here).items() if key not in ignore | new | others}
 
 
 def _written_recipe(path: Path) -> dict[str, Any] | None:
@@ -137,11 +132,11 @@ def check_claim(
         return checkpoint
     found = _differences(directory / CONFIG, recipe)
     # A longer run may go on from a checkpoint; without one it would silently start over.
-    refused = [difference for difference in found if difference.key not in _MAY_CHANGE or checkpoint is None]
+    refused = [text for key, text in found.items() if key not in _MAY_CHANGE or checkpoint is None]
     if refused and not (accept_changes and checkpoint is not None):
         _refuse(directory / CONFIG, refused, can_accept=checkpoint is not None)
     if refused and warn:
-        logger.warning("%s goes on with changes: %s", directory, "; ".join(map(str, refused)))
+        logger.warning("%s goes on with changes: %s", directory, "; ".join(refused))
     return checkpoint
 
 
@@ -157,14 +152,14 @@ def check_shared_recipe(directory: Path, recipe: Recipe) -> None:
     path = directory / RECIPE
     differences = _differences(path, recipe, frozenset({"methods", *_MAY_CHANGE}))
     if differences:
-        _refuse(path, differences, can_accept=False)
+        _refuse(path, list(differences.values()), can_accept=False)
 
 
-def _refuse(path: Path, differences: list[_Difference], *, can_accept: bool) -> None:
+def _refuse(path: Path, differences: list[str], *, can_accept: bool) -> None:
     remedy = "Use another output directory, or --overwrite to remove what is there"
     if can_accept:
         remedy += ", or --accept-changes to go on from its last checkpoint all the same"
-    listed = "; ".join(map(str, differences[:_LISTED]))
+    listed = "; ".join(differences[:_LISTED])
     more = f"; and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
     raise RunDirectoryError(f"{path.parent} holds another configuration: {listed}{more} ({path.name}). {remedy}")
 
@@ -315,11 +310,12 @@ def is_last(checkpoint: Path, args: TRBConfig) -> bool:
 
 
 @contextmanager
-def sole_run(directory: Path, *, first: bool = True, inside: bool = False) -> Iterator[None]:
+def sole_run(directory: Path, *, what: str = "run", first: bool = True, inside: bool = False) -> Iterator[None]:
     """Keep every other command, also a second start of this one, from writing into a directory, which is made.
 
     Args:
-        directory: of a run, a comparison, a probe or an evaluation.
+        directory: of a run, a comparison, a probe, a study or an evaluation.
+        what: is refused, if another one is there.
         first: whether this is the first process of its launch; the others hold nothing.
         inside: as in `trb.safety.files.exclusive`.
 
@@ -334,6 +330,7 @@ def sole_run(directory: Path, *, first: bool = True, inside: bool = False) -> It
             stack.enter_context(exclusive(directory, inside=inside))
         except BlockingIOError as error:
             raise RunDirectoryError(
-                f"another run is writing to {directory}: {error.strerror}; wait for it, or use another output directory"
+                f"another {what} is writing to {directory}: {error.strerror}; wait for it, or use another output "
+                "directory"
             ) from error
         yield

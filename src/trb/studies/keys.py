@@ -21,6 +21,7 @@ from trb.models.memory import DTYPES
 from trb.records import EVALS, EVALUATIONS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
+from trb.training.resume import plain
 from trb.training.trainer import TRBConfig
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "describe_keys",
     "is_method_name",
     "parse_overrides",
-    "plain_value",
     "put_override",
     "run_fields",
     "training_fields",
@@ -295,7 +295,7 @@ def describe_keys() -> dict[str, list[tuple[str, str, str, str]]]:
 
 
 def _shown(value: Any) -> str:
-    value = plain_value(value)
+    value = plain(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 
@@ -386,14 +386,3 @@ def _words(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return f"one of {', '.join(str(member.value) for member in annotation)}"
     return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def plain_value(value: Any) -> Any:
-    """A value as YAML types."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain_value(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain_value(item) for key, item in value.items()}
-    return [plain_value(item) for item in value] if isinstance(value, list | tuple) else value

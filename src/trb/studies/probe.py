@@ -29,7 +29,7 @@ from trb.studies.diagnostics import (
     matched_excerpts,
     replacement_curve,
 )
-from trb.studies.directories import make_again, sole_run
+from trb.studies.directories import make_again, sole_run, told_apart
 from trb.studies.listener import Listener
 from trb.studies.material import (
     RunDirectoryError,
@@ -331,14 +331,11 @@ class _Parts:
         begun = [part for part in self.folder.glob("*") if PART.claims(part) and part != path]
         if begun and path.exists():
             there = PROBE_SETTINGS.read(path)
-            different = [key for key in dict.fromkeys([*there, *settings]) if there.get(key) != settings.get(key)]
+            different = told_apart(there, settings)
             if different:
-                named = "; ".join(
-                    f"{key} is {there.get(key)!r} there and {settings.get(key)!r} here" for key in different
-                )
                 raise RunDirectoryError(
-                    f"{directory} holds another probe: {named}. Use another output directory, or --overwrite to "
-                    "remove what is there"
+                    f"{directory} holds another probe: {'; '.join(different.values())}. Use another output directory, "
+                    "or --overwrite to remove what is there"
                 )
         PROBE_SETTINGS.write(path, settings)
 

@@ -23,7 +23,6 @@ from trb.studies.keys import (
     RunConfig,
     checked_value,
     default_of,
-    plain_value,
     put_override,
     run_fields,
     training_fields,
@@ -31,6 +30,7 @@ from trb.studies.keys import (
 from trb.studies.yaml_files import ConfigError, Dumper, nearest_key, read_yaml
 from trb.training.config import TRBConfig
 from trb.training.methods import CHOICES, METHODS, every_knob, knobs_of, owners_of, pair_of
+from trb.training.resume import plain
 
 __all__ = ["Recipe", "load_recipe", "make_recipe"]
 
@@ -93,7 +93,7 @@ class Recipe:
         training = {name: self._value(name) for name in training_fields() if name not in {*REPLACED_KEYS, *unread}}
         if self.run.prompts_per_step is not None:
             del training["gradient_accumulation_steps"]
-        return {key: plain_value(value) for key, value in {**run, **training}.items()}
+        return {key: plain(value) for key, value in {**run, **training}.items()}
 
     def to_yaml(self) -> str:
         """`resolved()` as the text of a recipe."""

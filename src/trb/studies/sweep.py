@@ -15,7 +15,6 @@ Left out on purpose: judging the results (`trb.studies.findings`), and what one 
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ import yaml
 from trb import records
 from trb.errors import InputError
 from trb.records import SELECTION, STUDY, STUDY_PLAN
-from trb.safety.files import LOCK, exclusive, write_text
+from trb.safety.files import LOCK, write_text
 from trb.safety.untrusted import parse_yaml
 from trb.studies import findings, provenance
+from trb.studies.directories import sole_run
 from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
 from trb.studies.material import RunDirectoryError, problem_sets
 from trb.studies.study import ROLES, Reference, Study
@@ -77,7 +77,7 @@ def run_study(
         ValueError: development and test problems overlap.
     """
     directory, listener = Path(directory).absolute(), listener or StudyListener()
-    with _claimed(directory):
+    with sole_run(directory, what="sweep"):
         _begin(directory, study)
         listener.stage("checking that development and test problems differ")
         for name in study.settings:
@@ -119,24 +119,6 @@ def _run(pool: Pool, phase: str, jobs: Sequence[Job], directory: Path, listener:
 
 
 # ---- the directory ----
-
-
-@contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        # Around the claim alone: what is refused later on has a file of its own to name.
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(exclusive(directory))
-        except BlockingIOError as error:
-            raise RunDirectoryError(
-                f"another sweep is running in {directory}: {error.strerror}; wait for it, or use another directory"
-            ) from error
-        except PermissionError as error:
-            raise RunDirectoryError(
-                f"cannot write to {error.filename or directory}: {error.strerror}; choose another --output-dir"
-            ) from error
-        yield
 
 
 def _begin(directory: Path, study: Study) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "differences",
     "explain",
     "length_matters",
+    "plain",
     "read",
     "write",
 ]
@@ -169,7 +170,7 @@ def describe(
     unread = every_knob() - knobs_of([args])
     own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name not in FREE}
     return {
-        **{name: _plain(value) for name, value in own.items() if name not in unread},
+        **{name: plain(value) for name, value in own.items() if name not in unread},
         "world_size": world_size,
         **{f"train_dataset.{key}": value for key, value in _dataset(train_dataset).items()},
         "tokenizer.vocabulary": _digest([json.dumps(sorted(tokenizer.get_vocab().items()))]),
@@ -204,8 +205,8 @@ def _model(model: nn.Module, *, frozen_only: bool) -> dict[str, Any]:
     return {
         "class": type(inner).__name__,
         "dtype": str(inner.dtype).removeprefix("torch."),
-        **{f"config.{key}": _plain(value) for key, value in _kept(inner.config.to_dict(), _NOT_THE_MODEL)},
-        "adapters": {name: dict(_kept(_plain(config), _NOT_THE_ADAPTER)) for name, config in adapters.items()},
+        **{f"config.{key}": plain(value) for key, value in _kept(inner.config.to_dict(), _NOT_THE_MODEL)},
+        "adapters": {name: dict(_kept(plain(config), _NOT_THE_ADAPTER)) for name, config in adapters.items()},
         "frozen_weights" if frozen_only else "weights": _digest(map(_numbers, weights)),
     }
 
@@ -241,18 +242,18 @@ def _digest(parts: Iterable[str | bytes]) -> str:
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON types that are equal in every process for equal values."""
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(map(_plain, value), key=str)
+        return sorted(map(plain, value), key=str)
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int | str | float):
         return value
     # The text of other objects may hold their address.
@@ -283,7 +284,7 @@ def read(checkpoint: Path) -> dict[str, Any] | None:
 
 def length_matters(args: Any) -> bool:
     """Whether a step's results depend on how many steps are to come."""
-    schedule = _plain(args.lr_scheduler_type)
+    schedule = plain(args.lr_scheduler_type)
     warmup_is_share = schedule in _ENDLESS[1:3] and 0 < args.warmup_steps < 1
     behavior, target = behavior_of(args), target_of(args)
     scheduled = (each.follows_length for each in (behavior.schedule, behavior.share, target.schedule))
