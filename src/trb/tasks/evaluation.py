@@ -28,7 +28,7 @@ from trb.errors import InputError
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
-from trb.safety.untrusted import parse_json
+from trb.records import PROBLEMS
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.tasks.grading import Verifier, can_be_scored
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT, load_prompts, render
@@ -337,8 +337,14 @@ def _resumed(path: Path | None, settings: dict[str, Any], round_size: int) -> li
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(header)
         return []
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    parsed = [_parse_line(line, number, path) for number, line in enumerate(lines, start=1)]
+    lines = [line for line in PROBLEMS.lines(path) if line.raw.endswith(b"\n")]
+    for place, line in enumerate(lines, start=1):
+        if line.error or line.number != place:
+            raise InputError(
+                f"line {place} of {path} is not a result ({line.error or 'it is empty'}); use another results_path, or "
+                "delete the file if it is a damaged one"
+            )
+    parsed = [line.record for line in lines]
     _check_settings(parsed[0] if parsed else {}, settings, path)
     for number, record in enumerate(parsed[1:]):
         if record.get("problem") != number:
@@ -346,19 +352,8 @@ def _resumed(path: Path | None, settings: dict[str, Any], round_size: int) -> li
     kept = len(parsed) - 1
     if kept < settings["n_problems"]:
         kept -= kept % round_size
-    os.truncate(path, sum(map(len, lines[: kept + 1])))
+    os.truncate(path, sum(len(line.raw) for line in lines[: kept + 1]))
     return parsed[1 : kept + 1]
-
-
-def _parse_line(line: bytes, number: int, path: Path) -> dict[str, Any]:
-    remedy = "use another results_path, or delete the file if it is a damaged one"
-    try:
-        parsed = parse_json(line)
-    except ValueError as error:
-        raise InputError(f"line {number} of {path} is not a result ({error}); {remedy}") from error
-    if not isinstance(parsed, dict):
-        raise InputError(f"line {number} of {path} is not a result; {remedy}")
-    return parsed
 
 
 def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
