@@ -705,8 +705,8 @@ def test_a_machine_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "is not JSON"),
-        ("[]", "must hold an object"),
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
         ('{"like": "h200"}', "like is 'h200'"),
         ('{"like": "h100", "memori": {}}', "unknown field 'memori'; did you mean 'memory'"),
         ('{"memory": {"value": 1, "kind": "assumed", "source": "x"}}', "leaves per_node, .* open"),

@@ -5,12 +5,12 @@ measurement, and otherwise an assumption that every plan prints as one. Left out
 and "between nodes", disks, and prices.
 """
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trb.errors import InputError, MissingFileError, did_you_mean
+from trb.safety.untrusted import read_object
 
 __all__ = ["KINDS", "MACHINES", "Figure", "Machine", "find_machine"]
 
@@ -211,13 +211,7 @@ def find_machine(spec: str) -> Machine:
             f"unknown machine {spec!r}; choose one of {', '.join(MACHINES)}, or name a JSON file that describes it"
             f"{did_you_mean(spec, tuple(MACHINES))}"
         )
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(described, dict):
-        raise InputError(f"{path} must hold an object, field: figure")
-    return _described(described, str(path))
+    return _described(read_object(path), str(path))
 
 
 def _described(described: dict[str, Any], source: str) -> Machine:
