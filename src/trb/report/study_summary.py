@@ -23,7 +23,7 @@ class Scope:
 
     @property
     def difference(self) -> Difference | None:
-        """Of this method to plain distillation."""
+        """Of the method of this package to plain distillation."""
         ours = self.scores.get(OURS)
         return ours.difference_to_opd if ours else None
 
