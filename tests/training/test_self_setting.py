@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Kill, build, config, logged, losses, weights
+from tiny_runs import Completions, Kill, build, config, logged, losses, weights
 
 from trb.policies import GeometricPolicy, StudentPolicy, TrustRegionPolicy
 from trb.schedule import Constant, GapBudget, Schedule, SequenceBudget
@@ -227,6 +227,24 @@ def test_what_a_user_sets_is_what_is_built(tmp_path: Path) -> None:
         config(tmp_path, behavior_share=1.5)
     with pytest.raises(ValueError, match=r"teacher_weight must lie in \[0, 1\], got -0.1"):
         config(tmp_path, method="geometric", teacher_weight=-0.1)
+
+
+# ---- short horizons ----
+
+
+def test_completions_are_cut_at_a_length_that_grows(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"initial_horizon": 3, "horizon_steps": 2, "max_steps": 3, "max_completion_length": 24}
+    trainer, plain = build(tmp_path, method="horizon", **settings), build(tmp_path, method="opd")
+    completions, whole = Completions(), Completions()
+    completions.watch(trainer)
+    whole.watch(plain)
+    trainer.train()
+    plain.train()
+    for step, horizon in enumerate((3, 13, 24)):
+        assert max(map(len, completions.per_step[step])) <= horizon
+    assert completions.per_step[0] == [ids[:3] for ids in whole.per_step[0]]
+    trainer.model.eval()
+    assert trainer._horizon(0) == 24
 
 
 # ---- whole runs ----

@@ -118,6 +118,12 @@ class TRBConfig(DistillationConfig):
     temperature_warmup_steps: int = field(
         default=25, metadata={"help": "temperature: optimizer steps until the rollout temperature is 1."}
     )
+    initial_horizon: int = field(
+        default=32, metadata={"help": "horizon: tokens after which completions of step 0 are cut."}
+    )
+    horizon_steps: int = field(
+        default=25, metadata={"help": "horizon: optimizer steps until completions have max_completion_length tokens."}
+    )
     sft_warmup_steps: int = field(
         default=25, metadata={"help": "sft: supervised updates on teacher completions before distillation."}
     )
@@ -233,6 +239,7 @@ class TRBConfig(DistillationConfig):
             raise InputError("max_completion_length=None is not supported; set the longest completion in tokens")
         for name in (
             "num_generations",
+            "initial_horizon",
             "max_completion_length",
             "loss_chunk_tokens",
             "block_size",
@@ -242,7 +249,7 @@ class TRBConfig(DistillationConfig):
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
         recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
-        for name in ("loss_top_k", "sft_warmup_steps", "veto_strength", *recorded):
+        for name in ("loss_top_k", "sft_warmup_steps", "horizon_steps", "veto_strength", *recorded):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         for half in halves():

@@ -11,6 +11,7 @@ or target is built, so that the report's labels cost nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -51,12 +52,14 @@ T = TypeVar("T")
 class Scheduled(Generic[T]):
     """An object for each optimizer step: what `make` makes of the schedule's value there.
 
-    Of a behavior, `share` of each prompt's rollouts are drawn from it, and the others from the student.
+    Of a behavior, `share` of each prompt's rollouts are drawn from it, and the others from the student; and completions
+    are cut after `horizon` tokens.
     """
 
     make: Callable[[float], T]
     schedule: Schedule
     share: Schedule = field(default_factory=lambda: Constant(1.0))
+    horizon: Schedule = field(default_factory=lambda: Constant(math.inf))
 
     def at(self, step: int) -> T:
         return self.make(self.schedule.value(step))
@@ -215,6 +218,13 @@ def _temperature(args: Any, length: Callable[[], int]) -> Behavior:
     return Scheduled(TemperaturePolicy, Ramp(args.initial_temperature, 1.0, args.temperature_warmup_steps))
 
 
+def _short_first(args: Any, length: Callable[[], int]) -> Behavior:
+    from trb.policies import StudentPolicy
+
+    horizon = Ramp(args.initial_horizon, args.max_completion_length, args.horizon_steps)
+    return Scheduled(lambda _: StudentPolicy(), Constant(0.0), horizon=horizon)
+
+
 def _teacher_first(args: Any, length: Callable[[], int]) -> Behavior:
     from trb.policies import StudentPolicy, TeacherPolicy
 
@@ -249,6 +259,11 @@ BEHAVIORS: dict[str, Half[BehaviorPolicy]] = {
         "the student at a temperature that rises to 1",
         _temperature,
         ("initial_temperature", "temperature_warmup_steps"),
+    ),
+    "short_first": Half(
+        "the student; completions are cut at a length that grows to max_completion_length",
+        _short_first,
+        ("initial_horizon", "horizon_steps"),
     ),
     "teacher_first": Half("the teacher in the first steps, then the student", _teacher_first, ("sft_warmup_steps",)),
 }
@@ -320,6 +335,10 @@ METHODS: dict[str, Method] = {
     ),
     "temperature": Method(
         "temperature", "reverse_kl", "Temperature", "student rollouts at a temperature that rises to 1"
+    ),
+    "horizon": Method(
+        *("short_first", "reverse_kl", "Short horizon"),
+        "student rollouts, cut at a length that grows from initial_horizon to max_completion_length",
     ),
     "sft": Method(
         *("teacher_first", "supervised_first", "SFT warm-up"),

@@ -99,7 +99,7 @@ _COMPARED = """
     chat_template_kwargs repetition_penalty cache_implementation use_vllm vllm_mode vllm_model_impl
     vllm_structured_outputs_regex vllm_max_model_length vllm_tensor_parallel_size vllm_blended beta method
     behavior loss num_generations initial_kl_budget blend_warmup_steps budget_schedule skd_teacher_top_k
-    sequence_kl_budget behavior_share teacher_weight
+    sequence_kl_budget behavior_share teacher_weight initial_horizon horizon_steps
     skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
     loss_top_k replica_dtype per_device_train_batch_size gradient_accumulation_steps"""
 COMPARED = tuple(_COMPARED.split())

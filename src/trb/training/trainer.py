@@ -277,7 +277,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         engine = self._engine(step)
         if self._teacher_may_be_sharded(step):
             self._shard_teacher()
-        if self.use_vllm and engine is None and samples_student(policy):
+        horizon = self._horizon(step)
+        if self.use_vllm and engine is None and samples_student(policy) and horizon == self.max_completion_length:
             self._rollout = None
             completions = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
             return [[self.vocabulary.event_of(token) for token in ids] for ids in completions]
@@ -291,7 +292,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
                 self.accelerator.unwrap_model(self.teacher_model) if taught else None,
                 prompt_ids,
                 policies,
-                max_new_tokens=cast(int, self.max_completion_length),
+                max_new_tokens=horizon,
                 eos_token_id=self.vocabulary.stop_ids,
                 vocab_size=self.vocabulary.size,
                 temperature=self.temperature,
@@ -306,6 +307,11 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
                 engine=engine,
             )
         return self._rollout.completions
+
+    def _horizon(self, step: int) -> int:
+        """Tokens after which completions are cut."""
+        longest = cast(int, self.max_completion_length)
+        return int(min(longest, self.behavior.horizon.value(step))) if self.model.training else longest
 
     def _policies_of_rows(self, policy: BehaviorPolicy, keys: list[int], index: list[int]) -> list[BehaviorPolicy]:
         """The step's policy, or the student's where only a share of the rollouts is drawn from it."""
