@@ -548,6 +548,7 @@ def test_metrics_are_those_of_the_two_models(veto_strength: float) -> None:
         "reverse_kl": kl(student, teacher),
         "student_entropy": entropy(student),
         "teacher_entropy": entropy(teacher),
+        "student_log_prob": student[np.arange(len(tokens)), tokens],
         "teacher_log_prob": teacher[np.arange(len(tokens)), tokens],
     }
     for name, value in expected.items():
@@ -601,7 +602,7 @@ def test_with_and_without_tokens_a_half_precision_loss_has_one_dtype() -> None:
     for mask in (torch.ones(B, T), torch.zeros(B, T)):
         value, metrics = chunked_reverse_kl(**{**problem, "mask": mask})
         found.append([value.dtype, *(column.dtype for column in vars(metrics).values())])
-    assert found == [[torch.float32] * 6] * 2
+    assert found == [[torch.float32] * 7] * 2
 
 
 def test_without_a_vocabulary_the_heads_are_already_shared() -> None:

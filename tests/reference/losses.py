@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .distributions import Array, log_normalise
+from .distributions import Array, entropy, log_normalise
 
 
 def support(student_logits: ArrayLike, k: int) -> list[int]:
@@ -86,3 +86,61 @@ def score_gradient(student_logits: ArrayLike, teacher_logits: ArrayLike, k: int)
 def veto_target(student_logits: ArrayLike, teacher_logits: ArrayLike, strength: float) -> Array:
     """Log of teacher * student^strength, normalised."""
     return log_normalise(log_normalise(teacher_logits) + strength * log_normalise(student_logits))
+
+
+# ---- relatives of the method: the loss of each token as a function of its logits, constants frozen at `at` ----
+
+Objective = Callable[[Array], float]
+
+
+def reverse_objective(at: Array, teacher_logits: Array, k: int) -> Objective:
+    ids = support(at, k)
+    mass = float(np.exp(log_normalise(at))[ids].sum())
+    return lambda logits: token_objective(logits, teacher_logits, ids, mass)
+
+
+def forward_objective(teacher_logits: Array, k: int) -> Objective:
+    """Sum over the teacher's k likeliest ids of q log(q / p) - q + p."""
+    log_q = log_normalise(teacher_logits)
+    ids = support(teacher_logits, k)
+
+    def objective(logits: Array) -> float:
+        log_p, total = log_normalise(logits), 0.0
+        for i in ids:
+            q = np.exp(log_q[i])
+            total += (q * (log_q[i] - log_p[i]) if q > 0 else 0.0) - q + np.exp(log_p[i])
+        return float(total)
+
+    return objective
+
+
+def entropy_aware_objective(at: Array, teacher_logits: Array, k: int, threshold: float, forward_k: int) -> Objective:
+    reverse, forward = reverse_objective(at, teacher_logits, k), forward_objective(teacher_logits, forward_k)
+    unsure = float(entropy(log_normalise(teacher_logits))) > threshold
+    return lambda logits: reverse(logits) + (forward(logits) if unsure else 0.0)
+
+
+def reliability(at: Array, teacher_logits: Array, token: int) -> float:
+    """The chance that a draw of `token` from the student is kept as the teacher's."""
+    p, q = np.exp(log_normalise(at)), np.exp(log_normalise(teacher_logits))
+    return 1.0 if q[token] >= p[token] else float(q[token] / p[token])
+
+
+def important(entropies: list[float], divergences: list[float], share: float) -> list[int]:
+    """The positions of one completion that are kept, in order; share * length need not be whole."""
+
+    def scaled(values: list[float]) -> list[float]:
+        low, high = min(values), max(values)
+        return [0.0 if low == high else (value - low) / (high - low) for value in values]
+
+    h, d = scaled(entropies), scaled(divergences)
+    score = [1 - (1 - h[t]) * (1 - d[t]) for t in range(len(h))]  # 1 at both maxima, to the bit
+    ranked = sorted(range(len(score)), key=lambda t: (-score[t], t))
+    count = next(n for n in range(1, len(score) + 1) if n >= share * len(score) - 1e-9)
+    return sorted(ranked[:count])
+
+
+def prefix_weights(gaps: list[float], gamma: float) -> list[float]:
+    """1 + gamma * (1 - what lies before the token of the sum of |log q - log p| over the completion)."""
+    total = sum(map(abs, gaps))
+    return [1 + gamma * (1 - (sum(map(abs, gaps[:t])) / total if total else 0.0)) for t in range(len(gaps))]

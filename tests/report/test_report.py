@@ -38,6 +38,7 @@ from trb.report.figures import write_figures
 from trb.report.panels import Panel, Quantity, Series
 from trb.report.reading import Run, Score, Source, read
 from trb.report.study_panels import Bar, Bars
+from trb.training.methods import METHODS
 
 
 def source_with(**scores: tuple[float, tuple[float, float] | None]) -> Source:
@@ -93,7 +94,20 @@ def test_ids_are_unique_and_links_lead_somewhere(comparison_page: Page) -> None:
 
 def test_stylesheet_and_figures_use_the_same_colours(comparison_page: Page) -> None:
     css = comparison_page.text_of["style"][0]
-    assert tuple(re.findall(r"--s\d: light-dark\((#\w+),", css)) == style.COLOURS
+    assert tuple(re.findall(r"--s\d+: light-dark\((#\w+),", css)) == style.COLOURS
+
+
+def test_every_method_has_a_style_of_its_own_in_colour_dash_and_marker(comparison_page: Page) -> None:
+    styles = style.style_indices([*METHODS])
+    assert sorted(styles.values()) == [*range(len(METHODS))]
+    assert style.style_indices(["mine", *METHODS])["mine"] == len(METHODS), "and one is nobody's"
+    css = comparison_page.text_of["style"][0]
+    assert re.findall(r"^\.s(\d+) { --c: var\(--s\1\); }$", css, re.MULTILINE) == [
+        str(index) for index in range(len(style.COLOURS))
+    ]
+    for table in (style.COLOURS, style.DASHES, style.MARKERS):
+        assert len(set(table)) == len(table) == len(style.COLOURS)
+    assert svg._MARKER_PATHS.keys() == figures._MARKERS.keys() == {*style.MARKERS}
 
 
 def test_an_existing_report_is_replaced(tmp_path: Path) -> None:

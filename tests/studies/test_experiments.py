@@ -818,6 +818,26 @@ def test_a_comparison_run_again_only_does_what_is_missing(tmp_path: Path, monkey
     assert not (tmp_path / "veto" / "config.yaml").exists(), "methods of the old comparison go with it"
 
 
+def test_any_pair_of_a_behavior_and_a_loss_is_compared(tmp_path: Path) -> None:
+    methods = {
+        "opd": {},
+        "eopd": {"eopd_entropy": 0.2, "forward_top_k": 4},
+        "blended": {"method": "trb", "loss": "tip", "tip_share": 0.25},
+        "reliable": {"method": "opd", "behavior": "skd", "loss": "tropd", "skd_teacher_top_k": 4},
+        "weighted": {"method": "temperature", "loss": "iw", "iw_gamma": 1.0},
+    }
+    results = compare(small(max_steps=1, eval_every=0, methods=methods), tmp_path)
+    assert list(results) == ["student", *methods, "teacher", "provenance"]
+    losses = {name: records(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in methods}
+    assert all(map(math.isfinite, losses.values()))
+    assert len(set(losses.values())) == len(methods), "each has a loss of its own"
+    write_report(str(tmp_path))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(shown in page for shown in ("EOPD", "blended", "reliable", "weighted"))
+    with pytest.raises(ConfigError, match="tip_share must be above 0"):
+        compare(small(methods={"tip": {"tip_share": 0.0}}), tmp_path / "refused")
+
+
 def test_a_comparison_needs_methods_and_problems(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has methods: choose one"):
         train(small(methods=METHODS), tmp_path)

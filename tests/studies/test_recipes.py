@@ -28,6 +28,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 # accelerate/ holds launcher settings and studies/ studies, which are no recipes.
 FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "studies"))
 STUDIES = sorted((RECIPES / "studies").glob("*.yaml"))
+RELATIVES = ("eopd", "tip", "tropd", "iw")  # other papers', which say nothing of a grid
 BASELINES = {path.stem: path for path in (RECIPES / "baselines").glob("*.yaml")}
 
 
@@ -162,6 +163,10 @@ KNOBS = {
     "temperature": {"initial_temperature", "temperature_warmup_steps"},
     "sft": {"sft_warmup_steps"},
     "veto": {"veto_strength", "veto_steps"},
+    "eopd": {"eopd_entropy", "forward_top_k"},
+    "tip": {"tip_share"},
+    "tropd": {"forward_top_k"},
+    "iw": {"iw_gamma"},
 }
 SWEPT = {
     "trb": ["0.001, 0.005, 0.01, 0.02, 0.05", "15, 25, 50"],
@@ -171,6 +176,7 @@ SWEPT = {
     "temperature": ["0.8, 0.9, 0.95", "15, 25"],
     "sft": ["15, 25, 50"],
     "veto": ["0.2, 0.4, 0.6, 0.8"],
+    **{name: [] for name in RELATIVES},
 }
 
 

@@ -61,6 +61,16 @@ def test_a_study_runs_to_its_end(finished):
     assert chosen == [methods["trb"]["configuration"]]
 
 
+def test_any_pair_of_a_behavior_and_a_loss_is_swept(tmp_path: Path) -> None:
+    methods = {"opd": [{}], "iw": {"iw_gamma": [0.25, 1.0]}, "both": [{"method": "trb", "loss": "eopd"}]}
+    diary = Diary()
+    run_study(study(methods=methods), tmp_path, workers=1, listener=diary)
+    assert diary.phases == [("references", 0, 2), ("selection", 0, 4), ("test", 0, 3)]
+    results = json.loads((tmp_path / "study.json").read_text())["settings"]["chains"]
+    assert list(results["methods"]) == ["opd", "iw", "both"]
+    assert sorted(row["configuration"]["iw_gamma"] for row in results["sweep"]["iw"]) == [0.25, 1.0]
+
+
 def test_outcomes_are_kept_per_problem_and_models_are_not(finished):
     directory, _ = finished
     for method in ("opd", "trb"):

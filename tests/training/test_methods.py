@@ -13,7 +13,7 @@ from tiny_runs import Kill, build, config, logged, losses, weights
 from toy_method import ENTRIES, Fading, MixturePolicy
 
 import trb
-from trb.losses import ReverseKL, Supervised, Veto
+from trb.losses import EntropyAware, PrefixWeighted, ReliableRegion, ReverseKL, Supervised, TokenImportance, Veto
 from trb.policies import StudentPolicy, TeacherPolicy, TrustRegionPolicy
 from trb.report.style import label, style_indices
 from trb.sampling import SAMPLERS, Sampler
@@ -137,6 +137,10 @@ def test_blended_rollouts_meet_vetos_target(tmp_path: Path) -> None:
         ("trb", ReverseKL(16), ReverseKL(16)),
         ("veto", Veto(16, 0.4), Veto(16, 0.0)),
         ("sft", Supervised(16), ReverseKL(16)),
+        ("eopd", EntropyAware(16, 0.8, 16), EntropyAware(16, 0.8, 16)),
+        ("tip", TokenImportance(16, 0.5), TokenImportance(16, 0.5)),
+        ("tropd", ReliableRegion(16, 16), ReliableRegion(16, 16)),
+        ("iw", PrefixWeighted(16, 0.5), PrefixWeighted(16, 0.5)),
     ],
 )
 def test_the_loss_of_a_step(tmp_path: Path, method: str, at_start: object, later: object) -> None:

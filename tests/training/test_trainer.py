@@ -318,7 +318,7 @@ def test_each_prompt_is_rolled_out_num_generations_times(tmp_path: Path) -> None
     ("method", "at_start", "at_end"),
     [
         ("opd", StudentPolicy(), StudentPolicy()),
-        ("veto", StudentPolicy(), StudentPolicy()),
+        *((name, StudentPolicy(), StudentPolicy()) for name in ("veto", "eopd", "tip", "tropd", "iw")),
         ("trb", TrustRegionPolicy(0.5), TrustRegionPolicy(0.0)),
         ("fixed", TrustRegionPolicy(0.5), TrustRegionPolicy(0.5)),
         ("skd", SKDPolicy(25, 0.6), SKDPolicy(25, 0.6)),
@@ -437,10 +437,12 @@ def test_a_support_that_misses_most_of_the_student_is_reported(
 # ---- invariants of the loop ----
 
 
-def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tmp_path: Path) -> None:
-    whole = build(tmp_path / "whole", per_device_train_batch_size=8, gradient_accumulation_steps=1)
+@pytest.mark.parametrize("loss", ["reverse_kl", "eopd", "tip", "tropd", "iw"])
+def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tmp_path: Path, loss: str) -> None:
+    settings = {"loss": loss, "eopd_entropy": 0.2}
+    whole = build(tmp_path / "whole", per_device_train_batch_size=8, gradient_accumulation_steps=1, **settings)
     whole.train()
-    parts = build(tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    parts = build(tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings)
     parts.train()
     assert losses(whole) == pytest.approx(losses(parts), rel=2e-4)
     for (name, one), other in zip(weights(whole).items(), weights(parts).values(), strict=True):

@@ -1,4 +1,4 @@
-"""The distillation losses: reverse KL to the teacher or to Veto's target, and SFT warm-up's cross-entropy.
+"""The distillation losses: reverse KL to the teacher, its relatives, and SFT warm-up's cross-entropy.
 
 On the student's top-k or over the full vocabulary; plain on logits, and from hidden states in chunks that never hold
 `[B, T, V]`.
@@ -28,16 +28,22 @@ from torch.autograd.function import once_differentiable
 
 from trb.errors import InputError
 from trb.losses.chunked import Head, RowLoss, TokenBatch, chunked_cross_entropy, default_chunk_tokens
-from trb.losses.terms import Rows, TokenMetrics, reverse_kl_terms
+from trb.losses.relatives import EntropyAware, PrefixWeighted, ReliableRegion, TokenImportance
+from trb.losses.reverse import ReverseKL, Veto, veto_target
+from trb.losses.terms import Rows, TokenMetrics
 from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = [
+    "EntropyAware",
     "Loss",
+    "PrefixWeighted",
+    "ReliableRegion",
     "ReverseKL",
     "RowLoss",
     "Rows",
     "Supervised",
     "TokenBatch",
+    "TokenImportance",
     "TokenMetrics",
     "Veto",
     "chunked_cross_entropy",
@@ -74,55 +80,11 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor
     return _WithGradient.apply(student_NV, loss_N, gradient_NV).sum() / max(1, student_NV.shape[0])
 
 
-def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float) -> Tensor:
-    """`[..., V]` log-probabilities of Veto's target, softmax(log πT + b · sg[log πS]) (paper, section 6).
-
-    Args:
-        student_logits: `[..., V]`; no gradient flows through the target.
-        teacher_logits: `[..., V]`.
-        strength: b ≥ 0; 0 gives the teacher.
-
-    Raises:
-        ValueError: a negative or NaN strength.
-    """
-    if not strength >= 0:
-        raise InputError(f"Veto strength must be at least 0, got {strength}")
-    log_teacher = log_probs(teacher_logits.detach())
-    if strength == 0:
-        return log_teacher
-    log_student = log_probs(student_logits.detach())
-    return log_probs(log_teacher + strength * log_student)
-
-
 class Loss(Protocol):
     """What is minimised at the completion tokens of a step."""
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
         """The scalar loss, and what was seen at each token."""
-
-
-@dataclass(frozen=True)
-class ReverseKL(RowLoss):
-    """Reverse KL to the teacher on the student's `top_k` tokens; 0 for the full vocabulary (paper, section 5)."""
-
-    top_k: int = 16
-
-    def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        return reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, self.top_k)
-
-
-@dataclass(frozen=True)
-class Veto(RowLoss):
-    """The same to Veto's target of strength b ≥ 0 (`veto_target`; paper, section 6)."""
-
-    top_k: int = 16
-    strength: float = 0.0
-
-    def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.strength:
-            return ReverseKL(self.top_k).terms(rows)
-        target_RV = veto_target(rows.log_student, rows.log_teacher, self.strength)
-        return reverse_kl_terms(rows.log_student, target_RV, rows.student, target_RV.exp(), self.top_k)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class TokenBatch:
         temperature: divides both models' logits, before stop ids are folded into one; must be the sampler's.
         normaliser: divides the sum over tokens; by default N.
         chunk_tokens: tokens projected to the vocabulary at once; by default as many as the device handles best.
+        lengths: `[S]` how many of the tokens belong to each sequence, in order; None if they are one sequence.
+        weights: `[N]` factors of the tokens' losses in the sum; None for 1.
     """
 
     student_hidden: Tensor
@@ -68,6 +70,12 @@ class TokenBatch:
     temperature: float = 1.0
     normaliser: float | Tensor | None = None
     chunk_tokens: int | None = None
+    lengths: Tensor | None = None
+    weights: Tensor | None = None
+
+    def by_sequence(self, values_N: Tensor) -> tuple[Tensor, ...]:
+        """`[N]` values cut into those of each sequence."""
+        return values_N.split(len(values_N) if self.lengths is None else self.lengths.tolist())
 
 
 class RowLoss(ABC):
@@ -140,6 +148,7 @@ class _Chunks:
         self.student_head, self.teacher_head = batch.student_head, batch.teacher_head
         self.teacher_NH = batch.teacher_hidden.detach()
         self.vocabulary, self.temperature, self.loss = batch.vocabulary, batch.temperature, loss
+        self.weight_N = batch.weights
         self.token_N = batch.tokens if batch.vocabulary is None else batch.vocabulary.events(batch.tokens)
         size = _UNKNOWN_SIZE if batch.vocabulary is None else batch.vocabulary.size
         self.chunk_tokens = batch.chunk_tokens or default_chunk_tokens(size, self.teacher_NH.device.type)
@@ -162,7 +171,10 @@ class _Chunks:
             loss, gradient, seen = self._row_terms(
                 logits_CV[rows], taught_CV[rows], self.token_N[part][rows], gradient_CV is not None
             )
-            losses.append(loss)
+            if self.weight_N is not None:
+                weight_R = self.weight_N[part][rows]
+                loss, gradient = loss * weight_R, gradient * weight_R[:, None]
+            losses.append(loss.sum())
             metrics.append(seen)
             if gradient_CV is not None:
                 gradient_CV[rows] = gradient
@@ -176,7 +188,7 @@ class _Chunks:
         loss_R, gradient_RV, mass_R = self.loss.terms(rows)
         if wanted:
             gradient_RV = self._gradient_by_logits(gradient_RV, logits_RV)
-        return loss_R.sum(), gradient_RV, (*metrics, mass_R)
+        return loss_R, gradient_RV, (*metrics, mass_R)
 
     def _log_probs(self, logits_RV: Tensor) -> Tensor:
         """Of the shared events, at the temperature."""

@@ -3,7 +3,7 @@
 Gradients are by the logits, and written by hand. Left out: where the laws come from, averages, and chunks
 (`trb.losses.chunked`).
 
-Shape suffixes: R prefixes, C tokens of one chunk, V vocabulary.
+Shape suffixes: R prefixes, C tokens of one chunk, K support, V vocabulary.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "TokenMetrics", "reverse_kl_terms", "token_metrics", "wide"]
+__all__ = ["Rows", "TokenMetrics", "entropy", "forward_kl_terms", "reverse_kl_terms", "token_metrics", "wide"]
 
 # Below any log-probability that matters, above minus infinity.
 _LOWEST_LOG_PROB = -1e30
@@ -26,6 +26,7 @@ class TokenMetrics:
         reverse_kl: full-vocabulary KL(student || teacher).
         student_entropy: entropy of the student's distribution.
         teacher_entropy: entropy of the teacher's.
+        student_log_prob: log πS of the token itself.
         teacher_log_prob: log πT of the token itself.
         support_mass: student probability of the loss's support; far below 1, the truncated loss is a poor guide.
     """
@@ -33,6 +34,7 @@ class TokenMetrics:
     reverse_kl: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
+    student_log_prob: Tensor
     teacher_log_prob: Tensor
     support_mass: Tensor
 
@@ -102,14 +104,42 @@ def _terms_on_support(log_student_NK: Tensor, log_target_NK: Tensor) -> tuple[Te
     return (student_NK * log_ratio_NK - student_NK + target_NK).sum(-1) / support_mass_N, support_mass_N
 
 
+def forward_kl_terms(
+    log_student_CV: Tensor, log_target_CV: Tensor, student_CV: Tensor, target_CV: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Forward KL on the target's top-k, Σ_K [q log(q/p) - q + p], and its gradient by the logits.
+
+    The mirror of `reverse_kl_terms` but for the division by the support's mass: non-negative, nothing to learn where
+    p = q, and the forward KL itself where K is the vocabulary. The gradient is finite even where the loss is not.
+    """
+    if not 0 < k < log_student_CV.shape[-1]:
+        gradient_CV = student_CV - target_CV
+        return _forward_loss(log_student_CV, log_target_CV, student_CV, target_CV), gradient_CV
+    support_CK = log_target_CV.topk(k, dim=-1).indices
+    on_support = [x_CV.gather(-1, support_CK) for x_CV in (log_student_CV, log_target_CV, student_CV, target_CV)]
+    pull_CK = on_support[2] - on_support[3]
+    gradient_CV = (student_CV * -pull_CK.sum(-1, keepdim=True)).scatter_add_(-1, support_CK, pull_CK)
+    return _forward_loss(*on_support), gradient_CV
+
+
+def _forward_loss(log_student_CK: Tensor, log_target_CK: Tensor, student_CK: Tensor, target_CK: Tensor) -> Tensor:
+    # What the target never draws contributes the student's mass alone: 0 (log 0 - log 0) is NaN.
+    ratio_CK = torch.where(target_CK > 0, log_target_CK - log_student_CK, 0.0)
+    return (target_CK * ratio_CK - target_CK + student_CK).sum(-1)
+
+
 def token_metrics(
     log_student_CV: Tensor, log_teacher_CV: Tensor, student_CV: Tensor, teacher_CV: Tensor, token_C: Tensor
 ) -> tuple[Tensor, ...]:
-    token_log_prob_C = log_teacher_CV.gather(-1, token_C[:, None]).squeeze(-1)
-    student_entropy_C = _expected_surprise(student_CV, log_student_CV)
-    teacher_entropy_C = _expected_surprise(teacher_CV, log_teacher_CV)
+    token_log_probs = [x_CV.gather(-1, token_C[:, None]).squeeze(-1) for x_CV in (log_student_CV, log_teacher_CV)]
+    student_entropy_C, teacher_entropy_C = entropy(student_CV, log_student_CV), entropy(teacher_CV, log_teacher_CV)
     reverse_kl_C = (_expected_surprise(student_CV, log_teacher_CV) - student_entropy_C).clamp_min(0)
-    return reverse_kl_C, student_entropy_C, teacher_entropy_C, token_log_prob_C
+    return reverse_kl_C, student_entropy_C, teacher_entropy_C, *token_log_probs
+
+
+def entropy(probs_CV: Tensor, log_probs_CV: Tensor) -> Tensor:
+    """Of each row, in nats."""
+    return _expected_surprise(probs_CV, log_probs_CV)
 
 
 def _expected_surprise(probs_CV: Tensor, log_probs_CV: Tensor) -> Tensor:

@@ -262,6 +262,13 @@ _MARKER_PATHS = {
     "plus": "M{x} {y}m-3 0h6m-3 -3v6",
     "nabla": "M{x} {y}m0 3.2l3 -5.4h-6Z",
     "bar": "M{x} {y}m0 -3.4v6.8",
+    "right": "M{x} {y}m3.2 0l-5.4 3v-6Z",
+    "left": "M{x} {y}m-3.2 0l5.4 3v-6Z",
+    "hexagon": "M{x} {y}m0 -3l2.6 1.5v3l-2.6 1.5l-2.6 -1.5v-3Z",
+    "dash": "M{x} {y}m-3.4 0h6.8",
+    "star": "M{x} {y}m0 -3.4l1 2.4l2.4 1l-2.4 1l-1 2.4l-1 -2.4l-2.4 -1l2.4 -1Z",
+    "pentagon": "M{x} {y}m0 -3l2.9 2.1l-1.1 3.3h-3.6l-1.1 -3.3Z",
+    "hourglass": "M{x} {y}m-2.8 -2.8h5.6l-5.6 5.6h5.6Z",
 }
 
 

@@ -131,6 +131,21 @@ class TRBConfig(DistillationConfig):
     veto_steps: int | None = field(
         default=None, metadata={"help": "veto: optimizer steps until b is 0; None for the whole training."}
     )
+    eopd_entropy: float = field(
+        default=0.8, metadata={"help": "eopd: nats of the teacher's entropy above which the forward KL is added."}
+    )
+    forward_top_k: int = field(
+        default=16,
+        metadata={
+            "help": "eopd and tropd: support of the forward KL, the teacher's k likeliest tokens; 0 for the vocabulary."
+        },
+    )
+    tip_share: float = field(
+        default=0.5, metadata={"help": "tip: share of each completion's tokens that is learnt from."}
+    )
+    iw_gamma: float = field(
+        default=0.5, metadata={"help": "iw: the first token of a completion weighs 1 + gamma, the last one about 1."}
+    )
     loss_top_k: int = field(
         default=16,
         metadata={"help": "Support of the loss: the student's k likeliest tokens; 0 for the vocabulary."},
@@ -249,7 +264,8 @@ class TRBConfig(DistillationConfig):
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
         recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
-        for name in ("loss_top_k", "sft_warmup_steps", "horizon_steps", "veto_strength", *recorded):
+        steps = ("sft_warmup_steps", "horizon_steps")
+        for name in ("loss_top_k", "forward_top_k", *steps, "veto_strength", "eopd_entropy", "iw_gamma", *recorded):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         for half in halves():

@@ -295,6 +295,30 @@ def _supervised_first(args: Any, length: Callable[[], int]) -> Target:
     )
 
 
+def _entropy_aware(args: Any, length: Callable[[], int]) -> Target:
+    from trb.losses import EntropyAware
+
+    return Scheduled(lambda _: EntropyAware(args.loss_top_k, args.eopd_entropy, args.forward_top_k), Constant(0.0))
+
+
+def _token_importance(args: Any, length: Callable[[], int]) -> Target:
+    from trb.losses import TokenImportance
+
+    return Scheduled(lambda _: TokenImportance(args.loss_top_k, args.tip_share), Constant(0.0))
+
+
+def _reliable_region(args: Any, length: Callable[[], int]) -> Target:
+    from trb.losses import ReliableRegion
+
+    return Scheduled(lambda _: ReliableRegion(args.loss_top_k, args.forward_top_k), Constant(0.0))
+
+
+def _prefix_weighted(args: Any, length: Callable[[], int]) -> Target:
+    from trb.losses import PrefixWeighted
+
+    return Scheduled(lambda _: PrefixWeighted(args.loss_top_k, args.iw_gamma), Constant(0.0))
+
+
 TARGETS: dict[str, Half[Loss]] = {
     "reverse_kl": Half("reverse KL to the teacher", _reverse_kl, ("loss_top_k",)),
     "veto": Half(
@@ -307,10 +331,30 @@ TARGETS: dict[str, Half[Loss]] = {
         _supervised_first,
         ("loss_top_k", "sft_warmup_steps"),
     ),
+    "eopd": Half(
+        "reverse KL, plus forward KL where the teacher's entropy is high",
+        _entropy_aware,
+        ("loss_top_k", "eopd_entropy", "forward_top_k"),
+    ),
+    "tip": Half(
+        "reverse KL at the share of each completion's tokens that matter most",
+        _token_importance,
+        ("loss_top_k", "tip_share"),
+    ),
+    "tropd": Half(
+        "reverse KL as far as the teacher would keep the token, forward KL as far as not",
+        _reliable_region,
+        ("loss_top_k", "forward_top_k"),
+    ),
+    "iw": Half(
+        "reverse KL that counts less the more the completion has gone astray",
+        _prefix_weighted,
+        ("loss_top_k", "iw_gamma"),
+    ),
 }
 
 
-# ---- methods: named pairs (paper, section 6) ----
+# ---- methods: named pairs (those of the paper, section 6, and relatives) ----
 
 METHODS: dict[str, Method] = {
     "trb": Method(
@@ -322,23 +366,11 @@ METHODS: dict[str, Method] = {
         *("fixed_budget", "reverse_kl", "Fixed\N{NO-BREAK SPACE}ε"),
         "fixed-budget blending: initial_kl_budget, never annealed",
     ),
-    "share": Method(
-        *("annealed_share", "reverse_kl", "Annealed share"),
-        "a share of the rollouts is blended with initial_kl_budget, falling from 1 to 0",
-    ),
-    "geometric": Method(
-        *("geometric", "reverse_kl", "Geometric"),
-        "the same teacher weight at every prefix, such that a completion spends sequence_kl_budget",
-    ),
     "skd": Method(
         *("skd", "reverse_kl", "SKD"), "a student token outside the teacher's top-k is replaced by a teacher sample"
     ),
     "temperature": Method(
         "temperature", "reverse_kl", "Temperature", "student rollouts at a temperature that rises to 1"
-    ),
-    "horizon": Method(
-        *("short_first", "reverse_kl", "Short horizon"),
-        "student rollouts, cut at a length that grows from initial_horizon to max_completion_length",
     ),
     "sft": Method(
         *("teacher_first", "supervised_first", "SFT warm-up"),
@@ -347,6 +379,27 @@ METHODS: dict[str, Method] = {
     "veto": Method(
         *("student", "veto", "Veto"),
         "the loss matches softmax(log teacher + strength * log student), strength falling to 0",
+    ),
+    "eopd": Method(
+        *("student", "eopd", "EOPD"), "reverse KL, plus forward KL at tokens where the teacher's entropy is high"
+    ),
+    "tip": Method(*("student", "tip", "TIP"), "reverse KL at the share of tokens that matter most"),
+    "tropd": Method(
+        *("student", "tropd", "TrOPD"),
+        "reverse KL as far as the teacher would keep the token, forward KL as far as not",
+    ),
+    "iw": Method(*("student", "iw", "IW-OPD"), "reverse KL that counts less the more the completion has gone astray"),
+    "share": Method(
+        *("annealed_share", "reverse_kl", "Annealed share"),
+        "a share of the rollouts is blended with initial_kl_budget, falling from 1 to 0",
+    ),
+    "geometric": Method(
+        *("geometric", "reverse_kl", "Geometric"),
+        "the same teacher weight at every prefix, such that a completion spends sequence_kl_budget",
+    ),
+    "horizon": Method(
+        *("short_first", "reverse_kl", "Short horizon"),
+        "student rollouts, cut at a length that grows from initial_horizon to max_completion_length",
     ),
 }
 

@@ -101,7 +101,8 @@ _COMPARED = """
     behavior loss num_generations initial_kl_budget blend_warmup_steps budget_schedule skd_teacher_top_k
     sequence_kl_budget behavior_share teacher_weight initial_horizon horizon_steps
     skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
-    loss_top_k replica_dtype per_device_train_batch_size gradient_accumulation_steps"""
+    eopd_entropy forward_top_k tip_share iw_gamma loss_top_k replica_dtype per_device_train_batch_size
+    gradient_accumulation_steps"""
 COMPARED = tuple(_COMPARED.split())
 
 # Schedules of transformers that are functions of the step alone; warmup_steps below 1 is a share of the length.

@@ -417,6 +417,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
                 temperature=self.temperature,
                 normaliser=num_items_in_batch,
                 chunk_tokens=self.args.loss_chunk_tokens,
+                lengths=inputs["completion_mask"].sum(dim=1),
             )
         )
         self._add_token_metrics(metrics)
