@@ -30,7 +30,15 @@ from test_sampling_exactness import HORIZON, LEVEL, PROMPTS, exact_law
 from vllm import SamplingParams
 from vllm_helpers import lease, make_pair, make_wide_pair, release, save_pair, start
 
-from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
+from trb.policies import (
+    BehaviorPolicy,
+    GeometricPolicy,
+    SKDPolicy,
+    StudentPolicy,
+    TeacherPolicy,
+    TemperaturePolicy,
+    TrustRegionPolicy,
+)
 from trb.sampling import Rollout, sample
 from trb.sampling.vllm import SERVER_ENVIRONMENT, BlendEngine, ServedEngine, sampling_parameters, serve_command
 from trb.sampling.vllm.verification import BlendRequest
@@ -51,6 +59,7 @@ ALL_POLICIES = [
     TrustRegionPolicy(0.02),
     TrustRegionPolicy(0.5),
     TrustRegionPolicy(float("inf")),
+    GeometricPolicy(0.3),
     SKDPolicy(2, 0.6),
     TeacherPolicy(),
 ]
@@ -78,7 +87,9 @@ def nothing_left_running() -> Iterator[None]:
     release()
 
 
-def draw(pair: TinyPair, policy: BehaviorPolicy, prompts: list[list[int]], **options: Any) -> Rollout:
+def draw(
+    pair: TinyPair, policy: BehaviorPolicy | list[BehaviorPolicy], prompts: list[list[int]], **options: Any
+) -> Rollout:
     arguments = {
         "max_new_tokens": 5,
         "eos_token_id": pair.student_eos,
@@ -143,10 +154,13 @@ def test_fewer_rows_than_the_heads_have(pair: TinyPair, engine: BlendEngine) -> 
 
 
 def test_a_batch_of_mixed_policies_has_the_exact_law_of_each(pair: TinyPair, engine: BlendEngine) -> None:
-    """Budgets 0, small and large and SKD in flight together, from ragged prompts that share the prefix cache."""
-    n, names = 1000, ["budget 0", "budget 0.02", "budget 0.5", "skd"]
+    """The student, as in a share of the rollouts, beside budgets, one teacher weight and SKD, from ragged prompts that
+    share the prefix cache."""
+    n, names = 1000, ["student", "budget 0.02", "budget 0.5", "weight 0.3", "skd"]
     rows = [(name, prompt) for _ in range(n) for name in names for prompt in range(len(PROMPTS))]
-    completions = _mixed(pair, engine, [(POLICIES[name][0], list(PROMPTS[prompt])) for name, prompt in rows])
+    policies = [POLICIES[name][0] for name, _ in rows]
+    prompts = [list(PROMPTS[prompt]) for _, prompt in rows]
+    completions = draw(pair, policies, prompts, seed=11, max_new_tokens=HORIZON, engine=engine).completions
     for name in names:
         for prompt, tokens in enumerate(PROMPTS):
             law = exact_law(pair, tokens, POLICIES[name][1])
@@ -154,23 +168,8 @@ def test_a_batch_of_mixed_policies_has_the_exact_law_of_each(pair: TinyPair, eng
             assert len(samples) == n
             assert goodness_of_fit(samples, law) > LEVEL
             # Power: the law of another policy is rejected.
-            other = "budget 0.5" if name != "budget 0.5" else "budget 0"
+            other = "budget 0.5" if name != "budget 0.5" else "student"
             assert goodness_of_fit(samples, exact_law(pair, tokens, POLICIES[other][1])) < LEVEL
-
-
-def _mixed(pair: TinyPair, engine: BlendEngine, rows: list[tuple[BehaviorPolicy, list[int]]]) -> list[list[int]]:
-    """One engine call in which every row has a policy of its own."""
-    vocabulary = SharedVocabulary.of((pair.rows,), pair.student_eos, pair.teacher_eos)
-    requests = [
-        BlendRequest(f"mixed {row}", policy, vocabulary, 1.0, HORIZON, 11, row, 0)
-        for row, (policy, _) in enumerate(rows)
-    ]
-    outputs = engine.llm.generate(
-        [{"prompt_token_ids": prompt} for _, prompt in rows],
-        [SamplingParams(**sampling_parameters(request)) for request in requests],
-        use_tqdm=False,
-    )
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 # --- whatever the engine does -------------------------------------------------------------------
