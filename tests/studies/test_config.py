@@ -216,6 +216,7 @@ def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> N
     everything = {key for group in describe_keys().values() for key, *_ in group}
     of_other_methods = {"skd_teacher_top_k", "skd_teacher_temperature", "initial_temperature"}
     of_other_methods |= {"sequence_kl_budget", "teacher_weight", "initial_horizon", "horizon_steps"}
+    of_other_methods |= {"initial_prefix_share", "prefix_steps"}
     of_other_methods |= {"temperature_warmup_steps", "sft_warmup_steps", "veto_strength", "veto_steps"}
     of_other_methods |= {"eopd_entropy", "forward_top_k", "tip_share", "iw_gamma"}
     assert set(recipe.resolved()) == everything - of_other_methods

@@ -90,7 +90,7 @@ def test_free_options_change_nothing_that_is_kept_and_each_other_one_is_found(tm
         other = copy.copy(args)
         setattr(other, item.name, "something else" if item.name in resume.FREE else 7.25)
         now = before | {
-            key.name: resume._plain(getattr(other, key.name))
+            key.name: resume.plain(getattr(other, key.name))
             for key in dataclasses.fields(TRBConfig)
             if key.name not in resume.FREE
         }

@@ -12,7 +12,7 @@ from tiny_runs import Completions, Kill, build, config, logged, losses, weights
 
 from trb.policies import GeometricPolicy, StudentPolicy, TrustRegionPolicy
 from trb.schedule import Constant, GapBudget, Schedule, SequenceBudget
-from trb.training.methods import behavior_of
+from trb.training.methods import behavior_of, needs_teacher
 from trb.training.shares import blended_rows
 
 SCHEDULES = {
@@ -21,6 +21,7 @@ SCHEDULES = {
     "gap from a budget": {"budget_schedule": "gap", "initial_kl_budget": 0.3, "behavior_share": 0.5},
     "geometric": {"method": "geometric", "sequence_kl_budget": 0.7},
     "share": {"method": "share", "initial_kl_budget": 0.3},
+    "prefix": {"method": "prefix", "prefix_steps": 4},
 }
 
 
@@ -245,6 +246,20 @@ def test_completions_are_cut_at_a_length_that_grows(tmp_path: Path) -> None:
     assert completions.per_step[0] == [ids[:3] for ids in whole.per_step[0]]
     trainer.model.eval()
     assert trainer._horizon(0) == 24
+
+
+# ---- teacher prefixes ----
+
+
+def test_a_run_from_teacher_prefixes_ends_with_the_student(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"initial_prefix_share": 0.5, "prefix_steps": 2, "max_steps": 3}
+    trainer = build(tmp_path, method="prefix", **settings)
+    trainer.train()
+    found = logged(trainer, "teacher_weight")
+    assert found[:2] == [pytest.approx(0.5, abs=0.1), pytest.approx(0.25, abs=0.1)]
+    assert found[2] == 0
+    behavior = behavior_of(config(tmp_path, method="prefix", **settings))
+    assert [needs_teacher(behavior, step) for step in range(4)] == [True, True, False, False]
 
 
 # ---- whole runs ----

@@ -28,7 +28,8 @@ from trb.report.study_panels import Bar, Bars
 from trb.report.style import COLOURS, DASHES, MARKERS, visible
 from trb.report.svg import FEW_POINTS, smoothing_window
 
-_OURS = ("o", "s", "^", "D", "x", "+", "v", "|", ">", "<", "h", "_", "*", "p", ((-1, -1), (1, -1), (-1, 1), (1, 1)))
+_HOURGLASS, _BOWTIE = ((-1, -1), (1, -1), (-1, 1), (1, 1)), ((-1, -1), (-1, 1), (1, -1), (1, 1))
+_OURS = ("o", "s", "^", "D", "x", "+", "v", "|", ">", "<", "h", "_", "*", "p", _HOURGLASS, _BOWTIE)
 _MARKERS: dict[str, Any] = dict(zip(MARKERS, _OURS, strict=True))
 _SIZE_INCHES = (3.4, 2.3)
 _PLOT_INCHES = 4.0

@@ -18,15 +18,15 @@ MINUS = "\N{MINUS SIGN}"
 
 COLOURS = (
     *("#0067a5", "#c8500a", "#00805c", "#a34a8b", "#946800", "#3a8fd0", "#7a5c3e", "#5c5a55"),
-    *("#b01e4b", "#5b4bb3", "#00838f", "#6b7500", "#d0478f", "#2f6b2f", "#8a2be2"),
+    *("#b01e4b", "#5b4bb3", "#00838f", "#6b7500", "#d0478f", "#2f6b2f", "#8a2be2", "#7d4a00"),
 )
 DASHES = (
     *("", "7 3", "2 2.5", "9 3 2 3", "5 2 1.5 2", "12 4", "1.5 4", "6 2 2 2 2 2"),
-    *("4 2", "12 2 2 2 2 2", "3 4", "8 2 4 2", "14 3 1.5 3", "1.5 2 1.5 5", "10 2 4 2"),
+    *("4 2", "12 2 2 2 2 2", "3 4", "8 2 4 2", "14 3 1.5 3", "1.5 2 1.5 5", "10 2 4 2", "16 2"),
 )
 MARKERS = (
     *("circle", "square", "triangle", "diamond", "cross", "plus", "nabla", "bar"),
-    *("right", "left", "hexagon", "dash", "star", "pentagon", "hourglass"),
+    *("right", "left", "hexagon", "dash", "star", "pentagon", "hourglass", "bowtie"),
 )
 
 

@@ -269,6 +269,7 @@ _MARKER_PATHS = {
     "star": "M{x} {y}m0 -3.4l1 2.4l2.4 1l-2.4 1l-1 2.4l-1 -2.4l-2.4 -1l2.4 -1Z",
     "pentagon": "M{x} {y}m0 -3l2.9 2.1l-1.1 3.3h-3.6l-1.1 -3.3Z",
     "hourglass": "M{x} {y}m-2.8 -2.8h5.6l-5.6 5.6h5.6Z",
+    "bowtie": "M{x} {y}m-2.8 -2.8v5.6l5.6 -5.6v5.6Z",
 }
 
 

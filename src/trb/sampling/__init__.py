@@ -86,6 +86,7 @@ def sample(
     block_size: int | str = "measured",
     prompt_keys: Sequence[int] | None = None,
     rollout_index: Sequence[int] | None = None,
+    begun: Sequence[Sequence[int]] | None = None,
     vocab_size: int | None = None,
     max_rows: int | None = None,
     keep_teacher_hidden: bool = False,
@@ -115,6 +116,8 @@ def sample(
             and to the clock, `"planned"` to acceptance and the models' shapes, which repeats from run to run.
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
         rollout_index: which rollout of its prompt each row is, in [0, 2**24); by default 0.
+        begun: the first tokens of each row's completion, where there are some: given, and not drawn. They count among
+            `max_new_tokens`, of which at least one must be left; what is returned is what comes after them.
         vocab_size: sample from the first so many head rows only; by default all rows the given models share.
         max_rows: rows in flight at once, to bound memory; by default all. The speculative sampler gives the place of
             a finished row to the next prompt.
@@ -133,6 +136,7 @@ def sample(
         NonFiniteLogitsError: a model's logits at a prefix make no law; names the model, the row and the position.
     """
     rows = [list(map(int, prompt)) for prompt in prompts]
+    there = _begun(begun, len(rows), max_new_tokens, engine)
     keys = list(range(len(rows))) if prompt_keys is None else list(prompt_keys)
     index = [0] * len(rows) if rollout_index is None else list(rollout_index)
     student = without_adapters(student)
@@ -141,10 +145,10 @@ def sample(
     sizes = [head_rows(model) for model in models] + ([] if vocab_size is None else [vocab_size])
     vocabulary = SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id)
     policies = _policies_of(policy, len(rows), len(models))
-    _check_options(max_new_tokens, temperature, method, max_rows)
-    _check_block_size(block_size)
-    _check_rows(rows, keys, index, vocabulary.size)
+    _check_options(max_new_tokens, temperature, method, max_rows, block_size)
     _check_positions(models, rows, max_new_tokens)
+    rows = [row + ids for row, ids in zip(rows, there, strict=True)]
+    _check_rows(rows, keys, index, vocabulary.size)
 
     if not rows:
         return Rollout()
@@ -162,13 +166,13 @@ def sample(
     read = [student, teacher] if taught and teacher is not None else [student]
     with torch.no_grad(), sampling_mode(*models):
         ways = _ways(read, slots=SAMPLERS[method].in_slots)
-        options: dict[str, Any] = {**shared, "max_rows": max_rows, "row_numbers": list(range(len(rows)))}
-        options["policies"] = policies
-        options["allow_non_finite"] = allow_non_finite
+        options: dict[str, Any] = {**shared, "policies": policies, "row_numbers": list(range(len(rows)))}
+        options |= {"max_rows": max_rows, "allow_non_finite": allow_non_finite}
         if ways[0].in_slots:
             options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
         run = SAMPLERS[method if ways[0].in_slots == SAMPLERS[method].in_slots else "lockstep"].run
-        return _in_stretches(_Sampling(student, teacher, run, ways, options), read, rows, max_new_tokens)
+        sampling = _Sampling(student, teacher, run, ways, [*map(len, there)], options)
+        return _in_stretches(sampling, read, rows, max_new_tokens)
 
 
 def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
@@ -181,12 +185,13 @@ def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
 
 @dataclass(frozen=True)
 class _Sampling:
-    """One call of `sample`, less the rows."""
+    """One call of `sample`, less the rows; of each completion, `begun` tokens are given."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel | None
     run: Callable[..., Rollout]
     ways: Sequence[Way]
+    begun: list[int]
     options: dict[str, Any]
 
     def __call__(self, rows: Sequence[Sequence[int]], end: int | None, beyond_switch: bool, **columns: Any) -> Rollout:
@@ -199,7 +204,10 @@ class _Sampling:
 
 
 def _in_stretches(
-    sampling: _Sampling, models: list[PreTrainedModel], prompts: list[list[int]], max_new_tokens: int
+    sampling: _Sampling,
+    models: list[PreTrainedModel],
+    prompts: list[list[int]],
+    max_new_tokens: int,
 ) -> Rollout:
     """Rows in batches, none of which crosses a length at which one of the models changes its factors (LongRoPE): a pass
     over one row that is longer would change every row of its batch, and what a cache holds of the row itself. A row
@@ -208,10 +216,11 @@ def _in_stretches(
     switches = sorted({switch for model in models if (switch := rope_switch(model)) is not None})
     if len(switches) > 1:
         raise InputError(f"student and teacher change their rotary factors at different lengths: {switches} tokens")
-    if not switches or max(map(len, prompts)) + max_new_tokens - 1 <= switches[0]:
+    begun = sampling.begun
+    left = [max_new_tokens - given for given in begun]
+    if not switches or max(map(len, prompts)) + max(left) - 1 <= switches[0]:
         end = switches[0] if switches else None
-        count = len(prompts)
-        return sampling(prompts, end, False, drawn=[0] * count, max_new_tokens=[max_new_tokens] * count)
+        return sampling(prompts, end, False, drawn=begun, max_new_tokens=left)
     return _across(switches[0], sampling, prompts, max_new_tokens)
 
 
@@ -219,30 +228,46 @@ def _across(switch: int, sampling: _Sampling, prompts: list[list[int]], max_new_
     """`_in_stretches` where rows may come to be longer than `switch`: first up to that length, then beyond it."""
     whole = Rollout([*prompts], [[] for _ in prompts], [False] * len(prompts), RolloutStats.empty(len(prompts)))
     hidden: list[list[Tensor]] = [[] for _ in prompts]
+    begun = sampling.begun
     for beyond in (False, True):
         rows = [
             row
             for row, (prompt, completion) in enumerate(zip(prompts, whole.completions, strict=True))
             if not whole.stopped[row]
-            and len(completion) < max_new_tokens
+            and begun[row] + len(completion) < max_new_tokens
             and (len(prompt) + len(completion) > switch) == beyond
         ]
         if not rows:
             continue
-        drawn = [len(whole.completions[row]) for row in rows]
+        drawn = [begun[row] + len(whole.completions[row]) for row in rows]
         left = [
-            max_new_tokens - before if beyond else min(max_new_tokens, switch - len(prompts[row]) + 1)
+            max_new_tokens - before if beyond else min(max_new_tokens - before, switch - len(prompts[row]) + 1)
             for row, before in zip(rows, drawn, strict=True)
         ]
         columns = {name: [sampling.options[name][row] for row in rows] for name in _ROW_OPTIONS}
-        begun = [prompts[row] + whole.completions[row] for row in rows]
-        part = sampling(begun, None if beyond else switch, beyond, drawn=drawn, max_new_tokens=left, **columns)
+        so_far = [prompts[row] + whole.completions[row] for row in rows]
+        part = sampling(so_far, None if beyond else switch, beyond, drawn=drawn, max_new_tokens=left, **columns)
         whole.continue_rows(rows, part)
         for row, states in zip(rows, part.teacher_hidden or [], strict=bool(part.teacher_hidden)):
             hidden[row].append(states)
     if any(hidden):
         whole.teacher_hidden = [torch.cat(states) for states in hidden]
     return whole
+
+
+def _begun(
+    begun: Sequence[Sequence[int]] | None, rows: int, max_new_tokens: int, engine: Engine | None
+) -> list[list[int]]:
+    if begun is None:
+        return [[] for _ in range(rows)]
+    if engine is not None:
+        raise InputError("begun: an engine draws whole completions; sample in this process (engine=None)")
+    if len(begun) != rows:
+        raise InputError(f"begun has {len(begun)} entries for {rows} prompts")
+    for row, ids in enumerate(begun):
+        if len(ids) >= max_new_tokens:
+            raise InputError(f"begun: row {row} has {len(ids)} tokens, and max_new_tokens={max_new_tokens} leaves none")
+    return [list(map(int, ids)) for ids in begun]
 
 
 def _policies_of(policy: BehaviorPolicy | Sequence[BehaviorPolicy], rows: int, models: int) -> Sequence[BehaviorPolicy]:
@@ -255,7 +280,9 @@ def _policies_of(policy: BehaviorPolicy | Sequence[BehaviorPolicy], rows: int, m
     return policies
 
 
-def _check_options(max_new_tokens: int, temperature: float, method: str, max_rows: int | None) -> None:
+def _check_options(
+    max_new_tokens: int, temperature: float, method: str, max_rows: int | None, block_size: int | str
+) -> None:
     if method not in SAMPLERS:
         hint = did_you_mean(str(method), [*SAMPLERS])
         raise InputError(f"unknown sampling method {method!r}; choose one of {', '.join(SAMPLERS)}{hint}")
@@ -264,9 +291,6 @@ def _check_options(max_new_tokens: int, temperature: float, method: str, max_row
             raise InputError(f"{name} must be at least 1, got {value}")
     if not temperature > 0:
         raise InputError(f"temperature must be positive, got {temperature}")
-
-
-def _check_block_size(block_size: int | str) -> None:
     if isinstance(block_size, str):
         if block_size not in BLOCK_SIZES:
             hint = did_you_mean(block_size, BLOCK_SIZES)

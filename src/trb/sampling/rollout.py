@@ -131,12 +131,25 @@ class Rollout:
         self.teacher_calls += other.teacher_calls
         self.student_calls += other.student_calls
 
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Keep so many tokens of each completion."""
+        for row, length in enumerate(lengths):
+            self.stopped[row] &= length >= len(self.completions[row])
+            del self.completions[row][length:]
+            for name in self.stats.__dataclass_fields__:
+                del getattr(self.stats, name)[row][length:]
+            if self.teacher_hidden is not None:
+                self.teacher_hidden[row] = self.teacher_hidden[row][:length]
+
     def continue_rows(self, rows: Sequence[int], other: "Rollout") -> None:
         """Append to some rows what another call drew after them, and add its passes."""
         for place, row in enumerate(rows):
             self.completions[row].extend(other.completions[place])
             self.stopped[row] = other.stopped[place]
             for name in self.stats.__dataclass_fields__:
-                getattr(self.stats, name)[row].extend(getattr(other.stats, name)[place])
+                column = getattr(self.stats, name)[row]
+                column.extend(getattr(other.stats, name)[place])
+                if len(column) < len(self.completions[row]):  # the other call knows no such number
+                    column.clear()
         self.teacher_calls += other.teacher_calls
         self.student_calls += other.student_calls

@@ -124,6 +124,14 @@ class TRBConfig(DistillationConfig):
     horizon_steps: int = field(
         default=25, metadata={"help": "horizon: optimizer steps until completions have max_completion_length tokens."}
     )
+    initial_prefix_share: float = field(
+        default=0.5,
+        metadata={"help": "prefix: share of a teacher's completion that the student goes on from at first."},
+    )
+    prefix_steps: int = field(
+        default=25,
+        metadata={"help": "prefix: optimizer steps until completions are all the student's."},
+    )
     sft_warmup_steps: int = field(
         default=25, metadata={"help": "sft: supervised updates on teacher completions before distillation."}
     )
@@ -264,15 +272,17 @@ class TRBConfig(DistillationConfig):
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
         recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
-        steps = ("sft_warmup_steps", "horizon_steps")
+        steps = ("sft_warmup_steps", "horizon_steps", "prefix_steps")
         for name in ("loss_top_k", "forward_top_k", *steps, "veto_strength", "eopd_entropy", "iw_gamma", *recorded):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         for half in halves():
             if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
                 half.build(self, lambda: 0).at(0)
-        if self.behavior_share is not None and not 0 <= self.behavior_share <= 1:
-            raise InputError(f"behavior_share must lie in [0, 1], got {self.behavior_share}")
+        for name in ("behavior_share", "initial_prefix_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{name} must lie in [0, 1], got {value}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
 

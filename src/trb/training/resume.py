@@ -100,6 +100,7 @@ _COMPARED = """
     vllm_structured_outputs_regex vllm_max_model_length vllm_tensor_parallel_size vllm_blended beta method
     behavior loss num_generations initial_kl_budget blend_warmup_steps budget_schedule skd_teacher_top_k
     sequence_kl_budget behavior_share teacher_weight initial_horizon horizon_steps
+    initial_prefix_share prefix_steps
     skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
     eopd_entropy forward_top_k tip_share iw_gamma loss_top_k replica_dtype per_device_train_batch_size
     gradient_accumulation_steps"""

@@ -1,15 +1,19 @@
-"""Which rollouts of a step are drawn from its behavior policy where that is a share of them, and not from the student.
+"""Rollouts that are not all the student's: a share that is blended, and teacher prefixes that it goes on from.
 
-Left out: the share itself (`trb.training.methods`), and what the two kinds are compared for (`trb.schedule.GapBudget`).
+Left out: the shares themselves (`trb.training.methods`), and what the two kinds of rollouts are compared for
+(`trb.schedule.GapBudget`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
-from trb.sampling.uniforms import as_int64, uniforms
+from trb.policies import StudentPolicy, TeacherPolicy
+from trb.sampling import Rollout
+from trb.sampling.uniforms import as_int64, stream_seed, uniforms
 
-__all__ = ["blended_rows"]
+__all__ = ["blended_rows", "from_teacher_prefixes"]
 
 
 def blended_rows(
@@ -32,3 +36,42 @@ def blended_rows(
     offsets = uniforms(seed, keys_R, zero_R, zero_R)[:, 0].tolist()
     places = zip(rollout_index, offsets, strict=True)
     return [(index % generations + offset) / generations < share for index, offset in places]
+
+
+def from_teacher_prefixes(
+    draw: Callable[..., Rollout],
+    prompts: Sequence[Sequence[int]],
+    share: float,
+    *,
+    keys: Sequence[int],
+    rollout_index: Sequence[int],
+    seed: int,
+) -> Rollout:
+    """Completions that begin with the first `share` of a teacher's completion and go on with the student's tokens.
+
+    The teacher's are drawn with random numbers of their own: how much of one is kept depends on its length, which must
+    not tell what the student draws next.
+
+    Args:
+        draw: `trb.sampling.sample` with the models and its options.
+        prompts: of each row.
+        share: in [0, 1]; of the tokens of the teacher's completion, rounded up.
+        keys: of each row's prompt.
+        rollout_index: which rollout of its prompt each row is.
+        seed: of the step.
+    """
+    columns = {"prompt_keys": list(keys), "rollout_index": list(rollout_index)}
+    rollout = draw(prompts, TeacherPolicy(), seed=stream_seed(seed, "prefix"), **columns)
+    kept = [math.ceil(share * len(completion)) for completion in rollout.completions]
+    rows = [row for row, completion in enumerate(rollout.completions) if kept[row] < len(completion)]
+    rollout.cut(kept)
+    rest = draw(
+        [prompts[row] for row in rows],
+        StudentPolicy(),
+        seed=seed,
+        begun=[rollout.completions[row] for row in rows],
+        **{name: [values[row] for row in rows] for name, values in columns.items()},
+    )
+    rollout.continue_rows(rows, rest)
+    rollout.teacher_hidden = None  # of the student's part the teacher has read nothing
+    return rollout

@@ -30,6 +30,7 @@ import copy
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -57,6 +58,7 @@ from trb.training.guard import GuardedTrainer, StepGuard
 from trb.training.logged import MeasuredTrainer, RewardFunction, ShowSteps
 from trb.training.methods import (
     behavior_of,
+    needs_teacher,
     pair_of,
     target_of,
 )
@@ -73,7 +75,7 @@ from trb.training.sharding import (
     shard_in_place,
     shards_parameters,
 )
-from trb.training.shares import blended_rows
+from trb.training.shares import blended_rows, from_teacher_prefixes
 from trb.training.vllm import ReleaseEngine, WarmupEngine, deferred_generation
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
@@ -274,38 +276,43 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         training = self.model.training
         step = self.state.global_step
         policy = self._rollout_policy(step)
-        engine = self._engine(step)
+        prefix = self.behavior.prefix.value(step) if training else 0.0
+        engine = None if prefix else self._engine(step)
         if self._teacher_may_be_sharded(step):
             self._shard_teacher()
         horizon = self._horizon(step)
-        if self.use_vllm and engine is None and samples_student(policy) and horizon == self.max_completion_length:
+        whole = horizon == self.max_completion_length and not prefix
+        if self.use_vllm and engine is None and samples_student(policy) and whole:
             self._rollout = None
             completions = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
             return [[self.vocabulary.event_of(token) for token in ids] for ids in completions]
         keys = [prompt_key(ids) for ids in prompt_ids]
         index = self._rollout_index(keys)
         policies = self._policies_of_rows(policy, keys, index)
-        taught = any(each.needs_teacher for each in policies)
+        taught = prefix > 0 or any(each.needs_teacher for each in policies)
+        seed = stream_seed(self.args.seed, "train" if training else "eval", step)
         with self.compute_loss_context_manager():
-            self._rollout = sample(
+            draw = partial(
+                sample,
                 self.sampling_student(),
                 self.accelerator.unwrap_model(self.teacher_model) if taught else None,
-                prompt_ids,
-                policies,
                 max_new_tokens=horizon,
                 eos_token_id=self.vocabulary.stop_ids,
                 vocab_size=self.vocabulary.size,
                 temperature=self.temperature,
-                seed=stream_seed(self.args.seed, "train" if training else "eval", step),
                 method=self.args.sampler,
-                prompt_keys=keys,
-                rollout_index=index,
                 max_rows=self.args.rollout_batch_size,
                 block_size=self.args.block_size or "planned",
-                keep_teacher_hidden=training,
+                keep_teacher_hidden=training and not prefix,
                 allow_non_finite=True,  # the loss meets them as well, and `guard` skips the step
                 engine=engine,
             )
+            if prefix:
+                self._rollout = from_teacher_prefixes(
+                    draw, prompt_ids, prefix, keys=keys, rollout_index=index, seed=seed
+                )
+            else:
+                self._rollout = draw(prompt_ids, policies, seed=seed, prompt_keys=keys, rollout_index=index)
         return self._rollout.completions
 
     def _horizon(self, step: int) -> int:
@@ -342,13 +349,13 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         """Whether the teacher waits to be sharded and no longer takes part in sampling."""
         if not self.args.teacher_sharded or self._teacher_is_sharded:
             return False
-        return not self.behavior_policy(step).needs_teacher
+        return not needs_teacher(self.behavior, step)
 
     def _engine(self, step: int) -> Engine | None:
         """vLLM as long as training rollouts need the teacher (evaluation included); then its memory is given back."""
         if self._warmup_engine is None:
             return None
-        if self.behavior_policy(step).needs_teacher:
+        if needs_teacher(self.behavior, step):
             return self._warmup_engine.at_step(step)
         self._warmup_engine.release()
         return None
