@@ -1,0 +1,257 @@
+"""The pairs of benchmarks/map.py: a student right in a given share of its steps, a teacher that gives up or does not.
+
+    python benchmarks/map_pairs.py runs/map/pairs --stages 8 --start 0.45
+
+The student writes a right result with probability `start` at every step, else one of the nine others, and goes on as if
+nothing had happened. The teacher is right at every step. After a wrong one it has learned to write a question mark,
+wherever it stands, and to stop ("gives-up"); or it has never seen one and does what it does ("unaware").
+
+Models are kept in a folder by their knobs and made where they are missing, in about half a minute each on one core.
+Repeats on one machine and build. Deliberately not here: distillation.
+"""
+
+import argparse
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from trb.safety.files import write_json
+from trb.studies import provenance
+from trb.zoo import TASKS
+from trb.zoo.staged import GIVE_UP
+from trb.zoo.tasks import Task
+from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, VOCABULARY, character_tokenizer
+from trb.zoo.train import Recipe, build_model, learning_rate_factor, prompt_ids
+
+ENDINGS = ("gives-up", "unaware")
+_NOTHING = -100  # aim of positions that teach nothing: prompt and padding
+_DIGITS = torch.tensor([VOCABULARY[digit] for digit in "0123456789"])
+
+STUDENT = Recipe(
+    name="student",
+    eos_token=END_OF_TEXT,
+    family="llama",
+    layers=2,
+    hidden_size=64,
+    intermediate_size=256,
+    head_rows=64,
+    tied=False,  # tied heads learn the tables several times more slowly
+    steps=300,
+    batch_size=64,
+    learning_rate=3e-3,
+    wrong_step=0.0,
+    drift=0.0,
+)
+TEACHER = replace(STUDENT, name="teacher", eos_token=END_OF_TURN, layers=3, hidden_size=80, head_rows=80)
+SECOND_STEPS = {"student": 100, "teacher": 300}  # of the second lessons, after the clean ones
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What makes a pair."""
+
+    stages: int = 8
+    start: float = 0.45
+    """The student's probability of a right step."""
+    shared: float = 0.0
+    """Share of the stages that use one table."""
+    teacher: str = "gives-up"
+
+    def __post_init__(self) -> None:
+        if self.teacher not in ENDINGS:
+            raise ValueError(f"teacher is {self.teacher!r}; choose one of {', '.join(ENDINGS)}")
+        if not 0.1 < self.start < 1:
+            raise ValueError(f"start is {self.start}; give a probability above 0.1, which is chance, and below 1")
+
+    @property
+    def task(self) -> Task:
+        return TASKS["staged"].with_settings(shared=self.shared)
+
+    @property
+    def data(self) -> str:
+        """The spec of its problems."""
+        return f"zoo:staged?stages={self.stages}&shared={self.shared:g}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Directories of the two models, and what was measured when they were made."""
+
+    student: Path
+    teacher: Path
+
+
+def ready(knobs: Knobs, folder: Path, say: Callable[[str], None] = lambda text: None, scale: float = 1.0) -> Pair:
+    """The pair of some knobs, its models made where `folder` lacks them; `scale` multiplies the steps of lessons."""
+    table = f"{knobs.stages}-stages-{knobs.shared:g}-shared"
+    lessons = {
+        STUDENT: (f"student-{table}-{knobs.start:g}", Lessons(knobs, wrong=1 - knobs.start, law=knobs.start)),
+        TEACHER: (f"teacher-{table}-{knobs.teacher}", Lessons(knobs, wrong=0.2, gives_up=True)),
+    }
+    found = {}
+    for recipe, (name, second) in lessons.items():
+        clean = folder / f"{recipe.name}-{table}-clean"
+        _keep(clean, recipe, Lessons(knobs), None, recipe.steps, say, scale)
+        wants_more = recipe is STUDENT or knobs.teacher == "gives-up"
+        if wants_more:
+            _keep(folder / name, recipe, second, clean, SECOND_STEPS[recipe.name], say, scale)
+        found[recipe.name] = folder / name if wants_more else clean
+    return Pair(**found)
+
+
+# ---- lessons ----
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Solutions with wrong steps, and what a model should say at each of their positions."""
+
+    knobs: Knobs
+    wrong: float = 0.0
+    """Probability that a step of the solution is wrong; the next step follows from what is written."""
+    law: float | None = None
+    """Probability that the model should give to the right result, the rest being for the nine others; None for 1."""
+    gives_up: bool = False
+    """Whether it should give up from the first wrong result on."""
+
+    def example(self, rng: random.Random, split: str = "train") -> tuple[str, str, str]:
+        """A problem, what is written, and what should be: a character (or the box) of one for each of the other."""
+        task = self.knobs.task
+        problem = task.draw(rng, self.knobs.stages, split)
+        state, operations = task.start(problem)
+        head = f"\\boxed{{{state}"
+        written, aim, dead = "", "", False
+        for operation in operations:
+            right = task.step(state, operation)
+            step = task.wrong_step(state, operation, rng) if rng.random() < self.wrong else right
+            state = step.state
+            written += step.text
+            aim += len(right.text) * GIVE_UP if dead and self.gives_up else right.text
+            dead = dead or step != right
+        return problem, f"{head}{written}}}", head + aim + (GIVE_UP if dead and self.gives_up else "}")
+
+    def batch(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
+        """Token ids and aims, both [rows, longest]; the aim at a position is what should stand there."""
+        ids, aims = [], []
+        for _ in range(rows):
+            problem, *texts = self.example(rng)
+            prompt = prompt_ids(tokenizer, problem)
+            written, aim = map(tokenizer.encode, texts)
+            if aim[-1] == VOCABULARY[GIVE_UP]:  # it does so anywhere after the wrong step, and stops
+                cut = rng.randrange(aim.index(VOCABULARY[GIVE_UP]), len(aim))
+                written, aim = [*written[:cut], VOCABULARY[GIVE_UP]], aim[: cut + 1]
+            stop = [tokenizer.eos_token_id]
+            ids.append(torch.tensor([*prompt, *written, *stop]))
+            aims.append(torch.tensor([_NOTHING] * len(prompt) + [*aim, *stop]))
+        pad = torch.nn.utils.rnn.pad_sequence
+        return (
+            pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad(aims, batch_first=True, padding_value=_NOTHING),
+        )
+
+    def loss(self, logits_BTV: Tensor, ids: Tensor, aims: Tensor) -> Tensor:
+        """Cross-entropy to the aims; at results, to the law that is asked for."""
+        log_probs = F.log_softmax(logits_BTV.flatten(0, 1), -1)
+        aims, before = aims[:, 1:].flatten(), ids[:, :-1].flatten()
+        wanted = -log_probs.gather(-1, aims.clamp_min(0)[:, None])[:, 0]
+        if self.law is not None:
+            # A result follows an entry: a digit after a digit.
+            result = torch.isin(aims, _DIGITS) & torch.isin(before, _DIGITS)
+            others = (-log_probs[:, _DIGITS].sum(-1) - wanted) / 9
+            wanted = torch.where(result, self.law * wanted + (1 - self.law) * others, wanted)
+        return wanted[aims != _NOTHING].mean()
+
+
+def _fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, lessons: Lessons, steps: int
+) -> Iterator[float]:
+    rng = random.Random(f"{recipe.name}:{lessons}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(step, steps)
+        ids, aims = lessons.batch(tokenizer, rng, recipe.batch_size)
+        loss = lessons.loss(model(input_ids=ids[:, :-1]).logits, ids, aims)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield loss.item()
+
+
+def _keep(
+    directory: Path, recipe: Recipe, lessons: Lessons, before: Path | None, steps: int, say: Callable, scale: float
+) -> None:
+    """Make a model where it is missing, from scratch or from the one in `before`."""
+    if (directory / "training.json").exists():
+        return
+    began, steps = time.process_time(), max(1, round(steps * scale))
+    tokenizer = character_tokenizer(lessons.knobs.task, eos_token=recipe.eos_token, pad_token=END_OF_TEXT)
+    torch.manual_seed(0)
+    model = build_model(recipe, tokenizer) if before is None else AutoModelForCausalLM.from_pretrained(before)
+    for step, loss in enumerate(_fit(model, tokenizer, recipe, lessons, steps), start=1):
+        if step % 25 == 0 or step == steps:
+            say(f"{directory.name}: step {step} of {steps}, loss {loss:.3f}")
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    record = {
+        "measured": measure(model.eval(), tokenizer, lessons.knobs),
+        "final_loss": loss,
+        "steps": steps,
+        "processor_seconds": round(time.process_time() - began, 1),
+        "parameters": model.num_parameters(),
+        "lessons": asdict(lessons),
+        "recipe": asdict(recipe),
+        "provenance": provenance.describe(),
+    }
+    write_json(partial / "training.json", record)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+    say(f"{directory.name}: {record['measured']}")
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, knobs: Knobs, rows: int = 256
+) -> dict[str, float]:
+    """Probability of the right result after right steps, mean and lowest, and of giving up after wrong ones."""
+    lessons, rng = Lessons(knobs, wrong=0.2, gives_up=True), random.Random("measure")
+    step, gives_up = [], []
+    for _ in range(rows):
+        problem, written, aim = lessons.example(rng, "test")
+        prompt, ids, aims = prompt_ids(tokenizer, problem), tokenizer.encode(written), tokenizer.encode(aim)
+        probabilities = model(input_ids=torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :].softmax(-1)
+        for place, wanted in enumerate(aims):
+            if wanted == VOCABULARY[GIVE_UP]:
+                gives_up.append(float(probabilities[place, wanted]))
+            elif place % 3 == 1 and place > 1:
+                step.append(float(probabilities[place, wanted]))
+    mean = {"right_step": sum(step) / len(step), "gives_up": sum(gives_up) / len(gives_up)}
+    return {name: round(value, 4) for name, value in {**mean, "lowest_right_step": min(step)}.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where models are kept")
+    parser.add_argument("--stages", type=int, default=8)
+    parser.add_argument("--start", type=float, default=0.45, help="the student's rate of right steps")
+    parser.add_argument("--shared", type=float, default=0.0, help="share of stages with one table")
+    parser.add_argument("--teacher", choices=ENDINGS, default="gives-up", help="what it says after a wrong step")
+    knobs: dict[str, Any] = vars(parser.parse_args())
+    torch.set_num_threads(1)
+    ready(Knobs(**{name: value for name, value in knobs.items() if name != "folder"}), knobs["folder"], print)
+
+
+if __name__ == "__main__":
+    main()
