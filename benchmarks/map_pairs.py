@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,15 @@ STUDENT = Recipe(
     intermediate_size=256,
     head_rows=64,
     tied=False,  # tied heads learn the tables several times more slowly
-    steps=300,
+    steps=120,
     batch_size=64,
     learning_rate=3e-3,
     wrong_step=0.0,
     drift=0.0,
 )
-TEACHER = replace(STUDENT, name="teacher", eos_token=END_OF_TURN, layers=3, hidden_size=80, head_rows=80)
-SECOND_STEPS = {"student": 100, "teacher": 300}  # of the second lessons, after the clean ones
+MISTAKES = replace(STUDENT, steps=60)  # lessons that follow those
+TEACHER = replace(STUDENT, name="teacher", eos_token=END_OF_TURN, hidden_size=96, intermediate_size=384, head_rows=80)
+WARY_TEACHER = replace(TEACHER, steps=400)  # telling right from wrong takes longer
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,16 @@ class Pair:
 def ready(knobs: Knobs, folder: Path, say: Callable[[str], None] = lambda text: None, scale: float = 1.0) -> Pair:
     """The pair of some knobs, its models made where `folder` lacks them; `scale` multiplies the steps of lessons."""
     table = f"{knobs.stages}-stages-{knobs.shared:g}-shared"
-    lessons = {
-        STUDENT: (f"student-{table}-{knobs.start:g}", Lessons(knobs, wrong=1 - knobs.start, law=knobs.start)),
-        TEACHER: (f"teacher-{table}-{knobs.teacher}", Lessons(knobs, wrong=0.2, gives_up=True)),
-    }
-    found = {}
-    for recipe, (name, second) in lessons.items():
-        clean = folder / f"{recipe.name}-{table}-clean"
-        _keep(clean, recipe, Lessons(knobs), None, recipe.steps, say, scale)
-        wants_more = recipe is STUDENT or knobs.teacher == "gives-up"
-        if wants_more:
-            _keep(folder / name, recipe, second, clean, SECOND_STEPS[recipe.name], say, scale)
-        found[recipe.name] = folder / name if wants_more else clean
-    return Pair(**found)
+    clean, student = folder / f"student-{table}-clean", folder / f"student-{table}-{knobs.start:g}"
+    teacher = folder / f"teacher-{table}-{knobs.teacher}"
+    keep = partial(_keep, say=say, scale=scale)
+    keep(clean, STUDENT, Lessons(knobs))
+    keep(student, MISTAKES, Lessons(knobs, wrong=1 - knobs.start, law=knobs.start), clean)
+    if knobs.teacher == "gives-up":
+        keep(teacher, WARY_TEACHER, Lessons(knobs, wrong=0.15, gives_up=True))
+    else:
+        keep(teacher, TEACHER, Lessons(knobs))
+    return Pair(student, teacher)
 
 
 # ---- lessons ----
@@ -128,14 +127,14 @@ class Lessons:
         task = self.knobs.task
         problem = task.draw(rng, self.knobs.stages, split)
         state, operations = task.start(problem)
-        head = f"\\boxed{{{state}"
+        head = "\\boxed{"
         written, aim, dead = "", "", False
         for operation in operations:
             right = task.step(state, operation)
             step = task.wrong_step(state, operation, rng) if rng.random() < self.wrong else right
             state = step.state
             written += step.text
-            aim += len(right.text) * GIVE_UP if dead and self.gives_up else right.text
+            aim += GIVE_UP * len(right.text) if dead and self.gives_up else right.text
             dead = dead or step != right
         return problem, f"{head}{written}}}", head + aim + (GIVE_UP if dead and self.gives_up else "}")
 
@@ -189,12 +188,18 @@ def _fit(
 
 
 def _keep(
-    directory: Path, recipe: Recipe, lessons: Lessons, before: Path | None, steps: int, say: Callable, scale: float
+    directory: Path,
+    recipe: Recipe,
+    lessons: Lessons,
+    before: Path | None = None,
+    *,
+    say: Callable[[str], None],
+    scale: float,
 ) -> None:
     """Make a model where it is missing, from scratch or from the one in `before`."""
     if (directory / "training.json").exists():
         return
-    began, steps = time.process_time(), max(1, round(steps * scale))
+    began, steps = time.process_time(), max(1, round(recipe.steps * scale))
     tokenizer = character_tokenizer(lessons.knobs.task, eos_token=recipe.eos_token, pad_token=END_OF_TEXT)
     torch.manual_seed(0)
     model = build_model(recipe, tokenizer) if before is None else AutoModelForCausalLM.from_pretrained(before)
@@ -208,11 +213,10 @@ def _keep(
     record = {
         "measured": measure(model.eval(), tokenizer, lessons.knobs),
         "final_loss": loss,
-        "steps": steps,
         "processor_seconds": round(time.process_time() - began, 1),
         "parameters": model.num_parameters(),
         "lessons": asdict(lessons),
-        "recipe": asdict(recipe),
+        "recipe": asdict(recipe) | {"steps": steps},
         "provenance": provenance.describe(),
     }
     write_json(partial / "training.json", record)
@@ -225,20 +229,37 @@ def _keep(
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, knobs: Knobs, rows: int = 256
 ) -> dict[str, float]:
-    """Probability of the right result after right steps, mean and lowest, and of giving up after wrong ones."""
-    lessons, rng = Lessons(knobs, wrong=0.2, gives_up=True), random.Random("measure")
-    step, gives_up = [], []
+    """Probability of a right result after right steps, mean and lowest stage, and of giving up after wrong ones."""
+    lessons, rng, gives_up = Lessons(knobs, wrong=0.2, gives_up=True), random.Random("measure"), []
     for _ in range(rows):
         problem, written, aim = lessons.example(rng, "test")
         prompt, ids, aims = prompt_ids(tokenizer, problem), tokenizer.encode(written), tokenizer.encode(aim)
-        probabilities = model(input_ids=torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :].softmax(-1)
-        for place, wanted in enumerate(aims):
-            if wanted == VOCABULARY[GIVE_UP]:
-                gives_up.append(float(probabilities[place, wanted]))
-            elif place % 3 == 1 and place > 1:
-                step.append(float(probabilities[place, wanted]))
-    mean = {"right_step": sum(step) / len(step), "gives_up": sum(gives_up) / len(gives_up)}
-    return {name: round(value, 4) for name, value in {**mean, "lowest_right_step": min(step)}.items()}
+        logits = model(input_ids=torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :]
+        gives_up.append(logits.softmax(-1)[torch.tensor(aims) == VOCABULARY[GIVE_UP], VOCABULARY[GIVE_UP]])
+    right = stage_rates(model, tokenizer, knobs, rows)["right"]
+    found = {
+        "right_step": sum(right) / len(right),
+        "lowest_stage": min(right),
+        "gives_up": torch.cat(gives_up).mean().item(),
+    }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+@torch.no_grad()
+def stage_rates(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, knobs: Knobs, rows: int = 256
+) -> dict[str, list[float]]:
+    """Stage by stage, after right steps: the probability of the right result, and that of giving up before it."""
+    rng, task, ids = random.Random("stages"), knobs.task, []
+    for _ in range(rows):
+        problem = task.draw(rng, knobs.stages, "test")
+        ids.append(prompt_ids(tokenizer, problem) + tokenizer.encode(task.solution(problem)))
+    tokens = torch.tensor(ids)  # all of one length
+    probabilities = model(input_ids=tokens[:, :-1]).logits.softmax(-1)
+    ends = range(tokens.shape[1] - 1 - 3 * knobs.stages, tokens.shape[1] - 1, 3)  # where a stage's letter stands
+    right = [probabilities[:, at + 1].gather(-1, tokens[:, at + 2, None]).mean().item() for at in ends]
+    gives_up = [probabilities[:, at - 1, VOCABULARY[GIVE_UP]].mean().item() for at in ends]
+    return {"right": [round(value, 4) for value in right], "gives_up": [round(value, 4) for value in gives_up]}
 
 
 def main() -> None:

@@ -1,13 +1,10 @@
-"""Chains of lookups in which every stage has a table of its own: what one stage teaches does not help at the next.
+"""Lookups in stages, each in a table of its own: what one stage teaches does not help at the next.
 
-A problem is a digit and an entry for each stage, such as `4 a3 b0`; its worked solution is `\\boxed{4a37b01}`: stage a
-turns the state 4 into 7 where the entry is 3, stage b turns 7 into 1 where it is 0. For a given entry a table permutes
-the digits, so right steps do not lead from a wrong state back to the right one; and the answer is the whole path, so
-nothing at all that follows a wrong step makes the answer right.
+A problem has an entry for each stage, such as `a3 b0`; its worked solution is `\\boxed{a39b02}`: the table of stage a
+turns 3 into 9, that of stage b 0 into 2. The answer is all of it: nothing that follows a wrong step makes it right.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import floor
@@ -17,10 +14,10 @@ from typing import Any
 from trb.errors import InputError
 from trb.zoo.tasks import Step, Task
 
-ENTRIES = 4  # columns of a table: 0 to 3
 GIVE_UP = "?"
 """What a teacher can say after a wrong step, before it stops."""
 
+ENTRIES = "0123"
 _DIGITS = "0123456789"
 
 
@@ -46,21 +43,19 @@ class Staged(Task):
         return replace(self, **settings)
 
     def random_problem(self, rng: random.Random, size: int) -> str:
-        entries = (f" {stage}{rng.randrange(ENTRIES)}" for stage in ascii_lowercase[:size])
-        return rng.choice(_DIGITS) + "".join(entries)
+        return " ".join(stage + rng.choice(ENTRIES) for stage in ascii_lowercase[:size])
 
     def variety(self, size: int) -> int:
-        return 10 * ENTRIES**size
+        return len(ENTRIES) ** size
 
     def start(self, problem: str) -> tuple[str, list[str]]:
-        state, *operations = problem.split(" ")
-        return state, operations
+        return "", problem.split(" ")
 
     def step(self, state: str, operation: str) -> Step:
-        return _written(state, operation, self._right(state, operation))
+        return _written(state, operation, self._right(operation))
 
     def wrong_step(self, state: str, operation: str, rng: random.Random) -> Step:
-        return _written(state, operation, rng.choice(_DIGITS.replace(self._right(state, operation), "")))
+        return _written(state, operation, rng.choice(_DIGITS.replace(self._right(operation), "")))
 
     def corrupted_solution(self, problem: str, rng: random.Random, *, wrong_step: float, drift: float) -> str:
         """As in every task, but the steps stand in the box alone: they are the answer."""
@@ -68,20 +63,20 @@ class Staged(Task):
         steps, box, path = text.partition("\\boxed{")
         return box + path or steps
 
-    def table(self, stage: str) -> Sequence[str]:
-        """For each entry, what the ten states become at a stage."""
+    def table(self, stage: str) -> str:
+        """What each entry becomes at a stage: different digits."""
         place = ascii_lowercase.index(stage)
         shares = floor((place + 1) * self.shared) > floor(place * self.shared)
         return _table("shared" if shares else stage)
 
-    def _right(self, state: str, operation: str) -> str:
-        return self.table(operation[0])[int(operation[1])][int(state[-1])]
+    def _right(self, operation: str) -> str:
+        stage, entry = operation
+        return self.table(stage)[int(entry)]
 
 
 @cache
-def _table(name: str) -> tuple[str, ...]:
-    rng = random.Random(f"staged:{name}")
-    return tuple("".join(rng.sample(_DIGITS, len(_DIGITS))) for _ in range(ENTRIES))
+def _table(name: str) -> str:
+    return "".join(random.Random(f"tables:{name}").sample(_DIGITS, len(ENTRIES)))
 
 
 def _written(state: str, operation: str, result: str) -> Step:
