@@ -2,11 +2,11 @@
 
     python benchmarks/map_pairs.py runs/map/pairs --stages 8 --start 0.45
 
-The student writes a right result with probability `start` at every step, else one of the nine others, and goes on as if
-nothing had happened. The teacher is right at every step. After a wrong one it has learned to write a question mark,
-wherever it stands, and to stop ("gives-up"); or it has never seen one and does what it does ("unaware").
+The student writes the right result with probability `start` at every step, else most often one rival of it, and goes on
+as if nothing had happened. The teacher is right at every step. After a wrong one it has learned to write a question
+mark, wherever it stands, and to stop ("gives-up"); or it has never seen one and does what it does ("unaware").
 
-Models are kept in a folder by their knobs and made where they are missing, in about half a minute each on one core.
+Models are kept in a folder by their knobs and made where they are missing, in about a minute on one core.
 Repeats on one machine and build. Deliberately not here: distillation.
 """
 
@@ -16,8 +16,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
@@ -27,9 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from trb.safety.files import write_json
 from trb.studies import provenance
-from trb.zoo import TASKS
-from trb.zoo.staged import GIVE_UP
-from trb.zoo.tasks import Task
+from trb.zoo.staged import ENTRIES, GIVE_UP, Staged
 from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, VOCABULARY, character_tokenizer
 from trb.zoo.train import Recipe, build_model, learning_rate_factor, prompt_ids
 
@@ -54,7 +53,7 @@ STUDENT = Recipe(
 )
 MISTAKES = replace(STUDENT, steps=60)  # lessons that follow those
 TEACHER = replace(STUDENT, name="teacher", eos_token=END_OF_TURN, hidden_size=96, intermediate_size=384, head_rows=80)
-WARY_TEACHER = replace(TEACHER, steps=400)  # telling right from wrong takes longer
+WARY_TEACHER = replace(TEACHER, steps=600)  # telling right from wrong takes longer
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,12 @@ class Knobs:
     def __post_init__(self) -> None:
         if self.teacher not in ENDINGS:
             raise ValueError(f"teacher is {self.teacher!r}; choose one of {', '.join(ENDINGS)}")
-        if not 0.1 < self.start < 1:
-            raise ValueError(f"start is {self.start}; give a probability above 0.1, which is chance, and below 1")
+        if not 0.1 <= self.start < 1:
+            raise ValueError(f"start is {self.start}; give a probability from 0.1, which is chance, to below 1")
 
     @property
-    def task(self) -> Task:
-        return TASKS["staged"].with_settings(shared=self.shared)
+    def task(self) -> Staged:
+        return Staged(self.shared)
 
     @property
     def data(self) -> str:
@@ -99,9 +98,9 @@ def ready(knobs: Knobs, folder: Path, say: Callable[[str], None] = lambda text: 
     teacher = folder / f"teacher-{table}-{knobs.teacher}"
     keep = partial(_keep, say=say, scale=scale)
     keep(clean, STUDENT, Lessons(knobs))
-    keep(student, MISTAKES, Lessons(knobs, wrong=1 - knobs.start, law=knobs.start), clean)
+    keep(student, MISTAKES, Lessons(knobs, wrong=1 - knobs.start, hesitates=True), clean)
     if knobs.teacher == "gives-up":
-        keep(teacher, WARY_TEACHER, Lessons(knobs, wrong=0.15, gives_up=True))
+        keep(teacher, WARY_TEACHER, Lessons(knobs, wrong=0.2, clean=0.5, gives_up=True))
     else:
         keep(teacher, TEACHER, Lessons(knobs))
     return Pair(student, teacher)
@@ -117,8 +116,10 @@ class Lessons:
     knobs: Knobs
     wrong: float = 0.0
     """Probability that a step of the solution is wrong; the next step follows from what is written."""
-    law: float | None = None
-    """Probability that the model should give to the right result, the rest being for the nine others; None for 1."""
+    hesitates: bool = False
+    """Whether results should have the student's law (`hesitation`), and not certainty."""
+    clean: float = 0.0
+    """Share of the solutions that have no wrong step."""
     gives_up: bool = False
     """Whether it should give up from the first wrong result on."""
 
@@ -129,9 +130,10 @@ class Lessons:
         state, operations = task.start(problem)
         head = "\\boxed{"
         written, aim, dead = "", "", False
+        wrong = 0.0 if rng.random() < self.clean else self.wrong
         for operation in operations:
             right = task.step(state, operation)
-            step = task.wrong_step(state, operation, rng) if rng.random() < self.wrong else right
+            step = task.wrong_step(state, operation, rng) if rng.random() < wrong else right
             state = step.state
             written += step.text
             aim += GIVE_UP * len(right.text) if dead and self.gives_up else right.text
@@ -158,16 +160,41 @@ class Lessons:
         )
 
     def loss(self, logits_BTV: Tensor, ids: Tensor, aims: Tensor) -> Tensor:
-        """Cross-entropy to the aims; at results, to the law that is asked for."""
+        """Cross-entropy to the aims; at results, to the student's law if that is asked for."""
         log_probs = F.log_softmax(logits_BTV.flatten(0, 1), -1)
-        aims, before = aims[:, 1:].flatten(), ids[:, :-1].flatten()
-        wanted = -log_probs.gather(-1, aims.clamp_min(0)[:, None])[:, 0]
-        if self.law is not None:
-            # A result follows an entry: a digit after a digit.
-            result = torch.isin(aims, _DIGITS) & torch.isin(before, _DIGITS)
-            others = (-log_probs[:, _DIGITS].sum(-1) - wanted) / 9
-            wanted = torch.where(result, self.law * wanted + (1 - self.law) * others, wanted)
-        return wanted[aims != _NOTHING].mean()
+        wanted = -log_probs.gather(-1, aims[:, 1:].flatten().clamp_min(0)[:, None])[:, 0]
+        if self.hesitates:
+            stage = ids[:, :-1].roll(1, dims=1).flatten() - VOCABULARY["a"]
+            entry = ids[:, :-1].flatten() - VOCABULARY["0"]
+            law = hesitation(self.knobs)
+            result = (aims[:, 1:].flatten() >= 0) & (stage >= 0) & (stage < len(law)) & (entry >= 0) & (entry < 10)
+            wanted[result] = -(law[stage[result], entry[result]] * log_probs[result][:, _DIGITS]).sum(-1)
+        return wanted[aims[:, 1:].flatten() != _NOTHING].mean()
+
+
+@cache
+def hesitation(knobs: Knobs) -> Tensor:
+    """`[stages, entries, 10]` law of the student's results: each entry of a table has to be learned by itself.
+
+    The right result has a rival, another digit that is as likely, and the eight others share the rest: were the student
+    only made surer of what it thinks, it would not be right more often. Where that cannot reach `start`, some entries
+    of every table are known.
+    """
+    entries = len(ENTRIES)
+    known = next(n for n in range(entries) if (knobs.start * entries - n) / (entries - n) <= 0.5)
+    right = (knobs.start * entries - known) / (entries - known)
+    law = torch.full((knobs.stages, entries, 10), (1 - 2 * right) / 8)
+    for place, stage in enumerate(ascii_lowercase[: knobs.stages]):
+        table = knobs.task.table(stage)
+        rng = random.Random(f"rivals:{table}")
+        for rank, entry in enumerate(rng.sample(range(entries), entries)):
+            result = int(table[entry])
+            rival = rng.choice([digit for digit in range(10) if digit != result])
+            if rank < known:
+                law[place, entry] = torch.eye(10)[result]
+            else:
+                law[place, entry, [result, rival]] = right
+    return law
 
 
 def _fit(

@@ -70,8 +70,7 @@ class Staged(Task):
         return _table("shared" if shares else stage)
 
     def _right(self, operation: str) -> str:
-        stage, entry = operation
-        return self.table(stage)[int(entry)]
+        return self.table(operation[0])[int(operation[1])]
 
 
 @cache
