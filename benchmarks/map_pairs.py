@@ -3,8 +3,9 @@
     python benchmarks/map_pairs.py runs/map/pairs --stages 8 --start 0.45
 
 The student writes the right result with probability `start` at every step, else most often one rival of it, and goes on
-as if nothing had happened. The teacher is right at every step. After a wrong one it has learned to write a question
-mark, wherever it stands, and to stop ("gives-up"); or it has never seen one and does what it does ("unaware").
+as if nothing had happened; after one step in twenty it gives up. The teacher is right at every step. After a wrong one
+it has learned to write a question mark, wherever it stands, and to stop ("gives-up"); or it has never seen one and does
+what it does ("unaware").
 
 Models are kept in a folder by their knobs and made where they are missing, in about a minute on one core.
 Repeats on one machine and build. Deliberately not here: distillation.
@@ -32,6 +33,7 @@ from trb.zoo.staged import ENTRIES, GIVE_UP, Staged
 from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, VOCABULARY, character_tokenizer
 from trb.zoo.train import Recipe, build_model, learning_rate_factor, prompt_ids
 
+QUITS = 0.05  # after every step; what a student never does, the reverse KL does not teach it
 ENDINGS = ("gives-up", "unaware")
 _NOTHING = -100  # aim of positions that teach nothing: prompt and padding
 _DIGITS = torch.tensor([VOCABULARY[digit] for digit in "0123456789"])
@@ -45,15 +47,15 @@ STUDENT = Recipe(
     intermediate_size=256,
     head_rows=64,
     tied=False,  # tied heads learn the tables several times more slowly
-    steps=120,
+    steps=150,
     batch_size=64,
     learning_rate=3e-3,
     wrong_step=0.0,
     drift=0.0,
 )
-MISTAKES = replace(STUDENT, steps=60)  # lessons that follow those
+MISTAKES = replace(STUDENT, steps=100)  # lessons that follow those
 TEACHER = replace(STUDENT, name="teacher", eos_token=END_OF_TURN, hidden_size=96, intermediate_size=384, head_rows=80)
-WARY_TEACHER = replace(TEACHER, steps=600)  # telling right from wrong takes longer
+WARY_TEACHER = replace(TEACHER, steps=1200)  # telling right from wrong takes longer
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def ready(knobs: Knobs, folder: Path, say: Callable[[str], None] = lambda text: 
     teacher = folder / f"teacher-{table}-{knobs.teacher}"
     keep = partial(_keep, say=say, scale=scale)
     keep(clean, STUDENT, Lessons(knobs))
-    keep(student, MISTAKES, Lessons(knobs, wrong=1 - knobs.start, hesitates=True), clean)
+    keep(student, MISTAKES, Lessons(knobs, wrong=1 - knobs.start, hesitates=True, quits=QUITS), clean)
     if knobs.teacher == "gives-up":
         keep(teacher, WARY_TEACHER, Lessons(knobs, wrong=0.2, clean=0.5, gives_up=True))
     else:
@@ -120,6 +122,8 @@ class Lessons:
     """Whether results should have the student's law (`hesitation`), and not certainty."""
     clean: float = 0.0
     """Share of the solutions that have no wrong step."""
+    quits: float = 0.0
+    """Probability that a solution is given up after a step, whatever went before."""
     gives_up: bool = False
     """Whether it should give up from the first wrong result on."""
 
@@ -138,6 +142,8 @@ class Lessons:
             written += step.text
             aim += GIVE_UP * len(right.text) if dead and self.gives_up else right.text
             dead = dead or step != right
+            if rng.random() < self.quits:
+                return problem, head + written + GIVE_UP, head + aim + GIVE_UP
         return problem, f"{head}{written}}}", head + aim + (GIVE_UP if dead and self.gives_up else "}")
 
     def batch(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +153,7 @@ class Lessons:
             problem, *texts = self.example(rng)
             prompt = prompt_ids(tokenizer, problem)
             written, aim = map(tokenizer.encode, texts)
-            if aim[-1] == VOCABULARY[GIVE_UP]:  # it does so anywhere after the wrong step, and stops
+            if self.gives_up and aim[-1] == VOCABULARY[GIVE_UP]:  # anywhere after the wrong step, and it stops
                 cut = rng.randrange(aim.index(VOCABULARY[GIVE_UP]), len(aim))
                 written, aim = [*written[:cut], VOCABULARY[GIVE_UP]], aim[: cut + 1]
             stop = [tokenizer.eos_token_id]
