@@ -7,11 +7,12 @@ as if nothing had happened; after one step in twenty it gives up. The teacher is
 it has learned to write a question mark, wherever it stands, and to stop ("gives-up"); or it has never seen one and does
 what it does ("unaware").
 
-Models are kept in a folder by their knobs and made where they are missing, in about a minute on one core.
-Repeats on one machine and build. Deliberately not here: distillation.
+Models are kept in a folder by their knobs and made where they are missing, each in half a minute on one core, a teacher
+that gives up in two. Repeats on one machine and build. Deliberately not here: distillation.
 """
 
 import argparse
+import json
 import random
 import shutil
 import time
@@ -87,7 +88,7 @@ class Knobs:
 
 @dataclass(frozen=True)
 class Pair:
-    """Directories of the two models, and what was measured when they were made."""
+    """Directories of the two models; training.json beside each says how it was made."""
 
     student: Path
     teacher: Path
@@ -99,12 +100,17 @@ def ready(knobs: Knobs, folder: Path, say: Callable[[str], None] = lambda text: 
     clean, student = folder / f"student-{table}-clean", folder / f"student-{table}-{knobs.start:g}"
     teacher = folder / f"teacher-{table}-{knobs.teacher}"
     keep = partial(_keep, say=say, scale=scale)
-    keep(clean, STUDENT, Lessons(knobs))
-    keep(student, MISTAKES, Lessons(knobs, wrong=1 - knobs.start, hesitates=True, quits=QUITS), clean)
+    keep(clean, STUDENT, Lessons(replace(knobs, start=Knobs.start, teacher=Knobs.teacher)))  # one for all of them
+    keep(
+        student,
+        MISTAKES,
+        Lessons(replace(knobs, teacher=Knobs.teacher), wrong=1 - knobs.start, hesitates=True, quits=QUITS),
+        clean,
+    )
     if knobs.teacher == "gives-up":
-        keep(teacher, WARY_TEACHER, Lessons(knobs, wrong=0.2, clean=0.5, gives_up=True))
+        keep(teacher, WARY_TEACHER, Lessons(replace(knobs, start=Knobs.start), wrong=0.2, clean=0.5, gives_up=True))
     else:
-        keep(teacher, TEACHER, Lessons(knobs))
+        keep(teacher, TEACHER, Lessons(replace(knobs, start=Knobs.start)))
     return Pair(student, teacher)
 
 
@@ -229,10 +235,16 @@ def _keep(
     say: Callable[[str], None],
     scale: float,
 ) -> None:
-    """Make a model where it is missing, from scratch or from the one in `before`."""
-    if (directory / "training.json").exists():
-        return
+    """Make a model where it is missing, from scratch or from the one in `before`.
+
+    Raises ValueError for one that was taught in another way: what was trained from it would not say so.
+    """
     began, steps = time.process_time(), max(1, round(recipe.steps * scale))
+    taught = {"lessons": asdict(lessons), "recipe": asdict(recipe) | {"steps": steps}}
+    if (path := directory / "training.json").exists():
+        if any(json.loads(path.read_text())[key] != value for key, value in taught.items()):
+            raise ValueError(f"{directory} was taught in another way; remove it, and what was trained from it")
+        return
     tokenizer = character_tokenizer(lessons.knobs.task, eos_token=recipe.eos_token, pad_token=END_OF_TEXT)
     torch.manual_seed(0)
     model = build_model(recipe, tokenizer) if before is None else AutoModelForCausalLM.from_pretrained(before)
@@ -248,8 +260,7 @@ def _keep(
         "final_loss": loss,
         "processor_seconds": round(time.process_time() - began, 1),
         "parameters": model.num_parameters(),
-        "lessons": asdict(lessons),
-        "recipe": asdict(recipe) | {"steps": steps},
+        **taught,
         "provenance": provenance.describe(),
     }
     write_json(partial / "training.json", record)

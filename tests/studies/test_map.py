@@ -22,7 +22,7 @@ def driver() -> ModuleType:
 
 @pytest.fixture
 def small(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """One point of two stages, two methods, two steps, and pairs that were taught next to nothing."""
+    """One point of three stages, two methods, two steps, and pairs that were taught next to nothing."""
     point = driver.Point(knobs=driver.Knobs(stages=3), rollouts=8)
     monkeypatch.setitem(driver.PANELS, "b", driver.Panel("small", "shared", None, (point,), ("opd", "trb")))
     monkeypatch.setattr(driver, "STEPS", 2)
@@ -70,6 +70,14 @@ def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, c
     capsys.readouterr()
     command(small, tmp_path, "--list")
     assert "1 of 2 runs are missing" in capsys.readouterr().out
+
+    # A pair that was taught in another way is not taken for this one, whatever else of the pair's knobs changes.
+    pairs = sys.modules["map_pairs"]
+    with pytest.raises(ValueError, match="taught in another way"):
+        pairs.ready(small.Knobs(stages=3), tmp_path / "pairs", scale=0.03)
+    assert pairs.ready(
+        small.Knobs(stages=3, teacher="unaware", start=0.3), tmp_path / "pairs", scale=0.02
+    ).teacher.exists()
 
     record = tmp_path / "map.json"
     small.main(["collect", "--root", str(tmp_path), "--out", str(record), "--figures", str(tmp_path / "figures")])
