@@ -54,12 +54,13 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     if name not in TASKS:
         raise InputError(f"unknown task {spec!r}; the zoo has {', '.join(f'zoo:{task}' for task in TASKS)}")
     task = TASKS[name]
-    size = _task_settings(spec, query, {task.unit}).get(task.unit)
+    settings = _task_settings(spec, query, {task.unit, *task.settings})
+    size = settings.pop(task.unit, None)
     if not isinstance(size, int | None):
         raise InputError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
     return [
         {"prompt": problem["prompt"], "answer": problem["answer"], "verifier": "exact", "metadata": "{}"}
-        for problem in task.problems(n, seed=seed, split=split, size=size)
+        for problem in task.with_settings(**settings).problems(n, seed=seed, split=split, size=size)
     ]
 
 

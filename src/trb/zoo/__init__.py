@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trb.errors import InputError
 from trb.zoo.chains import Chains
 from trb.zoo.clock import Clock
+from trb.zoo.staged import Staged
 from trb.zoo.tasks import Task
 
 __all__ = ["NAMES", "TASKS", "load", "path", "problems"]
 
 NAMES = ("student", "teacher")
-TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock())}
+TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock(), Staged())}
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

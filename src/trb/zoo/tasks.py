@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from trb.errors import InputError
 
@@ -36,7 +37,14 @@ class Task(ABC):
     unit: str
     """What a problem's size counts, in the plural."""
     smallest: int
+    largest: int | None = None
     default: int
+    settings: tuple[str, ...] = ()
+    """What else a data spec may set, beside the size."""
+
+    def with_settings(self, **settings: Any) -> "Task":
+        """The task with other values of its `settings`. Raises ValueError for one out of range."""
+        return self
 
     @abstractmethod
     def random_problem(self, rng: random.Random, size: int) -> str:
@@ -98,14 +106,16 @@ class Task(ABC):
         """`n` different problems as rows {"prompt": [{"role": "user", "content": problem}], "answer": str}.
 
         The rows are a function of the arguments alone; rows of "train" and "test" never share a problem, whatever their
-        seeds. Raises ValueError for an unknown split, for a size below the task's smallest, and where `n` exceeds half
-        of what the split is expected to hold.
+        seeds. Raises ValueError for an unknown split, for a size that the task does not have, and where `n` exceeds
+        half of what the split is expected to hold.
         """
         size = self.default if size is None else size
         if split not in SPLITS:
             raise InputError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
         if size < self.smallest:
             raise InputError(f"{self.name} needs at least {self.smallest} {self.unit}, got {self.unit}={size}")
+        if self.largest is not None and size > self.largest:
+            raise InputError(f"{self.name} has at most {self.largest} {self.unit}, got {self.unit}={size}")
         share = 1 if split == "test" else _TEST_SHARE - 1
         limit = self.variety(size) * share // (2 * _TEST_SHARE)
         if not 0 <= n <= limit:

@@ -1,0 +1,124 @@
+"""The driver of the map, on a pair of a few lessons: runs are made once, resumed and collected."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def driver() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import map as module  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+@pytest.fixture
+def small(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """One point of three stages, two methods, two steps, and pairs that were taught next to nothing."""
+    point = driver.Point(knobs=driver.Knobs(stages=3), rollouts=8)
+    monkeypatch.setitem(driver.PANELS, "b", driver.Panel("small", "shared", None, (point,), ("opd", "trb")))
+    monkeypatch.setattr(driver, "STEPS", 2)
+    monkeypatch.setattr(driver, "Unit", _shorter(driver.Unit))
+    monkeypatch.setattr(driver, "CURVE", {"every": 1, "samples": 4, "seed": 1})
+    monkeypatch.setattr(driver, "FINAL", {"samples": 8, "seed": 2})
+    monkeypatch.setattr(
+        driver, "ready", lambda knobs, folder: sys.modules["map_pairs"].ready(knobs, folder, scale=0.02)
+    )
+    return driver
+
+
+def _shorter(unit):
+    return lambda point, method, seed: unit(point, method, seed, steps=2)
+
+
+def command(driver: ModuleType, root: Path, *more: str) -> None:
+    driver.main(["run", "--panel", "b", "--seeds", "1", "--root", str(root), *more])
+
+
+def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, capsys, monkeypatch):
+    command(small, tmp_path, "--list")
+    assert "2 of 2 runs are missing" in capsys.readouterr().out
+    command(small, tmp_path)
+    files = {path.name: path for path in (tmp_path / "runs").rglob("*.json")}
+    assert set(files) == {"opd-seed-0.json", "trb-seed-0.json"}
+    first = {name: json.loads(path.read_text()) for name, path in files.items()}
+    for result in first.values():
+        assert [point["step"] for point in result["curve"]] == [0, 1, 2]
+        assert 0 <= result["final"] <= 1 and len(result["stage_rates"]["right"]) == 3
+        assert len(result["log"]["loss"]) == 2 and result["processor_seconds"]["all"] > 0
+    assert first["opd-seed-0.json"]["log"]["kl_budget"] == [0, 0] != first["trb-seed-0.json"]["log"]["kl_budget"]
+
+    # One is lost and made again, the same; the other is left alone.
+    files["trb-seed-0.json"].unlink()
+    before = files["opd-seed-0.json"].stat().st_mtime_ns
+    command(small, tmp_path)
+    assert files["opd-seed-0.json"].stat().st_mtime_ns == before
+    again = json.loads(files["trb-seed-0.json"].read_text())
+    for key in ("final", "curve", "stage_rates", "log", "settings"):
+        assert again[key] == first["trb-seed-0.json"][key]
+
+    # Other settings of a method are another run.
+    monkeypatch.setitem(small.METHODS, "trb", {**small.METHODS["trb"], "initial_kl_budget": 0.25})
+    capsys.readouterr()
+    command(small, tmp_path, "--list")
+    assert "1 of 2 runs are missing" in capsys.readouterr().out
+
+    # A pair that was taught in another way is not taken for this one, whatever else of the pair's knobs changes.
+    pairs = sys.modules["map_pairs"]
+    with pytest.raises(ValueError, match="taught in another way"):
+        pairs.ready(small.Knobs(stages=3), tmp_path / "pairs", scale=0.03)
+    assert pairs.ready(
+        small.Knobs(stages=3, teacher="unaware", start=0.3), tmp_path / "pairs", scale=0.02
+    ).teacher.exists()
+
+    record = tmp_path / "map.json"
+    small.main(["collect", "--root", str(tmp_path), "--out", str(record), "--figures", str(tmp_path / "figures")])
+    kept = json.loads(record.read_text())
+    assert {run["method"] for run in kept["runs"]} == {"opd", "?"}  # what a method no longer is has no name
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["map-b.png"]
+    numbers = next(iter(kept["step0"].values()))["rollouts"]
+    assert numbers["student"]["accept_rate"] == 1 > numbers["blend"]["accept_rate"]
+    assert numbers["blend"]["sequence_kl"] <= 4.0
+
+
+def test_a_run_that_lost_what_it_had_collapsed(driver):
+    curve = [{"step": 0, "pass_at_1": 0.1}, {"step": 10, "pass_at_1": 0.6}]
+    assert driver.collapsed(0.29, curve) and not driver.collapsed(0.31, curve)
+    assert not driver.collapsed(0.0, [{"step": 0, "pass_at_1": 0.0}])  # what never rose did not fall
+
+
+def test_the_students_law_is_right_as_often_as_asked_and_has_a_rival(driver):
+    laws = sys.modules["map_pairs"].hesitation
+    for start in (0.3, 0.45, 0.7):
+        knobs = driver.Knobs(stages=4, start=start)
+        law = laws(knobs)
+        assert law.sum(-1).allclose(law.new_ones(()))
+        tables = [knobs.task.table(stage) for stage in "abcd"]
+        right = law.new_tensor([[law[s, e, int(tables[s][e])] for e in range(4)] for s in range(4)])
+        assert right.mean(1).allclose(right.new_tensor(start))
+        # Making it surer does not make it right: the rival is as likely wherever the entry is not known.
+        unknown = right < 0.99
+        assert unknown.any(1).all() and (law.topk(2).values[unknown].diff() == 0).all()
+    shared = laws(driver.Knobs(stages=4, shared=1.0))
+    assert all(shared[0].equal(one) for one in shared)
+
+
+def test_dead_prefixes_are_told_to_give_up_and_no_others(driver):
+    import random
+
+    lessons = sys.modules["map_pairs"].Lessons(driver.Knobs(stages=5), wrong=0.3, gives_up=True)
+    for i in range(100):
+        problem, written, aim = lessons.example(random.Random(i))
+        solution = lessons.knobs.task.solution(problem)
+        assert len(written) == len(aim) == len(solution)
+        same = [a == b for a, b in zip(written, solution, strict=True)]
+        alive = same.index(False) if False in same else len(same)
+        assert aim[: alive + 1] == solution[: alive + 1] and set(aim[alive + 1 :]) <= {"?"}
