@@ -26,7 +26,7 @@ OTHERS = {
     ("trb", "AttributeError"): "what Python asks of a module's __getattr__",
     ("trb.sampling.vllm.plugin", "AttributeError"): "the same",
     ("trb.cli", "KeyboardInterrupt"): "Ctrl-C, which the command line answers by itself",
-    ("trb.records", "PydanticCustomError"): "pydantic's way to refuse a value; becomes a RecordError",
+    ("trb.safety.fields", "PydanticCustomError"): "pydantic's way to refuse a value; becomes a RecordError",
     ("trb.safety.typed_files", "PydanticCustomError"): "the same",
     ("trb.studies.yaml_files", "yaml.constructor.ConstructorError"): "PyYAML's way; becomes a ConfigError",
     ("trb.safety.untrusted", "pickle.UnpicklingError"): "pickle's way; caught around the reader",
