@@ -905,14 +905,14 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
 
 
 def kill_in_place(patch: pytest.MonkeyPatch, trainer: type[TRBTrainer], step: int) -> None:
-    sample = trainer.behavior_policy
+    generate = trainer._generate_single_turn
 
-    def dies(self: TRBTrainer, at: int) -> Any:
-        if at == step:
+    def dies(self: TRBTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.model.training and self.state.global_step == step:
             raise Killed
-        return sample(self, at)
+        return generate(self, *args, **kwargs)
 
-    patch.setattr(trainer, "behavior_policy", dies)
+    patch.setattr(trainer, "_generate_single_turn", dies)
 
 
 def test_template_options_reach_training_and_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

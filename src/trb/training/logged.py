@@ -20,7 +20,7 @@ from transformers.utils import logging
 from trl import DistillationTrainer
 
 from trb.losses.terms import TokenMetrics
-from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
+from trb.policies import BehaviorPolicy, StudentPolicy
 from trb.sampling import Rollout, prompt_key
 from trb.sampling.scoring import TokenScores, score_completions
 from trb.schedule import Constant
@@ -57,21 +57,17 @@ class MeasuredTrainer(DistillationTrainer):
     _sums: dict[str, Sums]
     _observers: Observers
     _rollout: Rollout | None
+    # Of the rollouts at hand: their policy, whether all tokens are the student's own, and which rows are the policy's.
+    _policy: BehaviorPolicy
+    _all_own: bool
     _blended: list[bool]
     behavior: Behavior
     _teacher_is_sharded: bool
     reward_fn: RewardFunction | None
     _rewards_work: bool = False
 
-    def _rollout_policy(self, step: int) -> BehaviorPolicy:
-        raise NotImplementedError
-
     def sampling_student(self) -> PreTrainedModel:
         """The student to sample from."""
-        raise NotImplementedError
-
-    def behavior_policy(self, step: int) -> BehaviorPolicy:
-        """The policy that completions of optimizer step `step` (from 0) are drawn from."""
         raise NotImplementedError
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -93,7 +89,7 @@ class MeasuredTrainer(DistillationTrainer):
         tokens = metrics.reverse_kl.numel()
         for name in ("reverse_kl", "teacher_entropy", "teacher_log_prob", "support_mass"):
             self._add(mode, name, getattr(metrics, name).sum().item(), tokens)
-        if samples_student(self._rollout_policy(self.state.global_step)):
+        if self._all_own:
             # The student is then its own behavior policy. Of another law without a teacher, nothing is known.
             self._add(mode, "kl_teacher", metrics.reverse_kl.sum().item(), tokens)
         if tokens and metrics.support_mass.mean() < _THIN_SUPPORT:
@@ -105,8 +101,7 @@ class MeasuredTrainer(DistillationTrainer):
 
     def _add_rollout(self, mode: str, rollout: Rollout) -> None:
         """Of those drawn from the step's policy, where that is a share of them."""
-        policy = self._rollout_policy(self.state.global_step)
-        stats, budget = rollout.stats, kl_budget_of(policy)
+        stats, budget = rollout.stats, kl_budget_of(self._policy)
         completions = list(compress(rollout.completions, self._blended))
         tokens = sum(map(len, completions))
         for name, rows in (
@@ -125,7 +120,7 @@ class MeasuredTrainer(DistillationTrainer):
             self._add(mode, "sequence_kl_bound", budget * tokens, len(completions))
         if mode == "train":
             if self.behavior.share != Constant(1.0):
-                blended = 0 if samples_student(policy) else sum(self._blended)
+                blended = 0 if self._all_own else sum(self._blended)
                 self._add(mode, "share", blended, len(self._blended))
             for name, value in self.behavior.schedule.readings().items():
                 self._add(mode, name, value, 1)
@@ -225,7 +220,7 @@ class MeasuredTrainer(DistillationTrainer):
                     self.accelerator.unwrap_model(self.teacher_model),
                     [prompts[row] for row in rows],
                     [completions[row] for row in rows],
-                    policy=self.behavior_policy(self.state.global_step) if wanted else StudentPolicy(),
+                    policy=self._policy if wanted else StudentPolicy(),
                     vocabulary=self.vocabulary,
                     temperature=self.temperature,
                     top=self.args.recorded_alternatives,

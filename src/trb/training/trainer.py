@@ -191,7 +191,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         self._observers = Observers({"behavior": self.behavior.schedule, "loss": self.target.schedule})
         self.add_callback(ShowSteps(self._observers, self._ranks))
         self._rollout: Rollout | None = None
-        self._blended: list[bool] = []
+        self._policy: BehaviorPolicy = StudentPolicy()
+        self._all_own, self._blended = True, list[bool]()
 
     # ---- set-up ----
 
@@ -264,10 +265,6 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         """The policy that completions of optimizer step `step` (from 0) are drawn from."""
         return self.behavior.at(step)
 
-    def _rollout_policy(self, step: int) -> BehaviorPolicy:
-        """The policy of the rollouts at hand: evaluation is of the student."""
-        return self.behavior_policy(step) if self.model.training else StudentPolicy()
-
     # ---- replaced: how completions are sampled ----
 
     def _generate_single_turn(
@@ -275,20 +272,22 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
     ) -> list[list[int]]:
         training = self.model.training
         step = self.state.global_step
-        policy = self._rollout_policy(step)
+        # Evaluation is of the student.
+        policy = self._policy = self.behavior.at(step) if training else StudentPolicy()
         prefix = self.behavior.prefix.value(step) if training else 0.0
+        self._all_own = samples_student(policy) and not prefix
         engine = None if prefix else self._engine(step)
         if self._teacher_may_be_sharded(step):
             self._shard_teacher()
         horizon = self._horizon(step)
-        whole = horizon == self.max_completion_length and not prefix
-        if self.use_vllm and engine is None and samples_student(policy) and whole:
+        if self.use_vllm and engine is None and self._all_own and horizon == self.max_completion_length:
             self._rollout = None
             completions = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
             return [[self.vocabulary.event_of(token) for token in ids] for ids in completions]
         keys = [prompt_key(ids) for ids in prompt_ids]
         index = self._rollout_index(keys)
-        policies = self._policies_of_rows(policy, keys, index)
+        self._blended = self._blended_rows(keys, index)
+        policies = [policy if blended else StudentPolicy() for blended in self._blended]
         taught = prefix > 0 or any(each.needs_teacher for each in policies)
         seed = stream_seed(self.args.seed, "train" if training else "eval", step)
         with self.compute_loss_context_manager():
@@ -320,19 +319,16 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         longest = cast(int, self.max_completion_length)
         return int(min(longest, self.behavior.horizon.value(step))) if self.model.training else longest
 
-    def _policies_of_rows(self, policy: BehaviorPolicy, keys: list[int], index: list[int]) -> list[BehaviorPolicy]:
-        """The step's policy, or the student's where only a share of the rollouts is drawn from it."""
+    def _blended_rows(self, keys: list[int], index: list[int]) -> list[bool]:
+        """Which rows have the step's policy; the others have the student's."""
         step = self.state.global_step
-        whole = not self.model.training or samples_student(policy)
-        share = 1.0 if whole else self.behavior.share.value(step)
-        self._blended = blended_rows(
-            share,
+        return blended_rows(
+            1.0 if self._all_own else self.behavior.share.value(step),
             generations=self.args.num_generations,
             keys=keys,
             rollout_index=index,
             seed=stream_seed(self.args.seed, "share", step),
         )
-        return [policy if blended else StudentPolicy() for blended in self._blended]
 
     def sampling_student(self) -> PreTrainedModel:
         """The student to sample from: the model itself, or under FSDP2 and ZeRO-3 this process's whole copy of it.
