@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["BEHAVIORS", "BUDGET_SCHEDULES"]
 
 _DEFAULT_BUDGET = 0.01  # the paper's choice, nats per token
-_DEFAULT_GAP_SHARE = 0.75
 
 
 def _falling(kind: str) -> Callable[[Any], Schedule]:
@@ -52,6 +51,7 @@ BUDGET_SCHEDULES: dict[str, BudgetSchedule] = {
         "with the reverse KL, from initial_kl_budget or else sequence_kl_budget, and ends by itself",
         _gap,
         ("initial_kl_budget", "sequence_kl_budget"),
+        share=0.75,
     ),
 }
 """How the budget of `trust_region` falls; one from outside may join."""
@@ -70,9 +70,8 @@ def _student(args: Any, length: Callable[[], int]) -> Behavior:
 def _trust_region(args: Any, length: Callable[[], int]) -> Behavior:
     from trb.policies import TrustRegionPolicy
 
-    schedule = BUDGET_SCHEDULES[args.budget_schedule].build(args)
-    share = _share(args, _DEFAULT_GAP_SHARE if isinstance(schedule, GapBudget) else 1.0)
-    return Scheduled(TrustRegionPolicy, schedule, share)
+    kind = BUDGET_SCHEDULES[args.budget_schedule]
+    return Scheduled(TrustRegionPolicy, kind.build(args), _share(args, kind.share))
 
 
 def _fixed_budget(args: Any, length: Callable[[], int]) -> Behavior:

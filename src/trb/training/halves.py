@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from trb.losses import Loss
     from trb.policies import BehaviorPolicy
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Behavior", "BudgetSchedule", "Half", "Scheduled", "Target"]
 
 T = TypeVar("T")
@@ -54,11 +51,14 @@ class BudgetSchedule:
         text: in a few words, for `--help`.
         build: from a `TRBConfig`.
         knobs: fields of the configuration that `build` reads; besides them, `max_completion_length` alone.
+        share: of the rollouts are drawn from the policy unless `behavior_share` says otherwise: below 1 for a schedule
+            that compares them with the student's.
     """
 
     text: str
     build: Callable[[Any], Schedule]
     knobs: tuple[str, ...] = ()
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
