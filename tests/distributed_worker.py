@@ -240,7 +240,11 @@ def remember(directory: Path, count: int) -> dict[str, Any]:
 
 
 SELF_SETTING: dict[str, dict[str, Any]] = {
-    "gap": {"budget_schedule": "gap", "initial_kl_budget": None, "behavior_share": 0.5},
+    # Of each prompt's eight rollouts the first process has the four blended ones, the second the student's.
+    "gap": {
+        **{"budget_schedule": "gap", "initial_kl_budget": None},
+        **{"behavior_share": 0.5, "num_generations": 8},
+    },
     "geometric": {"method": "geometric", "sequence_kl_budget": 0.5},
 }
 

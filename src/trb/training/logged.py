@@ -57,9 +57,11 @@ class MeasuredTrainer(DistillationTrainer):
     _sums: dict[str, Sums]
     _observers: Observers
     _rollout: Rollout | None
-    # Of the rollouts at hand: their policy, whether all tokens are the student's own, and which rows are the policy's.
+    # Of the step's rollouts: their policy, whether all tokens are the student's own, whether a share is from the
+    # policy and the rest from the student (on all processes together), and which of those at hand are the policy's.
     _policy: BehaviorPolicy
     _all_own: bool
+    _of_both_kinds: bool
     _blended: list[bool]
     behavior: Behavior
     _teacher_is_sharded: bool
@@ -129,7 +131,7 @@ class MeasuredTrainer(DistillationTrainer):
 
     def _compare_rewards(self, mode: str, rewards: Sequence[float] | None) -> None:
         """Rewards of blended rollouts and of the student's own apart, where a step has both."""
-        if mode != "train" or rewards is None or all(self._blended):
+        if mode != "train" or rewards is None or not self._of_both_kinds:
             return
         for kind, wanted in _KINDS:
             known = [
@@ -141,7 +143,7 @@ class MeasuredTrainer(DistillationTrainer):
 
     def _compare_tokens(self, metrics: TokenMetrics, rollout_row: Tensor, completion_BL: Tensor) -> None:
         """The teacher's log-probability of blended rollouts and of the student's own apart, where a step has both."""
-        if not self.model.training or all(self._blended):
+        if not self.model.training or not self._of_both_kinds:
             return
         blended_B = torch.tensor([self._blended[row] for row in rollout_row.tolist()], device=rollout_row.device)
         blended_N = blended_B[:, None].expand_as(completion_BL)[completion_BL.bool()]

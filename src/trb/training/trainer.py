@@ -192,7 +192,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         self.add_callback(ShowSteps(self._observers, self._ranks))
         self._rollout: Rollout | None = None
         self._policy: BehaviorPolicy = StudentPolicy()
-        self._all_own, self._blended = True, list[bool]()
+        self._all_own, self._of_both_kinds, self._blended = True, False, list[bool]()
 
     # ---- set-up ----
 
@@ -286,7 +286,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
             return [[self.vocabulary.event_of(token) for token in ids] for ids in completions]
         keys = [prompt_key(ids) for ids in prompt_ids]
         index = self._rollout_index(keys)
-        self._blended = self._blended_rows(keys, index)
+        share = 1.0 if self._all_own else self.behavior.share.value(step)
+        self._of_both_kinds = share < 1
+        self._blended = self._blended_rows(share, keys, index)
         policies = [policy if blended else StudentPolicy() for blended in self._blended]
         taught = prefix > 0 or any(each.needs_teacher for each in policies)
         seed = stream_seed(self.args.seed, "train" if training else "eval", step)
@@ -319,15 +321,14 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         longest = cast(int, self.max_completion_length)
         return int(min(longest, self.behavior.horizon.value(step))) if self.model.training else longest
 
-    def _blended_rows(self, keys: list[int], index: list[int]) -> list[bool]:
+    def _blended_rows(self, share: float, keys: list[int], index: list[int]) -> list[bool]:
         """Which rows have the step's policy; the others have the student's."""
-        step = self.state.global_step
         return blended_rows(
-            1.0 if self._all_own else self.behavior.share.value(step),
+            share,
             generations=self.args.num_generations,
             keys=keys,
             rollout_index=index,
-            seed=stream_seed(self.args.seed, "share", step),
+            seed=stream_seed(self.args.seed, "share", self.state.global_step),
         )
 
     def sampling_student(self) -> PreTrainedModel:
