@@ -943,7 +943,6 @@ def main() -> int:
     torch.set_num_threads(1)  # results repeat bit for bit with one thread, and children are forked from one
     console = Console(stderr=True)
     steps = arguments.steps or (20 if arguments.quick else 2000)
-    torch.set_num_threads(1)  # as in the processes that are started: more threads add in another order
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder), console)
         result = torture(lab, arguments.seed, arguments.quick, arguments.kills, steps)
