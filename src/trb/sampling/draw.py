@@ -15,7 +15,7 @@ from torch import Tensor
 from trb.blend.laws import DenseLaw
 from trb.policies import BehaviorPolicy, Target
 
-__all__ = ["Decision", "accept_or_replace", "decide", "distinct", "inverse_cdf"]
+__all__ = ["Decision", "accept_or_replace", "decide", "decide_alike", "distinct", "inverse_cdf"]
 
 _BIN = 256
 
@@ -68,13 +68,13 @@ def decide(
         uniform_N2: `[N, 2]` uniforms for acceptance and for the residual draw.
     """
     if len(policies) == 1:
-        return _decide_alike(policies[0], log_student_NV, log_teacher_NV, draft_N, uniform_N2)
+        return decide_alike(policies[0], log_student_NV, log_teacher_NV, draft_N, uniform_N2)
     parts, places = [], []
     for number, policy in enumerate(policies):
         rows = (which_N == number).nonzero().squeeze(-1)
         if rows.numel():
             teacher_RV = None if log_teacher_NV is None else log_teacher_NV[rows]
-            parts.append(_decide_alike(policy, log_student_NV[rows], teacher_RV, draft_N[rows], uniform_N2[rows]))
+            parts.append(decide_alike(policy, log_student_NV[rows], teacher_RV, draft_N[rows], uniform_N2[rows]))
             places.append(rows)
     back_N = torch.cat(places).argsort()
 
@@ -87,13 +87,14 @@ def decide(
     return Decision(**{name: merged(name) for name in Decision.__dataclass_fields__})  # type: ignore[arg-type]
 
 
-def _decide_alike(
+def decide_alike(
     policy: BehaviorPolicy,
     log_student_NV: Tensor,
     log_teacher_NV: Tensor | None,
     draft_N: Tensor,
     uniform_N2: Tensor,
 ) -> Decision:
+    """`decide` where all prefixes have one policy."""
     target = policy.target(log_student_NV, log_teacher_NV)
     token_N, accepted_N = accept_or_replace(target, log_student_NV, draft_N, *uniform_N2.unbind(-1))
     return Decision(token_N, accepted_N, target.teacher_weight, target.kl_student, target.kl_teacher)

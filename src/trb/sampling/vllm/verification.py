@@ -30,7 +30,7 @@ from torch import Tensor
 
 from trb.errors import InputError, OperationError
 from trb.policies import POLICIES, BehaviorPolicy
-from trb.sampling.draw import accept_or_replace, inverse_cdf
+from trb.sampling.draw import decide_alike, inverse_cdf
 from trb.sampling.rollout import RolloutStats
 from trb.sampling.uniforms import MAX_ROLLOUTS, as_int64, uniforms
 from trb.vocab import SharedVocabulary
@@ -349,23 +349,17 @@ def _decide_alike(rows: list[tuple[BlendRow, int, int]], logits_LV: Tensor) -> N
             line_N = torch.tensor([first + column for _, first, _ in live], device=logits_LV.device)
             logits_NV = logits_LV[line_N].to(log_student_NV.device)
             log_teacher_NV = request.vocabulary.log_probs(logits_NV, request.temperature)
-        target = request.policy.target(log_student_NV, log_teacher_NV)
         draft_N = torch.tensor([draft.tokens[column] for draft in drafts], device=log_student_NV.device)
-        accept_N, residual_N = (
-            torch.tensor(
-                [row.uniform(len(row.tokens), purpose) for row, _, _ in live],
-                dtype=torch.float64,
-                device=log_student_NV.device,
-            )
-            for purpose in (1, 2)
+        uniform_N2 = torch.tensor(
+            [[row.uniform(len(row.tokens), purpose) for purpose in (1, 2)] for row, _, _ in live],
+            dtype=torch.float64,
+            device=log_student_NV.device,
         )
-        token_N, accepted_N = accept_or_replace(target, log_student_NV, draft_N, accept_N, residual_N)
-        numbers = {"accepted": accepted_N.double()}
-        for name in ("teacher_weight", "kl_student", "kl_teacher"):
-            numbers[name] = getattr(target, name)
+        decision = decide_alike(request.policy, log_student_NV, log_teacher_NV, draft_N, uniform_N2)
+        numbers = {name: getattr(decision, name) for name in _COLUMNS}
         lists = {name: number.tolist() for name, number in numbers.items() if number is not None}
         following = []
-        for place, (token, kept) in enumerate(zip(token_N.tolist(), accepted_N.tolist(), strict=True)):
+        for place, (token, kept) in enumerate(zip(decision.token.tolist(), lists["accepted"], strict=True)):
             row, _, reach = live[place]
             row.tokens.append(token)
             for name, values in lists.items():
