@@ -172,7 +172,7 @@ def every_knob() -> set[str]:
 def owners_of(knob: str) -> list[str]:
     """Whose knob it is, in words; nobody's if it is no knob."""
     kinds: tuple[tuple[str, Mapping[str, Half]], ...] = (("behavior", BEHAVIORS), ("loss", TARGETS))
-    owners = [f"{kind}: {name}" for kind, table in kinds for name, half in table.items() if knob in half.knobs]
-    if any(half.choice == knob for half in halves()):
-        owners += [f"behavior: {name}" for name, half in BEHAVIORS.items() if half.choice == knob]
+    owners = [
+        f"{kind}: {name}" for kind, table in kinds for name, half in table.items() if knob in (*half.knobs, half.choice)
+    ]
     return owners + [f"budget_schedule: {name}" for name, kind in BUDGET_SCHEDULES.items() if knob in kind.knobs]
