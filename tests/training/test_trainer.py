@@ -330,8 +330,8 @@ def test_each_method_samples_from_its_policy_and_trains(
     tmp_path: Path, method: str, at_start: object, at_end: object
 ) -> None:
     trainer = build(tmp_path, method=method, max_steps=2, temperature_warmup_steps=1, sft_warmup_steps=1)
-    assert trainer.behavior_policy(0) == at_start
-    assert trainer.behavior_policy(1000) == at_end
+    assert trainer.behavior.at(0) == at_start
+    assert trainer.behavior.at(1000) == at_end
     before = weights(trainer)
     trainer.train()
     assert all(torch.isfinite(torch.tensor(losses(trainer))))

@@ -120,7 +120,7 @@ def test_evaluation_during_the_warm_up_uses_the_engine_that_is_there(tmp_path: P
     assert isinstance(engine, BlendEngine)
     assert drawn == trainer._rollout.completions
     assert trainer._rollout.stats.accepted == [[1.0] * len(row) for row in drawn]
-    assert trainer.behavior_policy(0).needs_teacher
+    assert trainer.behavior.at(0).needs_teacher
     assert not StudentPolicy().needs_teacher
     trainer._warmup_engine.release()
     trainer._warmup_engine.release()

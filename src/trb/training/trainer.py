@@ -261,10 +261,6 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
     def _training_steps(self) -> int:
         return self.state.max_steps
 
-    def behavior_policy(self, step: int) -> BehaviorPolicy:
-        """The policy that completions of optimizer step `step` (from 0) are drawn from."""
-        return self.behavior.at(step)
-
     # ---- replaced: how completions are sampled ----
 
     def _generate_single_turn(
