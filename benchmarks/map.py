@@ -1,13 +1,14 @@
 """When does blending help? Gains over plain distillation as one property of the setting changes at a time.
 
-    python benchmarks/map.py run --panel b --seeds 4 --workers 2
+    python benchmarks/map.py run --panel all --seeds 8 --workers 2
     python benchmarks/map.py run --panel b --list              # what is missing, and how long it should take
     python benchmarks/map.py collect                           # benchmarks/results/map.json and docs/figures/map-*.png
 
 The setting is `zoo:staged`, with pairs by their knobs (benchmarks/map_pairs.py). Every run is one training by the
-package's own trainer and samplers, scored on problems that no run trains on. A finished run is a file in
-runs/map/runs and is not made again while its settings are the same; kill at any time. Seeds are paired: a seed decides
-prompts, their order and all noise. What was expected is in docs/experiments.md.
+package's own trainer and samplers, scored on problems that no run trains on. A finished run is a file in runs/map/runs
+and is not made again while its settings are the same; kill at any time. After a change in how pairs are taught, remove
+runs/map. Seeds are paired: a seed decides prompts, their order and all noise. What was expected is in
+docs/experiments.md.
 """
 
 import argparse
@@ -54,9 +55,8 @@ from trb.training.trainer import TRBTrainer
 from trb.zoo.tasks import boxed_answer
 
 ROOT = Path("runs/map")
-STEPS = 60
-CURVE = {"every": 10, "samples": 256, "seed": 1}
-FINAL = {"samples": 2048, "seed": 2}
+CURVE = {"every": 15, "samples": 256, "seed": 1}
+FINAL = {"samples": 1024, "seed": 2}
 LEARNING_RATE = 1e-3
 GUESS = 25.0  # processor seconds of a run, where none was timed
 LOGGED = (
@@ -82,6 +82,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "trb-sequence": {"method": "trb", "budget_schedule": "sequence"},
     "trb-gap": {"method": "trb", "budget_schedule": "gap"},
 }
+RIVALS = {"temperature": {"method": "temperature", "initial_temperature": 0.7, "temperature_warmup_steps": 25}}
+"""Only in the panel that names it."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,14 @@ class Point:
     learning_rate: float = LEARNING_RATE
     loss_top_k: int = 0
     rollouts: int = 64
+    steps: int = 60
 
     @property
     def name(self) -> str:
         k = self.knobs
         return (
             f"{k.stages}-stages-{k.start:g}-start-{k.shared:g}-shared-{k.teacher}"
-            f"-{self.learning_rate:g}-rate-{self.loss_top_k}-top-{self.rollouts}-rollouts"
+            f"-{self.learning_rate:g}-rate-{self.loss_top_k}-top-{self.rollouts}-rollouts-{self.steps}-steps"
         )
 
 
@@ -132,24 +135,33 @@ def _with(point: Point, name: str, value: Any) -> Point:
 
 
 PANELS = {
-    "a": Panel(
-        "stages and the student's start", "stages", "start", _points(stages=(4, 6, 8, 12), start=(0.3, 0.45, 0.7))
-    ),
-    "b": Panel("stages that share a table", "shared", None, _points(shared=(0.0, 0.25, 0.5, 0.75, 1.0))),
+    "a": Panel("stages and the student's start", "stages", "start", _points(stages=(4, 8, 12), start=(0.3, 0.45, 0.7))),
+    "b": Panel("stages that share a table", "shared", None, _points(shared=(0.0, 0.5, 1.0))),
     "c": Panel(
         "learning rate",
         "learning_rate",
         "loss_top_k",
-        _points(learning_rate=tuple(factor * LEARNING_RATE for factor in (1, 2, 4, 8)), loss_top_k=(16, 0)),
+        _points(learning_rate=tuple(factor * LEARNING_RATE for factor in (1, 3, 8)), loss_top_k=(16, 0)),
     ),
-    "d": Panel("rollouts of a step", "rollouts", None, _points(rollouts=(16, 32, 64, 128, 256))),
+    "d": Panel("rollouts of a step", "rollouts", None, _points(rollouts=(16, 64, 256))),
     "e": Panel(
         "what the teacher says after a wrong step",
         "start",
         "teacher",
         _points(start=(0.3, 0.45, 0.7), teacher=("gives-up", "unaware")),
     ),
+    "f": Panel(
+        "longer training",
+        "steps",
+        None,
+        _points(steps=(60, 180)),
+        ("opd", "trb-wide", "trb-gap", "veto", "temperature"),
+    ),
 }
+
+
+def _among(panel: Panel, values: Sequence[str]) -> tuple[Point, ...]:
+    return tuple(point for point in panel.points if str(_field(point, panel.along)) in values)
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,6 @@ class Unit:
     point: Point
     method: str
     seed: int
-    steps: int = STEPS
 
     def path(self, root: Path) -> Path:
         return root / "runs" / self.point.name / f"{self.method}-seed-{self.seed}.json"
@@ -167,8 +178,8 @@ class Unit:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, but for the code."""
-        options = {"steps": self.steps, "curve": CURVE, "final": FINAL, "seed": self.seed}
-        return {"point": asdict(self.point), "method": METHODS[self.method], **options}
+        options = {"curve": CURVE, "final": FINAL, "seed": self.seed}
+        return {"point": asdict(self.point), "method": (METHODS | RIVALS)[self.method], **options}
 
     def finished(self, root: Path) -> bool:
         path = self.path(root)
@@ -213,9 +224,9 @@ def train(unit: Unit, pair: Pair) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         args = TRBConfig(
             scratch,
-            **METHODS[unit.method],
+            **(METHODS | RIVALS)[unit.method],
             seed=unit.seed,
-            max_steps=unit.steps,
+            max_steps=point.steps,
             learning_rate=point.learning_rate,
             lr_scheduler_type="linear",
             loss_top_k=point.loss_top_k,
@@ -237,7 +248,7 @@ def train(unit: Unit, pair: Pair) -> dict[str, Any]:
             teacher_model=teacher,
             args=args,
             train_dataset=load_prompts(
-                point.knobs.data, limit=_at_most(point.knobs, "train", prompts * unit.steps), seed=unit.seed
+                point.knobs.data, limit=_at_most(point.knobs, "train", prompts * point.steps), seed=unit.seed
             ),
             processing_class=tokenizer,
             teacher_processing_class=teacher_tokenizer,
@@ -251,7 +262,7 @@ def train(unit: Unit, pair: Pair) -> dict[str, Any]:
         trained = time.process_time()
         log = [row for row in trainer.state.log_history if "loss" in row]
     final = score(**FINAL)
-    curve.points.append({"step": unit.steps, "pass_at_1": score(**{key: CURVE[key] for key in ("samples", "seed")})})
+    curve.points.append({"step": point.steps, "pass_at_1": score(**{key: CURVE[key] for key in ("samples", "seed")})})
     return {
         "settings": unit.settings,
         "final": final,
@@ -296,9 +307,17 @@ def _brief(value: Any) -> Any:
 # ---- many runs ----
 
 
-def units_of(panel: Panel, seeds: Sequence[int], methods: Sequence[str]) -> list[Unit]:
-    """The runs of a panel; those of one seed stand together, so that an unfinished panel is paired all the same."""
-    return [Unit(point, method, seed) for seed in seeds for point in panel.points for method in methods]
+def units_of(panels: Sequence[Panel], seeds: Sequence[int], methods: Sequence[str] | None) -> list[Unit]:
+    """The runs of panels, each once; those of one seed stand together, so that an unfinished map is paired."""
+    return list(
+        dict.fromkeys(
+            Unit(point, method, seed)
+            for seed in seeds
+            for panel in panels
+            for point in panel.points
+            for method in methods or panel.methods
+        )
+    )
 
 
 def prepare(group: Sequence[Knobs], root: Path) -> None:
@@ -405,7 +424,7 @@ def collect(
         Point(**{**point, "knobs": Knobs(**point["knobs"])}).name: point
         for point in (r["settings"]["point"] for r in runs)
     }
-    methods = {json.dumps(options): name for name, options in METHODS.items()}
+    methods = {json.dumps(options): name for name, options in (METHODS | RIVALS).items()}
     for entry in runs:
         point = entry["settings"]["point"]
         entry["point"] = Point(**{**point, "knobs": Knobs(**point["knobs"])}).name
@@ -414,10 +433,9 @@ def collect(
         del entry["settings"]
     return {
         "provenance": provenance.describe() | {"commits_of_the_runs": sorted({str(one["commit"]) for one in origins})},
-        "steps": STEPS,
         "curve": CURVE,
         "final": FINAL,
-        "methods": METHODS,
+        "methods": METHODS | RIVALS,
         "points": names,
         "panels": {
             name: {"title": panel.title, "along": panel.along, "by": panel.by, "points": [p.name for p in panel.points]}
@@ -439,11 +457,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="make the runs of a panel that are missing")
     runner.add_argument(
-        "--panel", choices=PANELS, required=True, help="; ".join(f"{n}: {p.title}" for n, p in PANELS.items())
+        "--panel",
+        choices=(*PANELS, "all"),
+        required=True,
+        help="; ".join(f"{n}: {p.title}" for n, p in PANELS.items()) + "; all of them, seed after seed",
     )
     runner.add_argument("--seeds", type=int, default=4, metavar="N", help="seeds 0 to N-1 (default 4)")
     runner.add_argument(
-        "--methods", nargs="+", choices=METHODS, metavar="M", help="some methods only: " + ", ".join(METHODS)
+        "--methods", nargs="+", choices=METHODS | RIVALS, metavar="M", help="some only: " + ", ".join(METHODS | RIVALS)
     )
     runner.add_argument("--values", nargs="+", metavar="V", help="some values only of what the panel goes along")
     runner.add_argument("--workers", type=int, default=1, metavar="N", help="runs at once (default 1)")
@@ -462,11 +483,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in write_figures(record, options.figures):
             print(f"wrote {path}")
         return
-    panel = PANELS[options.panel]
+    panels = list(PANELS.values()) if options.panel == "all" else [PANELS[options.panel]]
     if options.values:
-        points = [point for point in panel.points if str(_field(point, panel.along)) in options.values]
-        panel = replace(panel, points=tuple(points))
-    units = units_of(panel, range(options.seeds), options.methods or panel.methods)
+        panels = [replace(panel, points=_among(panel, options.values)) for panel in panels]
+    units = units_of(panels, range(options.seeds), options.methods)
     if options.list:
         show(units, options.root)
     else:

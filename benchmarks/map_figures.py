@@ -45,7 +45,7 @@ def draw(record: Mapping[str, Any], panel: Mapping[str, Any], runs: list[dict[st
                 _draw_method(axes[:, place], method, style, found)
         axes[0, place].set_title("" if column is None else f"{panel['by'].replace('_', ' ')}: {column}", fontsize=9)
         axes[1, place].set_xlabel(panel["along"].replace("_", " "), fontsize=8)
-        if panel["along"] in ("learning_rate", "rollouts"):
+        if panel["along"] in ("learning_rate", "rollouts", "steps"):
             axes[1, place].set_xscale("log", base=2)
     for axis, text in zip(axes[:, 0], ("pass@1", "collapsed"), strict=True):
         axis.set_ylabel(text, fontsize=8)

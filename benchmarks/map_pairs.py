@@ -57,6 +57,7 @@ STUDENT = Recipe(
 MISTAKES = replace(STUDENT, steps=100)  # lessons that follow those
 TEACHER = replace(STUDENT, name="teacher", eos_token=END_OF_TURN, hidden_size=96, intermediate_size=384, head_rows=80)
 WARY_TEACHER = replace(TEACHER, steps=1200)  # telling right from wrong takes longer
+WARY_SHARPNESS = 2.0  # at its own temperature it takes one right solution in four for a wrong one
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def ready(knobs: Knobs, folder: Path, say: Callable[[str], None] = lambda text: 
         clean,
     )
     if knobs.teacher == "gives-up":
-        keep(teacher, WARY_TEACHER, Lessons(replace(knobs, start=Knobs.start), wrong=0.2, clean=0.5, gives_up=True))
+        lessons = Lessons(replace(knobs, start=Knobs.start), wrong=0.2, clean=0.5, gives_up=True)
+        keep(teacher, WARY_TEACHER, lessons, sharpness=WARY_SHARPNESS)
     else:
         keep(teacher, TEACHER, Lessons(replace(knobs, start=Knobs.start)))
     return Pair(student, teacher)
@@ -232,17 +234,18 @@ def _keep(
     lessons: Lessons,
     before: Path | None = None,
     *,
+    sharpness: float = 1.0,
     say: Callable[[str], None],
     scale: float,
 ) -> None:
-    """Make a model where it is missing, from scratch or from the one in `before`.
+    """Make a model where it is missing, from scratch or from that in `before`; `sharpness` multiplies its logits.
 
     Raises ValueError for one that was taught in another way: what was trained from it would not say so.
     """
     began, steps = time.process_time(), max(1, round(recipe.steps * scale))
-    taught = {"lessons": asdict(lessons), "recipe": asdict(recipe) | {"steps": steps}}
+    taught = {"lessons": asdict(lessons), "recipe": asdict(recipe) | {"steps": steps}, "sharpness": sharpness}
     if (path := directory / "training.json").exists():
-        if any(json.loads(path.read_text())[key] != value for key, value in taught.items()):
+        if any(json.loads(path.read_text()).get(key) != value for key, value in taught.items()):
             raise ValueError(f"{directory} was taught in another way; remove it, and what was trained from it")
         return
     tokenizer = character_tokenizer(lessons.knobs.task, eos_token=recipe.eos_token, pad_token=END_OF_TEXT)
@@ -251,6 +254,8 @@ def _keep(
     for step, loss in enumerate(_fit(model, tokenizer, recipe, lessons, steps), start=1):
         if step % 25 == 0 or step == steps:
             say(f"{directory.name}: step {step} of {steps}, loss {loss:.3f}")
+    with torch.no_grad():
+        model.lm_head.weight *= sharpness
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

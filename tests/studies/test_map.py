@@ -23,20 +23,14 @@ def driver() -> ModuleType:
 @pytest.fixture
 def small(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """One point of three stages, two methods, two steps, and pairs that were taught next to nothing."""
-    point = driver.Point(knobs=driver.Knobs(stages=3), rollouts=8)
+    point = driver.Point(knobs=driver.Knobs(stages=3), rollouts=8, steps=2)
     monkeypatch.setitem(driver.PANELS, "b", driver.Panel("small", "shared", None, (point,), ("opd", "trb")))
-    monkeypatch.setattr(driver, "STEPS", 2)
-    monkeypatch.setattr(driver, "Unit", _shorter(driver.Unit))
     monkeypatch.setattr(driver, "CURVE", {"every": 1, "samples": 4, "seed": 1})
     monkeypatch.setattr(driver, "FINAL", {"samples": 8, "seed": 2})
     monkeypatch.setattr(
         driver, "ready", lambda knobs, folder: sys.modules["map_pairs"].ready(knobs, folder, scale=0.02)
     )
     return driver
-
-
-def _shorter(unit):
-    return lambda point, method, seed: unit(point, method, seed, steps=2)
 
 
 def command(driver: ModuleType, root: Path, *more: str) -> None:

@@ -76,9 +76,11 @@ def print_plan(study: "Study") -> None:
     from rich.table import Table
 
     table = Table("method", "configurations", "keys", title=_cell(study.name), title_justify="left")
-    for method, configurations in study.methods.items():
-        keys = ", ".join(dict.fromkeys(key for entry in configurations for key in entry))
-        table.add_row(_cell(method), str(len(configurations)), _cell(keys or "nothing to choose"))
+    for method in study.methods:
+        every = [study.choices(setting)[method] for setting in study.settings]
+        keys = ", ".join(dict.fromkeys(key for entries in every for entry in entries for key in entry))
+        counts = " / ".join(dict.fromkeys(str(len(entries)) for entries in every))
+        table.add_row(_cell(method), counts, _cell(keys or "nothing to choose"))
     console = new_console()
     console.print(table)
     select, test = len(study.units("select")), len(study.methods) * len(study.settings) * len(study.seeds.test)

@@ -83,10 +83,13 @@ def assemble(study: Study, directory: str | Path) -> dict[str, Any]:
 def selection(study: Study, directory: str | Path, setting: str) -> dict[str, list[dict[str, Any]]]:
     """Every configuration of every family with its development score, the chosen one marked.
 
-    The score is the mean over the selection seeds of what `select_by` says; the earlier one wins a tie.
+    The score is the mean over the selection seeds of what `select_by` says; the earlier one wins a tie. Empty for a
+    setting with nothing to choose.
     """
-    table = {}
-    for method, configurations in study.methods.items():
+    table: dict[str, list[dict[str, Any]]] = {}
+    if not study.selects(setting):
+        return table
+    for method, configurations in study.choices(setting).items():
         rows: list[dict[str, Any]] = []
         for index, configuration in enumerate(configurations):
             runs = [Path(directory) / Unit(setting, "select", method, index, seed).path for seed in study.seeds.select]
@@ -161,7 +164,7 @@ def _methods(
     areas = {method: area_under_curve(*curves[method])[:, None] for method in study.methods}
     options: dict[str, Any] = {"resamples": study.resamples, "level": study.level}
     found = {}
-    for method, configurations in study.methods.items():
+    for method, configurations in study.choices(setting).items():
         estimate = mean_estimate(tables[method], strata_P=strata, bounds=(0.0, 1.0), **options)
         means = _suite_means(tables[method], strata)
         selected = next((i for i, row in enumerate(sweep.get(method, ())) if row["selected"]), 0)

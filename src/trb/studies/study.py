@@ -11,7 +11,7 @@ This module reads and checks such a file and lists its runs. Running them is `tr
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,6 +56,12 @@ def _seeds(value: Any) -> Any:
     return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+Configurations = dict[
+    Annotated[str, Field(pattern=_NAME)],
+    Annotated[list[dict[str, Any]], BeforeValidator(_configurations), Field(min_length=1)],
+]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -90,6 +96,8 @@ class Setting(_Part):
     recipe: dict[str, Any]
     dev: ProblemSets
     test: ProblemSets
+    methods: Configurations = Field(default_factory=dict)
+    """Configurations of families in this setting, in place of the study's."""
 
 
 class Seeds(_Part):
@@ -128,16 +136,19 @@ class Study(_Part):
     """Threads of one run: part of the study, as sums round differently with another number."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     settings: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Setting], Field(min_length=1)]
-    methods: dict[
-        Annotated[str, Field(pattern=_NAME)],
-        Annotated[list[dict[str, Any]], BeforeValidator(_configurations), Field(min_length=1)],
-    ]
+    methods: Configurations
 
     @model_validator(mode="after")
     def _fair(self) -> "Study":
         if BASELINE not in self.methods:
             raise InputError(f"methods lacks {BASELINE}, which every method is compared with")
-        for name, configurations in self.methods.items():
+        for where, setting in self.settings.items():
+            if unknown := setting.methods.keys() - self.methods.keys():
+                raise InputError(
+                    f"{where}: methods has {sorted(unknown)[0]}, which the study's own methods lack; name it there too"
+                )
+        every = [self.methods, *(setting.methods for setting in self.settings.values())]
+        for name, configurations in (entry for methods in every for entry in methods.items()):
             if name not in METHODS and any("method" not in entry for entry in configurations):
                 raise InputError(f"{name} is no method; give its configurations a method: {', '.join(METHODS)}")
             if self.configurations != "unequal" and len(configurations) not in (1, self.configurations):
@@ -153,15 +164,27 @@ class Study(_Part):
 
     # ---- its runs ----
 
+    def choices(self, setting: str) -> Mapping[str, list[dict[str, Any]]]:
+        """The configurations of every family in a setting, in the order of the study's methods."""
+        return {name: self.settings[setting].methods.get(name, every) for name, every in self.methods.items()}
+
+    def selects(self, setting: str) -> bool:
+        """Whether a setting has anything to choose; where it has, families without a choice are scored beside it."""
+        return any(len(configurations) > 1 for configurations in self.choices(setting).values())
+
     def units(self, phase: Phase, chosen: Mapping[str, Mapping[str, int]] | None = None) -> list["Unit"]:
         """The runs of a phase; those of one seed stand together, so that an unfinished study is paired all the same.
 
-        `chosen` maps setting -> method -> index of the chosen configuration, and is needed for the test phase.
+        `chosen` maps setting -> method -> index of the chosen configuration, and is needed for the test phase; a method
+        that it lacks has one configuration.
         """
         units = []
         for seed, setting, method in itertools.product(getattr(self.seeds, phase), self.settings, self.methods):
-            every = range(len(self.methods[method]))
-            for index in [(chosen or {})[setting][method]] if phase == "test" else every:
+            if phase == "test":
+                indices: Iterable[int] = [(chosen or {})[setting].get(method, 0)]
+            else:
+                indices = range(len(self.choices(setting)[method])) if self.selects(setting) else ()
+            for index in indices:
                 units.append(Unit(setting, phase, method, index, seed))
         return units
 
@@ -171,7 +194,7 @@ class Study(_Part):
             {
                 "method": unit.method,
                 **self._shared(unit.setting),
-                **self.methods[unit.method][unit.configuration],
+                **self.choices(unit.setting)[unit.method][unit.configuration],
                 "seed": unit.seed,
                 "train_seed": unit.seed,
                 **self.settings[unit.setting].dev.keys(),
@@ -192,10 +215,10 @@ class Study(_Part):
 
         Raises ConfigError.
         """
-        first = {phase: getattr(self.seeds, phase)[0] for phase in ("select", "test")}
-        for unit in self.units("select"):
-            if unit.seed == first["select"]:
-                self.recipe_of(unit)
+        for name in self.settings:
+            for method, configurations in self.choices(name).items():
+                for index in range(len(configurations)):
+                    self.recipe_of(Unit(name, "select", method, index, self.seeds.select[0]))
         for name, setting in self.settings.items():
             for problems in (setting.dev, setting.test):
                 self.scoring_recipe(name, problems)
