@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where a spawned worker im
 import torch
 from map_figures import write_figures
 from map_pairs import Knobs, Pair, ready, stage_rates
-from map_step0 import measure_pair
+from map_step0 import InBox, measure_pair
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import (
@@ -52,7 +52,6 @@ from trb.tasks.evaluation import evaluate
 from trb.tasks.prompts import load_prompts
 from trb.training.config import TRBConfig
 from trb.training.trainer import TRBTrainer
-from trb.zoo.tasks import boxed_answer
 
 ROOT = Path("runs/map")
 CURVE = {"every": 15, "samples": 256, "seed": 1}
@@ -188,14 +187,6 @@ class Unit:
 
 
 # ---- one run ----
-
-
-class InBox:
-    """Grades in this process: the last box must hold the answer."""
-
-    @staticmethod
-    def score(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-        return [float(boxed_answer(text) == row["answer"]) for text, row in zip(texts, rows, strict=True)]
 
 
 class Curve(TrainerCallback):

@@ -4,22 +4,29 @@ Left out: training, and any judgement of which number foretells best.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from map_pairs import Knobs, Pair, stage_rates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trb.policies import BehaviorPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
-from trb.sampling import Rollout, sample
-from trb.sampling.scoring import TokenScores, score_completions
-from trb.tasks.prompts import load_prompts, render
-from trb.vocab import SharedVocabulary
+from trb.studies.subject import Subject
+from trb.studies.transfer import gradient_transfer
+from trb.tasks.prompts import load_prompts
 from trb.zoo.tasks import boxed_answer
 
 PROBLEMS, SAMPLES, SEED = 128, 4, 5
 SEQUENCE_BUDGET = 4.0  # nats of a whole completion, spread evenly over a solution's tokens
 TOP = 4  # of each model, whose sets are compared
+
+
+class InBox:
+    """Grades in this process: the last box must hold the answer."""
+
+    @staticmethod
+    def score(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [float(boxed_answer(text) == row["answer"]) for text, row in zip(texts, rows, strict=True)]
 
 
 def measure_pair(knobs: Knobs, pair: Pair) -> dict[str, Any]:
@@ -30,82 +37,60 @@ def measure_pair(knobs: Knobs, pair: Pair) -> dict[str, Any]:
         "blend": TrustRegionPolicy(SEQUENCE_BUDGET / length),
         "teacher": TeacherPolicy(),
     }
-    subject = _Subject(knobs, pair)
-    found = {name: subject.describe(policy, length) for name, policy in policies.items()}
+    subject = _subject(knobs, pair, length + 4)
+    models = {"student": subject.student, "teacher": subject.teacher}
     return {
         "knobs": vars(knobs),
         "sequence_budget": SEQUENCE_BUDGET,
-        "rollouts": found,
-        "stage_rates": {name: stage_rates(model, subject.tokenizer, knobs) for name, model in subject.models.items()},
+        "rollouts": {name: _describe(subject, policy, length) for name, policy in policies.items()},
+        "transfer": gradient_transfer(subject, policies=policies),
+        "stage_rates": {name: stage_rates(model, subject.tokenizer, knobs) for name, model in models.items()},
     }
 
 
-class _Subject:
+def _subject(knobs: Knobs, pair: Pair, longest: int) -> Subject:
     """The models of a pair, and problems that no run is scored on."""
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (pair.student, pair.teacher))
+    tokenizer, teacher_tokenizer = (AutoTokenizer.from_pretrained(path) for path in (pair.student, pair.teacher))
+    limit = min(PROBLEMS, knobs.task.variety(knobs.stages) // 20)
+    return Subject(
+        student,
+        teacher,
+        tokenizer,
+        load_prompts(knobs.data, split="test", limit=limit, seed=SEED),
+        InBox(),  # type: ignore[arg-type]
+        samples=SAMPLES,
+        max_new_tokens=longest,
+        seed=SEED,
+        teacher_tokenizer=teacher_tokenizer,
+    )
 
-    def __init__(self, knobs: Knobs, pair: Pair) -> None:
-        paths = {"student": pair.student, "teacher": pair.teacher}
-        self.models = {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in paths.items()}
-        self.tokenizer, other = (AutoTokenizer.from_pretrained(path) for path in paths.values())
-        student, teacher = self.models.values()
-        self.vocabulary = SharedVocabulary.of_pair(student, teacher, self.tokenizer, other)
-        limit = min(PROBLEMS, knobs.task.variety(knobs.stages) // 20)
-        rows = load_prompts(knobs.data, split="test", limit=limit, seed=SEED)
-        self.rows = [dict(row) for row in rows for _ in range(SAMPLES)]
-        self.prompts = render(self.tokenizer, self.rows)
 
-    def describe(self, policy: BehaviorPolicy, length: int) -> dict[str, Any]:
-        student, teacher = self.models.values()
-        rollout = sample(
-            student,
-            teacher if policy.needs_teacher else None,
-            self.prompts,
-            policy,
-            max_new_tokens=length + 4,
-            eos_token_id=self.vocabulary.stop_ids,
-            vocab_size=self.vocabulary.size,
-            seed=SEED,
-            rollout_index=[row % SAMPLES for row in range(len(self.rows))],
-        )
-        scores = score_completions(
-            *(student, teacher, self.prompts, rollout.completions), policy=policy, vocabulary=self.vocabulary, top=TOP
-        )
-        reverse = (
-            scores
-            if policy == StudentPolicy()
-            else score_completions(
-                *(student, teacher, self.prompts, rollout.completions),
-                policy=StudentPolicy(),
-                vocabulary=self.vocabulary,
-            )
-        )
-        texts = self.tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-        return self._numbers(rollout, scores, reverse.kl_teacher, texts, length)
-
-    def _numbers(
-        self, rollout: Rollout, scores: TokenScores, reverse_kl: list[list[float]], texts: list[str], length: int
-    ) -> dict[str, Any]:
-        answers = [row["answer"] for row in self.rows]
-        wrong_at = [
-            _first_difference(text, f"\\boxed{{{answer}}}") for text, answer in zip(texts, answers, strict=True)
-        ]
-        right = [boxed_answer(text) == answer for text, answer in zip(texts, answers, strict=True)]
-        half, characters = length // 2, len(answers[0]) + len("\\boxed{}")
-        wrong = [at for at in wrong_at if at is not None]
-        return {
-            "pass_at_1": sum(right) / len(right),
-            "length": _mean([list(map(len, rollout.completions))]),
-            "accept_rate": _mean(rollout.stats.accepted),
-            "teacher_log_prob": _mean(scores.teacher_log_prob),
-            "sequence_kl": sum(map(math.fsum, scores.kl_student)) / len(texts),
-            "reverse_kl": _mean(reverse_kl),
-            "reverse_kl_early": _mean([row[:half] for row in reverse_kl]),
-            "reverse_kl_late": _mean([row[half:] for row in reverse_kl]),
-            "first_wrong_in_first_half": sum(at < characters / 2 for at in wrong) / max(1, len(wrong)),
-            "overlap_of_likeliest": _mean([[_overlap(place) for place in row] for row in scores.alternatives or []]),
-            "teacher_log_prob_by_position": _by_position(scores.teacher_log_prob),
-            "reverse_kl_by_position": _by_position(reverse_kl),
-        }
+def _describe(subject: Subject, policy: BehaviorPolicy, length: int) -> dict[str, Any]:
+    rollouts = subject.rollouts(policy)
+    rows = list(range(len(rollouts.completions)))
+    scores = subject.score(policy, rows, rollouts.completions, TOP)
+    own = scores if policy == StudentPolicy() else subject.score(StudentPolicy(), rows, rollouts.completions)
+    reverse_kl = own.kl_teacher
+    answers = [subject.rows[problem]["answer"] for problem in subject.problem_of_row]
+    texts = subject.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
+    half, characters = length // 2, len(answers[0]) + len("\\boxed{}")
+    differences = [_first_difference(text, f"\\boxed{{{answer}}}") for text, answer in zip(texts, answers, strict=True)]
+    wrong = [at for at in differences if at is not None]
+    return {
+        "pass_at_1": sum(rollouts.rewards) / len(rows),
+        "length": _mean([rollouts.lengths]),
+        "accept_rate": _mean(rollouts.accepted),
+        "teacher_log_prob": _mean(scores.teacher_log_prob),
+        "sequence_kl": sum(map(math.fsum, scores.kl_student)) / len(texts),
+        "reverse_kl": _mean(reverse_kl),
+        "reverse_kl_early": _mean([row[:half] for row in reverse_kl]),
+        "reverse_kl_late": _mean([row[half:] for row in reverse_kl]),
+        "first_wrong_in_first_half": sum(at < characters / 2 for at in wrong) / max(1, len(wrong)),
+        "overlap_of_likeliest": _mean([[_overlap(place) for place in row] for row in scores.alternatives or []]),
+        "teacher_log_prob_by_position": _by_position(scores.teacher_log_prob),
+        "reverse_kl_by_position": _by_position(reverse_kl),
+    }
 
 
 def _first_difference(text: str, solution: str) -> int | None:

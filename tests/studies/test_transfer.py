@@ -1,0 +1,153 @@
+"""The transfer of rollouts, against gradients of a loss written out in plain torch, and against what it foretells."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TinyPair
+from torch import Tensor
+
+from trb.policies import StudentPolicy, TeacherPolicy, TrustRegionPolicy
+from trb.studies.subject import Subject
+from trb.studies.transfer import gradient_transfer
+
+PROMPTS = [[1], [2, 3, 1], [3, 5, 2, 2, 1], [5, 1]]
+POLICIES = {"student": StudentPolicy(), "blend": TrustRegionPolicy(0.2), "teacher": TeacherPolicy()}
+
+
+class Ids:
+    """Prompts are written as their ids; nothing is graded."""
+
+    chat_template = name_or_path = "ids"
+
+    def __init__(self, eos_token_id: int) -> None:
+        self.eos_token_id = eos_token_id
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(6)}
+
+    def apply_chat_template(self, messages, **options) -> list[int]:
+        return [int(token) for token in messages[0]["content"].split()]
+
+    def batch_decode(self, rows, skip_special_tokens=False) -> list[str]:
+        return ["" for _ in rows]
+
+    def score(self, completions, rows) -> list[float]:
+        return [0.0 for _ in rows]
+
+
+@pytest.fixture
+def subject(tiny_pair: TinyPair) -> Subject:
+    student = copy.deepcopy(tiny_pair.student).requires_grad_(True)
+    tokenizer = Ids(tiny_pair.student_eos)
+    rows = [{"prompt": [{"role": "user", "content": " ".join(map(str, ids))}], "answer": "0"} for ids in PROMPTS]
+    return Subject(
+        student,
+        tiny_pair.teacher,
+        tokenizer,
+        rows,
+        tokenizer,
+        samples=20,  # 40 rows a half: more than are read at once
+        max_new_tokens=5,
+        seed=3,
+        teacher_tokenizer=Ids(tiny_pair.teacher_eos),
+    )
+
+
+def shared(logits: Tensor, pair: TinyPair) -> Tensor:
+    """Log-probabilities over the rows both heads have, either stop id being one event."""
+    log_probs = logits[..., : pair.rows].log_softmax(-1)
+    stop = torch.logsumexp(log_probs[..., [pair.student_eos, pair.teacher_eos]], -1, keepdim=True)
+    others = [token for token in range(pair.rows) if token not in (pair.student_eos, pair.teacher_eos)]
+    return torch.cat([log_probs[..., others], stop], -1).log_softmax(-1)
+
+
+def plain_loss(subject: Subject, pair: TinyPair, rows: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for row, completion in zip(rows, completions, strict=True):
+        prompt = PROMPTS[subject.problem_of_row[row]]
+        ids = torch.tensor([prompt + completion])
+        student, teacher = (
+            shared(model(input_ids=ids).logits[0, len(prompt) - 1 : -1], pair)
+            for model in (subject.student, subject.teacher)
+        )
+        total = total + (student.exp() * (student - teacher)).sum()
+        tokens += len(completion)
+    return total / tokens
+
+
+def halves(subject: Subject, policy) -> list[tuple[list[int], list[list[int]]]]:
+    completions = subject.rollouts(policy).completions
+    parts = [[r for r, problem in enumerate(subject.problem_of_row) if problem % 2 == half] for half in (0, 1)]
+    return [(rows, [completions[row] for row in rows]) for rows in parts]
+
+
+def gradients(subject: Subject, pair: TinyPair, policy) -> list[Tensor]:
+    found = []
+    for rows, completions in halves(subject, policy):
+        parts = torch.autograd.grad(plain_loss(subject, pair, rows, completions), list(subject.student.parameters()))
+        found.append(torch.cat([part.flatten() for part in parts]))
+    return found
+
+
+def test_transfer_is_the_product_of_plain_gradients_of_different_problems(tiny_pair, subject):
+    found = gradient_transfer(subject, policies=POLICIES)
+    good = gradients(subject, tiny_pair, TeacherPolicy())
+    length = good[0] @ good[1]
+    for name, policy in POLICIES.items():
+        own = gradients(subject, tiny_pair, policy)
+        product = (own[0] @ good[1] + own[1] @ good[0]) / 2
+        numbers = found["policies"][name]
+        assert numbers["transfer"] == pytest.approx((product / length).item(), rel=1e-9)
+        assert numbers["cosine"] == pytest.approx((product / (own[0] @ own[1] * length).sqrt()).item(), rel=1e-9)
+        losses = [plain_loss(subject, tiny_pair, *half).item() for half in halves(subject, policy)]
+        assert numbers["loss"] == pytest.approx(math.fsum(losses) / 2, rel=1e-9)
+    assert found["policies"]["teacher"]["transfer"] == pytest.approx(1, rel=1e-12)
+    assert found["agreement"] == pytest.approx((length / (good[0].norm() * good[1].norm())).item(), rel=1e-9)
+    assert found["policies"]["student"]["transfer"] != pytest.approx(1, rel=0.01)
+
+
+def test_transfer_foretells_a_small_step(tiny_pair, subject):
+    """A step on the student's rollouts lowers the loss on the teacher's by `transfer` of what a step on those does."""
+    found = gradient_transfer(subject, policies={"student": StudentPolicy()})
+    good = halves(subject, TeacherPolicy())
+    rate, lowered = 1e-6, {}
+    for policy in (StudentPolicy(), TeacherPolicy()):
+        gains = []
+        for half, gradient in enumerate(gradients(subject, tiny_pair, policy)):
+            stepped = copy.deepcopy(subject.student)
+            torch.nn.utils.vector_to_parameters(
+                torch.nn.utils.parameters_to_vector(stepped.parameters()) - rate * gradient, stepped.parameters()
+            )
+            moved = replace(subject, student=stepped)
+            with torch.no_grad():
+                gains.append(
+                    plain_loss(subject, tiny_pair, *good[1 - half]) - plain_loss(moved, tiny_pair, *good[1 - half])
+                )
+        lowered[policy] = sum(gains)
+    ratio = (lowered[StudentPolicy()] / lowered[TeacherPolicy()]).item()
+    assert found["policies"]["student"]["transfer"] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_measuring_leaves_the_student_as_it_was(subject):
+    for parameter in subject.student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    subject.student.train()
+    before = {name: value.clone() for name, value in subject.student.state_dict().items()}
+    gradient_transfer(subject, policies={"student": StudentPolicy()})
+    assert subject.student.training
+    assert all(torch.equal(value, before[name]) for name, value in subject.student.state_dict().items())
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in subject.student.parameters())
+
+
+def test_parameters_that_are_not_trained_do_not_count(tiny_pair, subject):
+    for name, parameter in subject.student.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    found = gradient_transfer(subject, policies={"student": StudentPolicy()})
+    whole = copy.deepcopy(subject.student).requires_grad_(True)
+    other = replace(subject, student=whole, remember=lambda name, compute: compute())
+    everything = gradient_transfer(other, policies={"student": StudentPolicy()})
+    assert found["policies"]["student"]["transfer"] != everything["policies"]["student"]["transfer"]
