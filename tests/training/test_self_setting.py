@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import Completions, Kill, build, config, logged, losses, weights
+from transformers import PhiConfig, PhiForCausalLM
 
+from trb import zoo
 from trb.policies import GeometricPolicy, StudentPolicy, TrustRegionPolicy
 from trb.schedule import Constant, GapBudget, Schedule, SequenceBudget
 from trb.training.methods import behavior_of, needs_teacher
@@ -295,5 +297,33 @@ def test_a_run_meets_its_target(tmp_path: Path, behavior: dict[str, Any]) -> Non
     settings |= {"learning_rate": 1e-7, "max_completion_length": 64, "recorded_rollouts": 0}
     trainer = build(tmp_path, **settings, **behavior)
     trainer.train()
+    spent = logged(trainer, "sequence_kl")
+    assert sum(spent) / len(spent) == pytest.approx(1.0, abs=0.05)
+
+
+def never_stopping(seed: int, stops: list[int]) -> PhiForCausalLM:
+    """A random model of 64 tokens, a family whose head has a bias: that of stop tokens is far below all others."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = PhiForCausalLM(PhiConfig(vocab_size=64, max_position_embeddings=512, eos_token_id=stops[0], **sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.15)
+        model.lm_head.bias[stops] = -60.0
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [20, 400])
+def test_the_same_target_is_met_on_short_and_long_completions(tmp_path: Path, length: int) -> None:
+    """Completions of exactly that many tokens; the divergence of whole ones is far above the target in both."""
+    stops = [zoo.load(role)[1].eos_token_id for role in ("student", "teacher")]
+    student, teacher = never_stopping(1, stops), never_stopping(2, stops)
+    settings: dict[str, Any] = {"initial_kl_budget": None, "max_steps": 20, "per_device_train_batch_size": 8}
+    settings |= {"learning_rate": 1e-7, "max_completion_length": length, "recorded_rollouts": 0}
+    trainer = build(tmp_path, student=student, teacher=teacher, **settings, budget_schedule="sequence")
+    trainer.train()
+    assert logged(trainer, "completion_length") == [length] * 20
     spent = logged(trainer, "sequence_kl")
     assert sum(spent) / len(spent) == pytest.approx(1.0, abs=0.05)
