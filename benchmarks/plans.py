@@ -31,9 +31,9 @@ GPU_RUN = ROOT / "benchmarks" / "results" / "gpu.json"
 PAGE = ROOT / "docs" / "scaling.md"
 STEPS, WARMUP = 400, 25
 PAIRS = {
-    "1.7B <- 8B": ("qwen3-1.7b", "qwen3-8b", "recipes/qwen3-1.7b-from-8b.yaml"),
-    "0.6B <- 4B": ("qwen3-0.6b", "qwen3-4b", "recipes/qwen3-0.6b-from-4b.yaml"),
-    "70B <- 405B": ("llama-70b", "llama-405b", "recipes/qwen3-1.7b-from-8b.yaml"),
+    "1.7B <- 8B": ("qwen3-1.7b", "qwen3-8b", "qwen3-1.7b-from-8b"),
+    "0.6B <- 4B": ("qwen3-0.6b", "qwen3-4b", "qwen3-0.6b-from-4b"),
+    "70B <- 405B": ("llama-70b", "llama-405b", "qwen3-1.7b-from-8b"),
 }
 # Completions shorter than the longest: what the protocol allows is not what a base model writes.
 MEAN_COMPLETION = 2048
@@ -47,8 +47,8 @@ def shape(name: str) -> PreTrainedModel:
 
 
 def pair_and_work(name: str) -> tuple[Pair, Work]:
-    student, teacher, recipe_file = PAIRS[name]
-    recipe = load_recipe(str(ROOT / recipe_file), {})
+    student, teacher, recipe_name = PAIRS[name]
+    recipe = load_recipe(recipe_name)
     run, args = recipe.run, recipe.training_config("unused")
     work = Work(
         rollouts=(run.prompts_per_step or 0) * args.num_generations,

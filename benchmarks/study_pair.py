@@ -1,4 +1,4 @@
-"""The pair of recipes/studies/smollm2.yaml: a real language model and a pruned copy of it, which can score.
+"""The pair of the study studies/smollm2: a real language model and a pruned copy of it, which can score.
 
     python benchmarks/study_pair.py --out runs/pairs/smollm2
 

@@ -1,6 +1,6 @@
 """How a study's learning rate is chosen: plain distillation at several rates, on development problems, other seeds.
 
-    python benchmarks/study_pilot.py recipes/studies/smollm2.yaml --rates 3e-5 1e-4 3e-4 --workers 6 \\
+    python benchmarks/study_pilot.py studies/smollm2 --rates 3e-5 1e-4 3e-4 --workers 6 \\
         --out runs/smollm2-pilot --record benchmarks/results/smollm2-pilot.json
 
 Runs only the method that every other is compared with, so that no method's result can guide the choice. The rule: the
@@ -49,7 +49,7 @@ def choose(runs: list[dict[str, Any]], teacher: float) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("study", help="the study's YAML file")
+    parser.add_argument("study", help="the study, by its name or file")
     parser.add_argument("--setting", help="which of its settings (default: the first)")
     parser.add_argument("--rates", type=float, nargs="+", required=True, help="learning rates to try")
     parser.add_argument("--seeds", type=int, nargs="+", default=[900, 901], help="seeds (default: 900 901)")

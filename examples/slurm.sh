@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Several nodes under Slurm, with Accelerate: one launcher per node, which starts one process per GPU.
 #
-#   sbatch examples/slurm.sh fsdp2 --config recipes/qwen3-1.7b-from-8b.yaml --output-dir /shared/runs/qwen3
+#   sbatch examples/slurm.sh fsdp2 --config qwen3-1.7b-from-8b --output-dir /shared/runs/qwen3
 #
-# The first argument is a file of recipes/accelerate (ddp, fsdp2, zero3); the rest is for `trb train`. The output directory
-# must be on a file system that all nodes see. Requeued after a time limit, the job goes on from its last checkpoint.
+# The first argument is a file of src/trb/recipes/accelerate (ddp, fsdp2, zero3); the rest is for `trb train`. The output
+# directory must be on a file system that all nodes see. Requeued after a time limit, the job goes on from its last checkpoint.
 #SBATCH --job-name=trb
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -24,7 +24,7 @@ PROCESSES=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-8}))
 
 # SLURM_NODEID is each node's own number, so it must be read there and not here.
 srun bash -c 'exec accelerate launch \
-  --config_file "recipes/accelerate/$0.yaml" \
+  --config_file "src/trb/recipes/accelerate/$0.yaml" \
   --num_machines "$SLURM_NNODES" \
   --num_processes "$PROCESSES" \
   --machine_rank "$SLURM_NODEID" \

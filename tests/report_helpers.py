@@ -104,7 +104,7 @@ def write_run(directory: Path, method: str = "trb", *, steps: int = STEPS, final
 
 
 PROVENANCE = {
-    "command": "trb compare recipes/quickstart.yaml --hub_token hf_do_not_show",
+    "command": "trb compare quickstart --hub_token hf_do_not_show",
     "commit": "3f9c2ab17d5e",
     "dirty": False,
     "versions": {"trb": "0.1.0", "torch": "2.13.0", "transformers": "5.19.0"},

@@ -19,6 +19,7 @@ import trb
 import trb.training
 from trb import blend
 from trb.policies import POLICIES
+from trb.studies.shipped import recipe_file
 from trb.tasks.grading import VERIFIERS
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
@@ -286,7 +287,7 @@ def test_recipes_and_flags_for_users_exist() -> None:
     from trb.cli import main
 
     for recipe in re.findall(r"--config (\S+)", USE):
-        assert (ROOT / recipe).exists(), recipe
+        assert recipe_file(recipe).exists(), recipe
     for command in sorted(set(re.findall(r"^trb (\w+)", USE, re.M))):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

@@ -22,6 +22,7 @@ from transformers import BertConfig, BertLMHeadModel, Qwen3Config, Qwen3ForCausa
 from trb import cli, zoo
 from trb.cli import main
 from trb.studies import material, scores
+from trb.studies.shipped import RECIPES
 from trb.studies.yaml_files import ConfigError
 from trb.training.trainer import TRBTrainer
 
@@ -529,7 +530,7 @@ def test_doctor_on_too_little_memory(
     assert doctor(capsys, "--config", recipe)[1]["memory estimate"][0] == "ok"
 
 
-LAUNCHES = Path(__file__).parents[2] / "recipes" / "accelerate"
+LAUNCHES = RECIPES / "accelerate"
 
 
 def estimated_parts(estimate: str) -> dict[str, float]:

@@ -189,7 +189,7 @@ def test_configuration_puts_what_differs_first_and_hides_secrets(comparison_page
     assert keys.index("method") < keys.index("schedule.initial_kl_budget") < keys.index("student")
     assert comparison_page.row("trainer.max_steps") == ["trainer.max_steps", "100"]
     assert comparison_page.row("trainer.hub_token") == ["trainer.hub_token", "(hidden)"]
-    assert comparison_page.row("command")[1] == "trb compare recipes/quickstart.yaml --hub_token (hidden)"
+    assert comparison_page.row("command")[1] == "trb compare quickstart --hub_token (hidden)"
     assert comparison_page.row("commit")[1] == PROVENANCE["commit"]
     assert "hf_do_not_show" not in "".join(comparison_page.text_of["html"])
 

@@ -140,7 +140,7 @@ def test_secrets_are_redacted(arguments: list[str], secret: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "--config", "recipes/quickstart.yaml", "--max-new-tokens", "512"],
+        ["train", "--config", "quickstart", "--max-new-tokens", "512"],
         ["eos_token_id=151645", "--teacher-top-k=25"],
         ["--output", "runs/skd-teacher-top-k-25-temperature-0.6-seed-0"],
         ["--revision", "0123456789abcdef0123456789abcdef01234567"],
@@ -153,8 +153,8 @@ def test_ordinary_arguments_stay_as_they_are(arguments: list[str]) -> None:
 
 
 def test_the_program_is_named_without_the_place_it_is_installed_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/home/someone/.venv/bin/trb", "compare", "--config", "recipes/quickstart.yaml"])
-    assert provenance.describe()["command"] == "trb compare --config recipes/quickstart.yaml"
+    monkeypatch.setattr(sys, "argv", ["/home/someone/.venv/bin/trb", "compare", "--config", "quickstart"])
+    assert provenance.describe()["command"] == "trb compare --config quickstart"
     monkeypatch.setattr(sys, "argv", ["/home/someone/src/trb/__main__.py", "train"])
     assert provenance.describe()["command"] == "python -m trb train"
 

@@ -1,4 +1,4 @@
-"""The YAML files under recipes/: each loads, no key of it is ignored, and the paper's values are the paper's."""
+"""The recipes of the package: each loads, no key of it is ignored, and the paper's values are the paper's."""
 
 import dataclasses
 import math
@@ -18,13 +18,13 @@ from trb.safety.templates import PLAIN_TEMPLATE
 from trb.studies import material, run, scores
 from trb.studies.keys import RunConfig
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
+from trb.studies.shipped import RECIPES
 from trb.studies.study import load_study
 from trb.tasks.evaluation import EvalResult
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.training.config import TRBConfig
 from trb.training.methods import METHODS
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 # accelerate/ holds launcher settings and studies/ studies, which are no recipes.
 FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "studies"))
 STUDIES = sorted((RECIPES / "studies").glob("*.yaml"))
@@ -33,7 +33,7 @@ BASELINES = {path.stem: path for path in (RECIPES / "baselines").glob("*.yaml")}
 
 
 def named(path: Path) -> str:
-    return path.relative_to(RECIPES).as_posix()
+    return path.relative_to(RECIPES).with_suffix("").as_posix()
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
@@ -44,7 +44,7 @@ def test_every_recipe_loads_and_says_what_it_is_for(path: Path) -> None:
     text = path.read_text()
     head = text[: text.index("\n\n")]
     assert head.startswith("# ")
-    assert f"--config recipes/{named(path)}" in head
+    assert f"--config {named(path)}" in head
     assert any(word in head for word in ("paper", "arXiv")), "the source of the values"
 
 
@@ -52,20 +52,20 @@ def test_every_recipe_loads_and_says_what_it_is_for(path: Path) -> None:
 def test_every_study_loads_and_says_how_to_run_it(path: Path) -> None:
     study = load_study(path)
     text = path.read_text()
-    assert f"--config recipes/{named(path)}" in text[: text.index("\n\n")]
+    assert f"--config {named(path)}" in text[: text.index("\n\n")]
     assert set(study.methods) == {"opd", "trb", "fixed", "skd", "temperature", "sft", "veto"}  # the paper's
     assert len(study.seeds.test) >= 20 or "fewer" in text
 
 
 def test_there_is_a_recipe_for_every_purpose() -> None:
     assert {named(path) for path in FILES} >= {
-        "quickstart.yaml",
-        "smollm2.yaml",
-        "qwen3-1.7b-from-8b.yaml",
-        "qwen3-0.6b-from-4b.yaml",
+        "quickstart",
+        "smollm2",
+        "qwen3-1.7b-from-8b",
+        "qwen3-0.6b-from-4b",
     }
     assert BASELINES.keys() == METHODS.keys()
-    assert load_recipe(RECIPES / "quickstart.yaml").run.methods.keys() == {"opd", "trb"}
+    assert load_recipe("quickstart").run.methods.keys() == {"opd", "trb"}
 
 
 # ---- the paper's values ----
@@ -111,7 +111,7 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_paper_pairs_have_the_values_of_the_paper(name: str) -> None:
     student, teacher, suites = PAIRS[name]
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    recipe = load_recipe(name)
     values = recipe.resolved()
     assert {key: values[key] for key in PAPER} == PAPER
     assert (values["student"], values["teacher"]) == (student, teacher)
@@ -126,14 +126,14 @@ def test_the_paper_pairs_have_the_values_of_the_paper(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_paper_pairs_take_256_completions_a_step_on_eight_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    recipe = load_recipe(name)
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert 8 * recipe.training["per_device_train_batch_size"] * recipe.accumulation_steps() == 256
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_their_learning_rate_rises_by_a_cosine_in_15_steps_and_stays(name: str) -> None:
-    args = load_recipe(RECIPES / f"{name}.yaml").training_config("unused")
+    args = load_recipe(name).training_config("unused")
     steps = 25600 // 64
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     scheduler = get_scheduler(

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from trb.models.loading import load_model, load_tokenizer
+from trb.studies.shipped import RECIPES
 from trb.zoo import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,7 @@ def test_the_best_rate_with_room_is_chosen(finals, chosen):
 
 
 def test_a_pilot_runs_plain_distillation_at_the_rate_and_seed_it_was_given(tmp_path):
-    study = yaml.safe_load((ROOT / "recipes/studies/zoo.yaml").read_text())
+    study = yaml.safe_load((RECIPES / "studies" / "zoo.yaml").read_text())
     study["recipe"] |= {
         "save_strategy": "no",  # YAML 1.1 reads the word as false
         "max_steps": 1,
@@ -131,7 +132,7 @@ def test_a_pilot_runs_plain_distillation_at_the_rate_and_seed_it_was_given(tmp_p
 
 def test_a_pilot_leaves_the_seeds_of_its_study_alone(monkeypatch, capsys):
     options = ["--rates", "1e-4", "--seeds", "1", "900", "--out", "unused", "--record", "unused.json"]
-    monkeypatch.setattr("sys.argv", ["study_pilot.py", str(ROOT / "recipes/studies/zoo.yaml"), *options])
+    monkeypatch.setattr("sys.argv", ["study_pilot.py", "studies/zoo", *options])
     with pytest.raises(SystemExit):
         script("study_pilot").main()
     assert "seed 1 belongs to the study" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from trb import TRBConfig, zoo
+from trb.studies.shipped import RECIPES
 from trb.training.ranks import Ranks
 from trb.training.sharding import (
     ExpireOnUpdate,
@@ -28,7 +29,7 @@ from trb.training.sharding import (
 )
 
 CPU = torch.device("cpu")
-LAUNCHES = Path(__file__).parents[2] / "recipes" / "accelerate"
+LAUNCHES = RECIPES / "accelerate"
 
 
 def accelerator(*, fsdp: Any = None, zero_stage: int | None = None, count: int = 2) -> Any:

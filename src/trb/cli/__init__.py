@@ -122,15 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"trb {trb.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_train(add_command(commands, "train", "distil a teacher into a student", run_train, overrides=True))
-    add_compare(
-        add_command(commands, "compare", "train several methods from the same student", run_compare, overrides=True)
-    )
+    keys: dict[str, Any] = {"overrides": True, "recipes": True}
+    add_train(add_command(commands, "train", "distil a teacher into a student", run_train, **keys))
+    add_compare(add_command(commands, "compare", "train several methods from the same student", run_compare, **keys))
     add_eval(add_command(commands, "eval", "pass@1 of a model, with a 95%% interval", run_eval))
-    add_sweep(
-        add_command(commands, "sweep", "run a study: methods x settings x seeds, judged by fixed rules", run_sweep)
-    )
-    add_probe(add_command(commands, "probe", "what blending does to a student's prefixes, before training", run_probe))
+    judged = "run a study: methods x settings x seeds, judged by fixed rules"
+    add_sweep(add_command(commands, "sweep", judged, run_sweep, recipes=True))
+    probed = "what blending does to a student's prefixes, before training"
+    add_probe(add_command(commands, "probe", probed, run_probe, recipes=True))
     add_report(add_command(commands, "report", "write the page of a run, a comparison, a study or a probe", run_report))
-    add_doctor(add_command(commands, "doctor", "check this machine, and a pair of models", run_doctor, overrides=True))
+    add_doctor(add_command(commands, "doctor", "check this machine, and a pair of models", run_doctor, **keys))
     return parser

@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trb
@@ -50,7 +49,7 @@ class Launch(NamedTuple):
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     from trb.cli.plan import add_plan_arguments
 
-    parser.add_argument("--config", metavar="FILE", help="check the pair, lengths and batch of this recipe")
+    parser.add_argument("--config", metavar="RECIPE", help="check the pair, lengths and batch of this recipe")
     parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
     parser.add_argument("--teacher", metavar="SPEC", help="with --student: check this pair")
     parser.add_argument("--launch", metavar="FILE", help="estimate memory for this `accelerate launch` configuration")
@@ -63,6 +62,7 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.models.packaged import quiet_libraries
     from trb.studies.keys import parse_overrides
     from trb.studies.recipe import load_recipe, make_recipe
+    from trb.studies.shipped import recipe_file
     from trb.studies.yaml_files import read_yaml
 
     options = {name: value for name in ("student", "teacher") if (value := getattr(arguments, name))}
@@ -73,7 +73,7 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
         recipe = load_recipe(arguments.config, options)
     elif options:
         recipe = make_recipe({"train_data": "none"}, options, source="options")
-    launch = None if arguments.launch is None else read_yaml(Path(arguments.launch))
+    launch = None if arguments.launch is None else read_yaml(recipe_file(arguments.launch, launches=True))
     if arguments.plan:
         from trb.cli.plan import run_plan
 

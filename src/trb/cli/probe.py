@@ -17,7 +17,7 @@ __all__ = ["add_probe", "run_probe"]
 
 def add_probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="a recipe with eval_data, or a study (with --setting)")
+    add("--config", required=True, metavar="RECIPE", help="a recipe with eval_data, or a study (with --setting)")
     add("--setting", metavar="NAME", help="the setting of a study, probed on its development problems")
     add("--output-dir", metavar="DIR", help="default: runs/probe- and the name of the file or setting")
     add("--model", metavar="SPEC", help="another student than the recipe's: a run directory, or a model")
@@ -44,10 +44,11 @@ def run_probe(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.records import PROBE
     from trb.report import write_report
     from trb.studies.probe import probe
+    from trb.studies.shipped import recipe_file
 
     quiet_libraries()
     recipe = _probed_recipe(arguments)
-    directory = Path(arguments.output_dir or f"runs/probe-{arguments.setting or Path(arguments.config).stem}")
+    directory = Path(arguments.output_dir or f"runs/probe-{arguments.setting or recipe_file(arguments.config).stem}")
     names = ("problems", "samples", "excerpts", "alternatives", "overwrite", "model")
     options = {name: getattr(arguments, name) for name in names}
     for name in ("budgets", "truncations", "kl_budget", "skd_top_k", "max_new_tokens", "max_rows", "seed"):
@@ -62,11 +63,12 @@ def run_probe(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
     """The recipe named, or the first trb configuration of a study's setting."""
     from trb.studies.recipe import load_recipe
+    from trb.studies.shipped import recipe_file
     from trb.studies.study import Unit, load_study
     from trb.studies.yaml_files import ConfigError, read_yaml
 
-    path = Path(arguments.config)
-    if "settings" not in read_yaml(path):
+    path = arguments.config
+    if "settings" not in read_yaml(recipe_file(path)):
         if arguments.setting:
             raise ConfigError(f"--setting means nothing for {path}, which is a recipe and no study; leave it out")
         return load_recipe(path)

@@ -14,7 +14,7 @@ __all__ = ["add_sweep", "run_sweep"]
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the study, a YAML file")
+    add("--config", required=True, metavar="STUDY", help="the name of one of ours (below), or a YAML file")
     add("--output-dir", metavar="DIR", help="default: runs/ and the study's name")
     add("--plan", action="store_true", help="check the study, print its runs, and stop")
     add("--workers", type=int, metavar="N", help="runs at once (default: one per GPU, or as many as the cores hold)")

@@ -32,7 +32,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="the recipe, a YAML file")
+    parser.add_argument("--config", metavar="RECIPE", help="the name of one of ours (below), or a YAML file")
     parser.add_argument("--output-dir", "--output_dir", metavar="DIR", help="default: runs/ and the recipe's name")
     parser.add_argument("--overwrite", action="store_true", help="remove the run in the output directory first")
     parser.add_argument(
@@ -81,13 +81,14 @@ def _recipe(arguments: argparse.Namespace, rest: list[str]) -> tuple["Recipe", P
     from trb.models.packaged import quiet_libraries
     from trb.studies.keys import parse_overrides
     from trb.studies.recipe import load_recipe
+    from trb.studies.shipped import recipe_file
     from trb.studies.yaml_files import ConfigError
 
     if arguments.config is None:
-        raise ConfigError("--config is missing: name a recipe, such as recipes/quickstart.yaml")
+        raise ConfigError("--config is missing: name a recipe, such as quickstart, or a file")
     quiet_libraries()
     recipe = load_recipe(arguments.config, parse_overrides(rest))
-    return recipe, Path(arguments.output_dir or Path("runs") / Path(arguments.config).stem)
+    return recipe, Path(arguments.output_dir or Path("runs") / recipe_file(arguments.config).stem)
 
 
 def _conditions(arguments: argparse.Namespace) -> dict[str, Any]:

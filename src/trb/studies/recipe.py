@@ -12,7 +12,6 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +26,7 @@ from trb.studies.keys import (
     run_fields,
     training_fields,
 )
+from trb.studies.shipped import recipe_file
 from trb.studies.yaml_files import ConfigError, Dumper, nearest_key, read_yaml
 from trb.training.config import TRBConfig
 from trb.training.methods import CHOICES, METHODS, every_knob, knobs_of, owners_of, pair_of
@@ -101,14 +101,16 @@ class Recipe:
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read, merge and check a recipe; `overrides` win over the file and may be dotted (`methods.trb.max_steps`).
+    """Read, merge and check a recipe, a file or one of the package's by its name (`trb.studies.shipped`).
+
+    `overrides` win over the file and may be dotted (`methods.trb.max_steps`).
 
     Raises:
         ConfigError: the file is missing or is not a YAML mapping, a key is unknown, given twice or of the wrong type,
             or the trainer refuses a value.
     """
-    path = Path(path)
-    return make_recipe(read_yaml(path), overrides, source=f"{path}, with options" if overrides else str(path))
+    values = read_yaml(recipe_file(path))
+    return make_recipe(values, overrides, source=f"{path}, with options" if overrides else str(path))
 
 
 def make_recipe(

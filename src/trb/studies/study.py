@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from trb.errors import InputError
 from trb.records import REFERENCE, role_name
 from trb.studies.recipe import Recipe, make_recipe
+from trb.studies.shipped import recipe_file
 from trb.studies.yaml_files import ConfigError, read_yaml
 from trb.training.methods import METHODS
 
@@ -265,14 +266,13 @@ class Reference:
 
 
 def load_study(path: str | os.PathLike[str]) -> Study:
-    """Read and check a study.
+    """Read and check a study, a file or one of the package's by its name (`trb.studies.shipped`).
 
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or says something a study cannot; the message names the
             key and the remedy.
     """
-    path = Path(path)
-    values = read_yaml(path)
+    values = read_yaml(recipe_file(path))
     try:
         study = Study.model_validate(values)
     except ValidationError as error:

@@ -55,7 +55,7 @@ def check_sharding(accelerator: Accelerator, *models: nn.Module) -> None:
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise InputError(
             f"fsdp_version={fsdp.fsdp_version} is not supported: set fsdp_version: 2 in the Accelerate configuration "
-            "(recipes/accelerate/fsdp2.yaml)"
+            "(as in accelerate/fsdp2.yaml of trb/recipes)"
         )
     if fsdp is not None and fsdp.cpu_ram_efficient_loading and accelerator.num_processes > 1:
         raise InputError(
