@@ -260,6 +260,13 @@ class Continuation(Schema):
     truncations: list[Truncation] | None = None
 
 
+class Advised(Schema):
+    blend: bool | None = None
+    gain: Number = None
+    error: Number = None
+    sentences: list[Text] = Field(default_factory=list)
+
+
 class Probe(Schema):
     """Estimates are objects with `value` and `interval`, or numbers."""
 
@@ -276,6 +283,8 @@ class Probe(Schema):
     continuation: Continuation | None = None
     budgets: list[dict[str, Estimated]] | None = None
     replacement: list[dict[str, Estimated]] | None = None
+    outlook: Any = None
+    advice: Advised | None = None
     provenance: Any = None
 
 

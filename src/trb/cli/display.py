@@ -6,7 +6,7 @@ Nothing a model wrote is ever printed, and what others named (files, keys, metho
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,12 @@ def print_paths(**paths: Path) -> None:
     for label, path in paths.items():
         line = f"{label}: {printable(str(path), lines=False)}"
         new_console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Sentences, each from the start of a line."""
+    for line in lines:
+        new_console().print(printable(line, lines=False), markup=False, highlight=False)
 
 
 def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trb.cli.display import listening, print_paths
+from trb.cli.display import listening, print_lines, print_paths
 
 if TYPE_CHECKING:
     from trb.studies.recipe import Recipe
@@ -31,6 +31,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--skd-top-k", type=int, nargs="*", metavar="K", help="teacher's top-k of SKD, to count replaced tokens")
     add("--excerpts", type=int, default=4, metavar="N", help="problems shown token by token (default: 4)")
     add("--alternatives", type=int, default=3, metavar="N", help="likeliest tokens shown with each (default: 3)")
+    add("--no-advice", dest="advice", action="store_false", help="no advice, which takes gradients of the student")
     add("--max-new-tokens", type=int, metavar="N", help="longest completion (default: the recipe's)")
     add("--max-rows", type=int, metavar="N", help="completions in flight at once")
     add("--seed", type=int, help="of the draws (default: the recipe's)")
@@ -49,13 +50,15 @@ def run_probe(arguments: argparse.Namespace, rest: list[str]) -> int:
     quiet_libraries()
     recipe = _probed_recipe(arguments)
     directory = Path(arguments.output_dir or f"runs/probe-{arguments.setting or recipe_file(arguments.config).stem}")
-    names = ("problems", "samples", "excerpts", "alternatives", "overwrite", "model")
+    names = ("problems", "samples", "excerpts", "alternatives", "advice", "overwrite", "model")
     options = {name: getattr(arguments, name) for name in names}
     for name in ("budgets", "truncations", "kl_budget", "skd_top_k", "max_new_tokens", "max_rows", "seed"):
         if (value := getattr(arguments, name)) is not None:  # else the probe's own default
             options[name] = value
     with listening(arguments.quiet) as listener:
-        probe(recipe, directory, **options, listener=listener)
+        found = probe(recipe, directory, **options, listener=listener)
+    if found.get("advice"):
+        print_lines(found["advice"]["sentences"])
     print_paths(results=directory / PROBE, report=write_report(directory))
     return 0
 

@@ -84,6 +84,7 @@ def render_probe(source: Probe) -> str:
     record = source.record.get("provenance")
     origin = record if isinstance(record, Mapping) else {}
     shown = {key: value for key, value in source.record.items() if key not in _RESULTS}
+    advice = source.found.advice.sentences if source.found.advice else []
     return page.document(
         "probe.html",
         page.page_data(
@@ -94,6 +95,7 @@ def render_probe(source: Probe) -> str:
         ),
         kind="probe",
         sections=(
+            ("advice", "Advice", advice),
             ("diagnostics", "Diagnostics", diagnostics.groups),
             ("rollouts", "Rollouts", chosen.rows),
             ("configuration", "Configuration", shown),
@@ -104,12 +106,13 @@ def render_probe(source: Probe) -> str:
         facts=page.facts([], origin),
         provenance=summary.provenance(origin),
         notes=chosen.notes,
+        advice=advice,
         diagnostics=[diagnostics] if diagnostics.groups else [],
         shared=summary.flatten(shown),
     )
 
 
-_RESULTS = ("continuation", "budgets", "replacement", "provenance")
+_RESULTS = ("continuation", "budgets", "replacement", "outlook", "advice", "provenance")
 
 
 def _curves(study: Study) -> list[Charts]:

@@ -18,6 +18,7 @@ from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPo
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.safety.files import finite
 from trb.studies import provenance
+from trb.studies.advice import advise, outlook
 from trb.studies.diagnostics import (
     KL_BUDGETS,
     LEVEL,
@@ -70,6 +71,7 @@ def probe(
     samples: int = 4,
     excerpts: int = 4,
     alternatives: int = 3,
+    advice: bool = True,
     max_new_tokens: int | None = None,
     max_rows: int | None = None,
     seed: int | None = None,
@@ -93,6 +95,8 @@ def probe(
         samples: rollouts per problem and policy.
         excerpts: problems shown token by token; 0 for none.
         alternatives: likeliest tokens per law shown with each token.
+        advice: measure what `trb.studies.advice` needs: the teacher's rollouts, and gradients of the student's
+            parameters (four copies of them at a time).
         max_new_tokens: longest completion; by default the recipe's max_completion_length.
         max_rows: completions in flight; by default `eval_max_rows` of the recipe, or 256.
         seed: of the draws; by default the recipe's.
@@ -119,6 +123,7 @@ def probe(
         samples=samples,
         excerpts=excerpts,
         alternatives=alternatives,
+        advice=advice,
         max_new_tokens=max_new_tokens,
         max_rows=max_rows,
         seed=seed,
@@ -164,6 +169,9 @@ class _Settings:
     samples: int
     excerpts: int
     alternatives: int
+    advice: bool
+    sequence_kl_budget: float
+    loss_top_k: int
     max_new_tokens: int
     max_rows: int
     seed: int
@@ -198,6 +206,8 @@ class _Settings:
             kl_budget=kl_budget_of(behavior_of(trb).at(0)) if kl_budget is None else kl_budget,
             skd_default_top_k=skd.skd_teacher_top_k,
             skd_temperature=skd.skd_teacher_temperature,
+            sequence_kl_budget=args.sequence_kl_budget,
+            loss_top_k=args.loss_top_k,
             max_new_tokens=longest,
             max_rows=max_rows or recipe.run.eval_max_rows or ROWS,
             seed=args.seed if seed is None else seed,
@@ -287,6 +297,8 @@ def _measure(
         "continuation": None,
         "budgets": None,
         "replacement": None,
+        "outlook": None,
+        "advice": None,
     }
     with precision(settings.recipe.training_config(directory)):
         if settings.truncations:
@@ -297,6 +309,11 @@ def _measure(
             results["replacement"] = replacement_curve(
                 subject, top_ks=settings.skd_top_k, teacher_temperature=settings.skd_temperature
             )
+        if settings.advice:
+            results["outlook"] = outlook(
+                subject, sequence_kl_budget=settings.sequence_kl_budget, loss_top_k=settings.loss_top_k
+            )
+            results["advice"] = dataclasses.asdict(advise(results["outlook"]))
         if settings.excerpts:
             listener.stage("excerpts")
             records = matched_excerpts(subject, policies=shown, prompts=settings.excerpts, top=settings.alternatives)

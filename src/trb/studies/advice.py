@@ -1,0 +1,122 @@
+"""Whether to blend: numbers of an untrained pair, and what settings with such numbers gained.
+
+The gain is foretold by the transfer of the student's rollouts (`trb.studies.transfer`), by a straight line through the
+pairs of a map of settings on which training was run (docs/experiments.md; benchmarks/map_advice.py writes the table
+beside this module). Those settings were built for the purpose: a line through them says in which direction to look,
+and its error on pairs it has not seen is said with every advice.
+
+Left out: measuring anything after the first step.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trb.policies import BehaviorPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
+from trb.studies.diagnostics import budget_curve
+from trb.studies.subject import Subject
+from trb.studies.transfer import gradient_transfer
+
+__all__ = ["TABLE", "Advice", "advise", "outlook"]
+
+TABLE = Path(__file__).with_name("advice.json")
+
+_NOISY = 0.3  # agreement of the teacher's two gradients below which the transfer says little
+
+
+def outlook(subject: Subject, *, sequence_kl_budget: float, loss_top_k: int = 0) -> dict[str, Any]:
+    """What decides whether blending is worth it, of models as they are.
+
+    Args:
+        subject: models and problems; with a student whose parameters take gradients.
+        sequence_kl_budget: B, nats per completion; spread evenly over the student's mean length it gives the budget per
+            token of `blend`.
+        loss_top_k: support of the loss.
+
+    Returns:
+        `sequence_kl_budget`, `kl_budget`; `student` and `blend`: points of `trb.studies.diagnostics.budget_curve`;
+        `teacher_reward`; `transfer`, of `trb.studies.transfer.gradient_transfer`.
+    """
+    lengths = subject.rollouts(StudentPolicy()).lengths
+    kl_budget = sequence_kl_budget * len(lengths) / sum(lengths)
+    student, blend = budget_curve(subject, budgets=(0.0, kl_budget))
+    rewards = subject.rollouts(TeacherPolicy()).rewards
+    policies: dict[str, BehaviorPolicy] = {"student": StudentPolicy(), "blend": TrustRegionPolicy(kl_budget)}
+    return {
+        "sequence_kl_budget": sequence_kl_budget,
+        "kl_budget": kl_budget,
+        "student": student,
+        "blend": blend,
+        "teacher_reward": sum(rewards) / len(rewards),
+        "transfer": gradient_transfer(subject, policies=policies, loss_top_k=loss_top_k),
+    }
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What an outlook comes to.
+
+    Attributes:
+        blend: whether a gain is foretold that is larger than the error of foretelling.
+        gain: foretold, in points of pass@1.
+        error: mean absolute error of the line on pairs of the map that it had not seen, in the same points.
+        sentences: the same in words, with the numbers behind it.
+    """
+
+    blend: bool
+    gain: float
+    error: float
+    sentences: tuple[str, ...]
+
+
+def advise(found: Mapping[str, Any], table: Mapping[str, Any] | None = None) -> Advice:
+    """The advice for an `outlook`; `table` is by default the one beside this module."""
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if table is None else table
+    line, transfer = table["lines"]["transfer"], found["transfer"]["policies"]["student"]["transfer"]
+    gain, error = 100 * (line["intercept"] + line["slope"] * transfer), 100 * line["error"]
+    blend = gain > error
+    sentences = [*_transfer_sentences(found, table, gain, error), *_cost_sentences(found), _verdict(found, blend)]
+    return Advice(blend, gain, error, tuple(sentences))
+
+
+def _transfer_sentences(found: Mapping[str, Any], table: Mapping[str, Any], gain: float, error: float) -> list[str]:
+    transfer = found["transfer"]["policies"]["student"]["transfer"]
+    known = [point["transfer"] for point in table["points"]]
+    sentences = [
+        f"A step on the student's own rollouts lowers the loss on the teacher's prefixes by {transfer:.2f} of what a "
+        f"step on those would (blended: {found['transfer']['policies']['blend']['transfer']:.2f}).",
+        f"On {len(known)} pairs of a setting built to study this, such a transfer went with {gain:+.1f} points of "
+        f"pass@1 for blending (off by {error:.1f} on a pair left out).",
+    ]
+    if not min(known) <= transfer <= max(known):
+        sentences.append(f"Those pairs had transfers from {min(known):.2f} to {max(known):.2f}: this is outside.")
+    if found["transfer"]["agreement"] < _NOISY:
+        sentences.append(
+            f"The teacher's gradients from two halves of the problems agree by {found['transfer']['agreement']:.2f} "
+            "only: the transfer is mostly noise, probe more problems."
+        )
+    return sentences
+
+
+def _cost_sentences(found: Mapping[str, Any]) -> list[str]:
+    student, blend = found["student"], found["blend"]
+    kept = blend["accept_rate"]["value"]
+    return [
+        f"At {found['sequence_kl_budget']:g} nats a completion ({found['kl_budget']:.2g} a token) "
+        f"{100 * kept:.0f}% of the student's drafts are kept, so the teacher reads {_tokens_kept(kept)} at a time.",
+        f"Blended rollouts there: teacher's log-probability {student['teacher_log_prob']['value']:.2f} -> "
+        f"{blend['teacher_log_prob']['value']:.2f} nats a token, solved {100 * student['reward']['value']:.1f}% -> "
+        f"{100 * blend['reward']['value']:.1f}% (teacher {100 * found['teacher_reward']:.1f}%).",
+    ]
+
+
+def _tokens_kept(accept_rate: float) -> str:
+    return "whole blocks" if accept_rate >= 1 else f"about {1 / (1 - accept_rate):.0f} tokens"
+
+
+def _verdict(found: Mapping[str, Any], blend: bool) -> str:
+    if blend:
+        return "Advice: blend (method: trb, budget_schedule: gap, which needs no budget and ends by itself)."
+    return "Advice: no gain from blending is foretold; plain distillation (method: opd) does as well for less."
