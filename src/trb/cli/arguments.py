@@ -84,5 +84,6 @@ def _recipes() -> str:
     names = textwrap.fill(", ".join(recipe_names()), 100, initial_indent="    ", subsequent_indent="    ")
     return (
         f"recipes and studies of the package, by name:\n{names}\n"
-        "A name never means a file here: write a file of yours with its ending (mine.yaml) or as a path (./mine)."
+        "A name never means a file here: write a file of yours with its ending (mine.yaml) or as a path (./mine).\n"
+        "Paths in it are looked for beside it, then in the current directory; output goes to the current directory."
     )

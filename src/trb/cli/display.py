@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def message(error: Exception) -> str:
-    """What an error says, without its number."""
-    return error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+    """What an error says, without its number, and what was added to it on its way here."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+    return " ".join([said, *getattr(error, "__notes__", ())])
 
 
 def new_console() -> "Console":

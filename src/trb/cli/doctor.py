@@ -104,7 +104,7 @@ def _checks(recipe: "Recipe | None", accelerate_config: Mapping[str, Any] | None
         yield check
     if recipe is not None:
         args = recipe.training_config("unused")
-        yield from _check_pair(recipe.run, args, launch, has_lengths=recipe.source != "options")
+        yield from _check_pair(recipe, args, launch, has_lengths=recipe.source != "options")
 
 
 def _check_launch(config: Mapping[str, Any]) -> tuple[Launch, Check]:
@@ -182,12 +182,14 @@ def _memory_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def _check_pair(run: "RunConfig", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
+def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
     from trb.studies.material import load_tokenizers
     from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
 
+    run = recipe.run
     try:
-        tokenizer, teacher_tokenizer = load_tokenizers(run)
+        with recipe.places.told():
+            tokenizer, teacher_tokenizer = load_tokenizers(run)
     except (ValueError, OSError, ImportError) as error:
         yield Check("fail", "tokenizer", message(error))
         return
@@ -199,7 +201,8 @@ def _check_pair(run: "RunConfig", args: "TRBConfig", launch: Launch, *, has_leng
             "fail", "chat template", "the student's tokenizer has none", "Set chat_template to a Jinja file or plain"
         )
     try:
-        student, teacher = outline(run, "student"), outline(run, "teacher")
+        with recipe.places.told():
+            student, teacher = outline(run, "student"), outline(run, "teacher")
         used = max(tokenizer.get_vocab().values()) + 1
         rows = head_rows(student), head_rows(teacher)
         check_heads(*rows, used)

@@ -4,6 +4,7 @@ Left out: what is measured and how (`trb.studies.probe`), and charts (`trb.repor
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ def run_probe(arguments: argparse.Namespace, rest: list[str]) -> int:
     for name in ("budgets", "truncations", "kl_budget", "skd_top_k", "max_new_tokens", "max_rows", "seed"):
         if (value := getattr(arguments, name)) is not None:  # else the probe's own default
             options[name] = value
-    with listening(arguments.quiet) as listener:
+    with recipe.places.told(), listening(arguments.quiet) as listener:
         found = probe(recipe, directory, **options, listener=listener)
     if found.get("advice"):
         print_lines(found["advice"]["sentences"])
@@ -79,4 +80,5 @@ def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
     if arguments.setting not in study.settings:
         raise ConfigError(f"{path} is a study: choose one of its settings with --setting, {', '.join(study.settings)}")
     method = "trb" if "trb" in study.methods else next(iter(study.methods))
-    return study.recipe_of(Unit(arguments.setting, "select", method, 0, study.seeds.select[0]))
+    recipe = study.recipe_of(Unit(arguments.setting, "select", method, 0, study.seeds.select[0]))
+    return replace(recipe, places=study.places)

@@ -46,7 +46,7 @@ def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.studies.sweep import run_study
 
     directory = Path(arguments.output_dir or Path("runs") / study.name)
-    with following(arguments.quiet) as listener:
+    with study.places.told(), following(arguments.quiet) as listener:
         results = run_study(
             study,
             directory,

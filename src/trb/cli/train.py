@@ -60,7 +60,7 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> int:
             )
         recipe = recipe.for_method(name)
         directory = directory if arguments.output_dir else directory / name
-    with listening(arguments.quiet) as listener:
+    with recipe.places.told(), listening(arguments.quiet) as listener:
         results = train(recipe, directory, **_conditions(arguments), listener=listener)
     return _conclude(results, directory)
 
@@ -72,7 +72,7 @@ def run_compare(arguments: argparse.Namespace, rest: list[str]) -> int:
     recipe, directory = _recipe(arguments, rest)
     if recipe.run.methods and "method" in recipe.training:
         raise ConfigError("method means nothing to `trb compare`: it runs every entry of methods")
-    with listening(arguments.quiet) as listener:
+    with recipe.places.told(), listening(arguments.quiet) as listener:
         results = compare(recipe, directory, **_conditions(arguments), listener=listener)
     return _conclude(results, directory)
 

@@ -17,6 +17,7 @@ from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, STUDY_PLAN, T
 from trb.safety.files import exclusive
 from trb.studies.directories import holds_scores, make_again
 from trb.studies.material import load_pair, load_tokenizers, problem_sets
+from trb.studies.places import Places
 from trb.studies.run import train
 from trb.studies.scores import evaluate_suites
 from trb.studies.study import ProblemSets, Reference, Study, Unit, load_study
@@ -137,4 +138,4 @@ def _keep_seconds(run: Path, seconds: float) -> None:
 
 @cache
 def _study_in(directory: str) -> Study:
-    return load_study(Path(directory) / STUDY_PLAN)
+    return load_study(Path(directory) / STUDY_PLAN, places=Places())  # they were found when it was written

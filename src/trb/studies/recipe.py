@@ -11,7 +11,7 @@ Left out on purpose: several files that include each other, and variables. A rec
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ from trb.studies.keys import (
     run_fields,
     training_fields,
 )
+from trb.studies.places import Places
 from trb.studies.shipped import recipe_file
 from trb.studies.yaml_files import ConfigError, Dumper, nearest_key, read_yaml
 from trb.training.config import TRBConfig
@@ -37,11 +38,15 @@ __all__ = ["Recipe", "load_recipe", "make_recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: `run`, the keyword arguments of `TRBConfig` that were given, and where they came from."""
+    """A checked recipe: `run`, the keyword arguments of `TRBConfig` that were given, and where they came from.
+
+    Inside `places.told()` an error says where a file was looked for.
+    """
 
     run: RunConfig
     training: Mapping[str, Any]
     source: str = "recipe"
+    places: Places = field(default_factory=Places)
 
     def training_config(self, output_dir: str | os.PathLike[str]) -> TRBConfig:
         """The trainer's configuration. Raises ConfigError, naming the source, for values that it refuses."""
@@ -81,7 +86,7 @@ class Recipe:
         """The recipe of one entry of `methods`: the same run, with that entry's overrides."""
         overrides = {"method": name, **(self.run.methods[name] or {})}
         run = dataclasses.replace(self.run, methods={})
-        return Recipe(run, {**self.training, **overrides}, f"{self.source}: methods: {name}")
+        return Recipe(run, {**self.training, **overrides}, f"{self.source}: methods: {name}", self.places)
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain YAML types: `make_recipe` takes it back.
@@ -103,14 +108,17 @@ class Recipe:
 def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read, merge and check a recipe, a file or one of the package's by its name (`trb.studies.shipped`).
 
-    `overrides` win over the file and may be dotted (`methods.trb.max_steps`).
+    `overrides` win over the file and may be dotted (`methods.trb.max_steps`). Paths in the file are relative to it, or
+    to the current directory where nothing of that name lies beside it (`trb.studies.places`).
 
     Raises:
         ConfigError: the file is missing or is not a YAML mapping, a key is unknown, given twice or of the wrong type,
             or the trainer refuses a value.
     """
-    values = read_yaml(recipe_file(path))
-    return make_recipe(values, overrides, source=f"{path}, with options" if overrides else str(path))
+    file = recipe_file(path)
+    places = Places.of(file)
+    source = f"{path}, with options" if overrides else str(path)
+    return dataclasses.replace(make_recipe(places.recipe(read_yaml(file)), overrides, source=source), places=places)
 
 
 def make_recipe(

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from trb.errors import InputError
 from trb.records import REFERENCE, role_name
+from trb.studies.places import Places
 from trb.studies.recipe import Recipe, make_recipe
 from trb.studies.shipped import recipe_file
 from trb.studies.yaml_files import ConfigError, read_yaml
@@ -138,6 +139,12 @@ class Study(_Part):
     recipe: dict[str, Any] = Field(default_factory=dict)
     settings: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Setting], Field(min_length=1)]
     methods: Configurations
+    _places: Places = PrivateAttr(default_factory=Places)
+
+    @property
+    def places(self) -> Places:
+        """Where the paths in its file were looked for."""
+        return self._places
 
     @model_validator(mode="after")
     def _fair(self) -> "Study":
@@ -265,18 +272,22 @@ class Reference:
         return str(self.path.with_suffix(""))
 
 
-def load_study(path: str | os.PathLike[str]) -> Study:
+def load_study(path: str | os.PathLike[str], *, places: Places | None = None) -> Study:
     """Read and check a study, a file or one of the package's by its name (`trb.studies.shipped`).
+
+    `places` says where its paths are looked for (default: beside the file, then in the current directory).
 
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or says something a study cannot; the message names the
             key and the remedy.
     """
-    values = read_yaml(recipe_file(path))
+    file = recipe_file(path)
+    places = places or Places.of(file)
     try:
-        study = Study.model_validate(values)
+        study = Study.model_validate(places.study(read_yaml(file)))
     except ValidationError as error:
         raise ConfigError(f"{path}: {'; '.join(_complaints(error))}") from error
+    study._places = places
     study.check()
     return study
 

@@ -1,0 +1,107 @@
+"""Where the relative paths of a recipe lead: beside its file first, then in the current directory.
+
+Only what a recipe reads is looked for: models, data, templates. What a run writes, and what it goes on from, is
+relative to the current directory alone, as are paths that are given as options. Left out: what names without a file
+mean, and what is refused (`trb.models.directories`, `trb.tasks.sources`).
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trb.errors import TrbError
+from trb.models.directories import BUILT_IN
+from trb.studies.shipped import RECIPES
+from trb.tasks.evaluation import BENCHMARKS
+from trb.tasks.sources import REASONING_GYM
+
+__all__ = ["Places"]
+
+# The last three are files of TRL and transformers; a mapping in their place is no path.
+_PATHS = ("student", "teacher", "train_data", "chat_template", "deepspeed", "fsdp_config", "accelerator_config")
+
+_NAMES = (*BUILT_IN, *BENCHMARKS, "plain")
+_GENERATORS = ("zoo:", REASONING_GYM)
+
+
+@dataclass
+class Places:
+    """Where the paths of one file are looked for, and which of them are in neither place."""
+
+    # Neither is part of what a recipe says: two that are read from different folders may be equal.
+    folder: Path = field(default=Path(), compare=False)
+    nowhere: set[str] = field(default_factory=set, compare=False)
+
+    @classmethod
+    def of(cls, file: Path) -> "Places":
+        """Of a file of recipes; the package's own have nothing beside them."""
+        return cls() if file.is_relative_to(RECIPES) else cls(file.parent)
+
+    def recipe(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a recipe, with the paths of what lies beside it."""
+        found = self._problems(values, "eval_data", "eval_samples")
+        return found | {key: self._place(values[key]) for key in _PATHS if key in values}
+
+    def study(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a study: of its recipe, and of the recipe and the problem sets of every setting."""
+        found = dict(values)
+        if isinstance(recipe := values.get("recipe"), Mapping):
+            found["recipe"] = self.recipe(recipe)
+        if isinstance(settings := values.get("settings"), Mapping):
+            found["settings"] = {name: self._setting(setting) for name, setting in settings.items()}
+        return found
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Errors that name what is in neither place say where it was looked for."""
+        try:
+            yield
+        except TrbError as error:
+            if any(name in str(error) for name in self.nowhere):
+                beside = "" if self._here() else f"beside the recipe, in {self.folder.absolute()}, and "
+                error.add_note(f"(looked for {beside}in the current directory, {Path.cwd()})")
+            raise
+
+    def _setting(self, setting: Any) -> Any:
+        if not isinstance(setting, Mapping):
+            return setting
+        found = dict(setting)
+        for part in ("dev", "test"):
+            if isinstance(problems := setting.get(part), Mapping):
+                found[part] = self._problems(problems, "data", "samples")
+        if isinstance(recipe := setting.get("recipe"), Mapping):
+            found["recipe"] = self.recipe(recipe)
+        return found
+
+    def _problems(self, values: Mapping[str, Any], data: str, samples: str) -> dict[str, Any]:
+        """The values with the paths of problem sets, by which the numbers of their samples go."""
+        found = dict(values)
+        if isinstance(named := values.get(data), str | list):
+            found[data] = self._suite(named) if isinstance(named, str) else [self._suite(name) for name in named]
+        if isinstance(counts := values.get(samples), Mapping):
+            found[samples] = {self._suite(name): count for name, count in counts.items()}
+        return found
+
+    def _suite(self, name: Any) -> Any:
+        """An entry of eval_data, which may be benchmark=FILE."""
+        benchmark, equals, path = name.partition("=") if isinstance(name, str) else ("", "", "")
+        return f"{benchmark}={self._place(path)}" if equals and benchmark in BENCHMARKS else self._place(name)
+
+    def _place(self, value: Any) -> Any:
+        """A path beside the recipe where there is one; else the value as it was written."""
+        if not isinstance(value, str) or not value or value in _NAMES or value.startswith(_GENERATORS):
+            return value
+        if os.path.isabs(os.path.expanduser(value)):
+            return value
+        beside = os.path.join(self.folder, value)
+        if not self._here() and os.path.exists(beside):
+            return beside
+        if not os.path.exists(value):
+            self.nowhere.add(value)
+        return value
+
+    def _here(self) -> bool:
+        return os.path.samefile(self.folder, os.curdir)
