@@ -61,6 +61,7 @@ def test_every_help_has_examples(command: str, capsys: pytest.CaptureFixture[str
     assert exit.value.code == 0
     text = capsys.readouterr().out
     assert f"trb {command}".strip() in text.partition("examples:")[2]
+    assert "%%" not in text
 
 
 def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
@@ -89,6 +90,7 @@ def test_help_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  sequence_kl_budget  (a number; default 1.0)" in text
     assert "  student  (text; required)" in text
     assert "  output_dir  (" not in text
+    assert "%%" not in text
     assert all(len(line) <= 120 for line in text.splitlines())
 
 

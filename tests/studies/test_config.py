@@ -10,7 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trb.studies.keys import RunConfig, describe_keys, parse_overrides
+from trb.studies.key_list import FIRST, describe_keys
+from trb.studies.keys import RunConfig, parse_overrides, valid_keys
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
@@ -161,6 +162,32 @@ def test_every_key_has_a_help_text_and_a_default() -> None:
     for field in dataclasses.fields(RunConfig):
         assert len(entries[field.name][2]) > 10
     assert all(kind for kind, _, _ in entries.values())
+    assert not any("%%" in text for _, _, text in entries.values())
+
+
+def test_every_key_is_in_one_group_and_the_ten_that_matter_come_first() -> None:
+    groups = {title: [key.name for key in keys] for title, keys in describe_keys().items()}
+    assert list(groups) == ["The ten that matter first", "Models", "Data", "Method", "Training", "Evaluation"]
+    assert sorted(name for names in groups.values() for name in names) == sorted(valid_keys())
+    assert groups["The ten that matter first"] == [*FIRST]
+    assert len(FIRST) == 10
+    for title, name in (
+        ("Models", "teacher_dtype"),
+        ("Models", "lora_rank"),
+        ("Data", "train_limit"),
+        ("Data", "max_prompt_length"),
+        ("Method", "num_generations"),
+        ("Method", "teacher_weight"),
+        ("Method", "veto_strength"),
+        ("Method", "temperature"),
+        ("Training", "prompts_per_step"),
+        ("Training", "weight_decay"),
+        ("Training", "save_steps"),
+        ("Evaluation", "eval_every"),
+        ("Evaluation", "held_out_prompts"),
+        ("Evaluation", "per_device_eval_batch_size"),
+    ):
+        assert name in groups[title]
 
 
 # ---- files ----

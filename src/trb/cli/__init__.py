@@ -2,7 +2,7 @@
 
 Arguments in, tables and exit codes out; what the commands do is in the modules they call. Those are imported inside
 the commands, so that `trb --help` answers at once. Exit codes: 0 done, 1 a check of `doctor` failed (or a bug), 2 the
-request cannot be carried out (the message says why), 130 interrupted.
+request cannot be carried out (the message says why), 130 interrupted, 141 nobody reads the output any more.
 
 Nothing a model wrote is ever printed: a completion can hold terminal escape sequences.
 """
@@ -10,13 +10,14 @@ Nothing a model wrote is ever printed: a completion can hold terminal escape seq
 import argparse
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import trb
 from trb.cli.arguments import EXAMPLES, add_command
@@ -35,9 +36,44 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    if argv is None:  # this process is the command, and nobody else's
-        _shield_terminal()
-        _end_with_launcher()
+    if argv is not None:
+        return _run(argv)
+    # This process is the command, and nobody else's.
+    _shield_terminal()
+    _end_with_launcher()
+    try:
+        try:
+            code = _run(None)
+        except SystemExit:
+            _flush()
+            raise
+        _flush()
+        return code
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:
+            raise
+        for stream in unread:  # or Python would try once more at its end, and say so
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141  # as a shell says of what SIGPIPE ended
+
+
+def _flush() -> None:
+    """Write what is still in a buffer, help for instance, while it can be said what becomes of it."""
+    if sys.stdout is not None:  # as it is in a process that was started without one
+        sys.stdout.flush()
+
+
+def _is_unread(stream: TextIO | None) -> bool:
+    """Whether a stream leads into a pipe that nobody reads any more, as `| head` leaves it."""
+    if stream is None:
+        return False
+    poller = select.poll()
+    poller.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     # Threads that spin while they wait slow each other down wherever cores are shared; set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()

@@ -27,10 +27,15 @@ def message(error: Exception) -> str:
     return " ".join([said, *getattr(error, "__notes__", ())])
 
 
-def new_console() -> "Console":
+def new_console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console()
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            """Rich ends the process here; how commands end is decided in one place (`trb.cli.main`)."""
+            raise BrokenPipeError
+
+    return Plain(stderr=stderr)
 
 
 def print_paths(**paths: Path) -> None:
@@ -129,7 +134,7 @@ def _percent(value: float | None) -> str:
 
 def print_keys() -> None:
     """Every key of a recipe with its type, default and help."""
-    from trb.studies.keys import describe_keys
+    from trb.studies.key_list import describe_keys
 
     for title, entries in describe_keys().items():
         print(f"\n{title}\n")
@@ -141,11 +146,9 @@ def print_keys() -> None:
 @contextmanager
 def listening(quiet: bool) -> Iterator["Listener"]:
     """A display on standard error: live bars on a terminal, a line now and then elsewhere, nothing when quiet."""
-    from rich.console import Console
-
     from trb.studies.listener import Listener
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     if quiet or int(os.environ.get("RANK", "0")):
         yield Listener()
     elif console.is_terminal:
@@ -158,13 +161,12 @@ def listening(quiet: bool) -> Iterator["Listener"]:
 @contextmanager
 def following(quiet: bool) -> Iterator["StudyListener"]:
     """A display of a whole study on standard error: one bar per phase on a terminal, a line per run elsewhere."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
 
     from trb.studies.sweep import StudyListener
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
 
     class Bars(StudyListener):
         def __init__(self, progress: Progress) -> None:

@@ -1,7 +1,7 @@
 """The keys of a recipe: their types, their checks, and how the command line writes them.
 
 Keys are the fields of `RunConfig` and of `TRBConfig`. Left out: files and the checks that need more than one key
-(`trb.studies.recipe`).
+(`trb.studies.recipe`), and the list of all keys for people (`trb.studies.key_list`).
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ from trb.models.memory import DTYPES
 from trb.records import EVALS, EVALUATIONS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
-from trb.training.resume import plain
 from trb.training.trainer import TRBConfig
 
 __all__ = [
@@ -29,12 +28,12 @@ __all__ = [
     "RunConfig",
     "checked_value",
     "default_of",
-    "describe_keys",
     "is_method_name",
     "parse_overrides",
     "put_override",
     "run_fields",
     "training_fields",
+    "type_in_words",
     "valid_keys",
 ]
 
@@ -275,30 +274,6 @@ def valid_keys() -> list[str]:
     return [*run_fields(), *(name for name in training_fields() if name not in REPLACED_KEYS)]
 
 
-def describe_keys() -> dict[str, list[tuple[str, str, str, str]]]:
-    """Every key as (name, type in words, default, help), by group: ours first, then TRL's and transformers'."""
-    own = {name for name in TRBConfig.__annotations__ if name in training_fields()}
-    groups: dict[str, list[tuple[str, str, str, str]]] = {
-        "Models, data and evaluation": [],
-        "Method and loss": [],
-        "Training (TRL and transformers)": [],
-    }
-    first, second, third = groups.values()
-    for key in valid_keys():
-        item = run_fields().get(key) or training_fields()[key]
-        default = default_of(item)
-        shown = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
-        text = " ".join(str(item.metadata.get("help", "")).split())
-        entry = (key, _words(_hints()[key]), shown, text)
-        (first if key in run_fields() else second if key in own else third).append(entry)
-    return groups
-
-
-def _shown(value: Any) -> str:
-    value = plain(value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value) or "empty"
-
-
 @cache
 def run_fields() -> dict[str, dataclasses.Field]:
     return {item.name: item for item in dataclasses.fields(RunConfig)}
@@ -369,6 +344,11 @@ def _kinds(annotation: Any) -> set[Any]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return {kind for part in typing.get_args(annotation) for kind in _kinds(part)}
     return {typing.get_origin(annotation) or annotation}
+
+
+def type_in_words(key: str) -> str:
+    """What the value of a key must be: "a whole number or null"."""
+    return _words(_hints()[key])
 
 
 def _words(annotation: Any) -> str:
