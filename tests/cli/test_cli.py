@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 # ---- help ----
 
 
-COMMANDS = ["", "train", "compare", "eval", "sweep", "probe", "report", "doctor"]
+COMMANDS = ["", "init", "train", "compare", "eval", "sweep", "probe", "report", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

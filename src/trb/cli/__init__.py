@@ -1,4 +1,4 @@
-"""The command `trb`: train, eval, compare, sweep, probe, report, doctor.
+"""The command `trb`: init, train, eval, compare, sweep, probe, report, doctor.
 
 Arguments in, tables and exit codes out; what the commands do is in the modules they call. Those are imported inside
 the commands, so that `trb --help` answers at once. Exit codes: 0 done, 1 a check of `doctor` failed (or a bug), 2 the
@@ -24,6 +24,7 @@ from trb.cli.arguments import EXAMPLES, add_command
 from trb.cli.display import message
 from trb.cli.doctor import add_doctor, run_doctor
 from trb.cli.evaluate import add_eval, run_eval
+from trb.cli.init import add_init, run_init
 from trb.cli.probe import add_probe, run_probe
 from trb.cli.report import add_report, run_report
 from trb.cli.sweep import add_sweep, run_sweep
@@ -159,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"trb {trb.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     keys: dict[str, Any] = {"overrides": True, "recipes": True}
+    add_init(add_command(commands, "init", "write a first recipe for a pair and data", run_init))
     add_train(add_command(commands, "train", "distil a teacher into a student", run_train, **keys))
     add_compare(add_command(commands, "compare", "train several methods from the same student", run_compare, **keys))
     add_eval(add_command(commands, "eval", "pass@1 of a model, with a 95%% interval", run_eval))

@@ -18,12 +18,17 @@ Every key of the recipe is also an option: --learning-rate 3e-5, --max_steps=50,
 
 EXAMPLES = {
     "": """\
+    trb init
     trb compare --config quickstart
     trb train --config qwen3-1.7b-from-8b --output-dir runs/qwen3
     trb eval --model runs/qwen3 --data math500 gsm8k --samples 4
     trb sweep --config studies/zoo --workers 2
     trb report runs/qwen3
     trb doctor --config qwen3-1.7b-from-8b""",
+    "init": """\
+    trb init
+    trb init smollm2.yaml --student smollm2-135m --teacher runs/teacher/model --data questions.jsonl
+    trb init --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main""",
     "train": """\
     trb train --config baselines/trb
     trb train --config baselines/trb --output-dir runs/try --initial-kl-budget 0.1 --seed 1

@@ -249,9 +249,9 @@ def _check_lengths(
 def _check_memory(
     run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
 ) -> Check:
-    available = _device_bytes(args.device.type)
+    available = device_bytes(args.device.type)
     try:
-        phase, parts = _largest_phase(run, args, launch, student, teacher, available)
+        phase, parts = largest_phase(run, args, launch, student, teacher, available)
     except ValueError as error:
         return Check("warn", "memory estimate", str(error))
     needed = sum(parts.values())
@@ -271,7 +271,7 @@ def _check_memory(
     )
 
 
-def _largest_phase(
+def largest_phase(
     run: "RunConfig",
     args: "TRBConfig",
     launch: Launch,
@@ -297,7 +297,7 @@ def _largest_phase(
     return max(memory.items(), key=lambda phase: sum(phase[1].values()))
 
 
-def _device_bytes(device: str) -> int:
+def device_bytes(device: str) -> int:
     import torch
 
     return torch.cuda.mem_get_info()[0] if device == "cuda" else _memory_bytes()

@@ -1,0 +1,235 @@
+"""What `trb init` chooses: lengths, batch, budget and precision of a first recipe, from the pair and the data.
+
+Every value comes with the reason that stands beside it in the file. Prompts are measured with the student's tokenizer,
+lengths are held to the positions of both models, and the batch is the largest that the doctor's estimate lets into the
+memory that is free here. Left out: writing the file (`trb.cli.init`), and finding out what is best.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Line", "draft"]
+
+GENERATED = ("zoo:", "reasoning-gym:")
+STEPS, WARMUP = 100, 25
+ROLLOUTS = 4  # of each prompt; the paper's
+READ = 2000  # prompts whose lengths are measured, of a source that has more
+LONGEST_COMPLETION = 512
+BUDGETS = (0.001, 0.005, 0.01, 0.02, 0.05)  # the paper's grid
+LORA_RANK = 16
+TINY, SMALL, LARGE = 10e6, 50e6, 300e6  # parameters of a student, between which recipes differ
+
+
+class Line(NamedTuple):
+    """A key of the recipe, its value, and why."""
+
+    key: str
+    value: Any
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The models, without their weights."""
+
+    student: "PreTrainedModel"
+    teacher: "PreTrainedModel"
+
+    @property
+    def positions(self) -> int | None:
+        """How many both models have; None if neither has a limit."""
+        from trb.models.modeling import position_limit
+
+        return min(filter(None, map(position_limit, (self.student, self.teacher))), default=None)
+
+    @property
+    def student_size(self) -> int:
+        return self.student.num_parameters()
+
+
+def draft(student: str, teacher: str, data: str) -> list[list[Line]]:
+    """The lines of a recipe, in paragraphs. Raises what loading the tokenizers, the prompts and the models raises."""
+    from trb.cli.outline import outline
+    from trb.studies.keys import RunConfig
+    from trb.studies.material import load_tokenizers
+    from trb.tasks.prompts import load_prompts
+
+    run = RunConfig(student, teacher, data)
+    if not load_tokenizers(run)[0].chat_template:
+        run.chat_template = "plain"
+    tokenizer, _ = load_tokenizers(run)
+    pair = _Pair(outline(run, "student"), outline(run, "teacher"))
+    rows = load_prompts(data, limit=None if data.startswith(GENERATED) else READ)
+    models = [
+        Line("student", student, f"{_in_millions(pair.student_size)} parameters"),
+        Line("teacher", teacher, f"{_in_millions(pair.teacher.num_parameters())} parameters"),
+        *_precision(),
+    ]
+    if run.chat_template:
+        models.append(Line("chat_template", run.chat_template, "the student's tokenizer has none"))
+    paragraphs = [models, _data(data, rows, tokenizer, pair), *_training(rows, pair), _evaluation(data, rows)]
+    return _fitted(paragraphs, pair)
+
+
+def _in_millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count < 1e9 else f"{count / 1e9:.1f} B"
+
+
+def _precision() -> list[Line]:
+    import torch
+
+    if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+        return []
+    return [
+        Line("student_dtype", "float32", "master weights; bf16 below computes in half precision"),
+        Line("teacher_dtype", "bfloat16", "frozen"),
+        Line("bf16", True),
+    ]
+
+
+# ---- lengths ----
+
+
+def _data(data: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", pair: _Pair) -> list[Line]:
+    """The prompts and how long they and their completions may be, within the positions of both models."""
+    from trb.tasks.prompts import render
+
+    lengths = [len(ids) for ids in render(tokenizer, rows)]
+    wanted, why = _completion_length(data, rows, tokenizer)
+    positions = pair.positions or math.inf
+    prompt = int(min(_rounded_up(max(lengths)), positions // 2))
+    completion = int(min(wanted, positions - prompt))
+    if completion < wanted:
+        why = f"what {positions} positions leave"
+    every = len(rows) < READ
+    lines = [Line("train_data", data, f"{len(rows):,} prompts" if every else f"{READ:,} prompts or more")]
+    if not every:
+        lines.append(Line("train_limit", STEPS * _prompts_per_step(rows), f"what {STEPS} steps use"))
+    seen = "them" if every else f"{READ:,} of them"
+    lines.append(Line("max_prompt_length", prompt, f"the longest of {seen} has {max(lengths)} tokens"))
+    if not every or max(lengths) > prompt:
+        lines.append(Line("overlong_prompts", "drop", "leave longer ones out"))
+    return [*lines, Line("max_completion_length", completion, why)]
+
+
+def _completion_length(data: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, str]:
+    """How many tokens a completion may have, and why: known where solutions can be made, a guess elsewhere."""
+    from trb.models.tokens import token_ids
+    from trb.zoo import TASKS
+
+    task = TASKS.get(data.removeprefix("zoo:").partition("?")[0]) if data.startswith("zoo:") else None
+    if task is None:
+        return LONGEST_COMPLETION, "raise it if few completions stop by themselves (stop % in the results)"
+    longest = max(len(token_ids(tokenizer, task.solution(row["prompt"][-1]["content"]))) for row in rows)
+    return _rounded_up(longest * 3 // 2), f"the longest worked solution has {longest} tokens"
+
+
+def _rounded_up(tokens: int) -> int:
+    return -(-tokens // 16) * 16
+
+
+# ---- method and training ----
+
+
+def _training(rows: "Dataset", pair: _Pair) -> Iterator[list[Line]]:
+    prompts, size = _prompts_per_step(rows), pair.student_size
+    yield [
+        Line("method", "trb", "opd: plain on-policy distillation; trb train --help-keys has the others"),
+        Line("initial_kl_budget", None),  # known with the lengths
+        Line("blend_warmup_steps", WARMUP, "the budget falls to 0 in so many steps (the paper: 15, 25 or 50)"),
+    ]
+    passes = f"{STEPS * prompts / len(rows):.1f} passes over the prompts" if len(rows) < READ else ""
+    yield [
+        Line("max_steps", STEPS, passes or "the paper: 400"),
+        Line("prompts_per_step", prompts, f"with {ROLLOUTS} rollouts each"),
+        Line("num_generations", ROLLOUTS),
+        Line("per_device_train_batch_size", None),  # known with everything else
+        _learning_rate(size),
+        Line(
+            "gradient_checkpointing", size >= SMALL, "saves memory" if size >= SMALL else "nothing to save at this size"
+        ),
+        Line("logging_steps", 1),
+        Line("save_steps", STEPS // 4, "an interrupted run goes on from here"),
+        Line("save_total_limit", 1),
+    ]
+
+
+def _learning_rate(size: int) -> Line:
+    """By the student's parameters: what the recipes of the package have at about that size."""
+    if size >= LARGE:
+        return Line("learning_rate", 1e-5, "the paper's")
+    return Line("learning_rate", 3e-4 if size < TINY else 1e-4, "a small model learns faster than the paper's 1e-5")
+
+
+def _prompts_per_step(rows: "Dataset") -> int:
+    """A power of two, which batches of 1, 2, 4 ... rollouts divide."""
+    return 2 ** int(math.log2(min(16, len(rows))))
+
+
+def _budget(completion: int) -> Line:
+    """The value of the paper's grid that spends about one nat over a whole completion."""
+    nearest = min(BUDGETS, key=lambda budget: abs(math.log(budget * completion)))
+    why = f"nats a token at first: of the paper's {', '.join(map(str, BUDGETS))} the nearest to 1 nat a completion"
+    return Line("initial_kl_budget", nearest, why)
+
+
+def _fitted(paragraphs: list[list[Line]], pair: _Pair) -> list[list[Line]]:
+    """The paragraphs with the budget, and with the largest batch that fits; with adapters where no batch does."""
+    values = {line.key: line.value for paragraph in paragraphs for line in paragraph}
+    found = {"initial_kl_budget": _budget(values["max_completion_length"])}
+    values["initial_kl_budget"] = found["initial_kl_budget"].value
+    adapters, batch, why = _batch(values, pair)
+    found["per_device_train_batch_size"] = Line("per_device_train_batch_size", batch, why)
+    if adapters:
+        found["learning_rate"] = Line("learning_rate", 1e-4, "adapters learn at a higher rate than the paper's 1e-5")
+        paragraphs[0].append(Line("lora_rank", LORA_RANK, "training every weight does not fit into the memory here"))
+    return [[found.get(line.key, line) for line in paragraph] for paragraph in paragraphs]
+
+
+def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
+    """(adapters, rollouts at once, why): the first of the candidates that the doctor's estimate lets in."""
+    from trb.cli.doctor import Launch, device_bytes, largest_phase
+    from trb.studies.recipe import make_recipe
+
+    rollouts = values["prompts_per_step"] * values["num_generations"]
+    batches = [2**power for power in range(int(math.log2(rollouts)), -1, -1)]
+    for rank in (0, LORA_RANK):
+        for batch in batches:
+            recipe = make_recipe({**values, "per_device_train_batch_size": batch, "lora_rank": rank})
+            args = recipe.training_config("unused")
+            available = device_bytes(args.device.type)
+            try:
+                _, parts = largest_phase(recipe.run, args, Launch(), pair.student, pair.teacher, available)
+            except ValueError:  # models whose layers cannot be told apart
+                return False, min(8, rollouts), "a guess: memory cannot be estimated for this model"
+            needed = sum(parts.values())
+            if needed <= 0.8 * available:
+                room = f"about {needed / 1e9:.1f} GB of the {available / 1e9:.1f} GB that are free here"
+                return rank > 0, batch, f"rollouts at once: {room}"
+    return True, 1, "too much even so for the memory that is free here: see trb doctor"
+
+
+# ---- evaluation ----
+
+
+def _evaluation(data: str, rows: "Dataset") -> list[Line]:
+    """Scores where there are other problems of the kind; else the loss on prompts that are set aside."""
+    if data.startswith(GENERATED):
+        return [
+            Line("eval_data", data, "its test split: other problems"),
+            Line("eval_limit", 256),
+            Line("eval_every", STEPS // 4),
+        ]
+    aside = min(32, (len(rows) - _prompts_per_step(rows)) // 4)
+    if aside < 1:
+        return []
+    return [
+        Line("held_out_prompts", aside, "for the loss on prompts that are never trained on; scores need eval_data"),
+        Line("held_out_every", STEPS // 4),
+    ]

@@ -1,0 +1,176 @@
+"""`trb init`: the recipe it writes runs as it is, and nothing is ever overwritten."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from trb import zoo
+from trb.cli import doctor, draft, main
+from trb.studies.recipe import Recipe, load_recipe
+from trb.tasks.prompts import load_prompts, render
+
+PAIR = ("--student", "zoo:student", "--teacher", "zoo:teacher")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def questions(path: str, count: int = 40, text: str = "{}+2+3=") -> str:
+    rows = [{"question": text.format(number % 10), "answer": str(number % 10 + 5)} for number in range(count)]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def initial(*arguments: str) -> Recipe:
+    assert main(["init", *arguments]) == 0
+    return load_recipe(next((name for name in arguments if name.endswith(".yaml")), "recipe.yaml"))
+
+
+def runs_a_step(config: str) -> dict[str, Any]:
+    """The doctor finds nothing wrong, and a step is trained and scored; returns the results."""
+    assert main(["doctor", "--config", config]) == 0
+    options = ["--max-steps", "1", "--quiet", "--output-dir", "runs/step"]
+    options += ["--eval-limit", "4"] if load_recipe(config).run.eval_data else []
+    assert main(["train", "--config", config, *options]) == 0
+    return json.loads(Path("runs/step/results.json").read_text())
+
+
+def test_without_arguments_it_is_the_embedded_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = initial()
+    assert "trb train --config recipe.yaml" in capsys.readouterr().out
+    run, training = recipe.run, recipe.training
+    assert (run.student, run.teacher, run.train_data) == ("zoo:student", "zoo:teacher", "zoo:chains")
+    lengths = [len(ids) for ids in render(zoo.load("student")[1], load_prompts("zoo:chains"))]
+    assert max(lengths) <= run.max_prompt_length < max(lengths) + 16
+    assert training["initial_kl_budget"] * training["max_completion_length"] == pytest.approx(1, rel=0.1)
+    assert training["per_device_train_batch_size"] == 64  # a whole step: the pair is tiny
+    assert "0.2 M parameters" in Path("recipe.yaml").read_text()
+    assert runs_a_step("recipe.yaml")["trb"]["pass_at_1"] is not None
+
+
+def test_every_line_says_why_or_speaks_for_itself() -> None:
+    initial()
+    lines = [line for line in Path("recipe.yaml").read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) < 30
+    bare = {line.partition(":")[0] for line in lines if "#" not in line}
+    assert bare <= {"num_generations", "logging_steps", "save_total_limit", "eval_limit", "eval_every"}
+    assert all(len(line) <= 140 for line in lines)
+
+
+def test_data_of_ones_own_with_the_recipe_in_another_folder() -> None:
+    questions("data.jsonl")
+    recipe = initial("recipes/mine.yaml", *PAIR, "--data", "data.jsonl")
+    assert Path(recipe.run.train_data).resolve() == Path("data.jsonl").resolve()
+    assert recipe.run.held_out_prompts > 0
+    assert recipe.run.eval_data == []
+    questions("recipes/data.jsonl", 1)  # what is meant stays what was named
+    runs_a_step("recipes/mine.yaml")
+
+
+def test_few_prompts_still_make_a_step() -> None:
+    recipe = initial(*PAIR, "--data", questions("data.jsonl", 3))
+    assert (recipe.run.prompts_per_step, recipe.run.held_out_prompts) == (2, 0)
+
+
+def test_lengths_keep_to_the_positions_of_the_models() -> None:
+    """The zoo's have 512."""
+    questions("data.jsonl", text="{}" + "+2" * 200 + "=")
+    recipe = initial(*PAIR, "--data", "data.jsonl")
+    assert recipe.run.max_prompt_length + recipe.training["max_completion_length"] <= 512
+    assert recipe.run.overlong_prompts == "drop"
+    with Path("data.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "1+1=", "answer": "2"}) + "\n")
+    assert main(["doctor", "--config", "recipe.yaml"]) == 0
+
+
+def test_of_much_data_a_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft, "READ", 30)
+    recipe = initial(*PAIR, "--data", questions("data.jsonl", 60))
+    assert recipe.run.overlong_prompts == "drop"  # the longest may be among those that were not read
+    assert recipe.run.train_limit == draft.STEPS * 16
+
+
+def test_a_tokenizer_without_a_template_gets_the_plain_one(tmp_path: Path) -> None:
+    model, tokenizer = zoo.load("student")
+    model.save_pretrained("bare")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained("bare")
+    Path("bare/chat_template.jinja").unlink(missing_ok=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "bare").chat_template is None
+    recipe = initial("--student", "./bare", "--teacher", "./bare", "--data", questions("data.jsonl"))
+    assert recipe.run.chat_template == "plain"
+    assert main(["doctor", "--config", "recipe.yaml"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fits", "rank", "batch"),
+    [
+        (lambda rank, batch: True, 0, 64),
+        (lambda rank, batch: batch <= 8, 0, 8),
+        (lambda rank, batch: rank > 0 and batch <= 4, 16, 4),
+        (lambda rank, batch: False, 16, 1),
+    ],
+)
+def test_the_batch_is_the_largest_that_fits_and_adapters_are_the_last_resort(
+    fits: Any, rank: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def estimate(run: Any, args: Any, launch: Any, student: Any, teacher: Any, available: float) -> Any:
+        needed = 0.5 if fits(run.lora_rank, args.per_device_train_batch_size) else 0.9
+        return "update", {"everything": needed * available}
+
+    monkeypatch.setattr(doctor, "largest_phase", estimate)
+    recipe = initial()
+    assert (recipe.run.lora_rank, recipe.training["per_device_train_batch_size"]) == (rank, batch)
+
+
+def test_a_model_that_cannot_be_planned_for_gets_a_small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*arguments: Any) -> Any:
+        raise ValueError("no layers")
+
+    monkeypatch.setattr(doctor, "largest_phase", unknown)
+    assert initial().training["per_device_train_batch_size"] == 8
+
+
+# ---- refusals ----
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["init", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("recipe.yaml").write_text("mine: 1\n")
+    assert "recipe.yaml is there already" in refused(capsys)
+    seen = Path.exists
+    absent = [Path("recipe.yaml")]  # as if it came after the first look
+    monkeypatch.setattr(Path, "exists", lambda path: seen(path) and not (path in absent and bool(absent.pop())))
+    assert "recipe.yaml is there already" in refused(capsys)
+    assert Path("recipe.yaml").read_text() == "mine: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["mine"], "ends in .yaml"),
+        (["--student", "zoo:student"], "--teacher and --data missing"),
+        (["--data", "zoo:chains"], "--student and --teacher missing"),
+        ([*PAIR, "--data", "none.jsonl"], "there is no file none.jsonl"),
+        ([*PAIR, "--data", "zoo:chain"], "unknown task"),
+        (
+            ["--student", "zoo:studnet", "--teacher", "zoo:teacher", "--data", "zoo:chains"],
+            "did you mean 'zoo:student'",
+        ),
+    ],
+)
+def test_what_cannot_be_a_recipe_is_refused_and_leaves_no_file(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert complaint in refused(capsys, *arguments)
+    assert list(Path().iterdir()) == []
