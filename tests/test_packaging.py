@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -79,3 +82,45 @@ def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-I", "-c", code]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`trb` as pip installs it from the wheel, in an environment of its own that borrows the dependencies of this one.
+
+    The checkout is not among them: what an editable install adds to the path stands in a .pth file, which is read in
+    the first folder of packages alone.
+    """
+    environment = tmp_path_factory.mktemp("environment")
+    venv.create(environment)
+    python = environment / "bin" / "python"
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    result = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return environment / "bin" / "trb"
+
+
+@pytest.mark.slow
+def test_the_first_commands_of_a_new_user_run_in_an_empty_directory(command: Path, tmp_path: Path) -> None:
+    few = ["--max-steps", "2", "--train-limit", "16", "--prompts-per-step", "2", "--per-device-train-batch-size", "8"]
+    few += ["--eval-limit", "4", "--quiet"]
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for arguments in (
+        ["compare", "--config", "quickstart", *few],
+        ["init"],
+        ["train", "--config", "recipe.yaml", *few],
+        ["eval", "--model", "runs/recipe", "--data", "zoo:chains", "--limit", "4", "--max-new-tokens", "48", "--quiet"],
+        ["report", "runs/recipe"],
+    ):
+        result = subprocess.run(
+            [str(command), *arguments], cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, (arguments, result.stdout, result.stderr)
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "runs"}
+    for run in ("quickstart", "recipe"):
+        assert (tmp_path / "runs" / run / "report.html").is_file()
+    where = [str(command.with_name("python")), "-c", "import trb; print(trb.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=60)
+    assert Path(found.stdout.strip()).is_relative_to(command.parents[1])

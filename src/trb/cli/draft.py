@@ -144,6 +144,7 @@ def _training(rows: "Dataset", pair: _Pair) -> Iterator[list[Line]]:
         Line("initial_kl_budget", None),  # known with the lengths
         Line("blend_warmup_steps", WARMUP, "the budget falls to 0 in so many steps (the paper: 15, 25 or 50)"),
     ]
+    checkpointing = "less memory, more time" if size >= SMALL else "nothing to save at this size"
     passes = f"{STEPS * prompts / len(rows):.1f} passes over the prompts" if len(rows) < READ else ""
     yield [
         Line("max_steps", STEPS, passes or "the paper: 400"),
@@ -151,9 +152,7 @@ def _training(rows: "Dataset", pair: _Pair) -> Iterator[list[Line]]:
         Line("num_generations", ROLLOUTS),
         Line("per_device_train_batch_size", None),  # known with everything else
         _learning_rate(size),
-        Line(
-            "gradient_checkpointing", size >= SMALL, "saves memory" if size >= SMALL else "nothing to save at this size"
-        ),
+        Line("gradient_checkpointing", size >= SMALL, checkpointing),
         Line("logging_steps", 1),
         Line("save_steps", STEPS // 4, "an interrupted run goes on from here"),
         Line("save_total_limit", 1),
