@@ -286,7 +286,7 @@ def test_the_walk_through_extending_runs() -> None:
 def test_recipes_and_flags_for_users_exist() -> None:
     from trb.cli import main
 
-    for recipe in re.findall(r"--config (\S+)", USE):
+    for recipe in re.findall(r"--config ([\w./-]+)", USE):
         assert recipe_file(recipe).exists(), recipe
     for command in sorted(set(re.findall(r"^trb (\w+)", USE, re.M))):
         with pytest.raises(SystemExit) as stop:

@@ -27,8 +27,8 @@ EXAMPLES = {
     trb doctor --config qwen3-1.7b-from-8b""",
     "init": """\
     trb init
-    trb init smollm2.yaml --student smollm2-135m --teacher runs/teacher/model --data questions.jsonl
-    trb init --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main""",
+    trb init long.yaml --student zoo:student --teacher zoo:teacher --data zoo:chains?operands=8
+    trb init qwen3.yaml --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main""",
     "train": """\
     trb train --config baselines/trb
     trb train --config baselines/trb --output-dir runs/try --initial-kl-budget 0.1 --seed 1

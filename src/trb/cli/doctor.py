@@ -52,7 +52,11 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="RECIPE", help="check the pair, lengths and batch of this recipe")
     parser.add_argument("--student", metavar="SPEC", help="with --teacher: check this pair")
     parser.add_argument("--teacher", metavar="SPEC", help="with --student: check this pair")
-    parser.add_argument("--launch", metavar="FILE", help="estimate memory for this `accelerate launch` configuration")
+    parser.add_argument(
+        "--launch",
+        metavar="FILE",
+        help="estimate memory for these settings of `accelerate launch`: a file, or accelerate/ddp, fsdp2 or zero3",
+    )
     add_plan_arguments(parser)
 
 

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trb.tasks.sources import REASONING_GYM
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Line", "draft"]
 
-GENERATED = ("zoo:", "reasoning-gym:")
+GENERATED = ("zoo:", REASONING_GYM)
 STEPS, WARMUP = 100, 25
 ROLLOUTS = 4  # of each prompt; the paper's
 READ = 2000  # prompts whose lengths are measured, of a source that has more
@@ -89,7 +91,7 @@ def _precision() -> list[Line]:
     return [
         Line("student_dtype", "float32", "master weights; bf16 below computes in half precision"),
         Line("teacher_dtype", "bfloat16", "frozen"),
-        Line("bf16", True),
+        Line("bf16", True, "half precision, without its narrow range"),
     ]
 
 
@@ -113,7 +115,8 @@ def _data(data: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", pair
         lines.append(Line("train_limit", STEPS * _prompts_per_step(rows), f"what {STEPS} steps use"))
     seen = "them" if every else f"{READ:,} of them"
     lines.append(Line("max_prompt_length", prompt, f"the longest of {seen} has {max(lengths)} tokens"))
-    if not every or max(lengths) > prompt:
+    # Some tasks of reasoning-gym make other prompts in the next process.
+    if not every or max(lengths) > prompt or data.startswith(REASONING_GYM):
         lines.append(Line("overlong_prompts", "drop", "leave longer ones out"))
     return [*lines, Line("max_completion_length", completion, why)]
 
