@@ -59,6 +59,7 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_load_best_model": ["self"],
         "_load_callback_state": ["self"],
         "_send_telemetry": ["self"],
+        "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     }
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(DistillationTrainer, name)).parameters) == parameters, name
@@ -629,17 +630,27 @@ def test_a_bad_option_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]
 REFUSED = {
     "auto_find_batch_size": True,
     "average_tokens_across_devices": False,
+    "batch_eval_metrics": True,
     "beta": 0.5,
     "cache_implementation": "static",
     "data_seed": 3,
     "dataloader_in_order": False,
+    "ds3_gather_for_generation": False,
+    "eval_accumulation_steps": 2,
+    "eval_do_concat_batches": False,
+    "eval_use_gather_object": True,
     "generation_kwargs": {"num_beams": 2},
+    "include_for_metrics": ["inputs"],
+    "label_names": ["labels"],
     "label_smoothing_factor": 0.1,
+    "length_column_name": "lengths",
+    "max_tool_calling_iterations": 3,
     "min_p": 0.1,
     "neftune_noise_alpha": 5.0,
     "repetition_penalty": 1.1,
     "top_k": 50,
     "top_p": 0.9,
+    "torch_compile": True,
     "train_sampling_strategy": "group_by_length",
     "vllm_structured_outputs_regex": "[0-9]+",
 }
@@ -648,7 +659,7 @@ HONOURED = """
     bf16 bf16_full_eval chat_template_kwargs disable_dropout fp16 fp16_full_eval full_determinism
     gradient_accumulation_steps max_completion_length model_init_kwargs num_train_epochs max_steps
     per_device_eval_batch_size per_device_train_batch_size seed shuffle_dataset teacher_model_init_kwargs
-    teacher_model_revision temperature tf32 torch_compile torch_compile_backend torch_compile_mode trust_remote_code
+    teacher_model_name_or_path teacher_model_revision temperature tf32 trust_remote_code
     use_liger_kernel liger_kernel_config vllm_max_model_length ignore_data_skip
 """
 # The optimizer's step from a gradient that is the same.
@@ -656,24 +667,23 @@ OPTIMISER = """
     adam_beta1 adam_beta2 adam_epsilon learning_rate lr_scheduler_kwargs lr_scheduler_type max_grad_norm optim
     optim_args optim_target_modules warmup_steps weight_decay
 """
-# Where and how it is computed, logged and saved; or read by scripts, and by nothing here.
+# Where and how it is computed, logged and saved; or read by scripts, and by nothing here. A backend or mode of
+# torch_compile turns that on, which is refused.
 HARMLESS = """
-    accelerator_config batch_eval_metrics dataloader_drop_last dataloader_multiprocessing_context
-    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
-    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug
-    deepspeed disable_tqdm do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint
-    eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy
-    eval_use_gather_object fsdp fsdp_config gradient_checkpointing gradient_checkpointing_kwargs greater_is_better
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
-    include_num_input_tokens_seen label_names length_column_name load_best_model_at_end local_rank log_completions
-    log_level log_level_replica log_on_each_node log_unique_prompts logging_first_step logging_nan_inf_filter
-    logging_steps logging_strategy max_tool_calling_iterations metric_for_best_model num_completions_to_print
-    output_dir pad_to_multiple_of parallelism_config prediction_loss_only project push_to_hub remove_unused_columns
-    report_to restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
-    save_only_model save_steps save_strategy save_total_limit skip_memory_metrics teacher_model_name_or_path
+    accelerator_config dataloader_drop_last dataloader_multiprocessing_context dataloader_num_workers
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
+    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
+    do_predict do_train enable_jit_checkpoint eval_delay eval_on_start eval_steps eval_strategy fsdp fsdp_config
+    gradient_checkpointing gradient_checkpointing_kwargs greater_is_better hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token include_num_input_tokens_seen load_best_model_at_end
+    local_rank log_completions log_level log_level_replica log_on_each_node log_unique_prompts logging_first_step
+    logging_nan_inf_filter logging_steps logging_strategy metric_for_best_model num_completions_to_print output_dir
+    pad_to_multiple_of parallelism_config prediction_loss_only project push_to_hub remove_unused_columns report_to
+    restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node save_only_model
+    save_steps save_strategy save_total_limit skip_memory_metrics torch_compile_backend torch_compile_mode
     torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_cpu use_vllm
-    vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_mode vllm_model_impl vllm_server_base_url
-    vllm_server_host vllm_server_port vllm_server_timeout vllm_tensor_parallel_size
+    vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_mode vllm_model_impl
+    vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_tensor_parallel_size
 """
 
 

@@ -105,7 +105,7 @@ def check_adapter(config: Any) -> None:
     options = config if isinstance(config, Mapping) else vars(config)
     kind = str(getattr(options.get("peft_type"), "value", options.get("peft_type")))
     if kind in _VIRTUAL_TOKENS:
-        why = "it puts virtual tokens before the prompt, which are not part of the model that is sampled from"
+        why = "it puts virtual tokens before the prompt (Prompt-learning), not into the model that is sampled from"
     elif kind not in _IN_PLACE:
         why = f"only adapters that replace single layers are ({', '.join(_IN_PLACE)})"
     elif options.get("alora_invocation_tokens"):

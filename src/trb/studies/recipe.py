@@ -50,7 +50,8 @@ class Recipe:
 
     def training_config(self, output_dir: str | os.PathLike[str]) -> TRBConfig:
         """The trainer's configuration. Raises ConfigError, naming the source, for values that it refuses."""
-        options = dict(self.training)
+        # Said, since it is what `resolved` records: the trainer's default fits the batch.
+        options = {"num_generations": int(self._value("num_generations")), **self.training}
         try:
             if self.run.prompts_per_step is not None:
                 options["gradient_accumulation_steps"] = self.accumulation_steps()

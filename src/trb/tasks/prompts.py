@@ -102,7 +102,9 @@ def load_prompts(
         ]
     if system_prompt is not None:
         rows = [row | {"prompt": _with_system(row["prompt"], system_prompt)} for row in rows]
-    return _to_dataset(rows)
+    dataset = _to_dataset(rows)
+    dataset.info.dataset_name = Path(name).name if Path(name).exists() else name  # for model cards
+    return dataset
 
 
 def render(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.utils import logging
 from trl import DistillationConfig
 
 from trb.errors import InputError
@@ -18,9 +19,11 @@ from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, 
 
 __all__ = ["REPLICA_DTYPES", "TRBConfig"]
 
-# Options of TRL and transformers that would change the sampled law, the prompts of a step or the loss, with the only
-# value this trainer supports. A test classifies every option of the installed versions.
-_UNSUPPORTED = {
+logger = logging.get_logger(__name__)
+
+# Options of TRL and transformers that would change the sampled law, the prompts of a step or the loss, or that would do
+# nothing here, with the only value this trainer supports. A test classifies every option of the installed versions.
+_UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "beta": (1.0, "the loss is the reverse KL"),
     "top_p": (1.0, "completions are drawn from the exact law; truncating it is not supported"),
     "top_k": (0, "completions are drawn from the exact law; for the loss's support set loss_top_k"),
@@ -30,16 +33,36 @@ _UNSUPPORTED = {
     "cache_implementation": (None, "trb's samplers manage their own caches"),
     "vllm_structured_outputs_regex": (None, "completions are drawn from the exact law; a grammar would truncate it"),
     "label_smoothing_factor": (0.0, "the loss is the reverse KL, which has no labels"),
+    "label_names": (None, "the loss is the reverse KL, which has no labels"),
     "neftune_noise_alpha": (None, "the loss is taken at the policy that was sampled from, without noise"),
     "average_tokens_across_devices": (True, "the loss is the mean over the completion tokens of all processes"),
     "auto_find_batch_size": (False, "a step has as many rollouts as its batch; set per_device_train_batch_size"),
     "train_sampling_strategy": ("random", "each prompt is repeated for its rollouts; set shuffle_dataset"),
+    "length_column_name": ("length", "prompts are not grouped by length"),
     "data_seed": (None, "the order of prompts follows seed"),
     "dataloader_in_order": (True, "rollouts are reused over accumulation steps, which takes batches in their order"),
+    "torch_compile": (False, "models are read layer by layer inside the wrapper that compiles, which would do nothing"),
+    "max_tool_calling_iterations": (None, "completions are single turns without tools"),
+    "ds3_gather_for_generation": (True, "under ZeRO-3 a whole copy is sampled from; see replica_dtype"),
+    "include_for_metrics": ([], "an evaluation keeps no predictions; pass reward_fn to measure completions"),
+    "batch_eval_metrics": (False, "an evaluation keeps no predictions; pass reward_fn to measure completions"),
+    "eval_accumulation_steps": (None, "an evaluation keeps no predictions"),
+    "eval_do_concat_batches": (True, "an evaluation keeps no predictions"),
+    "eval_use_gather_object": (False, "an evaluation keeps no predictions"),
+}
+# The same of `accelerator_config`.
+_UNSUPPORTED_IN_ACCELERATE: dict[str, tuple[tuple, str]] = {
+    "split_batches": ((False,), "every process has per_device_train_batch_size rollouts"),
+    "dispatch_batches": ((None, False), "every process reads its own prompts"),
+    "use_seedable_sampler": ((True,), "the order of prompts follows seed"),
 }
 
 # The dtype of what is sampled from under sharding; None is decided by the precision of training.
 REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Preferred(int):
+    """A number that nobody chose, and that may give way."""
 
 
 @dataclass
@@ -70,7 +93,13 @@ class TRBConfig(DistillationConfig):
             + "; ".join(f"{name}: {half.text}" for name, half in TARGETS.items())
         },
     )
-    num_generations: int = field(default=4, metadata={"help": "Rollouts per prompt in an optimizer step."})
+    num_generations: int = field(
+        default=_Preferred(4),
+        metadata={
+            "help": "Rollouts per prompt in an optimizer step. Left out, the largest number up to 4 that divides its "
+            "completions."
+        },
+    )
     initial_kl_budget: float | None = field(
         default=None,
         metadata={
@@ -250,9 +279,7 @@ class TRBConfig(DistillationConfig):
         _check_choice("budget_schedule", self.budget_schedule, BUDGET_SCHEDULES)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
-        for name, (supported, why) in _UNSUPPORTED.items():
-            if getattr(self, name) != supported:
-                raise InputError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
+        self._refuse_unsupported()
         if "chat_template" in (self.chat_template_kwargs or {}):
             raise InputError(
                 "chat_template_kwargs sets chat_template; set the tokenizer's chat_template instead (in recipes, "
@@ -285,6 +312,34 @@ class TRBConfig(DistillationConfig):
                 raise InputError(f"{name} must lie in [0, 1], got {value}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
+        if isinstance(self.num_generations, _Preferred):
+            self.num_generations = self._fitting_generations(int(self.num_generations))
+
+    def _refuse_unsupported(self) -> None:
+        for name, (supported, why) in _UNSUPPORTED.items():
+            if getattr(self, name) != supported:
+                raise InputError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
+        for name, (allowed, why) in _UNSUPPORTED_IN_ACCELERATE.items():
+            value = getattr(self.accelerator_config, name)
+            if value not in allowed:
+                raise InputError(
+                    f"accelerator_config with {name}={value!r} is not supported ({why}); leave it at {allowed[0]!r}"
+                )
+
+    @property
+    def completions_per_step(self) -> int:
+        """Of one optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    def _fitting_generations(self, preferred: int) -> int:
+        batch = self.completions_per_step
+        fitting = max((count for count in range(1, preferred + 1) if batch % count == 0), default=1)
+        if fitting != preferred and self.process_index == 0:
+            logger.warning(
+                f"num_generations={fitting}: the default of {preferred} does not divide the {batch} completions of one "
+                "optimizer step (per_device_train_batch_size x processes x gradient_accumulation_steps)"
+            )
+        return fitting
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str] | Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from trb.models.loading import check_model, load_tokenizer, resolve
 from trb.models.modeling import has_adapters, without_adapters
 from trb.training.config import TRBConfig
 
-__all__ = ["check_router_loss", "checked_student", "checked_teacher"]
+__all__ = ["check_router_loss", "checked_student", "loaded_teacher", "teacher_tokenizer"]
 
 
 def load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTrainedModel:
@@ -38,7 +38,7 @@ def load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTrained
 
 def checked_student(
     model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: TRBConfig
-) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase | None]:
+) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
     """The student, under the name of what was checked, and its tokenizer, loaded here where it was left out."""
     options: dict[str, Any] = dict(cast(dict, args.model_init_kwargs) or {})
     trust = options.get("trust_remote_code", args.trust_remote_code)
@@ -46,36 +46,30 @@ def checked_student(
     if isinstance(model, str):
         revision = options.get("revision")
         name = model = check_model(model, trust_remote_code=trust, revision=revision)
-    if tokenizer is None and name:
+    if tokenizer is None:
+        if not name:
+            raise InputError("the student does not say where it was loaded from: pass its tokenizer, processing_class")
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
         tokenizer.padding_side = tokenizer.truncation_side = "left"  # as TRL would
     return model, tokenizer
 
 
-def checked_teacher(
+def teacher_tokenizer(
     model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: TRBConfig
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The teacher and its tokenizer, both loaded here where `model` is a name."""
-    if not isinstance(model, str):
-        check_loaded(args)
-        return model, tokenizer
-    if tokenizer is None:
-        tokenizer = load_tokenizer(
-            model,
-            trust_remote_code=args.trust_remote_code,
-            revision=None if adapter_base(model) else args.teacher_model_revision,
-        )
-    return load_teacher(model, args, args.teacher_model_revision), tokenizer
+) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer, loaded here where it was left out and `model` is a name; None where neither tells."""
+    if tokenizer is not None or not isinstance(model, str):
+        return tokenizer
+    return load_tokenizer(
+        model,
+        trust_remote_code=args.trust_remote_code,
+        revision=None if adapter_base(model) else args.teacher_model_revision,
+    )
 
 
-def check_loaded(args: TRBConfig) -> None:
-    """Refuse options of a teacher that is to be loaded, where one is given that is."""
-    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-        if getattr(args, name) is not None:
-            raise InputError(
-                f"{name}={getattr(args, name)!r} does nothing for a teacher_model that is loaded already: load it so, "
-                "or pass its path or hub id"
-            )
+def loaded_teacher(model: str | PreTrainedModel, args: TRBConfig) -> PreTrainedModel:
+    """The teacher, loaded here where `model` is a name."""
+    return load_teacher(model, args, args.teacher_model_revision) if isinstance(model, str) else model
 
 
 def check_router_loss(student: nn.Module) -> None:

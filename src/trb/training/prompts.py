@@ -22,6 +22,7 @@ from trl.trainer.utils import RepeatSampler
 from trb.errors import InputError
 from trb.models.modeling import position_limit, without_adapters
 from trb.models.tokens import check_room, token_ids
+from trb.training.arguments import named_datasets
 from trb.training.config import TRBConfig
 from trb.training.ranks import Ranks
 
@@ -39,16 +40,12 @@ class PromptsInOrder(DistillationTrainer):
     _ranks: Ranks
     _prompts_checked: bool = False
 
-    def _global_batch(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
-
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return _EpochSampler(
             epoch=lambda: int(self.state.epoch or 0),
             data_source=cast(Sized, self.train_dataset if dataset is None else dataset),
             mini_repeat_count=self.args.num_generations,
-            batch_size=self._global_batch() // self.args.num_generations,
+            batch_size=self.args.completions_per_step // self.args.num_generations,
             repeat_count=self.args.gradient_accumulation_steps,
             shuffle=bool(self.shuffle_dataset),
             seed=self.args.seed,
@@ -65,7 +62,7 @@ class PromptsInOrder(DistillationTrainer):
         if self._prompts_checked:
             return
         args, rows = self.args, len(cast(Sized, self.train_dataset))
-        needed = self._global_batch() // args.num_generations
+        needed = args.completions_per_step // args.num_generations
         if rows < needed:
             raise InputError(
                 f"train_dataset has {rows} prompts, fewer than the {needed} of one optimizer step: "
@@ -73,11 +70,7 @@ class PromptsInOrder(DistillationTrainer):
                 f"processes x gradient_accumulation_steps={args.gradient_accumulation_steps} completions, "
                 f"num_generations={args.num_generations} of each prompt. Add prompts, or lower one of the first two"
             )
-        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else None
-        evaluated = {f"eval_dataset[{key!r}]": rows for key, rows in (several or {}).items()}
-        if several is None and self.eval_dataset is not None:
-            evaluated = {"eval_dataset": self.eval_dataset}
-        for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
+        for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
             if not isinstance(dataset, IterableDataset):
                 self._ranks.from_first(partial(self._check_room, name, dataset))
         self._prompts_checked = True

@@ -60,6 +60,7 @@ _FREE_BECAUSE = {
         checkpoint_checksums push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
         hub_revision""",
     "says which step to begin with, or to give up at": "resume_from_checkpoint max_skipped_steps",
+    "names a model, whose weights are compared": "teacher_model_name_or_path",
     "lays out the same evaluation (its draws are functions of prompt and seed)": """
         eval_on_start per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
         prediction_loss_only include_for_metrics batch_eval_metrics label_names""",
@@ -75,7 +76,7 @@ _FREE_BECAUSE = {
         ddp_timeout local_rank vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_server_base_url vllm_server_host
         vllm_server_port vllm_server_timeout vllm_request_timeout vllm_group_port""",
     "is read by nothing here": """
-        do_train do_eval do_predict train_sampling_strategy length_column_name teacher_model_name_or_path
+        do_train do_eval do_predict train_sampling_strategy length_column_name
         max_tool_calling_iterations""",
 }
 FREE = {name: reason for reason, names in _FREE_BECAUSE.items() for name in names.split()}
@@ -256,7 +257,9 @@ def plain(value: Any) -> Any:
         return sorted(map(plain, value), key=str)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | str | float):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # and no class of its own, which YAML would not write
+    if value is None or isinstance(value, bool | str | float):
         return value
     # The text of other objects may hold their address.
     return str(value) if isinstance(value, torch.dtype | torch.device | Path) else type(value).__qualname__

@@ -6,9 +6,10 @@ policy and loss are is said in `trb.training.methods`.
 
 Those two are replaced here. What else is touched has a part of its own, which lists its seams as this one does: the
 order of prompts, also replaced (`trb.training.prompts`), saving and resume (`trb.training.saving`), steps that are not
-taken (`trb.training.guard`), metrics and records (`trb.training.logged`), and TRL's vLLM (`trb.training.vllm`).
-docs/architecture.md has all of them in one table, which a test holds to the classes. The loop, sharding, PEFT, logging
-services and the hub are TRL's and transformers'.
+taken (`trb.training.guard`), metrics and records (`trb.training.logged`), the model card (`trb.training.card`), and
+TRL's vLLM (`trb.training.vllm`). docs/architecture.md has all of them in one table, which a test holds to the classes.
+What is refused is said in `trb.training.arguments`. The loop, sharding, PEFT, logging services and the hub are TRL's
+and transformers'.
 
 Seams of TRL overridden here, checked by a contract test against the installed version:
 - `__init__` accepts `teacher_model=None` and then leaves `self.teacher_model = None` to us (we prepare the teacher
@@ -17,11 +18,11 @@ Seams of TRL overridden here, checked by a contract test against the installed v
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
   inside the student's wrapper;
-- `_send_telemetry` is silenced; `_tag_names`, `_name` and `_paper` are what the model card says.
+- `_send_telemetry` is silenced; `_tag_names`, `_name` and `_paper` are what the model card and its tags say.
 
 And used as they are: `_forward_redirection` does for the teacher's wrapper what is done for the student's;
 `eos_token_ids` are the stop ids of TRL's own generation and of its metrics; `vllm_generation.generation_kwargs` go into
-every request of its vLLM, in this process or served; `_is_vlm` and `_tokenizer` say what the student reads.
+every request of its vLLM, in this process or served; `_tokenizer` is what the student reads with.
 
 Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 """
@@ -36,7 +37,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -53,6 +53,8 @@ from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
 from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.vllm import stopping_parameters
+from trb.training.arguments import check_arguments, chosen_teacher, complete_config
+from trb.training.card import CardedTrainer
 from trb.training.config import REPLICA_DTYPES, TRBConfig
 from trb.training.guard import GuardedTrainer, StepGuard
 from trb.training.logged import MeasuredTrainer, RewardFunction, ShowSteps
@@ -63,7 +65,7 @@ from trb.training.methods import (
     target_of,
 )
 from trb.training.metrics import Observers, Sums
-from trb.training.pair import check_router_loss, checked_student, checked_teacher
+from trb.training.pair import check_router_loss, checked_student, loaded_teacher, teacher_tokenizer
 from trb.training.ranks import Ranks
 from trb.training.recording import RunRecorder, survive_failures
 from trb.training.saving import ResumableTrainer
@@ -84,10 +86,7 @@ __all__ = ["TRBTrainer"]
 logger = logging.get_logger(__name__)
 
 
-# A step after every warm-up.
-
-
-class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
+class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTrainer):
     """On-policy distillation with trust-region behavior blending, and every baseline of the paper.
 
     ```python
@@ -103,19 +102,21 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
     Args:
         model: student; a path or hub id, or a loaded causal LM.
         teacher_model: teacher; the same, or a directory with a LoRA adapter, or a `PeftModel`. It must share the
-            student's tokenizer; the head may be padded differently and the end-of-sequence id may differ.
-        args: a `TRBConfig`.
-        train_dataset: map-style dataset with a `"prompt"` column.
+            student's tokenizer; the head may be padded differently and the end-of-sequence id may differ. None takes
+            `args.teacher_model_name_or_path`.
+        args: a `TRBConfig`; None for the defaults.
+        train_dataset: map-style dataset with a `"prompt"` column: text, or messages without images.
         eval_dataset: prompts on which `evaluate` reports the loss on student rollouts.
         processing_class: the tokenizer, padding on the left; loaded with the student when None.
         teacher_processing_class: the teacher's tokenizer, only to check that it is the same; loaded when
             `teacher_model` is a path or hub id.
         reward_fn: `(completions, rows) -> rewards`, logged and never trained on.
-        callbacks, optimizers, quantization_config, peft_config: as in `DistillationTrainer`.
+        callbacks, optimizers, quantization_config, peft_config: as in `DistillationTrainer`, by name.
 
     Raises:
         ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
-            a student with a router loss, or a batch that `num_generations` does not divide.
+            a student with a router loss, a batch that `num_generations` does not divide, prompts without the column, or
+            an argument that would be ignored. What needs no weights is refused before a model is loaded.
     """
 
     _tag_names = ["trl", "trb"]  # noqa: RUF012
@@ -132,8 +133,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel,
-        args: TRBConfig,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: TRBConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -141,11 +142,23 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         reward_fn: RewardFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(train_dataset, IterableDataset):
-            raise InputError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
-        if kwargs.get("tools"):
-            raise InputError("TRBTrainer samples single turns; tools are not supported")
+        args = complete_config(args, model)
+        teacher_model = chosen_teacher(teacher_model, args)
+        check_arguments(
+            args,
+            model=model,
+            teacher_model=teacher_model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            teacher_processing_class=teacher_processing_class,
+            reward_fn=reward_fn,
+            others=kwargs,
+        )
         model, processing_class = checked_student(model, processing_class, args)
+        teacher_processing_class = teacher_tokenizer(teacher_model, teacher_processing_class, args)
+        if teacher_processing_class is not None:
+            check_same_tokenizer(processing_class, teacher_processing_class)
         with deferred_generation(args.vllm_request_timeout):
             super().__init__(
                 model=model,
@@ -156,16 +169,11 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
-        if self._is_vlm:
-            raise InputError(f"TRBTrainer handles text models only, got {type(self.model).__name__}")
         check_router_loss(self.model)
-        self._check_batch()
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
-        teacher_model, teacher_processing_class = checked_teacher(teacher_model, teacher_processing_class, args)
-        if teacher_processing_class is not None:
-            check_same_tokenizer(self._tokenizer, teacher_processing_class)
+        teacher_model = loaded_teacher(teacher_model, args)
         if shards_parameters(self.accelerator):
             check_sharding(self.accelerator, self.model, teacher_model)
             leave_outputs_alone(self.accelerator)
@@ -195,14 +203,6 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer):
         self._all_own, self._of_both_kinds, self._blended = True, False, list[bool]()
 
     # ---- set-up ----
-
-    def _check_batch(self) -> None:
-        batch, generations = self._global_batch(), self.args.num_generations
-        if batch % generations:
-            raise InputError(
-                f"the batch of one optimizer step is {batch} completions (per_device_train_batch_size x processes x "
-                f"gradient_accumulation_steps), which num_generations={generations} does not divide; change one of them"
-            )
 
     def _replica(self) -> Replica | None:
         """The student's whole copy to sample from, where training will shard the student."""

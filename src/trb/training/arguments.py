@@ -1,0 +1,166 @@
+"""What a trainer is constructed with: refused here where it would be ignored or fail later, before a model is loaded.
+
+Left out: options that are refused whatever they come with (`trb.training.config`), and what the models and tokenizers
+themselves tell (`trb.training.pair`).
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.utils import get_config_model_id
+
+from trb.errors import InputError
+from trb.models.modeling import check_adapter
+from trb.training.config import TRBConfig
+
+__all__ = ["check_arguments", "chosen_teacher", "complete_config", "named_datasets"]
+
+_IMAGES = ("image", "images")
+
+
+def complete_config(args: Any, model: str | PreTrainedModel) -> TRBConfig:
+    """The configuration, or the defaults where it was left out; as in TRL, the directory has the student's name."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return TRBConfig(f"{Path(name or 'student').name}-TRB")
+    if not isinstance(args, TRBConfig):
+        raise InputError(
+            f"args is a {type(args).__name__}: pass a TRBConfig, which has all options of DistillationConfig"
+        )
+    return args
+
+
+def chosen_teacher(teacher_model: str | PreTrainedModel | None, args: TRBConfig) -> str | PreTrainedModel:
+    """The teacher that was passed, or that the configuration names."""
+    named = args.teacher_model_name_or_path
+    if teacher_model is None:
+        if named is None:
+            raise InputError("teacher_model is missing: pass a path, a hub id or a loaded model")
+        return named
+    if isinstance(teacher_model, str) and named not in (None, teacher_model):
+        raise InputError(
+            f"teacher_model={teacher_model!r} and teacher_model_name_or_path={named!r} are two teachers: give one"
+        )
+    return teacher_model
+
+
+def check_arguments(
+    args: TRBConfig,
+    *,
+    model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    teacher_processing_class: Any,
+    reward_fn: Any,
+    others: Mapping[str, Any],
+) -> None:
+    """Refuse what cannot be trained with. `others` are the arguments that TRL's constructor gets as they are.
+
+    Raises:
+        ValueError: names the argument and what to pass instead.
+    """
+    _check_tokenizer("processing_class", processing_class, "")
+    _check_tokenizer("teacher_processing_class", teacher_processing_class, "; pass callbacks by name, callbacks=[...]")
+    if reward_fn is not None and not callable(reward_fn):
+        raise InputError(
+            f"reward_fn is a {type(reward_fn).__name__} and no function; pass optimizers by name, optimizers=(...)"
+        )
+    if others.get("tools"):
+        raise InputError("TRBTrainer samples single turns; tools are not supported")
+    if others.get("peft_config") is not None:
+        check_adapter(others["peft_config"])
+    loading = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": others.get("quantization_config")}
+    _check_loading("model", model, loading)
+    names = ("teacher_model_init_kwargs", "teacher_model_revision")
+    _check_loading("teacher_model", teacher_model, {name: getattr(args, name) for name in names})
+    _check_batch(args)
+    if isinstance(train_dataset, IterableDataset):
+        raise InputError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
+    if isinstance(train_dataset, dict):
+        raise InputError(f"train_dataset has the splits {', '.join(train_dataset)}: pass one of them")
+    for name, rows in named_datasets(train_dataset, eval_dataset):
+        _check_columns(name, rows)
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
+    """Each set of prompts that was given, with what to call it."""
+    several = eval_dataset if isinstance(eval_dataset, dict) else None
+    named = {"train_dataset": train_dataset, **({"eval_dataset": eval_dataset} if several is None else {})}
+    named |= {f"eval_dataset[{key!r}]": rows for key, rows in (several or {}).items()}
+    yield from ((name, rows) for name, rows in named.items() if rows is not None)
+
+
+def _check_tokenizer(name: str, value: Any, hint: str) -> None:
+    if isinstance(value, ProcessorMixin):
+        raise InputError(
+            f"{name} is a {type(value).__name__}, and TRBTrainer reads text alone: pass its tokenizer, as "
+            f"{name}=processor.tokenizer"
+        )
+    if value is not None and not isinstance(value, PreTrainedTokenizerBase):
+        raise InputError(f"{name} is a {type(value).__name__} and no tokenizer{hint}")
+
+
+def _check_loading(role: str, model: str | PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Refuse options of a model that is to be loaded, where one is given that is."""
+    for name, value in options.items():
+        if value is not None and not isinstance(model, str):
+            raise InputError(
+                f"{name}={value!r} does nothing for a {role} that is loaded already: load it so, or pass its path or "
+                "hub id"
+            )
+
+
+def _check_batch(args: TRBConfig) -> None:
+    if args.completions_per_step % args.num_generations:
+        raise InputError(
+            f"the batch of one optimizer step is {args.completions_per_step} completions (per_device_train_batch_size "
+            f"x processes x gradient_accumulation_steps), which num_generations={args.num_generations} does not "
+            "divide; change one of them"
+        )
+
+
+def _check_columns(name: str, rows: Any) -> None:
+    """Refuse prompts that are not where they are looked for, and images, which nothing here reads."""
+    columns = _columns(rows)
+    if columns is None:
+        return
+    if "prompt" not in columns:
+        remedy = f"rename one with {name}.rename_column"
+        if "messages" in columns:
+            remedy = (
+                f'leave the last answer out, as with {name}.map(lambda row: {{"prompt": row["messages"][:-1]}}), or '
+                "load the data with trb.tasks.prompts.load_prompts"
+            )
+        raise InputError(f'{name} has no column "prompt" (it has {", ".join(columns) or "none"}): {remedy}')
+    found = [f"column {column!r}" for column in _IMAGES if column in columns]
+    if not found and _shows_an_image(rows):
+        found = ["in the messages of its first row"]
+    if found:
+        raise InputError(
+            f"{name} has images ({found[0]}), and TRBTrainer reads text alone: remove them to train on the text"
+        )
+
+
+def _shows_an_image(rows: Any) -> bool:
+    """Whether the first prompt does; of rows that only stream, nothing is known before they are read."""
+    if isinstance(rows, IterableDataset) or not len(rows):
+        return False
+    prompt = rows[0]["prompt"]
+    parts = (message.get("content") for message in prompt if isinstance(message, Mapping)) if prompt else ()
+    several = chain.from_iterable(content for content in parts if isinstance(content, list))
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in several)
+
+
+def _columns(rows: Any) -> list[str] | None:
+    """The names of the columns; None where that cannot be known before the rows are read."""
+    columns = getattr(rows, "column_names", None)
+    if columns is None and hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and len(rows):
+        first = rows[0]
+        columns = list(first) if isinstance(first, Mapping) else None
+    return columns

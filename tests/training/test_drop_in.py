@@ -1,0 +1,310 @@
+"""`TRBTrainer` in the place of `DistillationTrainer`: what it takes as TRL does, and what it refuses at once."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import LoraConfig, PromptTuningConfig
+from tiny_runs import build, config, losses
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import DistillationConfig
+
+from trb import TRBConfig, TRBTrainer, zoo
+from trb.studies.recipe import make_recipe
+from trb.tasks.prompts import load_prompts
+from trb.training import pair
+
+ROWS = zoo.problems(8, seed=0, split="train")
+PROMPTS = Dataset.from_list(ROWS)
+
+
+def plain_trainer(directory: Path, **changes: Any) -> TRBTrainer:
+    """By name, as in TRL's examples: nothing is loaded yet."""
+    given: dict[str, Any] = {"args": config(directory, max_completion_length=4), "train_dataset": PROMPTS, **changes}
+    return TRBTrainer(given.pop("model", "zoo:student"), given.pop("teacher_model", "zoo:teacher"), **given)
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded before the refusal")
+
+    for module in ("trl.trainer.distillation_trainer", pair.__name__):
+        monkeypatch.setattr(f"{module}.create_model_from_path", load)
+
+
+# ---- the default fits the batch ----
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulated", "expected"), [(8, 1, 4), (2, 2, 4), (3, 1, 3), (3, 2, 3), (5, 1, 1), (1, 1, 1), (2, 1, 2)]
+)
+def test_rollouts_per_prompt_divide_the_batch_unless_somebody_chose_their_number(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    batch: int,
+    accumulated: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("trb"), "propagate", True)
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+    assert config(tmp_path, **sizes).num_generations == expected
+    said = f"num_generations={expected}: the default of 4 does not divide the {batch * accumulated} completions"
+    assert (said in caplog.text) == (expected != 4)
+    assert type(config(tmp_path, **sizes).num_generations) is int
+    assert config(tmp_path, **sizes, num_generations=4).num_generations == 4
+
+
+def test_a_batch_of_three_trains_with_nothing_set(tmp_path: Path) -> None:
+    trainer = build(tmp_path, per_device_train_batch_size=3, max_steps=1, max_completion_length=4)
+    order = list(trainer._get_train_sampler())
+    assert order[0] == order[1] == order[2] != order[3]
+    trainer.train()
+    assert len(losses(trainer)) == 1
+
+
+def test_a_number_that_was_chosen_is_checked(tmp_path: Path, nothing_loads: None) -> None:
+    args = config(tmp_path, per_device_train_batch_size=6, num_generations=4)
+    with pytest.raises(ValueError, match=r"6 completions .* num_generations=4 does not divide"):
+        plain_trainer(tmp_path, args=args)
+
+
+def test_a_recipe_trains_with_the_number_that_it_records(tmp_path: Path) -> None:
+    values = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
+    recipe = make_recipe({**values, "per_device_train_batch_size": 6})
+    assert recipe.training_config(tmp_path).num_generations == recipe.resolved()["num_generations"] == 4
+    assert "num_generations: 4\n" in recipe.to_yaml()
+
+
+# ---- what may be left out ----
+
+
+def test_without_a_configuration_the_directory_has_the_students_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = TRBTrainer(zoo.load("student")[0], "zoo:teacher", train_dataset=PROMPTS)
+    assert (trainer.args.output_dir, trainer.args.method) == ("student-TRB", "trb")
+    assert isinstance(trainer.args, TRBConfig)
+
+
+def test_the_configuration_may_name_the_teacher(tmp_path: Path) -> None:
+    args = config(tmp_path, teacher_model_name_or_path="zoo:teacher")
+    trainer = plain_trainer(tmp_path, teacher_model=None, args=args)
+    ours, theirs = trainer.teacher_model.state_dict(), zoo.load("teacher")[0].state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ---- what is refused, before anything is loaded ----
+
+
+class Reader(ProcessorMixin):
+    """What an image model is read with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+
+def renamed(name: str) -> Dataset:
+    return PROMPTS.rename_column("prompt", name)
+
+
+def with_images(column: str) -> Dataset:
+    return Dataset.from_list([{"prompt": "1+2", column: "picture.png"}] * 8)
+
+
+SHOWN = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is this?"}]}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"args": lambda: DistillationConfig("x", use_cpu=True, bf16=False)},
+            "args is a DistillationConfig: pass a TRB",
+        ),
+        ({"teacher_model": None}, "teacher_model is missing: pass a path"),
+        (
+            {"teacher_processing_class": [TrainerCallback()]},
+            "teacher_processing_class is a list .* callbacks=\\[...\\]",
+        ),
+        ({"reward_fn": (None, None)}, "reward_fn is a tuple .* optimizers=\\(...\\)"),
+        ({"processing_class": "zoo:student"}, "^processing_class is a str and no tokenizer$"),
+        ({"tools": [print]}, "tools are not supported"),
+        ({"peft_config": PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING are not supported"),
+        ({"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS))}, "needs a map-style dataset"),
+        ({"train_dataset": DatasetDict({"train": PROMPTS, "test": PROMPTS})}, "has the splits train, test: pass one"),
+        ({"train_dataset": renamed("messages")}, 'train_dataset has no column "prompt" .*leave the last answer out'),
+        ({"train_dataset": renamed("question")}, 'train_dataset has no column "prompt" .it has question, .*rename'),
+        ({"train_dataset": [{"text": "1+2"}] * 8}, 'train_dataset has no column "prompt" .it has text.'),
+        ({"eval_dataset": renamed("messages")}, 'eval_dataset has no column "prompt"'),
+        ({"eval_dataset": {"hard": renamed("messages")}}, "eval_dataset\\['hard'\\] has no column \"prompt\""),
+        ({"train_dataset": with_images("image")}, "train_dataset has images .column 'image'.*reads text alone"),
+        ({"train_dataset": with_images("images")}, "train_dataset has images .column 'images'.*reads text alone"),
+        ({"train_dataset": [{"prompt": SHOWN}] * 8}, "train_dataset has images .in the messages of its first row"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_refused_by_name_before_a_model_is_loaded(
+    tmp_path: Path, nothing_loads: None, changes: dict[str, Any], message: str
+) -> None:
+    changes = {name: value() if name == "args" else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message) as refused:
+        plain_trainer(tmp_path, **changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_trls_order_of_arguments_is_refused_where_ours_is_another(tmp_path: Path, nothing_loads: None) -> None:
+    tokenizer = zoo.load("student")[1]
+    with pytest.raises(ValueError, match=r"teacher_processing_class is a list .* pass callbacks by name"):
+        TRBTrainer("zoo:student", "zoo:teacher", config(tmp_path), PROMPTS, None, tokenizer, [TrainerCallback()])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("role", ["processing_class", "teacher_processing_class"])
+def test_a_processor_of_images_is_refused_from_both_sides(tmp_path: Path, nothing_loads: None, role: str) -> None:
+    reader = Reader(zoo.load("student")[1])
+    with pytest.raises(ValueError, match=f"^{role} is a Reader, .* text alone: .*{role}=processor.tokenizer"):
+        plain_trainer(tmp_path, **{role: reader})
+
+
+def image_model(seed: int) -> PreTrainedModel:
+    student = zoo.load("student")[0]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 64, "max_position_embeddings": 512}
+    text |= {"vocab_size": student.config.vocab_size, "pad_token_id": None, "bos_token_id": None, **sizes}
+    vision = {"image_size": 28, "patch_size": 14, **sizes}
+    torch.manual_seed(seed)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=5)
+    )
+    model.generation_config.eos_token_id = student.generation_config.eos_token_id
+    return model
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_of_an_image_model_the_text_part_is_used_from_both_sides(tmp_path: Path, role: str) -> None:
+    models: dict[str, Any] = {role: image_model(0)}
+    before = {name: value.clone() for name, value in models[role].state_dict().items()}
+    trainer = build(tmp_path, **models, max_steps=1, max_completion_length=4)
+    trainer.train()
+    changed = {name for name, value in models[role].state_dict().items() if not torch.equal(before[name], value)}
+    assert bool(changed) == (role == "student")
+    assert all("vision" not in name and "projector" not in name for name in changed)
+    assert torch.isfinite(torch.tensor(losses(trainer))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({"model_init_kwargs": {"dtype": "float16"}}, {}),
+        ({"teacher_model_init_kwargs": {"dtype": "float16"}}, {}),
+        ({"teacher_model_revision": "v2"}, {}),
+        ({}, {"quantization_config": "any"}),
+    ],
+)
+def test_how_to_load_a_model_that_is_loaded_is_refused(
+    tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    (name,) = {**options, **arguments}
+    models = {"model": zoo.load("student")[0], "teacher_model": zoo.load("teacher")[0]}
+    with pytest.raises(ValueError, match=f"{name}=.* does nothing for a (teacher_)?model that is loaded already"):
+        plain_trainer(tmp_path, **models, args=config(tmp_path, **options), **arguments)
+
+
+def test_two_teachers_are_refused(tmp_path: Path, nothing_loads: None) -> None:
+    args = config(tmp_path, teacher_model_name_or_path="zoo:student")
+    with pytest.raises(ValueError, match="'zoo:teacher' and teacher_model_name_or_path='zoo:student' are two teachers"):
+        plain_trainer(tmp_path, args=args)
+
+
+def test_tokenizers_are_compared_before_a_model_is_loaded(tmp_path: Path, nothing_loads: None) -> None:
+    other = zoo.load("teacher")[1]
+    other.add_tokens(["another"])
+    student = zoo.load("student")[1]
+    student.add_tokens(["a", "nother", "another"])
+    with pytest.raises(ValueError, match="different tokenizers: token 'another'"):
+        plain_trainer(tmp_path, processing_class=student, teacher_processing_class=other)
+
+
+def test_a_student_that_does_not_say_where_it_is_from_needs_its_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass its tokenizer, processing_class"):
+        plain_trainer(tmp_path, model=image_model(0))
+
+
+@pytest.mark.parametrize(("name", "value"), [("split_batches", True), ("dispatch_batches", True)])
+def test_another_way_of_handing_out_prompts_is_refused(tmp_path: Path, name: str, value: bool) -> None:
+    with pytest.raises(ValueError, match=f"accelerator_config with {name}={value} is not supported .*; leave it at"):
+        config(tmp_path, accelerator_config={name: value})
+
+
+def test_a_seed_of_the_sampler_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"use_seedable_sampler=False is not supported .*; leave it at True"):
+        config(tmp_path, accelerator_config={"use_seedable_sampler": False})
+
+
+# ---- the model card ----
+
+
+def card(trainer: TRBTrainer) -> dict[str, str]:
+    text = (Path(str(trainer.args.output_dir)) / "README.md").read_text(encoding="utf-8")
+    assert "None" not in text
+    rows = (line.strip("| ").split(" | ", 1) for line in text.splitlines() if line.startswith("| ") and " | " in line)
+    return {row[0]: row[1] for row in rows if len(row) == 2} | {"": text}
+
+
+def test_the_model_card_says_what_was_trained_from_what_and_how(tmp_path: Path) -> None:
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "max_completion_length": 4}
+    trainer = build(tmp_path / "my-run", **settings)
+    trainer.train()
+    found = card(trainer)
+    assert found["student"] == "zoo:student (Qwen3ForCausalLM)"
+    assert found["teacher"] == "zoo:teacher (Qwen3ForCausalLM)"
+    assert found["method"].startswith("trb: trust-region behavior blending")
+    assert found["budget"] == "0.5 nats per token at first, 0 at last"
+    assert "blend_warmup_steps=4" in found["its options"]
+    assert found["steps"] == "3 of 3, each on 8 completions, 4 per prompt"  # the last checkpoint's
+    assert found["data"] == "64 prompts"
+    assert all(f"{name} " in found["versions"] for name in ("trb", "torch", "transformers", "trl", "Python"))
+    assert "# my-run\n" in found[""]
+    assert str(tmp_path) not in found[""]
+
+
+def test_a_model_card_of_models_from_the_hub_links_them(tmp_path: Path) -> None:
+    student, teacher = zoo.load("student")[0], zoo.load("teacher")[0]
+    student.name_or_path, teacher.name_or_path = "owner/small", "owner/large"
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = build(tmp_path, student=student, teacher=teacher, peft_config=lora, method="skd", loss="veto")
+    trainer.create_model_card(model_name="mine", dataset_name="owner/data", tags="math")
+    found = card(trainer)
+    assert found["student"] == "[owner/small](https://huggingface.co/owner/small) (Qwen3ForCausalLM with an adapter)"
+    assert found["teacher"].startswith("[owner/large](")
+    assert found["method"].startswith("skd+veto: rollouts from the student; a token outside")
+    assert found["budget"] == "no budget: the method has none"
+    assert found["data"] == "64 prompts of owner/data"
+    assert "peft " in found["versions"]
+    for line in (
+        "base_model: owner/small",
+        "- owner/data",
+        "- math",
+        "- trb",
+        "model_name: mine",
+        "library_name: peft",
+    ):
+        assert f"{line}\n" in found[""], line
+
+
+def test_a_model_card_names_prompts_that_were_loaded_by_name(tmp_path: Path) -> None:
+    prompts = load_prompts("zoo:chains", limit=16)
+    trainer = plain_trainer(tmp_path, train_dataset=prompts.select(range(8)))
+    trainer.create_model_card()
+    assert card(trainer)["data"] == "8 prompts of zoo:chains"
