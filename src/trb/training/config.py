@@ -41,7 +41,7 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "length_column_name": ("length", "prompts are not grouped by length"),
     "data_seed": (None, "the order of prompts follows seed"),
     "dataloader_in_order": (True, "rollouts are reused over accumulation steps, which takes batches in their order"),
-    "torch_compile": (False, "models are read layer by layer inside the wrapper that compiles, which would do nothing"),
+    "torch_compile": (False, "models are read inside the wrapper that compiles, which would do nothing"),
     "max_tool_calling_iterations": (None, "completions are single turns without tools"),
     "ds3_gather_for_generation": (True, "under ZeRO-3 a whole copy is sampled from; see replica_dtype"),
     "include_for_metrics": ([], "an evaluation keeps no predictions; pass reward_fn to measure completions"),

@@ -116,7 +116,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
     Raises:
         ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
             a student with a router loss, a batch that `num_generations` does not divide, prompts without the column, or
-            an argument that would be ignored. What needs no weights is refused before a model is loaded.
+            an argument that would be ignored. Arguments, prompts and tokenizers are checked before a model is loaded.
     """
 
     _tag_names = ["trl", "trb"]  # noqa: RUF012
