@@ -345,7 +345,8 @@ class Skipped(Step):
 
 
 class Problem(Schema):
-    """One problem of an evaluation; the first line of the file has its settings instead."""
+    """One problem of an evaluation; the first line of the file has its settings instead. Of the first `completions`,
+    `right` says which were; `question` is the last message of their prompt."""
 
     settings: Options = None
     problem: Count = 0
@@ -354,7 +355,9 @@ class Problem(Schema):
     correct: Count = 0
     lengths: list[Count] | None = None
     stopped: list[bool] | None = None
+    question: Text = ""
     completions: list[str] | None = None
+    right: list[bool] | None = None
 
 
 # ---- checkpoints ----
@@ -399,6 +402,7 @@ class Progress(Schema):
 # Of a run or a comparison; a study and a probe have some of them too.
 CONFIG = RunFile("config.yaml")
 RECIPE = RunFile("recipe.yaml")
+AS_BY_DEFAULT = "# As by default:\n"  # a line of both: what was chosen comes before it
 REPORT = RunFile("report.html")
 PROVENANCE = JsonFile("provenance.json", schema=dict[str, Any])
 RESULTS = JsonFile("results.json", schema=Results)

@@ -10,12 +10,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trb.records import AS_BY_DEFAULT
 from trb.studies.key_list import FIRST, describe_keys
-from trb.studies.keys import RunConfig, parse_overrides, valid_keys
+from trb.studies.keys import RunConfig, default_of, parse_overrides, run_fields, training_fields, valid_keys
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.training.methods import pair_of
+from trb.training.resume import plain
 
 PAIR = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
 TEXT = "".join(f"{key}: {value}\n" for key, value in PAIR.items())
@@ -240,6 +242,10 @@ def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> N
     assert again.resolved() == recipe.resolved()
     assert again.training_config("x").to_dict() == recipe.training_config("x").to_dict()
     assert yaml.safe_load(path.read_text())["save_strategy"] == "no"  # other readers of YAML agree
+    chosen, rest = map(yaml.safe_load, path.read_text().split(AS_BY_DEFAULT))
+    assert {"student", "train_data", "learning_rate", "methods"} <= chosen.keys()
+    defaults = {key: plain(default_of({**run_fields(), **training_fields()}[key])) for key in (*chosen, *rest)}
+    assert all(rest[key] == defaults[key] for key in rest) and all(chosen[key] != defaults[key] for key in chosen)
     everything = {key for group in describe_keys().values() for key, *_ in group}
     of_other_methods = {"skd_teacher_top_k", "skd_teacher_temperature", "initial_temperature"}
     of_other_methods |= {"sequence_kl_budget", "teacher_weight", "initial_horizon", "horizon_steps"}

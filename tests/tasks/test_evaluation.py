@@ -275,6 +275,19 @@ def test_results_file_holds_one_record_per_problem(tokenizer: PreTrainedTokenize
     assert sum(record["correct"] for record in records) / 28 == pytest.approx(result.pass_at_1)
     assert {len(record["lengths"]) for record in records} == {len(record["stopped"]) for record in records} == {4}
     assert all(len(record["completions"]) == 2 and "boxed" in record["completions"][0] for record in records)
+    assert [record["question"] for record in records] == [row["prompt"][-1]["content"] for row in problems(7)]
+    right = [["{x}" not in text for text in record["completions"]] for record in records]
+    assert [record["right"] for record in records] == right and {True, False} <= {one for row in right for one in row}
+
+
+def test_texts_are_kept_of_so_many_problems_and_of_no_more(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trb.tasks.evaluation.PROBLEMS_WITH_TEXTS", 3)
+    run(tokenizer, results_path=tmp_path / "results.jsonl", save_completions=9)
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[1:]]
+    assert [len(record.get("completions", ())) for record in records] == [4, 4, 4, 0, 0, 0, 0]
+    assert len(records) == 7 and all(record["n"] == len(record["lengths"]) == 4 for record in records)
     assert records[2]["prompt_hash"] == f"{prompt_key(render(tokenizer, problems(7))[2]):016x}"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from trb.records import AS_BY_DEFAULT
 from trb.studies.keys import (
     REPLACED_KEYS,
     RunConfig,
@@ -102,8 +103,12 @@ class Recipe:
         return {key: plain(value) for key, value in {**run, **training}.items()}
 
     def to_yaml(self) -> str:
-        """`resolved()` as the text of a recipe."""
-        return yaml.dump(self.resolved(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        """`resolved()` as the text of a recipe: first what differs from the defaults, then the rest."""
+        values, fields = self.resolved(), {**training_fields(), **run_fields()}
+        chosen = {key: value for key, value in values.items() if value != plain(default_of(fields[key]))}
+        rest = {key: value for key, value in values.items() if key not in chosen}
+        parts = (yaml.dump(p, Dumper=Dumper, sort_keys=False, allow_unicode=True) for p in (chosen, rest))
+        return AS_BY_DEFAULT.join(parts)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:

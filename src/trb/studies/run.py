@@ -268,7 +268,10 @@ class _Observer(TrainerCallback):
         """Evaluate the student as it is now and record the scores under `step`."""
         student = self.trainer.sampling_student()
         folder = self.directory / EVALUATIONS / records.step_name(step)
-        self.keep(step, self.score(student, folder=folder, label=f"{self.name}: step {step}", listener=self.listener))
+        shown = step in (0, self.trainer.state.max_steps)  # a report lays the first beside the last
+        label = f"{self.name}: step {step}"
+        scores = self.score(student, folder=folder, label=label, listener=self.listener, save_completions=int(shown))
+        self.keep(step, scores)
 
     def keep(self, step: int, scores: list[dict[str, Any]]) -> None:
         """Record scores under `step`, in place of any that are there."""

@@ -55,13 +55,14 @@ def evaluate_suites(
     listener: Listener | None = None,
     outcomes: dict[str, list[int]] | None = None,
     vocabulary: SharedVocabulary | None = None,
+    save_completions: int = 0,
 ) -> list[dict[str, Any]]:
     """pass@1 of `model` on every problem set, as the lines of evals.jsonl without their step.
 
     Sampling runs in the precision of training. The processes of a launch share the problems, so `model` must be whole
     on each; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
-    `outcomes` is filled with the number of right answers to every problem, by problem set. `vocabulary` is as in
-    `trb.tasks.evaluation.evaluate`.
+    `outcomes` is filled with the number of right answers to every problem, by problem set. `vocabulary` and
+    `save_completions` are as in `trb.tasks.evaluation.evaluate`.
     """
     longest = run.eval_max_new_tokens or int(args.max_completion_length or 0)
     scores = []
@@ -82,6 +83,7 @@ def evaluate_suites(
                 verifier=verifier,
                 name=name,
                 progress=False,
+                save_completions=save_completions,
                 vocabulary=vocabulary,
             )
         if outcomes is not None:
@@ -147,6 +149,7 @@ def scores_before(
                     label=f"{name} before training" if name == "student" else name,
                     listener=listener,
                     vocabulary=material.vocabulary,
+                    save_completions=1 if name == "student" else 0,
                 )
                 if args.process_index == 0:
                     SCORES.write(paths[name], scores)

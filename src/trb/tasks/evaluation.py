@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["BENCHMARKS", "Benchmark", "EvalResult", "evaluate", "load_benchmark", "pass_at_1_interval"]
 
 CHUNK_ROWS = 256  # completions sampled between two saves when max_rows does not say
+# Texts of more would fill a disk and no reader's day; the numbers are kept of all.
+PROBLEMS_WITH_TEXTS = 2_000
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the standard normal
 
 
@@ -138,11 +140,11 @@ def evaluate(
     completions in flight. With `results_path`, finished problems are appended there in order (one JSON object
     per line under a header of settings), and a later call with the same settings continues the file; the model
     is not among the settings, so use one file per model and step. `save_completions` keeps that many
-    completions per problem in the file as text. `sampler` has the signature of `trb.sampling.sample`. With `ranks`,
-    every process of a launch calls this with the same arguments and a whole model: they share the problems, the first
-    one keeps the file, and all return the result. `vocabulary` is that of the model's pair, whose stop ids then end a
-    completion as they do in training; by default the model's own do. Either way all rows of its head take part, as in
-    any engine that loads it.
+    completions per problem in the file as text, and the question, of the first 2,000 problems. `sampler` has the
+    signature of `trb.sampling.sample`. With `ranks`, every process of a launch calls this with the same arguments and
+    a whole model: they share the problems, the first one keeps the file, and all return the result. `vocabulary` is
+    that of the model's pair, whose stop ids then end a completion as they do in training; by default the model's own
+    do. Either way all rows of its head take part, as in any engine that loads it.
 
     Raises ValueError for a problem without an answer, for one that is too long for the model, and for a results file
     of other settings or other content; NonFiniteLogitsError, naming the problem, where the model's logits are NaN or
@@ -190,7 +192,9 @@ def evaluate(
                 rollout = _rollout(draw, prompts, part, n, name)
                 texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
                 scores = scorer.score(texts, [row for row in rows[part] for _ in range(n)])
-                found = _records(part.start, prompts[part], n, rollout, scores, texts, save_completions)
+                found = _records(part.start, prompts[part], n, rollout, scores)
+                if save_completions:
+                    _add_texts(found, rows[part], texts, scores, save_completions)
             results.append(list(chain.from_iterable(ranks.gather(found))))
             bar.update(task, completed=len(results.records))
     return _summary(name, results.records, n)
@@ -269,25 +273,38 @@ def _records(
     n: int,
     rollout: Rollout,
     scores: Sequence[float],
-    texts: list[str],
-    save_completions: int,
 ) -> list[dict[str, Any]]:
     """What is kept of each problem of a chunk that begins with problem `start`."""
     records = []
     for position, prompt in enumerate(prompts):
         part = slice(position * n, (position + 1) * n)
-        record = {
-            "problem": start + position,
-            "prompt_hash": f"{prompt_key(prompt):016x}",
-            "n": n,
-            "correct": int(sum(scores[part])),
-            "lengths": [len(completion) for completion in rollout.completions[part]],
-            "stopped": [bool(stopped) for stopped in rollout.stopped[part]],
-        }
-        if save_completions:
-            record["completions"] = texts[part][:save_completions]
-        records.append(record)
+        records.append(
+            {
+                "problem": start + position,
+                "prompt_hash": f"{prompt_key(prompt):016x}",
+                "n": n,
+                "correct": int(sum(scores[part])),
+                "lengths": [len(completion) for completion in rollout.completions[part]],
+                "stopped": [bool(stopped) for stopped in rollout.stopped[part]],
+            }
+        )
     return records
+
+
+def _add_texts(
+    records: list[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    texts: Sequence[str],
+    scores: Sequence[float],
+    count: int,
+) -> None:
+    """Add the question and the first `count` completions to the records of problems that a reader may get to see."""
+    for position, (record, row) in enumerate(zip(records, rows, strict=True)):
+        if record["problem"] < PROBLEMS_WITH_TEXTS:
+            part = slice(position * record["n"], position * record["n"] + min(count, record["n"]))
+            record["question"] = str(row["prompt"][-1]["content"])
+            record["completions"] = list(texts[part])
+            record["right"] = [bool(int(score)) for score in scores[part]]
 
 
 def _summary(name: str, records: list[dict[str, Any]], n: int) -> EvalResult:
