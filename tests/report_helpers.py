@@ -103,6 +103,36 @@ def write_run(directory: Path, method: str = "trb", *, steps: int = STEPS, final
     return directory
 
 
+def write_outcomes(
+    directory: Path, correct: dict[str, dict[str, list[int]]], *, n: int = 1, texts: bool = True
+) -> Path:
+    """Results per problem of the student and of methods, of `n` samples each and by problem set, and the scores that
+    they make: of a comparison, or of a run where there is one method that has no directory."""
+    path = directory / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name, suites in correct.items():
+        start, end = directory / "evaluations" / "student", directory / name / "evaluations" / f"step-{STEPS:06d}"
+        if not any((directory / other).is_dir() for other in correct):
+            start, end = (directory / "evaluations" / f"step-{step:06d}" for step in (0, STEPS))
+        folder = start if name == "student" else end
+        folder.mkdir(parents=True, exist_ok=True)
+        for suite, counts in suites.items():
+            settings = {"settings": {"name": suite, "n_problems": len(counts), "n": n}}
+            rows = [problem_row(place, right, n, f"{name} {suite}" * texts) for place, right in enumerate(counts)]
+            write_jsonl(folder / f"{suite}.jsonl", [settings, *rows])
+        means = [sum(counts) / len(counts) / n for counts in suites.values()]
+        results[name] = score(sum(means) / len(means), name=next(iter(suites)) if len(suites) == 1 else "mean")
+    path.write_text(json.dumps(results))
+    return directory
+
+
+def problem_row(place: int, right: int, n: int, by: str) -> dict[str, Any]:
+    """One line of an evaluation; with the text of a completion unless it is by nobody."""
+    row = {"problem": place, "prompt_hash": f"{place:016x}", "n": n, "correct": right, "lengths": [7] * n}
+    texts = {"question": f"How much is {place} + 1?", "completions": [f"{by} says {place}"], "right": [right == n]}
+    return row | (texts if by else {})
+
+
 PROVENANCE = {
     "command": "trb compare quickstart --hub_token hf_do_not_show",
     "commit": "3f9c2ab17d5e",

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -21,7 +22,8 @@ from markupsafe import Markup
 
 import trb
 from trb.records import REPORT
-from trb.report import panels, rollouts, summary, svg
+from trb.report import changes, outcomes, panels, rollouts, summary, svg
+from trb.report.outcomes import Comparisons, Paired
 from trb.report.reading import Source
 from trb.report.style import DASHES, label, show, show_range, style_indices
 
@@ -33,6 +35,10 @@ def render(source: Source) -> str:
     groups = panels.groups(source)
     steps = step_range(groups)
     charts = [(group.title, [svg.draw(panel, steps) for panel in group.panels]) for group in groups]
+    notes = [*source.notes]
+    found = outcomes.read_outcomes(source, notes)
+    pairs = outcomes.comparisons(source, found)
+    changed = changes.collect(found, group=1)
     chosen = rollouts.collect([source.runs])
     rows = summary.rows(source)
     strip = svg.interval_bars([row.score for row in rows])
@@ -40,29 +46,61 @@ def render(source: Source) -> str:
     drawn = [chart for _, charts_of in charts for chart in charts_of]
     styles = style_indices([run.name for run in source.runs])
     methods = [method_entry(run.name, label(run.name), styles[run.name]) for run in source.runs]
+    differences = _differences(pairs, styles)
+    shown = replace(chosen, rows=(*chosen.rows, *changed.rollouts))
     sections = (
         ("summary", "Summary", rows),
+        ("differences", "Differences", differences),
+        ("problems", "Problems", changed.tables),
         ("curves", "Curves", charts),
-        ("rollouts", "Rollouts", chosen.rows),
+        ("rollouts", "Rollouts", shown.rows),
         ("configuration", "Configuration", config.columns),
     )
+    viewed = [*methods, {"name": changes.STUDENT, "label": "Student", "style": None}]
+    groups_of = [("", "training"), ("evaluation", "the last evaluation")]
     return document(
         REPORT.name,  # the template is called as the page is
-        page_data({"curves": drawn}, methods, [("", "")], chosen),
+        page_data({"curves": drawn}, viewed if changed.rollouts else methods, groups_of, shown, group_name="Show"),
         kind="comparison" if source.kind == "comparison" else "run",
         sections=sections,
         title=summary.title(source),
-        headline=summary.headline(source),
-        context=summary.context(source),
+        headline=summary.headline(source, pairs),
+        context=summary.context(source, pairs),
         facts=facts([run.last_step for run in source.runs], source.provenance),
         provenance=summary.provenance(source.provenance),
         rows=list(zip(rows, strip.bars, strict=True)),
         strip=strip,
+        differences=differences,
+        problems=changed.tables,
         methods=methods,
         charts=charts,
         config=config,
-        notes=[*source.notes, *chosen.notes, *thinning_notes(groups)],
+        notes=[*notes, *changed.notes, *chosen.notes, *thinning_notes(groups)],
     )
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Paired differences under a title, drawn on one axis: (label, style, difference, bar) in a row."""
+
+    title: str
+    rows: tuple[tuple[str, int | None, Paired, svg.IntervalBar], ...]
+    strip: svg.Strip
+
+
+def _differences(pairs: Comparisons, styles: Mapping[str, int]) -> list[Differences]:
+    found = [("Method minus the student before training", [(one.first, one) for one in pairs.to_student])]
+    if pairs.of_best:
+        best = label(pairs.of_best[0].first)
+        found.append((f"{best}, the highest, minus each other method", [(one.second, one) for one in pairs.of_best]))
+    tables = []
+    for title, named in found:
+        strip = svg.difference_bars([(one.estimate, one.interval) for _, one in named])
+        rows = tuple(
+            (label(name), styles.get(name), one, bar) for (name, one), bar in zip(named, strip.bars, strict=True)
+        )
+        tables += [Differences(title, rows, strip)] if rows else []
+    return tables
 
 
 def document(template: str, data: dict[str, Any], **values: Any) -> str:
@@ -174,8 +212,10 @@ def page_data(
     methods: Sequence[Mapping[str, Any]],
     groups: Sequence[tuple[str, str]],
     chosen: rollouts.Rollouts,
+    group_name: str = "Setting",
 ) -> dict[str, Any]:
-    """What the script reads: charts by the id of their section, and rollouts in groups of (axis group, label)."""
+    """What the script reads: charts by the id of their section, and rollouts in groups of (axis group, label), among
+    which the reader chooses under `group_name`."""
     return {
         "plot": {
             "width": svg.WIDTH,
@@ -187,6 +227,7 @@ def page_data(
         },
         "methods": [{key: method[key] for key in ("name", "label", "style")} for method in methods],
         "charts": [chart.data | {"section": section} for section, drawn in charts.items() for chart in drawn],
+        "groupName": group_name,
         "groups": [{"name": name, "label": shown} for name, shown in groups],
         "rollouts": list(chosen.rows),
         "texts": list(chosen.texts),

@@ -19,6 +19,7 @@ import yaml
 
 from trb.errors import InputError
 from trb.records import (
+    AS_BY_DEFAULT,
     CONFIG,
     EVALS,
     HELD_OUT,
@@ -59,11 +60,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. `metrics` has one record per step, sorted; `evals` is sorted by step."""
+    """One training run. `metrics` has one record per step, sorted; `evals` is sorted by step; `defaults` are the keys
+    of `config` that are known to be as by default."""
 
     name: str
     directory: Path
     config: Mapping[str, Any] = field(default_factory=dict)
+    defaults: frozenset[str] = frozenset()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[Step, ...] = ()
     held_out: tuple[Step, ...] = ()
@@ -116,7 +119,7 @@ def records(file: LinesFile, path: Path, notes: list[str]) -> Iterator[tuple[str
     `notes`. Raises ReportError for any other malformed line.
     """
     with _in_words():
-        for line in file.lines(_own(path)):
+        for line in file.lines(own(path)):
             where = f"{path}, line {line.number}"
             if line.is_torn:
                 name = f"{path.parent.name}/{path.name}"
@@ -150,7 +153,7 @@ def _is_run(directory: Path) -> bool:
 def _run_directories(directory: Path) -> Iterator[Path]:
     for child in sorted(directory.iterdir()):
         if child.is_dir() and _is_run(child):
-            yield _own(child)
+            yield own(child)
 
 
 def _read_single(directory: Path, notes: list[str]) -> Source:
@@ -191,7 +194,7 @@ def _read_comparison(directory: Path, children: tuple[Path, ...], notes: list[st
 
 def read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
     """One run directory; `name` overrides the method its configuration names."""
-    config = _read_yaml(directory / CONFIG)
+    config, defaults = _read_config(directory / CONFIG)
     notes += [f"{directory.name}: {text}." for text in _damage(directory)]
     if not config:
         notes.append(f"{directory.name}/{CONFIG} is missing or empty: the configuration is not shown.")
@@ -199,6 +202,7 @@ def read_run(directory: Path, notes: list[str], name: str | None = None) -> Run:
         name=name or _method(config) or directory.resolve().name,
         directory=directory,
         config=config,
+        defaults=defaults,
         provenance=fitting(PROVENANCE, read_json(directory / PROVENANCE), directory / PROVENANCE),
         metrics=_read_metrics(METRICS, directory / METRICS, notes),
         held_out=_read_metrics(HELD_OUT, directory / HELD_OUT, notes),
@@ -291,7 +295,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with _in_words():
-        value = load_json(_own(path))
+        value = load_json(own(path))
     if not isinstance(value, dict):
         raise ReportError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value
@@ -317,22 +321,31 @@ def _in_words() -> Iterator[None]:
         raise ReportError(f"{error}.") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
+    """A configuration, and its keys that are as by default, so far as the run has said so."""
     if not path.is_file():
-        return {}
-    _own(path)
+        return {}, frozenset()
+    own(path)
     try:
-        value = parse_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
         raise ReportError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
     if not isinstance(value, dict | None):
         raise ReportError(f"{path}: expected a mapping of options, found {type(value).__name__}.")
-    return value or {}
+    value = value or {}
+    try:
+        rest = parse_yaml(text.partition(f"\n{AS_BY_DEFAULT}")[2])
+    except (yaml.YAMLError, ValueError):
+        rest = None
+    # The line may stand inside somebody's text: what follows it must be the end of the same mapping.
+    is_end = isinstance(rest, dict) and rest == {key: value.get(key) for key in rest}
+    return value, frozenset(map(str, rest) if is_end else ())
 
 
-def _own(path: Path) -> Path:
+def own(path: Path) -> Path:
     """`path`, unless it is a link out of its directory: a page of somebody's runs must not show other files."""
     try:
         return require_inside(path, path.parent)

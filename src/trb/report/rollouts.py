@@ -115,9 +115,9 @@ def _chosen_rows(run: Run, positions: set[int], texts: dict[str, int], by_policy
 
 def _row(method: str, rollout: Rollout, texts: dict[str, int]) -> dict[str, Any]:
     prompt, tokens = rollout.prompt, rollout.tokens
-    pieces = [_clip(rollout.completion, MAX_TEXT_CHARACTERS)]  # of a run that kept no tokens
+    pieces = [clip(rollout.completion, MAX_TEXT_CHARACTERS)]  # of a run that kept no tokens
     if tokens is not None:
-        pieces = [_clip(token, MAX_TOKEN_CHARACTERS) for token in tokens[:MAX_TOKENS]]
+        pieces = [clip(token, MAX_TOKEN_CHARACTERS) for token in tokens[:MAX_TOKENS]]
     row: dict[str, Any] = {
         "method": method,
         "step": rollout.step,
@@ -146,7 +146,7 @@ def _flat(pairs: Iterable[tuple[str, float | None]], texts: dict[str, int]) -> l
     """Text numbers and probabilities in turn."""
     flat: list[float] = []
     for text, chance in pairs:
-        number = texts.setdefault(_clip(text, MAX_TOKEN_CHARACTERS), len(texts))
+        number = texts.setdefault(clip(text, MAX_TOKEN_CHARACTERS), len(texts))
         flat += [number, float(f"{known(chance) or 0.0:.3g}")]
     return flat
 
@@ -180,5 +180,5 @@ def fitting(lengths: Sequence[int], total: int) -> int:
     return max(lengths, default=0)
 
 
-def _clip(text: str, limit: int) -> str:
+def clip(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

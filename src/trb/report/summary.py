@@ -1,8 +1,8 @@
 """The sentences and tables at the top and the end of the page: headline, scores, configuration, provenance.
 
-The headline claims a difference between two scores only if their 95% intervals do not touch, and says so when
-they do. That rule is conservative: a paired comparison on the same problems can resolve more, and is not
-attempted here.
+The headline claims a difference between two scores only if the paired difference on the same problems is resolved
+(`trb.report.outcomes`). Without results per problem it must do with the two 95% intervals, and claims one only if they
+do not touch: a rule that resolves less.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
+from trb.report.outcomes import FEWEST_CHANGES, Comparisons, Paired, by_score
 from trb.report.reading import REFERENCES, Run, Score, Source
-from trb.report.style import label, show, style_indices
+from trb.report.style import label, show, show_range, style_indices
+from trb.training.methods import CHOICES, every_knob, knobs_of
 
 Verdict = Literal["above", "below", "unresolved", "unknown"]
 
@@ -22,7 +25,7 @@ _SECRET = r"(?:api_key|hub_token|access_token|auth_token|hf_token|password|secre
 _SECRET_KEY = re.compile(rf"(?:^|[._-]){_SECRET}$", re.IGNORECASE)
 _SECRET_FLAG = re.compile(rf"(--?[\w.-]*{_SECRET}[= ]+)(\S+)", re.IGNORECASE)
 _HIDDEN = "(hidden)"
-_UNSET = "not set"
+_UNSET, _UNREAD = "not set", "–"
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,23 @@ class Row:
 
 @dataclass(frozen=True)
 class ConfigTable:
-    """Flattened options: `differing` and `shared` are (dotted key, one text per run); `columns` names the
-    runs."""
+    """Flattened options as (dotted key, text), of `differing` ones a text for each of the runs that `columns` names.
+    What is known to be as by default in all runs is in `defaults` and in neither of the others."""
 
     columns: tuple[str, ...]
     differing: tuple[tuple[str, tuple[str, ...]], ...]
     shared: tuple[tuple[str, str], ...]
+    defaults: tuple[tuple[str, str], ...]
 
 
-def compare(first: Score, second: Score) -> Verdict:
-    """Whether `first` lies above or below `second`, or their intervals touch ("unresolved").
+def compare(first: Score, second: Score, pair: Paired | None = None) -> Verdict:
+    """Whether `first` lies above or below `second`: as their paired difference says, or else their intervals, which may
+    touch ("unresolved").
 
-    "unknown" if a number or an interval is missing.
+    "unknown" if there is no such difference and a number or an interval is missing.
     """
+    if pair is not None:
+        return pair.verdict
     if first.interval is None or second.interval is None or None in (first.pass_at_1, second.pass_at_1):
         return "unknown"
     if first.interval[0] > second.interval[1]:
@@ -79,48 +86,78 @@ def rows(source: Source) -> tuple[Row, ...]:
     return tuple(found)
 
 
-def headline(source: Source) -> str:
-    """One plain sentence on the result, computed from the scores."""
-    scored = _scored_methods(source)
-    if not scored:
+def headline(source: Source, pairs: Comparisons | None = None) -> str:
+    """One plain sentence on the result, computed from the scores and their paired differences."""
+    pairs, names = pairs or Comparisons(), by_score(source)
+    if not names:
         return _progress(source)
-    if len(scored) == 1:
-        return _against_student(*scored[0], source.scores.get("student"))
-    best, *others = sorted(scored, key=lambda item: -(item[1].pass_at_1 or 0.0))
-    return _between_two(best, others[0]) if len(others) == 1 else _between_many(best, others)
+    best, *others = [(name, source.scores[name]) for name in names]
+    if not others:
+        return _against_student(*best, source.scores.get("student"), pairs.find(best[0], "student"))
+    if len(others) == 1:
+        return _between_two(best, others[0], pairs.find(best[0], others[0][0]))
+    return _between_many(best, others, pairs)
 
 
-def context(source: Source) -> str:
+def context(source: Source, pairs: Comparisons | None = None) -> str:
     """Where the student started and where the teacher stands; empty if neither is on record."""
+    pairs, names = pairs or Comparisons(), by_score(source)
     student, teacher = (source.scores.get(name) for name in REFERENCES)
     parts = []
-    if student is not None and student.pass_at_1 is not None and len(_scored_methods(source)) != 1:
+    if student is not None and student.pass_at_1 is not None and len(names) != 1:
         parts.append(f"the student started at {show(student.pass_at_1, 'percent')}")
     if teacher is not None and teacher.pass_at_1 is not None:
         parts.append(f"the teacher scores {show(teacher.pass_at_1, 'percent')}")
     sentences = [_sentence(_join(parts))] if parts else []
-    if student is not None and len(scored := _scored_methods(source)) > 1:
-        unresolved = [name for name, score in scored if compare(score, student) == "unresolved"]
-        below = [name for name, score in scored if compare(score, student) == "below"]
-        if unresolved:
-            sentences.append(f"Not resolved from the student itself: {_join(unresolved)}.")
-        if below:
-            sentences.append(f"Below the student: {_join(below)}.")
+    if student is not None and len(names) > 1:
+        verdicts = {
+            name: compare(score, student, pairs.find(name, "student"))
+            for name, score in source.scores.items()
+            if name in names
+        }
+        for verdict, start in (("unresolved", "Not resolved from the student itself"), ("below", "Below the student")):
+            if found := [label(name) for name in verdicts if verdicts[name] == verdict]:
+                sentences.append(f"{start}: {_join(found)}.")
     return " ".join(sentences)
 
 
 def config_table(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> ConfigTable:
-    """The resolved configurations, flattened to dotted keys; secrets are hidden, and in comparisons the
-    options that differ come apart from those all runs share."""
+    """The resolved configurations, flattened to dotted keys, without the knobs that no method here reads; secrets are
+    hidden."""
     known = [run for run in runs if run.config]
-    flat = [dict(flatten(run.config)) for run in known]
-    keys = list(dict.fromkeys(key for config in flat for key in config))
-    texts = {key: tuple(config.get(key, _UNSET) for config in flat) for key in keys}
-    return ConfigTable(
-        columns=tuple((labels or {}).get(run.name, label(run.name)) for run in known),
-        differing=tuple((key, values) for key, values in texts.items() if len(set(values)) > 1),
-        shared=tuple((key, values[0]) for key, values in texts.items() if len(set(values)) == 1),
-    )
+    unread = [_unread(run.config) for run in known]
+    flat = [
+        {path: text for key, item in run.config.items() if key not in skipped for path, text in flatten({key: item})}
+        for run, skipped in zip(known, unread, strict=True)
+    ]
+    differing: list[tuple[str, tuple[str, ...]]] = []
+    shared: list[tuple[str, str]] = []
+    defaults: list[tuple[str, str]] = []
+    for path in dict.fromkeys(path for config in flat for path in config):
+        key = path.split(".")[0]
+        texts = tuple(
+            config.get(path, _UNREAD if path in skipped else _UNSET)
+            for config, skipped in zip(flat, unread, strict=True)
+        )
+        found = {config[path] for config in flat if path in config}
+        # Of a run that did not write its defaults down, nothing is known to be one.
+        by_default = all(key in run.defaults for run, config in zip(known, flat, strict=True) if path in config)
+        if len(found) == 1 and by_default and key not in CHOICES[:1]:
+            defaults.append((path, found.pop()))
+        elif len(set(texts)) == 1:
+            shared.append((path, texts[0]))
+        else:
+            differing.append((path, texts))
+    columns = tuple((labels or {}).get(run.name, label(run.name)) for run in known)
+    return ConfigTable(columns, tuple(differing), tuple(shared), tuple(defaults))
+
+
+def _unread(config: Mapping[str, Any]) -> frozenset[str]:
+    """The knobs that a run's method does not read; none where the method is not known here."""
+    try:
+        return frozenset(every_knob() - knobs_of([SimpleNamespace(**{key: config.get(key) for key in CHOICES})]))
+    except (KeyError, TypeError):
+        return frozenset()
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -140,14 +177,6 @@ def provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key, _SECRET_FLAG.sub(rf"\1{_HIDDEN}", text)) for key, text in flatten(record)]
 
 
-def _scored_methods(source: Source) -> list[tuple[str, Score]]:
-    return [
-        (label(name), score)
-        for name, score in source.scores.items()
-        if name not in REFERENCES and score.pass_at_1 is not None
-    ]
-
-
 def _progress(source: Source) -> str:
     steps = [run.last_step for run in source.runs if run.last_step is not None]
     if not steps:
@@ -155,49 +184,74 @@ def _progress(source: Source) -> str:
     return f"Training has reached step {max(steps)}; no evaluation has been recorded yet."
 
 
-def _against_student(name: str, score: Score, student: Score | None) -> str:
-    result = f"{name} reaches {_pass_at_1(score)}"
+def _against_student(name: str, score: Score, student: Score | None, pair: Paired | None) -> str:
+    result = f"{label(name)} reaches {_pass_at_1(score)}"
     if student is None or student.pass_at_1 is None:
         return f"{result}; there is no evaluation of the student before training to compare with."
     before = f"the student's {_again(student, score)} before training"
-    verdict = compare(score, student)
+    verdict = compare(score, student, pair)
     if verdict == "unknown":
         return f"{result} against {before}; without both intervals the difference cannot be judged."
     if verdict == "unresolved":
-        return f"{result} against {before}: the intervals overlap, so the difference is not resolved."
-    return f"{result}, {verdict} {before}: the intervals do not overlap."
+        return f"{result} against {before}: {_unresolved(pair)}."
+    why = f"{_points(pair)} {_same_problems(pair)}" if pair else "the intervals do not overlap"
+    return f"{result}, {verdict} {before}: {why}."
 
 
-def _between_two(best: tuple[str, Score], other: tuple[str, Score]) -> str:
-    (name, score), (other_name, other_score) = best, other
-    both = f"{name} scores {_pass_at_1(score)} and {other_name} {_again(other_score, score)}"
-    verdict = compare(score, other_score)
+def _between_two(best: tuple[str, Score], other: tuple[str, Score], pair: Paired | None) -> str:
+    name = label(best[0])
+    both = f"{name} scores {_pass_at_1(best[1])} and {label(other[0])} {_again(other[1], best[1])}"
+    verdict = compare(best[1], other[1], pair)
     if verdict == "unknown":
         return f"{both}; without both intervals the difference cannot be judged."
     if verdict == "unresolved":
-        return f"{both}: the intervals overlap, so the difference is not resolved."
+        return f"{both}: {_unresolved(pair)}."
+    if pair:
+        return f"{both}: {name} is ahead by {_points(pair).removeprefix('+')} {_same_problems(pair)}."
     return f"{both}: the intervals do not overlap, so {name} is ahead."
 
 
-def _between_many(best: tuple[str, Score], others: Sequence[tuple[str, Score]]) -> str:
-    name, score = best
-    verdicts = {other: compare(score, other_score) for other, other_score in others}
+def _between_many(best: tuple[str, Score], others: Sequence[tuple[str, Score]], pairs: Comparisons) -> str:
+    found = {other: pairs.find(best[0], other) for other, _ in others}
+    verdicts = {label(other): compare(best[1], score, found[other]) for other, score in others}
     above = [other for other, verdict in verdicts.items() if verdict == "above"]
     close = [other for other, verdict in verdicts.items() if verdict == "unresolved"]
     unknown = [other for other, verdict in verdicts.items() if verdict == "unknown"]
-    start = f"Of {len(others) + 1} methods {name} is highest with {_pass_at_1(score)}"
+    start = f"Of {len(others) + 1} methods {label(best[0])} is highest with {_pass_at_1(best[1])}"
+    paired = all(found.values())
     if len(above) == len(others):
-        return f"{start}, and its interval overlaps no other."
+        why = "and on the same problems ahead of every other" if paired else "and its interval overlaps no other"
+        return f"{start}, {why}."
     if len(close) == len(others):
-        return f"{start}, but its interval overlaps every other, so the lead is not resolved."
+        why = "on the same problems" if paired else "its interval overlaps every other, so"
+        return f"{start}, but {why} the lead is not resolved."
     parts = []
     if above:
         parts.append(f"clear of {_join(above)}")
     if close:
-        parts.append(f"not resolved from {_join(close)}, whose intervals overlap it")
+        parts.append(f"not resolved from {_join(close)}{'' if paired else ', whose intervals overlap it'}")
     if unknown:
         parts.append(f"not comparable with {_join(unknown)} for want of intervals")
-    return f"{start}: {'; '.join(parts)}."
+    return f"{start}: {'; '.join(parts)}{' on the same problems' if paired else ''}."
+
+
+def _unresolved(pair: Paired | None) -> str:
+    if pair is None:
+        return (
+            "the intervals overlap, and without results per problem on record that is all there is to judge by, so the "
+            "difference is not resolved"
+        )
+    if (changed := pair.gained + pair.lost) < FEWEST_CHANGES:
+        return f"only {changed} of {pair.problems:,} problems came out differently, so the difference is not resolved"
+    return f"the difference is not resolved: {_points(pair)} {_same_problems(pair)}"
+
+
+def _points(pair: Paired) -> str:
+    return f"{show(pair.estimate, 'points')} points"
+
+
+def _same_problems(pair: Paired) -> str:
+    return f"on the same {pair.problems:,} problems (95% interval {show_range(pair.interval, 'points')})"
 
 
 def _pass_at_1(score: Score) -> str:

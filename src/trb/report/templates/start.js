@@ -8,5 +8,11 @@ document.addEventListener("DOMContentLoaded", () => {
     curves(section, data, (axis, step) => rollouts?.goTo(axis, step)));
   const pin = (axis, step) => charts.forEach((one) => one.pin(one.axis === axis ? step : null));
   rollouts = byId("viewer") ? viewer(byId("viewer"), data, pin) : null;
-  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => (one.open = true)));
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[data-match]");
+    if (link) rollouts?.compare(link.dataset.match, link.dataset.method);
+  });
+  // What is as by default would fill pages.
+  const folded = () => document.querySelectorAll("details:not(.defaults)");
+  addEventListener("beforeprint", () => folded().forEach((one) => (one.open = true)));
 });

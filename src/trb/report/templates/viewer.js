@@ -1,6 +1,7 @@
 // ---- rollouts --------------------------------------------------------------------------------------------------
 // Two methods side by side on the same prompt, rollout by rollout and step by step; every token tinted by one of its
-// numbers, and all of its numbers in a panel of fixed height.
+// numbers, and all of its numbers in a panel of fixed height. Completions of an evaluation are shown as text: they belong
+// to no step, `moment` says when they were made.
 const TINTS = [
   { key: "teacher_weight", label: "Teacher weight", meaning: "share of the teacher in μ", range: () => [0, 1] },
   { key: "kl_student", label: "KL to student", meaning: "KL(μ ‖ student), nats", range: (values) => [0, peak(values)] },
@@ -70,9 +71,9 @@ function viewer(root, data, onStep) {
   const several = new Set(rows.map((row) => row.method)).size > 1;
   root.append(
     element("div", { class: "controls" },
-      ...(populated.length > 1 ? [control("Setting", groupSelect)] : []),
+      ...(populated.length > 1 ? [control(data.groupName, groupSelect)] : []),
       ...(several ? [element("span", { class: "control" }, "Compare", selects[0], "with", selects[1])] : []),
-      ...(tints.length ? [element("span", { class: "control" }, "Tint by",
+      ...(tints.length ? [element("span", { class: "control tint" }, "Tint by",
         element("span", { class: "choices", role: "group", "aria-label": "Tint tokens by" }, ...choices))] : [])),
     element("div", { class: "controls steps" }, control("Step", slider), earlier, later, stepName),
     scale, panel, spoken,
@@ -88,18 +89,18 @@ function viewer(root, data, onStep) {
     const present = data.methods.map((method) => method.name).filter((name) => ofMethod(name).length);
     // The pair the paper compares, where both are here; otherwise what was chosen before, or the first two.
     const wanted = [...state.methods, "trb", "opd", ...present].filter((name) => present.includes(name));
-    state.methods = [...new Set(wanted)].slice(0, 2);
-    if (state.methods.length < 2) state.methods.push(NOBODY);
+    root.classList.toggle("as-text", rows.some((row) => row.group === group && row.moment));
     selects.forEach((select, side) => {
       const options = present.map((name) => element("option", { value: name }, methods.get(name).label));
       if (side) options.push(element("option", { value: NOBODY }, "nothing"));
       select.replaceChildren(...options);
-      select.value = state.methods[side];
     });
-    chooseMethods();
+    chooseMethods([...new Set(wanted)].slice(0, 2));
   }
 
-  function chooseMethods() {
+  function chooseMethods(names) {
+    state.methods = names.length < 2 ? [...names, NOBODY] : names;
+    selects.forEach((select, side) => (select.value = state.methods[side]));
     const before = state.steps[state.step] ?? 0;
     state.steps = [...new Set(chosen().flatMap((name) => ofMethod(name).map((row) => row.step)))].sort((a, b) => a - b);
     slider.max = String(state.steps.length - 1);
@@ -135,15 +136,16 @@ function viewer(root, data, onStep) {
   function pairButton(pair, index) {
     const any = pair[0] ?? pair[1];
     const facts = pair.flatMap((row) => row === null ? [] : [
-      `${methods.get(row.method).label} ${row.reward === null ? "" : `reward ${show(row.reward)}, `}${lengthOf(row)}`]);
+      `${methods.get(row.method).label} ${row.reward === null ? "" : `${verdictOn(row)}, `}${lengthOf(row)}`]);
     const button = element("button", { type: "button" },
       element("span", { class: "excerpt" }, visible(any.prompt).replace(/\s+/g, " ") || "(empty prompt)"),
-      element("span", { class: "meta" }, `rollout ${any.rollout_index + 1}`),
+      element("span", { class: "meta" }, any.name ?? `rollout ${any.rollout_index + 1}`),
       ...facts.map((fact) => element("span", { class: "meta" }, fact)));
     button.addEventListener("click", () => choosePair(index));
     return button;
   }
 
+  const verdictOn = (row) => (row.moment ? (row.reward ? "right" : "wrong") : `reward ${show(row.reward)}`);
   const lengthOf = (row) => (row.length === null ? "length unknown" : `${row.length} tokens`);
 
   function choosePair(index) {
@@ -169,11 +171,16 @@ function viewer(root, data, onStep) {
   function pane(pair, side) {
     const row = pair[side];
     const method = methods.get(state.methods[side]);
-    const name = element("p", { class: `part s${method.style}` }, element("i"), element("b", {}, method.label));
+    const colour = method.style === null ? "reference" : `s${method.style}`;
+    const name = element("p", { class: `part ${colour}` }, element("i"), element("b", {}, method.label));
     if (row === null) {
-      const step = state.steps[state.step];
+      const when = pair[1 - side].moment ? "kept" : `recorded at step ${state.steps[state.step]}`;
       return element("div", { class: "pane" }, name,
-        element("p", { class: "missing" }, `No rollout of this prompt was recorded at step ${step}.`));
+        element("p", { class: "missing" }, `No rollout of this prompt was ${when}.`));
+    }
+    if (row.moment) {
+      name.append(` ${row.moment}${row.reward === null ? "" : `, ${verdictOn(row)}`}, ${lengthOf(row)}${row.cut ? ", cut" : ""}`);
+      return element("div", { class: "pane" }, name, element("p", { class: "tokens" }, visible(row.tokens[0])));
     }
     const same = pair[1 - side] ? sharedStart(row.tokens, pair[1 - side].tokens) : null;
     const spans = row.tokens.map((text, index) => token(row, text, index, index === same));
@@ -354,10 +361,7 @@ function viewer(root, data, onStep) {
 
   // -- events
   groupSelect.addEventListener("change", () => chooseGroup(Number(groupSelect.value)));
-  selects.forEach((select, side) => select.addEventListener("change", () => {
-    state.methods[side] = select.value;
-    chooseMethods();
-  }));
+  selects.forEach((select) => select.addEventListener("change", () => chooseMethods(selects.map((one) => one.value))));
   slider.addEventListener("input", () => chooseStep(Number(slider.value)));
   earlier.addEventListener("click", () => chooseStep(state.step - 1));
   later.addEventListener("click", () => chooseStep(state.step + 1));
@@ -374,6 +378,14 @@ function viewer(root, data, onStep) {
       if (!populated.includes(group)) return;
       if (group !== state.group) chooseGroup(group);
       chooseStep(nearest(state.steps, step));
+    },
+    // Show what the student made of a problem before training, and a method after it.
+    compare(match, method) {
+      const group = rows.find((row) => row.moment && row.match === match)?.group;
+      if (group === undefined) return;
+      chooseGroup(group);
+      chooseMethods([...new Set(["student", method])]);
+      choosePair(state.pairs.findIndex((pair) => (pair[0] ?? pair[1]).match === match));
     },
   };
 }
