@@ -19,9 +19,12 @@ from report_helpers import (
     write_comparison,
     write_hostile,
     write_jsonl,
+    write_outcomes,
+    write_run,
     write_study,
 )
 
+from trb.records import AS_BY_DEFAULT
 from trb.report import write_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium installed: the page cannot be used without one")
@@ -243,6 +246,41 @@ def test_a_setting_without_rollouts_is_passed_over(browser: Browser, tmp_path: P
     assert tab.complaints == []
 
 
+def with_changes(directory: Path) -> Path:
+    """A comparison in which training changed problems, with their completions."""
+    write_comparison(directory)
+    return write_outcomes(
+        directory, {name: {"chains": results} for name, results in
+                    (("student", [1, 0, 1, 0]), ("trb", [1, 1, 0, 0]), ("opd", [1, 0, 1, 1]))}
+    )  # fmt: skip
+
+
+def test_a_changed_problem_leads_to_both_completions(browser: Browser, tmp_path: Path) -> None:
+    tab = browser.open(write_report(with_changes(tmp_path / "comparison")).as_uri())
+    assert tab.texts(".problems tbody tr th") == [
+        f"problem {number} How much is {number - 1} + 1?" for number in (3, 2, 4)
+    ]
+    assert tab.evaluate("document.querySelector('.controls select').value") == "0"  # training comes first
+    tab.click("a[data-match]", 1)  # what trb made of the third problem
+    assert tab.evaluate("location.hash") == "#rollouts"
+    state = tab.evaluate(STATE)
+    assert state["prompt"] == "How much is 2 + 1?"
+    assert state["tokens"] == ["student chains says 2", "trb chains says 2"]
+    assert state["panes"] == ["Student before training, right, 7 tokens", "TRB after training, wrong, 7 tokens"]
+    assert tab.evaluate("[...document.querySelectorAll('.panel, .steps, .scale, .tint')].every((n) => !n.offsetParent)")
+    assert state["pins"] == []
+    current = "[...document.querySelectorAll('.rows button')].findIndex((one) => one.ariaCurrent === 'true')"
+    assert tab.texts(".rows .excerpt")[tab.evaluate(current)] == "How much is 2 + 1?"
+    tab.evaluate("document.querySelectorAll('a[data-match]')[8].focus()")  # what opd made of the fourth
+    tab.press("Enter")
+    assert tab.evaluate(STATE)["tokens"] == ["student chains says 3", "opd chains says 3"]
+    tab.choose(".controls select", 0, "0")  # back to training
+    state = tab.evaluate(STATE)
+    assert state["step"] == "step 1" and state["panes"][0].startswith("OPD step 1")
+    tab.click("#figure-loss > svg")
+    assert tab.evaluate(STATE)["pins"] and tab.complaints == []
+
+
 # ---- colours -------------------------------------------------------------------------------------------
 
 # The contrast of text with what lies behind it, after painting every layer on a canvas.
@@ -308,6 +346,60 @@ def test_on_paper_tints_survive_as_lines_and_controls_are_gone(tab: Tab) -> None
     assert all((width > 0) == (strength > 0) for strength, width in lines)
     assert sorted(width for _, width in sorted(lines)) == [width for _, width in sorted(lines)]
     assert len({width for _, width in lines}) > 1
+
+
+# Columns break as pages do: every heading whose next neighbour begins in another column is stranded.
+STRANDED = """((height) => {
+  document.querySelectorAll("details:not(.defaults)").forEach((one) => { one.open = true; });
+  Object.assign(document.querySelector("main").style,
+    { height: `${height}px`, width: "680px", columnWidth: "680px", columnGap: "40px", columnFill: "auto" });
+  const shown = (node) => node.getClientRects().length && getComputedStyle(node).position !== "absolute";
+  const column = (rects, last) => Math.floor(((last ? rects[rects.length - 1] : rects[0]).left + 20) / 720);
+  const next = (node) => {
+    let at = node.nextElementSibling;
+    while (at && !shown(at)) at = at.nextElementSibling;
+    return at;
+  };
+  const all = document.querySelectorAll("main :is(h2, h3, h4, caption, summary, .lead, .legend)");
+  const headings = [...all].filter(shown);
+  const stranded = headings.filter((node) => {
+    let after = next(node);
+    // The first thing inside a box is what stays or goes.
+    while (after?.firstElementChild && !/^(P|TR|FIGURE|SVG)$/i.test(after.tagName) && shown(after.firstElementChild)) {
+      after = after.firstElementChild;
+    }
+    return after && column(node.getClientRects(), true) !== column(after.getClientRects(), false);
+  });
+  return [headings.length, stranded.map((node) => `${node.tagName} ${node.textContent.trim().slice(0, 40)}`)];
+})"""
+
+
+@pytest.mark.parametrize("kind", ["study", "comparison"])
+def test_on_paper_no_heading_is_left_alone_at_the_end_of_a_page(
+    browser: Browser, study: Path, tmp_path: Path, kind: str
+) -> None:
+    directory = study if kind == "study" else with_changes(tmp_path / "comparison")
+    tab = browser.open(write_report(directory).as_uri())
+    tab.emulate(dark=False, media="print")
+    found = {height: tab.evaluate(f"{STRANDED}({height})") for height in range(900, 1040, 10)}
+    assert min(count for count, _ in found.values()) > 10
+    assert {height: stranded for height, (_, stranded) in found.items() if stranded} == {}
+    tab.evaluate(
+        "(() => { const sheet = new CSSStyleSheet(); sheet.replaceSync('main * { break-after: auto !important;"
+        " break-before: auto !important; }'); document.adoptedStyleSheets = [sheet]; })()"
+    )
+    assert any(tab.evaluate(f"{STRANDED}({height})")[1] for height in range(900, 1040, 10)), "the check sees them"
+
+
+def test_on_paper_what_is_as_by_default_stays_folded(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=3)
+    (run / "config.yaml").write_text(f"method: trb\nmax_steps: 3\n{AS_BY_DEFAULT}seed: 0\n")
+    tab = browser.open(write_report(run).as_uri())
+    opened = "[...document.querySelectorAll('details')].map((one) => one.open)"
+    assert tab.evaluate(opened) == [True, False]
+    tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = false; })")
+    tab.evaluate("(dispatchEvent(new Event('beforeprint')), true)")
+    assert tab.evaluate(opened) == [True, False]
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -14,7 +14,7 @@ import pytest
 from report_helpers import Page, page_of, write_comparison, write_jsonl, write_outcomes, write_run
 
 from trb.records import AS_BY_DEFAULT
-from trb.report import ReportError, changes, outcomes, summary, write_report
+from trb.report import changes, outcomes, summary
 from trb.report.reading import read
 
 
@@ -179,15 +179,19 @@ def test_a_comparison_under_way_pairs_what_it_has(tmp_path: Path) -> None:
     assert [pair.verdict for pair in differences(directory).to_student] == ["above"]
 
 
-@pytest.mark.parametrize("change", [{"correct": 2}, {"n": 0, "correct": 0}, {"correct": -1}, {"n": "one"}])
-def test_counts_that_cannot_be_are_refused_by_line(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "line", ['{"correct": 2}', '{"n": 0, "correct": 0}', '{"correct": -1}', '{"n": "one"}', "[]", '{"n":']
+)
+def test_damaged_results_are_named_by_line_and_cost_only_their_part_of_the_page(tmp_path: Path, line: str) -> None:
     run = write_run(tmp_path / "run")
     write_outcomes(run, {"student": {"chains": BEFORE}, "trb": {"chains": BEFORE}})
     path = run / "evaluations" / "step-000100" / "chains.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    write_jsonl(path, [*rows[:2], rows[2] | change, *rows[3:]])
-    with pytest.raises(ReportError, match=r"chains\.jsonl, line 3: "):
-        write_report(run)
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | json.loads(line)) if line.startswith("{") and line[-1] == "}" else line
+    path.write_text("\n".join(lines) + "\n")
+    page = page_of(run)
+    assert any("chains.jsonl, line 3: " in text for text in page.text_of["li"])
+    assert "overlap" in said(page) and page.row("TRB")[1] and not problem_rows(page)
 
 
 # ---- the problems that changed -------------------------------------------------------------------------
@@ -229,7 +233,10 @@ def test_links_lead_to_the_completions_of_the_problem(tmp_path: Path) -> None:
     page = page_of(comparison(tmp_path / "c", {"student": [1, 0, 1], "trb": [1, 1, 0], "opd": [1, 0, 1]}))
     links = [a for a in page.all("a") if "data-match" in a]
     rows = {(row["match"], row["method"]): row for row in page.data["rollouts"] if "moment" in row}
-    assert {(link["data-match"], link["data-method"]) for link in links} == rows.keys() and len(rows) == 6
+    assert {(link["data-match"], link["data-model"]) for link in links} == {
+        (row["match"], str(row["model"])) for row in rows.values()
+    }
+    assert [rows["0.1", name]["model"] for name in ("student", "trb", "opd")] == [0, 1, 2] and len(rows) == 6
     row = rows["0.1", "trb"]
     assert (row["tokens"], row["prompt"], row["reward"]) == (["trb chains says 1"], "How much is 1 + 1?", 1.0)
     assert (row["moment"], row["length"], row["name"]) == ("after training", 7, "problem 2")
@@ -241,6 +248,7 @@ def test_runs_that_kept_no_texts_have_the_table_without_links(tmp_path: Path) ->
     page = page_of(comparison(tmp_path / "c", {"student": [1, 0], "trb": [0, 1]}, texts=False))
     assert problem_rows(page) == [["problem 1", "right", "wrong ▼"], ["problem 2", "wrong", "right ▲"]]
     assert not [a for a in page.all("a") if "data-match" in a]
+    assert not [text for text in page.text_of["p"] if "lead to the completions" in text]
     assert not [row for row in page.data["rollouts"] if "moment" in row]
 
 

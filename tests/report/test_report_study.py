@@ -33,6 +33,7 @@ from report_helpers import (
     write_study,
 )
 
+from trb.records import AS_BY_DEFAULT
 from trb.report import ReportError, export, figures, probe, rollouts, study_panels, study_summary, tables, write_report
 from trb.report.figures import write_figures
 from trb.report.study import parse_study, read_study
@@ -197,6 +198,19 @@ def test_the_sweep_lists_every_configuration_and_marks_the_selected_one(page: Pa
     rows = [row for row in page.rows if row and "initial_kl_budget = " in row[0]]
     assert [row[-1] for row in rows] == ["", "selected", ""] * 2
     assert rows[1][0].strip() == "TRB: initial_kl_budget = 0.02" and rows[1][1] == "45.5%"
+
+
+def test_a_study_folds_what_is_as_by_default(tmp_path: Path) -> None:
+    directory = write_study(tmp_path / "study", study_record(("chains",), ("opd", "trb")))
+    for path in directory.rglob("config.yaml"):
+        method = path.parts[-3]
+        path.write_text(f"student: s\nmax_steps: 20\n{AS_BY_DEFAULT}method: {method}\nseed: 0\nveto_strength: 1.0\n")
+    page = page_of(directory)
+    assert [" ".join(text.split()) for text in page.text_of["summary"] if "pair" not in text] == [
+        "What differs between the runs 1", "Resolved options, other than by default 2", "As by default 1",
+    ]  # fmt: skip
+    assert [a.get("class") for a in page.all("details") if "open" not in a][-1] == "defaults"
+    assert not [row for row in page.rows if row and row[0] == "veto_strength"]
 
 
 def test_configurations_and_learning_speed_are_shown(page: Page) -> None:

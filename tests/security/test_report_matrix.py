@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from browser import CHROMIUM, chromium
-from report_helpers import Page, study_record, write_probe, write_study
+from report_helpers import Page, study_record, write_outcomes, write_probe, write_study
 
 from trb.cli import main
 from trb.report import ReportError, export, probe, write_report
@@ -67,6 +67,10 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for path in folder.rglob("checksums.json"):
         path.unlink()
     shutil.copytree(folder / "comparison" / "trb", folder / "run")
+    changed = {"student": {"zoo-chains": [1, 0, 1, 0]}, "trb": {"zoo-chains": [0, 1, 1, 0]}}
+    for name in ("run", "comparison"):
+        shutil.rmtree(folder / name / "evaluations", ignore_errors=True)
+        write_outcomes(folder / name, changed)
     write_study(folder / "study", study_record(("chains",), ("opd", "trb")))
     write_probe(folder / "probe")
     return {kind: folder / kind for kind in ("run", "comparison", "study", "probe")}
@@ -86,13 +90,15 @@ def write(path: Path, value: Any) -> None:
 
 
 def places(value: Any, path: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[Step, ...], bool]]:
-    """Where a value or (True) a key can be put in; of a list the first entry stands for all."""
+    """Where a value or (True) a key can be put in; of a list the first entry stands for all of its keys."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield (*path, key), True
             yield from places(item, (*path, key))
-    elif isinstance(value, list) and value:
-        yield from places(value[0], (*path, 0))
+    elif isinstance(value, list):
+        shapes = {str(sorted(item) if isinstance(item, dict) else ""): k for k, item in reversed([*enumerate(value)])}
+        for place in shapes.values():
+            yield from places(value[place], (*path, place))
     if path:
         yield path, False
 
@@ -221,6 +227,10 @@ def test_pages_of_hostile_texts_run_and_ask_for_nothing(hostile: dict[str, Path]
             tab = browser.open(page.as_uri())
             tab.evaluate("document.querySelectorAll('button:not([disabled])').forEach((button) => button.click())")
             tab.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+            links = tab.evaluate("document.querySelectorAll('a[data-match]').length")
+            assert links == {"run": 4, "comparison": 9}.get(kind, 0), kind
+            tab.evaluate("document.querySelectorAll('a[data-match]').forEach((link) => link.click())")
+            assert tab.evaluate("document.querySelectorAll('.as-text').length") == min(links, 1), kind
             if tab.evaluate("document.querySelectorAll('.tok').length"):
                 tab.hover(".tok", 0)
             assert tab.evaluate("document.body.textContent").count("window.__pwned") > 3, kind

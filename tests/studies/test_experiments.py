@@ -24,6 +24,8 @@ from trb import zoo
 from trb.cli import main
 from trb.models.loading import load_model, load_tokenizer
 from trb.report import write_report
+from trb.report.outcomes import read_outcomes
+from trb.report.reading import read
 from trb.studies import disks, material, scores
 from trb.studies import run as run_module
 from trb.studies.comparison import compare
@@ -97,6 +99,11 @@ def test_a_run_leaves_what_the_report_reads(finished: Path) -> None:
     assert results["trb"]["pass_at_1"] == last["pass_at_1"]
     assert results["provenance"]["versions"]["torch"]
     assert json.loads((finished / "provenance.json").read_text())["python"]
+    texts = [
+        ["completions" in row for row in records(path)[1:]]
+        for path in sorted((finished / "evaluations").glob("step-*/*.jsonl"))
+    ]
+    assert texts == [[True] * 4, [False] * 4, [False] * 4, [True] * 4], "before and after, for readers to compare"
     assert not list(finished.rglob("*partial*"))
     assert not list((finished / "model").glob("*.bin")), "the final model holds no pickles"
 
@@ -753,7 +760,12 @@ def test_a_comparison_leaves_one_run_per_method_and_shared_scores(compared: Path
         start = records(compared / name / "evals.jsonl")[0]
         assert {key: start[key] for key in results["student"]} == results["student"]
         assert not (compared / name / "evaluations" / "step-000000").exists(), "measured once, for all"
+        assert records(compared / name / "evaluations" / "step-000002" / "zoo-chains.jsonl")[1]["question"]
         assert json.loads((compared / name / "results.json").read_text())[name] == results[name]
+    start, teacher = (records(compared / "evaluations" / of / "zoo-chains.jsonl")[1] for of in ("student", "teacher"))
+    assert start["completions"] and "completions" not in teacher
+    source = read(compared)
+    assert read_outcomes(source, []).keys() == {"student", "opd", "trb", "free"}
     assert {path.name for path in compared.iterdir() if path.is_dir()} == {"opd", "trb", "free", "evaluations"}
 
 

@@ -28,10 +28,10 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Cell:
-    """How many answers of a method were right, and whether that is more or fewer than before training; `linked` ones
-    have their completion in the viewer."""
+    """How many answers of a model were right, and whether that is more or fewer than before training; `linked` ones
+    have their completion in the viewer, as that of model `number`: an attribute cannot hold every name."""
 
-    method: str
+    number: int
     text: str
     change: str
     linked: bool = False
@@ -81,7 +81,7 @@ def collect(outcomes: Mapping[str, Outcomes], group: int) -> Changes:
     everyone = {STUDENT: before, **after}
     texts = {name: _texts(suites, set(order)) for name, suites in everyone.items()}
     rows = _viewer_rows(order, everyone, texts, group)
-    linked = {(row["match"], row["method"]) for row in rows}
+    linked = {(row["match"], row["model"]) for row in rows}
     single = all(count == 1 for suites in everyone.values() for suite in suites for count in suite.samples)
     titles = (
         ("Right before, wrong after", "Wrong before, right after")
@@ -134,8 +134,8 @@ def _viewer_rows(
     room = MAX_CHARACTERS
     for place in order:
         found = [
-            _viewer_row(name, place, everyone[name], texts[name][place], group)
-            for name in everyone
+            _viewer_row(name, place, suites, texts[name][place]) | {"model": number, "group": group}
+            for number, (name, suites) in enumerate(everyone.items())
             if place in texts[name]
         ]
         room -= sum(len(row["prompt"]) + len(row["tokens"][0]) for row in found)
@@ -145,11 +145,10 @@ def _viewer_rows(
     return rows
 
 
-def _viewer_row(name: str, place: Place, suites: Outcomes, problem: Problem, group: int) -> dict[str, Any]:
+def _viewer_row(name: str, place: Place, suites: Outcomes, problem: Problem) -> dict[str, Any]:
     completion = (problem.completions or [""])[0]
     return {
         "method": name,
-        "group": group,
         "step": 0,
         "match": _match(place),
         "rollout_index": 0,
@@ -168,21 +167,23 @@ def _row(
     place: Place,
     everyone: Mapping[str, Outcomes],
     texts: Mapping[str, Mapping[Place, Problem]],
-    linked: set[tuple[str, str]],
+    linked: set[tuple[str, int]],
 ) -> Row:
     question = next((found[place].question for found in texts.values() if place in found), "")
-    cells = tuple(_cell(name, place, suites, everyone[STUDENT], linked) for name, suites in everyone.items())
+    cells = tuple(
+        _cell(number, place, suites, everyone[STUDENT], linked) for number, suites in enumerate(everyone.values())
+    )
     excerpt = visible(" ".join(question[: 2 * MAX_EXCERPT].split()))
     return Row(_match(place), _name(place, everyone[STUDENT]), clip(excerpt, MAX_EXCERPT), cells)
 
 
-def _cell(name: str, place: Place, suites: Outcomes, before: Outcomes, linked: set[tuple[str, str]]) -> Cell:
-    number, problem = place
-    change = suites[number].rates[problem] - before[number].rates[problem]
-    right, count = suites[number].correct[problem], suites[number].samples[problem]
+def _cell(number: int, place: Place, suites: Outcomes, before: Outcomes, linked: set[tuple[str, int]]) -> Cell:
+    suite, problem = place
+    change = suites[suite].rates[problem] - before[suite].rates[problem]
+    right, count = suites[suite].correct[problem], suites[suite].samples[problem]
     text = ("right" if right else "wrong") if count == 1 else f"{right:,} of {count:,}"
     kind = "fell" if change < 0 else "rose" if change > 0 else "same"
-    return Cell(name, text, kind, (_match(place), name) in linked)
+    return Cell(number, text, kind, (_match(place), number) in linked)
 
 
 def _name(place: Place, suites: Outcomes) -> str:

@@ -74,7 +74,8 @@ class Paired:
 def read_outcomes(source: Source, notes: list[str]) -> dict[str, Outcomes]:
     """The results per problem behind the scores of the student before training and of every method.
 
-    A model without any, or with those of another evaluation, is left out. Raises ReportError for a malformed file.
+    A model without any, with those of another evaluation, or with a file that is damaged (`notes` name it, and its
+    line) is left out: the rest of a page does not depend on them. Raises ReportError for a link to somewhere else.
     """
     # A comparison measures the student once for all.
     starts = [source.directory / EVALUATIONS / "student", *(_steps(run).get(0) for run in source.runs)]
@@ -180,8 +181,14 @@ def _matching(suites: Sequence[Suite], score: Score) -> Outcomes:
 
 
 def _read_folder(folder: Path, notes: list[str]) -> list[Suite]:
-    own(folder.parent), own(folder)
-    return [suite for path in sorted(folder.glob("*.jsonl")) if (suite := _read_suite(path, notes))]
+    paths = sorted(folder.glob("*.jsonl"))
+    for path in (folder.parent, folder, *paths):
+        own(path)
+    try:
+        return [suite for path in paths if (suite := _read_suite(path, notes))]
+    except ReportError as error:
+        notes.append(str(error))
+        return []
 
 
 def _read_suite(path: Path, notes: list[str]) -> Suite | None:

@@ -72,6 +72,7 @@ def render(source: Source) -> str:
         strip=strip,
         differences=differences,
         problems=changed.tables,
+        linked=bool(changed.rollouts),
         methods=methods,
         charts=charts,
         config=config,

@@ -31,8 +31,8 @@ MARKERS = (
 
 
 def label(name: str) -> str:
-    """The name shown for a method; a directory name that is no known method is shown as it is."""
-    return METHODS[name].label if name in METHODS else name
+    """The name shown for a method; a directory name that is no known method is shown as it is, on one line."""
+    return METHODS[name].label if name in METHODS else visible(name)
 
 
 def visible(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from trb.report.outcomes import FEWEST_CHANGES, Comparisons, Paired, by_score
 from trb.report.reading import REFERENCES, Run, Score, Source
 from trb.report.style import label, show, show_range, style_indices
-from trb.training.methods import CHOICES, every_knob, knobs_of
+from trb.training.methods import BUDGET_SCHEDULES, CHOICES, every_knob, knobs_of
 
 Verdict = Literal["above", "below", "unresolved", "unknown"]
 
@@ -154,10 +154,14 @@ def config_table(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -
 
 def _unread(config: Mapping[str, Any]) -> frozenset[str]:
     """The knobs that a run's method does not read; none where the method is not known here."""
+    chosen = {key: config.get(key) for key in CHOICES}
+    # An older run has no budget_schedule.
+    kinds = [chosen["budget_schedule"]] if chosen["budget_schedule"] else [*BUDGET_SCHEDULES]
     try:
-        return frozenset(every_knob() - knobs_of([SimpleNamespace(**{key: config.get(key) for key in CHOICES})]))
+        read = knobs_of(SimpleNamespace(**chosen | {"budget_schedule": kind}) for kind in kinds)
     except (KeyError, TypeError):
         return frozenset()
+    return frozenset(every_knob() - read)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

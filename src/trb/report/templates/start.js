@@ -10,7 +10,7 @@ document.addEventListener("DOMContentLoaded", () => {
   rollouts = byId("viewer") ? viewer(byId("viewer"), data, pin) : null;
   document.addEventListener("click", (event) => {
     const link = event.target.closest("a[data-match]");
-    if (link) rollouts?.compare(link.dataset.match, link.dataset.method);
+    if (link) rollouts?.compare(link.dataset.match, Number(link.dataset.model));
   });
   // What is as by default would fill pages.
   const folded = () => document.querySelectorAll("details:not(.defaults)");

@@ -380,11 +380,12 @@ function viewer(root, data, onStep) {
       chooseStep(nearest(state.steps, step));
     },
     // Show what the student made of a problem before training, and a method after it.
-    compare(match, method) {
-      const group = rows.find((row) => row.moment && row.match === match)?.group;
-      if (group === undefined) return;
-      chooseGroup(group);
-      chooseMethods([...new Set(["student", method])]);
+    compare(match, model) {
+      const ofModel = (number) => rows.find((row) => row.match === match && row.model === number);
+      const found = [ofModel(0), ofModel(model || 1)].filter((row) => row !== undefined);
+      if (!found.length) return;
+      chooseGroup(found[0].group);
+      chooseMethods(found.map((row) => row.method));
       choosePair(state.pairs.findIndex((pair) => (pair[0] ?? pair[1]).match === match));
     },
   };
