@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from trb.tasks.grading import VERIFIERS, Verifier
+from trb.tasks.grading import VERIFIERS, Verifier, _prepare
 from trb.tasks.prompts import load_prompts
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
@@ -34,145 +34,7 @@ def math_rows(*answers: str) -> list[dict[str, str]]:
     return [{"answer": answer, "verifier": "math"} for answer in answers]
 
 
-# --- what counts as right --------------------------------------------------------------------------------
-
-EQUAL = [
-    (r"\frac{1}{2}", r"\dfrac{1}{2}"),
-    (r"\frac{1}{2}", r"\tfrac12"),
-    (r"\frac{1}{2}", "1/2"),
-    (r"\frac{1}{2}", "0.5"),
-    (r"\frac{1}{2}", ".5"),
-    ("1/2", r"\frac{2}{4}"),
-    ("0.5", r"\frac{1}{2}\text{ hours}"),
-    ("1.5", r"1\frac{1}{2}"),
-    (r"-\frac{1}{3}", r"\frac{-1}{3}"),
-    (r"-\frac{1}{3}", r"\frac{1}{-3}"),
-    ("-3", "-3.0"),
-    ("-3", "−3"),
-    ("42", "042"),
-    ("042", "42"),
-    ("007", "7"),
-    ("142.0", "142"),
-    ("42", "42."),
-    ("42", " 42 "),
-    ("42", r"\text{42}"),
-    ("42", r"\textbf{42}"),
-    ("42", "$42$"),
-    ("42", "**42**"),
-    ("42", "x = 42"),
-    ("x=5", "5"),
-    ("5", r"\approx 5"),
-    ("1000", "1,000"),
-    ("1,000", "1000"),
-    ("1000", "1{,}000"),
-    ("1000000", r"1\,000\,000"),
-    ("1000", "1 000"),
-    (r"\$18", "18"),
-    ("18", r"\$18.00"),
-    ("18", "$18"),
-    ("5", r"5\$"),
-    ("50", "50 dollars"),
-    ("50 dollars", "50"),
-    ("50", r"50\text{ dollars}"),
-    ("5", r"5\text{ cm}"),
-    ("5", r"5\,\mathrm{cm}"),
-    ("15", r"15\text{ cm}^2"),
-    ("15 \\mbox{ cm}^2", "15"),
-    ("60", r"60^\circ"),
-    (r"60^{\circ}", "60"),
-    ("60", r"60\degree"),
-    ("60", "60°"),
-    ("60", r"60\text{ degrees}"),
-    (r"10\%", "10"),
-    ("10", r"10\%"),
-    (r"10\%", "0.1"),
-    ("1024", "2^{10}"),
-    ("1024", "2^10"),
-    ("1024", "2**10"),
-    ("3628800", "10!"),
-    (r"3\times 10^5", "300000"),
-    ("1000", "1e3"),
-    (r"\sqrt{8}", r"2\sqrt{2}"),
-    (r"2\sqrt2", "2√2"),
-    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
-    (r"\frac{\pi}{4}", r"\frac14\pi"),
-    ("2\\pi", "2π"),
-    (r"\log_2 8", "3"),
-    (r"\ln 4", r"2\ln 2"),
-    ("x^2+2x+1", "(x+1)^2"),
-    ("2x+3", "3+2x"),
-    ("n^2", "n²"),
-    ("y=2x+3", "y = 3+2x"),
-    ("2x-y+3=0", "y=2x+3"),
-    ("3+4i", "4i+3"),
-    ("(1,2)", "(1, 2)"),
-    (r"(\frac{1}{2}, 3)", "(0.5, 3)"),
-    ("[1,2)", "[1, 2)"),
-    (r"(-\infty, 3]", r"(-\infty,3]"),
-    (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"),
-    ("1 < x < 2", "(1,2)"),
-    (r"(3,\infty)", "x > 3"),
-    (r"[-1,1]", r"x\in[-1,1]"),
-    (r"\{1,2,3\}", r"\{3, 1, 2\}"),
-    ("1, 2, 3", "3,2,1"),
-    (r"\{1,2\}", "1,2"),
-    (r"11\text{ and }13", "11, 13"),
-    ("2, -2", r"\pm 2"),
-    (r"\emptyset", r"\varnothing"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-    (r"\text{Evelyn}", "Evelyn"),
-    (r"\text{June 20}", "June 20"),
-    (r"\text{True}", "true"),
-    ("B", r"\text{(B)}"),
-    ("C", r"\textbf{(C)}\ 12"),
-    ("12", r"\textbf{(C)}\ 12"),
-    (r"2516_8", "2516"),
-    ("27", r"\underline{27}"),
-]
-DIFFERENT = [
-    ("42", "43"),
-    ("42", "-42"),
-    ("42", "4.2"),
-    ("42", "142"),
-    ("100", "1,00"),
-    ("1/3", "0.33"),
-    ("1/3", "0.3334"),
-    (r"\pi", "3.14"),
-    (r"\frac{1}{2}", r"\frac{2}{1}"),
-    ("1.5", r"\frac{11}{2}"),
-    ("(1,2)", "(2,1)"),
-    ("(5,2)", "(7,3)"),
-    ("[1,2)", "(1,2)"),
-    ("[1,2)", "[1,3)"),
-    (r"\{1,2,3\}", r"\{1,2\}"),
-    ("2", r"2\text{ or }3"),
-    ("2, -2", "2"),
-    ("x^2+2x+1", "(x+2)^2"),
-    ("x=5", "y=5"),
-    ("y=2x+3", "y=2x-3"),
-    (r"90^\circ", r"\frac{\pi}{2}"),
-    ("3+4i", "3-4i"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
-    (r"\text{east}", r"\text{west}"),
-    ("B", r"\textbf{(C)}\ 12"),
-    ("13", r"\textbf{(C)}\ 12"),
-    ("5", "5 million"),
-    ("0.5", "0.50001"),
-    ("1000000", "1000001"),
-    ("12:30", "12:31"),
-    ("42", ""),
-    ("42", r"\frac{"),
-    ("42", r"\frac{1}{0}"),
-]
-
-
-def test_table_of_answers(verifier: Verifier) -> None:
-    table = [(gold, answer, 1.0) for gold, answer in EQUAL] + [(gold, answer, 0.0) for gold, answer in DIFFERENT]
-    completions = [f"First \\boxed{{0}}? No.\n\nSo it is $\\boxed{{{answer}}}$." for _, answer, _ in table]
-    scores = verifier.score(completions, math_rows(*(gold for gold, _, _ in table)))
-    wrong = [(*entry, score) for entry, score in zip(table, scores, strict=True) if entry[2] != score]
-    assert wrong == []
-    assert verifier.timeouts == verifier.crashes == 0
+# --- what counts as right: see also test_graded_pairs.py -------------------------------------------------
 
 
 def spellings(rng: random.Random, value: Fraction) -> str:
@@ -201,27 +63,6 @@ def test_random_rationals_against_exact_arithmetic(verifier: Verifier) -> None:
         assert score == float(value == other), (row["answer"], completion)
 
 
-@pytest.mark.parametrize(
-    ("answer", "completion", "expected"),
-    [
-        ("2", r"\boxed{1}, wait: \boxed{2}", 1.0),
-        ("1", r"\boxed{1}, wait: \boxed{2}", 0.0),
-        ("1, 2", r"The roots are $\boxed{1}$ and $\boxed{2}$.", 1.0),
-        ("1, 2", r"We try \boxed{1}, and much later find \boxed{2}", 0.0),
-        ("7", r"\boxed{\boxed{7}}", 1.0),
-        ("7", r"\boxed{6} and then it was cut off: \boxed{7", 0.0),
-        (r"so \boxed{7}", r"\boxed{7}", 1.0),
-        ("7", "The final answer is $7$.", 1.0),
-        ("7", "The final answer is 7. I hope it is correct.", 1.0),
-        ("7", "The final answer is $8$.", 0.0),
-        ("7", "We know 3 + 4 = 7 and so", 0.0),
-        ("7", "", 0.0),
-    ],
-)
-def test_where_the_answer_is_read(verifier: Verifier, answer: str, completion: str, expected: float) -> None:
-    assert verifier.score([completion], math_rows(answer)) == [expected]
-
-
 def test_exact_compares_text_and_needs_no_worker() -> None:
     rows = [{"answer": "a  b", "verifier": "exact"}] * 5
     completions = ["\\boxed{ a b }", "\\boxed{a\nb}", "\\boxed{ab}", "a b", "\\boxed{a b} \\boxed{c}"]
@@ -229,6 +70,12 @@ def test_exact_compares_text_and_needs_no_worker() -> None:
     with Verifier() as verifier:
         assert verifier.score(completions, rows) == [1.0, 1.0, 0.0, 0.0, 0.0]
         assert verifier.score([r"\boxed{0.5}"], [{"answer": "1/2", "verifier": "exact"}]) == [0.0]
+        unfinished = [
+            r"\boxed{a b} \boxed{a",
+            r"<think>\boxed{a b}</think> so",
+            r"<think>\boxed{c}</think> \boxed{a b}",
+        ]
+        assert verifier.score(unfinished, rows[:3]) == [0.0, 0.0, 1.0]
         assert workers() == before
 
 
@@ -290,6 +137,10 @@ def test_reasoning_gym_the_last_mark_counts_and_partial_credit_does_not(verifier
         f"\\boxed{{\\text{{{good}}}}}": 1.0,
         f"<answer>{good} or something else</answer>": 0.0,  # the task itself gives this a part of a point
         "</answer><answer>": 0.0,
+        f"<answer>{good}</answer> no: <answer>1": 0.0,  # cut short
+        f"<answer>{good}</answer> no: \\boxed{{1": 0.0,
+        f"<think><answer>{good}</answer></think> I do not know": 0.0,
+        f"<think><answer>1</answer></think> <answer>{good}</answer>": 1.0,
         f"<answer>{'9' * 10**6}</answer>": 0.0,
     }
     assert verifier.score(list(cases), [row] * len(cases)) == list(cases.values())
@@ -328,6 +179,48 @@ def test_hostile_answers_neither_hang_nor_shift_the_others() -> None:
         assert 2 <= verifier.timeouts <= len(hostile)
         assert verifier.crashes == 0
     assert time.monotonic() - started < 55
+
+
+NASTY = {
+    "exponent": r"\boxed{10^{10^{10}}}",
+    "small exponent": r"\boxed{10^{-10^{10}}}",
+    "exponent of a decimal": r"\boxed{1.5e999999999}",
+    "exponent in code": "\\boxed{10**10**10}",
+    "announced tower": "The answer is $9^{9^{9^{9}}}$.",
+    "tower after four marks": "#### 9^9^9^9",
+    "nearly equal towers": r"\boxed{9^{9^{9}}+5-9^{9^{9}}+1}",
+    "brackets in code": "\\boxed{" + "sqrt(" * 300 + "1" + ")" * 300 + "}",
+    "digits": "\\boxed{0." + "3" * 1900 + "}",
+    "many digits": "\\boxed{0." + "3" * 10**6 + "}",
+    "repeated digits": "\\boxed{0.\\overline{" + "3" * 1900 + "}}",
+    "digits of a base": "\\boxed{" + "1" * 1900 + "_{36}}",
+    "digits in base ten": "\\boxed{" + "1" * 10**6 + "_{10}}",
+    "bare boxes": "\\boxed\\a{" * 50_000,
+    "cut boxes": "\\boxed " * 50_000,
+    "thoughts": "<think></think>" * 50_000 + "so",
+    "announcements": "answer:*. " * 50_000 + " " * 50_000,
+    "dollars": "the answer is $" + "\\$" * 100_000,
+    "emphasis": "the answer is **" + " a" * 100_000,
+    "words": "\\boxed{" + "a" * 10**6 + "1}",
+    "variables": "\\boxed{(" + "+".join(f"x_{{{i}}}" for i in range(60)) + ")^{40}}",
+}
+
+
+@pytest.mark.parametrize("gold", ["5", "10_{10}", "0.333333", "x+5", r"\text{yes}"])
+def test_reading_a_completion_takes_linear_time(gold: str) -> None:
+    for name, text in NASTY.items():
+        started = time.process_time()
+        _prepare(text, {"answer": gold})
+        assert time.process_time() - started < 2, name
+
+
+def test_nasty_numbers_neither_hang_nor_score() -> None:
+    rows = math_rows(*(["5"] * len(NASTY)))
+    with Verifier(timeout_s=1.0) as verifier:
+        assert verifier.score([*NASTY.values(), r"\boxed{x+1}"], [*rows, *math_rows("1+x")]) == [0.0] * len(NASTY) + [
+            1.0
+        ]
+        assert verifier.timeouts < len(NASTY) / 2 and verifier.crashes == 0
 
 
 # A math-verify that crashes, in front of the real one: the worker looks for modules where this process does.

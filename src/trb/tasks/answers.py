@@ -1,4 +1,4 @@
-"""Answers as models write them: boxes, references, and what a generated task must remember of its question.
+"""Answers as models write them: boxes, announcements, references, and what a generated task remembers of its question.
 
 Text only, in linear time. Left out: whether an answer is right (`trb.tasks.grading`).
 """
@@ -8,7 +8,18 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Box", "Row", "boxed_answers", "decode_metadata", "encode_metadata", "last_boxed", "reference_answer"]
+__all__ = [
+    "Box",
+    "Row",
+    "after_thinking",
+    "announced_answer",
+    "boxed_answers",
+    "decode_metadata",
+    "encode_metadata",
+    "final_boxes",
+    "last_boxed",
+    "reference_answer",
+]
 
 Row = dict[str, Any]
 
@@ -43,17 +54,32 @@ class Box(NamedTuple):
     end: int
 
 
-_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
+# A box without braces holds what TeX would box, and the rest of a number: \boxed 72, \boxed\frac{1}{2}, \boxed C.
+_COMMAND = r"\\(?!boxed|fbox)[a-zA-Z]+(?:\s*\{[^{}]*\}){0,2}"
+_BARE = rf"(?P<bare>[-+]?(?:\d+(?:,\d{{3}})*(?:\.\d+)?(?:/\d+)?|{_COMMAND}|[a-zA-Z](?![a-zA-Z])))"
+_BOX_TOKEN = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|(?![a-zA-Z])\s*{_BARE}|(?P<cut>\s*\Z))|\\[\\{{}}]|[{{}}]")
 
 
 def boxed_answers(text: str) -> list[Box]:
-    """Every closed \\boxed{...} (or \\fbox{...}) of `text`, in order, in time linear in its length.
+    """Every closed \\boxed{...} (or \\fbox{...}, or \\boxed 7) of `text`, in order, in time linear in its length.
 
     A box that never closes (a completion cut short) is no answer. A box inside another is part of the outer
     one; a box that holds nothing but another box is that box.
     """
+    return _read_boxes(text)[0]
+
+
+def final_boxes(text: str) -> list[Box] | None:
+    """`boxed_answers(text)`; None where the text ends inside a box that begins after all of them: it was cut short."""
+    boxes, opened = _read_boxes(text)
+    return None if opened >= 0 and all(box.start < opened for box in boxes[-1:]) else boxes
+
+
+def _read_boxes(text: str) -> tuple[list[Box], int]:
+    """The closed boxes, and where the last one begins that never closes, or -1."""
     spans: list[tuple[int, int, int, int]] = []  # start of: command, content; end of: content, command
     opened: list[tuple[int, int] | None] = []  # start of command and content; None for a brace that is no box
+    cut = -1
     for token in _BOX_TOKEN.finditer(text):
         found = token.group()
         if found == "{":
@@ -61,24 +87,29 @@ def boxed_answers(text: str) -> list[Box]:
         elif found == "}":
             box = opened.pop() if opened else None
             if box is not None:
-                spans.append(_close(text, spans, *box, token))
+                spans.append(_close(text, spans, *box, token.start(), token.end()))
+        elif token["bare"]:
+            spans.append((token.start(), token.start("bare"), token.end(), token.end()))
+        elif token["cut"] is not None:
+            cut = token.start()
         elif len(found) > 2:
             opened.append((token.start(), token.end()))
-    return [Box(text[content:close].strip(), start, end) for start, content, close, end in spans]
+    cut = max(cut, *(box[0] for box in opened if box), -1)
+    return [Box(text[content:close].strip(), start, end) for start, content, close, end in spans], cut
 
 
 def _close(
-    text: str, spans: list[tuple[int, int, int, int]], start: int, content: int, brace: re.Match[str]
+    text: str, spans: list[tuple[int, int, int, int]], start: int, content: int, close: int, end: int
 ) -> tuple[int, int, int, int]:
-    """The span of the box that ends at `brace`, after taking the boxes inside it off `spans`."""
-    close, inside = brace.start(), []
+    """The span of the box whose brace closes at `close`, after taking the boxes inside it off `spans`."""
+    inside = []
     while spans and spans[-1][0] > start:
         inside.append(spans.pop())
     if len(inside) == 1:
         inner_start, inner_content, inner_close, inner_end = inside[0]
         if not text[content:inner_start].strip() and not text[inner_end:close].strip():
             content, close = inner_content, inner_close
-    return start, content, close, brace.end()
+    return start, content, close, end
 
 
 def last_boxed(text: str) -> str | None:
@@ -93,3 +124,85 @@ def reference_answer(text: str) -> str:
         return text.rsplit("####", 1)[1].strip().replace(",", "")
     boxed = last_boxed(text)
     return text.strip() if boxed is None else boxed
+
+
+# ---- what decides where a completion has no box ----
+
+_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+
+
+def after_thinking(completion: str) -> str:
+    """What follows the last closing tag of a thought; all of it where there is no tag, or nothing after it."""
+    end = 0
+    for tag in _THOUGHT.finditer(completion):
+        end = tag.end()
+    return completion[end:] if completion[end:].strip() else completion
+
+
+ANNOUNCED_CHARS = 2_000  # of the end of a completion, where announcements are looked for
+ANNOUNCEMENTS = 10  # the last ones, of which the first from the end that says something counts
+CLAUSE_CHARS = 500
+_MARKS = r"(?:\*\*|__)"
+_ANNOUNCEMENT = re.compile(
+    r"\b(?:answers?|correct\s+(?:option|choice))\b"
+    rf"(?:[^.\n:=!?]{{0,60}}?(?:\b(?:is|are|equals)\b|[:=])(?:{_MARKS}(?=\s))?:?|\s*{_MARKS}?[ \t]*\n)"
+    r"|^[ \t]*####(?=[ \t]*[-+$€£¥₹\\(]{0,3}\d)",  # GSM8K's own mark, not a heading
+    re.IGNORECASE | re.MULTILINE,
+)
+_FILLERS = re.compile(
+    r"(?:\s|>|(?:indeed|therefore|thus|then|hence|simply|just|exactly|clearly|probably|approximately|about|equal\s+to"
+    r"|option|choice|letter)\b)*",
+    re.IGNORECASE,
+)
+_EMPHASIS = re.compile(r"(\*\*|__|\*|`)(.+?)\1", re.DOTALL)
+_MATH = re.compile(
+    r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|\$(?!\d)((?:\\\$|[^$\n])+)(?<!\\)\$"
+    r"|\$(\d(?:[^$\n]*[^$\n\s\\])?)\$(?!\d)",  # of "$72, as she earns $8" nothing is mathematics
+    re.DOTALL,
+)
+_NO_ANSWER = re.compile(
+    r"(?:not|correct|incorrect|wrong|right|an?|in|as|shown|given|above|below|this|that|what|which|unknown|unclear)\b"
+)
+_CLAUSE_END = re.compile(
+    r"[.!?](?=\s|\Z)|[\n;]|,\s+(?!and\b|or\b)(?=[a-z]{2,})|,?\s+(?:and|but)\s+not\b|\s\((?=[a-z]{2,})"
+    r"|,?\s(?:because|since|which|when|where|rather|instead|not|for|so|if|as)\b"
+)
+_SUBJECT = re.compile(r"(?:the|an?|its|his|her|their|our)\s[^\d$\\\n]{0,80}?\b(?:is|are|equals)\s+", re.IGNORECASE)
+_JOINED = re.compile(r"\s*(?:,|and|or|,\s*and|,\s*or)\s*")
+
+
+def announced_answer(completion: str) -> str | None:
+    """What the last announcement at the end of `completion` says: "the answer is ...", "**Answer:** ...", "#### 12"."""
+    tail = completion[-ANNOUNCED_CHARS:]
+    for mark in [*_ANNOUNCEMENT.finditer(tail)][: -1 - ANNOUNCEMENTS : -1]:
+        start = _FILLERS.match(tail, mark.end())
+        assert start is not None
+        subject = _SUBJECT.match(tail, start.end())  # "Answer: the number of ways is 72."
+        begin = subject.end() if subject else start.end()
+        if not _NO_ANSWER.match(tail, begin) and (answer := _clause(tail[begin : begin + CLAUSE_CHARS])):
+            return answer
+    return None
+
+
+def _clause(text: str) -> str:
+    """The answer that `text` begins with: emphasized, mathematics, or words up to where their clause ends."""
+    if emphasized := _EMPHASIS.match(text):
+        text = emphasized[2].strip()
+    end = _CLAUSE_END.search(text)
+    mathematics = _MATH.search(text)
+    before = text[: mathematics.start()] if mathematics else ""
+    # A formula may stand after words ("the set $\{1, 2\}$"), not after another number or the end of the clause.
+    if mathematics and not re.search(r"\d", before) and not (end and end.start() < mathematics.start()):
+        return _formulas(text, mathematics)
+    return (text[: end.start()] if end else text).strip(" \t\n*_`:,")
+
+
+def _formulas(text: str, first: re.Match[str]) -> str:
+    """The contents of formulas that only commas and conjunctions part, as one list."""
+    found: re.Match[str] | None = first
+    contents = []
+    while found:
+        contents.append(next(content for content in found.groups() if content is not None).strip())
+        joint = _JOINED.match(text, found.end())
+        found = _MATH.match(text, joint.end()) if joint else None
+    return ", ".join(contents)

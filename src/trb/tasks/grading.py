@@ -10,11 +10,7 @@ process: that would import the caller's main script again, torch included.
 
 Left out on purpose: partial credit (a reasoning-gym score below full marks is 0) and judging the reasoning.
 
-Answers that this grader still gets wrong, all of them rare: numbers in words ("three"); scale words
-(`5\\text{ million}` is read as 5, the unit dropped); a ratio `4:3` equals the fraction 4/3; letters compare
-without case (`A` equals `a`); a list equals the point or interval with its entries; identities through `i`
-(`e^{i\\pi}` for -1); families of solutions with a stated integer (`k\\pi, k \\in \\mathbb{Z}`); answers longer
-than 2,000 characters, unless they match literally.
+What it still gets wrong is listed in docs/grading.md.
 """
 
 import contextlib
@@ -32,13 +28,20 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import product
 from types import ModuleType, TracebackType
 from typing import IO, Any, Self
 
 from trb.errors import InputError, OperationError, PackageError
 from trb.safety import confinement
-from trb.tasks.answers import Box, boxed_answers, decode_metadata, last_boxed
+from trb.tasks.answers import (
+    Box,
+    after_thinking,
+    announced_answer,
+    decode_metadata,
+    final_boxes,
+    last_boxed,
+)
+from trb.tasks.equality import compare_exactly, math_equal, plain_verdict, unwrapped
 from trb.tasks.sources import REASONING_GYM, import_reasoning_gym
 
 __all__ = ["VERIFIERS", "Verifier", "can_be_scored", "check_verifier"]
@@ -47,11 +50,11 @@ logger = logging.getLogger(__name__)
 
 STARTUP_LIMIT_S = 120.0  # importing sympy on a busy machine, once per worker
 BATCH = 256  # answers sent to the worker at once
-MAX_MATH_CHARS = 2_000  # of an answer, and of the end of a completion that has no box
+MAX_MATH_CHARS = 2_000  # of an answer
 MAX_TASK_CHARS = 20_000  # of an answer to a reasoning-gym task (grids are long)
 
 # What the worker is asked:
-# ["math", gold, [readings of the answer], tail] or ["gym", verifier, metadata, answer].
+# ["math", gold, [readings of the answer]] or ["gym", verifier, metadata, answer].
 Job = list[Any]
 
 
@@ -62,10 +65,12 @@ class Verifier:
     for reasoning-gym, `metadata`, as `trb.tasks.prompts.load_prompts` gives them.
 
     - "exact": the last \\boxed{} equals the answer, after collapsing white space.
-    - "math": math-verify on the last \\boxed{} (or on a run of boxes such as `\\boxed{1}, \\boxed{2}`);
-      without a box, on an answer that the end of the completion announces ("the final answer is ...").
+    - "math": the last \\boxed{} (or a run of boxes such as `\\boxed{1}, \\boxed{2}`) is the same value, by math-verify
+      made exact (`trb.tasks.equality`); without a box, what the end of the completion announces ("the answer is ...").
     - "reasoning-gym:TASK": the task's own scorer, full marks only, on the last \\boxed{} or
       <answer>...</answer>.
+
+    Of a completion with thoughts, what follows the last </think> is read; one that ends inside a box scores 0.
 
     The worker starts with the first answer that needs it, and ends with `close()`, the `with` block or the
     interpreter. `timeouts` and `crashes` count answers that broke the time limit or killed the worker.
@@ -152,34 +157,40 @@ class Verifier:
 def _exact(completion: str, row: Mapping[str, Any]) -> float:
     if not row["answer"]:
         return math.nan
-    boxes = boxed_answers(completion)
-    return float(bool(boxes) and boxes[-1].content.split() == row["answer"].split())
+    boxes = final_boxes(after_thinking(completion))
+    return float(boxes is not None and any(box.content.split() == row["answer"].split() for box in boxes[-1:]))
 
 
 def _math(completion: str, row: Mapping[str, Any]) -> float | Job:
     if not row["answer"]:
         return math.nan
-    boxes, gold = boxed_answers(completion), last_boxed(row["answer"]) or row["answer"]
-    if not boxes:
-        return ["math", gold, [], completion[-MAX_MATH_CHARS:]]
-    plain = _plain_verdict(gold, boxes[-1].content)
+    ending, gold = after_thinking(completion), last_boxed(row["answer"]) or row["answer"]
+    boxes = final_boxes(ending)
+    if boxes is None:
+        return 0.0
+    answer = boxes[-1].content if boxes else announced_answer(ending)
+    if not answer:
+        return 0.0
+    plain = plain_verdict(gold, answer)
     if plain is not None:
         return float(plain)
-    readings = [text for text in (boxes[-1].content, _last_run(completion, boxes)) if text]
-    return ["math", gold, [text for text in readings if len(text) <= MAX_MATH_CHARS], ""]
+    readings = [text for text in (answer, _last_run(ending, boxes)) if text]
+    return ["math", gold, [text for text in readings if len(text) <= MAX_MATH_CHARS]]
 
 
 def _reasoning_gym(completion: str, row: Mapping[str, Any]) -> float | Job:
-    candidates = [(box.end, box.content) for box in boxed_answers(completion)[-1:]]
-    closing = completion.rfind("</answer>")
-    opening = completion.rfind("<answer>", 0, max(closing, 0))
+    ending = after_thinking(completion)
+    boxes = final_boxes(ending)
+    closing = ending.rfind("</answer>")
+    opening = ending.rfind("<answer>", 0, max(closing, 0))
+    if boxes is None or ending.rfind("<answer>") > max(closing, 0):
+        return 0.0
+    candidates = [(box.end, box.content) for box in boxes[-1:]]
     if opening >= 0:
-        candidates.append((closing, completion[opening + len("<answer>") : closing].strip()))
+        candidates.append((closing, ending[opening + len("<answer>") : closing].strip()))
     if not candidates:
         return 0.0
-    answer = max(candidates)[1]
-    wrapped = _TEXT_COMMAND.fullmatch(answer)
-    answer = wrapped[1].strip() if wrapped else answer
+    answer = unwrapped(max(candidates)[1])
     return ["gym", row["verifier"], row.get("metadata", "{}"), answer] if len(answer) <= MAX_TASK_CHARS else 0.0
 
 
@@ -212,22 +223,6 @@ def can_be_scored(row: Mapping[str, Any]) -> bool:
     return isinstance(verdict, list) or not math.isnan(verdict)
 
 
-_INTEGER = re.compile(r"[-+]?\d{1,100}")
-_TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|underline)\s*\{([^{}]*)\}")
-_BLANK = re.compile(r"\\[ ,;:!]|[\s~$]+")
-
-
-def _plain_verdict(gold: str, answer: str) -> bool | None:
-    """The verdict on two integers or on two answers spelt alike; None where mathematics is needed."""
-    if _INTEGER.fullmatch(gold.strip()) and _INTEGER.fullmatch(answer):
-        return int(gold) == int(answer)
-    return True if _spelling(gold) == _spelling(answer) != "" else None
-
-
-def _spelling(text: str) -> str:
-    return _BLANK.sub("", _TEXT_COMMAND.sub(r"\1", text)).rstrip(".").casefold()
-
-
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;.()\[\]{}\\]|and|or|text|quad)*")
 
 
@@ -237,7 +232,7 @@ def _joined(between: str) -> bool:
 
 def _last_run(text: str, boxes: list[Box]) -> str:
     """The contents of several boxes that end the text as one list, joined by commas; "" for a single box."""
-    first = len(boxes) - 1
+    first = max(len(boxes) - 1, 0)
     while first and _joined(text[boxes[first - 1].end : boxes[first].start]):
         first -= 1
     run = boxes[first:]
@@ -337,7 +332,8 @@ def _serve(timeout_s: float, memory_limit_mb: int) -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not look like a reply
     logging.disable(logging.CRITICAL)
-    if not _math_equal(r"\frac{1}{2}", "0.5") or _math_equal("1", "2"):
+    compare_exactly()
+    if not math_equal(r"x+\frac{1}{2}", "x+0.5") or math_equal("x", "y"):
         raise OperationError("math-verify of this version does not work; install math-verify>=0.9,<0.10")
     confinement.tame_sympy()
     _silence()
@@ -381,9 +377,9 @@ def _last_resort(seconds: float) -> Iterator[None]:
 def _answer_job(job: Job) -> dict[str, Any]:
     if job[0] == "gym":
         return _answer_task(*job[1:])
-    _, gold, readings, tail = job
+    _, gold, readings = job
     try:
-        right = any(_math_equal(gold, text) for text in readings) or (tail and _announced(gold, tail))
+        right = any(math_equal(gold, text) for text in readings)
     except Exception:
         # What a model wrote can raise anything at all inside sympy. It is then not a right answer. That the
         # grader itself works was checked before the first job.
@@ -418,78 +414,3 @@ def _confined_reasoning_gym() -> ModuleType:
 @lru_cache(maxsize=64)
 def _task_scorer(task: str, settings: str) -> Any:
     return _confined_reasoning_gym().create_dataset(task, **json.loads(settings)).score_answer
-
-
-@lru_cache(maxsize=4096)  # n samples of one problem repeat the same few answers
-def _math_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify, or a plain reading of common notation, finds the two answers equal."""
-    pairs = product(_readings(gold, answer), _readings(answer, gold))
-    return any(_verify(_parse_boxed(one), _parse_boxed(other)) for one, other in pairs)
-
-
-def _announced(gold: str, tail: str) -> bool:
-    """Whether the end of a completion without a box announces the right answer in words."""
-    return _verify(_parse_boxed(gold), _parse(tail))
-
-
-def _verify(gold: list[Any], answer: list[Any]) -> bool:
-    from math_verify import verify
-
-    return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
-
-
-@lru_cache(maxsize=1024)
-def _parse_boxed(text: str) -> list[Any]:
-    return _parse("\\boxed{" + _tidy(text) + "}")
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    # Only boxes and announced answers: any stray number would do otherwise. The limits are the caller's, so
-    # math-verify's own, which are signals, stay off.
-    anchored = [
-        LatexExtractionConfig(try_extract_without_anchor=False),
-        ExprExtractionConfig(try_extract_without_anchor=False),
-    ]
-    return parse(text, extraction_config=anchored, parsing_timeout=None)
-
-
-_SYMBOLS = str.maketrans({"−": "-", "°": "^\\circ", "²": "^2", "³": "^3", "∞": "\\infty", "€": "", "£": ""})
-_REWRITES = [
-    (re.compile(r"\A\*\*(.*)\*\*\Z", re.DOTALL), r"\1"),  # Markdown bold
-    (re.compile(r"\A(?:=|\\approx\b|:)\s*"), ""),
-    (re.compile(r"\A([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})\Z"), r"\1\\times 10^{\2}"),  # 1e3
-    (re.compile(r"\*\*"), "^"),
-    (re.compile(r"√\s*(\d+|[a-zA-Z]|\([^()]*\))"), r"\\sqrt{\1}"),
-    (re.compile(r"\^?\\degrees?\b"), r"^\\circ"),
-    (re.compile(r"\\varnothing\b"), r"\\emptyset"),
-    (re.compile(r"\\underline\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"(?<=\d)(?:\\[,;:! ]|[~\s])+(?=\d{3}(?:\D|\Z))"), ""),  # 1\,000 and 1 000
-    (re.compile(r"(?:\\\\|[.,;\s])+\Z"), ""),
-]
-
-
-def _tidy(text: str) -> str:
-    """`text` in the notation math-verify reads: general rewrites, none that looks at the other answer."""
-    text = text.replace("\\$", "").strip().strip("$").translate(_SYMBOLS).strip()
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-_CHOICE = re.compile(r"\(([A-J])\)(?:\\ |\s)*(.+)", re.DOTALL)
-_COUNTED = re.compile(r"([-+]?\d[\d,]*(?:\.\d+)?)\s+([A-Za-z]{3,})[A-Za-z /]*")
-_OPERATIONS = set("and mod sin cos tan log exp sqrt choose over times plus minus".split())  # noqa: SIM905
-_NOT_UNITS = _OPERATIONS | {"percent", "dozen", "hundred", "thousand", "million", "billion", "trillion"}
-
-
-def _readings(text: str, other: str) -> Iterator[str]:
-    """What an answer may mean: itself; of a choice, its letter or value; of a counted noun, the number."""
-    yield text
-    unwrapped = _TEXT_COMMAND.sub(r"\1", text).strip()
-    if choice := _CHOICE.fullmatch(unwrapped):
-        other_is_letter = re.fullmatch(r"\(?[A-J]\)?", _TEXT_COMMAND.sub(r"\1", other).strip())
-        yield choice[1] if other_is_letter else choice[2]
-    if (counted := _COUNTED.fullmatch(unwrapped)) and counted[2].lower() not in _NOT_UNITS:
-        yield counted[1]
