@@ -309,7 +309,7 @@ def _numeric_eq(one: Any, other: Any) -> bool:
 def _same_expression(one: Any, other: Any) -> bool | None:
     """Whether two expressions are equal; None where only simplification could tell."""
     from math_verify.grader import safe_sympy_doit
-    from sympy import Expr, Float, Integral, nan, oo, zoo
+    from sympy import Expr, Float, Integral, Limit, Product, Sum, nan, oo, zoo
 
     if not (isinstance(one, Expr) and isinstance(other, Expr)):
         return None
@@ -320,10 +320,10 @@ def _same_expression(one: Any, other: Any) -> bool | None:
         if isinstance(decimal, Float) and _shown_as(value, Decimal(str(decimal))):
             return True
     difference = _rational(one) - _rational(other)
-    if difference.has(Integral):
-        return None
     if difference == 0:
         return True
+    if difference.has(Integral, Limit, Product, Sum):  # whose digits are approximate
+        return True if difference.evalf(PRECISION, chop=True) == 0 else None
     if difference.free_symbols and _is_zero(_at_some_point(difference)) is not False:
         return True if difference.expand() == 0 else None
     return False if difference.free_symbols else _is_zero(difference)

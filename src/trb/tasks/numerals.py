@@ -25,7 +25,7 @@ class Numeral(NamedTuple):
 _GROUPED = r"\d{1,3}(?:(?:,|\{,\}|(?:\\[,;:! ]|[~\s])+)\d{3})+"
 _DECIMAL = re.compile(rf"({_GROUPED}|\d+)?(?:\.(\d*))?")
 _SCIENTIFIC = re.compile(
-    r"(.+?)\s*(?:[eE]|(?:\\times|\\cdot|\*|×)\s*10\s*(?:\^|\*\*))\s*(?:\{([-+]?\d{1,3})\}|([-+]?\d{1,3}))"
+    r"([\d.]+)(?:[eE]|\s*(?:\\times|\\cdot|\*|×)\s*10\s*(?:\^|\*\*)\s*)(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3}))"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}|(\d)\s*(\d))|(\d+)\s*/\s*(-?\d+)")
 _REPEATING = re.compile(
@@ -69,9 +69,8 @@ def _unsigned(text: str) -> Numeral | None:
         top, bottom = (int(part) for part in fraction.groups() if part is not None)
         return Numeral(Fraction(top, bottom)) if bottom else None
     if scientific := _SCIENTIFIC.fullmatch(text):
-        mantissa, exponent = _DECIMAL.fullmatch(scientific[1]), int(scientific[2] or scientific[3])
-        number = _unsigned(scientific[1]) if mantissa else None
-        return number and Numeral(number.value * Fraction(10) ** exponent)
+        number = _unsigned(scientific[1])
+        return number and Numeral(number.value * Fraction(10) ** int(scientific[2] or scientific[3]))
     if repeating := _REPEATING.fullmatch(text):
         return Numeral(_repeated(repeating))
     return None
