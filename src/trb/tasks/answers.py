@@ -146,15 +146,16 @@ _MARKS = r"(?:\*\*|__)"
 _ANNOUNCEMENT = re.compile(
     r"\b(?:answers?|correct\s+(?:option|choice))\b"
     rf"(?:[^.\n:=!?]{{0,60}}?(?:\b(?:is|are|equals)\b|[:=])(?:{_MARKS}(?=\s))?:?|\s*{_MARKS}?[ \t]*\n)"
-    r"|^[ \t]*####(?=[ \t]*[-+$€£¥₹\\(]{0,3}\d)",  # GSM8K's own mark, not a heading
+    r"|^[ \t]*####(?=[ \t]*[-+$€£¥₹\\(*]{0,4}\d)",  # GSM8K's own mark, not a heading
     re.IGNORECASE | re.MULTILINE,
 )
 _FILLERS = re.compile(
     r"(?:\s|>|(?:indeed|therefore|thus|then|hence|simply|just|exactly|clearly|probably|approximately|about|equal\s+to"
-    r"|option|choice|letter)\b)*",
+    r"|option|choice|letter|(?:the\s+)?(?:ordered\s+)?(?:point|pair|set|interval|number|value|vector)(?=\s+[^a-z\s]))\b"
+    r"|```[a-z]*\n)*",
     re.IGNORECASE,
 )
-_EMPHASIS = re.compile(r"(\*\*|__|\*|`)(.+?)\1", re.DOTALL)
+_EMPHASIS = re.compile(r"(?:\A|(?<=\s)(?=\*\*|__))(\*\*|__|\*|`)(?=\S)(.+?)\1", re.DOTALL)
 _MATH = re.compile(
     r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|\$(?!\d)((?:\\\$|[^$\n])+)(?<!\\)\$"
     r"|\$(\d(?:[^$\n]*[^$\n\s\\])?)\$(?!\d)",  # of "$72, as she earns $8" nothing is mathematics
@@ -186,15 +187,20 @@ def announced_answer(completion: str) -> str | None:
 
 def _clause(text: str) -> str:
     """The answer that `text` begins with: emphasized, mathematics, or words up to where their clause ends."""
-    if emphasized := _EMPHASIS.match(text):
+    if emphasized := _in_clause(_EMPHASIS, text):
         text = emphasized[2].strip()
-    end = _CLAUSE_END.search(text)
-    mathematics = _MATH.search(text)
-    before = text[: mathematics.start()] if mathematics else ""
-    # A formula may stand after words ("the set $\{1, 2\}$"), not after another number or the end of the clause.
-    if mathematics and not re.search(r"\d", before) and not (end and end.start() < mathematics.start()):
+    if mathematics := _in_clause(_MATH, text):
         return _formulas(text, mathematics)
+    end = _CLAUSE_END.search(text)
     return (text[: end.start()] if end else text).strip(" \t\n*_`:,")
+
+
+def _in_clause(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The first match, which may stand after words ("the set $\\{1, 2\\}$"), not after a number or the clause's end."""
+    found, end = pattern.search(text), _CLAUSE_END.search(text)
+    if not found or (end and end.start() < found.start()) or re.search(r"\d", text[: found.start()]):
+        return None
+    return found
 
 
 def _formulas(text: str, first: re.Match[str]) -> str:
