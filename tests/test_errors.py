@@ -26,6 +26,7 @@ OTHERS = {
     ("trb", "AttributeError"): "what Python asks of a module's __getattr__",
     ("trb.sampling.vllm.plugin", "AttributeError"): "the same",
     ("trb.cli", "KeyboardInterrupt"): "Ctrl-C, which the command line answers by itself",
+    ("trb.cli.display", "BrokenPipeError"): "nobody reads on, which the command line answers by itself",
     ("trb.records", "PydanticCustomError"): "pydantic's way to refuse a value; becomes a RecordError",
     ("trb.safety.fields", "PydanticCustomError"): "the same",
     ("trb.studies.yaml_files", "yaml.constructor.ConstructorError"): "PyYAML's way; becomes a ConfigError",
