@@ -408,7 +408,7 @@ def test_a_run_that_cannot_load_does_not_claim_its_directory(tmp_path: Path) -> 
         train(small(train_limit=3, held_out_prompts=2), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"chat_template is 'no\.jinja', neither plain nor a readable file"):
         train(small(chat_template="no.jinja"), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoints_of_unknown_origin_are_refused(finished: Path, tmp_path: Path) -> None:

@@ -4,14 +4,25 @@ Left out: how completions are drawn, graded and resumed (`trb.tasks.evaluation`)
 """
 
 import argparse
+import logging
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trb.cli.display import listening, new_console, score_table
 
+if TYPE_CHECKING:
+    from trb.studies.listener import Listener
+
 __all__ = ["add_eval", "run_eval"]
+
+
+_LONGEST = 1024
+
+logger = logging.getLogger(__name__)
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +34,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=1, metavar="N", help="completions per problem (default: 1)")
     add("--limit", type=int, metavar="N", help="problems per set (default: all)")
     add("--split", default="test", help="split of the data (default: test)")
-    add("--max-new-tokens", type=int, default=1024, metavar="N", help="longest completion (default: 1024)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest completion, at most what the model's positions leave (default: of a run its recipe's, else "
+        f"{_LONGEST})",
+    )
     add("--temperature", type=float, default=1.0, help="sampling temperature (default: 1)")
     add("--seed", type=int, default=0, help="seed of problems and sampling (default: 0)")
     add("--system-prompt", metavar="TEXT", help="system message; math for the paper's")
@@ -41,11 +58,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.models.packaged import quiet_libraries
-    from trb.records import CONFIG, EVALUATIONS, METRICS, RECIPE, STUDY_PLAN
+    from trb.records import EVALUATIONS
     from trb.studies.directories import sole_run
-    from trb.studies.material import RunDirectoryError, load_student, load_tokenizers, model_of_run, problem_sets
+    from trb.studies.material import load_student, load_tokenizers, model_of_run, problem_sets
     from trb.studies.recipe import make_recipe
-    from trb.studies.scores import evaluate_suites
+    from trb.studies.scores import check_suites, evaluate_suites
     from trb.tasks.grading import Verifier
     from trb.training.ranks import Ranks
 
@@ -55,17 +72,16 @@ def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
     run, args = recipe.run, recipe.training_config(folder or "unused")
     is_first = Ranks.of_launch().is_first
-    # Files of a run, a comparison or a study, whose results an evaluation must not replace.
-    held = [name for name in (CONFIG, METRICS, RECIPE, STUDY_PLAN) if folder and (folder / name).exists()]
-    if held:
-        raise RunDirectoryError(f"{folder} holds {held[0]} of a training run; give the evaluation its own --output-dir")
+    _check_folder(folder)
     with sole_run(folder, first=is_first) if folder else nullcontext():
         with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
             listener.stage("loading the model and problems")
             problems = problem_sets(run)
             tokenizer, _ = load_tokenizers(run)
             model = load_student(run)
-            if folder and not arguments.resume and is_first:
+            run = replace(run, eval_max_new_tokens=_completion_length(arguments, model, tokenizer, problems, listener))
+            check_suites(model, tokenizer, problems, run, args)
+            if folder and not arguments.resume and is_first:  # not before: what is refused leaves earlier results alone
                 shutil.rmtree(folder / EVALUATIONS, ignore_errors=True)
             scores = evaluate_suites(
                 model,
@@ -81,6 +97,42 @@ def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
         if is_first:
             _keep_evaluation(scores, model_spec, folder)
     return 0
+
+
+def _check_folder(folder: Path | None) -> None:
+    """Refuse a folder of a run, a comparison or a study, whose results an evaluation must not replace."""
+    from trb.records import CONFIG, METRICS, RECIPE, STUDY_PLAN
+    from trb.studies.material import RunDirectoryError
+
+    held = [name for name in (CONFIG, METRICS, RECIPE, STUDY_PLAN) if folder and (folder / name).exists()]
+    if held:
+        raise RunDirectoryError(f"{folder} holds {held[0]} of a training run; give the evaluation its own --output-dir")
+
+
+def _completion_length(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, problems: Mapping[str, Any], listener: "Listener"
+) -> int:
+    """What was asked for, or what a run's recipe says, as far as the model's positions go; says where it is less."""
+    from trb.models.modeling import position_limit
+    from trb.studies.directories import completion_length_of
+    from trb.tasks.evaluation import longest_prompt
+
+    asked = arguments.max_new_tokens
+    if asked is None and (of_run := completion_length_of(arguments.model)):
+        asked, config = of_run
+        listener.stage(f"completions of up to {asked} tokens, as in {config}; --max-new-tokens sets another length")
+    asked = _LONGEST if asked is None else asked
+    positions = position_limit(model)
+    if positions is None:
+        return asked
+    room = positions - max(longest_prompt(tokenizer, rows) for rows in problems.values())
+    if not 0 < room < asked:
+        return asked
+    logger.warning(
+        "completions are cut after %d tokens instead of %d: of the model's %d positions the longest prompt takes %d",
+        *(room, asked, positions, positions - room),
+    )
+    return room
 
 
 def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path | None) -> None:

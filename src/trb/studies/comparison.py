@@ -8,13 +8,15 @@ Left out on purpose: several seeds and settings, and tests of differences (`trb.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trb.records import RESULTS
+from trb.records import CHECKSUMS, EVALUATIONS, RECIPE, RESULTS, role_name
 from trb.studies import provenance
+from trb.studies.claims import left_as_found
 from trb.studies.directories import (
     check_claim,
     check_shared_recipe,
@@ -58,20 +60,18 @@ def compare(
     args = recipe.training_config(directory)
     with ExitStack() as held:
         held.enter_context(sole_run(directory, first=args.process_index == 0))
-        if overwrite and args.process_index == 0:
-            names = listed_methods(directory) | set(recipes)
-            for run in (directory / name for name in names if (directory / name).is_dir()):
-                held.enter_context(sole_run(run, first=args.process_index == 0))
-            clear_comparison(directory, names)
-        args.distributed_state.wait_for_everyone()
-        check_shared_recipe(directory, recipe)
-        for name, variant in recipes.items():
-            # Sizes will do here: contents are compared once more before anything is resumed from.
-            checkpoint = checkpoints.latest(directory / name, contents=False, warn=None)
-            check_claim(directory / name, variant, checkpoint, accept_changes, warn=False)
-        for name in recipes:  # all of them, before the first one takes its hours
+        goes_on = not overwrite and check_shared_recipe(directory, recipe)
+        # Of a comparison that is to make room, nothing else may be in use either.
+        others = set() if goes_on else {name for name in listed_methods(directory) if (directory / name).is_dir()}
+        if goes_on:
+            for name, variant in recipes.items():
+                # Sizes will do here: contents are compared once more before anything is resumed from.
+                checkpoint = checkpoints.latest(directory / name, contents=False, warn=None)
+                check_claim(directory / name, variant, checkpoint, accept_changes, warn=False)
+        for name in dict.fromkeys([*recipes, *others]):  # all of them, before the first one takes its hours
             held.enter_context(sole_run(directory / name, first=args.process_index == 0))
-        return _compare_alone(recipe, recipes, args, directory, listener, accept_changes)
+        clear = None if goes_on else partial(clear_comparison, directory, others | set(recipes))
+        return _compare_alone(recipe, recipes, args, directory, listener, accept_changes, clear)
 
 
 def _compare_alone(
@@ -81,11 +81,15 @@ def _compare_alone(
     directory: Path,
     listener: Listener,
     accept_changes: bool,
+    clear: Callable[[], None] | None,
 ) -> dict[str, Any]:
     """The comparison itself, in directories that nobody else writes to."""
     listener.plan({name: max(0, variant.training_config(directory).max_steps) for name, variant in recipes.items()})
+    initial: dict[str, list[dict[str, Any]]] = {}
+    at_risk = [directory / name for name in (RECIPE, EVALUATIONS, CHECKSUMS)] if args.process_index == 0 else []
     with explained_disk_errors(directory):
-        initial = scores_before(recipe, args, directory, listener)
+        with left_as_found(at_risk, begun=lambda: (directory / EVALUATIONS / role_name("student")).exists()):
+            initial |= scores_before(recipe, args, directory, listener, clear=clear)
         results = {"student": mean_of_suites(initial["student"])}
         for name, variant in recipes.items():
             finished = train_in(variant, directory / name, name, initial["student"], False, listener, accept_changes)

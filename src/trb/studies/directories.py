@@ -23,6 +23,7 @@ from trb.records import CHECKSUMS, CONFIG, EVALUATIONS, MODEL, RECIPE, RESULTS, 
 from trb.safety.files import LOCK, UNFINISHED, exclusive, remove, remove_unfinished, write_text
 from trb.safety.untrusted import parse_yaml
 from trb.studies import provenance
+from trb.studies.claims import has_step, without_what_is_made
 from trb.studies.disks import require_writable
 from trb.studies.keys import is_method_name
 from trb.studies.material import RunDirectoryError
@@ -40,6 +41,7 @@ __all__ = [
     "check_shared_recipe",
     "clear",
     "clear_comparison",
+    "completion_length_of",
     "finish_ending",
     "finish_pruning",
     "finished_results",
@@ -52,9 +54,11 @@ __all__ = [
     "read_results",
     "seal_run",
     "set_aside",
+    "size_of_run",
     "sole_run",
     "state_of",
     "told_apart",
+    "written_by_run",
 ]
 
 logger = logging.getLogger(__name__)
@@ -113,6 +117,20 @@ def _written_recipe(path: Path) -> dict[str, Any] | None:
     return there if isinstance(there, dict) else None
 
 
+def completion_length_of(spec: str) -> tuple[int, Path] | None:
+    """The longest completion that the recipe of a run evaluates with, and the file that says so.
+
+    `spec` names the run's directory, its model or one of its checkpoints; None for anything else.
+    """
+    path = Path(spec).expanduser()
+    for config in (path / CONFIG, path.parent / CONFIG):
+        recipe = (_written_recipe(config) if config.is_file() else None) or {}
+        lengths = [recipe.get(key) for key in ("eval_max_new_tokens", "max_completion_length")]
+        if found := [length for length in lengths if isinstance(length, int) and length > 0]:
+            return found[0], config
+    return None
+
+
 def is_damaged(path: Path) -> bool:
     return path.exists() and _written_recipe(path) is None
 
@@ -126,6 +144,9 @@ def check_claim(
             f"{directory} holds checkpoints but no {CONFIG}, so it is unknown what they are; "
             "use another output directory"
         )
+    # A configuration alone may be anybody's; with its provenance it is that of a run which has done nothing yet.
+    if checkpoint is None and (directory / records.PROVENANCE).exists() and not has_step(directory):
+        return None
     if is_damaged(directory / CONFIG) and _says_itself(checkpoint):
         if warn:
             logger.warning("%s is damaged: what %s says of its run is compared", directory / CONFIG, checkpoint)
@@ -148,11 +169,21 @@ def _says_itself(checkpoint: Path | None) -> bool:
         return False
 
 
-def check_shared_recipe(directory: Path, recipe: Recipe) -> None:
+def check_shared_recipe(directory: Path, recipe: Recipe) -> bool:
+    """Whether a comparison goes on with what is there; if not, that is of another recipe and without a step.
+
+    Raises RunDirectoryError if it is of another recipe and has steps.
+    """
     path = directory / RECIPE
+    runs = (directory / name for name in listed_methods(directory) | set(recipe.run.methods))
+    # A recipe alone may be anybody's; beside scores it is that of a comparison.
+    begun = not (directory / EVALUATIONS).is_dir() or any(map(has_step, (directory, *runs)))
+    if not begun and is_damaged(path):
+        return False
     differences = _differences(path, recipe, frozenset({"methods", *_MAY_CHANGE}))
-    if differences:
+    if differences and begun:
         _refuse(path, list(differences.values()), can_accept=False)
+    return not differences
 
 
 def _refuse(path: Path, differences: list[str], *, can_accept: bool) -> None:
@@ -234,13 +265,29 @@ def make_again(path: Path) -> None:
 
 def clear(directory: Path) -> None:
     """Remove what a run writes, and nothing else."""
-    saved = directory.glob(f"{records.CHECKPOINT_PREFIX}*")
-    for path in (*saved, *(directory / name for name in (*_REMOVED, checkpoints.PARTIAL))):
+    for path in _of_a_run(directory):
         remove(path)
 
 
-def begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
+def size_of_run(directory: Path) -> int:
+    """Bytes that `clear` would free."""
+    files = (file for path in _of_a_run(directory) for file in ([path] if path.is_file() else path.rglob("*")))
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def _of_a_run(directory: Path) -> list[Path]:
+    return [*directory.glob(f"{records.CHECKPOINT_PREFIX}*"), *written_by_run(directory)]
+
+
+def written_by_run(directory: Path) -> list[Path]:
+    """The files and folders that a run writes, its checkpoints apart, whether they are there or not."""
+    return [directory / name for name in (*_REMOVED, checkpoints.PARTIAL)]
+
+
+def begin(directory: Path, recipe: Recipe, *, afresh: bool, overwrite: bool) -> None:
     """Claim the directory for a run; without a checkpoint, drop what an interrupted one measured."""
+    if overwrite:
+        clear(directory)
     checkpoints.unseal(directory)
     for path, read in ((directory / RESULTS, read_results), (directory / CONFIG, _written_recipe)):
         if path.exists() and read(path) is None:
@@ -255,8 +302,9 @@ def begin(directory: Path, recipe: Recipe, *, afresh: bool) -> None:
     remove_unfinished(directory)
     for file in records.MEASUREMENTS:
         drop_after_step(directory / file, sys.maxsize)  # a kill may have cut the last line off
+    described = provenance.write(directory)  # first: it shows whose the configuration is
     write_text(directory / CONFIG, recipe.to_yaml())
-    checkpoints.seal(directory, files_of=[directory / CONFIG, provenance.write(directory)])
+    checkpoints.seal(directory, files_of=[directory / CONFIG, described])
 
 
 def finish_pruning(directory: Path, checkpoint: Path, args: TRBConfig) -> None:
@@ -324,8 +372,9 @@ def sole_run(directory: Path, *, what: str = "run", first: bool = True, inside: 
     if not first:
         yield
         return
-    require_writable(directory)
     with ExitStack() as stack:
+        stack.enter_context(without_what_is_made(directory))
+        require_writable(directory)
         try:
             stack.enter_context(exclusive(directory, inside=inside))
         except BlockingIOError as error:

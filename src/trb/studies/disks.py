@@ -44,14 +44,19 @@ def require_writable(directory: Path) -> None:
         ) from error
 
 
-def require_space(directory: Path, student: PreTrainedModel, run: RunConfig, args: TRBConfig) -> None:
-    """Refuse to start a run whose first checkpoint or final model cannot fit on the disk."""
+def require_space(
+    directory: Path, student: PreTrainedModel, run: RunConfig, args: TRBConfig, *, freed: int = 0
+) -> None:
+    """Refuse to start a run whose first checkpoint or final model cannot fit on the disk.
+
+    `freed` bytes will be removed before it writes anything.
+    """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in student.parameters())
     checkpoint = 0 if args.save_strategy == "no" else weights * (1 if args.save_only_model else 3)
     if run.lora_rank:
         weights, checkpoint = weights // 20, checkpoint // 20
     needed = checkpoint + (weights if run.save_final_model else 0)
-    free = _free_bytes(directory)
+    free = _free_bytes(directory) + freed
     if free < needed:
         raise RunDirectoryError(
             f"the disk of {directory} has {_size(free)} free, and a checkpoint and the final model take about "

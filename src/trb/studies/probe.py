@@ -19,6 +19,7 @@ from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS
 from trb.safety.files import finite
 from trb.studies import provenance
 from trb.studies.advice import advise, outlook
+from trb.studies.claims import left_as_found
 from trb.studies.diagnostics import (
     KL_BUDGETS,
     LEVEL,
@@ -136,19 +137,23 @@ def _probe_alone(
     recipe: Recipe, settings: "_Settings", directory: Path, overwrite: bool, listener: Listener
 ) -> dict[str, Any]:
     """The probe itself, in a directory that nobody else writes to."""
-    if overwrite:
-        _clear(directory)
-    parts = _Parts(directory / PARTS, listener)
-    parts.claim(settings.to_dict())
-    finished = directory / PROBE
-    if finished.exists():
+    parts, finished = _Parts(directory / PARTS, listener), directory / PROBE
+    parts.check(settings.to_dict(), overwrite)
+    if finished.exists() and not overwrite:
         try:
             return PROBE.read(finished)
         except ValueError:
             make_again(finished)
-    provenance.write(directory)
-    with Verifier(recipe.run.reward_timeout_s) as verifier:
-        results = _measure(settings, verifier, parts, directory, listener)
+    ours = [directory / name for name in (PARTS, PROBE, ROLLOUTS, PROVENANCE)]
+    with Verifier(recipe.run.reward_timeout_s) as verifier, left_as_found(ours, begun=parts.begun):
+        listener.stage("loading models and problems")
+        subject, counts = settings.load(verifier, parts)
+        # Not before: a probe that cannot start must not claim the directory.
+        if overwrite:
+            _clear(directory)
+        parts.claim(settings.to_dict())
+        provenance.write(directory)
+        results = _measure(settings, subject, counts, directory, listener)
     PROBE.write(finished, results)
     return results
 
@@ -276,10 +281,8 @@ def _variant(recipe: Recipe, method: str) -> Recipe:
 
 
 def _measure(
-    settings: _Settings, verifier: Verifier, parts: "_Parts", directory: Path, listener: Listener
+    settings: _Settings, subject: Subject, counts: dict[str, int], directory: Path, listener: Listener
 ) -> dict[str, Any]:
-    listener.stage("loading models and problems")
-    subject, counts = settings.load(verifier, parts)
     trust_region = TrustRegionPolicy(settings.kl_budget)
     policies: dict[str, BehaviorPolicy] = {"student": StudentPolicy(), "trb": trust_region}
     shown = {**policies, "skd": SKDPolicy(settings.skd_default_top_k, settings.skd_temperature)}
@@ -339,22 +342,26 @@ class _Parts:
         PART.write(path, value)
         return value
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Take the folder for these settings, or refuse if it was taken for others."""
+    def begun(self) -> bool:
+        """Whether a part is there."""
+        return any(PART.claims(part) and part.name != PROBE_SETTINGS.name for part in self.folder.glob("*"))
+
+    def check(self, settings: Mapping[str, Any], overwrite: bool) -> None:
+        """Refuse a directory that holds a run, or a probe with other settings that is not to be overwritten."""
         path, directory = self.folder / PROBE_SETTINGS, self.folder.parent
         runs = [file for file in RUN_MARKS if (directory / file).exists()]
         if runs:
             raise RunDirectoryError(f"{directory} holds {runs[0]} of a training run; give the probe its own directory")
-        begun = [part for part in self.folder.glob("*") if PART.claims(part) and part != path]
-        if begun and path.exists():
-            there = PROBE_SETTINGS.read(path)
-            different = told_apart(there, settings)
+        if self.begun() and path.exists() and not overwrite:
+            different = told_apart(PROBE_SETTINGS.read(path), settings)
             if different:
                 raise RunDirectoryError(
                     f"{directory} holds another probe: {'; '.join(different.values())}. Use another output directory, "
                     "or --overwrite to remove what is there"
                 )
-        PROBE_SETTINGS.write(path, settings)
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        PROBE_SETTINGS.write(self.folder / PROBE_SETTINGS, settings)
 
 
 def _clear(directory: Path) -> None:

@@ -20,13 +20,13 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from trb import records
-from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RESULTS
+from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RESULTS, SKIPPED
 from trb.safety.files import remove
 from trb.studies import provenance
+from trb.studies.claims import left_as_found
 from trb.studies.directories import (
     begin,
     check_claim,
-    clear,
     finish_ending,
     finish_pruning,
     finished_results,
@@ -34,15 +34,17 @@ from trb.studies.directories import (
     is_last,
     named_checkpoint,
     seal_run,
+    size_of_run,
     sole_run,
     state_of,
+    written_by_run,
 )
 from trb.studies.disks import explained_disk_errors, require_space
 from trb.studies.keys import RunConfig
 from trb.studies.listener import Listener
 from trb.studies.material import Material, RunDirectoryError, free_memory, load_material, lora
 from trb.studies.recipe import Recipe
-from trb.studies.scores import evaluate_suites, mean_of_suites
+from trb.studies.scores import check_suites, evaluate_suites, mean_of_suites
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.grading import Verifier
 from trb.training import checkpoints
@@ -112,27 +114,26 @@ def train_in(
         listener.finished(name)
         return finished
     with sole_run(directory, first=args.process_index == 0):
-        if overwrite and args.process_index == 0:
-            clear(directory)
-        args.distributed_state.wait_for_everyone()
-        return _train_alone(recipe, args, directory, name, before, listener, accept_changes)
+        return _train_alone(recipe, args, directory, name, before, overwrite, listener, accept_changes)
 
 
+# long because what may be refused comes first, in one place, and the steps of a run one after another
 def _train_alone(
     recipe: Recipe,
     args: TRBConfig,
     directory: Path,
     name: str,
     before: list[dict[str, Any]] | None,
+    overwrite: bool,
     listener: Listener,
     accept_changes: bool,
 ) -> dict[str, Any]:
     """The run itself, in a directory that nobody else writes to."""
     run = recipe.run
-    checkpoint = _start(recipe, args, directory, accept_changes)
+    checkpoint = _start(recipe, args, directory, overwrite, accept_changes)
     listener.stage(f"{name}: loading models and data")
     material = load_material(run, args)
-    require_space(directory, material.student, run, args)
+    require_space(directory, material.student, run, args, freed=size_of_run(directory) if overwrite else 0)
     with Verifier(run.reward_timeout_s) as verifier, explained_disk_errors(directory):
         score = partial(
             evaluate_suites,
@@ -145,21 +146,14 @@ def _train_alone(
         )
         observer = _Observer(directory, name, run.eval_every if material.problems else 0, score, listener)
         trainer = observer.trainer = _trainer(material, run, args, verifier, observer)
-        trainer.check_prompts()
-        config = directory / CONFIG
-        unknown = Ranks.of_launch().from_first(lambda: is_damaged(config))
-        if checkpoint is not None and not accept_changes and (unknown or not is_last(checkpoint, args)):
-            trainer.check_same_run(checkpoint)
-        if args.process_index == 0:
+        _check(trainer, material, recipe, directory, checkpoint, accept_changes)
+        with left_as_found(_at_risk(directory, args, checkpoint), partial(_has_begun, trainer, directory, checkpoint)):
             # Not before: a run that cannot start must not claim the directory.
-            begin(directory, recipe, afresh=checkpoint is None)
-            if checkpoint is not None and args.resume_from_checkpoint is None:
-                finish_pruning(directory, checkpoint, args)
-        args.distributed_state.wait_for_everyone()
-        if observer.scores_at(0) is None:
-            observer.measure(0) if before is None else observer.keep(0, before)
-        start = time.monotonic()
-        _take_steps(trainer, checkpoint, accept_changes)
+            _claim(directory, recipe, args, checkpoint, overwrite)
+            if observer.scores_at(0) is None:
+                observer.measure(0) if before is None else observer.keep(0, before)
+            start = time.monotonic()
+            _take_steps(trainer, checkpoint, accept_changes)
         seconds = round(time.monotonic() - start, 1)
         steps = trainer.state.global_step
         if run.save_final_model:
@@ -169,7 +163,7 @@ def _train_alone(
         trained = mean_of_suites(observer.scores_at(steps) or []) | {"steps": steps, "train_seconds": seconds}
         results = {
             "student": mean_of_suites(observer.scores_at(0) or []),
-            name: trained | _held_out_summary(directory),
+            name: trained | _ends(directory),
             "provenance": provenance.describe(),
         }
         if args.process_index == 0:
@@ -181,17 +175,66 @@ def _train_alone(
     return results
 
 
-def _start(recipe: Recipe, args: TRBConfig, directory: Path, accept_changes: bool) -> Path | None:
+def _start(recipe: Recipe, args: TRBConfig, directory: Path, overwrite: bool, accept_changes: bool) -> Path | None:
     """The checkpoint that the run goes on from; None for a run that begins."""
+    named = named_checkpoint(args.resume_from_checkpoint)
+    if overwrite:
+        if named is not None and named.resolve().is_relative_to(directory.resolve()):
+            raise RunDirectoryError(
+                f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, which --overwrite would remove; leave "
+                "one of the two out"
+            )
+        return named
     found = Ranks.of_launch().from_first(partial(checkpoints.latest, directory))
-    checkpoint = check_claim(directory, recipe, found, accept_changes)
-    checkpoint = named_checkpoint(args.resume_from_checkpoint) or checkpoint
+    own = check_claim(directory, recipe, found, accept_changes)
+    checkpoint = named or own
     if checkpoint is None and checkpoints.numbered(directory):
         raise RunDirectoryError(
             f"{checkpoints.none_whole(directory)}, and starting over would drop what it has measured. Use another "
             "output directory, or --overwrite to remove what is there"
         )
     return checkpoint
+
+
+def _check(
+    trainer: TRBTrainer,
+    material: Material,
+    recipe: Recipe,
+    directory: Path,
+    checkpoint: Path | None,
+    accept_changes: bool,
+) -> None:
+    """Whatever can be refused before the directory is written to."""
+    trainer.check_prompts()
+    check_suites(material.student, material.tokenizer, material.problems, recipe.run, trainer.args)
+    config = directory / CONFIG
+    unknown = Ranks.of_launch().from_first(lambda: is_damaged(config))
+    if checkpoint is not None and not accept_changes and (unknown or not is_last(checkpoint, trainer.args)):
+        trainer.check_same_run(checkpoint)
+
+
+def _at_risk(directory: Path, args: TRBConfig, checkpoint: Path | None) -> list[Path]:
+    """What may have to be put back. A run that goes on drops measurements after its checkpoint, whatever comes then."""
+    if args.process_index:
+        return []
+    measured = (
+        [] if checkpoint is None else [path for file in records.MEASUREMENTS if (path := directory / file).exists()]
+    )
+    return [path for path in written_by_run(directory) if path not in measured]
+
+
+def _has_begun(trainer: TRBTrainer, directory: Path, checkpoint: Path | None) -> bool:
+    """Whether a step has been taken, or one that could not be is on record."""
+    done = 0 if checkpoint is None else state_of(checkpoint).global_step
+    return trainer.state.global_step > done or any((directory / SKIPPED).glob("*"))
+
+
+def _claim(directory: Path, recipe: Recipe, args: TRBConfig, checkpoint: Path | None, overwrite: bool) -> None:
+    if args.process_index == 0:
+        begin(directory, recipe, afresh=checkpoint is None, overwrite=overwrite)
+        if checkpoint is not None and args.resume_from_checkpoint is None:
+            finish_pruning(directory, checkpoint, args)
+    args.distributed_state.wait_for_everyone()
 
 
 def _trainer(
@@ -290,14 +333,16 @@ class _Observer(TrainerCallback):
         return found or None
 
 
-def _held_out_summary(directory: Path) -> dict[str, Any]:
-    """The first and the last measurement on held-out prompts: the student's own rollouts, whatever the sampler was."""
-    recorded = read_records(directory / records.HELD_OUT)
-    if not recorded:
-        return {}
-    ends = zip(("before", "after"), (recorded[0], recorded[-1]), strict=True)
+def _ends(directory: Path) -> dict[str, Any]:
+    """The first and the last loss: of the steps, and on held-out prompts, which is of the student's own rollouts
+    whatever the sampler was."""
+    found = {}
     keys = ("step", "loss", "trb/teacher_log_prob")
-    return {"held_out": {name: {key: record.get(key) for key in keys} for name, record in ends}}
+    for name, file in (("training", records.METRICS), ("held_out", records.HELD_OUT)):
+        if recorded := read_records(directory / file):
+            ends = zip(("before", "after"), (recorded[0], recorded[-1]), strict=True)
+            found[name] = {end: {key: record.get(key) for key in keys} for end, record in ends}
+    return found
 
 
 def _save_model(trainer: TRBTrainer, directory: Path) -> None:

@@ -5,7 +5,7 @@ Left out: how one set is scored (`trb.tasks.evaluation`), and intervals over see
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from trb.studies.listener import Listener
 from trb.studies.material import free_memory, load_material, template_options, with_template_options
 from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
-from trb.tasks.evaluation import evaluate
+from trb.tasks.evaluation import check_problems, evaluate
 from trb.tasks.grading import Verifier
 from trb.training import checkpoints
 from trb.training.config import TRBConfig
@@ -33,7 +33,7 @@ from trb.vocab import SharedVocabulary
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["evaluate_suites", "mean_of_suites", "precision", "rows_in_flight", "scores_before"]
+__all__ = ["check_suites", "evaluate_suites", "mean_of_suites", "precision", "rows_in_flight", "scores_before"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def evaluate_suites(
     `outcomes` is filled with the number of right answers to every problem, by problem set. `vocabulary` and
     `save_completions` are as in `trb.tasks.evaluation.evaluate`.
     """
-    longest = run.eval_max_new_tokens or int(args.max_completion_length or 0)
+    longest = _longest_completion(run, args)
     scores = []
     for name, rows in problems.items():
         (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
@@ -90,6 +90,29 @@ def evaluate_suites(
             outcomes[name] = result.correct
         scores.append(result.to_dict())
     return scores
+
+
+def check_suites(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Mapping[str, "Dataset"],
+    run: RunConfig,
+    args: TRBConfig,
+) -> None:
+    """Refuse what `evaluate_suites` would refuse of any of the problem sets, before the first of them is sampled."""
+    for name, rows in problems.items():
+        check_problems(
+            model,
+            with_template_options(tokenizer, template_options(args)),
+            rows,
+            n=run.samples_of(name),
+            max_new_tokens=_longest_completion(run, args),
+            name=name,
+        )
+
+
+def _longest_completion(run: RunConfig, args: TRBConfig) -> int:
+    return run.eval_max_new_tokens or int(args.max_completion_length or 0)
 
 
 def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -121,44 +144,62 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def scores_before(
-    recipe: Recipe, args: TRBConfig, directory: Path, listener: Listener
+    recipe: Recipe, args: TRBConfig, directory: Path, listener: Listener, *, clear: Callable[[], None] | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read."""
+    """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read.
+
+    `clear` removes what is in the way, once nothing is left to be refused.
+    """
     folder = directory / EVALUATIONS
     paths = {name: folder / records.role_name(name) for name in ("student", "teacher")}
-    if args.process_index == 0:
+    if args.process_index == 0 and clear is None:
         _check_sealed_scores(directory, paths)
     args.distributed_state.wait_for_everyone()
-    missing = not all(path.exists() for path in paths.values())
+    missing = clear is not None or not all(path.exists() for path in paths.values())
     args.distributed_state.wait_for_everyone()  # nobody looks after somebody has written
     if missing:
-        listener.stage("loading models and data")
-        material = load_material(recipe.run, args)
-        if args.process_index == 0:
-            write_text(directory / RECIPE, recipe.to_yaml())
-        with Verifier(recipe.run.reward_timeout_s) as verifier:
-            for name in paths:
-                scores = evaluate_suites(
-                    getattr(material, name),
-                    tokenizer=material.tokenizer,
-                    problems=material.problems,
-                    run=recipe.run,
-                    args=args,
-                    verifier=verifier,
-                    folder=folder / name,
-                    label=f"{name} before training" if name == "student" else name,
-                    listener=listener,
-                    vocabulary=material.vocabulary,
-                    save_completions=1 if name == "student" else 0,
-                )
-                if args.process_index == 0:
-                    SCORES.write(paths[name], scores)
-        del material
-        free_memory()
-        args.distributed_state.wait_for_everyone()
+        _score_pair(recipe, args, directory, listener, paths, clear)
     elif args.process_index == 0:
         write_text(directory / RECIPE, recipe.to_yaml())  # methods may have joined
     return {name: SCORES.read(path) for name, path in paths.items()}
+
+
+def _score_pair(
+    recipe: Recipe,
+    args: TRBConfig,
+    directory: Path,
+    listener: Listener,
+    paths: Mapping[str, Path],
+    clear: Callable[[], None] | None,
+) -> None:
+    listener.stage("loading models and data")
+    material = load_material(recipe.run, args)
+    for name in paths:
+        check_suites(getattr(material, name), material.tokenizer, material.problems, recipe.run, args)
+    if args.process_index == 0:
+        if clear is not None:
+            clear()
+        write_text(directory / RECIPE, recipe.to_yaml())
+    with Verifier(recipe.run.reward_timeout_s) as verifier:
+        for name, path in paths.items():
+            scores = evaluate_suites(
+                getattr(material, name),
+                tokenizer=material.tokenizer,
+                problems=material.problems,
+                run=recipe.run,
+                args=args,
+                verifier=verifier,
+                folder=path.parent / name,
+                label=f"{name} before training" if name == "student" else name,
+                listener=listener,
+                vocabulary=material.vocabulary,
+                save_completions=1 if name == "student" else 0,
+            )
+            if args.process_index == 0:
+                SCORES.write(path, scores)
+    del material
+    free_memory()
+    args.distributed_state.wait_for_everyone()
 
 
 def _check_sealed_scores(directory: Path, paths: Mapping[str, Path]) -> None:

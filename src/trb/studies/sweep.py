@@ -15,21 +15,23 @@ Left out on purpose: judging the results (`trb.studies.findings`), and what one 
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from trb import records
 from trb.errors import InputError
-from trb.records import SELECTION, STUDY, STUDY_PLAN
-from trb.safety.files import LOCK, write_text
+from trb.records import CONFIG, SELECTION, STUDY, STUDY_PLAN
+from trb.safety.files import LOCK, remove, write_text
 from trb.safety.untrusted import parse_yaml
 from trb.studies import findings, provenance
+from trb.studies.claims import has_step, left_as_found
 from trb.studies.directories import sole_run
 from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
 from trb.studies.material import RunDirectoryError, problem_sets
-from trb.studies.study import ROLES, Reference, Study
+from trb.studies.study import ROLES, Phase, Reference, Study
 from trb.studies.workers import Pool, open_pool
 
 __all__ = ["StudyListener", "run_study"]
@@ -78,16 +80,23 @@ def run_study(
     """
     directory, listener = Path(directory).absolute(), listener or StudyListener()
     with sole_run(directory, what="sweep"):
-        _begin(directory, study)
+        goes_on = _goes_on(directory, study)
         listener.stage("checking that development and test problems differ")
         for name in study.settings:
             _check_disjoint(study, name)
-        with open_pool(directory, study, workers, ray, gpus, keep_models) as pool:
-            references = [Reference(name, role) for name in study.settings for role in ROLES]
-            _run(pool, "references", references, directory, listener)
-            _run(pool, "selection", study.units("select"), directory, listener)
+        settings = [] if goes_on else list(study.settings)
+        ours = [directory / STUDY_PLAN, directory / records.PROVENANCE, *(directory / name for name in settings)]
+        finished: list[Job] = []
+        with (
+            left_as_found(ours, begun=lambda: bool(finished) or (not goes_on and _has_step(directory))),
+            open_pool(directory, study, workers, ray, gpus, keep_models) as pool,
+        ):
+            _begin(directory, study, goes_on)
+            do = partial(_run, pool, directory=directory, listener=listener, finished=finished)
+            do("references", [Reference(name, role) for name in study.settings for role in ROLES])
+            do("selection", study.units("select"))
             chosen = {name: _select(study, directory, name) for name in study.settings}
-            _run(pool, "test", study.units("test", chosen), directory, listener)
+            do("test", study.units("test", chosen))
     listener.stage("comparing")
     results = findings.assemble(study, directory)
     STUDY.write(directory / STUDY, results)
@@ -111,25 +120,62 @@ def _chosen(table: dict[str, Any]) -> Iterator[tuple[str, int]]:
         yield name, [bool(row["selected"]) for row in rows].index(True)
 
 
-def _run(pool: Pool, phase: str, jobs: Sequence[Job], directory: Path, listener: StudyListener) -> None:
+def _run(
+    pool: Pool, phase: str, jobs: Sequence[Job], *, directory: Path, listener: StudyListener, finished: list[Job]
+) -> None:
+    """Do the jobs that are not done; those that are finished join a list."""
     missing = [job for job in jobs if not is_done(directory, job)]
     listener.phase(phase, len(jobs) - len(missing), len(jobs))
     for job, seconds in pool.map(missing) if missing else ():
+        finished.append(job)
         listener.finished(str(job), seconds)
 
 
 # ---- the directory ----
 
 
-def _begin(directory: Path, study: Study) -> None:
+def _goes_on(directory: Path, study: Study) -> bool:
+    """Whether the study that a directory holds goes on; one without a step makes room for another.
+
+    Raises RunDirectoryError if it is another one and has steps, or if the directory holds something else.
+    """
     path = directory / STUDY_PLAN
     if path.exists():
-        _check_same(path, study)
-    elif any(entry.name != LOCK for entry in directory.iterdir()):
+        try:
+            _check_same(path, study)
+        except RunDirectoryError:
+            # A plan alone may be anybody's; with its provenance it is that of a study.
+            if _has_step(directory) or not (directory / records.PROVENANCE).exists():
+                raise
+            return False
+        return True
+    if any(entry.name not in (LOCK, records.PROVENANCE.name) for entry in directory.iterdir()):
         raise RunDirectoryError(f"{directory} is not empty and holds no study; use another output directory")
-    write_text(path, study.to_yaml())
+    return False
+
+
+def _has_step(directory: Path) -> bool:
+    """Whether one of a study's runs has taken a step."""
+    return any(has_step(path.parent) for path in directory.rglob(CONFIG.name))
+
+
+def _begin(directory: Path, study: Study, goes_on: bool) -> None:
+    path = directory / STUDY_PLAN
+    if not goes_on:  # scores of models that another study named
+        for setting in _written_settings(path) | set(study.settings):
+            for name in (records.REFERENCE, *get_args(Phase), SELECTION.name):
+                remove(directory / setting / name)
     if not (directory / records.PROVENANCE).exists():
         provenance.write(directory)
+    write_text(path, study.to_yaml())
+
+
+def _written_settings(path: Path) -> set[str]:
+    """The settings of the study that a file describes, as far as they can be read and name folders."""
+    try:
+        return set(Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).settings)
+    except (OSError, ValueError, yaml.YAMLError):
+        return set()
 
 
 def _check_same(path: Path, study: Study) -> None:

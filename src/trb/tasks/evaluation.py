@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +39,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BENCHMARKS", "Benchmark", "EvalResult", "evaluate", "load_benchmark", "pass_at_1_interval"]
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "EvalResult",
+    "check_problems",
+    "evaluate",
+    "load_benchmark",
+    "longest_prompt",
+    "pass_at_1_interval",
+]
 
 CHUNK_ROWS = 256  # completions sampled between two saves when max_rows does not say
 # Texts of more would fill a disk and no reader's day; the numbers are kept of all.
@@ -150,11 +159,9 @@ def evaluate(
     of other settings or other content; NonFiniteLogitsError, naming the problem, where the model's logits are NaN or
     infinite.
     """
-    rows = _checked_rows(problems, n)
-    prompts = render(tokenizer, rows)
-    # Another sampler may have other limits.
-    limits = {f"the model ({type(model).__name__})": position_limit(model) if sampler is sample else None}
-    check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob="max_new_tokens")
+    # Another sampler may have other limits than the model's own.
+    limited = model if sampler is sample else None
+    rows, prompts = check_problems(limited, tokenizer, problems, n=n, max_new_tokens=max_new_tokens, name=name)
     stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
     settings = {
         "name": name,
@@ -198,6 +205,31 @@ def evaluate(
             results.append(list(chain.from_iterable(ranks.gather(found))))
             bar.update(task, completed=len(results.records))
     return _summary(name, results.records, n)
+
+
+def check_problems(
+    model: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: "Dataset | Sequence[Mapping[str, Any]]",
+    *,
+    n: int,
+    max_new_tokens: int,
+    name: str = "eval",
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """The problems as plain rows, and their prompts as token ids; refuses what `evaluate` would, and samples nothing.
+
+    `model` says how many positions there are; None for no limit.
+    """
+    rows = _checked_rows(problems, n)
+    prompts = render(tokenizer, rows)
+    limits = {} if model is None else {f"the model ({type(model).__name__})": position_limit(model)}
+    check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob="max_new_tokens")
+    return rows, prompts
+
+
+def longest_prompt(tokenizer: "PreTrainedTokenizerBase", problems: Iterable[Mapping[str, Any]]) -> int:
+    """Tokens of the longest prompt of some problems; 0 of none."""
+    return max(map(len, render(tokenizer, problems)), default=0)
 
 
 def pass_at_1_interval(correct: Sequence[int], n: int) -> tuple[float, float]:
