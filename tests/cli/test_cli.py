@@ -24,6 +24,7 @@ from trb.cli import main
 from trb.studies import material, scores
 from trb.studies.shipped import RECIPES
 from trb.studies.yaml_files import ConfigError
+from trb.tasks.evaluation import longest_prompt
 from trb.training.trainer import TRBTrainer
 
 
@@ -381,11 +382,48 @@ def test_eval_of_a_run_agrees_with_its_training(recipe: Path, tmp_path: Path, lo
         (["--model", "zoo:student", "--data", "zoo:chain"], "unknown task 'zoo:chain'"),
         (["--model", "zoo:student", "--data", "zoo:chains", "--samples", "0"], "eval_samples is 0"),
         (["--model", "zoo:student", "--data", "zoo:chains", "--dtype", "bf16"], "student_dtype is 'bf16'"),
-        (["--model", "zoo:student", "--data", "zoo:chains", "--limit", "4"], "exceeds the 512 positions"),
+        (["--model", "zoo:student", "--data", "zoo:chains", "--max-new-tokens", "0"], "at least 1"),
     ],
 )
 def test_eval_refuses(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert complaint in refused(capsys, "eval", *options, "--quiet")
+
+
+def test_eval_goes_as_far_as_the_models_positions_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = []
+    evaluate = scores.evaluate
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        lengths.append(options.pop("max_new_tokens"))
+        return evaluate(*arguments, **options, max_new_tokens=8)  # the length is what matters here
+
+    monkeypatch.setattr(scores, "evaluate", recorded)
+    command = ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit", "4", "--quiet"]
+    tokenizer, rows = zoo.load("student")[1], zoo.problems(4, seed=0, split="test")
+    longest = longest_prompt(tokenizer, rows)
+    for more in ([], ["--max-new-tokens", "4000"], ["--max-new-tokens", "16"]):
+        assert main([*command, *more]) == 0
+    assert lengths == [512 - longest, 512 - longest, 16]
+    asked = [record.message for record in caplog.records if "completions are cut" in record.message]
+    assert [re.findall(r"\d+", line) for line in asked] == [
+        [str(512 - longest), length, "512", str(longest)] for length in ("1024", "4000")
+    ]
+
+
+def test_eval_of_a_run_takes_the_length_of_its_recipe(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    train = ["train", "--config", str(recipe), "--output-dir", str(run), "--max-steps=1", "--quiet"]
+    assert main([*train, "--eval-max-new-tokens=11", "--save-strategy=steps", "--save-steps=1"]) == 0
+    for spec in (run, run / "model", run / "checkpoint-1"):
+        command = ["eval", "--model", str(spec), "--data", "zoo:chains", "--limit", "2", "--output-dir", str(out)]
+        assert main(command) == 0
+        assert f"completions of up to 11 tokens, as in {run / 'config.yaml'}" in capsys.readouterr().err
+        header = json.loads((out / "evaluations" / "zoo-chains.jsonl").read_text().splitlines()[0])
+        assert header["settings"]["max_new_tokens"] == 11
 
 
 STUDY = """\
