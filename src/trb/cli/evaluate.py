@@ -5,9 +5,8 @@ Left out: how completions are drawn, graded and resumed (`trb.tasks.evaluation`)
 
 import argparse
 import logging
-import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,22 +80,38 @@ def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
             model = load_student(run)
             run = replace(run, eval_max_new_tokens=_completion_length(arguments, model, tokenizer, problems, listener))
             check_suites(model, tokenizer, problems, run, args)
-            if folder and not arguments.resume and is_first:  # not before: what is refused leaves earlier results alone
-                shutil.rmtree(folder / EVALUATIONS, ignore_errors=True)
-            scores = evaluate_suites(
-                model,
-                tokenizer=tokenizer,
-                problems=problems,
-                run=run,
-                args=args,
-                verifier=verifier,
-                folder=folder / EVALUATIONS if folder else None,
-                label=model_spec,
-                listener=listener,
-            )
+            # Not before: what is refused leaves earlier results alone.
+            with _for_results(folder if is_first else None, goes_on=arguments.resume):
+                scores = evaluate_suites(
+                    model,
+                    tokenizer=tokenizer,
+                    problems=problems,
+                    run=run,
+                    args=args,
+                    verifier=verifier,
+                    folder=folder / EVALUATIONS if folder else None,
+                    label=model_spec,
+                    listener=listener,
+                )
         if is_first:
             _keep_evaluation(scores, model_spec, folder)
     return 0
+
+
+@contextmanager
+def _for_results(folder: Path | None, *, goes_on: bool) -> Iterator[None]:
+    """Make room for results per problem, or go on with those that are there; undone if the model is refused."""
+    from trb.records import EVALUATIONS
+    from trb.studies.claims import left_as_found, out_of_the_way
+
+    if folder is None:
+        yield
+    elif goes_on:
+        with left_as_found([folder / EVALUATIONS], begun=lambda: False):
+            yield
+    else:
+        with left_as_found([folder / EVALUATIONS], begun=lambda: False), out_of_the_way(folder / EVALUATIONS):
+            yield
 
 
 def _check_folder(folder: Path | None) -> None:

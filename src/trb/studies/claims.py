@@ -8,11 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trb import records
+from trb.errors import TrbError, is_for_people
 from trb.records import MEASURED, MODEL, RESULTS, SKIPPED
 from trb.safety.files import remove
 from trb.training import checkpoints
 
-__all__ = ["has_step", "left_as_found", "without_what_is_made"]
+__all__ = ["has_step", "left_as_found", "out_of_the_way", "without_what_is_made"]
 
 
 def has_step(directory: Path) -> bool:
@@ -32,18 +33,19 @@ def _says_a_step(path: Path) -> bool:
 
 @contextmanager
 def left_as_found(ours: Iterable[Path], begun: Callable[[], bool]) -> Iterator[None]:
-    """Undo what has been written in the meantime if an error comes before `begun()`: files and folders that were not
-    there are removed, and files that were have their contents again.
+    """Undo what has been written in the meantime if something is refused before `begun()`: files and folders that were
+    not there are removed, and files that were have their contents again.
 
-    `ours` are the files and folders that may be written; no other is touched, and none that is removed comes back.
+    `ours` are the files and folders that may be written; no other is touched, and no folder that is removed comes
+    back. Whoever is interrupted, and whoever a disk has failed, goes on with what is there.
     """
     ours = list(ours)
     kept = {path: path.read_bytes() for path in ours if path.is_file()}
     there = {path for each in ours if each.is_dir() for path in (each, *each.rglob("*"))}
     try:
         yield
-    except BaseException:
-        if not begun():
+    except Exception as error:
+        if _is_refusal(error) and not begun():
             for path in ours:
                 if path in kept:
                     path.write_bytes(kept[path])
@@ -52,6 +54,28 @@ def left_as_found(ours: Iterable[Path], begun: Callable[[], bool]) -> Iterator[N
                 else:
                     remove(path)
         raise
+
+
+def _is_refusal(error: Exception) -> bool:
+    return is_for_people(error) and (isinstance(error, TrbError) or not isinstance(error, OSError))
+
+
+@contextmanager
+def out_of_the_way(folder: Path) -> Iterator[None]:
+    """The folder is not there inside; it comes back if its replacement is refused, and is removed if it is not."""
+    aside = folder.with_name(f"{folder.name}.before")
+    remove(aside)
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        yield
+    except Exception as error:
+        if _is_refusal(error) and aside.exists():
+            remove(folder)
+            aside.rename(folder)
+        raise
+    finally:
+        remove(aside)
 
 
 def _remove_new(folder: Path, there: set[Path]) -> None:

@@ -22,6 +22,7 @@ from trb.studies.directories import (
     check_shared_recipe,
     clear_comparison,
     listed_methods,
+    named_checkpoint,
     seal_run,
     sole_run,
 )
@@ -57,6 +58,8 @@ def compare(
         if not getattr(recipe.run, needed):
             raise ConfigError(f"{recipe.source}: {needed} is empty; a comparison needs at least one entry")
     recipes = {name: recipe.for_method(name) for name in recipe.run.methods}
+    for variant in recipes.values():  # what each would refuse once its turn has come
+        named_checkpoint(variant.training_config(directory).resume_from_checkpoint)
     args = recipe.training_config(directory)
     with ExitStack() as held:
         held.enter_context(sole_run(directory, first=args.process_index == 0))
@@ -88,7 +91,8 @@ def _compare_alone(
     initial: dict[str, list[dict[str, Any]]] = {}
     at_risk = [directory / name for name in (RECIPE, EVALUATIONS, CHECKSUMS)] if args.process_index == 0 else []
     with explained_disk_errors(directory):
-        with left_as_found(at_risk, begun=lambda: (directory / EVALUATIONS / role_name("student")).exists()):
+        scores = [directory / EVALUATIONS / role_name(role) for role in ("student", "teacher")]
+        with left_as_found(at_risk, begun=lambda: all(path.exists() for path in scores)):
             initial |= scores_before(recipe, args, directory, listener, clear=clear)
         results = {"student": mean_of_suites(initial["student"])}
         for name, variant in recipes.items():

@@ -179,6 +179,7 @@ def _score_pair(
     if args.process_index == 0:
         if clear is not None:
             clear()
+        (directory / EVALUATIONS).mkdir(exist_ok=True)  # first: it shows whose the recipe is
         write_text(directory / RECIPE, recipe.to_yaml())
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         for name, path in paths.items():
