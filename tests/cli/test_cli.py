@@ -17,7 +17,7 @@ import torch
 from conftest import student_stopping_as_the_teacher
 from rich.console import Console
 from small_recipes import SMALL_FILE
-from transformers import BertConfig, BertLMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import BertConfig, BertLMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from trb import cli, zoo
 from trb.cli import main
@@ -283,6 +283,43 @@ def test_train(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         == 0
     )
     assert capsys.readouterr().err == ""
+
+
+def test_without_evaluation_the_loss_is_shown(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--config", str(recipe), "--output-dir", str(out), "--eval-data=[]", "--held-out-prompts=4"]
+    assert main([*command, "--max-steps=5", "--logging-steps=3", "--held-out-every=2", "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert "pass@1" not in shown and "student before" not in shown
+    rows = {cells[2].strip(): cells[3:6] for line in shown.splitlines() if len(cells := line.split("│")) > 5}
+    for name, file in (("rollouts", "metrics.jsonl"), ("held-out prompts", "held_out.jsonl")):
+        records = [json.loads(line) for line in (out / file).read_text().splitlines()]
+        assert [float(cell) for cell in rows[name][:2]] == pytest.approx(
+            [records[0]["loss"], records[-1]["loss"]], abs=6e-5
+        )
+        assert rows[name][2].strip() == "5"
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 3, 5]
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_what_is_finished_says_so_and_loads_no_model(
+    command: str, comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = ["--method=opd"] if command == "train" else []
+    words = [command, "--config", str(comparison), "--output-dir", str(tmp_path / "run"), "--max-steps=1", *method]
+    assert main(words) == 0
+    table = capsys.readouterr().out
+
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    for owner, name in ((material, "load_model"), (material, "load_tokenizer"), (PreTrainedModel, "from_pretrained")):
+        monkeypatch.setattr(owner, name, loaded)
+    assert main(words) == 0
+    again = capsys.readouterr()
+    assert again.out == table
+    kept = ["opd"] if command == "train" else ["opd", "trb"]
+    assert again.err.splitlines() == [f"{name}: already finished, nothing done" for name in kept]
 
 
 def test_compare_shows_every_score_and_writes_the_report(

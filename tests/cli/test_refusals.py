@@ -148,7 +148,11 @@ REFUSED: dict[str, tuple[list[str], str, list[str]]] = {
         [*of("probe", "small"), *PROBE],
     ),
     "probe, value": ([*of("probe", "small"), *PROBE, "--problems=0"], "at least", [*of("probe", "small"), *PROBE]),
-    "eval, no such model": (["eval", "--model=nowhere", "--data", "zoo:chains"], "no model", [*EVAL, "zoo:chains"]),
+    "eval, no such model": (
+        ["eval", "--model={material}/nowhere", "--data", "zoo:chains"],
+        "no model",
+        [*EVAL, "zoo:chains"],
+    ),
     "eval, problem without an answer": (
         [*EVAL, "zoo:chains", "{material}/unanswered.jsonl"],
         "no answer",

@@ -326,10 +326,14 @@ def test_another_configuration_in_the_same_directory_is_refused(tmp_path: Path) 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_run_can_be_made_longer(finished: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_made_longer_if_that_is_asked_for(finished: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     train(small(save_strategy="steps", save_steps=2, max_steps=4), directory)
-    train(small(save_strategy="steps", save_steps=2), directory)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(RunDirectoryError, match=r"is finished and .*: max_steps is 4 there and 6 here.*accept-changes"):
+        train(small(save_strategy="steps", save_steps=2), directory)
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    train(small(save_strategy="steps", save_steps=2), directory, accept_changes=True)
     assert_same_run(directory, finished)
 
 
@@ -341,7 +345,7 @@ def test_a_run_whose_schedule_ends_with_it_is_made_longer_only_if_that_is_accept
 ) -> None:
     train(small(**LINEAR, max_steps=1), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ChangedRunError, match=r"max_steps: 1 -> 2.*--accept-changes"):
+    with pytest.raises(RunDirectoryError, match=r"max_steps is 1 there and 2 here.*--accept-changes"):
         train(small(**LINEAR, max_steps=2), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     results = train(small(**LINEAR, max_steps=2), tmp_path, accept_changes=True)
@@ -370,7 +374,7 @@ def test_a_changed_recipe_goes_on_if_that_is_accepted(tmp_path: Path, caplog: py
         train(small(**longer), tmp_path)
     results = train(small(**longer), tmp_path, accept_changes=True)
     assert results["opd"]["steps"] == 2
-    assert "goes on with changes: method is 'trb' there and 'opd' here" in caplog.text
+    assert "goes on with changes: max_steps is 1 there and 2 here; method is 'trb' there" in caplog.text
     assert "method: opd" in (tmp_path / "config.yaml").read_text()
 
 

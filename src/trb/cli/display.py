@@ -76,6 +76,26 @@ def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
     return table
 
 
+def result_table(results: Mapping[str, Any]) -> Any:
+    """Scores where there are any, and where nothing was evaluated the loss at both ends of each run."""
+    runs = {name: score for name, score in results.items() if name not in ("provenance", "student", "teacher")}
+    if any(score.get("pass_at_1") is not None for score in runs.values()):
+        return score_table(results)
+    from rich.table import Table
+
+    table = Table(caption="the teacher's reverse KL, in nats per token; no eval_data, so no scores")
+    for heading in ("", "loss of", "first step", "last step", "steps"):
+        table.add_column(heading, justify="left" if heading in ("", "loss of") else "right", no_wrap=True)
+    for name, score in runs.items():
+        for key, text in (("training", "rollouts"), ("held_out", "held-out prompts")):
+            if ends := score.get(key):
+                losses = (
+                    "" if ends[end]["loss"] is None else f"{ends[end]['loss']:.4f}" for end in ("before", "after")
+                )
+                table.add_row(_cell(name), text, *losses, str(score["steps"]))
+    return table
+
+
 def _cell(text: str) -> Any:
     """Text of others for a table, where a plain string would be read as markup."""
     from rich.text import Text
@@ -253,6 +273,10 @@ def live_display(console: "Console") -> Iterator["Listener"]:
             self.done.append(name)
             self._show_whole(0)
 
+        def kept(self, name: str) -> None:
+            self.finished(name)
+            _say_kept(console, name)
+
         def _show_whole(self, step: int) -> None:
             completed = sum(self.steps.get(name, 0) for name in self.done) + step
             description = f"methods {len(self.done)} of {len(self.steps)}"
@@ -278,4 +302,12 @@ def _lines_display(console: "Console") -> "Listener":
             if step == self.steps or step % max(1, self.steps // 10) == 0:
                 self.stage(f"{self.name}: step {step} of {self.steps}  {_numbers(logs)}")
 
+        def kept(self, name: str) -> None:
+            _say_kept(console, name)
+
     return Lines()
+
+
+def _say_kept(console: "Console", name: str) -> None:
+    text = f"{printable(name, lines=False)}: already finished, nothing done"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trb.cli.display import listening, new_console, print_keys, print_paths, score_table
+from trb.cli.display import listening, new_console, print_keys, print_paths, result_table
 
 if TYPE_CHECKING:
     from trb.studies.recipe import Recipe
@@ -104,6 +104,6 @@ def _conclude(results: Mapping[str, Any], directory: Path) -> int:
     from trb.report import write_report
 
     report = write_report(directory)
-    new_console().print(score_table(results))
+    new_console().print(result_table(results))
     print_paths(results=directory / RESULTS, report=report)
     return 0

@@ -152,8 +152,11 @@ def check_claim(
             logger.warning("%s is damaged: what %s says of its run is compared", directory / CONFIG, checkpoint)
         return checkpoint
     found = _differences(directory / CONFIG, recipe)
-    # A longer run may go on from a checkpoint; without one it would silently start over.
-    refused = [text for key, text in found.items() if key not in _MAY_CHANGE or checkpoint is None]
+    # A longer run may go on from a checkpoint; without one it would silently start over. One that is finished was as
+    # long as it was to be, and its results would be replaced.
+    fixed = {key for key in found if key not in _MAY_CHANGE or checkpoint is None}
+    fixed |= found.keys() & set(resume.LENGTH if (directory / RESULTS).exists() else ())
+    refused = [text for key, text in found.items() if key in fixed]
     if refused and not (accept_changes and checkpoint is not None):
         _refuse(directory / CONFIG, refused, can_accept=checkpoint is not None)
     if refused and warn:
@@ -188,11 +191,12 @@ def check_shared_recipe(directory: Path, recipe: Recipe) -> bool:
 
 def _refuse(path: Path, differences: list[str], *, can_accept: bool) -> None:
     remedy = "Use another output directory, or --overwrite to remove what is there"
+    there = f"{path.parent}{' is finished and' if (path.parent / RESULTS).exists() else ''} holds another configuration"
     if can_accept:
         remedy += ", or --accept-changes to go on from its last checkpoint all the same"
     listed = "; ".join(differences[:_LISTED])
     more = f"; and {len(differences) - _LISTED} more" if len(differences) > _LISTED else ""
-    raise RunDirectoryError(f"{path.parent} holds another configuration: {listed}{more} ({path.name}). {remedy}")
+    raise RunDirectoryError(f"{there}: {listed}{more} ({path.name}). {remedy}")
 
 
 def finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:

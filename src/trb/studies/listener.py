@@ -26,3 +26,7 @@ class Listener:
 
     def finished(self, name: str) -> None:
         """A run is complete."""
+
+    def kept(self, name: str) -> None:
+        """A run was complete before, and nothing is done for it."""
+        self.finished(name)

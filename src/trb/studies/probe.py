@@ -141,7 +141,9 @@ def _probe_alone(
     parts.check(settings.to_dict(), overwrite)
     if finished.exists() and not overwrite:
         try:
-            return PROBE.read(finished)
+            results = PROBE.read(finished)
+            listener.stage("already finished, nothing done")
+            return results
         except ValueError:
             make_again(finished)
     ours = [directory / name for name in (PARTS, PROBE, ROLLOUTS, PROVENANCE)]

@@ -111,7 +111,7 @@ def train_in(
     if finished is not None:
         if args.process_index == 0:
             finish_ending(directory, args)
-        listener.finished(name)
+        listener.kept(name)
         return finished
     with sole_run(directory, first=args.process_index == 0):
         return _train_alone(recipe, args, directory, name, before, overwrite, listener, accept_changes)

@@ -97,7 +97,7 @@ def run_study(
             do("selection", study.units("select"))
             chosen = {name: _select(study, directory, name) for name in study.settings}
             do("test", study.units("test", chosen))
-    listener.stage("comparing")
+    listener.stage("comparing" if finished else "already finished, nothing done but comparing again")
     results = findings.assemble(study, directory)
     STUDY.write(directory / STUDY, results)
     return results
