@@ -1,4 +1,4 @@
-"""The errors that are meant for people, and the hint that every refusal of an unknown name ends with.
+"""The errors that are meant for people, what they call an argument, and the hint that ends a refusal of unknown names.
 
 A `TrbError` says what is wrong and what to do; the command line shows that, and no traceback. The other classes are
 also what Python calls such an error, so that `except ValueError` goes on working, and are the bases of the named ones
@@ -8,7 +8,9 @@ also what Python calls such an error, so that `except ValueError` goes on workin
 import difflib
 import errno
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
     "ServerError",
     "ServerTimeoutError",
     "TrbError",
+    "calls",
     "did_you_mean",
     "is_for_people",
+    "named",
 ]
 
 # What a machine refuses, whichever library asked it: the error of the system names the file, and no line of code.
@@ -85,3 +89,24 @@ def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
     """`"; did you mean 'x'?"` for the candidate most like `name`, or `""`; `cutoff` is difflib's, in [0, 1]."""
     close = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# What is called otherwise by whoever called: the innermost caller's names last.
+_names: ContextVar[tuple[Mapping[str, str], ...]] = ContextVar("names", default=())
+
+
+@contextmanager
+def calls(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, messages call the arguments of functions by these names: a recipe's key, an option of a command."""
+    before = _names.set((*_names.get(), names))
+    try:
+        yield
+    finally:
+        _names.reset(before)
+
+
+def named(argument: str) -> str:
+    """An argument as a message should call it: by its own name, or by that of whoever called (`calls`)."""
+    for names in reversed(_names.get()):
+        argument = names.get(argument, argument)
+    return argument

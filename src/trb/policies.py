@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trb.blend import weigh
 from trb.blend.laws import DenseLaw, Law, log_softmax
-from trb.errors import InputError
+from trb.errors import InputError, named
 
 __all__ = [
     "POLICIES",
@@ -178,7 +178,7 @@ class SKDPolicy:
 
     def __post_init__(self) -> None:
         if self.teacher_top_k < 1:
-            raise InputError(f"teacher_top_k must be at least 1, got {self.teacher_top_k}")
+            raise InputError(f"{named('teacher_top_k')} must be at least 1, got {self.teacher_top_k}")
         _check_temperature(self.teacher_temperature)
 
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:

@@ -417,8 +417,8 @@ def test_eval_of_a_run_agrees_with_its_training(recipe: Path, tmp_path: Path, lo
     [
         (["--model", "zoo:foo", "--data", "zoo:chains"], "cannot read the model spec 'zoo:foo'"),
         (["--model", "zoo:student", "--data", "zoo:chain"], "unknown task 'zoo:chain'"),
-        (["--model", "zoo:student", "--data", "zoo:chains", "--samples", "0"], "eval_samples is 0"),
-        (["--model", "zoo:student", "--data", "zoo:chains", "--dtype", "bf16"], "student_dtype is 'bf16'"),
+        (["--model", "zoo:student", "--data", "zoo:chains", "--samples", "0"], "--samples is 0"),
+        (["--model", "zoo:student", "--data", "zoo:chains", "--dtype", "bf16"], "--dtype is 'bf16'"),
         (["--model", "zoo:student", "--data", "zoo:chains", "--max-new-tokens", "0"], "at least 1"),
     ],
 )

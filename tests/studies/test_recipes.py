@@ -296,6 +296,8 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "eval_data": (["zoo:chains", "gsm8k=f.jsonl"], lambda spy, _: list(dict.fromkeys(spy.all("evaluate", "name")))),
     "eval_split": ("s2", lambda spy, _: spy.all("load_prompts", "split")[1]),
     "eval_limit": (11, lambda spy, _: spy.all("load_prompts", "limit")[1]),
+    "eval_prompt_column": ("ep", lambda spy, _: spy.all("load_prompts", "prompt_column")[1]),
+    "eval_answer_column": ("ea", lambda spy, _: spy.all("load_prompts", "answer_column")[1]),
     "eval_samples": (3, lambda spy, _: {*spy.all("evaluate", "n")}),
     "eval_max_new_tokens": (21, lambda spy, _: {*spy.all("evaluate", "max_new_tokens")}),
     "eval_temperature": (0.7, lambda spy, _: {*spy.all("evaluate", "temperature")}),

@@ -366,7 +366,7 @@ def test_reasoning_gym_settings(gym: None) -> None:
     [
         ("chain_sums", "unknown reasoning-gym task 'chain_sums'; did you mean 'chain_sum'"),
         ("chain_sum?min_term=2", "no setting 'min_term'; did you mean 'min_terms'"),
-        ("chain_sum?seed=2", "use the seed and limit arguments"),
+        ("chain_sum?seed=2", "not a setting here; use seed"),
         ("chain_sum?min_terms", "key=value"),
         ("chain_sum?min_terms=9&max_terms=2", "reasoning-gym refuses"),
         ("composite", "reasoning-gym refuses .*at least one dataset"),

@@ -21,6 +21,25 @@ __all__ = ["add_eval", "run_eval"]
 
 _LONGEST = 1024
 
+# What the keys of a recipe are called here, where messages name them.
+_OF_STUDENT = ("revision", "dtype", "keep_layers", "trust_remote_code")
+_OF_EVALUATION = ("data", "split", "limit", "samples", "max_new_tokens", "temperature", "seed", "max_rows")
+_COLUMNS = ("prompt_column", "answer_column")
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+OPTIONS = {
+    **{f"student_{key}": _option(key) for key in _OF_STUDENT},
+    **{f"eval_{key}": _option(key) for key in (*_OF_EVALUATION, *_COLUMNS)},
+    **{key: _option(key) for key in ("chat_template", "system_prompt")},
+    "student": "--model",
+    "chat_template: plain": "--chat-template plain",
+    "output directory": "--output-dir",
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +67,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch, tag or commit of a model on the hub")
     add("--chat-template", metavar="FILE", help="a Jinja file, or plain, for models without a chat template")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    add("--prompt-column", metavar="NAME", help="column of the data with the problem, if not guessed right")
+    add("--answer-column", metavar="NAME", help="column of the data with the answer, if not guessed right")
     add("--max-rows", type=int, metavar="N", help="completions in flight at once")
     add("--output-dir", metavar="DIR", help="write the scores and the results of every problem there")
     add("--resume", action="store_true", help="continue an interrupted evaluation of the same model in --output-dir")
@@ -56,6 +77,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from trb.errors import calls
+
+    with calls(OPTIONS):
+        return _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
     from trb.models.packaged import quiet_libraries
     from trb.records import EVALUATIONS
     from trb.studies.directories import sole_run
@@ -185,5 +213,7 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "eval_temperature": arguments.temperature,
         "eval_seed": arguments.seed,
         "eval_max_rows": arguments.max_rows,
+        "eval_prompt_column": arguments.prompt_column,
+        "eval_answer_column": arguments.answer_column,
         "bf16": False,
     }

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from trb.cli.display import new_console, printable
-from trb.errors import InputError
+from trb.errors import InputError, calls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from trb.studies.keys import RunConfig
     from trb.studies.recipe import Recipe
     from trb.training.config import TRBConfig
+
+
+# What the fields of a layout are called here, where messages name them.
+OPTIONS = {"engine_accelerators": "--engine-gpus", "engine": "--engine", "tensor_parallel": "--tensor-parallel"}
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +48,16 @@ def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
     from trb.planning import Layout, Shape, find_machine, make_plan
 
     machine, args = find_machine(arguments.machine), recipe.training_config("unused")
-    layout = Layout(
-        accelerators=_accelerators(arguments, machine),
-        strategy=arguments.strategy,
-        engine=arguments.engine,
-        engine_accelerators=arguments.engine_gpus,
-        tensor_parallel=arguments.tensor_parallel,
-        teacher_sharded=arguments.shard_teacher or args.teacher_sharded,
-        eager_sampling=arguments.eager_sampling,
-    )
+    with calls(OPTIONS):
+        layout = Layout(
+            accelerators=_accelerators(arguments, machine),
+            strategy=arguments.strategy,
+            engine=arguments.engine,
+            engine_accelerators=arguments.engine_gpus,
+            tensor_parallel=arguments.tensor_parallel,
+            teacher_sharded=arguments.shard_teacher or args.teacher_sharded,
+            eager_sampling=arguments.eager_sampling,
+        )
     student, teacher = (outline(recipe.run, role, weights=False) for role in ("student", "teacher"))
     pair = pair_of(recipe.run, args, student, teacher)
     work = work_of(

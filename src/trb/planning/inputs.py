@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from trb.errors import InputError, did_you_mean
+from trb.errors import InputError, did_you_mean, named
 from trb.models.memory import bytes_of, cache_entries, query_width
 
 __all__ = [
@@ -243,10 +243,13 @@ class Layout:
             raise InputError(f"a plan needs at least 1 accelerator, got {self.accelerators}")
         if not 0 <= self.engine_accelerators < self.accelerators:
             raise InputError(
-                f"engine_accelerators={self.engine_accelerators} of {self.accelerators} leave none to train on"
+                f"{named('engine_accelerators')}={self.engine_accelerators} of {self.accelerators} leave none to train "
+                "on"
             )
         if self.engine_accelerators and self.engine != "vllm":
-            raise InputError("engine_accelerators are vLLM's: choose engine='vllm', or set them to 0")
+            raise InputError(
+                f"{named('engine_accelerators')} are vLLM's: choose {named('engine')} vllm, or set them to 0"
+            )
         if self.tensor_parallel is not None and not 1 <= self.tensor_parallel <= self.sampling_ranks:
             raise InputError(
                 f"tensor_parallel={self.tensor_parallel} is out of range: {self.sampling_ranks} accelerators sample"

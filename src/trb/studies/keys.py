@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from trb.errors import named
 from trb.models.memory import DTYPES
 from trb.records import EVALS, EVALUATIONS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
@@ -131,6 +132,8 @@ class RunConfig:
     )
     eval_split: str = _option("test", "Split of eval_data; benchmarks know their own.")
     eval_limit: int | None = _option(None, "Problems per set; null for all.")
+    eval_prompt_column: str | None = _option(None, "Column of eval_data with the problem, if not guessed right.")
+    eval_answer_column: str | None = _option(None, "Column of eval_data with the answer, if not guessed right.")
     eval_samples: int | dict[str, int] = field(
         default=1, metadata={"help": "Completions per problem: one number, or one per entry of eval_data."}
     )
@@ -150,14 +153,14 @@ class RunConfig:
         self.eval_data = [self.eval_data] if isinstance(self.eval_data, str) else self.eval_data
         for name in ("student_dtype", "teacher_dtype"):
             if getattr(self, name) not in DTYPES:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(DTYPES)}")
+                raise ConfigError(f"{named(name)} is {getattr(self, name)!r}; choose one of {', '.join(DTYPES)}")
         for name, smallest in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and not value >= smallest:
-                raise ConfigError(f"{name} is {value}; it must be at least {smallest}")
+                raise ConfigError(f"{named(name)} is {value}; it must be at least {smallest}")
         for name in ("reward_timeout_s", "eval_temperature", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+                raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must be positive")
         self._check_samples()
         for name in self.methods:
             if not is_method_name(name):
@@ -181,7 +184,8 @@ class RunConfig:
                     )
         for name, n in samples.items():
             if n < 1:
-                raise ConfigError(f"eval_samples is {n}{f' for {name!r}' if name else ''}; it must be at least 1")
+                where = f" for {name!r}" if name else ""
+                raise ConfigError(f"{named('eval_samples')} is {n}{where}; it must be at least 1")
 
     def samples_of(self, name: str) -> int:
         """Completions per problem for an entry of `eval_data`."""

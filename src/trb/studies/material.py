@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.errors import InputError
+from trb.errors import InputError, calls
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.records import CONFIG, MODEL, TRAINER_STATE
 from trb.safety.templates import PLAIN_TEMPLATE
 from trb.studies.keys import RunConfig
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
-from trb.tasks.prompts import check_lengths, load_prompts
+from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts
 from trb.training import checkpoints
 from trb.training.config import TRBConfig
 from trb.training.sharding import loaded_whole
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = [
+    "EVALUATION_NAMES",
+    "TRAINING_NAMES",
     "Material",
     "RunDirectoryError",
     "free_memory",
@@ -46,6 +48,19 @@ __all__ = [
     "template_options",
     "with_template_options",
 ]
+
+# What a recipe calls the arguments of what it is read for.
+_TEMPLATE = {"tokenizer.chat_template": "chat_template", "plain=True": "chat_template: plain"}
+TRAINING_NAMES = {
+    **_TEMPLATE,
+    **{name: f"train_{name}" for name in ("prompt_column", "answer_column", "revision", "limit", "seed")},
+    OVERLONG: "overlong_prompts: drop",
+}
+EVALUATION_NAMES = {
+    **_TEMPLATE,
+    **{name: f"eval_{name}" for name in ("prompt_column", "answer_column", "limit", "seed", "max_new_tokens")},
+    "results_path": "output directory",
+}
 
 
 class RunDirectoryError(InputError):
@@ -183,17 +198,19 @@ def _training_prompts(
     run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple["Dataset", "Dataset | None"]:
     """The prompts to train on, and those held out to measure the loss on."""
-    prompts = load_prompts(
-        run.train_data,
-        split=run.train_split,
-        limit=run.train_limit,
-        seed=run.train_seed,
-        system_prompt=run.system_message,
-        prompt_column=run.train_prompt_column,
-        answer_column=run.train_answer_column,
-        revision=run.train_revision,
-    )
-    prompts = check_lengths(prompts, tokenizer, run.max_prompt_length, run.overlong_prompts, **template_options(args))
+    with calls(TRAINING_NAMES):
+        prompts = load_prompts(
+            run.train_data,
+            split=run.train_split,
+            limit=run.train_limit,
+            seed=run.train_seed,
+            system_prompt=run.system_message,
+            prompt_column=run.train_prompt_column,
+            answer_column=run.train_answer_column,
+            revision=run.train_revision,
+        )
+        longest, options = run.max_prompt_length, template_options(args)
+        prompts = check_lengths(prompts, tokenizer, longest, run.overlong_prompts, **options)
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     needed = batch // args.num_generations
     if len(prompts) - run.held_out_prompts < needed:
@@ -212,14 +229,21 @@ def _training_prompts(
 
 def problem_sets(run: RunConfig) -> dict[str, "Dataset"]:
     """The problems of every entry of `eval_data`, by its name."""
-    return {name: _problems(name, run) for name in run.eval_data}
+    with calls(EVALUATION_NAMES):
+        return {name: _problems(name, run) for name in run.eval_data}
 
 
 def _problems(name: str, run: RunConfig) -> "Dataset":
     benchmark, _, path = name.partition("=")
     if benchmark not in BENCHMARKS:
         return load_prompts(
-            name, split=run.eval_split, limit=run.eval_limit, seed=run.eval_seed, system_prompt=run.system_message
+            name,
+            split=run.eval_split,
+            limit=run.eval_limit,
+            seed=run.eval_seed,
+            system_prompt=run.system_message,
+            prompt_column=run.eval_prompt_column,
+            answer_column=run.eval_answer_column,
         )
     problems = load_benchmark(benchmark, path or None)
     if run.eval_limit is None or run.eval_limit >= len(problems):

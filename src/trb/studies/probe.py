@@ -54,6 +54,7 @@ __all__ = ["probe"]
 _READ_OF_RECIPE = (
     *("student_revision", "student_dtype", "student_keep_layers", "teacher", "teacher_revision", "teacher_dtype"),
     *("chat_template", "system_prompt", "eval_data", "eval_split", "eval_seed", "eval_limit", "reward_timeout_s"),
+    *("eval_prompt_column", "eval_answer_column"),
 )
 
 _NOT_KEPT = ("recipe", "max_rows", "device")

@@ -14,13 +14,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trb import records
+from trb.errors import calls
 from trb.models.memory import bytes_of, cache_entries
 from trb.records import EVALUATIONS, RECIPE, SCORES
 from trb.safety.files import write_text
 from trb.studies.directories import set_aside
 from trb.studies.keys import RunConfig
 from trb.studies.listener import Listener
-from trb.studies.material import free_memory, load_material, template_options, with_template_options
+from trb.studies.material import EVALUATION_NAMES, free_memory, load_material, template_options, with_template_options
 from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
 from trb.tasks.evaluation import check_problems, evaluate
@@ -68,7 +69,7 @@ def evaluate_suites(
     scores = []
     for name, rows in problems.items():
         (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
-        with precision(args):
+        with precision(args), calls(EVALUATION_NAMES):
             result = evaluate(
                 model.to(args.device),  # type: ignore[arg-type]
                 with_template_options(tokenizer, template_options(args)),
@@ -100,15 +101,11 @@ def check_suites(
     args: TRBConfig,
 ) -> None:
     """Refuse what `evaluate_suites` would refuse of any of the problem sets, before the first of them is sampled."""
-    for name, rows in problems.items():
-        check_problems(
-            model,
-            with_template_options(tokenizer, template_options(args)),
-            rows,
-            n=run.samples_of(name),
-            max_new_tokens=_longest_completion(run, args),
-            name=name,
-        )
+    tokenizer = with_template_options(tokenizer, template_options(args))
+    longest = _longest_completion(run, args)
+    with calls(EVALUATION_NAMES):
+        for name, rows in problems.items():
+            check_problems(model, tokenizer, rows, n=run.samples_of(name), max_new_tokens=longest, name=name)
 
 
 def _longest_completion(run: RunConfig, args: TRBConfig) -> int:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from trb.errors import InputError
+from trb.errors import InputError, named
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
@@ -223,7 +223,7 @@ def check_problems(
     rows = _checked_rows(problems, n)
     prompts = render(tokenizer, rows)
     limits = {} if model is None else {f"the model ({type(model).__name__})": position_limit(model)}
-    check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob="max_new_tokens")
+    check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob=named("max_new_tokens"))
     return rows, prompts
 
 
@@ -390,7 +390,7 @@ def _resumed(path: Path | None, settings: dict[str, Any], round_size: int) -> li
     for place, line in enumerate(lines, start=1):
         if line.error or line.number != place:
             raise InputError(
-                f"line {place} of {path} is not a result ({line.error or 'it is empty'}); use another results_path, or "
+                f"line {place} of {path} is not a result ({line.error or 'it is empty'}); use {_elsewhere()}, or "
                 "delete the file if it is a damaged one"
             )
     parsed = [line.record for line in lines]
@@ -405,11 +405,15 @@ def _resumed(path: Path | None, settings: dict[str, Any], round_size: int) -> li
     return parsed[1 : kept + 1]
 
 
+def _elsewhere() -> str:
+    return f"another {named('results_path')}"
+
+
 def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
     """Refuse to continue a file that was written with other settings, or is something else altogether."""
     written = header.get("settings")
     if not isinstance(written, dict):
-        raise InputError(f"{path} is not a results file of an evaluation; use another results_path")
+        raise InputError(f"{path} is not a results file of an evaluation; use {_elsewhere()}")
     differences = [
         f"{key} is {written.get(key)!r} there and {value!r} here"
         for key, value in settings.items()
@@ -417,6 +421,5 @@ def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path
     ]
     if differences:
         raise InputError(
-            f"{path} holds results of another evaluation ({'; '.join(differences)}); delete it or use another "
-            "results_path"
+            f"{path} holds results of another evaluation ({'; '.join(differences)}); delete it or use {_elsewhere()}"
         )

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trb.errors import InputError
+from trb.errors import InputError, named
 from trb.models.tokens import token_ids
 from trb.safety.templates import check_chat_template
 from trb.tasks.answers import Row, last_boxed, reference_answer
@@ -47,6 +47,8 @@ PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "conversations", 
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution")
 
 Message = dict[str, str]
+
+OVERLONG = 'overlong="drop"'
 
 
 def load_prompts(
@@ -84,7 +86,7 @@ def load_prompts(
     offending row, column or name and the remedy. Rows and lines are counted from 1.
     """
     if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; give a positive number of rows, or None for all")
+        raise InputError(f"{named('limit')} is {limit}; give a positive number of rows, or None for all")
     name = str(spec)
     if name.startswith(("zoo:", REASONING_GYM)):
         refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
@@ -122,13 +124,13 @@ def render(
     """
     if plain:
         if chat_template_kwargs:
-            raise InputError(f"plain=True uses no chat template; remove {sorted(chat_template_kwargs)}")
+            raise InputError(f"{named('plain=True')} uses no chat template; remove {sorted(chat_template_kwargs)}")
         texts = ("\n\n".join(message["content"] for message in row["prompt"]) for row in rows)
         return [token_ids(tokenizer, text) for text in texts]
     if not tokenizer.chat_template and "chat_template" not in chat_template_kwargs:
         raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template "
-            "(for instance to that of the instruct model), or pass plain=True to join messages by blank lines"
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; set {named('tokenizer.chat_template')} "
+            f"(for instance to that of the instruct model), or {named('plain=True')} to join messages by blank lines"
         )
     if "chat_template" in chat_template_kwargs:
         check_chat_template(chat_template_kwargs["chat_template"], "the argument chat_template")
@@ -160,11 +162,7 @@ def check_lengths(
         return dataset
     if overlong == "error" or not kept:
         row = next(index for index, length in enumerate(lengths) if length > max_prompt_length)
-        remedy = (
-            ""
-            if overlong == "drop"
-            else ', or drop such rows with overlong="drop" (in recipes, overlong_prompts: drop)'
-        )
+        remedy = "" if overlong == "drop" else f", or drop such rows with {named(OVERLONG)}"
         raise InputError(
             f"the prompt of row {row + 1} has {lengths[row]} tokens, more than the limit of "
             f"{max_prompt_length} ({dropped} of {len(lengths)} rows are); raise max_prompt_length{remedy}"
@@ -201,7 +199,7 @@ def _choose_columns(source: str, found: list[str], prompt: str | None, answer: s
     if prompt is None and not guesses:
         raise InputError(
             f"{source} has none of the prompt columns {list(PROMPT_COLUMNS)}; it has {found}: "
-            "name the right one with prompt_column"
+            f"name the right one with {named('prompt_column')}"
         )
     answers = [by_lower_name[name] for name in ANSWER_COLUMNS if name in by_lower_name]
     return _Columns(prompt or guesses[0], answer or next(iter(answers), None), "verifier" in found)

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from trb.errors import InputError, MissingFileError, PackageError, did_you_mean
+from trb.errors import InputError, MissingFileError, PackageError, did_you_mean, named
 from trb.safety.untrusted import foreign_directory, parse_json, parse_yaml, printable, read_object, require_inside
 from trb.tasks.answers import Row, encode_metadata
 
@@ -106,7 +106,8 @@ def _task_settings(spec: str, query: str, valid: set[str]) -> dict[str, Any]:
     settings = {}
     for key, value in pairs:
         if key in ("seed", "size"):
-            raise InputError(f"{spec!r}: {key!r} is not a setting here; use the seed and limit arguments")
+            instead = named("seed" if key == "seed" else "limit")
+            raise InputError(f"{spec!r}: {key!r} is not a setting here; use {instead}")
         if key not in valid:
             raise InputError(f"{spec!r}: the task has no setting {key!r}{nearest(key, valid)}")
         settings[key] = _literal(value)
@@ -400,7 +401,7 @@ def refuse(spec: str, **arguments: Any) -> None:
     """Options that a source cannot honour are errors, not noise."""
     for name, value in arguments.items():
         if value is not None:
-            raise InputError(f"{name}={value!r} means nothing for {spec!r}; leave it out")
+            raise InputError(f"{named(name)}={value!r} means nothing for {spec!r}; leave it out")
 
 
 def kind(value: Any) -> str:

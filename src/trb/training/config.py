@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 from trl import DistillationConfig
 
-from trb.errors import InputError
+from trb.errors import InputError, calls
 from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, halves
@@ -56,6 +56,9 @@ _UNSUPPORTED_IN_ACCELERATE: dict[str, tuple[tuple, str]] = {
     "dispatch_batches": ((None, False), "every process reads its own prompts"),
     "use_seedable_sampler": ((True,), "the order of prompts follows seed"),
 }
+
+# What parts call what is an option of another name here.
+_KNOBS = {"teacher_top_k": "skd_teacher_top_k"}
 
 # The dtype of what is sampled from under sharding; None is decided by the precision of training.
 REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -305,7 +308,8 @@ class TRBConfig(DistillationConfig):
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         for half in halves():
             if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
-                half.build(self, lambda: 0).at(0)
+                with calls(_KNOBS):
+                    half.build(self, lambda: 0).at(0)
         for name in ("behavior_share", "initial_prefix_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
