@@ -255,6 +255,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
         ("load_benchmark", lambda *a, **k: rows),
         ("check_lengths", lambda data, *a, **k: data),
         ("evaluate", lambda *a, **k: score),
+        ("check_problems", lambda *a, **k: None),
         ("Verifier", lambda *a, **k: nullcontext(SimpleNamespace(score=None))),
         ("TRBTrainer", trainer),
     ):

@@ -98,6 +98,7 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _checks(recipe: "Recipe | None", accelerate_config: Mapping[str, Any] | None) -> Iterator[Check]:
     from trb.models.packaged import quiet_libraries
+    from trb.studies.packages import missing_packages
 
     quiet_libraries()
     yield from _check_software()
@@ -108,6 +109,7 @@ def _checks(recipe: "Recipe | None", accelerate_config: Mapping[str, Any] | None
         yield check
     if recipe is not None:
         args = recipe.training_config("unused")
+        yield from (Check("fail", "packages", problem) for problem in missing_packages(args))
         yield from _check_pair(recipe, args, launch, has_lengths=recipe.source != "options")
 
 

@@ -28,6 +28,7 @@ from trb.studies.directories import (
 )
 from trb.studies.disks import explained_disk_errors
 from trb.studies.listener import Listener
+from trb.studies.packages import require_packages
 from trb.studies.recipe import Recipe
 from trb.studies.run import train_in
 from trb.studies.scores import mean_of_suites, scores_before
@@ -59,7 +60,9 @@ def compare(
             raise ConfigError(f"{recipe.source}: {needed} is empty; a comparison needs at least one entry")
     recipes = {name: recipe.for_method(name) for name in recipe.run.methods}
     for variant in recipes.values():  # what each would refuse once its turn has come
-        named_checkpoint(variant.training_config(directory).resume_from_checkpoint)
+        own = variant.training_config(directory)
+        require_packages(own)
+        named_checkpoint(own.resume_from_checkpoint)
     args = recipe.training_config(directory)
     with ExitStack() as held:
         held.enter_context(sole_run(directory, first=args.process_index == 0))

@@ -43,6 +43,7 @@ from trb.studies.disks import explained_disk_errors, require_space
 from trb.studies.keys import RunConfig
 from trb.studies.listener import Listener
 from trb.studies.material import Material, RunDirectoryError, free_memory, load_material, lora
+from trb.studies.packages import require_packages
 from trb.studies.recipe import Recipe
 from trb.studies.scores import check_suites, evaluate_suites, mean_of_suites
 from trb.studies.yaml_files import ConfigError
@@ -130,6 +131,7 @@ def _train_alone(
 ) -> dict[str, Any]:
     """The run itself, in a directory that nobody else writes to."""
     run = recipe.run
+    require_packages(args)
     checkpoint = _start(recipe, args, directory, overwrite, accept_changes)
     listener.stage(f"{name}: loading models and data")
     material = load_material(run, args)
