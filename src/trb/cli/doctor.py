@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trb
@@ -189,6 +190,7 @@ def _memory_bytes() -> int:
 
 
 def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
+    from trb.studies.doubts import of_models
     from trb.studies.material import load_tokenizers
     from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
 
@@ -229,9 +231,56 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         "end of sequence",
         f"student stops with {_ids(stops[0])}, teacher with {_ids(stops[1])}; {shared.stop_id} is emitted, {folded}",
     )
+    for doubt in of_models(run, args, student, teacher, same=_same_files(run)):
+        # Lengths are checked below, evaluation included.
+        if doubt.subject in ("sizes", "weights") or (has_lengths and doubt.subject != "lengths"):
+            yield Check("warn", *doubt)
     if has_lengths:  # a bare pair has no recipe that says how long its sequences are
+        yield from _check_prompts(run, args)
         yield _check_lengths(run, args, student, teacher)
         yield _check_memory(run, args, launch, student, teacher)
+
+
+def _same_files(run: "RunConfig") -> bool:
+    """Whether student and teacher have the same weights on disk: files of the same sizes, beginnings and ends."""
+    from trb.models.loading import resolve
+
+    if run.student_keep_layers is not None:
+        return False
+    files = []
+    for spec, revision in ((run.student, run.student_revision), (run.teacher, run.teacher_revision)):
+        folder = Path(resolve(spec, revision))
+        files.append([_fingerprint(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [])
+    return bool(files[0]) and files[0] == files[1]
+
+
+def _fingerprint(path: Path) -> tuple[int, bytes, bytes]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(1 << 20)
+        file.seek(max(0, size - (1 << 20)))
+        return size, start, file.read()
+
+
+def _check_prompts(run: "RunConfig", args: "TRBConfig") -> Iterator[Check]:
+    """Training prompts, where reading them takes no download; and settings that depend on how many there are."""
+    from trb.studies.doubts import of_prompts, of_settings, steps_of
+    from trb.studies.material import is_local, load_tokenizers, template_options, training_prompts
+
+    steps = int(args.max_steps) if args.max_steps > 0 else None
+    if is_local(run.train_data):
+        try:
+            tokenizer, _ = load_tokenizers(run)
+            prompts, _ = training_prompts(run, args, tokenizer)
+        except (ValueError, OSError, ImportError) as error:
+            yield Check("fail", "prompts", message(error))
+        else:
+            steps = steps_of(args, len(prompts))
+            found = list(of_prompts(prompts, tokenizer, **template_options(args)))
+            yield from (Check("warn", *doubt) for doubt in found)
+            if not found:
+                yield Check("ok", "prompts", f"{len(prompts)} to train on, {steps} steps")
+    yield from (Check("warn", *doubt) for doubt in of_settings(args, steps))
 
 
 def _ids(ids: Sequence[int]) -> str:

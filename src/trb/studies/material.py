@@ -20,10 +20,12 @@ from trb.errors import InputError, calls
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.records import CONFIG, MODEL, TRAINER_STATE
 from trb.safety.templates import PLAIN_TEMPLATE
+from trb.studies import doubts
 from trb.studies.keys import RunConfig
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts
+from trb.tasks.sources import REASONING_GYM
 from trb.training import checkpoints
 from trb.training.config import TRBConfig
 from trb.training.sharding import loaded_whole
@@ -38,6 +40,7 @@ __all__ = [
     "Material",
     "RunDirectoryError",
     "free_memory",
+    "is_local",
     "load_material",
     "load_pair",
     "load_student",
@@ -46,6 +49,7 @@ __all__ = [
     "model_of_run",
     "problem_sets",
     "template_options",
+    "training_prompts",
     "with_template_options",
 ]
 
@@ -183,18 +187,26 @@ class Material:
     vocabulary: SharedVocabulary
 
 
-def load_material(run: RunConfig, args: TRBConfig) -> Material:
-    """Load everything, what is cheap to find wrong first."""
+def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> Material:
+    """Load everything, what is cheap to find wrong first; `doubtful` warns of what is probably not meant."""
     tokenizer, teacher_tokenizer = load_tokenizers(run)
-    prompts, held_out = _training_prompts(run, args, tokenizer)
+    prompts, held_out = training_prompts(run, args, tokenizer)
     problems = problem_sets(run)
     with loaded_whole(args):
         student, teacher = load_pair(run, for_training=True)
     vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
+    if args.process_index == 0 and doubtful:
+        doubts.warn(doubts.of_models(run, args, student, teacher))
+        doubts.warn(doubts.of_prompts(prompts, tokenizer, **template_options(args)))
     return Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
 
 
-def _training_prompts(
+def is_local(spec: str) -> bool:
+    """Whether data can be read without asking the hub: generated, a file or a folder."""
+    return spec.startswith(("zoo:", REASONING_GYM)) or Path(spec).expanduser().exists()
+
+
+def training_prompts(
     run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple["Dataset", "Dataset | None"]:
     """The prompts to train on, and those held out to measure the loss on."""

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trb import records
 from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RESULTS, SKIPPED
 from trb.safety.files import remove
-from trb.studies import provenance
+from trb.studies import doubts, provenance
 from trb.studies.claims import left_as_found
 from trb.studies.directories import (
     begin,
@@ -134,7 +134,9 @@ def _train_alone(
     require_packages(args)
     checkpoint = _start(recipe, args, directory, overwrite, accept_changes)
     listener.stage(f"{name}: loading models and data")
-    material = load_material(run, args)
+    material = load_material(run, args, doubtful=before is None)  # a comparison or a study has said it
+    if args.process_index == 0:
+        doubts.warn(doubts.of_settings(args, doubts.steps_of(args, len(material.prompts))))
     require_space(directory, material.student, run, args, freed=size_of_run(directory) if overwrite else 0)
     with Verifier(run.reward_timeout_s) as verifier, explained_disk_errors(directory):
         score = partial(
