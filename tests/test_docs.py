@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_blocks import PAGES, ROOT
 from module_list import PAGE, first_line, with_list
 from transformers import TrainerCallback
 from trl import DistillationConfig
@@ -18,14 +19,7 @@ from trl import DistillationConfig
 import trb
 import trb.training
 from trb import blend
-from trb.policies import POLICIES
-from trb.studies.shipped import recipe_file
-from trb.tasks.grading import VERIFIERS
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
-
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
-
 
 HEADER = "| | measured | under which conditions |"
 
@@ -192,17 +186,6 @@ def test_the_private_names_that_are_used_are_listed() -> None:
     assert {name for name in listed if name.startswith("_")} - {"_iter_named_params"} <= used
 
 
-USE = text(ROOT / "README.md") + text(ROOT / "docs" / "usage.md")
-
-
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", USE, re.S), ids=range(4))
-def test_python_blocks_for_users_run(
-    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, "block", "exec"), {"__name__": "block"})
-
-
 def test_the_first_block_of_the_readme_is_short() -> None:
     first = re.search(r"```python\n(.*?)```", text(ROOT / "README.md"), re.S)
     assert first and len([line for line in first[1].splitlines() if line]) <= 10
@@ -267,28 +250,19 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             assert phrase in rows[name], (name, phrase)
 
 
-def test_the_walk_through_extending_runs() -> None:
-    tables: list[dict[str, Any]] = [POLICIES, BEHAVIORS, TARGETS, BUDGET_SCHEDULES, METHODS, VERIFIERS]
-    before, scope = [dict(table) for table in tables], {"__name__": "walk"}
-    try:
-        for block in re.findall(r"```python\n(.*?)```", text(ROOT / "docs" / "extending.md"), re.S):
-            exec(compile(block, "extending.md", "exec"), scope)
-    finally:
-        for table, entries in zip(tables, before, strict=True):
-            table.clear()
-            table.update(entries)
-    schedule = scope["Closing"](0.4)
-    for value in (2.0, 1.0):
-        schedule.observe(0, {"reverse_kl": value})
-    assert schedule.value(1) == 0.2
-
-
-def test_recipes_and_flags_for_users_exist() -> None:
-    from trb.cli import main
-
-    for recipe in re.findall(r"--config ([\w./-]+)", USE):
-        assert recipe_file(recipe).exists(), recipe
-    for command in sorted(set(re.findall(r"^trb (\w+)", USE, re.M))):
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0
+def test_the_numbers_of_the_first_steps_are_those_of_the_files() -> None:
+    page = text(ROOT / "docs" / "first-steps.md")
+    rows = table_rows(page, "| quickstart, 512 test problems, one seed | pass@1 | 95% interval |")
+    expected = []
+    for name in ("student", "opd", "trb", "teacher"):
+        found = result("quickstart")["results"][name]
+        low, high = (f"{100 * end:.1f}" for end in found["interval"])
+        expected.append([f"{100 * found['pass_at_1']:.1f}%", f"{low} to {high}"])
+    assert [row[1:] for row in rows] == expected
+    smollm2 = result("smollm2")
+    first, last = smollm2["held_out"][0], smollm2["held_out"][-1]
+    assert f"fell from {first['loss']:.2f} to {last['loss']:.2f} nats" in page
+    name = "trb/teacher_log_prob"
+    assert f"rose from {first[name]:.2f} to {last[name]:.2f}" in " ".join(page.split())
+    kept = [row["trb/accept_rate"] for row in smollm2["metrics"] if row["step"] <= 15]
+    assert f"{100 * sum(kept) / len(kept):.0f}% of the student's drafts" in page

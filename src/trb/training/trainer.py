@@ -111,7 +111,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         teacher_processing_class: the teacher's tokenizer, only to check that it is the same; loaded when
             `teacher_model` is a path or hub id.
         reward_fn: `(completions, rows) -> rewards`, logged and never trained on.
-        callbacks, optimizers, quantization_config, peft_config: as in `DistillationTrainer`, by name.
+        **kwargs: `callbacks`, `optimizers`, `quantization_config`, `peft_config`: as in `DistillationTrainer`, by name.
 
     Raises:
         ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
