@@ -67,7 +67,7 @@ def destination(page: str, target: str) -> tuple[Path | None, str]:
 
 def keys_page() -> str:
     """Every key of a recipe in tables, as `trb train --help-keys` lists them."""
-    from trb.studies.keys import describe_keys
+    from trb.studies.key_list import describe_keys
 
     lines = [
         "# Keys of a recipe",
