@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from trb.models.packaged import quiet_libraries
-from trb.safety.files import write_json
+from trb.safety.files import write_json, write_text
 from trb.studies import provenance
 from trb.tasks.evaluation import evaluate
 from trb.tasks.prompts import load_prompts
@@ -57,6 +57,7 @@ ROOT = Path("runs/map")
 CURVE = {"every": 15, "samples": 256, "seed": 1}
 FINAL = {"samples": 1024, "seed": 2}
 LEARNING_RATE = 1e-3
+LOG_EVERY = 10  # of a run's log, what is kept in the record of all runs
 GUESS = 25.0  # processor seconds of a run, where none was timed
 LOGGED = (
     "loss",
@@ -421,11 +422,13 @@ def collect(
         entry["point"] = Point(**{**point, "knobs": Knobs(**point["knobs"])}).name
         entry["method"] = methods.get(json.dumps(entry["settings"]["method"]), "?")
         entry["seed"] = entry["settings"]["seed"]
+        entry["log"] = {key: values[::LOG_EVERY] for key, values in entry["log"].items()}
         del entry["settings"]
     return {
         "provenance": provenance.describe() | {"commits_of_the_runs": sorted({str(one["commit"]) for one in origins})},
         "curve": CURVE,
         "final": FINAL,
+        "log_every": LOG_EVERY,
         "methods": METHODS | RIVALS,
         "points": names,
         "panels": {
@@ -441,6 +444,13 @@ def collect(
         },
         "runs": runs,
     }
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """JSON with a run on each line: hundreds of them would be tens of thousands of lines."""
+    rest = json.dumps({**record, "runs": []}, indent=1, allow_nan=False)
+    runs = ",\n".join(json.dumps(run, separators=(",", ":"), allow_nan=False) for run in record["runs"])
+    return rest.replace('"runs": []', f'"runs": [\n{runs}\n]') + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -470,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.command == "collect":
         record = collect(options.root)
-        write_json(options.out, record)
+        write_text(options.out, as_text(record))
         for path in write_figures(record, options.figures):
             print(f"wrote {path}")
         return

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from map import as_text
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from trb.safety.files import write_json
+from trb.safety.files import write_json, write_text
 from trb.studies.advice import TABLE
 
 PANELS = ("a", "b", "e")
 METHOD = "trb-gap"
+OTHER = "trb-wide"  # looked at beside it, after the fact
 
 CANDIDATES = {
     "transfer": lambda s: s["transfer"]["policies"]["student"]["transfer"],
@@ -88,22 +90,20 @@ def _fall(by_position: list[float | None]) -> float:
     return math.fsum(values[:half]) / half - math.fsum(values[half:]) / (len(values) - half)
 
 
-def points_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def points_of(record: Mapping[str, Any], method: str = METHOD) -> list[dict[str, Any]]:
     """Every point of the panels that has both methods: its pair's name, its gain by seed, and its numbers at step 0."""
     names = list(dict.fromkeys(name for panel in PANELS for name in record["panels"][panel]["points"]))
     found = []
     for name in names:
         scores = {
-            method: {
-                run["seed"]: run["final"] for run in record["runs"] if (run["point"], run["method"]) == (name, method)
-            }
-            for method in ("opd", METHOD)
+            of: {run["seed"]: run["final"] for run in record["runs"] if (run["point"], run["method"]) == (name, of)}
+            for of in ("opd", method)
         }
-        seeds = sorted(scores["opd"].keys() & scores[METHOD].keys())
+        seeds = sorted(scores["opd"].keys() & scores[method].keys())
         if seeds:
             knobs = record["points"][name]["knobs"]
             pair = f"{knobs['stages']}-{knobs['start']:g}-{knobs['shared']:g}-{knobs['teacher']}"
-            gains = [scores[METHOD][seed] - scores["opd"][seed] for seed in seeds]
+            gains = [scores[method][seed] - scores["opd"][seed] for seed in seeds]
             found.append({"pair": pair, "gains": gains, "step0": record["step0"][pair]})
     return found
 
@@ -131,8 +131,15 @@ def main() -> None:
             f"{name:40s} error {100 * line.error:5.1f} points, explained {line.explained:6.2f}, "
             f"rank correlation {line.rank_correlation:6.2f}"
         )
-    record["advice"] = {"points": len(points), "lines": {name: vars(line) for name, line in lines.items()}}
-    write_json(options.map, record)
+    record["advice"] = {
+        "points": len(points),
+        "seeds": sorted({len(point["gains"]) for point in points}),
+        "lines": {
+            method: {name: vars(line) for name, line in judge(points_of(record, method)).items()}
+            for method in (METHOD, OTHER)
+        },
+    }
+    write_text(options.map, as_text(record))
     write_json(
         options.advice,
         {

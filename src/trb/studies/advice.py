@@ -118,5 +118,8 @@ def _tokens_kept(accept_rate: float) -> str:
 
 def _verdict(found: Mapping[str, Any], blend: bool) -> str:
     if blend:
-        return "Advice: blend (method: trb, budget_schedule: gap, which needs no budget and ends by itself)."
+        return (
+            "Advice: try blending beside plain distillation (method: trb, budget_schedule: sequence or gap, which need "
+            "no budget)."
+        )
     return "Advice: no gain from blending is foretold; plain distillation (method: opd) does as well for less."
