@@ -3,8 +3,8 @@
 With g(μ) the gradient of the token-mean reverse KL on rollouts of a policy μ, the rollouts being given, a small step
 along -g(μ) lowers the loss on the teacher's rollouts by <g(μ), g(T)> per unit of rate, and one along -g(T) by
 <g(T), g(T)>. The ratio is the *transfer* of μ: near 1, the student's own rollouts teach what it will need on good
-prefixes and there is little for blending to add; far below, they do not. How well it foretells the gain of training with blended
-rollouts is in docs/experiments.md.
+prefixes and there is little for blending to add; far below, they do not. How well it foretells the gain of training
+with blended rollouts is in docs/experiments.md.
 
 The two gradients of a product come from different problems, so that what they share by chance does not count. Left out:
 what an optimizer makes of a gradient, and everything after the first step.
