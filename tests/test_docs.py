@@ -201,6 +201,23 @@ def points(difference: dict[str, Any]) -> tuple[str, str]:
     return f"{100 * difference['estimate']:+.2f} points", f"{low} to {high})"
 
 
+def hard_pair(*methods: str) -> tuple[str, ...]:
+    """What the README says of the map's pair of eight stages and a start of 30%."""
+    record = result("map")
+    (name,) = [
+        name
+        for name, point in record["points"].items()
+        if point["knobs"] == {"stages": 8, "start": 0.3, "shared": 0.0, "teacher": "gives-up"}
+    ]
+    means, seeds = [], set()
+    for method in methods:
+        scores = [run["final"] for run in record["runs"] if (run["point"], run["method"]) == (name, method)]
+        means.append(f"{100 * sum(scores) / len(scores):.1f}%")
+        seeds.add(len(scores))
+    assert seeds == {4}
+    return (f"{means[0]} instead of {means[1]} in each of four seeds",)
+
+
 def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
     study, smollm2 = result("study"), result("smollm2-study")["settings"]["smollm2-clock"]["methods"]["trb"]
     average, headline = study["average"]["methods"], result("cpu")["headline"]
@@ -220,6 +237,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
         "A better student than plain OPD? No, not in our settings": points(average["trb"]["difference_to_opd"]),
         "nor on a real language model": (*points(smollm2["difference_to_opd"]), f"{smollm2['seeds']} seeds"),
         "what did end higher": points(average["veto"]["difference_to_opd"]),
+        "Where it decides": hard_pair("trb-wide", "opd"),
         "Better prefixes? Yes": (
             f"solves {solved['long-chains', 'trb']} instead of {solved['long-chains', 'student']}",
             f"{solved['clock', 'trb']}, {solved['clock', 'student']})",

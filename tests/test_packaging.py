@@ -110,16 +110,16 @@ def test_the_first_commands_of_a_new_user_run_in_an_empty_directory(command: Pat
     for arguments in (
         ["compare", "--config", "quickstart", *few],
         ["init"],
-        ["train", "--config", "recipe.yaml", *few],
-        ["eval", "--model", "runs/recipe", "--data", "zoo:chains", "--limit", "4", "--max-new-tokens", "48", "--quiet"],
-        ["report", "runs/recipe"],
+        ["train", "--config", "distil.yaml", *few],
+        ["eval", "--model", "runs/distil", "--data", "zoo:chains", "--limit", "4", "--max-new-tokens", "48", "--quiet"],
+        ["report", "runs/distil"],
     ):
         result = subprocess.run(
             [str(command), *arguments], cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0, (arguments, result.stdout, result.stderr)
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "runs"}
-    for run in ("quickstart", "recipe"):
+    assert {path.name for path in tmp_path.iterdir()} == {"distil.yaml", "runs"}
+    for run in ("quickstart", "distil"):
         assert (tmp_path / "runs" / run / "report.html").is_file()
     where = [str(command.with_name("python")), "-c", "import trb; print(trb.__file__)"]
     found = subprocess.run(where, cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=60)

@@ -52,6 +52,7 @@ SMALL = {
     "sweep": ["--workers", "1", "--quiet"],
     "report": [],
     "doctor": [],
+    "init": [],
 }
 
 # Models and data of the hub, by what stands for them in an example: the zoo takes their place.
@@ -180,7 +181,12 @@ def test_an_example_of_the_help_runs(
     monkeypatch.chdir(tmp_path)
     more = list(SMALL.get(name, []))
     if any(word.startswith(FROM_THE_HUB) for word in words):
-        more += {"eval": ["--data", "zoo:chains"], "doctor": PAIR if "--plan" in words else RUN}.get(name, [])
+        instead = {
+            "eval": ["--data", "zoo:chains"],
+            "doctor": PAIR if "--plan" in words else RUN,
+            "init": [*PAIR[:4], "--data", "zoo:chains"],
+        }
+        more += instead.get(name, [])
         if name == "eval" and not str(arguments.model).startswith("runs/"):
             more += ["--model", "zoo:student"]
     if name in ("sweep", "probe") and arguments.config.startswith("studies/"):

@@ -29,7 +29,7 @@ def questions(path: str, count: int = 40, text: str = "{}+2+3=") -> str:
 
 def initial(*arguments: str) -> Recipe:
     assert main(["init", *arguments]) == 0
-    return load_recipe(next((name for name in arguments if name.endswith(".yaml")), "recipe.yaml"))
+    return load_recipe(next((name for name in arguments if name.endswith(".yaml")), "distil.yaml"))
 
 
 def runs_a_step(config: str) -> dict[str, Any]:
@@ -43,20 +43,20 @@ def runs_a_step(config: str) -> dict[str, Any]:
 
 def test_without_arguments_it_is_the_embedded_pair(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = initial()
-    assert "trb train --config recipe.yaml" in capsys.readouterr().out
+    assert "trb train --config distil.yaml" in capsys.readouterr().out
     run, training = recipe.run, recipe.training
     assert (run.student, run.teacher, run.train_data) == ("zoo:student", "zoo:teacher", "zoo:chains")
     lengths = [len(ids) for ids in render(zoo.load("student")[1], load_prompts("zoo:chains"))]
     assert max(lengths) <= run.max_prompt_length < max(lengths) + 16
     assert training["initial_kl_budget"] * training["max_completion_length"] == pytest.approx(1, rel=0.1)
     assert training["per_device_train_batch_size"] == 64  # a whole step: the pair is tiny
-    assert "0.2 M parameters" in Path("recipe.yaml").read_text()
-    assert runs_a_step("recipe.yaml")["trb"]["pass_at_1"] is not None
+    assert "0.2 M parameters" in Path("distil.yaml").read_text()
+    assert runs_a_step("distil.yaml")["trb"]["pass_at_1"] is not None
 
 
 def test_every_line_says_why_or_speaks_for_itself() -> None:
     initial()
-    lines = [line for line in Path("recipe.yaml").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in Path("distil.yaml").read_text().splitlines() if line and not line.startswith("#")]
     assert len(lines) < 30
     bare = {line.partition(":")[0] for line in lines if "#" not in line}
     assert bare <= {"num_generations", "logging_steps", "save_total_limit", "eval_limit", "eval_every"}
@@ -85,8 +85,9 @@ def test_lengths_keep_to_the_positions_of_the_models() -> None:
     assert recipe.run.max_prompt_length + recipe.training["max_completion_length"] <= 512
     assert recipe.run.overlong_prompts == "drop"
     with Path("data.jsonl").open("a") as file:
-        file.write(json.dumps({"question": "1+1=", "answer": "2"}) + "\n")
-    assert main(["doctor", "--config", "recipe.yaml"]) == 0
+        for number in range(40):  # enough for a step once the long ones are dropped
+            file.write(json.dumps({"question": f"{number}+1=", "answer": str(number + 1)}) + "\n")
+    assert main(["doctor", "--config", "distil.yaml"]) == 0
 
 
 def test_of_much_data_a_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +106,7 @@ def test_a_tokenizer_without_a_template_gets_the_plain_one(tmp_path: Path) -> No
     assert AutoTokenizer.from_pretrained(tmp_path / "bare").chat_template is None
     recipe = initial("--student", "./bare", "--teacher", "./bare", "--data", questions("data.jsonl"))
     assert recipe.run.chat_template == "plain"
-    assert main(["doctor", "--config", "recipe.yaml"]) == 0
+    assert main(["doctor", "--config", "distil.yaml"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -146,13 +147,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("recipe.yaml").write_text("mine: 1\n")
-    assert "recipe.yaml is there already" in refused(capsys)
+    Path("distil.yaml").write_text("mine: 1\n")
+    assert "distil.yaml is there already" in refused(capsys)
     seen = Path.exists
-    absent = [Path("recipe.yaml")]  # as if it came after the first look
+    absent = [Path("distil.yaml")]  # as if it came after the first look
     monkeypatch.setattr(Path, "exists", lambda path: seen(path) and not (path in absent and bool(absent.pop())))
-    assert "recipe.yaml is there already" in refused(capsys)
-    assert Path("recipe.yaml").read_text() == "mine: 1\n"
+    assert "distil.yaml is there already" in refused(capsys)
+    assert Path("distil.yaml").read_text() == "mine: 1\n"
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,7 @@ OPENERS = {
     "check_chat_template": {"models.loading.take_template", "tasks.prompts.render"},
     "chat_template =": {
         "models.loading.take_template", "safety.templates._rendering_problem", "zoo.tokenizer._wrapped",
+        "cli.draft.draft",  # the key of a recipe, a template that ships with the package
     },
 }  # fmt: skip
 

@@ -826,7 +826,9 @@ def test_a_comparison_run_again_only_does_what_is_missing(tmp_path: Path, monkey
 
     with pytest.raises(RunDirectoryError, match="seed is 42 there and 1 here"):
         compare(small(max_steps=1, eval_every=0, seed=1, methods={"opd": {}}), tmp_path)
-    with pytest.raises(RunDirectoryError, match=r"opd holds another configuration: loss_top_k is 16 there and 8 here"):
+    with pytest.raises(
+        RunDirectoryError, match=r"opd is finished and holds another .*: loss_top_k is 16 there and 8 here"
+    ):
         compare(small(max_steps=1, eval_every=0, methods={"veto": {}, "opd": {"loss_top_k": 8}}), tmp_path)
     again = compare(small(max_steps=1, eval_every=0, seed=1, methods={"opd": {}}), tmp_path, overwrite=True)
     assert built == ["veto", "opd"]

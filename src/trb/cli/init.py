@@ -23,7 +23,8 @@ EMBEDDED = {"student": "zoo:student", "teacher": "zoo:teacher", "data": "zoo:cha
 
 def add_init(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("file", nargs="?", default="recipe.yaml", metavar="FILE", help="the recipe to write (default: recipe.yaml)")
+    # Not the name under which runs keep theirs: a folder with that would look like a run's.
+    add("file", nargs="?", default="distil.yaml", metavar="FILE", help="the recipe to write (default: distil.yaml)")
     add("--student", metavar="SPEC", help="model to train: zoo:student, smollm2-135m, a directory or a hub id")
     add("--teacher", metavar="SPEC", help="model to learn from, with the same tokenizer")
     add("--data", metavar="SPEC", help="prompts: zoo:chains, reasoning-gym:TASK, a .jsonl or .parquet file, a hub name")
