@@ -9,7 +9,7 @@ the same one. Which policy or loss a value stands for is decided in `trb.trainin
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from trb.errors import InputError, did_you_mean
@@ -151,12 +151,14 @@ class SequenceBudget(Schedule):
         start: the value of the first step, before anything is known.
         highest: no value is above it.
         power: 1 where v is a budget per token; 2 where it is a teacher weight.
+        left: of the target, at each step; in [0, 1], never rising.
     """
 
     target: float
     start: float
     highest: float
     power: int = 1
+    left: Schedule = field(default_factory=lambda: Constant(1.0))
     remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -164,18 +166,25 @@ class SequenceBudget(Schedule):
             raise InputError(f"sequence_kl_budget must be positive and finite, in nats, got {self.target}")
         self._value, self._cost, self._owed = min(self.start, self.highest), math.nan, 0.0
 
+    @property
+    def follows_length(self) -> bool:  # type: ignore[override]
+        return self.left.follows_length
+
     def value(self, step: int) -> float:
-        return self._value
+        return self._value if self.left.value(step) > 0 else 0.0
+
+    def last(self) -> float:
+        return self._value if self.left.last() > 0 else 0.0
 
     def observe(self, step: int, statistics: Mapping[str, float]) -> None:
         spent = statistics.get("sequence_kl")
-        if spent is None:
+        if spent is None or not self._value:
             return
         cost = spent / self._value**self.power
         self._cost = cost if math.isnan(self._cost) else self._cost + _FORGET * (cost - self._cost)
-        self._owed += self.target - spent
-        aim = self.target + self._owed / _REPAY_STEPS
-        aim = min(max(aim, self.target / 2), 2 * self.target)
+        self._owed += self.target * self.left.value(step) - spent
+        target = self.target * self.left.value(step + 1)
+        aim = min(max(target + self._owed / _REPAY_STEPS, target / 2), 2 * target)
         largest = min(self.highest, self._value * _GROWTH ** (1 / self.power))
         wanted = (aim / self._cost) ** (1 / self.power) if self._cost > 0 else math.inf
         self._value = min(wanted, largest)

@@ -88,7 +88,7 @@ def test_python_m_trb_is_the_command() -> None:
 def test_help_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help-keys"]) == 0
     text = capsys.readouterr().out
-    assert "  sequence_kl_budget  (a number; default 1.0)" in text
+    assert "  learning_rate  (a number; default 1e-05)" in text
     assert "  student  (text; required)" in text
     assert "  output_dir  (" not in text
     assert "%%" not in text

@@ -230,6 +230,24 @@ def test_a_worker_that_dies_is_reported_and_the_rest_kept(tmp_path):
     assert (tmp_path / "study" / "chains" / "reference" / "student.json").exists()
 
 
+def test_more_methods_may_join_and_only_they_are_run(finished, tmp_path):
+    """One without a choice and one with; the others keep what was chosen for them."""
+    directory = tmp_path / "study"
+    shutil.copytree(finished[0], directory)
+    before = json.loads((directory / "chains" / "selection.json").read_text())["methods"]
+    diary = Diary()
+    methods = {**STUDY["methods"], "skd": [{}], "fixed": {"initial_kl_budget": [0.1, 0.2]}}
+    results = run_study(study(methods=methods), directory, workers=1, listener=diary)
+    assert not any("/opd/" in run or "/trb/" in run for run in diary.runs)
+    assert sum("/select/fixed" in run for run in diary.runs) == 2
+    after = json.loads((directory / "chains" / "selection.json").read_text())["methods"]
+    assert {name: after[name] for name in before} == before
+    assert list(results["settings"]["chains"]["methods"]) == list(methods)
+    changed = {**methods, "skd": [{"skd_teacher_top_k": 3}]}
+    with pytest.raises(RunDirectoryError, match=r"with other methods: skd"):
+        run_study(study(methods=changed), directory, workers=1)
+
+
 def test_more_seeds_may_join_and_only_they_are_run(finished):
     directory, _ = finished
     diary = Diary()

@@ -13,12 +13,13 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from trb import zoo
 from trb.policies import GeometricPolicy, StudentPolicy, TrustRegionPolicy
-from trb.schedule import Constant, GapBudget, Schedule, SequenceBudget
+from trb.schedule import Constant, GapBudget, Ramp, Schedule, SequenceBudget
 from trb.training.methods import behavior_of, needs_teacher
 from trb.training.shares import blended_rows
 
 SCHEDULES = {
     "sequence": {"budget_schedule": "sequence", "sequence_kl_budget": 0.7},
+    "sequence-linear": {"budget_schedule": "sequence-linear", "sequence_kl_budget": 0.7},
     "gap": {"budget_schedule": "gap"},
     "gap from a budget": {"budget_schedule": "gap", "initial_kl_budget": 0.3, "behavior_share": 0.5},
     "geometric": {"method": "geometric", "sequence_kl_budget": 0.7},
@@ -84,6 +85,35 @@ def test_a_step_without_blended_rollouts_teaches_nothing() -> None:
     assert schedule.value(1) == 0.01
 
 
+@pytest.mark.parametrize("target", [1.0, 4.0])
+@pytest.mark.parametrize("steps", [40, 400])
+def test_what_is_spent_falls_along_the_line(target: float, steps: int) -> None:
+    """Of a pair with 4 nats to spend at first and 1 at last, less than a target of 4 leaves at first."""
+
+    def most(step: int) -> float:
+        return 4.0 - 3.0 * step / steps
+
+    schedule = SequenceBudget(target, start=target / 64, highest=target, left=Ramp(1.0, 0.0, steps))
+    spent = held(schedule, lambda value, step: most(step) * (1 - math.exp(-30 * value)), steps + 5)
+    assert spent[steps:] == [0.0] * 5 and schedule.last() == 0.0
+    for window in range(steps // 4, steps, steps // 8):
+        seen = range(window, min(window + steps // 8, steps))
+        wanted = sum(min(most(step), target * (1 - step / steps)) for step in seen)
+        assert sum(spent[step] for step in seen) == pytest.approx(wanted, abs=0.06 * target * len(seen))
+
+
+def test_a_training_whose_length_is_not_known_yet_begins_with_all_of_it(tmp_path: Path) -> None:
+    """What checks and plans are made from; once the length is known, the first step is the same."""
+    args = config(tmp_path, budget_schedule="sequence-linear", sequence_kl_budget=3.0, max_completion_length=60)
+    unknown, known = behavior_of(args), behavior_of(args, lambda: 50)
+    assert unknown.at(0) == known.at(0) == TrustRegionPolicy(3.0 / 60)
+    assert known.at(9).kl_budget > 0 and known.at(10) == TrustRegionPolicy(0.0)
+    short = behavior_of(args, lambda: 1)
+    assert short.at(0).kl_budget > 0 and short.at(1) == TrustRegionPolicy(0.0)
+    assert unknown.schedule.last() == known.schedule.last() == 0.0
+    assert unknown.schedule.follows_length and not behavior_of(config(tmp_path)).schedule.follows_length
+
+
 @pytest.mark.parametrize("target", [0.0, -1.0, math.inf, math.nan])
 def test_a_target_that_is_none_is_named(target: float) -> None:
     with pytest.raises(ValueError, match=f"sequence_kl_budget must be positive and finite, in nats, got {target}"):
@@ -139,13 +169,13 @@ def test_a_base_that_remembers_is_told_what_would_have_been_spent() -> None:
     assert spent[-1] == pytest.approx(0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["sequence", "gap", "gap from a budget", "geometric"])
+@pytest.mark.parametrize("kind", ["sequence", "sequence-linear", "gap", "gap from a budget", "geometric"])
 def test_a_memory_survives_its_checkpoint_to_the_bit(tmp_path: Path, kind: str) -> None:
     seen = [
         {"sequence_kl": 0.3 + 0.1 * step, "reverse_kl": 1 / (1 + step), "reward_blended": 0.7, "reward_student": 0.1}
         for step in range(12)
     ]
-    straight, first, again = (behavior_of(config(tmp_path, **SCHEDULES[kind])).schedule for _ in range(3))
+    straight, first, again = (behavior_of(config(tmp_path, **SCHEDULES[kind]), lambda: 20).schedule for _ in range(3))
     for step, numbers in enumerate(seen):
         straight.observe(step, numbers)
         (first if step < 5 else again).observe(step, numbers)
@@ -224,6 +254,8 @@ def test_what_a_user_sets_is_what_is_built(tmp_path: Path) -> None:
     sequence = behavior_of(config(tmp_path, budget_schedule="sequence", max_completion_length=50))
     assert sequence.at(0) == TrustRegionPolicy(1 / 50)
     assert sequence.share.value(0) == 1.0
+    falling = behavior_of(config(tmp_path, budget_schedule="sequence-linear", max_completion_length=50))
+    assert falling.at(0) == TrustRegionPolicy(16 / 50)
     assert behavior_of(config(tmp_path, budget_schedule="gap")).share.value(0) == 0.75
     assert behavior_of(config(tmp_path, method="opd")).at(0) == StudentPolicy()
     with pytest.raises(ValueError, match=r"behavior_share must lie in \[0, 1\], got 1.5"):

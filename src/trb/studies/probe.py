@@ -46,6 +46,7 @@ from trb.studies.scores import precision
 from trb.studies.subject import ROWS, Remember, Subject
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.grading import Verifier
+from trb.training.behaviors import sequence_budget_of
 from trb.training.methods import behavior_of, kl_budget_of
 
 __all__ = ["probe"]
@@ -214,7 +215,7 @@ class _Settings:
             kl_budget=kl_budget_of(behavior_of(trb).at(0)) if kl_budget is None else kl_budget,
             skd_default_top_k=skd.skd_teacher_top_k,
             skd_temperature=skd.skd_teacher_temperature,
-            sequence_kl_budget=args.sequence_kl_budget,
+            sequence_kl_budget=sequence_budget_of(args),
             loss_top_k=args.loss_top_k,
             max_new_tokens=longest,
             max_rows=max_rows or recipe.run.eval_max_rows or ROWS,

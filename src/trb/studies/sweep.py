@@ -64,8 +64,8 @@ def run_study(
 
     Args:
         study: a checked study (`trb.studies.study.load_study`).
-        directory: the study directory. A study that was begun there goes on; another one is refused. More test seeds
-            and more settings may join a study that is on disk, and how results are judged may change.
+        directory: the study directory. A study that was begun there goes on; another one is refused. More test
+            seeds, settings and methods may join a study that is on disk, and how results are judged may change.
         workers: runs at once; `default_workers` if None. With Ray, None leaves it to the cluster.
         ray: address of a Ray cluster ("local" starts one here, "auto" finds a running one); None for local processes.
             Every node must see `directory` under the same path.
@@ -109,7 +109,8 @@ def run_study(
 def _select(study: Study, directory: Path, setting: str) -> dict[str, int]:
     """The chosen configuration of every family: read if it is on disk, made and written otherwise."""
     path = directory / setting / SELECTION
-    if not is_whole(SELECTION, path):  # the same again, from the same scores
+    # The same again, from the same scores; with methods that joined.
+    if not is_whole(SELECTION, path) or SELECTION.read(path)["methods"].keys() != study.methods.keys():
         table = findings.selection(study, directory, setting)
         SELECTION.write(path, {"select_by": study.select_by, "seeds": study.seeds.select, "methods": table})
     return dict(_chosen(SELECTION.read(path)))
@@ -187,14 +188,21 @@ def _check_same(path: Path, study: Study) -> None:
     here = study.model_dump()
     kept = set(there["seeds"]["test"]) <= set(here["seeds"]["test"])
     there["seeds"]["test"] = here["seeds"]["test"] if kept else there["seeds"]["test"]
-    here["settings"] = {name: here["settings"].get(name) for name in there["settings"]}
+    here["methods"] = _those_in(there["methods"], here["methods"])
+    here["settings"] = _those_in(there["settings"], here["settings"])
+    for setting in filter(None, here["settings"].values()):
+        setting["methods"] = {name: own for name, own in setting["methods"].items() if name in there["methods"]}
     changed = [key for key in there if key not in JUDGEMENT and there[key] != here[key]]
     if changed:
         key = changed[0]
         raise RunDirectoryError(
-            f"{path.parent} holds a study with other {key}: {_difference(there[key], here[key])}. Settings and test "
-            "seeds may join a study; for anything else use another output directory"
+            f"{path.parent} holds a study with other {key}: {_difference(there[key], here[key])}. Settings, methods "
+            "and test seeds may join a study; for anything else use another output directory"
         )
+
+
+def _those_in(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    return {name: here.get(name) for name in there}
 
 
 def _difference(there: Any, here: Any, where: str = "") -> str:

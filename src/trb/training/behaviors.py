@@ -6,8 +6,10 @@ Left out: the policies (`trb.policies`), the schedules (`trb.schedule`), and wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from trb.schedule import Budget, Constant, FirstSteps, GapBudget, Ramp, Schedule, SequenceBudget
 from trb.training.halves import Behavior, BudgetSchedule, Half, Scheduled
@@ -15,27 +17,51 @@ from trb.training.halves import Behavior, BudgetSchedule, Half, Scheduled
 if TYPE_CHECKING:
     from trb.policies import BehaviorPolicy
 
-__all__ = ["BEHAVIORS", "BUDGET_SCHEDULES"]
+__all__ = ["BEHAVIORS", "BUDGET_SCHEDULES", "sequence_budget_of"]
 
 _DEFAULT_BUDGET = 0.01  # the paper's choice, nats per token
+_UNKNOWN = 1 << 40  # steps, of a training that has not begun
+
+# Nats of a completion: of what holds them to the end, and of what falls, which begins nearly at the teacher and is over
+# after the first of so many equal parts of the training. Chosen on seeds that no result is reported of
+# (docs/experiments.md, 29 November 2026).
+_HELD, _FALLING, _FALLING_PARTS = 1.0, 16.0, 5
 
 
-def _falling(kind: str) -> Callable[[Any], Schedule]:
-    return lambda args: Budget(_initial_budget(args), args.blend_warmup_steps, kind)
+Length: TypeAlias = "Callable[[], int]"
+
+
+def _falling(kind: str) -> Callable[[Any, Length], Schedule]:
+    return lambda args, length: Budget(_initial_budget(args), args.blend_warmup_steps, kind)
 
 
 def _initial_budget(args: Any) -> float:
     return _DEFAULT_BUDGET if args.initial_kl_budget is None else float(args.initial_kl_budget)
 
 
-def _sequence(args: Any) -> Schedule:
+def sequence_budget_of(args: Any, default: float = _HELD) -> float:
+    """B of a configuration, nats per completion."""
+    return default if args.sequence_kl_budget is None else float(args.sequence_kl_budget)
+
+
+def _sequence(args: Any, length: Length, target: float | None = None) -> SequenceBudget:
+    target = sequence_budget_of(args) if target is None else target
     # Were every token to spend it, the first step would still keep to the target.
-    start = args.sequence_kl_budget / args.max_completion_length
-    return SequenceBudget(args.sequence_kl_budget, start, highest=args.sequence_kl_budget)
+    return SequenceBudget(target, start=target / args.max_completion_length, highest=target)
 
 
-def _gap(args: Any) -> Schedule:
-    return GapBudget(_sequence(args) if args.initial_kl_budget is None else Constant(_initial_budget(args)))
+def _falling_sequence(args: Any, length: Length) -> Schedule:
+    def steps() -> int:
+        # Before training begins its length is not known; the first step has all of the budget whatever it is.
+        return math.ceil((length() or _UNKNOWN) / _FALLING_PARTS)
+
+    held = _sequence(args, length, sequence_budget_of(args, _FALLING))
+    return replace(held, left=Ramp(1.0, 0.0, None, steps))
+
+
+def _gap(args: Any, length: Length) -> Schedule:
+    base = _sequence(args, length) if args.initial_kl_budget is None else Constant(_initial_budget(args))
+    return GapBudget(base)
 
 
 BUDGET_SCHEDULES: dict[str, BudgetSchedule] = {
@@ -45,8 +71,13 @@ BUDGET_SCHEDULES: dict[str, BudgetSchedule] = {
     "cosine": BudgetSchedule(
         "the same along a cosine", _falling("cosine"), ("initial_kl_budget", "blend_warmup_steps")
     ),
-    "constant": BudgetSchedule("never", lambda args: Constant(_initial_budget(args)), ("initial_kl_budget",)),
+    "constant": BudgetSchedule("never", lambda args, length: Constant(_initial_budget(args)), ("initial_kl_budget",)),
     "sequence": BudgetSchedule("holds sequence_kl_budget nats per completion", _sequence, ("sequence_kl_budget",)),
+    "sequence-linear": BudgetSchedule(
+        "from sequence_kl_budget nats per completion to 0 after a fifth of the training",
+        _falling_sequence,
+        ("sequence_kl_budget",),
+    ),
     "gap": BudgetSchedule(
         "with the reverse KL, from initial_kl_budget or else sequence_kl_budget, and ends by itself",
         _gap,
@@ -61,69 +92,70 @@ def _share(args: Any, default: float = 1.0) -> Schedule:
     return Constant(default if args.behavior_share is None else float(args.behavior_share))
 
 
-def _student(args: Any, length: Callable[[], int]) -> Behavior:
+def _student(args: Any, length: Length) -> Behavior:
     from trb.policies import StudentPolicy
 
     return Scheduled(lambda _: StudentPolicy(), Constant(0.0))
 
 
-def _trust_region(args: Any, length: Callable[[], int]) -> Behavior:
+def _trust_region(args: Any, length: Length) -> Behavior:
     from trb.policies import TrustRegionPolicy
 
     kind = BUDGET_SCHEDULES[args.budget_schedule]
-    return Scheduled(TrustRegionPolicy, kind.build(args), _share(args, kind.share))
+    return Scheduled(TrustRegionPolicy, kind.build(args, length), _share(args, kind.share))
 
 
-def _fixed_budget(args: Any, length: Callable[[], int]) -> Behavior:
+def _fixed_budget(args: Any, length: Length) -> Behavior:
     from trb.policies import TrustRegionPolicy
 
     return Scheduled(TrustRegionPolicy, Constant(_initial_budget(args)), _share(args))
 
 
-def _annealed_share(args: Any, length: Callable[[], int]) -> Behavior:
+def _annealed_share(args: Any, length: Length) -> Behavior:
     from trb.policies import TrustRegionPolicy
 
     share = Ramp(1.0, 0.0, args.blend_warmup_steps)
     return Scheduled(TrustRegionPolicy, FirstSteps(args.blend_warmup_steps, _initial_budget(args)), share)
 
 
-def _geometric(args: Any, length: Callable[[], int]) -> Behavior:
+def _geometric(args: Any, length: Length) -> Behavior:
     from trb.policies import GeometricPolicy
 
     if args.teacher_weight is not None:
         return Scheduled(GeometricPolicy, Constant(float(args.teacher_weight)), _share(args))
     # The start is small where nothing is known of the pair: divergence grows like its square.
-    return Scheduled(GeometricPolicy, SequenceBudget(args.sequence_kl_budget, 0.05, highest=1.0, power=2), _share(args))
+    schedule = SequenceBudget(sequence_budget_of(args), 0.05, highest=1.0, power=2)
+    return Scheduled(GeometricPolicy, schedule, _share(args))
 
 
-def _skd(args: Any, length: Callable[[], int]) -> Behavior:
+def _skd(args: Any, length: Length) -> Behavior:
     from trb.policies import SKDPolicy
 
     temperature = Constant(args.skd_teacher_temperature)
     return Scheduled(lambda tau: SKDPolicy(args.skd_teacher_top_k, tau), temperature, _share(args))
 
 
-def _temperature(args: Any, length: Callable[[], int]) -> Behavior:
+def _temperature(args: Any, length: Length) -> Behavior:
     from trb.policies import TemperaturePolicy
 
     return Scheduled(TemperaturePolicy, Ramp(args.initial_temperature, 1.0, args.temperature_warmup_steps))
 
 
-def _short_first(args: Any, length: Callable[[], int]) -> Behavior:
+def _short_first(args: Any, length: Length) -> Behavior:
     from trb.policies import StudentPolicy
 
     horizon = Ramp(args.initial_horizon, args.max_completion_length, args.horizon_steps)
     return Scheduled(lambda _: StudentPolicy(), Constant(0.0), horizon=horizon)
 
 
-def _teacher_prefix(args: Any, length: Callable[[], int]) -> Behavior:
+def _teacher_prefix(args: Any, length: Length) -> Behavior:
     from trb.policies import StudentPolicy
 
     prefix = Ramp(args.initial_prefix_share, 0.0, args.prefix_steps)
     return Scheduled(lambda _: StudentPolicy(), Constant(0.0), prefix=prefix)
 
 
-def _teacher_first(args: Any, length: Callable[[], int]) -> Behavior:
+def _teacher_first(args: Any, length: Length) -> Behavior:
     from trb.policies import StudentPolicy, TeacherPolicy
 
     return Scheduled(lambda first: TeacherPolicy() if first else StudentPolicy(), FirstSteps(args.sft_warmup_steps))

@@ -110,11 +110,11 @@ class TRBConfig(DistillationConfig):
             "budget_schedule=gap, what spends sequence_kl_budget."
         },
     )
-    sequence_kl_budget: float = field(
-        default=1.0,
+    sequence_kl_budget: float | None = field(
+        default=None,
         metadata={
-            "help": "B of budget_schedule=sequence and gap, and of geometric: KL(behavior || student) of a whole "
-            "completion, in nats, on average."
+            "help": "B of budget_schedule=sequence, sequence-linear and gap, and of geometric: KL(behavior || student) "
+            "of a whole completion, in nats, on average. None is 1; with budget_schedule=sequence-linear, 16."
         },
     )
     blend_warmup_steps: int = field(

@@ -49,14 +49,14 @@ class BudgetSchedule:
 
     Attributes:
         text: in a few words, for `--help`.
-        build: from a `TRBConfig`.
+        build: from a `TRBConfig`, and a function that gives the number of training steps once training has begun.
         knobs: fields of the configuration that `build` reads; besides them, `max_completion_length` alone.
         share: of the rollouts are drawn from the policy unless `behavior_share` says otherwise: below 1 for a schedule
             that compares them with the student's.
     """
 
     text: str
-    build: Callable[[Any], Schedule]
+    build: Callable[[Any, Callable[[], int]], Schedule]
     knobs: tuple[str, ...] = ()
     share: float = 1.0
 
