@@ -87,7 +87,7 @@ def test_the_floors_of_the_method_page_are_those_of_the_solvers() -> None:
 def cells(page: str, first: str) -> dict[str, list[str]]:
     """The table of a page whose header begins with `first`: the names in backquotes of each row, by the row's own."""
     table = page.split(f"\n| `{first}` |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
-    rows = [re.findall(r"`([\w.]+)`", line) for line in table]
+    rows = [re.findall(r"`([\w.-]+)`", line) for line in table]
     return {name: rest for name, *rest in rows}
 
 
