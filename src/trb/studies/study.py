@@ -79,6 +79,7 @@ class ProblemSets(_Part):
     """Completions per problem: one number, or one per entry of `data`."""
     seed: int = 0
     """Which problems, and the noise of sampling; not that of training."""
+    split: str = "test"
 
     def keys(self) -> dict[str, Any]:
         """As the keys of a recipe."""
@@ -87,6 +88,7 @@ class ProblemSets(_Part):
             "eval_limit": self.limit,
             "eval_samples": self.samples,
             "eval_seed": self.seed,
+            "eval_split": self.split,
         }
 
 
