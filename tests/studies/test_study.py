@@ -100,3 +100,14 @@ def test_unequal_families_need_the_study_to_say_so(tmp_path):
     study = load_study(written(tmp_path, methods=methods, configurations="unequal"))
     assert isinstance(study, Study)
     assert len(study.units("select")) == 4
+
+
+def test_development_problems_may_come_from_another_split(tmp_path):
+    """The remedy that the refusal of shared problems names; the test problems stay those of the test split."""
+    chains = STUDY["settings"]["chains"]
+    settings = {"chains": {**chains, "dev": {**chains["dev"], "split": "train"}}}
+    study = load_study(written(tmp_path, settings=settings))
+    own = study.settings["chains"]
+    assert study.recipe_of(Unit("chains", "select", "opd", 0, 7)).run.eval_split == "train"
+    assert study.scoring_recipe("chains", own.dev).run.eval_split == "train"
+    assert study.scoring_recipe("chains", own.test).run.eval_split == "test"
