@@ -80,6 +80,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "veto": {"method": "veto", "veto_strength": 0.4},
     # With their defaults: what sets itself is not tuned.
     "trb-sequence": {"method": "trb", "budget_schedule": "sequence"},
+    "trb-sequence-linear": {"method": "trb", "budget_schedule": "sequence-linear"},
     "trb-gap": {"method": "trb", "budget_schedule": "gap"},
 }
 RIVALS = {"temperature": {"method": "temperature", "initial_temperature": 0.7, "temperature_warmup_steps": 25}}
