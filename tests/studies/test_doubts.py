@@ -51,6 +51,11 @@ DOUBTS: dict[str, tuple[str, str, str]] = {
         "--blend-warmup-steps 2",
     ),
     "infinite budget": ("--initial-kl-budget .inf", "initial_kl_budget: infinite", "--initial-kl-budget 5"),
+    "a budget that nothing spends": (
+        "--initial-kl-budget 1e6",
+        "initial_kl_budget: 1e+06, as good as infinite",
+        "--initial-kl-budget 50",
+    ),
     "same weights": (
         "--student {root}/a --teacher {root}/b",
         "student and teacher are the same model",
@@ -75,7 +80,7 @@ def test_a_doubt_is_said_once_and_by_the_doctor(
         assert sum(text in record.message for record in caplog.records) == 1
         caplog.clear()
         assert main(["train", *base, *right.split(), *run, "--overwrite"]) == 0
-        assert not [record.message for record in caplog.records if record.name == "trb.studies.doubts"]
+        assert not [record.message for record in caplog.records if record.name == "trb.training.doubts"]
         said = "warn"
     else:
         said, text = "fail", "and the student has 512 positions"
@@ -91,7 +96,7 @@ def test_prompts_that_fit_though_longer_ones_would_not(
 ) -> None:
     words = ["train", "--config", str(material / "small.yaml"), "--max-prompt-length=510", "--blend-warmup-steps=2"]
     assert main([*words, "--eval-data=[]", "--output-dir", str(tmp_path / "run"), "--quiet"]) == 0
-    [said] = [record.message for record in caplog.records if record.name == "trb.studies.doubts"]
+    [said] = [record.message for record in caplog.records if record.name == "trb.training.doubts"]
     assert said == (
         "lengths: prompts of up to 510 tokens and completions of up to 8 do not fit the 512 positions of the student. "
         "Lower max_prompt_length or max_completion_length"
@@ -112,5 +117,5 @@ def test_a_comparison_doubts_its_pair_once(material: Path, tmp_path: Path, caplo
     (tmp_path / "several.yaml").write_text(SMALL_FILE + "methods: {opd: {}, trb: {blend_warmup_steps: 3}}\n")
     words = ["compare", "--config", str(tmp_path / "several.yaml"), "--max-steps=1", "--learning-rate=4e-3", "--quiet"]
     assert main([*words, "--output-dir", str(tmp_path / "run")]) == 0
-    said = [record.message.split(":")[0] for record in caplog.records if record.name == "trb.studies.doubts"]
+    said = [record.message.split(":")[0] for record in caplog.records if record.name == "trb.training.doubts"]
     assert said == ["learning_rate", "blend_warmup_steps"]

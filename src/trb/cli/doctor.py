@@ -190,8 +190,8 @@ def _memory_bytes() -> int:
 
 
 def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
-    from trb.studies.doubts import of_models
     from trb.studies.material import load_tokenizers
+    from trb.training.doubts import of_pair, of_rate
     from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
 
     run = recipe.run
@@ -231,11 +231,9 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         "end of sequence",
         f"student stops with {_ids(stops[0])}, teacher with {_ids(stops[1])}; {shared.stop_id} is emitted, {folded}",
     )
-    for doubt in of_models(run, args, student, teacher, same=_same_files(run)):
-        # Lengths are checked below, evaluation included.
-        if doubt.subject in ("sizes", "weights") or (has_lengths and doubt.subject != "lengths"):
-            yield Check("warn", *doubt)
+    yield from (Check("warn", *doubt) for doubt in of_pair(student, teacher, same=_same_files(run)))
     if has_lengths:  # a bare pair has no recipe that says how long its sequences are
+        yield from (Check("warn", *doubt) for doubt in of_rate(args, student, adapters=bool(run.lora_rank)))
         yield from _check_prompts(run, args)
         yield _check_lengths(run, args, student, teacher)
         yield _check_memory(run, args, launch, student, teacher)
@@ -264,8 +262,8 @@ def _fingerprint(path: Path) -> tuple[int, bytes, bytes]:
 
 def _check_prompts(run: "RunConfig", args: "TRBConfig") -> Iterator[Check]:
     """Training prompts, where reading them takes no download; and settings that depend on how many there are."""
-    from trb.studies.doubts import of_prompts, of_settings, steps_of
-    from trb.studies.material import is_local, load_tokenizers, template_options, training_prompts
+    from trb.studies.material import is_local, load_tokenizers, training_prompts, unknown_characters
+    from trb.training.doubts import of_settings, steps_of
 
     steps = int(args.max_steps) if args.max_steps > 0 else None
     if is_local(run.train_data):
@@ -276,7 +274,7 @@ def _check_prompts(run: "RunConfig", args: "TRBConfig") -> Iterator[Check]:
             yield Check("fail", "prompts", message(error))
         else:
             steps = steps_of(args, len(prompts))
-            found = list(of_prompts(prompts, tokenizer, **template_options(args)))
+            found = list(unknown_characters(prompts, tokenizer, args))
             yield from (Check("warn", *doubt) for doubt in found)
             if not found:
                 yield Check("ok", "prompts", f"{len(prompts)} to train on, {steps} steps")

@@ -7,6 +7,7 @@ training.
 import gc
 import json
 import random
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,12 @@ from trb.errors import InputError, calls
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.records import CONFIG, MODEL, TRAINER_STATE
 from trb.safety.templates import PLAIN_TEMPLATE
-from trb.studies import doubts
 from trb.studies.keys import RunConfig
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
-from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts
+from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import REASONING_GYM
-from trb.training import checkpoints
+from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
 from trb.training.sharding import loaded_whole
 from trb.vocab import SharedVocabulary, check_same_tokenizer
@@ -50,6 +50,7 @@ __all__ = [
     "problem_sets",
     "template_options",
     "training_prompts",
+    "unknown_characters",
     "with_template_options",
 ]
 
@@ -196,9 +197,22 @@ def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> 
         student, teacher = load_pair(run, for_training=True)
     vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
     if args.process_index == 0 and doubtful:
-        doubts.warn(doubts.of_models(run, args, student, teacher))
-        doubts.warn(doubts.of_prompts(prompts, tokenizer, **template_options(args)))
+        doubts.warn(doubts.of_pair(student, teacher))
+        doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, teacher))
+        doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank)))
+        doubts.warn(unknown_characters(prompts, tokenizer, args))
     return Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
+
+
+def unknown_characters(
+    prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: TRBConfig
+) -> Iterator[doubts.Doubt]:
+    """What is to be said of characters in the prompts that the tokenizer does not know."""
+    unknown = doubts.unknown_id(tokenizer)
+    if unknown is not None:
+        read = render(tokenizer, prompts, **template_options(args))
+        rows = [row for row, ids in enumerate(read) if unknown in ids]
+        yield from doubts.of_unknown(rows, len(prompts), tokenizer)
 
 
 def is_local(spec: str) -> bool:

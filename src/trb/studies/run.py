@@ -22,7 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trb import records
 from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RESULTS, SKIPPED
 from trb.safety.files import remove
-from trb.studies import doubts, provenance
+from trb.studies import provenance
 from trb.studies.claims import left_as_found
 from trb.studies.directories import (
     begin,
@@ -48,7 +48,7 @@ from trb.studies.recipe import Recipe
 from trb.studies.scores import check_suites, evaluate_suites, mean_of_suites
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.grading import Verifier
-from trb.training import checkpoints
+from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
 from trb.training.methods import name_of
 from trb.training.ranks import Ranks
@@ -257,6 +257,7 @@ def _trainer(
         peft_config=lora(run),
         callbacks=[observer],
     )
+    trainer.doubts_said = True  # here, before anything is evaluated
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer

@@ -22,6 +22,7 @@ from trl.trainer.utils import RepeatSampler
 from trb.errors import InputError
 from trb.models.modeling import position_limit, without_adapters
 from trb.models.tokens import check_room, token_ids
+from trb.training import doubts
 from trb.training.arguments import named_datasets
 from trb.training.config import TRBConfig
 from trb.training.ranks import Ranks
@@ -38,6 +39,7 @@ class PromptsInOrder(DistillationTrainer):
     args: TRBConfig
     model: Any
     _ranks: Ranks
+    doubts_said: bool = False  # set by whoever has said before what `trb.training.doubts` would
     _prompts_checked: bool = False
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
@@ -55,6 +57,7 @@ class PromptsInOrder(DistillationTrainer):
         """Refuse prompts that would end the run later: fewer than one step needs, or too long for a model.
 
         `train` begins with it. Prompts for training and evaluation are tokenised as they will be sampled from, once.
+        What can hardly be meant is warned about (`trb.training.doubts`).
 
         Raises:
             ValueError: names the dataset and the numbers, or the row.
@@ -72,10 +75,19 @@ class PromptsInOrder(DistillationTrainer):
             )
         for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
             if not isinstance(dataset, IterableDataset):
-                self._ranks.from_first(partial(self._check_room, name, dataset))
-        self._prompts_checked = True
+                self._ranks.from_first(partial(self._check_rows, name, dataset))
+        if not self.doubts_said:
+            self._ranks.from_first(lambda: doubts.warn(self._doubts(rows)))
+        self._prompts_checked = self.doubts_said = True
 
-    def _check_room(self, name: str, dataset: Any) -> None:
+    def _doubts(self, rows: int) -> Iterator[doubts.Doubt]:
+        args, teacher = self.args, self.accelerator.unwrap_model(self.teacher_model)
+        yield from doubts.of_settings(args, doubts.steps_of(args, rows))
+        yield from doubts.of_pair(without_adapters(self.model), without_adapters(teacher))
+        if self.optimizer is None:  # one that was passed has a rate of its own
+            yield from doubts.of_rate(args, without_adapters(self.model), adapters=doubts.has_adapters(self.model))
+
+    def _check_rows(self, name: str, dataset: Any) -> None:
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         limits = {
             f"the {role} ({type(without_adapters(model)).__name__})": position_limit(model)
@@ -83,12 +95,16 @@ class PromptsInOrder(DistillationTrainer):
         }
         if self.use_vllm:
             limits["vLLM (vllm_max_model_length)"] = self.args.vllm_max_model_length
-        if all(limit is None for limit in limits.values()):
+        unknown = None if self.doubts_said or name != "train_dataset" else doubts.unknown_id(self._tokenizer)
+        if unknown is None and all(limit is None for limit in limits.values()):
             return
         prompts = [dataset[row]["prompt"] for row in range(len(dataset))]
         chunks = (prompts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(prompts), _TOKENIZED_AT_ONCE))
-        lengths = [len(ids) for chunk in chunks for ids in self._tokenize_prompts(chunk)[0]]
+        found = [(len(ids), unknown in ids) for chunk in chunks for ids in self._tokenize_prompts(chunk)[0]]
+        lengths = [length for length, _ in found]
         check_room(lengths, name, int(self.max_completion_length or 0), limits, knob="max_completion_length")
+        strange = [row for row, (_, is_strange) in enumerate(found) if is_strange]
+        doubts.warn(doubts.of_unknown(strange, len(found), self._tokenizer))
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if isinstance(prompts[0], str):

@@ -1,0 +1,199 @@
+"""What a run may well be told and can hardly be meant: settings that make a student learn little, or nothing.
+
+Nothing here is refused. Left out: what cannot work at all (`trb.training.arguments`, `trb.training.prompts`), and
+memory.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from trb.models.modeling import position_limit
+from trb.training.config import TRBConfig
+from trb.training.methods import knobs_of, pair_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Doubt",
+    "has_adapters",
+    "of_lengths",
+    "of_pair",
+    "of_rate",
+    "of_settings",
+    "of_unknown",
+    "steps_of",
+    "unknown_id",
+    "warn",
+]
+
+logger = logging.getLogger(__name__)
+
+# Knobs that say after how many steps a method is plain distillation.
+_WARM_UPS = (
+    *("blend_warmup_steps", "temperature_warmup_steps", "horizon_steps", "prefix_steps", "sft_warmup_steps"),
+    "veto_steps",
+)
+
+# The rates of the recipes, for Adam, by the student's parameters: 0.2 million, 100 million, and the paper's.
+_RATES = ((10e6, 3e-4), (500e6, 1e-4), (math.inf, 1e-5))
+_LORA_TIMES = 10.0  # adapters are trained at about ten times the rate of whole weights
+_TOO_MANY_TIMES = 10.0
+
+# A student this much larger than its teacher is; heads padded to other sizes make a smaller difference.
+_LARGER_TIMES = 1.1
+
+# Nats a token that no two models differ by: as good as infinite.
+_NO_BUDGET = 100.0
+
+_ADAPTER = "lora_"  # in the names of PEFT's weights
+
+
+class Doubt(NamedTuple):
+    """A setting that is probably not meant."""
+
+    subject: str
+    text: str
+    remedy: str
+
+
+def warn(doubts: Iterable[Doubt]) -> None:
+    for doubt in doubts:
+        logger.warning("%s: %s. %s", *doubt)
+
+
+def steps_of(args: TRBConfig, prompts: int) -> int:
+    """Optimizer steps of a run with so many prompts."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return math.ceil(max(1, prompts // max(1, batch // args.num_generations)) * args.num_train_epochs)
+
+
+def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
+    """Of a method's knobs; `steps` are the run's, if they are known."""
+    read = knobs_of([args])
+    for name in _WARM_UPS:
+        value = getattr(args, name)
+        if name in read and steps is not None and value is not None and value > steps:
+            yield Doubt(
+                name,
+                f"{value} steps, and the run has {steps}: it ends before the warm-up does, and rollouts or loss are "
+                "never plain distillation's",
+                f"Lower {name}, or train longer",
+            )
+    budget = args.initial_kl_budget
+    if "initial_kl_budget" in read and budget is not None and budget >= _NO_BUDGET:
+        size = "infinite" if budget == math.inf else f"{budget:g}, as good as infinite"
+        yield Doubt(
+            "initial_kl_budget",
+            f"{size}, so every rollout of the warm-up is the teacher's own, and not the student's",
+            f"Set a budget in nats per token, such as 0.01 (behavior: {pair_of(args)[0]})",
+        )
+
+
+def of_pair(student: "PreTrainedModel", teacher: "PreTrainedModel", *, same: bool | None = None) -> Iterator[Doubt]:
+    """Of two models; they may be without weights if `same` says whether theirs are equal."""
+    sizes = _size(student), _size(teacher)
+    if sizes[0] > _LARGER_TIMES * sizes[1] > 0:
+        yield Doubt(
+            "sizes",
+            f"the student has {_millions(sizes[0])} parameters, more than the teacher's {_millions(sizes[1])}",
+            "Exchange student and teacher if they were swapped",
+        )
+    if _same_weights(student, teacher) if same is None else same:
+        yield Doubt("weights", "student and teacher are the same model, so the loss is 0", "Choose another teacher")
+
+
+def of_lengths(
+    args: TRBConfig, max_prompt_length: int, student: "PreTrainedModel", teacher: "PreTrainedModel"
+) -> Iterator[Doubt]:
+    """Of the longest prompts that are let through, whatever the data has."""
+    longest = max_prompt_length + int(args.max_completion_length or 0)
+    for role, model in (("student", student), ("teacher", teacher)):
+        limit = position_limit(model)
+        if limit is not None and longest > limit:
+            yield Doubt(
+                "lengths",
+                f"prompts of up to {max_prompt_length} tokens and completions of up to "
+                f"{args.max_completion_length} do not fit the {limit} positions of the {role}",
+                "Lower max_prompt_length or max_completion_length",
+            )
+            return
+
+
+def of_rate(args: TRBConfig, student: "PreTrainedModel", *, adapters: bool) -> Iterator[Doubt]:
+    """Of the learning rate; nothing is known of optimizers other than Adam and its relatives."""
+    size = _size(student)
+    if "adam" not in args.optim or not size:
+        return
+    rate = next(rate for most, rate in _RATES if size <= most) * (_LORA_TIMES if adapters else 1.0)
+    if args.learning_rate > _TOO_MANY_TIMES * rate * (1 + 1e-9):
+        yield Doubt(
+            "learning_rate",
+            f"{args.learning_rate:g}, more than {_TOO_MANY_TIMES:g} times the {rate:g} that is known to be safe for a "
+            f"student of {_millions(size)} parameters",
+            f"Lower learning_rate, to {rate:g} for instance",
+        )
+
+
+def unknown_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The id that stands for what a tokenizer cannot read; None where it has none, or one id for all it needs."""
+    unknown = tokenizer.unk_token_id
+    return None if unknown == tokenizer.eos_token_id else unknown
+
+
+def of_unknown(rows: Sequence[int], count: int, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Doubt]:
+    """Of `count` prompts, of which `rows` (from 0) have `unknown_id` in them."""
+    if rows:
+        yield Doubt(
+            "prompts",
+            f"{len(rows)} of {count} have characters that the tokenizer does not know, the first in row "
+            f"{rows[0] + 1}: the models read {tokenizer.unk_token} in their place",
+            "Check that the data fits the models",
+        )
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether adapters are trained, and not the weights they are beside."""
+    return any(_ADAPTER in name and weight.requires_grad for name, weight in model.named_parameters())
+
+
+def _size(model: "PreTrainedModel") -> int:
+    """Parameters, adapters apart; 4-bit weights, which are stored two in a byte, count as what they stand for."""
+    adapters = sum(weight.numel() for name, weight in model.named_parameters() if _ADAPTER in name)
+    return model.num_parameters() - adapters
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+
+
+def _same_weights(student: "PreTrainedModel", teacher: "PreTrainedModel") -> bool:
+    own, others = _weights(student), _weights(teacher)
+    return bool(own) and own.keys() == others.keys() and all(_equal(own[name], others[name]) for name in own)
+
+
+def _weights(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """Weights by name, without adapters that change nothing yet; empty where some do."""
+    found: dict[str, torch.Tensor] = {}
+    for name, weight in model.named_parameters():
+        if _ADAPTER not in name:
+            found[name.replace(".base_layer.", ".")] = weight
+        elif "lora_B" in name and (weight.is_meta or bool(weight.detach().any())):
+            return {}
+    return found
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two weights agree but for what another dtype rounds off."""
+    if first.shape != second.shape or first.is_meta or second.is_meta or not first.numel():
+        return False
+    if not (first.is_floating_point() and second.is_floating_point()):  # quantized, each in its own way
+        return first.dtype == second.dtype and torch.equal(first.detach(), second.detach().to(first.device))
+    low = min(first.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.equal(first.detach().to(low), second.detach().to(first.device, low))

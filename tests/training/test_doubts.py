@@ -1,0 +1,103 @@
+"""What is probably not meant is warned about once where a trainer starts, as `trb train` warns of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_runs import build
+
+from trb import zoo
+from trb.training import doubts
+
+LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+# What nothing is said of.
+PLAIN = {"max_steps": 1, "blend_warmup_steps": 1, "max_completion_length": 4, "train_rows": zoo.problems(8, seed=0)}
+
+
+def said(trainer: Any, caplog: pytest.LogCaptureFixture) -> list[str]:
+    caplog.clear()
+    trainer.train()
+    return [record.message for record in caplog.records if record.name == doubts.__name__]
+
+
+def strange(character: str) -> list[dict[str, Any]]:
+    rows = zoo.problems(8, seed=0)
+    return [{"prompt": [{"role": "user", "content": f"1+1+{character}"}]}, *rows[1:]]
+
+
+def models(role: str) -> Any:
+    return zoo.load(role)[0]
+
+
+def adapted(role: str, *, trained: bool = False) -> Any:
+    model = get_peft_model(models(role), LORA)
+    if trained:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.add_(0.1)
+    return model
+
+
+DOUBTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "K beyond the end": ({"blend_warmup_steps": 2}, "blend_warmup_steps: 2 steps, and the run has 1", {}),
+    "K beyond the epochs": (
+        {"max_steps": -1, "num_train_epochs": 0.5, "blend_warmup_steps": 3},
+        "blend_warmup_steps: 3 steps, and the run has 2",
+        {"max_steps": -1, "num_train_epochs": 0.5, "blend_warmup_steps": 2},
+    ),
+    "swapped": (
+        {"student": "teacher", "teacher": "student"},
+        "sizes: the student has 0.61 million parameters, more than the teacher's 0.21 million. Exchange student and "
+        "teacher if they were swapped",
+        {},
+    ),
+    "infinite budget": ({"initial_kl_budget": float("inf")}, "initial_kl_budget: infinite", {"initial_kl_budget": 5.0}),
+    "same weights": ({"teacher": "student"}, "weights: student and teacher are the same model", {}),
+    "same weights, with an adapter to train": (
+        {"teacher": "student", "peft_config": LORA},
+        "weights: student and teacher are the same model",
+        {"peft_config": LORA},
+    ),
+    "the same weights with a fresh adapter": (
+        {"teacher": "student", "student": lambda: adapted("student")},
+        "weights: student and teacher are the same model",
+        {"teacher": "student", "student": lambda: adapted("student", trained=True)},
+    ),
+    "unknown characters": (
+        {"train_rows": strange("\N{LATIN SMALL LETTER E WITH ACUTE}")},
+        "prompts: 1 of 8 have characters that the tokenizer does not know, the first in row 1",
+        {"train_rows": strange("1")},
+    ),
+    "learning rate": ({"learning_rate": 4e-3}, "learning_rate: 0.004, more than 10 times the 0.0003", {}),
+    "learning rate of adapters": (
+        {"learning_rate": 4e-2, "peft_config": LORA},
+        "learning_rate: 0.04, more than 10 times the 0.003",
+        {"learning_rate": 4e-3, "peft_config": LORA},
+    ),
+    "learning rate of another optimizer": (
+        {"learning_rate": 0.1},
+        "learning_rate: 0.1",
+        {"learning_rate": 0.1, "optim": "sgd"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_a_doubt_is_said_once(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wrong, text, right = DOUBTS[name]
+    trainer = built(tmp_path, wrong)
+    [line] = said(trainer, caplog)
+    assert line.startswith(text)
+    assert said(trainer, caplog) == []  # `train` once more
+    assert said(built(tmp_path, right), caplog) == []
+
+
+def built(directory: Path, changes: dict[str, Any]) -> Any:
+    changes = {**PLAIN, **changes}
+    for role in ("student", "teacher"):
+        chosen = changes.get(role)
+        changes[role] = models(chosen) if isinstance(chosen, str) else chosen() if chosen else None
+    return build(directory, **changes)
