@@ -82,7 +82,10 @@ def is_for_people(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
         return True
     torch = sys.modules.get("torch")  # which has raised it, or is not loaded; its message says how much was asked for
-    return isinstance(error, TrbError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    hub = sys.modules.get("huggingface_hub.errors")
+    others = () if torch is None else (torch.OutOfMemoryError,)
+    others += () if hub is None else (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, hub.LocalTokenNotFoundError)
+    return isinstance(error, (TrbError, *others))
 
 
 def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:

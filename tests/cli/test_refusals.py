@@ -101,6 +101,17 @@ NAN = "not finite|NaN|nan"
 REFUSED: dict[str, tuple[list[str], str, list[str]]] = {
     "train, unknown key": (of("train", "small", learing_rate=1), "learning_rate", of("train", "small")),
     "train, value": (of("train", "small", max_steps=2.5), "whole number", of("train", "small")),
+    "train, no such reporter": (
+        *(of("train", "small", report_to="tensorbord"), "report_to='tensorbord' is unknown; choose one of azure_ml"),
+        of("train", "small", report_to="none"),
+    ),
+    "train, a schedule without its options": (
+        *(of("train", "small", lr_scheduler_type="cosine_with_min_lr"), "min_lr_rate"),
+        of("train", "small", lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs="{{min_lr_rate: 0.1}}"),
+    ),
+    "train, a hub that cannot be reached": (
+        *(of("train", "small", push_to_hub="true"), "Cannot reach", of("train", "small")),
+    ),
     "train, no such model": (of("train", "small", teacher="{material}/nowhere"), "no model", of("train", "small")),
     "train, no such data": (of("train", "small", train_data="x.jsonl"), "no file", of("train", "small")),
     "train, prompts too long": (of("train", "small", max_prompt_length=5), "limit of 5", of("train", "small")),

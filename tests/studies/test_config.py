@@ -56,7 +56,10 @@ def refusal(tmp_path: Path, text: str = "", *options: str) -> str:
         ("run_name: on", "on"),
         ("rollout_batch_size: null", None),
         ("initial_kl_budget: .inf", math.inf),
-        ("lr_scheduler_kwargs: {num_cycles: 1, rate: 1e-3}", {"num_cycles": 1, "rate": 1e-3}),
+        (
+            "lr_scheduler_kwargs: {num_cycles: 1, min_lr: 1e-3}\nlr_scheduler_type: cosine_with_min_lr",
+            {"num_cycles": 1, "min_lr": 1e-3},
+        ),
     ],
 )
 def test_values_are_read_as_their_key_means(tmp_path: Path, line: str, expected: Any) -> None:
@@ -233,7 +236,8 @@ def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> N
     recipe = read(
         tmp_path,
         "learning_rate: 3e-4\nsave_strategy: no\nrun_name: '1e5'\nsystem_prompt: 'yes'\ntrain_revision: 2026-01-01\n"
-        "lr_scheduler_kwargs: {a: 1e-5}\neval_data: zoo:chains\nreport_to: none\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\n"
+        "eval_data: zoo:chains\nreport_to: none\n"
         "methods: {opd: , long: {method: trb, initial_kl_budget: .inf}}\n",
     )
     path = tmp_path / "resolved.yaml"
@@ -307,13 +311,13 @@ def test_halves_of_methods_combine_and_bring_their_knobs(tmp_path: Path) -> None
         (["--run-name=a=b"], "run_name", "a=b"),
         (["--run-name", "true"], "run_name", "true"),
         (["--save-strategy", "no"], "save_strategy", "no"),
-        (["--lr-scheduler-kwargs", "{a: 1e-3}"], "lr_scheduler_kwargs", {"a": 1e-3}),
-        (["--lr-scheduler-kwargs.a", "2"], "lr_scheduler_kwargs", {"a": 2, "b": 1}),
+        (["--lr-scheduler-kwargs", "{min_lr: 1e-3}"], "lr_scheduler_kwargs", {"min_lr": 1e-3}),
+        (["--lr-scheduler-kwargs.num_cycles", "2"], "lr_scheduler_kwargs", {"num_cycles": 2, "min_lr": 1}),
         (["--seed", "1", "--seed", "2"], "seed", 2),
     ],
 )
 def test_options_override_the_file(tmp_path: Path, options: list[str], key: str, expected: Any) -> None:
-    text = "learning_rate: 5\nbf16: false\nlr_scheduler_kwargs: {b: 1}\n"
+    text = "learning_rate: 5\nbf16: false\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1}\n"
     recipe = read(tmp_path, text, *options)
     assert recipe.training[key] == expected
     assert type(recipe.training[key]) is type(expected)

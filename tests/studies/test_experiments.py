@@ -85,6 +85,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- what a run leaves ----
 
 
+def test_the_trained_model_has_its_card(finished: Path) -> None:
+    card = (finished / "model" / "README.md").read_text(encoding="utf-8")
+    assert "None" not in card and str(finished) not in card
+    for row in ("student | zoo:student", "teacher | zoo:teacher", "method | trb: ", "budget | 0.3", "steps | 6 of 6"):
+        assert f"| {row}" in card
+
+
 def test_a_run_leaves_what_the_report_reads(finished: Path) -> None:
     assert [row["step"] for row in records(finished / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in records(finished / "evals.jsonl")] == [0, 2, 4, 6]

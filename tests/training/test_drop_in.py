@@ -20,6 +20,7 @@ from transformers import (
 from trl import DistillationConfig
 
 from trb import TRBConfig, TRBTrainer, zoo
+from trb.errors import InputError
 from trb.studies.recipe import make_recipe
 from trb.tasks.prompts import load_prompts
 from trb.training import pair
@@ -309,3 +310,32 @@ def test_a_model_card_names_prompts_that_were_loaded_by_name(tmp_path: Path) -> 
     trainer = plain_trainer(tmp_path, train_dataset=prompts.select(range(8)))
     trainer.create_model_card()
     assert card(trainer)["data"] == "8 prompts of zoo:chains"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"report_to": ["tensorbord"]}, r"report_to='tensorbord' is unknown"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, r"lr_scheduler_type='cosine_with_min_lr' .*min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, r"lr_scheduler_type='warmup_stable_decay' .*num_decay_steps"),
+    ],
+)
+def test_values_that_transformers_would_refuse_when_everything_is_loaded(
+    tmp_path: Path, options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(InputError, match=text):
+        config(tmp_path, **options)
+
+
+def test_the_first_step_is_logged_where_it_is_asked_for_and_the_last_always(tmp_path: Path) -> None:
+    """As transformers does: what is first in the history may be the first evaluation."""
+    settings = {"max_steps": 3, "logging_steps": 10, "max_completion_length": 4}
+    for asked, steps in ((False, [3]), (True, [1, 3])):
+        trainer = build(tmp_path / str(asked), **settings, logging_first_step=asked)
+        trainer.train()
+        assert [row["step"] for row in trainer.state.log_history if "loss" in row] == steps
+
+
+@pytest.mark.parametrize("nothing", [None, "none", [], ["none"]])
+def test_no_reporter(tmp_path: Path, nothing: Any) -> None:
+    assert config(tmp_path, report_to=nothing).report_to == []

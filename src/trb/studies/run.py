@@ -305,6 +305,9 @@ class _Observer(TrainerCallback):
             self.listener.step(state.global_step, self._logs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A run without its ends says little. The trainer sees to the last; of the first, callers of its own decide.
+        if state.global_step == 1 and args.logging_strategy != "no":
+            control.should_log = True
         if not control.should_log:
             self.listener.step(state.global_step, self._logs)
         # The last evaluation comes after training, when the model has been saved.
@@ -358,6 +361,7 @@ def _save_model(trainer: TRBTrainer, directory: Path) -> None:
     trainer.save_model(str(partial_copy))
     if trainer.args.process_index == 0:
         (partial_copy / "training_args.bin").unlink(missing_ok=True)  # config.yaml says it, and no code in it
+        (partial_copy / records.CARD).write_text(trainer.model_card(), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         partial_copy.rename(target)
     trainer.accelerator.wait_for_everyone()

@@ -49,6 +49,12 @@ class CardedTrainer(DistillationTrainer):
             return
         directory = Path(str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / CARD).write_text(self.model_card(model_name, dataset_name, tags), encoding="utf-8")
+
+    def model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> str:
+        """The card as text; without a name, the model has that of the output directory."""
         own = ["generated_from_trainer", *self._tag_names]
         given = [tags] if isinstance(tags, str) else list(tags or ())
         teacher = self.accelerator.unwrap_model(self.teacher_model)
@@ -56,7 +62,7 @@ class CardedTrainer(DistillationTrainer):
             base_model=hub_name(self.model),
             datasets=None if dataset_name is None else [dataset_name],
             library_name="peft" if has_adapters(self.model) else "transformers",
-            model_name=model_name or directory.name,
+            model_name=model_name or Path(str(self.args.output_dir)).name,
             tags=sorted({*own, *given}),
         )
         rows = {
@@ -70,10 +76,9 @@ class CardedTrainer(DistillationTrainer):
         }
         table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
         paper = f"[{self._paper['title']}](https://huggingface.co/papers/{self._paper['id']})"
-        (directory / CARD).write_text(
+        return (
             f"---\n{data.to_yaml()}\n---\n\n# {data.model_name}\n\nA student trained by on-policy distillation with "
-            f"trb ({paper}).\n\n| | |\n|---|---|\n{table}\n",
-            encoding="utf-8",
+            f"trb ({paper}).\n\n| | |\n|---|---|\n{table}\n"
         )
 
 

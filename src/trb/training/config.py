@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import SchedulerType, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 from trl import DistillationConfig
 
@@ -274,6 +276,7 @@ class TRBConfig(DistillationConfig):
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False
+        self.report_to = self.report_to or "none"  # null in YAML, for which transformers would look for a reporter
         super().__post_init__()
         _check_choice("method", self.method, METHODS)
         for name, table in (("behavior", BEHAVIORS), ("loss", TARGETS)):
@@ -283,6 +286,9 @@ class TRBConfig(DistillationConfig):
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
         self._refuse_unsupported()
+        for name in self.report_to:
+            _check_choice("report_to", name, INTEGRATION_TO_CALLBACK)
+        self._check_scheduler()
         if "chat_template" in (self.chat_template_kwargs or {}):
             raise InputError(
                 "chat_template_kwargs sets chat_template; set the tokenizer's chat_template instead (in recipes, "
@@ -329,6 +335,16 @@ class TRBConfig(DistillationConfig):
                 raise InputError(
                     f"accelerator_config with {name}={value!r} is not supported ({why}); leave it at {allowed[0]!r}"
                 )
+
+    def _check_scheduler(self) -> None:
+        """Make the schedule once: transformers would when everything is loaded."""
+        name: str = SchedulerType(self.lr_scheduler_type).value
+        options: Any = self.lr_scheduler_kwargs or {}
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        try:
+            get_scheduler(name, optimizer, 0, 1, scheduler_specific_kwargs=options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"lr_scheduler_type={name!r} with lr_scheduler_kwargs={options}: {error}") from error
 
     @property
     def completions_per_step(self) -> int:

@@ -39,8 +39,8 @@ logger = logging.get_logger(__name__)
 
 
 class RunRecorder(TrainerCallback):
-    """Writes metrics.jsonl, held_out.jsonl and rollouts.jsonl in the output directory; the first step and the last are
-    logged whatever `logging_steps` says."""
+    """Writes metrics.jsonl, held_out.jsonl and rollouts.jsonl in the output directory; the last step is logged
+    whatever `logging_steps` says."""
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
         self.directory = Path(output_dir)
@@ -59,8 +59,7 @@ class RunRecorder(TrainerCallback):
                     path.unlink()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Between them the others come every logging_steps; a run without its ends says little.
-        if args.logging_strategy != "no" and (state.global_step == 1 or state.global_step >= state.max_steps):
+        if args.logging_strategy != "no" and state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(
