@@ -1,5 +1,6 @@
 """`TRBTrainer` in the place of `DistillationTrainer`: what it takes as TRL does, and what it refuses at once."""
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from trl import DistillationConfig
+from trl import DistillationConfig, DistillationTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb.errors import InputError
 from trb.studies.recipe import make_recipe
 from trb.tasks.prompts import load_prompts
-from trb.training import pair
+from trb.training import arguments, pair
 
 ROWS = zoo.problems(8, seed=0, split="train")
 PROMPTS = Dataset.from_list(ROWS)
@@ -339,3 +340,40 @@ def test_the_first_step_is_logged_where_it_is_asked_for_and_the_last_always(tmp_
 @pytest.mark.parametrize("nothing", [None, "none", [], ["none"]])
 def test_no_reporter(tmp_path: Path, nothing: Any) -> None:
     assert config(tmp_path, report_to=nothing).report_to == []
+
+
+@pytest.mark.parametrize("name", ["data_collator", "callback", "compute_metrics"])
+def test_an_argument_that_does_not_exist_is_refused_at_once(tmp_path: Path, nothing_loads: None, name: str) -> None:
+    with pytest.raises(InputError, match=rf"takes no argument '{name}'.*by name it passes on callbacks"):
+        plain_trainer(tmp_path, **{name: None})
+
+
+def test_the_arguments_that_are_passed_on_are_those_of_trl() -> None:
+    own = set(inspect.signature(TRBTrainer.__init__).parameters)
+    assert set(inspect.signature(DistillationTrainer.__init__).parameters) - own == arguments._PASSED_ON
+
+
+MESSAGE = {"role": "user", "content": "1+1"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (None, r"train_dataset is missing"),
+        (["1+1", None], r"train_dataset\[1\] has None for a prompt; make it text, or a list of messages"),
+        (["1+1", ""], r"train_dataset\[1\] has '' for a prompt"),
+        ([1, 2], r"train_dataset\[0\] has 1 for a prompt"),
+        ([[MESSAGE], []], r"train_dataset\[1\] has \[\] for a prompt"),
+        ([[MESSAGE], [{"rolle": "user", "content": "1+1"}]], r"train_dataset\[1\] has \[{'content': '1\+1'"),
+        ([[MESSAGE], [{**MESSAGE, "content": None}]], r"train_dataset\[1\] has"),
+        ([[MESSAGE], "1+1"], r"train_dataset\[1\] is text, and the rows before it are a list of messages"),
+    ],
+)
+def test_rows_that_are_no_prompts_are_named_before_training(tmp_path: Path, rows: list[Any] | None, text: str) -> None:
+    data = None if rows is None else [{"prompt": row} for row in rows] * 4
+    args = config(tmp_path, per_device_train_batch_size=8)
+    student, tokenizer = zoo.load("student")
+    trainer = TRBTrainer(student, zoo.load("teacher")[0], args, train_dataset=data, processing_class=tokenizer)
+    with pytest.raises(InputError, match=text):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -139,7 +139,7 @@ def _interruptible(*, alone: bool) -> Iterator[None]:
 
 class _PlainText(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(f"{record.levelname.lower()}: {super().format(record)}")
 
 
 def _say(text: str) -> None:

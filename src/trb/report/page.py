@@ -71,6 +71,7 @@ def render(source: Source) -> str:
         rows=list(zip(rows, strip.bars, strict=True)),
         strip=strip,
         differences=differences,
+        fewest_changes=outcomes.FEWEST_CHANGES,
         problems=changed.tables,
         linked=bool(changed.rollouts),
         methods=methods,

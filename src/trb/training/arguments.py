@@ -13,12 +13,14 @@ from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
-from trb.errors import InputError
+from trb.errors import InputError, did_you_mean
 from trb.models.modeling import check_adapter
 from trb.training.config import TRBConfig
 
 __all__ = ["check_arguments", "chosen_teacher", "complete_config", "named_datasets"]
 
+# Arguments of TRL's constructor that are not TRBTrainer's own.
+_PASSED_ON = {"callbacks", "optimizers", "quantization_config", "peft_config", "tools"}
 _IMAGES = ("image", "images")
 
 
@@ -70,6 +72,11 @@ def check_arguments(
     if reward_fn is not None and not callable(reward_fn):
         raise InputError(
             f"reward_fn is a {type(reward_fn).__name__} and no function; pass optimizers by name, optimizers=(...)"
+        )
+    if unknown := sorted(others.keys() - _PASSED_ON):
+        raise InputError(
+            f"TRBTrainer takes no argument {unknown[0]!r}{did_you_mean(unknown[0], _PASSED_ON)} (by name it passes on "
+            f"{', '.join(sorted(_PASSED_ON - {'tools'}))})"
         )
     if others.get("tools"):
         raise InputError("TRBTrainer samples single turns; tools are not supported")
@@ -152,7 +159,8 @@ def _shows_an_image(rows: Any) -> bool:
     if isinstance(rows, IterableDataset) or not len(rows):
         return False
     prompt = rows[0]["prompt"]
-    parts = (message.get("content") for message in prompt if isinstance(message, Mapping)) if prompt else ()
+    messages = prompt if isinstance(prompt, list) else ()
+    parts = (message.get("content") for message in messages if isinstance(message, Mapping))
     several = chain.from_iterable(content for content in parts if isinstance(content, list))
     return any(isinstance(part, Mapping) and part.get("type") == "image" for part in several)
 

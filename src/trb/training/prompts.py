@@ -9,7 +9,8 @@ Seams of TRL:
 Left out: where prompts come from and how they are rendered (`trb.tasks.prompts`), and what is drawn after them.
 """
 
-from collections.abc import Callable, Iterator, Sized
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any, cast
 
@@ -54,7 +55,7 @@ class PromptsInOrder(DistillationTrainer):
         )
 
     def check_prompts(self) -> None:
-        """Refuse prompts that would end the run later: fewer than one step needs, or too long for a model.
+        """Refuse prompts that would end the run later: fewer than one step needs, too long for a model, or no prompts.
 
         `train` begins with it. Prompts for training and evaluation are tokenised as they will be sampled from, once.
         What can hardly be meant is warned about (`trb.training.doubts`).
@@ -64,6 +65,8 @@ class PromptsInOrder(DistillationTrainer):
         """
         if self._prompts_checked:
             return
+        if self.train_dataset is None:
+            raise InputError('train_dataset is missing: pass prompts to train on, a dataset with a column "prompt"')
         args, rows = self.args, len(cast(Sized, self.train_dataset))
         needed = args.completions_per_step // args.num_generations
         if rows < needed:
@@ -96,9 +99,10 @@ class PromptsInOrder(DistillationTrainer):
         if self.use_vllm:
             limits["vLLM (vllm_max_model_length)"] = self.args.vllm_max_model_length
         unknown = None if self.doubts_said or name != "train_dataset" else doubts.unknown_id(self._tokenizer)
+        prompts = [dataset[row]["prompt"] for row in range(len(dataset))]
+        _check_kinds(name, prompts)
         if unknown is None and all(limit is None for limit in limits.values()):
             return
-        prompts = [dataset[row]["prompt"] for row in range(len(dataset))]
         chunks = (prompts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(prompts), _TOKENIZED_AT_ONCE))
         found = [(len(ids), unknown in ids) for chunk in chunks for ids in self._tokenize_prompts(chunk)[0]]
         lengths = [length for length, _ in found]
@@ -110,6 +114,31 @@ class PromptsInOrder(DistillationTrainer):
         if isinstance(prompts[0], str):
             return [token_ids(self._tokenizer, text) for text in prompts], None, {}
         return super()._tokenize_prompts(prompts)
+
+
+def _check_kinds(name: str, prompts: Sequence[Any]) -> None:
+    """Refuse rows that are neither text nor messages, and rows of both kinds, which are tokenised together."""
+    for row, prompt in enumerate(prompts):
+        if _kind(prompt) is None:
+            raise InputError(
+                f"{name}[{row}] has {reprlib.repr(prompt)} for a prompt; make it text, or a list of messages with role "
+                "and content"
+            )
+        if _kind(prompt) != _kind(prompts[0]):
+            raise InputError(
+                f"{name}[{row}] is {_kind(prompt)}, and the rows before it are {_kind(prompts[0])}; make all alike"
+            )
+
+
+def _kind(prompt: Any) -> str | None:
+    if isinstance(prompt, str):
+        return "text" if prompt else None
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    for part in prompt:
+        if not isinstance(part, Mapping) or part.get("role") is None or part.get("content") is None:
+            return None
+    return "a list of messages"
 
 
 class _EpochSampler(RepeatSampler):
