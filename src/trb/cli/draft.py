@@ -25,7 +25,7 @@ READ = 2000  # prompts whose lengths are measured, of a source that has more
 LONGEST_COMPLETION = 512
 BUDGETS = (0.001, 0.005, 0.01, 0.02, 0.05)  # the paper's grid
 LORA_RANK = 16
-TINY, SMALL, LARGE = 10e6, 50e6, 300e6  # parameters of a student, between which recipes differ
+SMALL = 50e6  # parameters of a student, from which memory is saved
 
 
 class Line(NamedTuple):
@@ -163,10 +163,12 @@ def _training(rows: "Dataset", pair: _Pair) -> Iterator[list[Line]]:
 
 
 def _learning_rate(size: int) -> Line:
-    """By the student's parameters: what the recipes of the package have at about that size."""
-    if size >= LARGE:
-        return Line("learning_rate", 1e-5, "the paper's")
-    return Line("learning_rate", 3e-4 if size < TINY else 1e-4, "a small model learns faster than the paper's 1e-5")
+    from trb.training.doubts import safe_rate
+
+    rate = safe_rate(size)
+    return Line(
+        "learning_rate", rate, "the paper's" if rate == 1e-5 else "a small model learns faster than the paper's 1e-5"
+    )
 
 
 def _prompts_per_step(rows: "Dataset") -> int:

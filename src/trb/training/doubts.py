@@ -26,6 +26,7 @@ __all__ = [
     "of_rate",
     "of_settings",
     "of_unknown",
+    "safe_rate",
     "steps_of",
     "unknown_id",
     "warn",
@@ -40,7 +41,7 @@ _WARM_UPS = (
 )
 
 # The rates of the recipes, for Adam, by the student's parameters: 0.2 million, 100 million, and the paper's.
-_RATES = ((10e6, 3e-4), (500e6, 1e-4), (math.inf, 1e-5))
+_RATES = ((10e6, 3e-4), (300e6, 1e-4), (math.inf, 1e-5))
 _LORA_TIMES = 10.0  # adapters are trained at about ten times the rate of whole weights
 _TOO_MANY_TIMES = 10.0
 
@@ -131,7 +132,7 @@ def of_rate(args: TRBConfig, student: "PreTrainedModel", *, adapters: bool) -> I
     size = _size(student)
     if "adam" not in args.optim or not size:
         return
-    rate = next(rate for most, rate in _RATES if size <= most) * (_LORA_TIMES if adapters else 1.0)
+    rate = safe_rate(size) * (_LORA_TIMES if adapters else 1.0)
     if args.learning_rate > _TOO_MANY_TIMES * rate * (1 + 1e-9):
         yield Doubt(
             "learning_rate",
@@ -139,6 +140,11 @@ def of_rate(args: TRBConfig, student: "PreTrainedModel", *, adapters: bool) -> I
             f"student of {_millions(size)} parameters",
             f"Lower learning_rate, to {rate:g} for instance",
         )
+
+
+def safe_rate(size: int) -> float:
+    """The learning rate of the recipes for a student of about so many parameters, all of which are trained."""
+    return next(rate for most, rate in _RATES if size < most)
 
 
 def unknown_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
