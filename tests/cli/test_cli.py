@@ -21,6 +21,7 @@ from transformers import BertConfig, BertLMHeadModel, PreTrainedModel, Qwen3Conf
 
 from trb import cli, zoo
 from trb.cli import main
+from trb.planning.shapes import SHAPES
 from trb.studies import material, scores
 from trb.studies.shipped import RECIPES
 from trb.studies.yaml_files import ConfigError
@@ -770,6 +771,37 @@ def test_doctor_plans_from_shapes_alone_and_says_what_does_not_fit(capsys: pytes
     text = planned(capsys, *pair, "--nodes", 2, "--strategy", "zero3", code=1)
     assert "(70.55 B)" in text and "16 x h100, zero3" in text
     assert "sampling needs" in text and "serve it (--engine vllm)" in text
+
+
+@pytest.mark.parametrize("name", ["quickstart", "qwen3-0.6b-from-4b", "qwen3-1.7b-from-8b"])
+def test_doctor_plans_for_recipes_of_the_package_without_the_hub(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, "--config", name)
+    assert {"quickstart": "0.00 B", "qwen3-0.6b-from-4b": "0.60 B", "qwen3-1.7b-from-8b": "1.72 B"}[name] in text
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_shapes_of_the_package_are_the_published_ones(name: str) -> None:
+    folder = name.split("/")[1].removesuffix("-Base").lower()
+    file = Path(__file__).parents[2] / "benchmarks" / "shapes" / folder / "config.json"
+    published = json.loads(file.read_text())
+    del published["architectures"]
+    assert published == SHAPES[name]
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "instead"),
+    [
+        ("train", "studies/zoo", "trb sweep --config studies/zoo"),
+        ("compare", "studies/zoo", "trb sweep --config studies/zoo"),
+        ("doctor", "studies/zoo", "trb sweep --config studies/zoo"),
+        ("sweep", "quickstart", "trb compare --config quickstart"),
+        ("sweep", "baselines/trb", "trb train --config baselines/trb"),
+    ],
+)
+def test_a_study_and_a_recipe_are_told_apart(
+    command: str, config: str, instead: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"run it with `{instead}`" in refused(capsys, command, "--config", config)
 
 
 def test_doctor_plan_of_plain_distillation_has_no_blended_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 For `trb doctor`. An adapter is loaded with its base all the same, as its shape is not in its configuration.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ __all__ = ["outline"]
 def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrainedModel":
     """A model without weights: what it would be, without the memory to load it.
 
-    With `weights=False` a directory that holds only a config.json will do.
+    With `weights=False` a directory that holds only a config.json will do, and the models of our recipes are known
+    (`trb.planning.shapes`).
     """
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -28,6 +30,7 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
     from trb.models.directories import check_config
     from trb.models.loading import load_model, resolve
     from trb.models.pruning import prune_depth
+    from trb.planning.shapes import SHAPES
 
     spec, revision = getattr(run, role), getattr(run, f"{role}_revision")
     trust = getattr(run, f"{role}_trust_remote_code")
@@ -35,16 +38,19 @@ def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrained
     if (Path(spec).expanduser() / "adapter_config.json").is_file():
         return load_model(spec, trust_remote_code=trust, keep_layers=keep, merge_adapter=role == "student")
     directory = Path(spec).expanduser()
-    shape_only = not weights and (directory / "config.json").is_file()
-    if shape_only:
-        foreign_directory(directory, also=Path(HF_HUB_CACHE))
-    source = directory if shape_only else resolve(spec, revision)
-    check_config(source, trust_remote_code=trust, revision=revision)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
+    if not weights and revision is None and spec in SHAPES and not directory.exists():
+        source, config = None, AutoConfig.for_model(**SHAPES[spec])
+    else:
+        shape_only = not weights and (directory / "config.json").is_file()
+        if shape_only:
+            foreign_directory(directory, also=Path(HF_HUB_CACHE))
+        source = directory if shape_only else resolve(spec, revision)
+        check_config(source, trust_remote_code=trust, revision=revision)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust, revision=revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
-    except OSError:  # none was saved; the model's configuration names the stop ids
-        model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id)
+    if source is not None:
+        with suppress(OSError):  # none was saved; the model's configuration names the stop ids
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
     return model if keep is None else prune_depth(model, keep)

@@ -124,7 +124,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     file = recipe_file(path)
     places = Places.of(file)
     source = f"{path}, with options" if overrides else str(path)
-    return dataclasses.replace(make_recipe(places.recipe(read_yaml(file)), overrides, source=source), places=places)
+    values = read_yaml(file)
+    if "settings" in values and "student" not in values:
+        raise ConfigError(f"{path} is a study, and no recipe: run it with `trb sweep --config {path}`")
+    return dataclasses.replace(make_recipe(places.recipe(values), overrides, source=source), places=places)
 
 
 def make_recipe(

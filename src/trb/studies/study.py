@@ -285,8 +285,12 @@ def load_study(path: str | os.PathLike[str], *, places: Places | None = None) ->
     """
     file = recipe_file(path)
     places = places or Places.of(file)
+    values = read_yaml(file)
+    if "student" in values and "settings" not in values:
+        command = "compare" if "methods" in values else "train"
+        raise ConfigError(f"{path} is a recipe, and no study: run it with `trb {command} --config {path}`")
     try:
-        study = Study.model_validate(places.study(read_yaml(file)))
+        study = Study.model_validate(places.study(values))
     except ValidationError as error:
         raise ConfigError(f"{path}: {'; '.join(_complaints(error))}") from error
     study._places = places
