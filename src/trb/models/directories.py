@@ -114,7 +114,7 @@ def explained(source: Path | str, what: str) -> Iterator[None]:
 
 def _unavailable(source: Path | str, what: str, error: Exception) -> FileError:
     """Whose message keeps the cause: a thread that cannot be started is no damage, and many other things are not."""
-    cause = printable(f"{type(error).__name__}: {error}", lines=False)[:_LONGEST_CAUSE]
+    cause = printable(f"{type(error).__name__}: {' '.join(str(error).split())}", lines=False)[:_LONGEST_CAUSE]
     if isinstance(source, Path):
         return FileError(
             f"cannot read the {what} in {source} ({cause}); if its files are incomplete or damaged, save it again"
