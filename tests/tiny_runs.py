@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 
 from trb import TRBConfig, TRBTrainer, zoo
 
+# Options that the oldest transformers allowed (below 5.23) does not have.
+NEWER_OPTIONS = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 PASSED_ON = ("reward_fn", "peft_config", "callbacks", "eval_dataset")
 
 

@@ -34,6 +34,7 @@ from trb import zoo
 from trb.models import loading, packaged
 from trb.models.loading import load_model, load_tokenizer
 from trb.models.memory import DTYPES, activation_entries, bytes_of, cache_entries
+from trb.models.modeling import cache_name
 from trb.models.pruning import kept_layers, prune_depth
 
 LAYERS = 5
@@ -576,7 +577,7 @@ def test_the_cache_is_counted_to_the_byte(name: str, dtype: str) -> None:
     # Shorter than the window, so that sliding layers keep every token.
     cache = DynamicCache()
     with torch.no_grad():
-        model(TOKENS[:, :6], past_key_values=cache, use_cache=True)
+        model(TOKENS[:, :6], use_cache=True, **{cache_name(model): cache})
     taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert 2 * 6 * cache_entries(model) * bytes_of(dtype, model) == taken
     assert bytes_of("auto", model) == bytes_of(dtype, model)

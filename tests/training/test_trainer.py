@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_runs import Completions, Kill, build, config, logged, losses, weights
+from tiny_runs import NEWER_OPTIONS, Completions, Kill, build, config, logged, losses, weights
 from tokenizers.processors import TemplateProcessing
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -670,6 +670,7 @@ OPTIMISER = """
 # Where and how it is computed, logged and saved; or read by scripts, and by nothing here. A backend or mode of
 # torch_compile turns that on, which is refused.
 HARMLESS = """
+    activation_checkpointing activation_checkpointing_kwargs
     accelerator_config dataloader_drop_last dataloader_multiprocessing_context dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
     ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
@@ -692,7 +693,7 @@ def test_every_option_of_the_libraries_is_classified() -> None:
     groups = [[*REFUSED], HONOURED.split(), OPTIMISER.split(), HARMLESS.split()]
     classified = [name for group in groups for name in group]
     assert len(classified) == len(set(classified))
-    assert set(classified) == {item.name for item in dataclasses.fields(DistillationConfig)}
+    assert set(classified) == {item.name for item in dataclasses.fields(DistillationConfig)} | NEWER_OPTIONS
     assert set(REFUSED) == set(config_module._UNSUPPORTED)
 
 

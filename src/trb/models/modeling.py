@@ -28,6 +28,7 @@ __all__ = [
     "OutputHead",
     "UnsupportedModelError",
     "accepts",
+    "cache_name",
     "check_adapter",
     "check_causal",
     "completion_hidden_states",
@@ -123,6 +124,15 @@ def has_adapters(model: nn.Module) -> bool:
 def accepts(model: PreTrainedModel, name: str) -> bool:
     """Whether the forward pass of a model takes an argument of that name; asked of the class, which nothing wraps."""
     return name in inspect.signature(type(model).forward).parameters
+
+
+def cache_name(model: PreTrainedModel) -> str | None:
+    """What the forward pass of a model calls its keys and values; None where it takes none."""
+    # transformers 5.24 renamed `past_key_values`. XLM's `cache` is a dictionary of its own, and was one before.
+    arguments = inspect.signature(type(model).forward).parameters
+    if "cache" in arguments and "dict" not in str(arguments["cache"].annotation):
+        return "cache"
+    return "past_key_values" if "past_key_values" in arguments else None
 
 
 def switched_off(model: nn.Module, *names: str) -> dict[str, bool]:

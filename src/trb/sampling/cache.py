@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from trb.models.modeling import accepts, decoder, position_limit, rope_switch, switched_off
+from trb.models.modeling import accepts, cache_name, decoder, position_limit, rope_switch, switched_off
 from trb.sampling import graphs
 from trb.sampling.attention import attention_dtype
 
@@ -43,7 +43,7 @@ def supports_slots(model: PreTrainedModel) -> bool:
     """Whether, as far as the model says, every layer keeps only keys and values, each a function of its own prefix."""
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
     stateful = any(name in str(kind) for kind in layer_types for name in _STATEFUL_LAYERS)
-    return not getattr(model, "_is_stateful", False) and not stateful and accepts(model, "past_key_values")
+    return not getattr(model, "_is_stateful", False) and not stateful and cache_name(model) is not None
 
 
 class SlotReader:
@@ -83,6 +83,7 @@ class SlotReader:
         self._shortest_pass = switch + 1 if switch is not None and beyond_switch else 0
         self._options: dict[str, Any] = switched_off(model, "output_router_logits")
         self._takes_positions = accepts(model, "position_ids")
+        self._cache_name = cache_name(model) or "past_key_values"
 
     def admit(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> None:
         """Read prompts into slots; equal prompts are read once. An empty prompt leaves its slot empty."""
@@ -106,8 +107,8 @@ class SlotReader:
         reads(
             input_ids=ids_UL.to(device),
             attention_mask=torch.ones_like(ids_UL).to(device),
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
             **({"logits_to_keep": 1} if whole else {}),
             **self._options,
         )
@@ -183,7 +184,7 @@ class SlotReader:
         self._state.plan.aim(position_RQ, longest)
         inputs: dict[str, Any] = {
             "input_ids": ids_RQ,
-            "past_key_values": _SlotCache(self._all_layers(), position_RQ[:, 0]),
+            self._cache_name: _SlotCache(self._all_layers(), position_RQ[:, 0]),
             "use_cache": True,
             **self._options,
         }

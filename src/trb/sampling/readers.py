@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from trb.models.modeling import accepts, switched_off
+from trb.models.modeling import accepts, cache_name, switched_off
 
 __all__ = ["GroupedReader", "PaddedReader", "Reader", "WholeReader"]
 
-# What models call the state that they return and take back.
-_STATES = ("past_key_values", "cache_params", "state")
+# What models without keys and values call the state that they return and take back.
+_STATES = ("cache_params", "state")
 
 
 class Reader(Protocol):
@@ -61,7 +61,7 @@ class PaddedReader:
         self.model = model
         self.calls = 0
         self._end = end
-        self._state_name = next((name for name in _STATES if accepts(model, name)), None)
+        self._state_name = cache_name(model) or next((name for name in _STATES if accepts(model, name)), None)
         self._options = {name: value for name, value in _OPTIONS.items() if accepts(model, name)}
         self._takes_positions = accepts(model, "position_ids")
         self._takes_mask = accepts(model, "attention_mask")

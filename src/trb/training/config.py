@@ -274,6 +274,11 @@ class TRBConfig(DistillationConfig):
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False
+        if getattr(self, "activation_checkpointing", False) is None:
+            # transformers 5.23 renamed the option and warns at TRL's own default, which has the old name.
+            self.activation_checkpointing = self.gradient_checkpointing
+        if getattr(self, "activation_checkpointing_kwargs", False) is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         super().__post_init__()
         _check_choice("method", self.method, METHODS)
         for name, table in (("behavior", BEHAVIORS), ("loss", TARGETS)):

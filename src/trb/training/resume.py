@@ -67,9 +67,10 @@ _FREE_BECAUSE = {
     "lays out the same rollouts (a completion does not depend on its batch, its blocks or the sampler)": """
         sampler block_size rollout_batch_size""",
     "lays out the same sums, so that only rounding differs": """
-        loss_chunk_tokens gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend
-        torch_compile_mode use_cache torch_empty_cache_steps pad_to_multiple_of full_determinism use_cpu
-        teacher_sharded ds3_gather_for_generation""",
+        loss_chunk_tokens gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
+        activation_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode use_cache
+        torch_empty_cache_steps pad_to_multiple_of full_determinism use_cpu teacher_sharded
+        ds3_gather_for_generation""",
     "says how processes and workers talk": """
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
         dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_static_graph ddp_backend
