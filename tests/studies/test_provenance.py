@@ -44,7 +44,7 @@ def test_versions_machine_and_time_are_those_of_this_process() -> None:
     described = provenance.describe()
     assert described["python"] == platform.python_version()
     assert described["versions"]["trb"] == trb.__version__
-    assert described["versions"]["torch"] == torch.__version__
+    assert described["versions"]["torch"] == metadata.version("torch")
     assert described["versions"]["transformers"] == transformers.__version__
     assert described["machine"]["cores"] == os.cpu_count()
     assert described["machine"]["cpu"]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -57,7 +58,7 @@ def test_a_pair_is_two_models_that_a_recipe_can_name(study_pair, tmp_path):
         assert not torch.equal(trained, base["model.embed_tokens.weight"].bfloat16().float()), "nothing was learned"
         assert load_tokenizer(str(tmp_path / role)).chat_template
         assert record[role]["measured"]["n_problems"] == 4
-        assert record[role]["provenance"]["versions"]["torch"] == torch.__version__
+        assert record[role]["provenance"]["versions"]["torch"] == metadata.version("torch")
 
 
 def test_a_model_is_kept_only_if_it_was_taught_in_this_very_way(study_pair, tmp_path):
