@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -17,9 +18,11 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
-from trb.models.modeling import OutputHead, completion_hidden_states, length_groups
+from trb.models.modeling import OutputHead, cache_name, completion_hidden_states, length_groups
 
 SIZES = {
     "vocab_size": 19,
@@ -46,6 +49,18 @@ ARCHITECTURES = {
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return ARCHITECTURES[name]().double().eval()
+
+
+def test_the_cache_of_a_model_goes_by_the_name_its_library_gives_it() -> None:
+    """XLM has had an argument `cache` before the rename, a dictionary of another kind."""
+    for name in ARCHITECTURES:
+        model = build(name)
+        ids = torch.tensor([[3, 4, 5, 6]])
+        cache = DynamicCache()
+        model(ids[:, :3], use_cache=True, **{str(cache_name(model)): cache})
+        last = model(ids[:, 3:], use_cache=True, **{str(cache_name(model)): cache}).logits[0, -1]
+        torch.testing.assert_close(last, model(ids, use_cache=False).logits[0, -1])
+    assert cache_name(XLMWithLMHeadModel(XLMConfig(vocab_size=19, emb_dim=8, n_layers=1, n_heads=1))) is None
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import runpy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -686,6 +687,17 @@ HARMLESS = """
     vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_mode vllm_model_impl
     vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_tensor_parallel_size
 """
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_recomputing_activations_goes_by_either_name_without_a_warning(tmp_path: Path, value: bool) -> None:
+    with warnings.catch_warnings(action="error"):
+        args = config(tmp_path, gradient_checkpointing=value)
+        assert args.gradient_checkpointing is value
+        assert getattr(args, "activation_checkpointing", value) is value
+        if {item.name for item in dataclasses.fields(TRBConfig)} >= NEWER_OPTIONS:
+            newer = config(tmp_path, gradient_checkpointing=not value, activation_checkpointing=value)
+            assert newer.gradient_checkpointing is newer.activation_checkpointing is value
 
 
 def test_every_option_of_the_libraries_is_classified() -> None:
