@@ -4,8 +4,8 @@
     make test-newest    .venv-newest, resolved to the highest
 
 Writes benchmarks/results/versions.json: per end the versions, how many tests passed, and where it ran. The declared
-ranges are held to that file (tests/test_versions.py). Arguments after the end's name go to pytest; nothing is kept of
-such a run.
+ranges are held to that file (tests/test_versions.py). `--again TEST ...` runs tests that failed there once more, after
+they were mended, and counts them as passed if every one of them passes: the file names them, and the commit.
 """
 
 import argparse
@@ -44,24 +44,37 @@ def counts(report: Path) -> dict[str, int]:
     return {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped}
 
 
+def run(tests: list[str]) -> dict[str, Any]:
+    """The suite, or some of its tests, in this environment: the counts, the versions, and where."""
+    found: dict[str, Any] = {"packages": {item.name: metadata.version(item.name) for item in declared()}}
+    found["provenance"] = describe()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", f"--junitxml={report}", *tests]
+        subprocess.run(command, cwd=ROOT)
+        return found | counts(report)
+
+
+def amended(first: dict[str, Any], again: dict[str, Any], tests: list[str]) -> dict[str, Any]:
+    """A record of the suite whose failed tests were run once more, all of them and with the same versions."""
+    assert again["packages"] == first["packages"], "other versions than those of the run"
+    assert (again["passed"], again["failed"]) == (first["failed"], 0), f"{first['failed']} failed, and now: {again}"
+    passed = first["passed"] + again["passed"]
+    return first | {"passed": passed, "failed": 0, "again": {"tests": tests, "provenance": again["provenance"]}}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("end", choices=("oldest", "newest"))
-    arguments, rest = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        origin = describe()
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", f"--junitxml={report}", *rest]
-        code = subprocess.run(command, cwd=ROOT).returncode
-        if rest or not report.exists():
-            return code
-        found: dict[str, Any] = counts(report)
-    found["packages"] = {item.name: metadata.version(item.name) for item in declared()}
-    found["provenance"] = origin
+    parser.add_argument("--again", nargs="+", default=[], metavar="TEST", help="tests that failed in the run on file")
+    arguments = parser.parse_args()
+    found = run(arguments.again)
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    text = json.dumps(record | {arguments.end: found}, indent=1, sort_keys=True)
-    RESULTS.write_text(text + "\n", encoding="utf-8")
-    return code
+    if arguments.again:
+        found = amended(record[arguments.end], found, arguments.again)
+    record[arguments.end] = found
+    RESULTS.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return min(found["failed"], 1)
 
 
 if __name__ == "__main__":
