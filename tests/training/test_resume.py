@@ -110,7 +110,7 @@ def test_free_options_change_nothing_that_is_kept_and_each_other_one_is_found(tm
         ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 5}, False),
         ({"lr_scheduler_type": "linear"}, True),
         ({"lr_scheduler_type": "cosine"}, True),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, True),
+        ({"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}}, True),
         ({"method": "veto"}, True),
         ({"method": "veto", "veto_steps": 5}, False),
     ],
