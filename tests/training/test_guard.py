@@ -128,7 +128,9 @@ def test_the_logged_loss_is_the_mean_over_the_steps_that_were_taken(
     one_by_one.train()
     separate = [row["loss"] for row in one_by_one.state.log_history if "loss" in row]
     poison(monkeypatch, "nan", {2})
-    together = build(tmp_path / "skipping", **{**TINY, "learning_rate": 0.0, "logging_steps": 4})
+    together = build(
+        tmp_path / "skipping", **{**TINY, "learning_rate": 0.0, "logging_steps": 4, "logging_first_step": True}
+    )
     together.train()
     first, mean = [row["loss"] for row in together.state.log_history if "loss" in row]  # of step 1, and of 2 to 4
     assert first == pytest.approx(separate[0], rel=1e-5)
