@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trb import cli
+from trb.records import CARD
 from trb.safety.files import write_json
 from trb.studies import provenance
 from trb.tasks.grading import Verifier
@@ -192,7 +193,7 @@ def outcome(directory: Path) -> dict[str, str]:
     last = directory / f"checkpoint-{RECIPE['max_steps']}"
     for path in (*(directory / "model").iterdir(), *(last / name for name in STATE)):
         content = path.read_bytes()
-        if path.name == "README.md":  # the card is named after the run's directory
+        if path.name == CARD.name:  # the card is named after the run's directory
             content = content.replace(directory.name.encode(), b"")
         found[str(path.relative_to(directory))] = digest(content)
     progress = without_clocks(json.loads((last / "trb_state_0.json").read_text()))

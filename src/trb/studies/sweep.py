@@ -109,11 +109,12 @@ def run_study(
 def _select(study: Study, directory: Path, setting: str) -> dict[str, int]:
     """The chosen configuration of every family: read if it is on disk, made and written otherwise."""
     path = directory / setting / SELECTION
-    # The same again, from the same scores; with methods that joined.
-    if not is_whole(SELECTION, path) or SELECTION.read(path)["methods"].keys() != study.methods.keys():
+    chosen = dict(_chosen(SELECTION.read(path))) if is_whole(SELECTION, path) else {}
+    if chosen.keys() != study.methods.keys():  # the same again, from the same scores; with methods that joined
         table = findings.selection(study, directory, setting)
         SELECTION.write(path, {"select_by": study.select_by, "seeds": study.seeds.select, "methods": table})
-    return dict(_chosen(SELECTION.read(path)))
+        chosen = dict(_chosen(SELECTION.read(path)))
+    return chosen
 
 
 def _chosen(table: dict[str, Any]) -> Iterator[tuple[str, int]]:

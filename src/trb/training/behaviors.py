@@ -27,8 +27,7 @@ _UNKNOWN = 1 << 40  # steps, of a training that has not begun
 # (docs/experiments.md, 29 November 2026).
 _HELD, _FALLING, _FALLING_PARTS = 1.0, 16.0, 5
 
-
-Length: TypeAlias = "Callable[[], int]"
+Length: TypeAlias = Callable[[], int]
 
 
 def _falling(kind: str) -> Callable[[Any, Length], Schedule]:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Doubt",
-    "has_adapters",
     "of_lengths",
     "of_pair",
     "of_rate",
@@ -28,6 +27,7 @@ __all__ = [
     "of_unknown",
     "safe_rate",
     "steps_of",
+    "trains_adapters",
     "unknown_id",
     "warn",
 ]
@@ -164,7 +164,7 @@ def of_unknown(rows: Sequence[int], count: int, tokenizer: "PreTrainedTokenizerB
         )
 
 
-def has_adapters(model: torch.nn.Module) -> bool:
+def trains_adapters(model: torch.nn.Module) -> bool:
     """Whether adapters are trained, and not the weights they are beside."""
     return any(_ADAPTER in name and weight.requires_grad for name, weight in model.named_parameters())
 

@@ -81,14 +81,14 @@ class PromptsInOrder(DistillationTrainer):
                 self._ranks.from_first(partial(self._check_rows, name, dataset))
         if not self.doubts_said:
             self._ranks.from_first(lambda: doubts.warn(self._doubts(rows)))
-        self._prompts_checked = self.doubts_said = True
+        self._prompts_checked = True
 
     def _doubts(self, rows: int) -> Iterator[doubts.Doubt]:
         args, teacher = self.args, self.accelerator.unwrap_model(self.teacher_model)
         yield from doubts.of_settings(args, doubts.steps_of(args, rows))
         yield from doubts.of_pair(without_adapters(self.model), without_adapters(teacher))
         if self.optimizer is None:  # one that was passed has a rate of its own
-            yield from doubts.of_rate(args, without_adapters(self.model), adapters=doubts.has_adapters(self.model))
+            yield from doubts.of_rate(args, without_adapters(self.model), adapters=doubts.trains_adapters(self.model))
 
     def _check_rows(self, name: str, dataset: Any) -> None:
         teacher = self.accelerator.unwrap_model(self.teacher_model)
