@@ -116,6 +116,8 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
     model.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _restore_digit_splitting(gguf, tokenizer)
+    # transformers 5.16 takes the beginning of a text for its end.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(directory)
 
