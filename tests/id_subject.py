@@ -13,6 +13,8 @@ class Ids:
     """Prompts are written as their ids; nothing is graded."""
 
     chat_template = name_or_path = "ids"
+    bos_token = None
+    added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012
 
     def __init__(self, eos_token_id: int) -> None:
         self.eos_token_id = eos_token_id

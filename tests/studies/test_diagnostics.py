@@ -56,6 +56,8 @@ class LetterTokenizer:
 
     chat_template = "letters"
     name_or_path = "letters"
+    bos_token = None
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
 
     def __init__(self, eos_token_id: int) -> None:
         self.eos_token_id = eos_token_id

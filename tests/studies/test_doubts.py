@@ -24,6 +24,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 model.lm_head.weight[3, 3] += 1.0
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+    model, tokenizer = zoo.load("teacher")
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}="
+    model.save_pretrained(root / "chatty")
+    tokenizer.save_pretrained(root / "chatty")
+    chat = "<|im_start|>user\n1+1+1+1<|im_end|>\n<|im_start|>assistant\n"
+    (root / "chats.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in (rows[0], rows[2], chat)))
     return root
 
 
@@ -49,6 +55,21 @@ DOUBTS: dict[str, tuple[str, str, str]] = {
         "--train-data {root}/strange.jsonl",
         "1 of 3 have characters that the tokenizer does not know, the first in row 2",
         "--blend-warmup-steps 2",
+    ),
+    "chats rendered already": (
+        "--train-data {root}/chats.jsonl",
+        "1 of 3 are whole chats, rendered already, the first in row 3",
+        "--blend-warmup-steps 2",
+    ),
+    "two templates": (
+        "--teacher {root}/chatty",
+        "student and teacher write one conversation differently: '<|im_start|>",
+        "--teacher {root}/chatty --chat-template student",
+    ),
+    "two templates, one of them chosen": (
+        "--teacher {root}/chatty",
+        "chat_template: teacher writes the teacher's way, which the student then has to learn; chat_template: student",
+        "--teacher {root}/chatty --chat-template teacher",
     ),
     "infinite budget": ("--initial-kl-budget .inf", "initial_kl_budget: infinite", "--initial-kl-budget 5"),
     "a budget that nothing spends": (

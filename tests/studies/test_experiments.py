@@ -417,7 +417,9 @@ def test_a_run_that_cannot_load_does_not_claim_its_directory(tmp_path: Path) -> 
         train(small(teacher=str(tmp_path / "nowhere")), tmp_path / "run")
     with pytest.raises(ConfigError, match="has 3 prompts, 2 of them held out: fewer than the 2"):
         train(small(train_limit=3, held_out_prompts=2), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"chat_template is 'no\.jinja', neither plain nor a readable file"):
+    with pytest.raises(
+        ConfigError, match=r"chat_template is 'no\.jinja', none of student, teacher and plain, and no readable file"
+    ):
         train(small(chat_template="no.jinja"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -71,6 +71,11 @@ DOUBTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "prompts: 1 of 8 have characters that the tokenizer does not know, the first in row 1",
         {"train_rows": strange("1")},
     ),
+    "chats rendered already": (
+        {"train_rows": [*zoo.problems(7, seed=0), {"prompt": [{"role": "user", "content": "<|im_start|>user\n1+1"}]}]},
+        "prompts: 1 of 8 are whole chats, rendered already, the first in row 8",
+        {},
+    ),
     "learning rate": ({"learning_rate": 4e-3}, "learning_rate: 0.004, more than 10 times the 0.0003", {}),
     "learning rate of adapters": (
         {"learning_rate": 4e-2, "peft_config": LORA},
@@ -101,3 +106,24 @@ def built(directory: Path, changes: dict[str, Any]) -> Any:
         chosen = changes.get(role)
         changes[role] = models(chosen) if isinstance(chosen, str) else chosen() if chosen else None
     return build(directory, **changes)
+
+
+def test_two_templates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = built(tmp_path, {})
+    trainer.teacher_tokenizer.chat_template = "{{ messages[-1]['content'] }}="
+    [line] = said(trainer, caplog)
+    assert line.startswith("chat template: student and teacher write one conversation differently: '<|im_start|>")
+    assert "processing_class.chat_template = teacher_processing_class.chat_template writes the teacher's way" in line
+
+
+def test_a_chat_rendered_already_is_trained_on_as_it_is(tmp_path: Path) -> None:
+    rows = zoo.problems(4, seed=0)
+    trainer = built(tmp_path, {})
+    messages = [row["prompt"] for row in rows]
+    texts = [
+        trainer._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in messages
+    ]
+    mixed = [[{"role": "user", "content": texts[0]}], messages[1], [{"role": "user", "content": texts[2]}], messages[3]]
+    expected = trainer._tokenize_prompts(messages)[0]
+    assert trainer._tokenize_prompts(mixed)[0] == expected
+    assert trainer._tokenize_prompts(mixed[:1])[0] == expected[:1]

@@ -20,7 +20,7 @@ from trb.errors import InputError
 from trb.safety.untrusted import printable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from trb.studies.keys import RunConfig
     from trb.studies.recipe import Recipe
@@ -202,12 +202,7 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         yield Check("fail", "tokenizer", message(error))
         return
     yield Check("ok", "tokenizer", f"the same for both, {len(tokenizer)} tokens")
-    if tokenizer.chat_template:
-        yield Check("ok", "chat template", "present")
-    else:
-        yield Check(
-            "fail", "chat template", "the student's tokenizer has none", "Set chat_template to a Jinja file or plain"
-        )
+    yield from _check_template(run, args, tokenizer, teacher_tokenizer)
     try:
         with recipe.places.told():
             student, teacher = outline(run, "student"), outline(run, "teacher")
@@ -239,6 +234,19 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         yield _check_memory(run, args, launch, student, teacher)
 
 
+def _check_template(
+    run: "RunConfig", args: "TRBConfig", tokenizer: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase"
+) -> Iterator[Check]:
+    from trb.studies.material import chat_doubts
+
+    if not tokenizer.chat_template:
+        remedy = "Set chat_template to a Jinja file or plain" + (", or to teacher" if teacher.chat_template else "")
+        yield Check("fail", "chat template", "the student's tokenizer has none", remedy)
+        return
+    found = [Check("warn", *doubt) for doubt in chat_doubts(run, args, tokenizer, teacher, None)]
+    yield from found or [Check("ok", "chat template", run.chat_template or "present")]
+
+
 def _same_files(run: "RunConfig") -> bool:
     """Whether student and teacher have the same weights on disk: files of the same sizes, beginnings and ends."""
     from trb.models.loading import resolve
@@ -262,7 +270,7 @@ def _fingerprint(path: Path) -> tuple[int, bytes, bytes]:
 
 def _check_prompts(run: "RunConfig", args: "TRBConfig") -> Iterator[Check]:
     """Training prompts, where reading them takes no download; and settings that depend on how many there are."""
-    from trb.studies.material import is_local, load_tokenizers, training_prompts, unknown_characters
+    from trb.studies.material import is_local, load_tokenizers, prompt_doubts, training_prompts
     from trb.training.doubts import of_settings, steps_of
 
     steps = int(args.max_steps) if args.max_steps > 0 else None
@@ -274,7 +282,7 @@ def _check_prompts(run: "RunConfig", args: "TRBConfig") -> Iterator[Check]:
             yield Check("fail", "prompts", message(error))
         else:
             steps = steps_of(args, len(prompts))
-            found = list(unknown_characters(prompts, tokenizer, args))
+            found = list(prompt_doubts(prompts, tokenizer, args))
             yield from (Check("warn", *doubt) for doubt in found)
             if not found:
                 yield Check("ok", "prompts", f"{len(prompts)} to train on, {steps} steps")

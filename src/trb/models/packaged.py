@@ -104,8 +104,8 @@ def _convert_gguf(gguf: Path, directory: Path) -> None:
         raise PackageError("reading a GGUF file needs a package: run `pip install 'trb[smollm2]'`")
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = copy.deepcopy(loaded.config)
-    # transformers refuses to save a model that says it is quantised, although these weights no longer are. (5.16 does not
-    # say so of a GGUF file.)
+    # transformers refuses to save a model that says it is quantised, although these weights no longer are.
+    # transformers 5.16 does not say so of a GGUF file.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # The fresh model's random initialisation must not move the caller's generator: a run that converts and a

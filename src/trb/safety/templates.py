@@ -19,7 +19,7 @@ from typing import Any
 from trb.errors import InputError, OperationError
 from trb.safety import confinement
 
-__all__ = ["PLAIN_TEMPLATE", "check_chat_template"]
+__all__ = ["CONVERSATIONS", "PLAIN_TEMPLATE", "check_chat_template"]
 
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
 
@@ -30,7 +30,7 @@ _MOST_CHARACTERS = 1_000_000
 
 _QUESTION = {"role": "user", "content": "What is 1 + 1?"}
 _REPLY = {"role": "assistant", "content": "2"}
-_CONVERSATIONS = (
+CONVERSATIONS = (
     [_QUESTION],
     [{"role": "system", "content": "Answer briefly."}, _QUESTION],
     [_QUESTION, _REPLY, _QUESTION],
@@ -81,7 +81,7 @@ def _try() -> None:
     template: str = json.loads(sys.stdin.read())
     confinement.limit_resources(_MEMORY_MB, seconds=SECONDS)
     problem = ""
-    for conversation in _CONVERSATIONS:
+    for conversation in CONVERSATIONS:
         problem = problem or _rendering_problem(render_jinja_template, conversation, template)
     print(json.dumps({"problem": problem}))
 

@@ -100,7 +100,9 @@ class RunConfig:
     student_trust_remote_code: bool = _option(False, "Run Python code that comes with the student.")
     teacher_trust_remote_code: bool = _option(False, "Run Python code that comes with the teacher.")
     chat_template: str | None = _option(
-        None, "A Jinja file, or plain (messages joined by blank lines), for models without a chat template."
+        None,
+        "How both models' prompts are written: student (the default) or teacher, for the template of one of them; a "
+        "Jinja file; or plain, messages joined by blank lines, for models without a template.",
     )
     lora_rank: int = _option(0, "Rank of LoRA adapters on the student; 0 trains every weight.")
     lora_alpha: int = _option(32, "LoRA's scale: updates are multiplied by lora_alpha / lora_rank.")

@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trb.errors import InputError, calls
+from trb.models.chats import rendered_text
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.records import CONFIG, MODEL, TRAINER_STATE
-from trb.safety.templates import PLAIN_TEMPLATE
+from trb.safety.templates import CONVERSATIONS, PLAIN_TEMPLATE
 from trb.studies.keys import RunConfig
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
@@ -39,6 +40,7 @@ __all__ = [
     "TRAINING_NAMES",
     "Material",
     "RunDirectoryError",
+    "chat_doubts",
     "free_memory",
     "is_local",
     "load_material",
@@ -48,14 +50,18 @@ __all__ = [
     "lora",
     "model_of_run",
     "problem_sets",
+    "prompt_doubts",
     "template_options",
     "training_prompts",
-    "unknown_characters",
     "with_template_options",
 ]
 
 # What a recipe calls the arguments of what it is read for.
 _TEMPLATE = {"tokenizer.chat_template": "chat_template", "plain=True": "chat_template: plain"}
+_TEMPLATES = {
+    doubts.TEACHER_TEMPLATE: "chat_template: teacher",
+    doubts.STUDENT_TEMPLATE: "chat_template: student",
+}
 TRAINING_NAMES = {
     **_TEMPLATE,
     **{name: f"train_{name}" for name in ("prompt_column", "answer_column", "revision", "limit", "seed")},
@@ -108,8 +114,12 @@ def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrained
         run.teacher, trust_remote_code=run.teacher_trust_remote_code, revision=run.teacher_revision
     )
     check_same_tokenizer(student, teacher)
-    if run.chat_template is not None:
-        take_template(student, run.chat_template, _template(run.chat_template))
+    if run.chat_template == "teacher":
+        if not teacher.chat_template:
+            raise ConfigError(f"chat_template is 'teacher', and the tokenizer of {run.teacher} has none")
+        student.chat_template = teacher.chat_template
+    elif run.chat_template not in (None, "student"):
+        take_template(student, str(run.chat_template), _template(str(run.chat_template)))
     return student, teacher
 
 
@@ -120,7 +130,9 @@ def _template(name: str) -> str:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"chat_template is {name!r}, neither plain nor a readable file: {why}") from error
+        raise ConfigError(
+            f"chat_template is {name!r}, none of student, teacher and plain, and no readable file: {why}"
+        ) from error
 
 
 def model_of_run(spec: str) -> str:
@@ -200,14 +212,31 @@ def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> 
         doubts.warn(doubts.of_pair(student, teacher))
         doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, teacher))
         doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank)))
-        doubts.warn(unknown_characters(prompts, tokenizer, args))
+        doubts.warn(chat_doubts(run, args, tokenizer, teacher_tokenizer, prompts))
+        doubts.warn(prompt_doubts(prompts, tokenizer, args))
     return Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
 
 
-def unknown_characters(
-    prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: TRBConfig
+def chat_doubts(
+    run: RunConfig,
+    args: TRBConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    prompts: "Dataset | None",
 ) -> Iterator[doubts.Doubt]:
-    """What is to be said of characters in the prompts that the tokenizer does not know."""
+    """What is to be said of two chat templates, none of which was chosen; on some of the prompts, if they are known."""
+    if run.chat_template is None:
+        some = (
+            CONVERSATIONS if prompts is None else [row["prompt"] for row in prompts.select(range(min(3, len(prompts))))]
+        )
+        with calls(_TEMPLATES):
+            yield from doubts.of_chats(tokenizer, teacher_tokenizer, some, template_options(args))
+
+
+def prompt_doubts(prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: TRBConfig) -> Iterator[doubts.Doubt]:
+    """What is to be said of prompts: characters that the tokenizer does not know, chats that are rendered already."""
+    chats = [rendered_text(tokenizer, row["prompt"]) is not None for row in prompts]
+    yield from doubts.of_rendered([row for row, is_chat in enumerate(chats) if is_chat], len(chats))
     unknown = doubts.unknown_id(tokenizer)
     if unknown is not None:
         read = render(tokenizer, prompts, **template_options(args))

@@ -23,7 +23,8 @@ __all__ = ["Places"]
 # The last three are files of TRL and transformers; a mapping in their place is no path.
 _PATHS = ("student", "teacher", "train_data", "chat_template", "deepspeed", "fsdp_config", "accelerator_config")
 
-_NAMES = (*BUILT_IN, *BENCHMARKS, "plain")
+_NAMES = (*BUILT_IN, *BENCHMARKS)
+_TEMPLATES = ("student", "teacher", "plain")  # what chat_template may be beside a path
 _GENERATORS = ("zoo:", REASONING_GYM)
 
 
@@ -43,7 +44,8 @@ class Places:
     def recipe(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a recipe, with the paths of what lies beside it."""
         found = self._problems(values, "eval_data", "eval_samples")
-        return found | {key: self._place(values[key]) for key in _PATHS if key in values}
+        named = {"chat_template"} if values.get("chat_template") in _TEMPLATES else set()
+        return found | {key: self._place(values[key]) for key in _PATHS if key in values and key not in named}
 
     def study(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a study: of its recipe, and of the recipe and the problem sets of every setting."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trb.errors import InputError, named
+from trb.models.chats import rendered_ids
 from trb.models.tokens import token_ids
 from trb.safety.templates import check_chat_template
 from trb.tasks.answers import Row, last_boxed, reference_answer
@@ -119,7 +120,8 @@ def render(
     """Turn each row's `prompt` into token ids with the tokenizer's chat template and generation prompt.
 
     `plain=True` ignores the template: the messages' contents joined by blank lines, for base models that
-    have none. `chat_template_kwargs` go to the template (for example `enable_thinking=False`).
+    have none. `chat_template_kwargs` go to the template (for example `enable_thinking=False`). A prompt that is a
+    rendered chat already (`trb.models.chats`) is not rendered again.
     Raises ValueError if the tokenizer has no chat template and `plain` is not set.
     """
     if plain:
@@ -135,8 +137,12 @@ def render(
     if "chat_template" in chat_template_kwargs:
         check_chat_template(chat_template_kwargs["chat_template"], "the argument chat_template")
     options = chat_template_kwargs | {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    rendered: list[Any] = [tokenizer.apply_chat_template(row["prompt"], **options) for row in rows]
-    return [list(ids) for ids in rendered]
+    return [_rendered(tokenizer, row["prompt"], options) for row in rows]
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], options: dict[str, Any]) -> list[int]:
+    ids: Any = rendered_ids(tokenizer, messages) or tokenizer.apply_chat_template(messages, **options)
+    return list(ids)
 
 
 def check_lengths(

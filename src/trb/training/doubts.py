@@ -6,11 +6,13 @@ memory.
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from trb.errors import named
+from trb.models.chats import Messages, first_difference
 from trb.models.modeling import position_limit
 from trb.training.config import TRBConfig
 from trb.training.methods import knobs_of, pair_of
@@ -19,10 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "STUDENT_TEMPLATE",
+    "TEACHER_TEMPLATE",
     "Doubt",
+    "of_chats",
     "of_lengths",
     "of_pair",
     "of_rate",
+    "of_rendered",
     "of_settings",
     "of_unknown",
     "safe_rate",
@@ -52,6 +58,9 @@ _LARGER_TIMES = 1.1
 _NO_BUDGET = 100.0
 
 _ADAPTER = "lora_"  # in the names of PEFT's weights
+
+TEACHER_TEMPLATE = "processing_class.chat_template = teacher_processing_class.chat_template"
+STUDENT_TEMPLATE = "teacher_processing_class.chat_template = processing_class.chat_template"
 
 
 class Doubt(NamedTuple):
@@ -151,6 +160,35 @@ def unknown_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The id that stands for what a tokenizer cannot read; None where it has none, or one id for all it needs."""
     unknown = tokenizer.unk_token_id
     return None if unknown == tokenizer.eos_token_id else unknown
+
+
+def of_chats(
+    student: "PreTrainedTokenizerBase",
+    teacher: "PreTrainedTokenizerBase",
+    conversations: Iterable[Messages],
+    options: Mapping[str, Any],
+) -> Iterator[Doubt]:
+    """Of two chat templates, on some conversations; `options` are the templates' keyword arguments."""
+    found = first_difference(student, teacher, conversations, **options)
+    if found is not None:
+        yield Doubt(
+            "chat template",
+            f"student and teacher write one conversation differently: {found.student!r} and {found.teacher!r}. Both "
+            "are given the student's way, which the teacher may never have seen",
+            f"{named(TEACHER_TEMPLATE)} writes the teacher's way, which the student then has to learn; "
+            f"{named(STUDENT_TEMPLATE)} goes on as it is",
+        )
+
+
+def of_rendered(rows: Sequence[int], count: int) -> Iterator[Doubt]:
+    """Of `count` prompts, of which `rows` (from 0) are chats rendered already."""
+    if rows:
+        yield Doubt(
+            "prompts",
+            f"{len(rows)} of {count} are whole chats, rendered already, the first in row {rows[0] + 1}: no chat "
+            "template is applied to them",
+            "Give them as messages with role and content to have them rendered",
+        )
 
 
 def of_unknown(rows: Sequence[int], count: int, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Doubt]:

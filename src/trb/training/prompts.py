@@ -17,10 +17,12 @@ from typing import Any, cast
 import torch
 from datasets import IterableDataset
 from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from trb.errors import InputError
+from trb.models.chats import rendered_ids, rendered_text
 from trb.models.modeling import position_limit, without_adapters
 from trb.models.tokens import check_room, token_ids
 from trb.training import doubts
@@ -39,6 +41,7 @@ class PromptsInOrder(DistillationTrainer):
 
     args: TRBConfig
     model: Any
+    teacher_tokenizer: PreTrainedTokenizerBase | None  # where the teacher's is known
     _ranks: Ranks
     doubts_said: bool = False  # set by whoever has said before what `trb.training.doubts` would
     _prompts_checked: bool = False
@@ -87,8 +90,15 @@ class PromptsInOrder(DistillationTrainer):
         args, teacher = self.args, self.accelerator.unwrap_model(self.teacher_model)
         yield from doubts.of_settings(args, doubts.steps_of(args, rows))
         yield from doubts.of_pair(without_adapters(self.model), without_adapters(teacher))
+        yield from self._chat_doubts()
         if self.optimizer is None:  # one that was passed has a rate of its own
             yield from doubts.of_rate(args, without_adapters(self.model), adapters=doubts.trains_adapters(self.model))
+
+    def _chat_doubts(self) -> Iterator[doubts.Doubt]:
+        some = [prompt for prompt in cast(Any, self.train_dataset)[:3]["prompt"] if not isinstance(prompt, str)]
+        if self.teacher_tokenizer is not None:
+            options = cast(dict, self.chat_template_kwargs)
+            yield from doubts.of_chats(self._tokenizer, self.teacher_tokenizer, some, options)
 
     def _check_rows(self, name: str, dataset: Any) -> None:
         teacher = self.accelerator.unwrap_model(self.teacher_model)
@@ -101,6 +111,9 @@ class PromptsInOrder(DistillationTrainer):
         unknown = None if self.doubts_said or name != "train_dataset" else doubts.unknown_id(self._tokenizer)
         prompts = [dataset[row]["prompt"] for row in range(len(dataset))]
         _check_kinds(name, prompts)
+        if not self.doubts_said and name == "train_dataset" and not isinstance(prompts[0], str):
+            chats = [row for row, chat in enumerate(prompts) if rendered_text(self._tokenizer, chat) is not None]
+            doubts.warn(doubts.of_rendered(chats, len(prompts)))
         if unknown is None and all(limit is None for limit in limits.values()):
             return
         chunks = (prompts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(prompts), _TOKENIZED_AT_ONCE))
@@ -113,7 +126,13 @@ class PromptsInOrder(DistillationTrainer):
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if isinstance(prompts[0], str):
             return [token_ids(self._tokenizer, text) for text in prompts], None, {}
-        return super()._tokenize_prompts(prompts)
+        known = [rendered_ids(self._tokenizer, prompt) for prompt in prompts]
+        rest = [prompt for prompt, ids in zip(prompts, known, strict=True) if ids is None]
+        if not rest:
+            return cast(list[list[int]], known), None, {}
+        found, images, fields = super()._tokenize_prompts(rest)
+        others = iter(found)
+        return [next(others) if ids is None else ids for ids in known], images, fields
 
 
 def _check_kinds(name: str, prompts: Sequence[Any]) -> None:

@@ -170,6 +170,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
                 **kwargs,
             )
         check_router_loss(self.model)
+        self.teacher_tokenizer = teacher_processing_class
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
