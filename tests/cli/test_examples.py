@@ -189,7 +189,7 @@ def test_an_example_of_the_help_runs(
         more += instead.get(name, [])
         if name == "eval" and not str(arguments.model).startswith("runs/"):
             more += ["--model", "zoo:student"]
-    if name in ("sweep", "probe") and arguments.config.startswith("studies/"):
+    if name in ("sweep", "probe") and arguments.config.startswith("studies/") and "--plan" not in words:
         small_study(monkeypatch, getattr(arguments, "setting", None))
     assert main([name, *words, *more]) == 0, capsys.readouterr().err
     for path in filter(None, written):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trb.errors import InputError
 from trb.studies.study import Study, Unit, load_study
 from trb.studies.yaml_files import ConfigError
 
@@ -46,6 +47,31 @@ def test_units_of_one_seed_stand_together(tmp_path):
     assert study.units("test", {"chains": {"opd": 0, "trb": 1}}) == [
         Unit("chains", "test", method, index, seed) for seed in (0, 1) for method, index in (("opd", 0), ("trb", 1))
     ]
+
+
+def test_a_part_is_the_study_with_fewer_methods_and_seeds(tmp_path):
+    settings = {"chains": {**STUDY["settings"]["chains"], "methods": {"trb": [{}], "veto": [{"veto_strength": 0.3}]}}}
+    whole = load_study(written(tmp_path, methods={**STUDY["methods"], "veto": [{}]}, settings=settings))
+    part = whole.part(["trb", "opd"], seeds=1)
+    fewer = {"chains": {**settings["chains"], "methods": {"trb": [{}]}}}
+    assert part == load_study(written(tmp_path, seeds={"select": [7], "test": 1}, settings=fewer))
+    assert list(part.methods) == ["opd", "trb"]
+    assert part.places is whole.places
+    assert whole.part() == whole
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "complaint"),
+    [
+        (["opd", "tbr"], None, r"small has no method 'tbr'; did you mean 'trb'"),
+        (["trb"], None, r"methods lacks opd"),
+        (None, 0, r"seeds is 0; small has 2 test seeds"),
+        (None, 3, r"seeds is 3; small has 2 test seeds"),
+    ],
+)
+def test_a_part_that_is_none(tmp_path, methods, seeds, complaint):
+    with pytest.raises(InputError, match=complaint):
+        load_study(written(tmp_path)).part(methods, seeds)
 
 
 def test_runs_of_one_seed_differ_in_the_method_only(tmp_path):

@@ -16,6 +16,8 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="STUDY", help="the name of one of ours (below), or a YAML file")
     add("--output-dir", metavar="DIR", help="default: runs/ and the study's name")
+    add("--methods", nargs="+", metavar="METHOD", help="only these of its methods; others may join in a later command")
+    add("--seeds", type=int, metavar="N", help="only its first N test seeds; more may join in a later command")
     add("--plan", action="store_true", help="check the study, print its runs, and stop")
     add("--workers", type=int, metavar="N", help="runs at once (default: one per GPU, or as many as the cores hold)")
     add(
@@ -39,7 +41,7 @@ def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.workers is not None and arguments.workers < 1:
         raise InputError(f"--workers is {arguments.workers}; give at least 1")
     quiet_libraries()
-    study = load_study(arguments.config)
+    study = load_study(arguments.config).part(arguments.methods, arguments.seeds)
     if arguments.plan:
         print_plan(study)
         return 0

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from trb.errors import InputError
+from trb.errors import InputError, did_you_mean
 from trb.records import REFERENCE, role_name
 from trb.studies.places import Places
 from trb.studies.recipe import Recipe, make_recipe
@@ -52,6 +52,10 @@ def _configurations(value: Any) -> Any:
         return value
     axes = [entry if isinstance(entry, list) else [entry] for entry in value.values()]
     return [dict(zip(value, point, strict=True)) for point in itertools.product(*axes)]
+
+
+def _those(wanted: Iterable[str], methods: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: configurations for name, configurations in methods.items() if name in set(wanted)}
 
 
 def _seeds(value: Any) -> Any:
@@ -171,6 +175,31 @@ class Study(_Part):
                 if key in recipe:
                     raise InputError(f"{where} sets {key}, which the study decides itself; leave it out")
         return self
+
+    def part(self, methods: Iterable[str] | None = None, seeds: int | None = None) -> "Study":
+        """Some of its methods (in its own order) and the first so many test seeds; what is left out may join later.
+
+        Raises ValueError for a method that it lacks, for more seeds than it has, and where `opd` is left out.
+        """
+        wanted = list(self.methods if methods is None else methods)
+        for name in wanted:
+            if name not in self.methods:
+                raise InputError(f"{self.name} has no method {name!r}{did_you_mean(name, self.methods)}")
+        if BASELINE not in wanted:
+            raise InputError(f"methods lacks {BASELINE}, which every method is compared with")
+        every = self.seeds.test
+        if seeds is not None and not 1 <= seeds <= len(every):
+            raise InputError(f"seeds is {seeds}; {self.name} has {len(every)} test seeds")
+        return self.model_copy(
+            update={
+                "methods": _those(wanted, self.methods),
+                "seeds": self.seeds.model_copy(update={"test": every[:seeds]}),
+                "settings": {
+                    name: setting.model_copy(update={"methods": _those(wanted, setting.methods)})
+                    for name, setting in self.settings.items()
+                },
+            }
+        )
 
     # ---- its runs ----
 
