@@ -242,6 +242,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(call install,-e '.[dev]' 'setuptools>=77')
 	$(call install,-e '.[tasks]') || echo 'reasoning-gym could not be installed: its tests will be skipped' >&2
 	$(call install,-e '.[ray]') || echo 'Ray could not be installed: the test that sweeps with it will be skipped' >&2
+	$(call install,-e '.[quantization]') || echo 'torchao or bitsandbytes could not be installed: tests of quantised teachers will be skipped' >&2
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps 'triton>=3.5' \
 	  || echo 'triton could not be installed: the GPU kernel will not be tested through its interpreter' >&2
 	touch $@

@@ -284,6 +284,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "student_keep_layers": (2, lambda spy, _: spy.all("load_model", "keep_layers")[0]),
     "student_dtype": ("bfloat16", lambda spy, _: spy.all("load_model", "dtype")[0]),
     "teacher_dtype": ("float16", lambda spy, _: spy.all("load_model", "dtype")[1]),
+    "teacher_quantization": ("bnb-4bit", lambda spy, _: spy.all("load_model", "quantization")[1]),
     "student_trust_remote_code": (True, lambda spy, _: {*trusted(spy, 0)}),
     "teacher_trust_remote_code": (True, lambda spy, _: {*trusted(spy, 1)}),
     "chat_template": ("plain", lambda spy, _: spy.all("TRBTrainer", "processing_class")[0].chat_template),

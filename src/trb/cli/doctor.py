@@ -110,7 +110,9 @@ def _checks(recipe: "Recipe | None", accelerate_config: Mapping[str, Any] | None
         yield check
     if recipe is not None:
         args = recipe.training_config("unused")
-        yield from (Check("fail", "packages", problem) for problem in missing_packages(args))
+        yield from (
+            Check("fail", "packages", problem) for problem in missing_packages(args, recipe.run.teacher_quantization)
+        )
         yield from _check_pair(recipe, args, launch, has_lengths=recipe.source != "options")
 
 

@@ -96,7 +96,7 @@ def pair_of(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", tea
         student.requires_grad_(False)
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     replica = None if args.replica_dtype == "auto" else args.replica_dtype
-    return Pair(student, teacher, run.student_dtype, run.teacher_dtype, compute, replica)
+    return Pair(student, teacher, run.student_dtype, run.teacher_dtype, compute, replica, run.teacher_quantization)
 
 
 def work_of(

@@ -6,7 +6,7 @@ safetensors only, and remote code never runs unless asked for: neither Python fi
 names. Links and indices that lead out of a directory are refused, and chat templates are tried first
 (`trb.safety.templates`).
 
-Left out on purpose: device placement and sharding (Accelerate's work), quantised models, what makes a directory one of
+Left out on purpose: device placement and sharding (Accelerate's work), what makes a directory one of
 a model (`trb.models.directories`), and whether two tokenizers agree (`trb.vocab`).
 """
 
@@ -23,6 +23,7 @@ from trb.models.adapters import adapter_config, attach_adapter
 from trb.models.directories import TOKENIZER_FILES, check_config, explained, is_adapter, local_directory, token_ids_only
 from trb.models.memory import DTYPES, check_dtype
 from trb.models.pruning import prune_depth
+from trb.models.quantization import quantization_config
 from trb.safety.templates import PLAIN_TEMPLATE, check_chat_template
 
 __all__ = ["check_model", "load_model", "load_tokenizer", "resolve", "take_template"]
@@ -36,6 +37,7 @@ def load_model(
     revision: str | None = None,
     keep_layers: int | None = None,
     merge_adapter: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """The causal LM that `spec` names, in eval mode, with a generation config that holds token ids only.
 
@@ -43,6 +45,7 @@ def load_model(
     wins over a hub id of the same name, and a spec that looks like a path is never looked up on the hub. An
     adapter directory loads its base model, which `keep_layers` then prunes, and puts the adapter in place: the result
     is a `peft.PeftModel` around the base. `merge_adapter` adds it to the base's weights instead, for training.
+    `quantization` is a name of `trb.models.quantization.QUANTIZATIONS`, for models that are not trained.
 
     Raises ValueError for an unknown dtype, spec, layer count or kind of adapter and for files that would run code or
     lead out of the directory, FileNotFoundError for a missing path, and OSError when the hub cannot provide the model,
@@ -59,9 +62,10 @@ def load_model(
             revision=adapter.get("revision"),
             keep_layers=keep_layers,
             merge_adapter=True,
+            quantization=quantization,
         )
         return attach_adapter(base, source, merge=merge_adapter)
-    model = _load_weights(source, dtype, trust_remote_code, revision)
+    model = _load_weights(source, dtype, trust_remote_code, revision, quantization)
     if keep_layers is not None:
         model = prune_depth(model, keep_layers)
     model.generation_config = token_ids_only(model)
@@ -138,9 +142,12 @@ def check_model(spec: str, *, trust_remote_code: bool = False, revision: str | N
 # Weights
 
 
-def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None) -> PreTrainedModel:
+def _load_weights(
+    source: Path | str, dtype: str, trust_remote_code: bool, revision: str | None, quantization: str | None
+) -> PreTrainedModel:
     check_config(source, trust_remote_code=trust_remote_code, revision=revision)
     _check_no_adapter(source, revision)
+    options = {} if quantization is None else {"quantization_config": quantization_config(quantization, DTYPES[dtype])}
     # Without attn_implementation transformers takes scaled-dot-product attention where the model has it.
     with explained(source, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -150,6 +157,7 @@ def _load_weights(source: Path | str, dtype: str, trust_remote_code: bool, revis
             revision=revision,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     model, info = loaded
     # Left alone, a missing weight is drawn at random and only logged.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trb.errors import InputError
+from trb.models.quantization import mixes_rows
 
 __all__ = [
     "OutputHead",
@@ -459,6 +460,8 @@ def check_causal(model: nn.Module) -> None:
     inner = without_adapters(model)
     if inner in _CAUSAL:
         return
+    if reason := mixes_rows(inner.config):
+        raise UnsupportedModelError(model, reason)
     if getattr(inner.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(model, "it is an encoder-decoder; student and teacher must be decoder-only")
     with _probing(model, "a plain pass over token ids fails"):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from trb.errors import InputError, did_you_mean, named
 from trb.models.memory import bytes_of, cache_entries, query_width
+from trb.models.quantization import QUANTIZATIONS
 
 __all__ = [
     "ENGINES",
@@ -130,6 +131,7 @@ class Pair:
         teacher_dtype: of the teacher's.
         compute_dtype: of the forward pass under autocast; None for the student's own.
         replica_dtype: of the copy that a sharded student is sampled from in process; None for that of the forward pass.
+        teacher_quantization: of the weights in the teacher's layers, a name of `trb.models.quantization.QUANTIZATIONS`.
     """
 
     student: PreTrainedModel
@@ -138,6 +140,7 @@ class Pair:
     teacher_dtype: str = "bfloat16"
     compute_dtype: str | None = "bfloat16"
     replica_dtype: str | None = None
+    teacher_quantization: str | None = None
 
     @property
     def master_bytes(self) -> int:
@@ -150,6 +153,20 @@ class Pair:
     @property
     def mixed(self) -> bool:
         return self.compute_bytes != self.master_bytes
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Of a number that the teacher computes, and of a weight that is not quantised."""
+        return bytes_of(self.teacher_dtype, self.teacher)
+
+    @property
+    def teacher_weight_bytes(self) -> float:
+        """Of one of the teacher's weights, on the average."""
+        if self.teacher_quantization is None:
+            return self.teacher_bytes
+        shape = Shape.of(self.teacher)
+        quantised = QUANTIZATIONS[self.teacher_quantization].bytes * (shape.parameters - shape.root)
+        return (quantised + self.teacher_bytes * shape.root) / shape.parameters
 
     @property
     def replica_bytes(self) -> int:

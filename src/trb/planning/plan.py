@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trb.losses.chunked import default_chunk_tokens
-from trb.models.memory import activation_entries, bytes_of
+from trb.models.memory import activation_entries
 from trb.models.modeling import length_groups
 from trb.planning.inputs import (
     Layout,
@@ -36,7 +36,7 @@ def pass_seconds(
     tokens: float,
     rows: float,
     context: float,
-    element: int,
+    element: float,
     ways: int = 1,
     eager: bool = False,
 ) -> float:
@@ -96,7 +96,7 @@ class _Planner:
     def __init__(self, pair: Pair, work: Work, layout: Layout, machine: Machine) -> None:
         self.pair, self.work, self.layout, self.machine = pair, work, layout, machine
         self.student, self.teacher = Shape.of(pair.student), Shape.of(pair.teacher)
-        self.teacher_bytes = bytes_of(pair.teacher_dtype, pair.teacher)
+        self.teacher_bytes, self.teacher_weight_bytes = pair.teacher_bytes, pair.teacher_weight_bytes
         self.local = rollouts_of_a_rank(work, layout)
         self.length = work.prompt + work.completion
         self.vocabulary = min(self.student.vocabulary, self.teacher.vocabulary)
@@ -163,7 +163,7 @@ class _Planner:
         if self.layout.sharded and not self.engine:
             found["sampling replica"] = pair.replica_bytes * student.parameters
         divided = self.teacher.parameters - self.teacher.head if self._teacher_divided() else 0
-        found["teacher's weights"] = self.teacher_bytes * (self.teacher.parameters - divided + divided / ranks)
+        found["teacher's weights"] = self.teacher_weight_bytes * (self.teacher.parameters - divided + divided / ranks)
         return found
 
     def _teacher_divided(self) -> bool:
@@ -203,7 +203,7 @@ class _Planner:
     def _engine_weights(self) -> dict[str, float]:
         return {
             "engine's student": self.pair.compute_bytes * self.student.parameters / self.ways,
-            "engine's teacher": self.teacher_bytes * self.teacher.parameters / self.ways,
+            "engine's teacher": self.teacher_weight_bytes * self.teacher.parameters / self.ways,
         }
 
     def _update_memory(self) -> dict[str, float]:
@@ -225,7 +225,7 @@ class _Planner:
         found["logits of the loss"] = self._loss_logits()
         if self._teacher_divided():
             outside = self.teacher.root - self.teacher.head
-            found["gathered teacher"] = self.teacher_bytes * (outside + 2 * self.teacher.layer)
+            found["gathered teacher"] = self.teacher_weight_bytes * (outside + 2 * self.teacher.layer)
         if not self.engine:
             found["teacher's hidden states"] = self._kept_hidden()
         return found
@@ -254,7 +254,9 @@ class _Planner:
         free = self.machine.usable
         if not self.layout.engine_accelerators:
             free -= sum(self._resident().values())
-        weights = self.pair.compute_bytes * self.student.parameters + self.teacher_bytes * self.teacher.parameters
+        weights = (
+            self.pair.compute_bytes * self.student.parameters + self.teacher_weight_bytes * self.teacher.parameters
+        )
         ways = 1
         while ways * 2 <= self.layout.sampling_ranks and weights / ways > 0.7 * free:
             ways *= 2
@@ -334,7 +336,7 @@ class _Planner:
         return self.machine.draw.value + entries * self.machine.draw_entry.value
 
     def _pass(self, shape: Shape, tokens: float, rows: float) -> float:
-        element = self.pair.compute_bytes if shape is self.student else self.teacher_bytes
+        element = self.pair.compute_bytes if shape is self.student else self.teacher_weight_bytes
         return pass_seconds(
             shape,
             self.machine,

@@ -7,7 +7,6 @@ Bytes are those of the ring algorithms. The counts for FSDP2 are those that torc
 import math
 from dataclasses import dataclass
 
-from trb.models.memory import bytes_of
 from trb.models.modeling import length_groups
 from trb.planning.inputs import Layout, Pair, Shape, Work, micro_batches, rollouts_of_a_rank
 from trb.planning.machines import Machine
@@ -80,7 +79,7 @@ def update_transfers(student: Shape, teacher: Shape, pair: Pair, work: Work, lay
         found.append(Transfer("embeddings and head", "all-gather", element * student.root, 2 * batches))
         found.append(Transfer("gradients", "reduce-scatter", element * trained, batches, student.layers + 1))
     if layout.teacher_sharded:
-        whole = bytes_of(pair.teacher_dtype, pair.teacher) * (teacher.parameters - teacher.head)
+        whole = pair.teacher_weight_bytes * (teacher.parameters - teacher.head)
         found.append(Transfer("teacher for its pass", "all-gather", whole, passes, teacher.layers + 1))
     return found
 

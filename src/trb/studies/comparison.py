@@ -61,7 +61,7 @@ def compare(
     recipes = {name: recipe.for_method(name) for name in recipe.run.methods}
     for variant in recipes.values():  # what each would refuse once its turn has come
         own = variant.training_config(directory)
-        require_packages(own)
+        require_packages(own, variant.run.teacher_quantization)
         named_checkpoint(own.resume_from_checkpoint)
     args = recipe.training_config(directory)
     with ExitStack() as held:

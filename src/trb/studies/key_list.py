@@ -21,7 +21,8 @@ FIRST = (
 
 # A key belongs to the first group that fits; what is left is training.
 _GROUPS = {
-    "Models": r"student_.*|teacher_(revision|dtype|trust_remote_code|sharded)|lora_.*|chat_template|replica_dtype",
+    "Models": r"student_.*|teacher_(revision|dtype|quantization|trust_remote_code|sharded)|lora_.*|chat_template"
+    r"|replica_dtype",
     "Data": r"train_.*|system_prompt|max_prompt_length|overlong_prompts|chat_template_kwargs|shuffle_dataset"
     r"|dataloader_.*",
     "Evaluation": r"eval_.*|held_out_.*|reward_timeout_s|recorded_.*|per_device_eval_batch_size|.*_full_eval"

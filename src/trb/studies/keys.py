@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from trb.errors import named
+from trb.errors import did_you_mean, named
 from trb.models.memory import DTYPES
+from trb.models.quantization import QUANTIZATIONS
 from trb.records import EVALS, EVALUATIONS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
@@ -97,6 +98,9 @@ class RunConfig:
     )
     student_dtype: str = _option("float32", f"The student's weights: {', '.join(DTYPES)}. AdamW wants float32.")
     teacher_dtype: str = _option("float32", f"The teacher's weights: {', '.join(DTYPES)}.")
+    teacher_quantization: str | None = _option(
+        None, f"Quantise the teacher's layers while it is loaded: {', '.join(QUANTIZATIONS)}."
+    )
     student_trust_remote_code: bool = _option(False, "Run Python code that comes with the student.")
     teacher_trust_remote_code: bool = _option(False, "Run Python code that comes with the teacher.")
     chat_template: str | None = _option(
@@ -156,6 +160,9 @@ class RunConfig:
         for name in ("student_dtype", "teacher_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ConfigError(f"{named(name)} is {getattr(self, name)!r}; choose one of {', '.join(DTYPES)}")
+        if self.teacher_quantization not in (None, *QUANTIZATIONS):
+            value, hint = self.teacher_quantization, did_you_mean(str(self.teacher_quantization), QUANTIZATIONS)
+            raise ConfigError(f"teacher_quantization is {value!r}; choose one of {', '.join(QUANTIZATIONS)}{hint}")
         for name, smallest in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and not value >= smallest:

@@ -182,6 +182,7 @@ def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrained
         dtype=run.teacher_dtype,
         trust_remote_code=run.teacher_trust_remote_code,
         revision=run.teacher_revision,
+        quantization=run.teacher_quantization,
     )
     return student, teacher
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from trb.errors import PackageError
+from trb.models.quantization import QUANTIZATIONS
 from trb.training.config import TRBConfig
 from trb.training.resume import plain
 
@@ -51,22 +52,25 @@ _OPTIMIZERS: dict[str, tuple[str, str]] = {
 }
 
 
-def missing_packages(args: TRBConfig) -> list[str]:
-    """What the options of a run need and this environment lacks, each with the command that installs it."""
+def missing_packages(args: TRBConfig, quantization: str | None = None) -> list[str]:
+    """What the options of a run need and this environment lacks, each with the command that installs it.
+
+    `quantization` is the teacher's, a name of `trb.models.quantization.QUANTIZATIONS`.
+    """
     return [
         f"{option} needs {' or '.join(modules)}: pip install {package}"
-        for option, modules, package in _needed(args)
+        for option, modules, package in _needed(args, quantization)
         if modules and not any(find_spec(module) for module in modules)
     ]
 
 
-def require_packages(args: TRBConfig) -> None:
+def require_packages(args: TRBConfig, quantization: str | None = None) -> None:
     """Refuse options whose packages are missing. Raises PackageError."""
-    if missing := missing_packages(args):
+    if missing := missing_packages(args, quantization):
         raise PackageError("; ".join(missing))
 
 
-def _needed(args: TRBConfig) -> Iterator[tuple[str, tuple[str, ...], str]]:
+def _needed(args: TRBConfig, quantization: str | None) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """(option, modules of which any will do, what pip calls it) for every option that asks for a package."""
     reporters: Any = args.report_to or []
     for name in [reporters] if isinstance(reporters, str) else reporters:
@@ -77,6 +81,9 @@ def _needed(args: TRBConfig) -> Iterator[tuple[str, tuple[str, ...], str]]:
         if optimizer.startswith(start):
             yield f"optim: {optimizer}", (module,), package
             break
+    if quantization is not None:
+        package = QUANTIZATIONS[quantization].package
+        yield f"teacher_quantization: {quantization}", (package,), package
     if args.use_vllm:
         yield "use_vllm", ("vllm",), "'trb[vllm]'"
     if args.use_liger_kernel:

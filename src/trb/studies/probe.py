@@ -54,6 +54,7 @@ __all__ = ["probe"]
 # What the numbers of a probe depend on; rows in flight and the device only round differently.
 _READ_OF_RECIPE = (
     *("student_revision", "student_dtype", "student_keep_layers", "teacher", "teacher_revision", "teacher_dtype"),
+    "teacher_quantization",
     *("chat_template", "system_prompt", "eval_data", "eval_split", "eval_seed", "eval_limit", "reward_timeout_s"),
     *("eval_prompt_column", "eval_answer_column"),
 )

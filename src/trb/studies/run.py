@@ -131,7 +131,7 @@ def _train_alone(
 ) -> dict[str, Any]:
     """The run itself, in a directory that nobody else writes to."""
     run = recipe.run
-    require_packages(args)
+    require_packages(args, run.teacher_quantization)
     checkpoint = _start(recipe, args, directory, overwrite, accept_changes)
     listener.stage(f"{name}: loading models and data")
     material = load_material(run, args, doubtful=before is None)  # a comparison or a study has said it
