@@ -47,7 +47,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-oldest test-newest test-processors test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
+.PHONY: help setup quickstart test test-oldest test-newest test-processors test-quantized test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,11 @@ test-processors: $(VENV)/dev.stamp ## the numeric tests with the kernels of othe
 	  echo "ATEN_CPU_CAPABILITY=$$capability"; $(BIN)/python -m pytest $(NUMERIC_TESTS); \
 	  echo "ATEN_CPU_CAPABILITY=$$capability TRB_NATIVE=0"; \
 	  TRB_NATIVE=0 $(BIN)/python -m pytest $(wordlist 1,4,$(NUMERIC_TESTS)); done
+
+# Beside the environment and not in it: both packages are imported, with a dozen lines of their own, wherever they are found.
+test-quantized: $(VENV)/dev.stamp ## quantised teachers, with torchao and bitsandbytes in .quantized (a download of 90 MB)
+	test -d .quantized || $(PIP) -q --no-deps --target .quantized torchao bitsandbytes
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.quantized $(BIN)/python -m pytest tests/models/test_quantization.py
 
 test-vllm: $(VLLM_VENV)/run.stamp ## what needs vLLM, in an environment of its own (a download of about 1 GB)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(VLLM_TESTS)
@@ -196,7 +201,7 @@ lock: ## write requirements.lock anew from pyproject.toml and constraints.txt
 	$(PYTHON) benchmarks/lock.py .fuzz/lock/bin/pip-compile
 
 clean: ## remove .venv, caches and build products (runs/ stays)
-	rm -rf $(VENV) $(VLLM_VENV) .venv-oldest .venv-newest .fuzz build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .quantized .venv-oldest .venv-newest .fuzz build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/run.stamp: $(REQUIREMENTS)
@@ -242,7 +247,6 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(call install,-e '.[dev]' 'setuptools>=77')
 	$(call install,-e '.[tasks]') || echo 'reasoning-gym could not be installed: its tests will be skipped' >&2
 	$(call install,-e '.[ray]') || echo 'Ray could not be installed: the test that sweeps with it will be skipped' >&2
-	$(call install,-e '.[quantization]') || echo 'torchao or bitsandbytes could not be installed: tests of quantised teachers will be skipped' >&2
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps 'triton>=3.5' \
 	  || echo 'triton could not be installed: the GPU kernel will not be tested through its interpreter' >&2
 	touch $@
