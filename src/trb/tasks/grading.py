@@ -34,7 +34,9 @@ from typing import IO, Any, Self
 from trb.errors import InputError, OperationError, PackageError
 from trb.safety import confinement
 from trb.tasks.answers import Box, after_thinking, announced_answer, decode_metadata, final_boxes, last_boxed
+from trb.tasks.coding import PYTHON, program_job
 from trb.tasks.equality import compare_exactly, math_equal, plain_verdict, unwrapped
+from trb.tasks.programs import Programs, require_confinement
 from trb.tasks.sources import REASONING_GYM, import_reasoning_gym
 
 __all__ = ["VERIFIERS", "Verifier", "can_be_scored", "check_verifier"]
@@ -47,7 +49,7 @@ MAX_MATH_CHARS = 2_000  # of an answer
 MAX_TASK_CHARS = 20_000  # of an answer to a reasoning-gym task (grids are long)
 
 # What the worker is asked:
-# ["math", gold, [readings of the answer]] or ["gym", verifier, metadata, answer].
+# ["math", gold, [readings of the answer]] or ["gym", verifier, metadata, answer]. ["python", job] is for `Programs`.
 Job = list[Any]
 
 
@@ -62,13 +64,15 @@ class Verifier:
       made exact (`trb.tasks.equality`); without a box, what the end of the completion announces ("the answer is ...").
     - "reasoning-gym:TASK": the task's own scorer, full marks only, on the last \\boxed{} or
       <answer>...</answer>.
+    - "python": the program passes the tests of the row, in processes of its own (`trb.tasks.programs`); it is the last
+      fenced block, or all of the completion.
 
     Of a completion with thoughts, what follows the last </think> is read; one that ends inside a box scores 0.
 
     The worker starts with the first answer that needs it, and ends with `close()`, the `with` block or the
     interpreter. `timeouts` and `crashes` count answers that broke the time limit or killed the worker.
     `timeout_s` is wall-clock time per answer; `memory_limit_mb` bounds the worker's address space. Where the system has
-    no such limit, a warning says so: an answer is then stopped by time alone.
+    no such limit, a warning says so: an answer is then stopped by time alone. Programs are not run there at all.
     """
 
     def __init__(self, timeout_s: float = 5.0, *, memory_limit_mb: int = 2048) -> None:
@@ -80,22 +84,26 @@ class Verifier:
         self._memory_limit_mb = memory_limit_mb
         self._worker: _Worker | None = None
         self._finalizer: weakref.finalize | None = None
+        self._programs: Programs | None = None
 
     def score(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         """One score per completion, in order; `rows[i]` belongs to `completions[i]`.
 
-        Raises ValueError for lengths that differ, an unknown verifier or metadata unfit for it, and
-        ImportError when a reasoning-gym row meets no reasoning-gym.
+        Raises ValueError for lengths that differ, an unknown verifier or metadata unfit for it, ImportError when a
+        reasoning-gym row meets no reasoning-gym, and OperationError where programs cannot be confined.
         """
         if len(completions) != len(rows):
             raise InputError(f"{len(completions)} completions for {len(rows)} rows; pass one row each")
-        scores, jobs = [], []
+        scores: list[float] = []
+        jobs: list[tuple[int, Job]] = []
+        programs: list[tuple[int, Job]] = []
         for index, (completion, row) in enumerate(zip(completions, rows, strict=True)):
             verdict = _prepare(completion, row)
             if isinstance(verdict, list):
-                jobs.append((index, verdict))
+                (programs if verdict[0] == PYTHON else jobs).append((index, verdict))
                 verdict = 0.0
             scores.append(float(verdict))
+        self._run(programs, scores)
         for start in range(0, len(jobs), BATCH):
             self._work(jobs[start : start + BATCH], scores)
         return scores
@@ -105,6 +113,8 @@ class Verifier:
         if self._finalizer is not None:
             self._finalizer()
         self._worker = self._finalizer = None
+        if self._programs is not None:
+            self._programs.close()
 
     def __enter__(self) -> Self:
         return self
@@ -113,6 +123,18 @@ class Verifier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run(self, jobs: list[tuple[int, Job]], scores: list[float]) -> None:
+        """Fill in the scores of programs."""
+        if not jobs:
+            return
+        if self._programs is None:
+            self._programs = Programs(self._timeout_s, memory_limit_mb=self._memory_limit_mb)
+        outcomes = self._programs.run([job for _, (_, job) in jobs])
+        for (index, _), outcome in zip(jobs, outcomes, strict=True):
+            scores[index] = float(outcome == "passed")
+        self.timeouts += outcomes.count("timeout")
+        self.crashes += outcomes.count("crash")
 
     def _work(self, jobs: list[tuple[int, Job]], scores: list[float]) -> None:
         """Fill in the scores of `jobs`: one round trip, and one more for the rest after every lost worker."""
@@ -187,12 +209,21 @@ def _reasoning_gym(completion: str, row: Mapping[str, Any]) -> float | Job:
     return ["gym", row["verifier"], row.get("metadata", "{}"), answer] if len(answer) <= MAX_TASK_CHARS else 0.0
 
 
+def _python(completion: str, row: Mapping[str, Any]) -> float | Job:
+    require_confinement()
+    job = program_job(completion, row)
+    if job is None:
+        return 0.0
+    return [PYTHON, job] if job["tests"] else math.nan
+
+
 # By what a row calls its verifier; a name that ends in ":" takes what follows it. Each returns the score where that is
 # plain to see, nan for a row that nothing can be scored against, else what to ask the worker.
 VERIFIERS: dict[str, Callable[[str, Mapping[str, Any]], float | Job]] = {
     "math": _math,
     "exact": _exact,
     REASONING_GYM: _reasoning_gym,
+    PYTHON: _python,
 }
 
 

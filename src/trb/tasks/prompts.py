@@ -21,6 +21,7 @@ from trb.models.chats import rendered_ids
 from trb.models.tokens import token_ids
 from trb.safety.templates import check_chat_template
 from trb.tasks.answers import Row, last_boxed, reference_answer
+from trb.tasks.coding import PYTHON, program_row, test_columns
 from trb.tasks.grading import check_verifier
 from trb.tasks.sources import (
     GENERATED_ROWS,
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 MATH_SYSTEM_PROMPT = "Reason step by step, and put the final answer in \\boxed{}."
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "conversations", "instruction")
+PROGRAM_PROMPT_COLUMNS = ("prompt", "text")  # of problems with tests
 
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution")
 
@@ -79,7 +81,8 @@ def load_prompts(
     by default). `system_prompt` replaces the row's own. Columns are guessed from common names unless given.
     An assistant turn at the end is not part of the prompt; where there is no answer column, the answer is the
     last \\boxed{} of that turn. Rows without an answer get `answer == ""`: good to train on, not to score.
-    A source with a `verifier` column (this function's own output, saved) keeps it and its `metadata`.
+    A source with a `verifier` column (this function's own output, saved) keeps it and its `metadata`. Problems with
+    tests of their program, in the columns of MBPP or HumanEval, get the verifier "python" (`trb.tasks.coding`).
     A few reasoning-gym tasks (word_ladder, ransom_note, ...) draw from sets, and repeat themselves in another
     process only under the same PYTHONHASHSEED; save such rows to a file to share them.
 
@@ -190,9 +193,10 @@ class _Columns(NamedTuple):
     prompt: str
     answer: str | None
     verified: bool  # the source says itself how its rows are scored
+    tests: tuple[str, ...]  # of programs, and what belongs to them
 
     def used(self) -> list[str]:
-        scoring = ("verifier", "metadata") if self.verified else ()
+        scoring = (*(("verifier", "metadata") if self.verified else ()), *self.tests)
         return list(dict.fromkeys(name for name in (self.prompt, self.answer, *scoring) if name is not None))
 
 
@@ -201,27 +205,36 @@ def _choose_columns(source: str, found: list[str], prompt: str | None, answer: s
         if wanted is not None and wanted not in found:
             raise InputError(f"{source} has no column {wanted!r}{nearest(wanted, found)}; it has {found}")
     by_lower_name = {name.lower(): name for name in reversed(found)}
-    guesses = [by_lower_name[name] for name in PROMPT_COLUMNS if name in by_lower_name]
+    tests = test_columns(found)
+    known = PROGRAM_PROMPT_COLUMNS if tests else PROMPT_COLUMNS
+    guesses = [by_lower_name[name] for name in known if name in by_lower_name]
     if prompt is None and not guesses:
         raise InputError(
-            f"{source} has none of the prompt columns {list(PROMPT_COLUMNS)}; it has {found}: "
+            f"{source} has none of the prompt columns {list(known)}; it has {found}: "
             f"name the right one with {named('prompt_column')}"
         )
     answers = [by_lower_name[name] for name in ANSWER_COLUMNS if name in by_lower_name]
-    return _Columns(prompt or guesses[0], answer or next(iter(answers), None), "verifier" in found)
+    return _Columns(prompt or guesses[0], answer or next(iter(answers), None), "verifier" in found, tests)
 
 
 def _convert(raw: Row, columns: _Columns, place: str) -> Row:
     """One row of any source as a row of ours; `place` names it in errors."""
     messages, reply = _messages(raw.get(columns.prompt), f"column {columns.prompt!r} of {place}")
+    scoring = _scoring(raw, place) if columns.verified else {"verifier": "math", "metadata": "{}"}
+    if columns.tests and (not columns.verified or scoring == {"verifier": PYTHON, "metadata": "{}"}):
+        return _as_text(program_row(messages, raw, place), place)
     if columns.answer is None:
         answer = "" if reply is None else (last_boxed(reply) or "")
     else:
         answer = _answer(raw.get(columns.answer), f"column {columns.answer!r} of {place}")
-    scoring = _scoring(raw, place) if columns.verified else {"verifier": "math", "metadata": "{}"}
-    row = {"prompt": messages, "answer": answer, **scoring}
+    return _as_text({"prompt": messages, "answer": answer, **scoring}, place)
+
+
+def _as_text(row: Row, place: str) -> Row:
+    """The row. Raises ValueError for one whose texts are none."""
+    texts = (row["answer"], row["verifier"], row["metadata"])
     try:
-        "".join([*(message["content"] for message in messages), answer, *scoring.values()]).encode()
+        "".join([*(message["content"] for message in row["prompt"]), *texts]).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{place} holds half a surrogate pair, which is no text: {error.reason}; remove it") from error
     return row
