@@ -47,7 +47,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-oldest test-newest test-processors test-quantized test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
+.PHONY: help setup quickstart test test-oldest test-newest test-processors test-quantized test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-code study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -167,6 +167,10 @@ study-self-setting: $(VENV)/run.stamp ## the study of warm-ups that set themselv
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/map_pairs.py runs/map/pairs
 	$(BIN)/trb sweep --config studies/self-setting --output-dir runs/self-setting-study
 	$(BIN)/trb report runs/self-setting-study --export runs/self-setting-study/paper
+
+study-code: $(VENV)/run.stamp ## the study of programs (two and a half hours on two shared cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m trb.zoo.train --pair programs --out runs/pairs/programs --eval-problems 1000 --keep
+	$(BIN)/trb sweep --config studies/code --output-dir runs/code-study
 
 map: $(VENV)/run.stamp ## when blending helps: every panel, eight seeds (about four hours on two shared cores)
 	$(BIN)/python benchmarks/map.py run --panel all --seeds 8 --workers 2

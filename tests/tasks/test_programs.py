@@ -2,20 +2,28 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from small_recipes import SMALL
 
+from trb import zoo
 from trb.errors import InputError, OperationError
 from trb.safety import system_calls
+from trb.sampling import Rollout
+from trb.studies import run
+from trb.studies.recipe import make_recipe
 from trb.tasks import programs
 from trb.tasks.coding import program_texts
+from trb.tasks.evaluation import evaluate
 from trb.tasks.grading import Verifier, can_be_scored
 from trb.tasks.prompts import load_prompts
 
@@ -288,6 +296,40 @@ def test_where_a_program_stands_in_a_completion() -> None:
     assert program_texts("", "def f(): ")[0] == "def f(): "
 
 
+# ---- in evaluations and in training ----
+
+
+def test_pass_at_1_counts_programs(verifier: Verifier) -> None:
+    _, tokenizer = zoo.load("student")
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=0))
+    problems = [{**row(f"assert f() == {n}"), "prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(3)]
+
+    def sampler(*_: Any, prompts: list[list[int]], rollout_index: list[int], **__: Any) -> Rollout:
+        """Each problem has one right answer of two."""
+        rollout = Rollout()
+        for ids, index in zip(prompts, rollout_index, strict=True):
+            number = re.search(r"user\n(\d)", tokenizer.decode(ids))
+            assert number is not None
+            rollout.completions.append(tokenizer.encode(f"f=lambda: {number[1]}{'+1' * index}"))
+            rollout.stopped.append(True)
+        return rollout
+
+    result = evaluate(
+        model, tokenizer, problems, n=2, max_new_tokens=32, verifier=verifier, progress=False, sampler=sampler
+    )
+    assert (result.correct, result.pass_at_1) == ([1, 1, 1], 0.5)
+
+
+def test_a_run_on_programs_is_rewarded_and_evaluated(tmp_path: Path) -> None:
+    data = "zoo:programs?operations=2"
+    small = {**SMALL, "train_data": data, "eval_data": data, "max_prompt_length": 64, "max_steps": 2}
+    run.train(make_recipe(small), tmp_path)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [step["trb/reward"] for step in steps if "trb/reward" in step] == [0.0, 0.0]  # models of another task
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "'pass_at_1': 0.0" in str(results)
+
+
 # ---- processes ----
 
 SCRIPT = """
@@ -328,6 +370,14 @@ def test_an_interrupted_caller_leaves_no_program(monkeypatch: pytest.MonkeyPatch
     assert not server.is_running()
     assert runner.run([{**job, "readings": ["f = lambda: 1"]}]) == ["passed"]
     runner.close()
+
+
+def test_a_server_that_died_between_calls_is_replaced(verifier: Verifier) -> None:
+    assert verifier.score(["f = lambda: 1"], [row("f()")]) == [1.0]
+    process = verifier._programs._server._process  # type: ignore[union-attr]
+    process.kill()
+    process.wait()
+    assert verifier.score(["f = lambda: 1"], [row("f()")]) == [1.0]
 
 
 def test_a_system_that_filters_no_system_calls_runs_no_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,10 +37,12 @@ EXTRA_S = 1.0  # the judge outlives its player by this, to say that it was lost
 
 # Nothing can be opened later: programs import these and what these import, and nothing else.
 _IMPORTED = """
-abc array base64 binascii bisect calendar cmath collections collections.abc colorsys contextlib copy dataclasses
-datetime decimal difflib enum fractions functools gc hashlib heapq html inspect io itertools json keyword math numbers
-operator os pprint queue random re secrets statistics string struct sys textwrap time timeit token tokenize traceback
-types typing unicodedata unittest uuid warnings zlib _strptime encodings.idna
+abc array ast base64 binascii bisect calendar cmath collections collections.abc colorsys contextlib copy csv dataclasses
+datetime decimal difflib enum fractions functools gc graphlib hashlib heapq hmac html inspect io ipaddress itertools
+json keyword logging math numbers operator os pathlib pprint queue random re secrets shlex statistics string struct sys
+textwrap threading time timeit token tokenize traceback types typing unicodedata unittest urllib.parse uuid warnings
+weakref zlib _strptime
+encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16 encodings.utf_32 encodings.unicode_escape
 """
 _MODULES = tuple(_IMPORTED.split())
 
@@ -91,7 +93,7 @@ def _confine(kept: list[int], parent: int, seconds: float, memory_limit_mb: int)
     high = [fcntl(descriptor, F_DUPFD, 64) for descriptor in (os.open(os.devnull, os.O_RDWR), *kept)]
     for low, descriptor in enumerate([high[0], high[0], *high]):  # 0, 1, 2: nowhere
         os.dup2(descriptor, low)
-    os.closerange(3 + len(kept), os.sysconf("SC_OPEN_MAX"))
+    os.closerange(3 + len(kept), 256)  # the server was started with three, and never has many more
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -256,7 +258,7 @@ def _as_judge(descriptor: int, server: int, timeout_s: float, memory_limit_mb: i
         try:
             tests = _Tests(job, program)
         except Exception as error:  # of a text that somebody else wrote, from the compiler
-            unusable = f"{type(error).__name__}: {error}"
+            unusable = f"{type(error).__name__}: {error}, in {job['tests'][0][:100]!r}"
         else:
             passed = tests.pass_with(job["readings"])
         caller.send({"passed": passed, "lost": program.lost, "unusable": unusable})
@@ -275,11 +277,11 @@ class _Tests:
         used = {name for code in (self._prefix, *self._codes) for name in _names(code)}
         self._namespace: dict[str, Any] = {"__name__": "tests"}
         theirs = set(job["entry_points"])
-        if not theirs and job["reference"]:
+        if not theirs:
             imports, theirs = _defined(job["reference"])
             with contextlib.suppress(Exception):  # of a package that is not there
                 exec(imports, self._namespace)
-        elif not theirs:
+        if not theirs:
             theirs = used - vars(builtins).keys() - sys.modules.keys()
         self._theirs = {name: Remote(program, name) for name in theirs & used}
         self._namespace |= {name: sys.modules[name] for name in used & set(_MODULES) - theirs}
@@ -301,7 +303,9 @@ class _Tests:
 
 def _defined(reference: str) -> tuple[CodeType, set[str]]:
     """The imports of a solution, which tests may use, and the other names that it defines, which are the program's."""
-    body = ast.parse(reference).body
+    body: list[ast.stmt] = []
+    with contextlib.suppress(SyntaxError, ValueError):  # of another Python
+        body = ast.parse(reference).body
     imports: list[ast.stmt] = [part for part in body if isinstance(part, ast.Import | ast.ImportFrom)]
     names = {part.name for part in body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     for part in body:

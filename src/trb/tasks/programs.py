@@ -196,8 +196,12 @@ class _Server:
 
     def new_judge(self) -> socket.socket:
         ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+        try:
+            with theirs:
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+        except OSError as error:
+            ours.close()
+            raise OperationError(f"the process that runs programs was ended from outside ({error})") from error
         return ours
 
     def stop(self) -> None:

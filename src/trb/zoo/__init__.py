@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trb.errors import InputError
 from trb.zoo.chains import Chains
 from trb.zoo.clock import Clock
+from trb.zoo.programs import Programs
 from trb.zoo.staged import Staged
 from trb.zoo.tasks import Task
 
 __all__ = ["NAMES", "TASKS", "load", "path", "problems"]
 
 NAMES = ("student", "teacher")
-TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock(), Staged())}
+TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock(), Staged(), Programs())}
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

@@ -1,8 +1,8 @@
 """What the zoo's tasks have in common: splits, sets of different problems, corrupted solutions, and their answers.
 
 A task is a family of problems of growing size whose worked solution goes step by step, so that one early mistake spoils
-everything after it. Nothing here knows about tokens or models, and nothing grades: `boxed_answer` only reads an answer
-out.
+everything after it. Nothing here knows about tokens or models, and nothing grades runs: `is_solved` is for the script
+that trains the pairs.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ class Task(ABC):
         written: list[str] = []
         for operation in operations:
             if rng.random() < drift:
-                return " ".join([*written, _off_task_text(rng, written)])
+                return " ".join([*written, off_task_text(rng, written)])
             wrong = rng.random() < wrong_step
             step = self.wrong_step(state, operation, rng) if wrong else self.step(state, operation)
             written.append(step.text)
@@ -105,9 +105,10 @@ class Task(ABC):
     def problems(self, n: int, *, seed: int, split: str = "train", size: int | None = None) -> list[dict]:
         """`n` different problems as rows {"prompt": [{"role": "user", "content": problem}], "answer": str}.
 
-        The rows are a function of the arguments alone; rows of "train" and "test" never share a problem, whatever their
-        seeds. Raises ValueError for an unknown split, for a size that the task does not have, and where `n` exceeds
-        half of what the split is expected to hold.
+        Where an answer is not compared but tried, a row also says its `verifier` and `metadata`. The rows are a
+        function of the arguments alone; rows of "train" and "test" never share a problem, whatever their seeds. Raises
+        ValueError for an unknown split, for a size that the task does not have, and where `n` exceeds half of what the split is
+        expected to hold.
         """
         size = self.default if size is None else size
         if split not in SPLITS:
@@ -128,9 +129,15 @@ class Task(ABC):
             if len(found) >= n:
                 break
             found[problem] = None
-        return [
-            {"prompt": [{"role": "user", "content": problem}], "answer": self.answer_to(problem)} for problem in found
-        ]
+        return [self.row(problem) for problem in found]
+
+    def row(self, problem: str) -> dict[str, Any]:
+        """A problem as a row."""
+        return {"prompt": [{"role": "user", "content": problem}], "answer": self.answer_to(problem)}
+
+    def is_solved(self, row: dict[str, Any], completion: str) -> bool:
+        """Whether a completion ends with the right answer."""
+        return boxed_answer(completion) == row["answer"]
 
     def _endless(self, split: str, size: int, seed: int) -> Iterator[str]:
         rng = random.Random(f"{split}:{size}:{seed}")
@@ -150,7 +157,7 @@ def boxed_answer(completion: str) -> str | None:
     return found[-1] if found else None
 
 
-def _off_task_text(rng: random.Random, written: list[str]) -> str:
+def off_task_text(rng: random.Random, written: list[str]) -> str:
     """Drift: either the last step over and over, or words that have nothing to do with the problem."""
     if written and rng.random() < 0.5:
         return " ".join([written[-1]] * rng.randint(1, 4))

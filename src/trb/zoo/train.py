@@ -39,7 +39,7 @@ from transformers import (
 
 from trb.safety.files import write_json
 from trb.zoo import TASKS, load
-from trb.zoo.tasks import Task, boxed_answer
+from trb.zoo.tasks import Task
 from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, character_tokenizer, word_piece_tokenizer
 
 MAX_NEW_TOKENS = 192
@@ -152,6 +152,27 @@ PAIRS = {
             replace(_TEACHER, family="llama", hidden_size=144, intermediate_size=432, head_rows=200, steps=1000),
         ),
     ),
+    # Expressions of Python, tried on inputs: the study of code.
+    "programs": Pair(
+        TASKS["programs"],
+        word_piece_tokenizer,
+        (2, 6),
+        (4, 5, 6),
+        (
+            replace(
+                _STUDENT,
+                family="llama",
+                hidden_size=64,
+                head_rows=176,
+                tied=False,  # tied heads learn this several times more slowly
+                steps=600,
+                learning_rate=5e-3,
+                wrong_step=0.03,
+                drift=0.05,
+            ),
+            replace(_TEACHER, family="llama", layers=2, hidden_size=96, head_rows=192, steps=800, learning_rate=3e-3),
+        ),
+    ),
 }
 
 
@@ -254,9 +275,9 @@ def fit(
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict], *, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, rows: Sequence[dict], *, seed: int
 ) -> dict[str, float]:
-    """Sample one completion per problem at temperature 1 and grade its last boxed answer.
+    """Sample one completion per problem at temperature 1 and grade it.
 
     Returns pass_at_1, the mean completion length in tokens (stop token included) and the share that stopped.
     """
@@ -271,7 +292,7 @@ def measure(
     for ids, row in zip(out[:, encoded["input_ids"].shape[1] :].tolist(), rows, strict=True):
         stops = tokenizer.eos_token_id in ids
         length = ids.index(tokenizer.eos_token_id) + 1 if stops else len(ids)
-        right += boxed_answer(str(tokenizer.decode(ids[:length]))) == row["answer"]
+        right += task.is_solved(row, str(tokenizer.decode(ids[: length - stops])))
         stopped += stops
         tokens += length
     n = len(rows)
@@ -301,7 +322,9 @@ def train_and_save(
         "parameters": model.num_parameters(),
         "final_loss": loss,
         "train_seconds": round(seconds, 1),
-        f"by_{pair.task.unit}": {n: measure(model, tokenizer, rows, seed=seed) for n, rows in problems.items()},
+        f"by_{pair.task.unit}": {
+            n: measure(model, tokenizer, pair.task, rows, seed=seed) for n, rows in problems.items()
+        },
         "recipe": asdict(recipe) | {"steps": steps},
     }
 
@@ -321,7 +344,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--pair",
         choices=list(PAIRS),
         default="chains",
-        help="which pair: chains (the one that ships, default), long-chains or clock (those of the study)",
+        help="which pair: chains (the one that ships, default), long-chains or clock (those of the study), or programs",
     )
     parser.add_argument(
         "--steps-scale",
