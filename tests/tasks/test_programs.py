@@ -274,6 +274,21 @@ def test_programs_of_one_batch_keep_their_order(verifier: Verifier) -> None:
     assert (verifier.timeouts, verifier.crashes) == (0, 0)
 
 
+def test_equal_programs_are_run_once(verifier: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[bytes] = []
+
+    class Counted(programs._Judge):
+        def __init__(self, message: bytes, *rest: Any) -> None:
+            started.append(message)
+            super().__init__(message, *rest)
+
+    monkeypatch.setattr(programs, "_Judge", Counted)
+    answers, tests = ["f = lambda: 1", "f = lambda: 2"], [row("assert f() == 1"), row("assert f() == 2")]
+    scores = verifier.score([*answers, *answers, *answers], [tests[0]] * 4 + [tests[1]] * 2)
+    assert scores == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+    assert len(started) == len(set(started)) == 4
+
+
 def test_lost_programs_are_counted() -> None:
     with Verifier(timeout_s=0.5) as verifier:
         ends = ["import os; os._exit(0)", "while True: pass", "f = lambda: 2"]

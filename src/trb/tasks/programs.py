@@ -61,19 +61,21 @@ class Programs:
         self._finalizer: weakref.finalize | None = None
 
     def run(self, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Raises ValueError for a job too large or whose tests are none, OperationError where it cannot be confined."""
+        """Equal jobs, which a good model writes many of, are run once.
+
+        Raises ValueError for a job too large or whose tests are none, OperationError where it cannot be confined.
+        """
         messages = [_message(job) for job in jobs]
-        outcomes = [""] * len(jobs)
+        waiting = list(dict.fromkeys(messages))[::-1]
+        outcomes: dict[bytes, str] = {}
         judges: dict[socket.socket, _Judge] = {}
-        started = 0
         try:
-            while started < len(jobs) or judges:
-                while started < len(jobs) and len(judges) < self._at_once:
-                    judge = _Judge(started, self._running_server().new_judge(), messages[started], self._timeout_s)
+            while waiting or judges:
+                while waiting and len(judges) < self._at_once:
+                    judge = _Judge(waiting.pop(), self._running_server().new_judge(), self._timeout_s)
                     judges[judge.socket] = judge
-                    started += 1
                 for judge in _heard(judges):
-                    outcomes[judge.index] = judge.outcome
+                    outcomes[judge.message] = judge.outcome
                     judges.pop(judge.socket).socket.close()
         except BaseException:
             self.close()  # programs end with the server
@@ -81,7 +83,7 @@ class Programs:
         finally:
             for judge in judges.values():
                 judge.socket.close()
-        return outcomes
+        return [outcomes[message] for message in messages]
 
     def close(self) -> None:
         """Stop the server, if any, and with it every program."""
@@ -107,8 +109,8 @@ def _message(job: Mapping[str, Any]) -> bytes:
 class _Judge:
     """One program on trial: what its judge has said so far."""
 
-    def __init__(self, index: int, connection: socket.socket, message: bytes, timeout_s: float) -> None:
-        self.index, self.socket, self.outcome = index, connection, ""
+    def __init__(self, message: bytes, connection: socket.socket, timeout_s: float) -> None:
+        self.message, self.socket, self.outcome = message, connection, ""
         self._said, self._timeout_s, self._began = b"", timeout_s, time.monotonic()
         self.deadline = self._began + timeout_s + EXTRA_S + PATIENCE_S
         connection.settimeout(PATIENCE_S)

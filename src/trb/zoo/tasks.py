@@ -106,9 +106,10 @@ class Task(ABC):
         """`n` different problems as rows {"prompt": [{"role": "user", "content": problem}], "answer": str}.
 
         Where an answer is not compared but tried, a row also says its `verifier` and `metadata`. The rows are a
-        function of the arguments alone; rows of "train" and "test" never share a problem, whatever their seeds. Raises
-        ValueError for an unknown split, for a size that the task does not have, and where `n` exceeds half of what the split is
-        expected to hold.
+        function of the arguments alone; rows of "train" and "test" never share a problem, whatever their seeds.
+
+        Raises ValueError for an unknown split, for a size that the task does not have, and where `n` exceeds half of
+        what the split is expected to hold.
         """
         size = self.default if size is None else size
         if split not in SPLITS:
