@@ -59,7 +59,7 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     if not isinstance(size, int | None):
         raise InputError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
     return [
-        {"verifier": "exact", "metadata": "{}", **problem}
+        {"prompt": problem["prompt"], "answer": problem["answer"], "verifier": "exact", "metadata": "{}"} | problem
         for problem in task.with_settings(**settings).problems(n, seed=seed, split=split, size=size)
     ]
 
