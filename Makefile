@@ -168,7 +168,7 @@ study-self-setting: $(VENV)/run.stamp ## the study of warm-ups that set themselv
 	$(BIN)/trb sweep --config studies/self-setting --output-dir runs/self-setting-study
 	$(BIN)/trb report runs/self-setting-study --export runs/self-setting-study/paper
 
-study-code: $(VENV)/run.stamp ## the study of programs (two and a half hours on two shared cores)
+study-code: $(VENV)/run.stamp ## the study of programs (an hour and a half on two shared cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m trb.zoo.train --pair programs --out runs/pairs/programs --eval-problems 1000 --keep
 	$(BIN)/trb sweep --config studies/code --output-dir runs/code-study
 
