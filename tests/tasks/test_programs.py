@@ -370,6 +370,27 @@ def test_a_killed_caller_leaves_no_program() -> None:
     assert psutil.wait_procs([server, *left], timeout=20)[1] == []
 
 
+# Answers once, wrongly, and then works for itself.
+STAYS = """
+import sys
+def f():
+    sys.modules["trb.tasks.values"].Channel.receive = spin
+    return 2
+def spin(self):
+    while True: pass
+"""
+
+
+def test_a_program_ends_with_its_tests() -> None:
+    """Although it would have ten minutes."""
+    runner = programs.Programs(600.0, at_once=1)
+    job = {"prefix": "", "setup": "", "entry_points": ["f"], "reference": "", "tests": ["assert f() == 1"]}
+    assert runner.run([{**job, "readings": [STAYS]}]) == ["failed"]
+    server = psutil.Process(runner._server._process.pid)  # type: ignore[union-attr]
+    assert psutil.wait_procs(server.children(recursive=True), timeout=20)[1] == []
+    runner.close()
+
+
 def test_an_interrupted_caller_leaves_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = programs.Programs(600.0, at_once=1)
     job = {"prefix": "", "setup": "", "entry_points": ["f"], "reference": "", "tests": ["f()"]}
