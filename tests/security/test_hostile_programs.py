@@ -250,6 +250,7 @@ TAKING = {
     "many answers": "f = lambda x: range(10**18)",
     "answers to the end": "import atexit\natexit.register(lambda: 1 / 0)\nf = lambda x: 1",
     "a long program": "x = 1\n" * 10**6,
+    "a long text": "x = '" + "\U0001f600" * 99_000 + "'",
 }
 
 

@@ -100,7 +100,7 @@ class Programs:
 
 
 def _message(job: Mapping[str, Any]) -> bytes:
-    data = json.dumps(job).encode()
+    data = json.dumps(job, ensure_ascii=False).encode(errors="surrogatepass")
     if len(data) > MAX_MESSAGE:
         raise InputError(f"a program and its tests take {len(data)} bytes, more than the limit of {MAX_MESSAGE}")
     return len(data).to_bytes(4, "big") + data
