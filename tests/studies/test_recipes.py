@@ -269,6 +269,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
         ("evaluate", lambda *a, **k: score),
         ("check_problems", lambda *a, **k: None),
         ("Verifier", lambda *a, **k: nullcontext(SimpleNamespace(score=None))),
+        ("require_packages", lambda *a, **k: None),
         ("TRBTrainer", trainer),
     ):
         for module in (run, material, scores):
