@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import TEACHER_ROWS, tiny_llama
 from peft import IA3Config, LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor
@@ -108,8 +109,11 @@ def test_a_pass_of_the_teacher_between_a_loss_and_its_checkpointed_gradient_chan
     assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(plain, checkpointed, strict=True))
 
 
-def test_a_student_whose_passes_accelerate_has_wrapped_is_not_what_its_teacher_runs() -> None:
+def test_a_student_whose_passes_accelerate_has_wrapped_is_not_what_its_teacher_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It puts a function of its own in the model, which a copy would take over as it is, student inside."""
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # of one precision for each process
     student = inject_adapter_in_model(LoraConfig(r=2, **TARGETS), tiny_llama(TEACHER_ROWS, seed=5).float())
     with torch.no_grad():
         for name, weight in student.named_parameters():
