@@ -6,6 +6,8 @@ Only known options of LoRA are passed on, and weights only from safetensors. Lef
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from trb.models.modeling import check_adapter
 from trb.safety.untrusted import lora_options, read_object
 
 __all__ = ["adapter_base", "adapter_config", "attach_adapter"]
+
+_PREFIX = "base_model.model."  # of the names of weights in an adapter's file
+_INNER = ".base_layer"  # where a parameter, and no module, has the adapter
+_OTHER_SIZE = re.compile(r"size mismatch for (\S+?): .*?torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)")
 
 
 def adapter_base(spec: str) -> tuple[str, str | None] | None:
@@ -63,14 +69,15 @@ def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = Fals
     """A `peft.PeftModel` around `base`, with the adapter of a directory in place, in eval mode and in base's dtype.
 
     `merge` adds the adapter to the weights and returns `base` itself. Raises ValueError for an adapter that does not
-    fit, and OSError for one that is damaged or lacks some of its weights.
+    fit, naming what does not, and OSError for one that is damaged or lacks some of its weights.
     """
     from peft import LoraConfig, PeftModel
 
     options = adapter_config(directory)
     if "layers_to_transform" not in options:
         _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
-    with explained(directory, "adapter"), warnings.catch_warnings():
+    with explained(directory, "adapter"), _fitting(directory, base), warnings.catch_warnings():
+        _check_places(directory, base)
         # Left alone, missing weights are drawn at random or are zero, and the adapter does less than it should.
         warnings.filterwarnings("error", message=".*Found missing adapter keys")
         # With a configuration at hand PEFT reads none.
@@ -92,5 +99,36 @@ def _check_adapter_depth(directory: Path, depth: int) -> None:
     if trained != depth:
         raise InputError(
             f"the adapter in {directory} was trained on {trained} layers and its base has {depth}: "
-            f"pass keep_layers={trained} (or drop keep_layers) so that they agree"
+            f"pass keep_layers={trained} (or drop keep_layers) so that they agree, or name an adapter of this model"
         )
+
+
+def _check_places(directory: Path, base: PreTrainedModel) -> None:
+    """Refuse an adapter with weights for modules that its base does not have: PEFT would leave them out."""
+    there = {name for name, _ in base.named_modules()}
+    with safe_open(directory / "adapter_model.safetensors", "pt") as weights:
+        places = [key.removeprefix(_PREFIX).partition(".lora_") for key in weights.keys()]  # noqa: SIM118
+    missing = next((place for place, part, _ in places if part and place.removesuffix(_INNER) not in there), None)
+    if missing is not None:
+        raise InputError(f"{_misfit(directory, base)}: it has weights for {missing}, and the model no such module")
+
+
+@contextmanager
+def _fitting(directory: Path, base: PreTrainedModel) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        sizes = _OTHER_SIZE.search(str(error))
+        if sizes is None:
+            raise
+        name, its, ours = sizes.groups()
+        raise InputError(
+            f"{_misfit(directory, base)}: {name.removeprefix(_PREFIX)} is [{its}] there, and would be [{ours}] here"
+        ) from error
+
+
+def _misfit(directory: Path, base: PreTrainedModel) -> str:
+    """What `explained` says of an adapter goes before it."""
+    named = _read_adapter_config(directory / "adapter_config.json")["base_model_name_or_path"]
+    model = base.name_or_path or f"a {type(base).__name__} in memory"
+    return f"made for {named}, it does not fit {model}"
