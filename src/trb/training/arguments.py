@@ -7,14 +7,15 @@ themselves tell (`trb.training.pair`).
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from trb.errors import InputError, did_you_mean
-from trb.models.modeling import check_adapter
+from trb.models.modeling import check_adapter, has_adapters
+from trb.models.sharing import is_shared, shares_weights
 from trb.training.config import TRBConfig
 
 __all__ = ["check_arguments", "chosen_teacher", "complete_config", "named_datasets"]
@@ -86,6 +87,7 @@ def check_arguments(
     _check_loading("model", model, loading)
     names = ("teacher_model_init_kwargs", "teacher_model_revision")
     _check_loading("teacher_model", teacher_model, {name: getattr(args, name) for name in names})
+    _check_shared(args, model, teacher_model, adapters=others.get("peft_config") is not None)
     _check_batch(args)
     if isinstance(train_dataset, IterableDataset):
         raise InputError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
@@ -116,11 +118,31 @@ def _check_tokenizer(name: str, value: Any, hint: str) -> None:
 def _check_loading(role: str, model: str | PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Refuse options of a model that is to be loaded, where one is given that is."""
     for name, value in options.items():
-        if value is not None and not isinstance(model, str):
+        if value is not None and (not isinstance(model, str) or is_shared(model)):
             raise InputError(
                 f"{name}={value!r} does nothing for a {role} that is loaded already: load it so, or pass its path or "
                 "hub id"
             )
+
+
+def _check_shared(
+    args: TRBConfig, model: str | PreTrainedModel, teacher: str | PreTrainedModel, *, adapters: bool
+) -> None:
+    """Refuse a teacher on the student's weights where the student has no adapter, or is given to vLLM."""
+    both_loaded = not isinstance(model, str) and not isinstance(teacher, str)
+    if not is_shared(teacher) and not (both_loaded and shares_weights(cast(Any, teacher), cast(Any, model))):
+        return
+    if not adapters and (isinstance(model, str) or not has_adapters(model)):
+        raise InputError(
+            "the teacher stands on the student's weights, and training would move all of them: train an adapter "
+            "(lora_rank in recipes, peft_config in Python), or give the teacher weights of its own"
+        )
+    if args.use_vllm:
+        raise InputError(
+            "the teacher stands on the student's weights, and with use_vllm=True the adapter is added to these and "
+            "taken off again at every step, which rounds them: set use_vllm=False, or give the teacher weights of its "
+            "own"
+        )
 
 
 def _check_batch(args: TRBConfig) -> None:

@@ -22,6 +22,7 @@ from trl import DistillationTrainer
 import trb
 from trb import zoo
 from trb.models.modeling import has_adapters, without_adapters
+from trb.models.sharing import shares_weights
 from trb.records import CARD
 from trb.training.config import TRBConfig
 from trb.training.methods import BEHAVIORS, METHODS, TARGETS, behavior_of, kl_budget_of, knobs_of, name_of, pair_of
@@ -58,6 +59,7 @@ class CardedTrainer(DistillationTrainer):
         own = ["generated_from_trainer", *self._tag_names]
         given = [tags] if isinstance(tags, str) else list(tags or ())
         teacher = self.accelerator.unwrap_model(self.teacher_model)
+        beside = ", on the student's own weights" if shares_weights(teacher, self.model) else ""
         data = ModelCardData(
             base_model=hub_name(self.model),
             datasets=None if dataset_name is None else [dataset_name],
@@ -67,7 +69,7 @@ class CardedTrainer(DistillationTrainer):
         )
         rows = {
             "student": _described(self.model),
-            "teacher": _described(teacher),
+            "teacher": _described(teacher) + beside,
             **_how(self.args),
             "steps": f"{self.state.global_step} of {max(self.state.max_steps, self.state.global_step)}, each on "
             f"{self.args.completions_per_step} completions, {self.args.num_generations} per prompt",

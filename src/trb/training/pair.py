@@ -1,19 +1,30 @@
 """The two models of a training run: loaded where they are not, refused where they cannot be trained or learnt from.
 
-Left out: whether a model can be sampled exactly (`trb.sampling.reading`), and whether it fits (`trb.planning`).
+Left out: whether a model can be sampled exactly (`trb.sampling.reading`), whether it fits (`trb.planning`), and what a
+teacher on the student's weights is (`trb.models.sharing`).
 """
 
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
 from trb.errors import InputError
 from trb.models.adapters import adapter_base, attach_adapter
+from trb.models.directories import TOKENIZER_FILES
 from trb.models.loading import check_model, load_tokenizer, resolve
 from trb.models.modeling import has_adapters, without_adapters
+from trb.models.sharing import (
+    adapter_directory,
+    check_base_kept,
+    is_shared,
+    own_weights,
+    shared_teacher,
+    shares_weights,
+)
 from trb.training.config import TRBConfig
 
 __all__ = ["check_router_loss", "checked_student", "loaded_teacher", "teacher_tokenizer"]
@@ -60,6 +71,10 @@ def teacher_tokenizer(
     """The teacher's tokenizer, loaded here where it was left out and `model` is a name; None where neither tells."""
     if tokenizer is not None or not isinstance(model, str):
         return tokenizer
+    if is_shared(model):
+        directory = adapter_directory(model)
+        saved = directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
+        return load_tokenizer(str(directory), trust_remote_code=args.trust_remote_code) if saved else None
     return load_tokenizer(
         model,
         trust_remote_code=args.trust_remote_code,
@@ -67,9 +82,40 @@ def teacher_tokenizer(
     )
 
 
-def loaded_teacher(model: str | PreTrainedModel, args: TRBConfig) -> PreTrainedModel:
-    """The teacher, loaded here where `model` is a name."""
-    return load_teacher(model, args, args.teacher_model_revision) if isinstance(model, str) else model
+def loaded_teacher(
+    model: str | PreTrainedModel, args: TRBConfig, student: nn.Module, accelerator: Accelerator
+) -> PreTrainedModel:
+    """The teacher, loaded here where `model` is a name, or put on the weights of the student that is to be trained.
+
+    Raises:
+        ValueError: a teacher with weights of the student's that will change, or will not stay where they are.
+    """
+    if isinstance(model, str):
+        shared = is_shared(model)
+        model = shared_teacher(student, model) if shared else load_teacher(model, args, args.teacher_model_revision)
+    if shares_weights(model, student):
+        _check_shared(model, student, accelerator)
+        # The weights went there with the student, and what the tree has of its own did not.
+        model.to(without_adapters(student).device)  # type: ignore[arg-type]
+    return model
+
+
+def _check_shared(teacher: nn.Module, student: nn.Module, accelerator: Accelerator) -> None:
+    check_base_kept(student)
+    own = {name for name, _ in own_weights(teacher, student)}
+    trained = [name for name, weight in teacher.named_parameters() if weight.requires_grad and name not in own]
+    if trained:
+        raise InputError(
+            f"the teacher stands on the student's weights, and training would move {len(trained)} of them, such as "
+            f"{trained[0]}: train an adapter (lora_rank in recipes, peft_config in Python), or give the teacher "
+            "weights of its own"
+        )
+    state = accelerator.state
+    if state.deepspeed_plugin is not None or getattr(state, "fsdp_plugin", None) is not None:
+        raise InputError(
+            "the teacher stands on the student's weights, which FSDP and DeepSpeed divide or move: launch with "
+            "accelerate/ddp, or name the base model as the teacher, with weights of its own"
+        )
 
 
 def check_router_loss(student: nn.Module) -> None:

@@ -102,8 +102,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
     Args:
         model: student; a path or hub id, or a loaded causal LM.
         teacher_model: teacher; the same, or a directory with a LoRA adapter, or a `PeftModel`. It must share the
-            student's tokenizer; the head may be padded differently and the end-of-sequence id may differ. None takes
-            `args.teacher_model_name_or_path`.
+            student's tokenizer; the head may be padded differently and the end-of-sequence id may differ. "base" is
+            the model under the student's adapter, and "adapter:DIR" that model with another LoRA adapter; neither
+            takes memory for weights again (`trb.models.sharing`). None takes `args.teacher_model_name_or_path`.
         args: a `TRBConfig`; None for the defaults.
         train_dataset: map-style dataset with a `"prompt"` column: text, or messages without images.
         eval_dataset: prompts on which `evaluate` reports the loss on student rollouts.
@@ -115,8 +116,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
 
     Raises:
         ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
-            a student with a router loss, a batch that `num_generations` does not divide, prompts without the column, or
-            an argument that would be ignored. Arguments, prompts and tokenizers are checked before a model is loaded.
+            a student with a router loss, a teacher on weights that are trained, a batch that `num_generations` does not
+            divide, prompts without the column, or an argument that would be ignored. Arguments, prompts and tokenizers
+            are checked before a model is loaded.
     """
 
     _tag_names = ["trl", "trb"]  # noqa: RUF012
@@ -174,7 +176,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
-        teacher_model = loaded_teacher(teacher_model, args)
+        teacher_model = loaded_teacher(teacher_model, args, self.model, self.accelerator)
         if shards_parameters(self.accelerator):
             check_sharding(self.accelerator, self.model, teacher_model)
             leave_outputs_alone(self.accelerator)
