@@ -56,6 +56,13 @@ def test_what_lies_beside_the_recipe_comes_first() -> None:
     assert [run.samples_of(name) for name in run.eval_data] == [2, 3, 4]
 
 
+def test_an_adapter_on_the_students_weights_lies_beside_the_recipe_too() -> None:
+    written("recipes/runs/lora/adapter_config.json")
+    assert recipe(teacher="adapter:runs/lora").run.teacher == "adapter:recipes/runs/lora"
+    assert recipe(teacher="adapter:elsewhere").run.teacher == "adapter:elsewhere"
+    assert recipe("--teacher", "adapter:runs/lora").run.teacher == "adapter:runs/lora"
+
+
 def test_then_the_current_directory() -> None:
     written("data.jsonl")
     assert recipe(train_data="data.jsonl", eval_data="data.jsonl").run.train_data == "data.jsonl"
@@ -70,7 +77,8 @@ def test_files_of_the_trainer_are_looked_for_too_and_what_a_run_wrote_is_not() -
 
 
 @pytest.mark.parametrize(
-    ("key", "name"), [("student", "smollm2-135m"), ("eval_data", "gsm8k"), ("chat_template", "plain")]
+    ("key", "name"),
+    [("student", "smollm2-135m"), ("teacher", "base"), ("eval_data", "gsm8k"), ("chat_template", "plain")],
 )
 def test_a_name_is_no_path_whatever_lies_beside_the_recipe(key: str, name: str) -> None:
     (Path("recipes") / name).mkdir()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trb
 from trb.cli.display import message, new_console
-from trb.cli.outline import outline
+from trb.cli.outline import outlined_pair
 from trb.errors import InputError
 from trb.safety.untrusted import printable
 
@@ -192,7 +192,9 @@ def _memory_bytes() -> int:
 
 
 def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
+    from trb.models.sharing import is_shared
     from trb.studies.material import load_tokenizers
+    from trb.studies.shared import doubts_of_base, trains_own_adapter
     from trb.training.doubts import of_pair, of_rate
     from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
 
@@ -207,7 +209,7 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
     yield from _check_template(run, args, tokenizer, teacher_tokenizer)
     try:
         with recipe.places.told():
-            student, teacher = outline(run, "student"), outline(run, "teacher")
+            student, teacher = outlined_pair(run)
         used = max(tokenizer.get_vocab().values()) + 1
         rows = head_rows(student), head_rows(teacher)
         check_heads(*rows, used)
@@ -216,6 +218,9 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         return
     same = "" if rows[0] == rows[1] else f": blended and scored on the {min(rows)} both have"
     yield Check("ok", "heads", f"student {rows[0]} rows, teacher {rows[1]}, tokenizer uses {used}{same}")
+    if is_shared(run.teacher):
+        yield _check_shared(run, args, launch, student, teacher)
+        yield from (Check("warn", *doubt) for doubt in doubts_of_base(run))
     try:
         stops = stop_token_ids(student, tokenizer), stop_token_ids(teacher, teacher_tokenizer)
         shared = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
@@ -230,7 +235,8 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
     )
     yield from (Check("warn", *doubt) for doubt in of_pair(student, teacher, same=_same_files(run)))
     if has_lengths:  # a bare pair has no recipe that says how long its sequences are
-        yield from (Check("warn", *doubt) for doubt in of_rate(args, student, adapters=bool(run.lora_rank)))
+        adapters = bool(run.lora_rank) or trains_own_adapter(run)
+        yield from (Check("warn", *doubt) for doubt in of_rate(args, student, adapters=adapters))
         yield from _check_prompts(run, args)
         yield _check_lengths(run, args, student, teacher)
         yield _check_memory(run, args, launch, student, teacher)
@@ -249,10 +255,30 @@ def _check_template(
     yield from found or [Check("ok", "chat template", run.chat_template or "present")]
 
 
+def _check_shared(
+    run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
+) -> Check:
+    """Of a teacher on the student's weights: how many of its weights are its own, and what cannot be had with it."""
+    from trb.models.sharing import own_weights
+
+    remedy = "Name the base model as the teacher, which takes its memory a second time"
+    if launch.sharded:
+        return Check("fail", "one set of weights", "FSDP and ZeRO-3 divide what the teacher stands on", remedy)
+    if args.use_vllm:
+        return Check("fail", "one set of weights", "use_vllm changes what the teacher stands on at each step", remedy)
+    count = sum(weight.numel() for _, weight in own_weights(teacher, student))
+    own = f"and {count / 1e6:.2f} million of its own" if count else "and none of its own"
+    return Check("ok", "one set of weights", f"{run.teacher} has the student's, {own}")
+
+
 def _same_files(run: "RunConfig") -> bool:
     """Whether student and teacher have the same weights on disk: files of the same sizes, beginnings and ends."""
     from trb.models.loading import resolve
+    from trb.models.sharing import BASE, is_shared
+    from trb.studies.shared import trains_own_adapter
 
+    if is_shared(run.teacher):
+        return run.teacher == BASE and not trains_own_adapter(run)  # an adapter begins as nothing
     if run.student_keep_layers is not None:
         return False
     files = []

@@ -57,7 +57,7 @@ class _Pair:
 
 def draft(student: str, teacher: str, data: str) -> list[list[Line]]:
     """The lines of a recipe, in paragraphs. Raises what loading the tokenizers, the prompts and the models raises."""
-    from trb.cli.outline import outline
+    from trb.cli.outline import outlined_pair
     from trb.studies.keys import RunConfig
     from trb.studies.material import load_tokenizers
     from trb.tasks.prompts import load_prompts
@@ -66,7 +66,7 @@ def draft(student: str, teacher: str, data: str) -> list[list[Line]]:
     if not load_tokenizers(run)[0].chat_template:
         run.chat_template = "plain"
     tokenizer, _ = load_tokenizers(run)
-    pair = _Pair(outline(run, "student"), outline(run, "teacher"))
+    pair = _Pair(*outlined_pair(run))
     rows = load_prompts(data, limit=None if data.startswith(GENERATED) else READ)
     models = [
         Line("student", student, f"{_in_millions(pair.student_size)} parameters"),

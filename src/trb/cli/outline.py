@@ -14,15 +14,30 @@ if TYPE_CHECKING:
 
     from trb.studies.keys import RunConfig
 
-__all__ = ["outline"]
+__all__ = ["outlined_pair"]
 
 
-def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrainedModel":
-    """A model without weights: what it would be, without the memory to load it.
+def outlined_pair(run: "RunConfig", *, weights: bool = True) -> "tuple[PreTrainedModel, PreTrainedModel]":
+    """Student and teacher without weights; a teacher on the student's weights has those of the outline.
 
     With `weights=False` a directory that holds only a config.json will do, and the models of our recipes are known
     (`trb.planning.shapes`).
     """
+    from trb.models.sharing import adapter_directory, is_shared, shared_teacher
+    from trb.studies.material import load_pair
+    from trb.studies.shared import check_shared, trains_own_adapter
+
+    check_shared(run)
+    if not is_shared(run.teacher):
+        return outline(run, "student", weights=weights), outline(run, "teacher", weights=weights)
+    if adapter_directory(run.teacher) is not None or trains_own_adapter(run):
+        return load_pair(run, for_training=True)
+    student = outline(run, "student", weights=weights)
+    return student, shared_teacher(student, run.teacher)
+
+
+def outline(run: "RunConfig", role: str, *, weights: bool = True) -> "PreTrainedModel":
+    """One of the two, where it has weights of its own."""
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig

@@ -44,7 +44,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
     """Print the plan of a recipe; 1 if it does not fit."""
-    from trb.cli.outline import outline
+    from trb.cli.outline import outlined_pair
     from trb.planning import Layout, Shape, find_machine, make_plan
 
     machine, args = find_machine(arguments.machine), recipe.training_config("unused")
@@ -58,7 +58,7 @@ def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
             teacher_sharded=arguments.shard_teacher or args.teacher_sharded,
             eager_sampling=arguments.eager_sampling,
         )
-    student, teacher = (outline(recipe.run, role, weights=False) for role in ("student", "teacher"))
+    student, teacher = outlined_pair(recipe.run, weights=False)
     pair = pair_of(recipe.run, args, student, teacher)
     work = work_of(
         recipe.run,

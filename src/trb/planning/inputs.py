@@ -126,7 +126,7 @@ class Pair:
 
     Attributes:
         student: a causal LM; parameters that require no gradient are not trained.
-        teacher: the same, frozen.
+        teacher: the same, frozen; parameters that are also the student's are counted once.
         student_dtype: of the student's own weights, a name of `trb.models.memory.DTYPES`.
         teacher_dtype: of the teacher's.
         compute_dtype: of the forward pass under autocast; None for the student's own.

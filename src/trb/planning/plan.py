@@ -8,6 +8,7 @@ from typing import Any
 from trb.losses.chunked import default_chunk_tokens
 from trb.models.memory import activation_entries
 from trb.models.modeling import length_groups
+from trb.models.sharing import own_weights
 from trb.planning.inputs import (
     Layout,
     Pair,
@@ -97,6 +98,8 @@ class _Planner:
         self.pair, self.work, self.layout, self.machine = pair, work, layout, machine
         self.student, self.teacher = Shape.of(pair.student), Shape.of(pair.teacher)
         self.teacher_bytes, self.teacher_weight_bytes = pair.teacher_bytes, pair.teacher_weight_bytes
+        # Fewer than all where the teacher stands on the student's weights.
+        self.teacher_own = sum(weight.numel() for _, weight in own_weights(pair.teacher, pair.student))
         self.local = rollouts_of_a_rank(work, layout)
         self.length = work.prompt + work.completion
         self.vocabulary = min(self.student.vocabulary, self.teacher.vocabulary)
@@ -163,11 +166,15 @@ class _Planner:
         if self.layout.sharded and not self.engine:
             found["sampling replica"] = pair.replica_bytes * student.parameters
         divided = self.teacher.parameters - self.teacher.head if self._teacher_divided() else 0
-        found["teacher's weights"] = self.teacher_weight_bytes * (self.teacher.parameters - divided + divided / ranks)
+        found["teacher's weights"] = self.teacher_weight_bytes * (self.teacher_own - divided + divided / ranks)
         return found
 
+    @property
+    def _shared(self) -> bool:
+        return self.teacher_own < self.teacher.parameters
+
     def _teacher_divided(self) -> bool:
-        return self.layout.teacher_sharded and (self.engine or self.work.kl_budget == 0)
+        return not self._shared and self.layout.teacher_sharded and (self.engine or self.work.kl_budget == 0)
 
     def _sampling_memory(self, block: int) -> dict[str, float]:
         """What sampling in process adds."""
@@ -391,6 +398,12 @@ class _Planner:
 
     def _problems(self, plan: Plan) -> list[str]:
         found = []
+        if self._shared and (self.layout.sharded or self.engine):
+            what = "vLLM has" if self.engine else "sharding divides"
+            found.append(
+                f"the teacher stands on the student's weights, which {what} in a way of its own: leave them where they "
+                "are (--strategy ddp, --engine in-process), or give the teacher weights of its own"
+            )
         for phase, parts in plan.memory.items():
             needed = sum(parts.values())
             if needed > self.machine.usable:

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from trb.errors import did_you_mean, named
 from trb.models.memory import DTYPES
 from trb.models.quantization import QUANTIZATIONS
+from trb.models.sharing import is_shared
 from trb.records import EVALS, EVALUATIONS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
@@ -66,6 +67,8 @@ _RESERVED_NAMES = ("student", "teacher", "provenance", EVALUATIONS)
 
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
+_FLOAT32 = "float32"
+
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
@@ -86,7 +89,10 @@ class RunConfig:
         metadata={"help": "Model to train: zoo:student, smollm2-135m, a directory or a hub id (owner/name)."}
     )
     teacher: str = field(
-        metadata={"help": "Model to learn from, with the student's tokenizer; written the same way, or an adapter."}
+        metadata={
+            "help": "Model to learn from, with the student's tokenizer; written the same way, or an adapter. With "
+            "lora_rank also base, the student without its adapter, or adapter:DIR, with another: on the same weights."
+        }
     )
     train_data: str = field(
         metadata={"help": "Prompts: zoo:chains, reasoning-gym:TASK, a .jsonl or .parquet file, or a hub name."}
@@ -96,8 +102,8 @@ class RunConfig:
     student_keep_layers: int | None = _option(
         None, "Prune the student to so many layers before training: 3/5 of them from its front, the rest from its end."
     )
-    student_dtype: str = _option("float32", f"The student's weights: {', '.join(DTYPES)}. AdamW wants float32.")
-    teacher_dtype: str = _option("float32", f"The teacher's weights: {', '.join(DTYPES)}.")
+    student_dtype: str = _option(_FLOAT32, f"The student's weights: {', '.join(DTYPES)}. AdamW wants float32.")
+    teacher_dtype: str = _option(_FLOAT32, f"The teacher's weights: {', '.join(DTYPES)}.")
     teacher_quantization: str | None = _option(
         None, f"Quantise the teacher's layers while it is loaded: {', '.join(QUANTIZATIONS)}."
     )
@@ -170,6 +176,7 @@ class RunConfig:
         for name in ("reward_timeout_s", "eval_temperature", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must be positive")
+        self._check_shared()
         self._check_samples()
         for name in self.methods:
             if not is_method_name(name):
@@ -177,6 +184,22 @@ class RunConfig:
                     f"methods: {name!r} cannot name a directory of results; use letters, digits, '.', '_' and '-', "
                     f"and none of {', '.join(_RESERVED_NAMES)}"
                 )
+
+    def _check_shared(self) -> None:
+        """A teacher on the student's weights has nothing of its own to say about them."""
+        if not is_shared(self.teacher):
+            return
+        names = ("teacher_revision", "teacher_trust_remote_code", "teacher_quantization")
+        told = {name: getattr(self, name) for name in names}
+        if self.teacher_dtype not in (_FLOAT32, self.student_dtype):
+            told["teacher_dtype"] = self.teacher_dtype
+        for name, value in told.items():
+            if value:
+                raise ConfigError(
+                    f"{name} is {value!r}, and the teacher ({self.teacher}) stands on the student's weights: leave "
+                    f"{name} out; what is said of the student holds for both"
+                )
+        self.teacher_dtype = self.student_dtype
 
     def _check_samples(self) -> None:
         if not isinstance(self.eval_samples, dict):

@@ -20,9 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trb.errors import InputError, calls
 from trb.models.chats import rendered_text
 from trb.models.loading import load_model, load_tokenizer, take_template
+from trb.models.modeling import has_adapters
+from trb.models.sharing import adapter_directory, is_shared, shared_teacher
 from trb.records import CONFIG, MODEL, TRAINER_STATE
 from trb.safety.templates import CONVERSATIONS, PLAIN_TEMPLATE
 from trb.studies.keys import RunConfig
+from trb.studies.shared import check_shared, doubts_of_base, trains_own_adapter
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
@@ -105,13 +108,19 @@ def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrained
         ValueError: the two are different tokenizers.
         RunDirectoryError: one of them lies in a run or a checkpoint that is damaged (`check_seal`).
     """
-    for spec in dict.fromkeys((run.student, run.teacher)):
+    check_shared(run)
+    shared = is_shared(run.teacher)
+    directory = adapter_directory(run.teacher) if shared else None
+    for spec in dict.fromkeys((run.student, run.teacher if directory is None else str(directory))):
         check_seal(spec)
     student = load_tokenizer(
         run.student, trust_remote_code=run.student_trust_remote_code, revision=run.student_revision
     )
+    role = "student" if shared else "teacher"
     teacher = load_tokenizer(
-        run.teacher, trust_remote_code=run.teacher_trust_remote_code, revision=run.teacher_revision
+        getattr(run, role),
+        trust_remote_code=getattr(run, f"{role}_trust_remote_code"),
+        revision=getattr(run, f"{role}_revision"),
     )
     check_same_tokenizer(student, teacher)
     if run.chat_template == "teacher":
@@ -163,20 +172,27 @@ def check_seal(spec: str) -> None:
 
 
 def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedModel:
-    """The student, pruned where the recipe says so. An adapter stays apart from its base, but for training."""
-    return load_model(
+    """The student, pruned where the recipe says so. An adapter stays apart from its base, but for training; then too
+    where the teacher stands on that base, and it is the adapter that is trained."""
+    student = load_model(
         run.student,
         dtype=run.student_dtype,
         trust_remote_code=run.student_trust_remote_code,
         revision=run.student_revision,
         keep_layers=run.student_keep_layers,
-        merge_adapter=for_training,
+        merge_adapter=for_training and not is_shared(run.teacher),
     )
+    if for_training and has_adapters(student):
+        peft: Any = student
+        peft.set_adapter(peft.active_adapter)  # which loading has frozen
+    return student
 
 
 def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The student and the teacher; see `load_student`."""
     student = load_student(run, for_training=for_training)
+    if is_shared(run.teacher):
+        return student, shared_teacher(student, run.teacher)
     teacher = load_model(
         run.teacher,
         dtype=run.teacher_dtype,
@@ -211,8 +227,9 @@ def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> 
     vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
     if args.process_index == 0 and doubtful:
         doubts.warn(doubts.of_pair(student, teacher))
+        doubts.warn(doubts_of_base(run))
         doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, teacher))
-        doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank)))
+        doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank) or trains_own_adapter(run)))
         doubts.warn(chat_doubts(run, args, tokenizer, teacher_tokenizer, prompts))
         doubts.warn(prompt_doubts(prompts, tokenizer, args))
     return Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)

@@ -14,6 +14,7 @@ from typing import Any
 
 from trb.errors import TrbError
 from trb.models.directories import BUILT_IN
+from trb.models.sharing import ADAPTER, BASE
 from trb.studies.shipped import RECIPES
 from trb.tasks.evaluation import BENCHMARKS
 from trb.tasks.sources import REASONING_GYM
@@ -23,7 +24,7 @@ __all__ = ["Places"]
 # The last three are files of TRL and transformers; a mapping in their place is no path.
 _PATHS = ("student", "teacher", "train_data", "chat_template", "deepspeed", "fsdp_config", "accelerator_config")
 
-_NAMES = (*BUILT_IN, *BENCHMARKS)
+_NAMES = (*BUILT_IN, *BENCHMARKS, BASE)
 _TEMPLATES = ("student", "teacher", "plain")  # what chat_template may be beside a path
 _GENERATORS = ("zoo:", REASONING_GYM)
 
@@ -94,6 +95,8 @@ class Places:
 
     def _place(self, value: Any) -> Any:
         """A path beside the recipe where there is one; else the value as it was written."""
+        if isinstance(value, str) and value.startswith(ADAPTER):
+            return ADAPTER + self._place(value.removeprefix(ADAPTER))
         if not isinstance(value, str) or not value or value in _NAMES or value.startswith(_GENERATORS):
             return value
         if os.path.isabs(os.path.expanduser(value)):

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trb.errors import InputError
+from trb.models.adapters import adapter_base
+from trb.models.sharing import is_shared
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.safety.files import finite
@@ -257,6 +259,11 @@ class _Settings:
         tokenizer, teacher_tokenizer = load_tokenizers(run)
         sets = problem_sets(run)
         if self.student != run.student:
+            if is_shared(run.teacher) and adapter_base(self.student) is None:
+                raise ConfigError(
+                    f"{self.student} is a whole model, and the teacher ({run.teacher}) is what is under an adapter of "
+                    "the student: pass a run that has trained one, or set teacher to a model of its own"
+                )
             run = replace(run, student=self.student, student_revision=None)
         student, teacher = (model.to(self.device) for model in load_pair(run))  # type: ignore[arg-type]
         subject = Subject(
