@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrained
     if run.chat_template == "teacher":
         if not teacher.chat_template:
             raise ConfigError(f"chat_template is 'teacher', and the tokenizer of {run.teacher} has none")
-        student.chat_template = teacher.chat_template
+        take_template(student, run.teacher, cast(Any, teacher.chat_template))
     elif run.chat_template not in (None, "student"):
         take_template(student, str(run.chat_template), _template(str(run.chat_template)))
     return student, teacher
