@@ -11,6 +11,7 @@ import pytest
 from hostile_helpers import canary, each, within
 
 from trb.errors import InputError
+from trb.safety.confinement import permitted_environment
 from trb.tasks.grading import Verifier
 
 WANTED = 48151623
@@ -261,6 +262,38 @@ QUICK = ("sleep", "output without end", "memory at once", "a crash", "a long ans
 @each("program", slow_ones=TAKING.keys() - set(QUICK), **TAKING)
 def test_a_program_that_takes(folder: Path, runner: Verifier, program: str) -> None:
     attempt(runner, program)
+
+
+# ---- what the user's environment says ----
+
+
+def test_assertions_count_whatever_the_environment_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    problem = row("x = f(1)\nassert x == 2")
+    with Verifier(timeout_s=20.0) as verifier:
+        assert verifier.score(["f = lambda x: 2", "f = lambda x: 1"], [problem] * 2) == [1.0, 0.0]
+
+
+def test_no_secret_has_the_name_of_a_setting(folder: Path) -> None:
+    """Only begins with it."""
+    names = [
+        "LANGCHAIN_API_KEY",
+        "TEMPORAL_API_KEY",
+        "HOMEBREW_GITHUB_API_TOKEN",
+        "LD_SDK_KEY",
+        "PYTHONANYWHERE_API_TOKEN",
+    ]
+    settings = {
+        "PATH": "a",
+        "HOME": "b",
+        "LANG": "c",
+        "LC_ALL": "d",
+        "LD_LIBRARY_PATH": "e",
+        "PYTHONPATH": "f",
+        "TMPDIR": "g",
+    }
+    kept = permitted_environment({**dict.fromkeys(names, "1"), **settings})
+    assert settings.items() <= kept.items() and not kept.keys() & names
 
 
 # ---- tests that others wrote ----

@@ -15,6 +15,7 @@ system-call filters are stronger, and their use is up to whoever runs this packa
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
@@ -188,11 +189,15 @@ def limit_resources(memory_limit_mb: int, *, seconds: int | None = None) -> bool
     return "RLIMIT_AS" in done
 
 
-# Prefixes of what Python and the libraries below need to start. Anything else may be a secret (HF_TOKEN, ...).
-_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_", "LD_", "DYLD_", "PYTHON", "TEMP", "TMP", "SYSTEMROOT", "TZ", "VIRTUAL_")
+# What Python and the libraries below need to start. Anything else may be a secret (HF_TOKEN, ...), and so may what only
+# begins like one of these (LANGCHAIN_API_KEY, TEMPORAL_API_KEY, ...).
+_ENVIRONMENT = re.compile(
+    "PATH|PATHEXT|HOME|LANG|LANGUAGE|LC_[A-Z]+|TEMP|TMP|TMPDIR|SYSTEMROOT|TZ|TZDIR|VIRTUAL_ENV|PYTHON[A-Z0-9]+"
+    "|(DY)?LD_([A-Z_]+_PATH|PRELOAD|INSERT_LIBRARIES)"
+)
 
 
 def permitted_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that a confined process gets to see."""
-    kept = {name: value for name, value in environment.items() if name.upper().startswith(_ENVIRONMENT)}
+    kept = {name: value for name, value in environment.items() if _ENVIRONMENT.fullmatch(name.upper())}
     return kept | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # it takes no cores from the run
