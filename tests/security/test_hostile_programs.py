@@ -211,6 +211,9 @@ ACTING = {
     "outlives its parent": "import ctypes; assert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0",
     "shares memory": "os.memfd_create('x')",
     "imports what is not there": "import wave",
+    # As root, other advice takes pages from the machine for good (MADV_HWPOISON).
+    "advises on memory": "import ctypes; assert ctypes.CDLL(None).madvise(None, 0, 0) == 0",
+    "closes what it has": "os.close(0)",
 }
 
 
@@ -315,10 +318,44 @@ def test_tests_that_are_none(folder: Path, runner: Verifier, metadata: str) -> N
     assert runner.score([HONEST], [EXPECTING]) == [1.0]
 
 
+# Native code that returns from a signal that never came, to a mask that blocks them all, and sleeps. For x86-64: on
+# other machines it is a crash.
+BLOCKING = """
+import ctypes, struct
+libc = ctypes.CDLL(None)
+libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, *[ctypes.c_long] * 5]
+page = libc.mmap(None, 8192, 7, 0x22, -1, 0)
+code = bytes.fromhex("4889fc b80f000000 0f05 b823000000 0f05 ebf7")
+frame, rip, eflags, segments, mask = bytearray(304), page + 10, 0x202, 0x33 | 0x2B << 48, 2**64 - 1
+for place, word in {0: 6, 104: page + 8000, 168: rip, 176: eflags, 184: segments, 296: mask}.items():
+    struct.pack_into("Q", frame, place, word)
+for place, part in (0, code), (4096, bytes(frame)), (8000, struct.pack("QQ", 10**6, 0)):
+    ctypes.memmove(page + place, part, len(part))
+ctypes.CFUNCTYPE(None, ctypes.c_void_p)(page)(page + 4096)
+"""
+
+
 @each(
-    "act", writes=ACTING["writes"], forks=ACTING["forks"], connects=ACTING["opens a socket"], hangs="while True: pass"
+    "act",
+    writes=ACTING["writes"],
+    forks=ACTING["forks"],
+    connects=ACTING["opens a socket"],
+    hangs="while True: pass",
+    blocks_its_end=BLOCKING,
+    speaks_nonsense="os.write(3, b'\\0\\0\\0\\5[[[[[')",
+    speaks_nested="os.write(3, b'\\0\\1\\0\\0' + b'[' * 2**16)",
+    speaks_without_end="while True: os.write(3, b'\\xff' * 2**16)",
 )
 def test_tests_that_act(folder: Path, runner: Verifier, act: str) -> None:
     """They say what is right, and can do no more than that."""
     test = act.replace("CANARY", str(canary(folder)))
     attempt(runner, "def f(x): return 1", row("import os", test, "assert f(1) == 1"))
+
+
+def test_tests_that_stay_after_their_verdict(folder: Path, runner: Verifier) -> None:
+    """A set of such rows would have as many processes at once as it has rows."""
+    said = json.dumps({"passed": True, "lost": False, "unusable": ""}).encode()
+    says = f"import os\nos.write(3, {len(said).to_bytes(4, 'big') + said})"
+    runner.score(["f = abs"], [row(says, "try: os.close(3)\nexcept OSError: pass", "f(1)\nwhile True: pass")])
+    server = psutil.Process(runner._programs._server._process.pid)  # type: ignore[union-attr]
+    assert psutil.wait_procs(server.children(recursive=True), timeout=0.3)[1] == []

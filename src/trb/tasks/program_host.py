@@ -142,6 +142,7 @@ _ATTEMPTS: dict[str, Callable[[], Any]] = {
 }
 
 
+    "hide that it is there": lambda: os.close(0),
 def _is_refused(attempt: Callable[[], Any]) -> bool:
     try:
         attempt()

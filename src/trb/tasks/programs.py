@@ -32,6 +32,7 @@ STARTUP_LIMIT_S = 120.0
 PATIENCE_S = 30.0  # beyond what the kernel grants a program, before the server is given up
 MOST_AT_ONCE = 8
 MEMORY_MB = 512  # of a program, and of its tests; less where the caller allows less
+MAX_SAID = 2**16  # bytes of a judge, whose tests may write to its socket, too
 
 _BOOT = "import json, sys; path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; \
 from trb.tasks.program_host import serve; serve(*limits)"
@@ -118,30 +119,32 @@ class _Judge:
             connection.sendall(message)
 
     def listen(self) -> bool:
-        """Whether it is over, after reading what there is to read."""
+        """Whether its process has ended, after reading what there is to read. A verdict alone may come from tests."""
         part = b""
         with contextlib.suppress(ConnectionResetError):
-            part = self.socket.recv(2**16)
-        self._said += part
-        *_, last = messages = [None, *_frames(self._said)]
-        if part and not isinstance(last, dict):
+            part = self.socket.recv(MAX_SAID)
+        self._said = (self._said + part)[:MAX_SAID]
+        if part:
             return False
-        if len(messages) == 1:
-            raise OperationError("a program could not be started: the system has no process or memory left for it")
-        if isinstance(last, dict) and last["unusable"]:
-            raise InputError(f"a row of 'python' has unusable tests: {last['unusable']}")
-        if isinstance(last, dict) and not last["lost"]:
-            self.outcome = "passed" if last["passed"] else "failed"
-        else:
-            self.outcome = "timeout" if time.monotonic() - self._began >= self._timeout_s else "crash"
+        match _frames(self._said):
+            case []:
+                raise OperationError("a program could not be started: the system has no process or memory left for it")
+            case ["ready", {"unusable": str(problem)}] if problem:
+                raise InputError(f"a row of 'python' has unusable tests: {problem}")
+            case ["ready", {"passed": bool(passed), "lost": False}]:
+                self.outcome = "passed" if passed else "failed"
+            case _:
+                self.outcome = "timeout" if time.monotonic() - self._began >= self._timeout_s else "crash"
         return True
 
 
 def _frames(data: bytes) -> list[Any]:
+    """The messages up to the first that is none."""
     found = []
-    while len(data) >= 4 and len(data) >= (end := 4 + int.from_bytes(data[:4], "big")):
-        found.append(json.loads(data[4:end]))
-        data = data[end:]
+    with contextlib.suppress(ValueError, RecursionError):
+        while len(data) >= 4 and len(data) >= (end := 4 + int.from_bytes(data[:4], "big")):
+            found.append(json.loads(data[4:end]))
+            data = data[end:]
     return found
 
 
