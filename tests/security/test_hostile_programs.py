@@ -1,6 +1,7 @@
 """Programs made to pass tests that they do not solve, to outlast them, or to do anything else than compute."""
 
 import json
+import socket
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ import psutil
 import pytest
 from hostile_helpers import canary, each, within
 
-from trb.errors import InputError
+from trb.errors import InputError, OperationError
 from trb.safety.confinement import permitted_environment
+from trb.tasks import programs
 from trb.tasks.grading import Verifier
 
 WANTED = 48151623
@@ -267,6 +269,22 @@ def test_a_program_that_takes(folder: Path, runner: Verifier, program: str) -> N
     attempt(runner, program)
 
 
+def test_a_program_longer_than_its_tests_leave_room_for(folder: Path, runner: Verifier) -> None:
+    """It fails; the run does not."""
+    problem = row("#" * 3_900_000, "assert f(1) == 1")
+    assert runner.score(["f = abs"], [problem]) == [1.0]
+    attempt(runner, "f = abs\nx = '" + "\1" * 99_000 + "'", problem)
+
+
+def test_a_program_goes_before_the_run_where_memory_ends(folder: Path) -> None:
+    server = programs._Server(20.0, programs.MEMORY_MB)
+    with server.new_judge() as judge:
+        assert judge.recv(100).endswith(b'"ready"')
+        confined = psutil.Process(server._process.pid).children(recursive=True)
+        assert [Path(f"/proc/{it.pid}/oom_score_adj").read_text() for it in confined] == ["1000\n"] * 2
+    server.stop()
+
+
 # ---- what the user's environment says ----
 
 
@@ -297,6 +315,36 @@ def test_no_secret_has_the_name_of_a_setting(folder: Path) -> None:
     }
     kept = permitted_environment({**dict.fromkeys(names, "1"), **settings})
     assert settings.items() <= kept.items() and not kept.keys() & names
+
+
+# ---- what ends or refuses the processes that run them ----
+
+
+def test_a_server_that_is_ended_costs_no_program_its_point(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the machine's memory ends: nobody knows what its programs would have scored."""
+    heard = programs._heard
+    runner = programs.Programs(20.0)
+
+    def ended(judges: Any) -> Any:
+        (judge,) = judges
+        judge.recv(1, socket.MSG_PEEK)  # it is ready: this is no program that could not be started
+        monkeypatch.setattr(programs, "_heard", heard)
+        runner._server._process.kill()  # type: ignore[union-attr]
+        return heard(judges)
+
+    monkeypatch.setattr(programs, "_heard", ended)
+    job = {"readings": ["while True: pass"], "prefix": "", "setup": "", "entry_points": ["f"], "reference": ""}
+    with pytest.raises(OperationError, match="ended from outside"):
+        runner.run([{**job, "tests": ["f()"]}])
+
+
+def test_a_confinement_that_is_refused_at_once_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = "from trb.tasks.program_host import serve"
+    refuse = "from trb.tasks import program_host as host; from trb.errors import OperationError as E; \
+host.die_with_parent = lambda *_: (_ for _ in ()).throw(E('not here'))"
+    monkeypatch.setattr(programs, "_BOOT", programs._BOOT.replace(begin, f"{refuse}; {begin}"))
+    with Verifier() as verifier, pytest.raises(OperationError, match="not here"):
+        verifier.score([HONEST], [EXPECTING])
 
 
 # ---- tests that others wrote ----

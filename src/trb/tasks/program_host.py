@@ -90,6 +90,8 @@ def _confine(kept: list[int], parent: int, seconds: float, memory_limit_mb: int)
     from fcntl import F_DUPFD, fcntl
 
     die_with_parent(parent, signal.SIGKILL)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # where the machine's memory ends, this ends first, and not the run
     high = [fcntl(descriptor, F_DUPFD, 64) for descriptor in (os.open(os.devnull, os.O_RDWR), *kept)]
     for low, descriptor in enumerate([high[0], high[0], *high]):  # 0, 1, 2: nowhere
         os.dup2(descriptor, low)
@@ -124,9 +126,10 @@ def _as_trial(descriptor: int, server: int, timeout_s: float, memory_limit_mb: i
         done = [name for name, attempt in _ATTEMPTS.items() if not _is_refused(attempt)]
         channel.send("a confined process can " + ", ".join(done) if done else "")
     except OperationError as error:
-        for place in (descriptor, 3):  # before and after it was moved
+        for place in (descriptor, 3):  # before or after it was moved; before, 3 is the server's
             with contextlib.suppress(LostError):
                 Channel(place).send(str(error))
+                break
     finally:
         os._exit(0)
 
@@ -139,10 +142,10 @@ _ATTEMPTS: dict[str, Callable[[], Any]] = {
     "send a signal": lambda: os.kill(os.getppid(), 0),
     "ignore a signal": lambda: signal.signal(signal.SIGALRM, signal.SIG_IGN),
     "put off its end": lambda: signal.setitimer(signal.ITIMER_REAL, 0),
+    "hide that it is there": lambda: os.close(0),
 }
 
 
-    "hide that it is there": lambda: os.close(0),
 def _is_refused(attempt: Callable[[], Any]) -> bool:
     try:
         attempt()

@@ -34,6 +34,8 @@ MOST_AT_ONCE = 8
 MEMORY_MB = 512  # of a program, and of its tests; less where the caller allows less
 MAX_SAID = 2**16  # bytes of a judge, whose tests may write to its socket, too
 
+_TOO_LONG = b""  # instead of a program that does not fit beside its tests
+
 _BOOT = "import json, sys; path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; \
 from trb.tasks.program_host import serve; serve(*limits)"
 
@@ -64,11 +66,11 @@ class Programs:
     def run(self, jobs: Sequence[Mapping[str, Any]]) -> list[str]:
         """Equal jobs, which a good model writes many of, are run once.
 
-        Raises ValueError for a job too large or whose tests are none, OperationError where it cannot be confined.
+        Raises ValueError for tests too large or none, OperationError where it cannot be confined.
         """
         messages = [_message(job) for job in jobs]
-        waiting = list(dict.fromkeys(messages))[::-1]
-        outcomes: dict[bytes, str] = {}
+        outcomes = {_TOO_LONG: "failed"}
+        waiting = [message for message in dict.fromkeys(messages) if message not in outcomes][::-1]
         judges: dict[socket.socket, _Judge] = {}
         try:
             while waiting or judges:
@@ -76,6 +78,8 @@ class Programs:
                     judge = _Judge(waiting.pop(), self._running_server().new_judge(), self._timeout_s)
                     judges[judge.socket] = judge
                 for judge in _heard(judges):
+                    if judge.outcome == "crash" and not self._server_lives():
+                        raise OperationError("the process that runs programs was ended from outside")
                     outcomes[judge.message] = judge.outcome
                     judges.pop(judge.socket).socket.close()
         except BaseException:
@@ -92,6 +96,9 @@ class Programs:
             self._finalizer()
         self._server = self._finalizer = None
 
+    def _server_lives(self) -> bool:
+        return self._server is not None and self._server.alive()
+
     def _running_server(self) -> "_Server":
         if self._server is None or not self._server.alive():
             self.close()
@@ -103,7 +110,10 @@ class Programs:
 def _message(job: Mapping[str, Any]) -> bytes:
     data = json.dumps(job, ensure_ascii=False).encode(errors="surrogatepass")
     if len(data) > MAX_MESSAGE:
-        raise InputError(f"a program and its tests take {len(data)} bytes, more than the limit of {MAX_MESSAGE}")
+        if not job["readings"]:
+            raise InputError(f"the tests of a program take {len(data)} bytes, more than the limit of {MAX_MESSAGE}")
+        _message({**job, "readings": []})
+        return _TOO_LONG
     return len(data).to_bytes(4, "big") + data
 
 
