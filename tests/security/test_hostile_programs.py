@@ -143,6 +143,22 @@ def test_a_program_that_forges_its_success(folder: Path, runner: Verifier, progr
     attempt(runner, program)
 
 
+# What is wrong, and would be right if it lost something on its way to the test.
+LOSING = {
+    "halves of a character": ("'\U0001f600'", "'\\ud83d\\ude00'"),
+    "order": ("OrderedDict(a=1, b=2)", "OrderedDict(b=2, a=1)"),
+    "order inside": ("[OrderedDict(a=1, b=2)]", "[OrderedDict(b=2, a=1)]"),
+}
+
+
+@each("values", **LOSING)
+def test_a_program_that_returns_nearly_the_same(folder: Path, runner: Verifier, values: tuple[str, str]) -> None:
+    right, wrong = (f"from collections import OrderedDict\ndef f(x): return {value}" for value in values)
+    problem = row(f"from collections import OrderedDict\nassert f(1) == {values[0]}")
+    assert runner.score([right], [problem]) == [1.0]
+    attempt(runner, wrong, problem)
+
+
 # In HumanEval's form, with a helper that the problem gives.
 CHECK = "def check(candidate):\n    assert abs(half(candidate(3)) - 3) < 1e-6\n    assert candidate(4) == 8\ncheck(f)"
 HELPED = row(

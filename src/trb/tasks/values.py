@@ -7,7 +7,7 @@ comparison stays where it is, and only its number is sent. A message has a lengt
 import datetime
 import json
 import os
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from decimal import Decimal
 from fractions import Fraction
@@ -24,6 +24,8 @@ _MANY: dict[str, Callable[[Iterable[Any]], Any]] = {
     "frozenset": frozenset,
     "deque": deque,
 }
+# An order that counts in comparisons must not get lost.
+_MAPPINGS: dict[str, type[dict[Any, Any]]] = {"ordered": OrderedDict, "dict": dict}
 # Made again from a text or from whole numbers.
 _ATOMS: dict[type, tuple[str, Callable[[Any], list[Any]], Callable[..., Any]]] = {
     bytes: ("bytes", lambda it: [it.hex()], bytes.fromhex),
@@ -58,8 +60,9 @@ def pack(value: Any, refer: Callable[[Any], int]) -> Any:
     for kind in (list, tuple, set, frozenset, deque):
         if isinstance(value, kind):
             return [kind.__name__, *(pack(item, refer) for item in value)]
-    if isinstance(value, dict):
-        return ["dict", *(pack(part, refer) for item in value.items() for part in item)]
+    for name, mapping in _MAPPINGS.items():
+        if isinstance(value, mapping):
+            return [name, *(pack(part, refer) for item in value.items() for part in item)]
     if type(value) in _ATOMS:
         name, parts, _ = _ATOMS[type(value)]
         return [name, *parts(value)]
@@ -86,8 +89,8 @@ def unpack(data: Any, meant: Callable[[int], Any]) -> Any:
         if name in _MAKERS:
             return _MAKERS[name](*parts)
         items: Iterable[Any] = (unpack(part, meant) for part in parts)
-        if name == "dict":
-            return dict(zip(items, items, strict=True))
+        if name in _MAPPINGS:
+            return _MAPPINGS[name](zip(items, items, strict=True))
         return _MANY[name](items)
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise LostError(f"no value: {error}") from error
@@ -101,7 +104,8 @@ class Channel:
 
     def send(self, message: Any) -> None:
         """Raises LostError where nobody reads, ValueError for a message that is too long."""
-        data = json.dumps(message).encode()
+        # Not in ASCII, where two halves of a character would be read as one.
+        data = json.dumps(message, ensure_ascii=False).encode(errors="surrogatepass")
         if len(data) > MAX_MESSAGE:
             raise ValueError(f"a value of {len(data)} bytes is more than the limit of {MAX_MESSAGE}")
         rest = memoryview(len(data).to_bytes(4, "big") + data)
