@@ -208,11 +208,15 @@ def test_the_loss_reads_each_token_with_the_factors_it_was_sampled_with() -> Non
     assert [len(states) for states in rollout.teacher_hidden] == list(map(len, rollout.completions))
 
 
-def test_models_that_switch_at_different_lengths_are_refused() -> None:
-    other = longrope(1)
-    other.config.rope_parameters = {**other.config.rope_parameters, "original_max_position_embeddings": 7}
-    with pytest.raises(ValueError, match=r"different lengths: \[7, 12\]"):
-        draw(longrope(0), other)
+def test_models_that_switch_at_different_lengths_each_switch_at_their_own() -> None:
+    student, teacher = longrope(0), longrope(1)
+    teacher.config.rope_parameters = {**teacher.config.rope_parameters, "original_max_position_embeddings": 7}
+    teacher.config.original_max_position_embeddings = 7
+    assert (rope_switch(student), rope_switch(teacher)) == (12, 7)
+    wanted = expected(student, teacher)
+    assert wanted != expected(student, longrope(1))
+    for options in WAYS_OF_SAMPLING:
+        assert draw(student, teacher, **options).completions == wanted
 
 
 # --- attention that is neither sdpa nor eager ---------------------------------------------------

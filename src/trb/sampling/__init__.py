@@ -3,10 +3,12 @@
 Every sampler draws from the same law, with the same randomness; `method` chooses how the work is laid out.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, Unpack, cast
+from itertools import product
+from typing import Any, Protocol, TypeAlias, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -84,6 +86,7 @@ def sample(
     seed: int = 0,
     method: str = "speculative",
     block_size: int | str = "measured",
+    teacher_prompts: Sequence[Sequence[int]] | None = None,
     prompt_keys: Sequence[int] | None = None,
     rollout_index: Sequence[int] | None = None,
     begun: Sequence[Sequence[int]] | None = None,
@@ -95,7 +98,7 @@ def sample(
 ) -> Rollout:
     """Draw one completion per prompt, exactly from the policy's law at every prefix.
 
-    A row's completion is a function of (models, policy, seed, prompt, prompt key, rollout index) alone: not of the
+    A row's completion is a function of (models, policy, seed, prompts, prompt key, rollout index) alone: not of the
     other rows, of `max_rows`, or of earlier calls (up to floating-point rounding of batched matrix products).
 
     Args:
@@ -114,6 +117,8 @@ def sample(
             for it, such as blocks for recurrent layers, is replaced by the next slower one, with a warning.
         block_size: speculative only: tokens drafted before the teacher reads them. `"measured"` adapts it to acceptance
             and to the clock, `"planned"` to acceptance and the models' shapes, which repeats from run to run.
+        teacher_prompts: token ids of each row that the teacher reads in place of the student's prompt, before the
+            completion that they share; None for the same prompts.
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
         rollout_index: which rollout of its prompt each row is, in [0, 2**24); by default 0.
         begun: the first tokens of each row's completion, where there are some: given, and not drawn. They count among
@@ -146,9 +151,9 @@ def sample(
     vocabulary = SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id)
     policies = _policies_of(policy, len(rows), len(models))
     _check_options(max_new_tokens, temperature, method, max_rows, block_size)
-    _check_positions(models, rows, max_new_tokens)
-    rows = [row + ids for row, ids in zip(rows, there, strict=True)]
-    _check_rows(rows, keys, index, vocabulary.size)
+    _check_columns(len(rows), keys, index)
+    both = _prompts_of(rows, teacher_prompts, teacher, engine)
+    both = _checked_rows(models, both, there, max_new_tokens, vocabulary.size)
 
     if not rows:
         return Rollout()
@@ -161,9 +166,8 @@ def sample(
         "rollout_index": index,
     }
     if engine is not None:
-        return engine.sample(rows, policies, **shared)
-    taught = any(policy.needs_teacher for policy in policies)
-    read = [student, teacher] if taught and teacher is not None else [student]
+        return engine.sample(both[0], policies, **shared)
+    read = models if any(policy.needs_teacher for policy in policies) else [student]
     with torch.no_grad(), sampling_mode(*models):
         ways = _ways(read, slots=SAMPLERS[method].in_slots)
         options: dict[str, Any] = {**shared, "policies": policies, "row_numbers": list(range(len(rows)))}
@@ -172,7 +176,7 @@ def sample(
             options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
         run = SAMPLERS[method if ways[0].in_slots == SAMPLERS[method].in_slots else "lockstep"].run
         sampling = _Sampling(student, teacher, run, ways, [*map(len, there)], options)
-        return _in_stretches(sampling, read, rows, max_new_tokens)
+        return _in_stretches(sampling, read, [both[0], both[-1]][: len(read)], max_new_tokens)
 
 
 def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
@@ -183,9 +187,13 @@ def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
     return ways
 
 
+_Rows: TypeAlias = Sequence[Sequence[list[int]]]
+"""Prompts of each row, with what was drawn of its completion: the student's, and the teacher's where it is read."""
+
+
 @dataclass(frozen=True)
 class _Sampling:
-    """One call of `sample`, less the rows; of each completion, `begun` tokens are given."""
+    """One call of `sample`, less the rows of each model; of each completion, `begun` tokens are given."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel | None
@@ -194,65 +202,99 @@ class _Sampling:
     begun: list[int]
     options: dict[str, Any]
 
-    def __call__(self, rows: Sequence[Sequence[int]], end: int | None, beyond_switch: bool, **columns: Any) -> Rollout:
+    def __call__(
+        self, rows: _Rows, ends: Sequence[int | None], beyond_switch: Sequence[bool], **columns: Any
+    ) -> Rollout:
         if self.ways[0].in_slots:
             attentions = [way.attention for way in self.ways]
-            how: dict[str, Any] = {"attentions": attentions, "end": end, "beyond_switch": beyond_switch}
+            how: dict[str, Any] = {"attentions": attentions, "ends": ends, "beyond_switch": beyond_switch}
         else:
-            how = {"readers": [partial(cast(Any, way.reader), end=end) for way in self.ways]}
-        return self.run(self.student, self.teacher, rows, **{**self.options, **columns, **how})
+            read = [partial(cast(Any, way.reader), end=end) for way, end in zip(self.ways, ends, strict=True)]
+            how = {"readers": read}
+        options = {**self.options, **columns, **how}
+        return self.run(self.student, self.teacher, rows[0], teacher_prompts=rows[-1], **options)
 
 
 def _in_stretches(
     sampling: _Sampling,
     models: list[PreTrainedModel],
-    prompts: list[list[int]],
+    prompts: _Rows,
     max_new_tokens: int,
 ) -> Rollout:
     """Rows in batches, none of which crosses a length at which one of the models changes its factors (LongRoPE): a pass
     over one row that is longer would change every row of its batch, and what a cache holds of the row itself. A row
     that reaches the length is read anew, with the other factors, and goes on where it was.
     """
-    switches = sorted({switch for model in models if (switch := rope_switch(model)) is not None})
-    if len(switches) > 1:
-        raise InputError(f"student and teacher change their rotary factors at different lengths: {switches} tokens")
+    switches = [rope_switch(model) for model in models]
     begun = sampling.begun
     left = [max_new_tokens - given for given in begun]
-    if not switches or max(map(len, prompts)) + max(left) - 1 <= switches[0]:
-        end = switches[0] if switches else None
-        return sampling(prompts, end, False, drawn=begun, max_new_tokens=left)
-    return _across(switches[0], sampling, prompts, max_new_tokens)
+    longest = [max(map(len, own)) + max(left) - 1 for own in prompts]
+    if all(switch is None or length <= switch for switch, length in zip(switches, longest, strict=True)):
+        return sampling(prompts, switches, [False] * len(models), drawn=begun, max_new_tokens=left)
+    return _across(switches, sampling, prompts, max_new_tokens)
 
 
-def _across(switch: int, sampling: _Sampling, prompts: list[list[int]], max_new_tokens: int) -> Rollout:
-    """`_in_stretches` where rows may come to be longer than `switch`: first up to that length, then beyond it."""
-    whole = Rollout([*prompts], [[] for _ in prompts], [False] * len(prompts), RolloutStats.empty(len(prompts)))
-    hidden: list[list[Tensor]] = [[] for _ in prompts]
+def _across(switches: Sequence[int | None], sampling: _Sampling, prompts: _Rows, max_new_tokens: int) -> Rollout:
+    """`_in_stretches` where rows may come to be longer than a model's switch: first those that no model has beyond its
+    own, then those that one has, then those that all have. Each model counts its own prompt."""
+    count = len(prompts[0])
+    whole = Rollout([*prompts[0]], [[] for _ in range(count)], [False] * count, RolloutStats.empty(count))
+    hidden: list[list[Tensor]] = [[] for _ in range(count)]
     begun = sampling.begun
-    for beyond in (False, True):
+
+    def room(row: int) -> list[float]:
+        """How many tokens each model may draw of a row, before it is beyond that model's switch; below 1 if it is."""
+        length = len(whole.completions[row])
+        return [
+            math.inf if switch is None else switch - len(own[row]) - length + 1
+            for switch, own in zip(switches, prompts, strict=True)
+        ]
+
+    for beyond in product((False, True), repeat=len(prompts)):
         rows = [
             row
-            for row, (prompt, completion) in enumerate(zip(prompts, whole.completions, strict=True))
+            for row, completion in enumerate(whole.completions)
             if not whole.stopped[row]
             and begun[row] + len(completion) < max_new_tokens
-            and (len(prompt) + len(completion) > switch) == beyond
+            and tuple(tokens < 1 for tokens in room(row)) == beyond
         ]
         if not rows:
             continue
         drawn = [begun[row] + len(whole.completions[row]) for row in rows]
         left = [
-            max_new_tokens - before if beyond else min(max_new_tokens - before, switch - len(prompts[row]) + 1)
+            int(min([max_new_tokens - before, *(tokens for tokens in room(row) if tokens >= 1)]))
             for row, before in zip(rows, drawn, strict=True)
         ]
         columns = {name: [sampling.options[name][row] for row in rows] for name in _ROW_OPTIONS}
-        so_far = [prompts[row] + whole.completions[row] for row in rows]
-        part = sampling(so_far, None if beyond else switch, beyond, drawn=drawn, max_new_tokens=left, **columns)
+        so_far = [[own[row] + whole.completions[row] for row in rows] for own in prompts]
+        ends = [None if past else switch for switch, past in zip(switches, beyond, strict=True)]
+        part = sampling(so_far, ends, beyond, drawn=drawn, max_new_tokens=left, **columns)
         whole.continue_rows(rows, part)
         for row, states in zip(rows, part.teacher_hidden or [], strict=bool(part.teacher_hidden)):
             hidden[row].append(states)
     if any(hidden):
         whole.teacher_hidden = [torch.cat(states) for states in hidden]
     return whole
+
+
+def _prompts_of(
+    prompts: list[list[int]],
+    teacher_prompts: Sequence[Sequence[int]] | None,
+    teacher: PreTrainedModel | None,
+    engine: Engine | None,
+) -> list[list[list[int]]]:
+    """The prompts, and the teacher's where it has its own."""
+    if teacher_prompts is None:
+        return [prompts]
+    if engine is not None:
+        raise InputError(
+            "teacher_prompts: an engine's two models read one prompt; sample in this process (engine=None)"
+        )
+    if teacher is None:
+        raise InputError("teacher_prompts are given and no teacher reads them, got teacher=None")
+    if len(teacher_prompts) != len(prompts):
+        raise InputError(f"teacher_prompts has {len(teacher_prompts)} entries for {len(prompts)} prompts")
+    return [prompts, [list(map(int, prompt)) for prompt in teacher_prompts]]
 
 
 def _begun(
@@ -301,29 +343,47 @@ def _check_options(
         raise InputError(f"block_size must be at least 1, got {block_size}")
 
 
-def _check_rows(prompts: list[list[int]], keys: list[int], index: list[int], vocabulary_size: int) -> None:
+def _check_columns(rows: int, keys: list[int], index: list[int]) -> None:
     for name, values, end in (("prompt_keys", keys, 1 << 64), ("rollout_index", index, MAX_ROLLOUTS)):
-        if len(values) != len(prompts):
-            raise InputError(f"{name} has {len(values)} entries for {len(prompts)} prompts")
+        if len(values) != rows:
+            raise InputError(f"{name} has {len(values)} entries for {rows} prompts")
         outside = [value for value in values if not 0 <= value < end]
         if outside:
             raise InputError(f"{name} must lie in [0, {end}), got {outside[0]}")
+
+
+def _checked_rows(
+    models: list[PreTrainedModel],
+    prompts: list[list[list[int]]],
+    begun: list[list[int]],
+    max_new_tokens: int,
+    vocabulary_size: int,
+) -> list[list[list[int]]]:
+    """The prompts, and the teacher's own where it has its own, each with what is given of its completion."""
+    names = ("prompt", "teacher prompt")[: len(prompts)]
+    for model, own, name in zip(models, (prompts[0], prompts[-1]), (names[0], names[-1]), strict=False):
+        _check_positions(model, own, max_new_tokens, name)
+    found = [[row + ids for row, ids in zip(own, begun, strict=True)] for own in prompts]
+    for own, name in zip(found, names, strict=True):
+        _check_rows(own, vocabulary_size, name)
+    return found
+
+
+def _check_rows(prompts: list[list[int]], vocabulary_size: int, name: str) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise InputError(f"prompt {row} is empty; a prompt needs at least one token")
+            raise InputError(f"{name} {row} is empty; a prompt needs at least one token")
         outside = [token for token in prompt if not 0 <= token < vocabulary_size]
         if outside:
             raise InputError(
-                f"prompt {row} contains token id {outside[0]}, outside the {vocabulary_size} shared head rows"
+                f"{name} {row} contains token id {outside[0]}, outside the {vocabulary_size} shared head rows"
             )
 
 
-def _check_positions(models: list[PreTrainedModel], prompts: list[list[int]], max_new_tokens: int) -> None:
-    longest = max(map(len, prompts), default=0)
-    for model in models:
-        limit = position_limit(model)
-        if limit is not None and longest + max_new_tokens > limit:
-            raise InputError(
-                f"a prompt of {longest} tokens plus max_new_tokens={max_new_tokens} exceeds the {limit} positions of "
-                f"{type(model).__name__}; shorten the prompts or lower max_new_tokens"
-            )
+def _check_positions(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, name: str) -> None:
+    limit, longest = position_limit(model), max(map(len, prompts), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise InputError(
+            f"a {name} of {longest} tokens plus max_new_tokens={max_new_tokens} exceeds the {limit} positions of "
+            f"{type(model).__name__}; shorten the prompts or lower max_new_tokens"
+        )

@@ -33,6 +33,7 @@ def sample_lockstep(
     prompts: Sequence[Sequence[int]],
     policies: Sequence[BehaviorPolicy],
     *,
+    teacher_prompts: Sequence[Sequence[int]],
     max_rows: int | None,
     max_new_tokens: Sequence[int],
     drawn: Sequence[int],
@@ -46,15 +47,17 @@ def sample_lockstep(
 
     Args:
         policies: of each row.
+        teacher_prompts: of each row.
         max_new_tokens: of each row.
-        drawn: tokens of each row's completion that its prompt already holds.
+        drawn: tokens of each row's completion that its prompts already hold.
         row_numbers: what errors call each row.
         readers: how to read the student, and the teacher.
     """
     rollout = Rollout()
     step = max_rows or max(1, len(prompts))
     different, which = distinct(policies)
-    rows = list(zip(prompts, max_new_tokens, drawn, prompt_keys, rollout_index, row_numbers, which, strict=True))
+    columns = (max_new_tokens, drawn, prompt_keys, rollout_index, row_numbers, which)
+    rows = list(zip(prompts, teacher_prompts, *columns, strict=True))
     for start in range(0, len(prompts), step):
         rollout.extend(_sample_batch(student, teacher, different, rows[start : start + step], readers, **options))
     return rollout
@@ -64,7 +67,7 @@ def _sample_batch(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     policies: Sequence[BehaviorPolicy],
-    rows: Sequence[tuple[Sequence[int], int, int, int, int, int, int]],
+    rows: Sequence[tuple[Sequence[int], Sequence[int], int, int, int, int, int, int]],
     readers_of: Sequence[Callable[[PreTrainedModel], Reader]],
     *,
     vocabulary: SharedVocabulary,
@@ -78,7 +81,7 @@ def _sample_batch(
         assert teacher is not None
         models.append(teacher)
     readers = [read(model) for read, model in zip(readers_of, models, strict=False)]
-    prompts, limits, drawn, keys, indices, numbers, which = map(list, zip(*rows, strict=True))
+    prompts, taught, limits, drawn, keys, indices, numbers, which = map(list, zip(*rows, strict=True))
     keys_R = as_int64(keys, device)
     limit_R, first_R, index_R, which_R = (
         torch.tensor(values, device=device) for values in (limits, drawn, indices, which)
@@ -88,7 +91,7 @@ def _sample_batch(
     longest = max(limits)
     trace = _Trace(len(prompts), longest, device)
 
-    logits = [reader.read_prompts(prompts) for reader in readers]
+    logits = [reader.read_prompts(own) for reader, own in zip(readers, (prompts, taught), strict=False)]
     for position in range(longest):
         uniform_R3 = uniforms(seed, keys_R, index_R, first_R + position)
         student_and_teacher = [vocabulary.log_probs(rows.to(device), temperature) for rows in logits]

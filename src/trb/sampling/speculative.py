@@ -46,7 +46,8 @@ _TOLERANCE = 0.05
 @dataclass
 class _Row:
     """One prompt on its way: the caches hold every token but the newest. `first` tokens of its completion were drawn
-    before, and are part of the prompt; at most `limit` are drawn here. `policy` is a place in the sampler's list."""
+    before, and are part of the prompt; at most `limit` are drawn here. `policy` is a place in the sampler's list. The
+    teacher, whose prompt may be another, has `ahead` tokens more in its cache, and its newest is `heard`."""
 
     number: int
     policy: int
@@ -54,6 +55,8 @@ class _Row:
     index: int
     cached: int
     newest: int
+    ahead: int
+    heard: int
     first: int
     limit: int
     completion: list[int] = field(default_factory=list)
@@ -67,6 +70,7 @@ def sample_speculative(
     prompts: Sequence[Sequence[int]],
     policies: Sequence[BehaviorPolicy],
     *,
+    teacher_prompts: Sequence[Sequence[int]],
     vocabulary: SharedVocabulary,
     max_new_tokens: Sequence[int],
     drawn: Sequence[int],
@@ -80,32 +84,33 @@ def sample_speculative(
     keep_teacher_hidden: bool = False,
     allow_non_finite: bool = False,
     attentions: Sequence[str | None] = (None, None),
-    end: int | None = None,
-    beyond_switch: bool = False,
+    ends: Sequence[int | None] = (None, None),
+    beyond_switch: Sequence[bool] = (False, False),
 ) -> Rollout:
     """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for these.
 
     Args:
         policies: of each row.
+        teacher_prompts: of each row.
         max_new_tokens: of each row.
-        drawn: tokens of each row's completion that its prompt already holds.
+        drawn: tokens of each row's completion that its prompts already hold.
         row_numbers: what errors call each row.
         attentions: how the student, and the teacher, attend through slots.
-        end: no row reaches this position (see `SlotReader`).
-        beyond_switch: every row is longer than the models' `rope_switch`.
+        ends: of each model: no row reaches this position (see `SlotReader`).
+        beyond_switch: of each model: every row is longer than its `rope_switch`.
     """
     different, which = distinct(policies)
-    columns = zip(prompts, which, prompt_keys, rollout_index, drawn, max_new_tokens, strict=True)
+    columns = zip(prompts, teacher_prompts, which, prompt_keys, rollout_index, drawn, max_new_tokens, strict=True)
     rows = [
-        _Row(number, policy, key, index, len(prompt) - 1, prompt[-1], first, limit)
-        for number, (prompt, policy, key, index, first, limit) in enumerate(columns)
+        _Row(number, policy, key, index, len(own) - 1, own[-1], len(taught) - len(own), taught[-1], first, limit)
+        for number, (own, taught, policy, key, index, first, limit) in enumerate(columns)
     ]
     slots = max(1, min(max_rows or len(rows), len(rows)))
     taught = teacher if any(policy.needs_teacher for policy in different) else None
-    ends: dict[str, Any] = {"end": end, "beyond_switch": beyond_switch}
+    limits: list[Any] = [{"end": end, "beyond_switch": beyond} for end, beyond in zip(ends, beyond_switch, strict=True)]
     sampler = _Sampler(
-        SlotReader(student, slots, **ends),
-        None if taught is None else SlotReader(taught, slots, keep_hidden=keep_teacher_hidden, **ends),
+        SlotReader(student, slots, **limits[0]),
+        None if taught is None else SlotReader(taught, slots, keep_hidden=keep_teacher_hidden, **limits[-1]),
         different,
         vocabulary,
         max(max_new_tokens),
@@ -118,7 +123,7 @@ def sample_speculative(
         stack.callback(sampler.close)
         for model, attention in zip([student] if taught is None else [student, taught], attentions, strict=False):
             stack.enter_context(attention_through_slots(model, attention=attention))
-        sampler.run(prompts, rows, slots)
+        sampler.run([prompts, teacher_prompts], rows, slots)
     return sampler.rollout(prompts, rows)
 
 
@@ -166,8 +171,8 @@ class _Sampler:
     def _device(self) -> torch.device:
         return self.student.model.device
 
-    def run(self, prompts: Sequence[Sequence[int]], rows: list[_Row], slots: int) -> None:
-        """Sample every row to its end; row `i` of those in flight sits in slot `i`."""
+    def run(self, prompts: Sequence[Sequence[Sequence[int]]], rows: list[_Row], slots: int) -> None:
+        """Sample every row to its end, from the prompts of each model; row `i` of those in flight sits in slot `i`."""
         waiting, flying = deque(rows), list[_Row]()
         self._uniform_ST3 = torch.empty(slots, self.max_new_tokens, 3, dtype=torch.float64, device=self._device)
         while waiting or flying:
@@ -180,12 +185,12 @@ class _Sampler:
         for reader in self._readers:
             reader.close()
 
-    def _admit(self, prompts: Sequence[Sequence[int]], flying: list[_Row], rows: list[_Row]) -> None:
+    def _admit(self, prompts: Sequence[Sequence[Sequence[int]]], flying: list[_Row], rows: list[_Row]) -> None:
         slots = range(len(flying), len(flying) + len(rows))
         flying.extend(rows)
         self._uniform_ST3[slots.start : slots.stop] = self._own_uniforms(rows)
-        for reader in self._readers:
-            reader.admit([prompts[row.number][:-1] for row in rows], slots)
+        for reader, own in zip(self._readers, prompts, strict=False):
+            reader.admit([own[row.number][:-1] for row in rows], slots)
 
     def _leave(self, flying: list[_Row], finished: list[int]) -> None:
         """The last rows in flight take the slots of those that finished, so that those in use stay the first ones."""
@@ -197,16 +202,18 @@ class _Sampler:
         del flying[staying:]
         if moved:
             self._uniform_ST3[free] = self._uniform_ST3[moved]
-            longest = max(flying[slot].cached for slot in free)
-            for reader in self._readers:
-                reader.move(moved, free, longest)
+            self.student.move(moved, free, max(flying[slot].cached for slot in free))
+            if self.teacher is not None:
+                self.teacher.move(moved, free, max(flying[slot].cached + flying[slot].ahead for slot in free))
 
     def _round(self, flying: list[_Row]) -> list[int]:
         """Draft, read and decide one block; the slots of the rows that finished."""
         remaining = max(row.limit - len(row.completion) for row in flying)
         block = self.chooser.choose(len(flying), remaining)
-        rows = [(row.newest, row.cached, len(row.completion), row.limit, row.policy) for row in flying]
-        newest_R, cached_R, drawn_R, limit_R, which_R = torch.tensor(rows).to(self._device).unbind(-1)
+        rows = [
+            (row.newest, row.cached, len(row.completion), row.limit, row.policy, row.heard, row.ahead) for row in flying
+        ]
+        newest_R, cached_R, drawn_R, limit_R, which_R, heard_R, more_R = torch.tensor(rows).to(self._device).unbind(-1)
         ahead_K = torch.arange(block, device=self._device)
         # A row near its limit drafts tokens that will be dropped; any random number does for them.
         place_RK1 = (drawn_R[:, None] + ahead_K).clamp_max(self.max_new_tokens - 1)[..., None]
@@ -216,8 +223,10 @@ class _Sampler:
         read_RK, log_student_K = self._draft(newest_R, uniform_RK3[..., 0], position_RK, longest)
         logits_RKV = None
         if self.teacher is not None:
+            heard_RK = torch.cat([heard_R[:, None], read_RK[:, 1:-1]], dim=1)
+            longest = max(row.cached + row.ahead for row in flying) + block
             with self._timed("teacher", len(flying) * block, self.teacher):
-                logits_RKV = self.teacher.read(read_RK[:, :-1], position_RK, longest)
+                logits_RKV = self.teacher.read(heard_RK, position_RK + more_R[:, None], longest)
         left_R2 = torch.stack([limit_R - drawn_R, which_R], dim=-1)
         return self._settle(flying, self._verify(left_R2, read_RK[:, 1:], log_student_K, logits_RKV, uniform_RK3))
 
@@ -321,7 +330,7 @@ class _Sampler:
             for name, column in zip(_COLUMNS, columns, strict=True):
                 row.stats[name].extend(column[slot][: len(new)])
             row.cached += len(new)
-            row.newest = new[-1]
+            row.newest = row.heard = new[-1]
             verified += len(new)
             ended = new[-1] == self.vocabulary.stop_id or len(row.completion) == row.limit
             if ended:
