@@ -39,11 +39,14 @@ def shared(pair: TinyPair) -> SharedVocabulary:
     return SharedVocabulary.of(sizes, pair.student_eos, pair.teacher_eos)
 
 
-def prefix_laws(pair: TinyPair, prefix: list[int], temperature: float) -> tuple[Array, Array]:
-    """Both models' probabilities of the next event after a prefix: one plain forward pass each."""
-    row = torch.tensor([prefix])
+def prefix_laws(
+    pair: TinyPair, prefix: list[int], temperature: float, taught: list[int] | None = None
+) -> tuple[Array, Array]:
+    """Both models' probabilities of the next event after a prefix, the teacher's maybe after another: one plain forward
+    pass each."""
+    read = ((pair.student, prefix), (pair.teacher, taught or prefix))
     with torch.no_grad():
-        logits = [model(input_ids=row).logits[0, -1].double().numpy() for model in (pair.student, pair.teacher)]
+        logits = [model(input_ids=torch.tensor([row])).logits[0, -1].double().numpy() for model, row in read]
     return shared_events(logits[0], logits[1], pair.student_eos, pair.teacher_eos, temperature)
 
 
@@ -52,15 +55,18 @@ def log(p: Array) -> Array:
         return np.log(p)
 
 
-def expected_numbers(pair: TinyPair, law: Law, temperature: float) -> dict[str, list[list[float]]]:
+def expected_numbers(
+    pair: TinyPair, law: Law, temperature: float, teacher_prompts: list[list[int]] = PROMPTS
+) -> dict[str, list[list[float]]]:
     numbers: dict[str, list[list[float]]] = {}
-    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+    for prompt, taught, completion in zip(PROMPTS, teacher_prompts, COMPLETIONS, strict=True):
         for name in ("student_log_prob", "teacher_log_prob", "behavior_log_prob", "student_entropy"):
             numbers.setdefault(name, []).append([])
         for name in ("teacher_entropy", "kl_student", "kl_teacher"):
             numbers.setdefault(name, []).append([])
         for place, token in enumerate(completion):
-            student, teacher = prefix_laws(pair, prompt + completion[:place], temperature)
+            written = completion[:place]
+            student, teacher = prefix_laws(pair, prompt + written, temperature, taught + written)
             mu = law(student, teacher)
             for name, value in (
                 ("student_log_prob", log(student)[token]),
@@ -79,6 +85,24 @@ def assert_close(ours: list[list[float]], expected: list[list[float]], tolerance
     assert [len(row) for row in ours] == [len(row) for row in expected]
     for row, other in zip(ours, expected, strict=True):
         assert row == pytest.approx(other, abs=tolerance)
+
+
+@pytest.mark.parametrize("max_rows", [None, 1])
+def test_each_model_reads_its_own_prompt(tiny_pair: TinyPair, max_rows: int | None) -> None:
+    taught = [[5, 2, 3, 3], [1], [2, 5], [3, 1, 1, 2, 5, 1]]
+    policy, law = POLICIES["weight 0.3"]
+    options = {"policy": policy, "vocabulary": shared(tiny_pair), "teacher_prompts": taught, "max_rows": max_rows}
+    scores = score_completions(tiny_pair.student, tiny_pair.teacher, PROMPTS, COMPLETIONS, **options)
+    for column, expected in expected_numbers(tiny_pair, law, 1.0, taught).items():
+        assert_close(getattr(scores, column), expected, 1e-9)
+    for wrong, complaint in (
+        (taught[:3], "4 completions for 3 teacher_prompts"),
+        ([[], *taught[1:]], "teacher prompt 0"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            score_completions(
+                tiny_pair.student, tiny_pair.teacher, PROMPTS, COMPLETIONS, **{**options, "teacher_prompts": wrong}
+            )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

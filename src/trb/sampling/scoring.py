@@ -73,6 +73,7 @@ def score_completions(
     *,
     policy: BehaviorPolicy,
     vocabulary: SharedVocabulary,
+    teacher_prompts: Sequence[Sequence[int]] | None = None,
     temperature: float = 1.0,
     top: int = 0,
     max_rows: int | None = None,
@@ -91,6 +92,8 @@ def score_completions(
             id of `vocabulary` counts as the stop event.
         policy: the behavior law μ, one of `trb.policies`.
         vocabulary: the events that both models share.
+        teacher_prompts: token ids of each row that the teacher reads in place of the student's prompt; None for the
+            same.
         temperature: divides both models' logits, as in sampling.
         top: how many of the likeliest tokens of each law to return per position; 0 for none. Tokens of probability
             zero are left out.
@@ -100,14 +103,17 @@ def score_completions(
         ValueError: prompts and completions that do not pair up, an empty prompt, an id outside the shared events,
             a head smaller than `vocabulary`, or a number out of range.
     """
-    rows = [(list(map(int, prompt)), list(map(int, completion))) for prompt, completion in _pairs(prompts, completions)]
-    _check(student, teacher, rows, vocabulary, temperature, top, max_rows)
+    rows = _pairs("prompts", prompts, completions)
+    taught = rows if teacher_prompts is None else _pairs("teacher_prompts", teacher_prompts, completions)
+    _check(student, teacher, vocabulary, temperature, top, max_rows)
+    for name, own in (("", rows), ("teacher ", taught)):
+        _check_rows(own, vocabulary, name)
     scores = TokenScores(alternatives=[] if top else None)
     scorer = _Scorer(student, teacher, policy, vocabulary, temperature, top)
     step = max_rows or max(1, len(rows))
     with torch.no_grad(), evaluation_mode(student, teacher):
         for start in range(0, len(rows), step):
-            scorer.score(rows[start : start + step], scores)
+            scorer.score(rows[start : start + step], taught[start : start + step], scores)
     return scores
 
 
@@ -123,14 +129,14 @@ class _Scorer:
     temperature: float
     top: int
 
-    def score(self, rows: list[Row], scores: TokenScores) -> None:
-        """Append the numbers of a group of rows to `scores`."""
+    def score(self, rows: list[Row], taught: list[Row], scores: TokenScores) -> None:
+        """Append the numbers of a group of rows, as the student and the teacher read them, to `scores`."""
         token_N = torch.tensor([self.vocabulary.event_of(token) for _, completion in rows for token in completion])
         lengths = [len(completion) for _, completion in rows]
         columns: list[list[float]] = [[] for _ in _COLUMNS]
         alternatives: list[Alternatives] = []
         if len(token_N):
-            for numbers_KC, found in self._chunks(rows, token_N.to(self.student.device)):
+            for numbers_KC, found in self._chunks(rows, taught, token_N.to(self.student.device)):
                 for column, values in zip(columns, numbers_KC.tolist(), strict=True):
                     column.extend(values)
                 alternatives.extend(found)
@@ -139,9 +145,11 @@ class _Scorer:
         if scores.alternatives is not None:
             scores.alternatives.extend(_ragged(alternatives, lengths))
 
-    def _chunks(self, rows: list[Row], token_N: Tensor) -> Iterator[tuple[Tensor, list[Alternatives]]]:
+    def _chunks(
+        self, rows: list[Row], taught: list[Row], token_N: Tensor
+    ) -> Iterator[tuple[Tensor, list[Alternatives]]]:
         """`[columns, C]` numbers and the alternatives of one chunk of tokens after the other."""
-        student_NH, teacher_NH = (_hidden(model, rows) for model in (self.student, self.teacher))
+        student_NH, teacher_NH = _hidden(self.student, rows), _hidden(self.teacher, taught)
         heads = OutputHead.checked(self.student), OutputHead.checked(self.teacher)
         size = default_chunk_tokens(self.vocabulary.size, token_N.device.type)
         for start in range(0, len(token_N), size):
@@ -206,18 +214,18 @@ def _ragged(values: list, lengths: list[int]) -> list[list]:
     return [[next(entries) for _ in range(length)] for length in lengths]
 
 
-def _pairs(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+def _pairs(name: str, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Row]:
     if len(prompts) != len(completions):
-        raise InputError(f"{len(completions)} completions for {len(prompts)} prompts; pass one prompt per completion")
-    return zip(prompts, completions, strict=True)
+        raise InputError(f"{len(completions)} completions for {len(prompts)} {name}; pass one prompt per completion")
+    return [
+        (list(map(int, prompt)), list(map(int, completion)))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def _check(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    rows: list[Row],
     vocabulary: SharedVocabulary,
     temperature: float,
     top: int,
@@ -236,9 +244,14 @@ def _check(
                 f"the {name}'s head has {rows_of_head} rows, fewer than the {vocabulary.size} of the shared "
                 "vocabulary; build it with SharedVocabulary.of from both models' head_rows"
             )
+
+
+def _check_rows(rows: list[Row], vocabulary: SharedVocabulary, whose: str) -> None:
     for row, (prompt, completion) in enumerate(rows):
         if not prompt:
-            raise InputError(f"prompt {row} is empty; a prompt needs at least one token")
+            raise InputError(f"{whose}prompt {row} is empty; a prompt needs at least one token")
         outside = [token for token in prompt + completion if not 0 <= token < vocabulary.size]
         if outside:
-            raise InputError(f"row {row} contains token id {outside[0]}, outside the {vocabulary.size} shared rows")
+            raise InputError(
+                f"{whose}row {row} contains token id {outside[0]}, outside the {vocabulary.size} shared rows"
+            )
