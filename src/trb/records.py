@@ -312,9 +312,11 @@ class StepScore(Score):
 
 
 class Rollout(Step):
-    """One completion, with numbers per token; `policy` in the excerpts of a probe."""
+    """One completion, with numbers per token; `teacher_prompt` where the teacher read another, `policy` in the excerpts
+    of a probe."""
 
     prompt: Text = ""
+    teacher_prompt: Text = ""
     prompt_key: Text = ""
     rollout_index: Number = None
     blended: bool | None = None
@@ -338,6 +340,7 @@ class Skipped(Step):
     process: Count
     micro_batch: Count
     prompt: str
+    teacher_prompt: Text = ""
     completion: str
     prompt_ids: list[Count]
     completion_ids: list[Count]

@@ -45,6 +45,7 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
         "_get_train_sampler": ["self", "dataset"],
+        "_set_signature_columns_if_needed": ["self"],
         "training_step": ["self", "model", "inputs", "num_items_in_batch"],
         "_get_grad_norm": ["self", "model", "grad_norm"],
         "_get_output_dir": ["self", "trial"],

@@ -17,8 +17,10 @@ from trb.errors import InputError, did_you_mean
 from trb.models.modeling import check_adapter, has_adapters
 from trb.models.sharing import is_shared, shares_weights
 from trb.training.config import TRBConfig
+from trb.training.methods import behavior_of, needs_teacher
+from trb.training.privileged import COLUMNS, TeacherPrompts
 
-__all__ = ["check_arguments", "chosen_teacher", "complete_config", "named_datasets"]
+__all__ = ["check_arguments", "chosen_teacher", "complete_config", "named_datasets", "teacher_prompts"]
 
 # Arguments of TRL's constructor that are not TRBTrainer's own.
 _PASSED_ON = {"callbacks", "optimizers", "quantization_config", "peft_config", "tools"}
@@ -95,6 +97,35 @@ def check_arguments(
         raise InputError(f"train_dataset has the splits {', '.join(train_dataset)}: pass one of them")
     for name, rows in named_datasets(train_dataset, eval_dataset):
         _check_columns(name, rows)
+
+
+def teacher_prompts(args: TRBConfig, train_dataset: Any, eval_dataset: Any) -> TeacherPrompts | None:
+    """How the teacher's own prompts are made, where it has any.
+
+    Raises:
+        ValueError: some datasets have them and others none, or vLLM is to blend, whose models read one prompt.
+    """
+    known = [(name, found) for name, rows in named_datasets(train_dataset, eval_dataset) if (found := _columns(rows))]
+    if not known:
+        return TeacherPrompts.of((), args)
+    first, made = known[0][0], TeacherPrompts.of(known[0][1], args, known[0][0])
+    for name, columns in known[1:]:
+        for column in COLUMNS:
+            if (column in columns) != (column in known[0][1]):
+                having, lacking = (name, first) if column in columns else (first, name)
+                raise InputError(
+                    f"{having} has a column {column!r} and {lacking} has none: the teacher would be two different "
+                    "ones; add it there, or remove it here"
+                )
+    blends = (
+        args.use_vllm and args.vllm_mode == "colocate" and args.vllm_blended and needs_teacher(behavior_of(args), 0)
+    )
+    if made is not None and blends:
+        raise InputError(
+            "the teacher has prompts of its own, and vLLM blends two models that read one prompt: set "
+            "vllm_blended=False, which blends in this process and leaves plain rollouts to vLLM"
+        )
+    return made
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:

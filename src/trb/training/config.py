@@ -17,6 +17,7 @@ from trl import DistillationConfig
 from trb.errors import InputError, calls
 from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
+from trb.training import privileged
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, halves
 
 __all__ = ["REPLICA_DTYPES", "TRBConfig"]
@@ -199,6 +200,17 @@ class TRBConfig(DistillationConfig):
             "to the device."
         },
     )
+    teacher_system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message that the teacher reads in place of the prompt's own; it needs messages."},
+    )
+    teacher_prompt_template: str = field(
+        default="{prompt}\n\n{privileged_context}",
+        metadata={
+            "help": "Of data with a column privileged_context: the text that the teacher reads in place of the "
+            "student's prompt, or of its last message."
+        },
+    )
     sampler: str = field(default="speculative", metadata={"help": f"How rollouts are computed: {', '.join(SAMPLERS)}."})
     block_size: int | None = field(
         default=None,
@@ -327,6 +339,10 @@ class TRBConfig(DistillationConfig):
                 raise InputError(f"{name} must lie in [0, 1], got {value}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
+        if self.teacher_system_prompt == "":
+            raise InputError("teacher_system_prompt is empty; leave it out for none")
+        if missing := [place for place in privileged.PLACES if place not in self.teacher_prompt_template]:
+            raise InputError(f"teacher_prompt_template={self.teacher_prompt_template!r} has no {missing[0]}; put it in")
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
 

@@ -46,6 +46,10 @@ class _Part:
     inputs: dict[str, Tensor]
     reverse_kl_N: Tensor
 
+    def tokens(self, name: str, row: int) -> list[int]:
+        """The real ones of a row, of the prompts or the completions."""
+        return self.inputs[f"{name}_ids"][row][self.inputs[f"{name}_mask"][row].bool()].tolist()
+
 
 class StepGuard:
     """Watches the micro-batches of an optimizer step, judges it, and counts.
@@ -121,14 +125,13 @@ class StepGuard:
         for number, part in enumerate(self._parts):
             lengths = part.inputs["completion_mask"].sum(dim=1).tolist()
             for row, divergences in enumerate(part.reverse_kl_N.float().split(lengths)):
-                prompt, completion = (
-                    part.inputs[f"{name}_ids"][row][part.inputs[f"{name}_mask"][row].bool()].tolist()
-                    for name in ("prompt", "completion")
-                )
+                prompt, completion = (part.tokens(name, row) for name in ("prompt", "completion"))
+                taught = part.tokens("teacher_prompt", row) if "teacher_prompt_ids" in part.inputs else prompt
                 rows.append(
                     {
                         "micro_batch": number,
                         "prompt": decode(prompt),
+                        **({} if taught == prompt else {"teacher_prompt": decode(taught)}),
                         "completion": decode(completion),
                         "prompt_ids": prompt,
                         "completion_ids": completion,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import compress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class MeasuredTrainer(DistillationTrainer):
     _sums: dict[str, Sums]
     _observers: Observers
     _rollout: Rollout | None
+    _teacher_prompts: list[list[int]] | None
     # Of the step's rollouts: their policy, whether all tokens are the student's own, whether a share is from the
     # policy and the rest from the student (on all processes together), and which of those at hand are the policy's.
     _policy: BehaviorPolicy
@@ -189,6 +190,7 @@ class MeasuredTrainer(DistillationTrainer):
                 "prompt": self._tokenizer.decode(prompts[row], skip_special_tokens=False),
                 "prompt_key": f"{keys[row]:016x}",
                 "rollout_index": keys[:row].count(keys[row]),
+                **self._recorded_teacher_prompt(row, prompts[row]),
                 "blended": self._blended[row],
                 "completion": texts[row],
                 "tokens": [text_of(token) for token in completions[row]],
@@ -201,6 +203,11 @@ class MeasuredTrainer(DistillationTrainer):
             for row in range(rows)
         )
 
+    def _recorded_teacher_prompt(self, row: int, prompt: list[int]) -> dict[str, str]:
+        taught = prompt if self._teacher_prompts is None else self._teacher_prompts[row]
+        text = self._tokenizer.decode(taught, skip_special_tokens=False)
+        return {} if taught == prompt else {"teacher_prompt": cast(str, text)}
+
     def _recorded_scores(
         self, prompts: list[list[int]], completions: list[list[int]]
     ) -> list[tuple[TokenScores, int]] | None:
@@ -212,6 +219,7 @@ class MeasuredTrainer(DistillationTrainer):
         if self._teacher_is_sharded:
             return None  # its weights are whole only inside a pass that every process makes
         found: dict[int, tuple[TokenScores, int]] = {}
+        taught = self._teacher_prompts
         for _, wanted in _KINDS:
             rows = [row for row in range(len(prompts)) if self._blended[row] == wanted]
             if not rows:
@@ -222,6 +230,7 @@ class MeasuredTrainer(DistillationTrainer):
                     self.accelerator.unwrap_model(self.teacher_model),
                     [prompts[row] for row in rows],
                     [completions[row] for row in rows],
+                    teacher_prompts=taught and [taught[row] for row in rows],
                     policy=self._policy if wanted else StudentPolicy(),
                     vocabulary=self.vocabulary,
                     temperature=self.temperature,

@@ -4,7 +4,8 @@ Seams of TRL:
 - `_get_train_sampler` yields each generation batch `gradient_accumulation_steps` times; it is replaced, because each
   prompt has several rollouts and a resumed run must have the order of its epoch;
 - `RepeatSampler` is built by `__init__` with one generator, from which each `__iter__` takes a permutation;
-- `_tokenize_prompts(prompts)` returns token ids, images and multimodal fields of a batch of prompts.
+- `_tokenize_prompts(prompts)` returns token ids, images and multimodal fields of a batch of prompts;
+- `_set_signature_columns_if_needed` says which columns `remove_unused_columns` leaves.
 
 Left out: where prompts come from and how they are rendered (`trb.tasks.prompts`), and what is drawn after them.
 """
@@ -16,6 +17,8 @@ from typing import Any, cast
 
 import torch
 from datasets import IterableDataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from trl import DistillationTrainer
@@ -28,6 +31,7 @@ from trb.models.tokens import check_room, token_ids
 from trb.training import doubts
 from trb.training.arguments import named_datasets
 from trb.training.config import TRBConfig
+from trb.training.privileged import COLUMNS, TeacherPrompts
 from trb.training.ranks import Ranks
 
 __all__ = ["PromptsInOrder"]
@@ -43,6 +47,8 @@ class PromptsInOrder(DistillationTrainer):
     model: Any
     teacher_tokenizer: PreTrainedTokenizerBase | None  # where the teacher's is known
     _ranks: Ranks
+    _teacher_prompts_of: TeacherPrompts | None = None
+    _teacher_prompts: list[list[int]] | None = None  # of the rows that are being drawn, where the teacher has its own
     doubts_said: bool = False  # set by whoever has said before what `trb.training.doubts` would
     _prompts_checked: bool = False
 
@@ -102,26 +108,59 @@ class PromptsInOrder(DistillationTrainer):
 
     def _check_rows(self, name: str, dataset: Any) -> None:
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        limits = {
-            f"the {role} ({type(without_adapters(model)).__name__})": position_limit(model)
+        limits, teachers = (
+            {f"the {role} ({type(without_adapters(model)).__name__})": position_limit(model)}
             for role, model in (("student", self.model), ("teacher", teacher))
-        }
+        )
         if self.use_vllm:
             limits["vLLM (vllm_max_model_length)"] = self.args.vllm_max_model_length
         unknown = None if self.doubts_said or name != "train_dataset" else doubts.unknown_id(self._tokenizer)
-        prompts = [dataset[row]["prompt"] for row in range(len(dataset))]
+        rows = [dataset[row] for row in range(len(dataset))]
+        prompts = [row["prompt"] for row in rows]
         _check_kinds(name, prompts)
         if not self.doubts_said and name == "train_dataset" and not isinstance(prompts[0], str):
             chats = [row for row, chat in enumerate(prompts) if rendered_text(self._tokenizer, chat) is not None]
             doubts.warn(doubts.of_rendered(chats, len(prompts)))
+        if self._teacher_prompts_of is None:
+            limits |= teachers
+        else:
+            own = _made(name, rows, self._teacher_prompts_of)
+            _check_kinds(f"the teacher's prompt of {name}", own, like=prompts[:1])
+            self._check_lengths(f"the teacher's prompt of {name}", own, teachers, None)
+        strange = self._check_lengths(name, prompts, limits, unknown)
+        doubts.warn(doubts.of_unknown(strange, len(prompts), self._tokenizer))
+
+    def _check_lengths(
+        self, name: str, prompts: list[Any], limits: Mapping[str, int | None], unknown: int | None
+    ) -> list[int]:
+        """Refuse prompts that leave no room; which of them have the unknown id."""
         if unknown is None and all(limit is None for limit in limits.values()):
-            return
+            return []
         chunks = (prompts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(prompts), _TOKENIZED_AT_ONCE))
         found = [(len(ids), unknown in ids) for chunk in chunks for ids in self._tokenize_prompts(chunk)[0]]
         lengths = [length for length, _ in found]
         check_room(lengths, name, int(self.max_completion_length or 0), limits, knob="max_completion_length")
-        strange = [row for row, (_, is_strange) in enumerate(found) if is_strange]
-        doubts.warn(doubts.of_unknown(strange, len(found), self._tokenizer))
+        return [row for row, (_, is_strange) in enumerate(found) if is_strange]
+
+    def _read_by_teacher(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]] | None:
+        """Token ids of the teacher's own prompts of some rows; None where it reads the student's."""
+        if self._teacher_prompts_of is None or not rows:
+            return None
+        return self._tokenize_prompts(_made("a batch", rows, self._teacher_prompts_of))[0]
+
+    def _padded_teacher_prompts(self) -> dict[str, Tensor]:
+        """The teacher's own prompts as the parent has the student's, for it to shuffle and split with them."""
+        if self._teacher_prompts is None:
+            return {}
+        rows, device = [torch.tensor(ids) for ids in self._teacher_prompts], self.accelerator.device
+        ids_BP = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id, padding_side="left")
+        mask_BP = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        return {"teacher_prompt_ids": ids_BP.to(device), "teacher_prompt_mask": mask_BP.to(device)}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast(list[str], self._signature_columns)
+        self._signature_columns: Any = list(dict.fromkeys([*columns, *COLUMNS]))
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if isinstance(prompts[0], str):
@@ -135,8 +174,20 @@ class PromptsInOrder(DistillationTrainer):
         return [next(others) if ids is None else ids for ids in known], images, fields
 
 
-def _check_kinds(name: str, prompts: Sequence[Any]) -> None:
-    """Refuse rows that are neither text nor messages, and rows of both kinds, which are tokenised together."""
+def _made(name: str, rows: Sequence[Mapping[str, Any]], made: TeacherPrompts) -> list[Any]:
+    """The teacher's prompts of some rows."""
+    found = []
+    for number, row in enumerate(rows):
+        try:
+            found.append(made(row))
+        except InputError as error:
+            raise InputError(f"{name}[{number}] has {error}") from error
+    return found
+
+
+def _check_kinds(name: str, prompts: Sequence[Any], like: Sequence[Any] = ()) -> None:
+    """Refuse rows that are neither text nor messages, and rows of both kinds, which are tokenised together; and of
+    another kind than those that they go with."""
     for row, prompt in enumerate(prompts):
         if _kind(prompt) is None:
             raise InputError(
@@ -147,6 +198,8 @@ def _check_kinds(name: str, prompts: Sequence[Any]) -> None:
             raise InputError(
                 f"{name}[{row}] is {_kind(prompt)}, and the rows before it are {_kind(prompts[0])}; make all alike"
             )
+    if [*map(_kind, like)] != [*map(_kind, prompts[: len(like)])]:
+        raise InputError(f"{name}[0] is {_kind(prompts[0])}, and the student's is {_kind(like[0])}; make both alike")
 
 
 def _kind(prompt: Any) -> str | None:

@@ -105,7 +105,7 @@ _COMPARED = """
     initial_prefix_share prefix_steps
     skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
     eopd_entropy forward_top_k tip_share iw_gamma loss_top_k replica_dtype per_device_train_batch_size
-    gradient_accumulation_steps"""
+    gradient_accumulation_steps teacher_system_prompt teacher_prompt_template"""
 COMPARED = tuple(_COMPARED.split())
 
 # Schedules of transformers that are functions of the step alone; warmup_steps below 1 is a share of the length.
@@ -115,7 +115,10 @@ _KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2
 
 SAMPLED_ROWS = 1 << 16
 _SAMPLED_WEIGHTS = 64  # of each tensor
-_COLUMNS = {"prompts": "prompt", "answers": "answer"}
+_COLUMNS = {
+    **{"prompts": "prompt", "answers": "answer"},
+    **{"teacher_prompts": "teacher_prompt", "privileged_contexts": "privileged_context"},
+}
 # What a configuration holds beside the model: where it came from, and ids that the tokenizer decides.
 _NOT_THE_MODEL = (
     *("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype"),  # its dtype may be the file's
@@ -163,7 +166,7 @@ def describe(
     Args:
         args: a `TRBConfig`.
         world_size: processes of the launch.
-        train_dataset: map-style, with a "prompt" column and maybe an "answer" column. All rows are hashed, in their
+        train_dataset: map-style, with a "prompt" column and maybe those of `_COLUMNS`. All rows are hashed, in their
             order; of a set of more than 65,536, as many evenly spaced ones, the first and the last included, so that a
             change of single rows between them is missed.
         tokenizer: the student's, with its chat template.

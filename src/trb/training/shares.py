@@ -46,6 +46,7 @@ def from_teacher_prefixes(
     keys: Sequence[int],
     rollout_index: Sequence[int],
     seed: int,
+    teacher_prompts: Sequence[Sequence[int]] | None = None,
 ) -> Rollout:
     """Completions that begin with the first `share` of a teacher's completion and go on with the student's tokens.
 
@@ -59,9 +60,11 @@ def from_teacher_prefixes(
         keys: of each row's prompt.
         rollout_index: which rollout of its prompt each row is.
         seed: of the step.
+        teacher_prompts: of each row, where the teacher reads others.
     """
     columns = {"prompt_keys": list(keys), "rollout_index": list(rollout_index)}
-    rollout = draw(prompts, TeacherPolicy(), seed=stream_seed(seed, "prefix"), **columns)
+    apart = stream_seed(seed, "prefix")
+    rollout = draw(prompts, TeacherPolicy(), seed=apart, teacher_prompts=teacher_prompts, **columns)
     kept = [math.ceil(share * len(completion)) for completion in rollout.completions]
     rows = [row for row, completion in enumerate(rollout.completions) if kept[row] < len(completion)]
     rollout.cut(kept)

@@ -53,7 +53,7 @@ from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
 from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.vllm import stopping_parameters
-from trb.training.arguments import check_arguments, chosen_teacher, complete_config
+from trb.training.arguments import check_arguments, chosen_teacher, complete_config, teacher_prompts
 from trb.training.card import CardedTrainer
 from trb.training.config import REPLICA_DTYPES, TRBConfig
 from trb.training.guard import GuardedTrainer, StepGuard
@@ -106,7 +106,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
             the model under the student's adapter, and "adapter:DIR" that model with another LoRA adapter; neither
             takes memory for weights again (`trb.models.sharing`). None takes `args.teacher_model_name_or_path`.
         args: a `TRBConfig`; None for the defaults.
-        train_dataset: map-style dataset with a `"prompt"` column: text, or messages without images.
+        train_dataset: map-style dataset with a `"prompt"` column: text, or messages without images. A column
+            `"teacher_prompt"`, or `"privileged_context"`, has the teacher read another (`trb.training.privileged`).
         eval_dataset: prompts on which `evaluate` reports the loss on student rollouts.
         processing_class: the tokenizer, padding on the left; loaded with the student when None.
         teacher_processing_class: the teacher's tokenizer, only to check that it is the same; loaded when
@@ -157,6 +158,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
             reward_fn=reward_fn,
             others=kwargs,
         )
+        self._teacher_prompts_of = teacher_prompts(args, train_dataset, eval_dataset)
         model, processing_class = checked_student(model, processing_class, args)
         teacher_processing_class = teacher_tokenizer(teacher_model, teacher_processing_class, args)
         if teacher_processing_class is not None:
@@ -307,12 +309,12 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
                 allow_non_finite=True,  # the loss meets them as well, and `guard` skips the step
                 engine=engine,
             )
+            shared: dict[str, Any] = {"seed": seed, "rollout_index": index}
+            shared["teacher_prompts"] = self._teacher_prompts if taught else None
             if prefix:
-                self._rollout = from_teacher_prefixes(
-                    draw, prompt_ids, prefix, keys=keys, rollout_index=index, seed=seed
-                )
+                self._rollout = from_teacher_prefixes(draw, prompt_ids, prefix, keys=keys, **shared)
             else:
-                self._rollout = draw(prompt_ids, policies, seed=seed, prompt_keys=keys, rollout_index=index)
+                self._rollout = draw(prompt_ids, policies, prompt_keys=keys, **shared)
         return self._rollout.completions
 
     def _horizon(self, step: int) -> int:
@@ -367,7 +369,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         return index
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._teacher_prompts = self._read_by_teacher(inputs)
         output = super()._generate_and_score_completions(inputs)
+        output |= self._padded_teacher_prompts()
         mode = "train" if self.model.training else "eval"
         own = len(inputs) if mode == "train" else self._own_rows(len(inputs))
         output["completion_mask"][own:] = 0
@@ -390,6 +394,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
             self._compare_rewards(mode, rewards)
             if mode == "train" and self.accelerator.is_main_process:
                 self._record(texts, rewards)
+        self._teacher_prompts = None
         return output
 
     # ---- replaced: the loss ----
@@ -397,11 +402,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ids_BL = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask_BL = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        completion_BL = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], dim=1)
+        ids_BL, mask_BL, completion_BL = _with_completions(inputs, "prompt")
         student_NH = completion_hidden_states(unwrapped_student, ids_BL, mask_BL, completion_BL)
-        teacher_NH = self._teacher_hidden(inputs, ids_BL, mask_BL, completion_BL)
+        teacher_NH = self._teacher_hidden(inputs)
         token_N = ids_BL[completion_BL.bool()]
         step = self.state.global_step
         if num_items_in_batch is not None and "num_items_in_batch" in inputs:
@@ -430,15 +433,23 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
             self._guard.watch(inputs, metrics.reverse_kl)
         return loss, metrics.student_entropy.sum(), inputs["completion_mask"].sum()
 
-    def _teacher_hidden(
-        self, inputs: dict[str, Tensor], ids_BL: Tensor, mask_BL: Tensor, completion_BL: Tensor
-    ) -> Tensor:
+    def _teacher_hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the teacher's head reads at each completion token: from the sampler if the teacher took part in it."""
         kept = None if self._rollout is None else self._rollout.teacher_hidden
         if kept is not None and "rollout_row" in inputs:
             return torch.cat([kept[row] for row in inputs["rollout_row"].tolist()])
         teacher = self.accelerator.unwrap_model(self.teacher_model)
+        read = _with_completions(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
         with torch.no_grad():
-            return self._forward_redirection(
-                self.teacher_model, teacher, completion_hidden_states, teacher, ids_BL, mask_BL, completion_BL
-            )
+            return self._forward_redirection(self.teacher_model, teacher, completion_hidden_states, teacher, *read)
+
+
+def _with_completions(inputs: dict[str, Tensor], prompt: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, L]` token ids, what of them is real, and what of them is completion."""
+    ids_BP, mask_BP = inputs[f"{prompt}_ids"], inputs[f"{prompt}_mask"]
+    ids_BT, mask_BT = inputs["completion_ids"], inputs["completion_mask"]
+    return (
+        torch.cat([ids_BP, ids_BT], dim=1),
+        torch.cat([mask_BP, mask_BT], dim=1),
+        torch.cat([torch.zeros_like(mask_BP), mask_BT], dim=1),
+    )
