@@ -418,6 +418,7 @@ def test_markup_and_scripts_in_rollouts_do_nothing(browser: Browser, tmp_path: P
     directory = write_hostile(tmp_path / "hostile")
     alternatives = [{law: [[text, 0.5]] for law in ("student", "teacher", "behavior")} for text in HOSTILE]
     row = {"step": 1, "prompt": " ".join(HOSTILE), "prompt_key": HOSTILE[0], "tokens": HOSTILE, "reward": 1.0}
+    row |= {"teacher_prompt": f"answered: {' '.join(HOSTILE)}"}
     numbers = {"teacher_weight": [0.5] * len(HOSTILE), "teacher_log_prob": [-1.0] * len(HOSTILE)}
     for run in directory.iterdir():
         if run.is_dir():
@@ -434,6 +435,8 @@ def test_markup_and_scripts_in_rollouts_do_nothing(browser: Browser, tmp_path: P
     assert tab.evaluate(elements) == before == 2
     assert tab.evaluate("typeof window.hacked") == "undefined"
     assert tab.complaints == []
+    prompt, taught = tab.texts(".prompt")
+    assert HOSTILE[0] in prompt and taught == f"answered: {prompt}"
     shown = tab.texts(".tok")[: len(HOSTILE)]
     assert shown[0] == HOSTILE[0] and "⟨U+202E⟩" in shown[3] and "␛" in shown[3]  # shown, not obeyed
 

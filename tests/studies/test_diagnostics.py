@@ -102,6 +102,32 @@ def subject_of(pair: TinyPair, **changes: Any) -> Subject:
     return Subject(**{**arguments, **changes})
 
 
+def test_a_teacher_reads_its_own_prompts_in_every_diagnostic(tiny_pair: TinyPair) -> None:
+    """Rollouts, scores, continuations, gradients and excerpts; the same without prompts of its own gives other ones."""
+    texts = ["fdb", "b", "ccdd"]
+    taught = [[LETTERS.index(letter) for letter in text] for text in texts]
+    problems = [{"prompt": [{"role": "user", "content": text}], "answer": "odd"} for text in texts]
+    own, same = (subject_of(tiny_pair, samples=8, teacher_problems=given) for given in (problems, None))
+    policy = TrustRegionPolicy(BUDGET)
+    found = own.rollouts(policy)
+    places = [row // 8 for row in range(24)]
+    options: dict[str, Any] = {"vocabulary": own.vocabulary, "teacher_prompts": [taught[place] for place in places]}
+    prompts = [own.prompts[place] for place in places]
+    scores = score_completions(
+        *(tiny_pair.student, tiny_pair.teacher, prompts, found.completions), policy=policy, **options
+    )
+    assert found.totals["kl_teacher"] == pytest.approx([math.fsum(row) for row in scores.kl_teacher])
+    assert found.completions != same.rollouts(policy).completions
+    begun = {row: [1] for row in range(24)}
+    read = [[*taught[place], 1] for place in places]
+    drawn = own._sample(tiny_pair.teacher, None, read, [*begun], StudentPolicy(), HORIZON - 1, "x")
+    continued = own.continued(tiny_pair.teacher, begun, "x")
+    assert [*continued.values()] == [reward((1, *completion)) for completion in drawn.completions]
+    assert continued != same.continued(tiny_pair.teacher, begun, "x")
+    for subject, shown in ((own, texts[0]), (same, None)):
+        assert matched_excerpts(subject, policies={"trb": policy}, prompts=1)[0].get("teacher_prompt") == shown
+
+
 @pytest.fixture(scope="module")
 def subject(tiny_pair: TinyPair) -> Subject:
     """Rollouts are drawn once for all tests of this file."""

@@ -15,6 +15,7 @@ from trb.policies import StudentPolicy, TeacherPolicy, TrustRegionPolicy
 from trb.studies.subject import Subject
 from trb.studies.transfer import gradient_transfer
 
+TAUGHT = [[*ids, 5, 3] for ids in reversed(PROMPTS)]
 POLICIES = {"student": StudentPolicy(), "blend": TrustRegionPolicy(0.2), "teacher": TeacherPolicy()}
 
 
@@ -34,11 +35,11 @@ def shared(logits: Tensor, pair: TinyPair) -> Tensor:
 def plain_loss(subject: Subject, pair: TinyPair, rows: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for row, completion in zip(rows, completions, strict=True):
-        prompt = PROMPTS[subject.problem_of_row[row]]
-        ids = torch.tensor([prompt + completion])
+        problem = subject.problem_of_row[row]
+        taught = PROMPTS if subject.teacher_problems is None else TAUGHT
         student, teacher = (
-            shared(model(input_ids=ids).logits[0, len(prompt) - 1 : -1], pair)
-            for model in (subject.student, subject.teacher)
+            shared(model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1], pair)
+            for model, prompt in ((subject.student, PROMPTS[problem]), (subject.teacher, taught[problem]))
         )
         total = total + (student.exp() * (student - teacher)).sum()
         tokens += len(completion)
@@ -59,7 +60,11 @@ def gradients(subject: Subject, pair: TinyPair, policy) -> list[Tensor]:
     return found
 
 
-def test_transfer_is_the_product_of_plain_gradients_of_different_problems(tiny_pair, subject):
+@pytest.mark.parametrize("privileged", [False, True], ids=["one prompt", "the teacher has its own"])
+def test_transfer_is_the_product_of_plain_gradients_of_different_problems(tiny_pair, subject, privileged):
+    if privileged:
+        rows = [{"prompt": [{"role": "user", "content": " ".join(map(str, ids))}], "answer": "0"} for ids in TAUGHT]
+        subject = replace(subject, teacher_problems=rows)
     found = gradient_transfer(subject, policies=POLICIES)
     good = gradients(subject, tiny_pair, TeacherPolicy())
     length = good[0] @ good[1]

@@ -164,6 +164,52 @@ def test_hub_failure_says_it_is_no_local_path_either(tmp_path: Path, monkeypatch
         load_prompts("what is this?")
 
 
+def test_columns_for_the_teacher_are_kept(tmp_path: Path) -> None:
+    hint = [{"role": "system", "content": "brief"}, *user("one, and two follows")]
+    rows = [
+        {"prompt": "one", "answer": "two", "teacher_prompt": hint},
+        {"prompt": "two", "teacher_prompt": "two: three"},
+    ]
+    found = load_prompts(write_jsonl(tmp_path / "taught.jsonl", rows), system_prompt="be brief")
+    told = {"role": "system", "content": "be brief"}
+    assert found["prompt"] == [[told, *user("one")], [told, *user("two")]]
+    assert found["teacher_prompt"] == [[told, *user("one, and two follows")], [told, *user("two: three")]]
+    solved = [{"problem": "one", "solution": "first \\boxed{1}"}, {"problem": "two", "solution": 2}]
+    path = write_jsonl(tmp_path / "solved.jsonl", solved)
+    assert "privileged_context" not in load_prompts(path).column_names
+    kept = load_prompts(path, privileged_column="solution")
+    assert kept["privileged_context"] == ["first \\boxed{1}", "2"] and kept["answer"] == ["1", "2"]
+    kept.save_to_disk(tmp_path / "kept")
+    assert load_prompts(tmp_path / "kept").to_list() == kept.to_list()
+
+
+def test_worked_solutions_of_the_zoo_are_for_the_teacher() -> None:
+    rows = load_prompts("zoo:chains", limit=5, seed=3, privileged_column="solution")
+    assert [f"\\boxed{{{row['answer']}}}" in row["privileged_context"] for row in rows] == [True] * 5
+    assert rows.remove_columns("privileged_context").to_list() == load_prompts("zoo:chains", limit=5, seed=3).to_list()
+    with pytest.raises(ValueError, match="zoo:chains has no column 'hint' for the teacher; it has answer, solution"):
+        load_prompts("zoo:chains", limit=5, privileged_column="hint")
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"teacher_prompt": None}, "column 'teacher_prompt' of row 2 of .* is missing"),
+        ({}, "column 'teacher_prompt' of row 2 of .* is missing"),
+        ({"teacher_prompt": ["two"]}, "message 1 in column 'teacher_prompt' of row 2"),
+        ({"teacher_prompt": " "}, "column 'teacher_prompt' of row 2 of .* is empty"),
+        (
+            {"teacher_prompt": "one", "privileged_context": ["two"]},
+            "'privileged_context' of row 2 .* the teacher's is text",
+        ),
+    ],
+)
+def test_rows_without_a_prompt_for_the_teacher_are_named(tmp_path: Path, row: dict, complaint: str) -> None:
+    first = {"prompt": "one", "teacher_prompt": "one"} | dict.fromkeys(row, "one")
+    with pytest.raises(ValueError, match=complaint):
+        load_prompts(write_jsonl(tmp_path / "rows.jsonl", [first, {"prompt": "two", **row}]))
+
+
 def test_zoo_chains() -> None:
     rows = load_prompts("zoo:chains", limit=5, seed=3)
     assert rows.column_names == ["prompt", "answer", "verifier", "metadata"]

@@ -123,11 +123,12 @@ def _row(method: str, rollout: Rollout, texts: dict[str, int]) -> dict[str, Any]
         "step": rollout.step,
         "reward": rollout.reward,
         "prompt": prompt[:MAX_TEXT_CHARACTERS],
-        "prompt_cut": len(prompt) > MAX_TEXT_CHARACTERS,
+        "prompt_cut": len(prompt) > MAX_TEXT_CHARACTERS or len(rollout.teacher_prompt) > MAX_TEXT_CHARACTERS,
         "match": rollout.prompt_key or prompt[:MAX_TEXT_CHARACTERS],
         "length": None if tokens is None else len(tokens),
         "tokens": pieces,
     }
+    row |= {"teacher_prompt": rollout.teacher_prompt[:MAX_TEXT_CHARACTERS]} if rollout.teacher_prompt else {}
     row |= {} if rollout.rollout_index is None else {"rollout_index": int(rollout.rollout_index)}
     row |= {key: _per_token(values) for key in PER_TOKEN if (values := getattr(rollout, key))}
     # Per token and law of LAWS: the same few texts occur again and again.

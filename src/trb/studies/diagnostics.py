@@ -324,15 +324,20 @@ def _excerpt(
     subject: Subject, name: str, row: int, rollouts: Sampled, scores: TokenScores, place: int, step: int
 ) -> dict[str, Any]:
     completion = rollouts.completions[row]
-    prompt = subject.prompts[subject.problem_of_row[row]]
+    problem = subject.problem_of_row[row]
+    prompt, (taught,) = subject.prompts[problem], subject.taught([problem]) or [subject.prompts[problem]]
 
     def decode(token: int) -> str:
         return str(subject.tokenizer.decode([token]))
 
+    def text(ids: list[int]) -> str:
+        return str(subject.tokenizer.decode(ids, skip_special_tokens=False))
+
     return {
         "policy": name,
         "step": step,
-        "prompt": subject.tokenizer.decode(prompt, skip_special_tokens=False),
+        "prompt": text(prompt),
+        **({} if taught == prompt else {"teacher_prompt": text(taught)}),
         "prompt_key": f"{prompt_key(prompt):016x}",
         "rollout_index": row % subject.samples,
         "completion": subject.tokenizer.decode(completion, skip_special_tokens=True),

@@ -16,7 +16,7 @@ from trb.models.loading import load_model
 from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, STUDY_PLAN, TEST, JsonFile
 from trb.safety.files import exclusive
 from trb.studies.directories import holds_scores, make_again
-from trb.studies.material import load_pair, load_tokenizers, problem_sets
+from trb.studies.material import as_teacher_reads, load_pair, load_tokenizers, problem_sets
 from trb.studies.places import Places
 from trb.studies.run import train
 from trb.studies.scores import evaluate_suites
@@ -82,7 +82,8 @@ def _score_reference(study: Study, directory: Path, job: Reference) -> None:
     vocabulary = SharedVocabulary.of_pair(student, teacher, *load_tokenizers(run))
     model = student if job.role == "student" else teacher
     scores = {
-        name: _score(study, job.setting, getattr(setting, name), model, None, vocabulary) for name in ("dev", "test")
+        name: _score(study, job.setting, getattr(setting, name), model, None, vocabulary, job.role)
+        for name in ("dev", "test")
     }
     REFERENCE_SCORES.write(directory / job.path, scores)
 
@@ -109,12 +110,15 @@ def _score(
     model: Any,
     folder: Path | None,
     vocabulary: SharedVocabulary | None = None,
+    role: str = "student",
 ) -> dict[str, Any]:
     """Scores per suite, each with the number of right answers to every problem. Goes on where `folder` has results."""
     recipe = study.scoring_recipe(setting, problems)
     args = recipe.training_config("unused")
     tokenizer, _ = load_tokenizers(recipe.run)
-    sets = problem_sets(recipe.run)
+    sets: dict[str, Any] = problem_sets(recipe.run)
+    if role == "teacher":
+        sets = as_teacher_reads(sets, args)
     outcomes: dict[str, list[int]] = {}
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         scores = evaluate_suites(

@@ -126,6 +126,9 @@ class RunConfig:
     train_seed: int = _option(0, "Which prompts: seed of the subset or of the generator.")
     train_prompt_column: str | None = _option(None, "Column of train_data with the prompt, if not guessed right.")
     train_answer_column: str | None = _option(None, "Column of train_data with the answer, if not guessed right.")
+    train_privileged_column: str | None = _option(
+        None, "Column of train_data that the teacher reads in its prompt; solution or answer of zoo data."
+    )
     system_prompt: str | None = _option(
         None, "System message of prompts; math for the paper's, which benchmarks always get."
     )
@@ -146,6 +149,9 @@ class RunConfig:
     eval_limit: int | None = _option(None, "Problems per set; null for all.")
     eval_prompt_column: str | None = _option(None, "Column of eval_data with the problem, if not guessed right.")
     eval_answer_column: str | None = _option(None, "Column of eval_data with the answer, if not guessed right.")
+    eval_privileged_column: str | None = _option(
+        None, "The same of eval_data, for the teacher's own score; null where it is to have no help."
+    )
     eval_samples: int | dict[str, int] = field(
         default=1, metadata={"help": "Completions per problem: one number, or one per entry of eval_data."}
     )

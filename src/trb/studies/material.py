@@ -7,7 +7,7 @@ training.
 import gc
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import REASONING_GYM
 from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
+from trb.training.privileged import TeacherPrompts
 from trb.training.sharding import loaded_whole
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
@@ -43,6 +44,7 @@ __all__ = [
     "TRAINING_NAMES",
     "Material",
     "RunDirectoryError",
+    "as_teacher_reads",
     "chat_doubts",
     "free_memory",
     "is_local",
@@ -65,14 +67,15 @@ _TEMPLATES = {
     doubts.TEACHER_TEMPLATE: "chat_template: teacher",
     doubts.STUDENT_TEMPLATE: "chat_template: student",
 }
+_COLUMNS = ("prompt_column", "answer_column", "privileged_column")
 TRAINING_NAMES = {
     **_TEMPLATE,
-    **{name: f"train_{name}" for name in ("prompt_column", "answer_column", "revision", "limit", "seed")},
+    **{name: f"train_{name}" for name in (*_COLUMNS, "revision", "limit", "seed")},
     OVERLONG: "overlong_prompts: drop",
 }
 EVALUATION_NAMES = {
     **_TEMPLATE,
-    **{name: f"eval_{name}" for name in ("prompt_column", "answer_column", "limit", "seed", "max_new_tokens")},
+    **{name: f"eval_{name}" for name in (*_COLUMNS, "limit", "seed", "max_new_tokens")},
     "results_path": "output directory",
 }
 
@@ -280,6 +283,7 @@ def training_prompts(
             system_prompt=run.system_message,
             prompt_column=run.train_prompt_column,
             answer_column=run.train_answer_column,
+            privileged_column=run.train_privileged_column,
             revision=run.train_revision,
         )
         longest, options = run.max_prompt_length, template_options(args)
@@ -317,11 +321,26 @@ def _problems(name: str, run: RunConfig) -> "Dataset":
             system_prompt=run.system_message,
             prompt_column=run.eval_prompt_column,
             answer_column=run.eval_answer_column,
+            privileged_column=run.eval_privileged_column,
         )
     problems = load_benchmark(benchmark, path or None)
     if run.eval_limit is None or run.eval_limit >= len(problems):
         return problems
     return problems.select(sorted(random.Random(run.eval_seed).sample(range(len(problems)), run.eval_limit)))
+
+
+def as_teacher_reads(problems: Mapping[str, "Dataset"], args: Any) -> dict[str, Any]:
+    """Problem sets with the teacher's own prompts, where they have any, by the options of a `TRBConfig`."""
+    found: dict[str, Any] = {}
+    for name, rows in problems.items():
+        made = TeacherPrompts.of(rows.column_names, args, name)
+        prompts = None if made is None else made.of_rows(rows, name)
+        found[name] = rows if prompts is None else _with_prompts(rows, prompts)
+    return found
+
+
+def _with_prompts(rows: "Dataset", prompts: list[Any]) -> list[dict[str, Any]]:
+    return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def template_options(args: TRBConfig) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from trb.studies.directories import make_again, sole_run, told_apart
 from trb.studies.listener import Listener
 from trb.studies.material import (
     RunDirectoryError,
+    as_teacher_reads,
     load_pair,
     load_tokenizers,
     model_of_run,
@@ -58,7 +59,7 @@ _READ_OF_RECIPE = (
     *("student_revision", "student_dtype", "student_keep_layers", "teacher", "teacher_revision", "teacher_dtype"),
     "teacher_quantization",
     *("chat_template", "system_prompt", "eval_data", "eval_split", "eval_seed", "eval_limit", "reward_timeout_s"),
-    *("eval_prompt_column", "eval_answer_column"),
+    *("eval_prompt_column", "eval_answer_column", "eval_privileged_column"),
 )
 
 _NOT_KEPT = ("recipe", "max_rows", "device")
@@ -189,6 +190,8 @@ class _Settings:
     seed: int
     temperature: float
     template_options: Mapping[str, Any]
+    teacher_system_prompt: str | None
+    teacher_prompt_template: str
     dtype: str | None
     device: str
 
@@ -225,6 +228,8 @@ class _Settings:
             seed=args.seed if seed is None else seed,
             temperature=args.temperature,
             template_options=template_options(args),
+            teacher_system_prompt=args.teacher_system_prompt,
+            teacher_prompt_template=args.teacher_prompt_template,
             dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
             device=str(args.device),
             **given,
@@ -266,12 +271,15 @@ class _Settings:
                 )
             run = replace(run, student=self.student, student_revision=None)
         student, teacher = (model.to(self.device) for model in load_pair(run))  # type: ignore[arg-type]
+        taught = as_teacher_reads(sets, self)
+        own = any(taught[name] is not rows for name, rows in sets.items())
         subject = Subject(
             student,
             teacher,
             tokenizer,
             [row for rows in sets.values() for row in rows],
             verifier,
+            teacher_problems=[row for rows in taught.values() for row in rows] if own else None,
             samples=self.samples,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,

@@ -21,7 +21,14 @@ from trb.safety.files import write_text
 from trb.studies.directories import set_aside
 from trb.studies.keys import RunConfig
 from trb.studies.listener import Listener
-from trb.studies.material import EVALUATION_NAMES, free_memory, load_material, template_options, with_template_options
+from trb.studies.material import (
+    EVALUATION_NAMES,
+    as_teacher_reads,
+    free_memory,
+    load_material,
+    template_options,
+    with_template_options,
+)
 from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
 from trb.tasks.evaluation import check_problems, evaluate
@@ -143,7 +150,7 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
 def scores_before(
     recipe: Recipe, args: TRBConfig, directory: Path, listener: Listener, *, clear: Callable[[], None] | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Scores of the untrained student and of the teacher, both on the student's prompts; measured once, then read.
+    """Scores of the untrained student and of the teacher, each on the prompts that it reads; measured once, then read.
 
     `clear` removes what is in the way, once nothing is left to be refused.
     """
@@ -171,8 +178,9 @@ def _score_pair(
 ) -> None:
     listener.stage("loading models and data")
     material = load_material(recipe.run, args)
+    problems: dict[str, Any] = {"student": material.problems, "teacher": as_teacher_reads(material.problems, args)}
     for name in paths:
-        check_suites(getattr(material, name), material.tokenizer, material.problems, recipe.run, args)
+        check_suites(getattr(material, name), material.tokenizer, problems[name], recipe.run, args)
     if args.process_index == 0:
         if clear is not None:
             clear()
@@ -183,7 +191,7 @@ def _score_pair(
             scores = evaluate_suites(
                 getattr(material, name),
                 tokenizer=material.tokenizer,
-                problems=material.problems,
+                problems=problems[name],
                 run=recipe.run,
                 args=args,
                 verifier=verifier,

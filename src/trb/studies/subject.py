@@ -90,6 +90,8 @@ class Subject:
         max_rows: completions in flight at once; None for all.
         teacher_tokenizer: names the teacher's stop id where its generation config does not.
         template_options: keyword arguments of the chat template.
+        teacher_problems: the problems with the prompts that the teacher reads in place of the student's; None for the
+            same.
         remember: keeps finished parts; by default in memory. Parts are JSON values.
 
     Raises:
@@ -109,6 +111,7 @@ class Subject:
     max_rows: int | None = None
     teacher_tokenizer: "PreTrainedTokenizerBase | None" = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    teacher_problems: Sequence[Mapping[str, Any]] | None = None
     remember: Remember = field(default_factory=_Memory)
 
     def __post_init__(self) -> None:
@@ -132,6 +135,17 @@ class Subject:
     def prompts(self) -> list[list[int]]:
         """Token ids of each problem's prompt."""
         return render(self.tokenizer, self.rows, **self.template_options)
+
+    @cached_property
+    def teacher_prompts(self) -> list[list[int]] | None:
+        """Token ids of each problem's prompt as the teacher reads it; None for the student's."""
+        if self.teacher_problems is None:
+            return None
+        return render(self.tokenizer, self.teacher_problems, **self.template_options)
+
+    def taught(self, problems: Sequence[int]) -> list[list[int]] | None:
+        """What the teacher reads before completions of some problems; None for what the student reads."""
+        return self.teacher_prompts and [self.teacher_prompts[problem] for problem in problems]
 
     @cached_property
     def vocabulary(self) -> SharedVocabulary:
@@ -159,7 +173,8 @@ class Subject:
             return {}
         problems = [self.problem_of_row[row] for row in rows]
         longest = self.max_new_tokens - len(prefixes[rows[0]])
-        prompts = [self.prompts[problem] + prefixes[row] for problem, row in zip(problems, rows, strict=True)]
+        read = self.teacher_prompts if model is self.teacher and self.teacher_prompts else self.prompts
+        prompts = [read[problem] + prefixes[row] for problem, row in zip(problems, rows, strict=True)]
         rollout = self._sample(model, None, prompts, rows, StudentPolicy(), longest, stream)
         whole = [prefixes[row] + completion for row, completion in zip(rows, rollout.completions, strict=True)]
         return dict(zip(rows, self._grade(whole, problems), strict=True))
@@ -177,6 +192,7 @@ class Subject:
             [self.prompts[self.problem_of_row[row]] for row in rows],
             completions,
             policy=policy,
+            teacher_prompts=self.taught([self.problem_of_row[row] for row in rows]),
             vocabulary=self.vocabulary,
             temperature=self.temperature,
             top=top,
@@ -218,6 +234,7 @@ class Subject:
             teacher,
             prompts,
             policy,
+            teacher_prompts=None if teacher is None else self.taught([self.problem_of_row[row] for row in rows]),
             max_new_tokens=max_new_tokens,
             eos_token_id=self.vocabulary.stop_ids,
             vocab_size=self.vocabulary.size,

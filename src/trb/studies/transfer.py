@@ -94,11 +94,13 @@ def _gradient(subject: Subject, policy: BehaviorPolicy, half: int, loss_top_k: i
 def _loss(
     subject: Subject, rows: Sequence[int], completions: Sequence[list[int]], tokens: int, loss_top_k: int
 ) -> Tensor:
-    prompts = [subject.prompts[subject.problem_of_row[row]] for row in rows]
+    problems = [subject.problem_of_row[row] for row in rows]
+    prompts = [subject.prompts[problem] for problem in problems]
     ids, mask, completion = _padded(prompts, completions, subject.student.device)
+    read = _padded(subject.taught(problems) or prompts, completions, subject.teacher.device)
     hidden = completion_hidden_states(subject.student, ids, mask, completion)
     with torch.no_grad():
-        taught = completion_hidden_states(subject.teacher, ids, mask, completion)
+        taught = completion_hidden_states(subject.teacher, *read)
     sampled = ids[completion != 0]
     loss, _ = chunked_reverse_kl(
         *(hidden, taught, OutputHead.of(subject.student), OutputHead.of(subject.teacher)),

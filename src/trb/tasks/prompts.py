@@ -2,7 +2,8 @@
 
 Every source ends as one `datasets.Dataset` with the columns `prompt` (a list of `{"role", "content"}`
 messages that ends before the assistant speaks), `answer` (str, empty where there is none), `verifier`
-(one of `trb.tasks.grading.VERIFIERS`) and `metadata` (a JSON object as text).
+(one of `trb.tasks.grading.VERIFIERS`) and `metadata` (a JSON object as text); and, where the teacher is to read another
+prompt (`trb.training.privileged`), with `teacher_prompt` (messages) or `privileged_context` (text).
 
 Left out on purpose: shuffling, repeating a prompt for several rollouts and padding belong to the trainer; deciding
 whether an answer is right belongs to `trb.tasks.grading`. Nothing here touches the network unless the specification is
@@ -33,6 +34,8 @@ from trb.tasks.sources import (
     refuse,
     zoo_rows,
 )
+from trb.training.privileged import CONTEXT as PRIVILEGED_CONTEXT
+from trb.training.privileged import WHOLE as TEACHER_PROMPT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,6 +66,7 @@ def load_prompts(
     system_prompt: str | None = None,
     prompt_column: str | None = None,
     answer_column: str | None = None,
+    privileged_column: str | None = None,
     revision: str | None = None,
 ) -> "Dataset":
     """Load prompts from a file, a local dataset folder, a task generator or the hub.
@@ -83,6 +87,8 @@ def load_prompts(
     last \\boxed{} of that turn. Rows without an answer get `answer == ""`: good to train on, not to score.
     A source with a `verifier` column (this function's own output, saved) keeps it and its `metadata`. Problems with
     tests of their program, in the columns of MBPP or HumanEval, get the verifier "python" (`trb.tasks.coding`).
+    `teacher_prompt` and `privileged_context` are kept for the teacher, and `privileged_column` names another column
+    that becomes the latter (of `zoo:` sources `solution` or `answer`, of `reasoning-gym:` ones `answer`).
     A few reasoning-gym tasks (word_ladder, ransom_note, ...) draw from sets, and repeat themselves in another
     process only under the same PYTHONHASHSEED; save such rows to a file to share them.
 
@@ -96,18 +102,20 @@ def load_prompts(
         refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
         generate = zoo_rows if name.startswith("zoo:") else reasoning_gym_rows
         rows = generate(name, split, limit or GENERATED_ROWS, seed)
+        rows = [_generated(row, privileged_column, name) for row in rows]
     else:
         table = open_table(name, split, revision)
         if table.n_rows == 0:
             raise InputError(f"{name} is empty: it has no rows")
-        columns = _choose_columns(name, table.columns, prompt_column, answer_column)
+        columns = _choose_columns(name, table.columns, prompt_column, answer_column, privileged_column)
         indices = _subset(table.n_rows, limit, seed)
         rows = [
             _convert(raw, columns, f"row {index + 1} of {name}")
             for index, raw in zip(indices, table.take(indices, columns.used()), strict=True)
         ]
     if system_prompt is not None:
-        rows = [row | {"prompt": _with_system(row["prompt"], system_prompt)} for row in rows]
+        read = [name for name in ("prompt", TEACHER_PROMPT) if rows and name in rows[0]]
+        rows = [row | {name: _with_system(row[name], system_prompt) for name in read} for row in rows]
     dataset = _to_dataset(rows)
     dataset.info.dataset_name = Path(name).name if Path(name).exists() else name  # for model cards
     return dataset
@@ -194,14 +202,19 @@ class _Columns(NamedTuple):
     answer: str | None
     verified: bool  # the source says itself how its rows are scored
     tests: tuple[str, ...]  # of programs, and what belongs to them
+    taught: str | None = None
+    context: str | None = None
 
     def used(self) -> list[str]:
         scoring = (*(("verifier", "metadata") if self.verified else ()), *self.tests)
-        return list(dict.fromkeys(name for name in (self.prompt, self.answer, *scoring) if name is not None))
+        names = (self.prompt, self.answer, self.taught, self.context, *scoring)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def _choose_columns(source: str, found: list[str], prompt: str | None, answer: str | None) -> _Columns:
-    for wanted in (prompt, answer):
+def _choose_columns(
+    source: str, found: list[str], prompt: str | None, answer: str | None, context: str | None
+) -> _Columns:
+    for wanted in (prompt, answer, context):
         if wanted is not None and wanted not in found:
             raise InputError(f"{source} has no column {wanted!r}{nearest(wanted, found)}; it has {found}")
     by_lower_name = {name.lower(): name for name in reversed(found)}
@@ -214,27 +227,50 @@ def _choose_columns(source: str, found: list[str], prompt: str | None, answer: s
             f"name the right one with {named('prompt_column')}"
         )
     answers = [by_lower_name[name] for name in ANSWER_COLUMNS if name in by_lower_name]
-    return _Columns(prompt or guesses[0], answer or next(iter(answers), None), "verifier" in found, tests)
+    taught, told = (name if name in found else None for name in (TEACHER_PROMPT, PRIVILEGED_CONTEXT))
+    chosen = (prompt or guesses[0], answer or next(iter(answers), None))
+    return _Columns(*chosen, "verifier" in found, tests, taught, context or told)
+
+
+def _generated(row: Row, context: str | None, source: str) -> Row:
+    """A row of a generated source, with one of its columns for the teacher."""
+    kept = {name: row[name] for name in ("prompt", "answer", "verifier", "metadata")}
+    offered = [name for name in ("answer", "solution") if name in row]
+    if context is not None and context not in offered:
+        raise InputError(f"{source} has no column {context!r} for the teacher; it has {', '.join(offered)}")
+    return kept if context is None else kept | {PRIVILEGED_CONTEXT: row[context]}
 
 
 def _convert(raw: Row, columns: _Columns, place: str) -> Row:
     """One row of any source as a row of ours; `place` names it in errors."""
     messages, reply = _messages(raw.get(columns.prompt), f"column {columns.prompt!r} of {place}")
     scoring = _scoring(raw, place) if columns.verified else {"verifier": "math", "metadata": "{}"}
+    taught = _taught(raw, columns, place)
     if columns.tests and (not columns.verified or scoring == {"verifier": PYTHON, "metadata": "{}"}):
-        return _as_text(program_row(messages, raw, place), place)
+        return _as_text(program_row(messages, raw, place) | taught, place)
     if columns.answer is None:
         answer = "" if reply is None else (last_boxed(reply) or "")
     else:
         answer = _answer(raw.get(columns.answer), f"column {columns.answer!r} of {place}")
-    return _as_text({"prompt": messages, "answer": answer, **scoring}, place)
+    return _as_text({"prompt": messages, "answer": answer, **scoring, **taught}, place)
+
+
+def _taught(raw: Row, columns: _Columns, place: str) -> Row:
+    """What the teacher reads, where the source says it."""
+    found: Row = {}
+    if columns.taught is not None:
+        found[TEACHER_PROMPT], _ = _messages(raw.get(columns.taught), f"column {columns.taught!r} of {place}")
+    if columns.context is not None:
+        found[PRIVILEGED_CONTEXT] = _context(raw.get(columns.context), f"column {columns.context!r} of {place}")
+    return found
 
 
 def _as_text(row: Row, place: str) -> Row:
     """The row. Raises ValueError for one whose texts are none."""
-    texts = (row["answer"], row["verifier"], row["metadata"])
+    chats = [value for value in row.values() if isinstance(value, list)]
+    texts = [value for value in row.values() if isinstance(value, str)]
     try:
-        "".join([*(message["content"] for message in row["prompt"]), *texts]).encode()
+        "".join([*(message["content"] for chat in chats for message in chat), *texts]).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{place} holds half a surrogate pair, which is no text: {error.reason}; remove it") from error
     return row
@@ -302,10 +338,21 @@ def _answer(value: Any, place: str) -> str:
     raise InputError(f"{place} is {kind(value)}; an answer is text, a number, or a list of texts")
 
 
+def _context(value: Any, place: str) -> str:
+    """What only the teacher reads."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place} is {'empty' if isinstance(value, str) else kind(value)}; the teacher's is text")
+    return value
+
+
 def _to_dataset(rows: list[Row]) -> "Dataset":
     from datasets import Dataset, Features, List, Value
 
     text = Value("string")
     messages = List({"role": text, "content": text})
-    features = Features({"prompt": messages, "answer": text, "verifier": text, "metadata": text})
+    columns = {"prompt": messages, "answer": text, "verifier": text, "metadata": text}
+    more = {TEACHER_PROMPT: messages, PRIVILEGED_CONTEXT: text}
+    features = Features(columns | {name: kind for name, kind in more.items() if rows and name in rows[0]})
     return Dataset.from_list(rows, features=features)

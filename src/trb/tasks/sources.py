@@ -58,9 +58,12 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     size = settings.pop(task.unit, None)
     if not isinstance(size, int | None):
         raise InputError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
+    task = task.with_settings(**settings)
     return [
-        {"prompt": problem["prompt"], "answer": problem["answer"], "verifier": "exact", "metadata": "{}"} | problem
-        for problem in task.with_settings(**settings).problems(n, seed=seed, split=split, size=size)
+        {"answer": problem["answer"], "verifier": "exact", "metadata": "{}"}
+        | problem
+        | {"solution": task.solution(problem["prompt"][0]["content"])}
+        for problem in task.problems(n, seed=seed, split=split, size=size)
     ]
 
 

@@ -339,10 +339,7 @@ class TRBConfig(DistillationConfig):
                 raise InputError(f"{name} must lie in [0, 1], got {value}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
-        if self.teacher_system_prompt == "":
-            raise InputError("teacher_system_prompt is empty; leave it out for none")
-        if missing := [place for place in privileged.PLACES if place not in self.teacher_prompt_template]:
-            raise InputError(f"teacher_prompt_template={self.teacher_prompt_template!r} has no {missing[0]}; put it in")
+        self._check_teacher_prompts()
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
 
@@ -356,6 +353,12 @@ class TRBConfig(DistillationConfig):
                 raise InputError(
                     f"accelerator_config with {name}={value!r} is not supported ({why}); leave it at {allowed[0]!r}"
                 )
+
+    def _check_teacher_prompts(self) -> None:
+        if self.teacher_system_prompt == "":
+            raise InputError("teacher_system_prompt is empty; leave it out for none")
+        if missing := [place for place in privileged.PLACES if place not in self.teacher_prompt_template]:
+            raise InputError(f"teacher_prompt_template={self.teacher_prompt_template!r} has no {missing[0]}; put it in")
 
     def _check_scheduler(self) -> None:
         """Make the schedule once: transformers would when everything is loaded."""

@@ -9,7 +9,7 @@ Left out: token ids (`trb.training.prompts`), and what both models make of them.
 
 import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,22 @@ class TeacherPrompts:
             return None
         return cls(found[0] if found else None, args.teacher_prompt_template, args.teacher_system_prompt)
 
-    def __call__(self, row: Mapping[str, Any]) -> Any:
-        """Text or messages.
+    def of_rows(self, rows: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
+        """The prompts of some rows, each text or messages.
 
         Raises:
-            ValueError: the row has nothing in the column, or a text where messages are needed.
+            ValueError: names the row, from 0: it has nothing in the column, or text where messages are needed.
         """
+        found = []
+        for number, row in enumerate(rows):
+            try:
+                found.append(self(row))
+            except InputError as error:
+                raise InputError(f"{name}[{number}] has {error}") from error
+        return found
+
+    def __call__(self, row: Mapping[str, Any]) -> Any:
+        """The prompt of a row, text or messages. Errors go on from "this row has"."""
         prompt = row["prompt"]
         if self.column is not None and not row.get(self.column):
             raise InputError(f"no {self.column}: every row needs one, or none")

@@ -124,7 +124,7 @@ class PromptsInOrder(DistillationTrainer):
         if self._teacher_prompts_of is None:
             limits |= teachers
         else:
-            own = _made(name, rows, self._teacher_prompts_of)
+            own = self._teacher_prompts_of.of_rows(rows, name)
             _check_kinds(f"the teacher's prompt of {name}", own, like=prompts[:1])
             self._check_lengths(f"the teacher's prompt of {name}", own, teachers, None)
         strange = self._check_lengths(name, prompts, limits, unknown)
@@ -146,7 +146,7 @@ class PromptsInOrder(DistillationTrainer):
         """Token ids of the teacher's own prompts of some rows; None where it reads the student's."""
         if self._teacher_prompts_of is None or not rows:
             return None
-        return self._tokenize_prompts(_made("a batch", rows, self._teacher_prompts_of))[0]
+        return self._tokenize_prompts(self._teacher_prompts_of.of_rows(rows, "the batch"))[0]
 
     def _padded_teacher_prompts(self) -> dict[str, Tensor]:
         """The teacher's own prompts as the parent has the student's, for it to shuffle and split with them."""
@@ -172,17 +172,6 @@ class PromptsInOrder(DistillationTrainer):
         found, images, fields = super()._tokenize_prompts(rest)
         others = iter(found)
         return [next(others) if ids is None else ids for ids in known], images, fields
-
-
-def _made(name: str, rows: Sequence[Mapping[str, Any]], made: TeacherPrompts) -> list[Any]:
-    """The teacher's prompts of some rows."""
-    found = []
-    for number, row in enumerate(rows):
-        try:
-            found.append(made(row))
-        except InputError as error:
-            raise InputError(f"{name}[{number}] has {error}") from error
-    return found
 
 
 def _check_kinds(name: str, prompts: Sequence[Any], like: Sequence[Any] = ()) -> None:

@@ -63,6 +63,7 @@ function viewer(root, data, onStep) {
   const list = element("ul", { class: "rows" });
   const prompt = element("p", { class: "text prompt" });
   const promptName = element("p", { class: "part" });
+  const taught = element("div", { class: "taught" });
   const panes = element("div", { class: "panes" });
   const panel = element("div", { class: "panel", "aria-hidden": "true" });
   const spoken = element("p", { class: "sr spoken", "aria-live": "polite" });
@@ -77,7 +78,7 @@ function viewer(root, data, onStep) {
         element("span", { class: "choices", role: "group", "aria-label": "Tint tokens by" }, ...choices))] : [])),
     element("div", { class: "controls steps" }, control("Step", slider), earlier, later, stepName),
     scale, panel, spoken,
-    element("div", { class: "split" }, list, element("div", { class: "detail" }, promptName, prompt, panes)));
+    element("div", { class: "split" }, list, element("div", { class: "detail" }, promptName, prompt, taught, panes)));
 
   // -- which rollouts
   const ofMethod = (name) => rows.filter((row) => row.group === state.group && row.method === name);
@@ -160,6 +161,8 @@ function viewer(root, data, onStep) {
     const any = pair[0] ?? pair[1];
     promptName.textContent = any.prompt_cut ? "Prompt, cut" : "Prompt";
     prompt.textContent = visible(any.prompt);
+    taught.replaceChildren(...(any.teacher_prompt ? [element("p", { class: "part" }, "The teacher's prompt"),
+      element("p", { class: "text prompt" }, visible(any.teacher_prompt))] : []));
     const sides = [0, 1].filter((side) => state.methods[side] !== NOBODY);
     panes.replaceChildren(...sides.map((side) => pane(pair, side)));
     panes.classList.toggle("two", sides.length > 1);
