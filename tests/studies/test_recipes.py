@@ -69,6 +69,8 @@ def test_there_is_a_recipe_for_every_purpose() -> None:
         "smollm2",
         "qwen3-1.7b-from-8b",
         "qwen3-0.6b-from-4b",
+        "self-distillation",
+        "qwen3-1.7b-self",
     }
     assert BASELINES.keys() == METHODS.keys()
     assert load_recipe("quickstart").run.methods.keys() == {"opd", "trb"}
@@ -301,6 +303,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "train_seed": (5, lambda spy, _: spy.all("load_prompts", "seed")[0]),
     "train_prompt_column": ("p", lambda spy, _: spy.all("load_prompts", "prompt_column")[0]),
     "train_answer_column": ("a", lambda spy, _: spy.all("load_prompts", "answer_column")[0]),
+    "train_privileged_column": ("w", lambda spy, _: spy.all("load_prompts", "privileged_column")[0]),
     "system_prompt": ("Think.", lambda spy, _: {*spy.all("load_prompts", "system_prompt")}),
     "max_prompt_length": (99, lambda spy, _: spy.all("check_lengths", 2)[0]),
     "overlong_prompts": ("drop", lambda spy, _: spy.all("check_lengths", 3)[0]),
@@ -313,6 +316,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "eval_limit": (11, lambda spy, _: spy.all("load_prompts", "limit")[1]),
     "eval_prompt_column": ("ep", lambda spy, _: spy.all("load_prompts", "prompt_column")[1]),
     "eval_answer_column": ("ea", lambda spy, _: spy.all("load_prompts", "answer_column")[1]),
+    "eval_privileged_column": ("ew", lambda spy, _: spy.all("load_prompts", "privileged_column")[1]),
     "eval_samples": (3, lambda spy, _: {*spy.all("evaluate", "n")}),
     "eval_max_new_tokens": (21, lambda spy, _: {*spy.all("evaluate", "max_new_tokens")}),
     "eval_temperature": (0.7, lambda spy, _: {*spy.all("evaluate", "temperature")}),

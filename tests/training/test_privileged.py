@@ -214,7 +214,7 @@ def test_a_killed_run_resumes_to_the_same_numbers_and_not_with_other_teacher_pro
     other = rows()
     other[3]["teacher_prompt"] = other[4]["teacher_prompt"]
     for changes in ({"train_rows": other}, {"teacher_system_prompt": "look"}):
-        with pytest.raises(ChangedRunError, match="teacher_prompts|teacher_system_prompt"):
+        with pytest.raises(ChangedRunError, match=r"teacher_prompts|teacher_system_prompt"):
             build(tmp_path / "killed", **{**settings, **changes}).train(resume_from_checkpoint=True)
 
 

@@ -217,6 +217,36 @@ def test_readme_quotes_the_record():
         assert cells[-len(measured) :] == [f"{measured[n]['pass_at_1']:.1%}" for n in sorted(measured)]
 
 
+def test_readme_quotes_the_record_of_the_model_that_teaches_itself():
+    weights = zoo.path("told").parent
+    record = json.loads((weights / "told.json").read_text())
+    readme = (weights.parent / "README.md").read_text()
+    for row, key in (("the problem alone", "by_operands"), ("with the worked solution", "told_by_operands")):
+        cells = [cell.strip() for cell in next(line for line in readme.splitlines() if row in line).split("|")[2:-1]]
+        measured = record["models"]["told"][key]
+        assert cells == [f"{measured[n]['pass_at_1']:.1%}" for n in sorted(measured)]
+
+
+def test_the_model_that_teaches_itself_makes_use_of_a_solution_and_needs_it():
+    model, tokenizer = zoo.load("told")
+    rows = zoo.problems(100, seed=5, split="test")
+    told = [zoo_train._told_row(zoo_train.PAIRS["told"].task, row) for row in rows]
+    plain, helped = (zoo_train.measure(model, tokenizer, CHAINS, given, seed=0)["pass_at_1"] for given in (rows, told))
+    assert plain < 0.3 and helped > 0.9  # 14% and 98% of 500; more than four standard errors of 100 away
+
+
+def test_told_problems_are_answered_without_a_fault():
+    told = zoo_train.PAIRS["told"]
+    lessons = replace(told.models[0], told=1.0)
+    tokenizer = zoo.load("told")[1]
+    ids, labels = zoo_train.supervised_batch(tokenizer, random.Random(0), lessons, told.task, told.trained_sizes)
+    for row, row_labels in zip(ids.tolist(), labels.tolist(), strict=True):
+        prompt = tokenizer.decode(row[: row_labels.index(next(label for label in row_labels if label != -100))])
+        written = tokenizer.decode([label for label in row_labels if label != -100]).removesuffix("<|endoftext|>")
+        problem, _, solution = prompt.partition("user\n")[2].partition("<|im_end|>")[0].partition("\n\n")
+        assert written == solution == told.task.solution(problem)
+
+
 def test_short_training_run_writes_a_loadable_pair(tmp_path, monkeypatch, pair):
     chains = zoo_train.PAIRS["chains"]
     shorter = tuple(replace(recipe, steps=5, batch_size=8) for recipe in chains.models)

@@ -193,7 +193,7 @@ def _memory_bytes() -> int:
 
 def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
     from trb.models.sharing import is_shared
-    from trb.studies.material import load_tokenizers
+    from trb.studies.material import load_tokenizers, longest_teacher_prompt
     from trb.studies.shared import doubts_of_base, trains_own_adapter
     from trb.training.doubts import of_pair, of_rate
     from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
@@ -233,7 +233,8 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         "end of sequence",
         f"student stops with {_ids(stops[0])}, teacher with {_ids(stops[1])}; {shared.stop_id} is emitted, {folded}",
     )
-    yield from (Check("warn", *doubt) for doubt in of_pair(student, teacher, same=_same_files(run)))
+    alike = _same_files(run) and longest_teacher_prompt(run, args) is None
+    yield from (Check("warn", *doubt) for doubt in of_pair(student, teacher, same=alike))
     if has_lengths:  # a bare pair has no recipe that says how long its sequences are
         adapters = bool(run.lora_rank) or trains_own_adapter(run)
         yield from (Check("warn", *doubt) for doubt in of_rate(args, student, adapters=adapters))
@@ -325,11 +326,15 @@ def _check_lengths(
     run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel"
 ) -> Check:
     from trb.models.modeling import position_limit
+    from trb.studies.material import longest_teacher_prompt
 
-    longest = run.max_prompt_length + max(int(args.max_completion_length or 0), run.eval_max_new_tokens or 0)
-    for role, model in (("student", student), ("teacher", teacher)):
+    completion = max(int(args.max_completion_length or 0), run.eval_max_new_tokens or 0)
+    taught = longest_teacher_prompt(run, args) or run.max_prompt_length
+    longest = completion + max(run.max_prompt_length, taught)
+    for role, model, prompt in (("student", student, run.max_prompt_length), ("teacher", teacher, taught)):
         limit = position_limit(model)
-        if limit is not None and longest > limit:
+        if limit is not None and prompt + completion > limit:
+            longest = prompt + completion
             remedy = "Lower max_prompt_length, max_completion_length or eval_max_new_tokens"
             return Check("fail", "lengths", f"up to {longest} tokens, and the {role} has {limit} positions", remedy)
     return Check("ok", "lengths", f"up to {longest} tokens fit both models")

@@ -109,6 +109,7 @@ def work_of(
 ) -> "Work":
     """What a step of a recipe does, trained on by so many processes."""
     from trb.planning import Work
+    from trb.studies.material import longest_teacher_prompt
     from trb.training.methods import behavior_of, kl_budget_of
 
     batch = args.per_device_train_batch_size
@@ -120,6 +121,7 @@ def work_of(
         rollouts=rollouts,
         generations=args.num_generations,
         prompt=run.max_prompt_length,
+        teacher_prompt=longest_teacher_prompt(run, args),
         completion=int(args.max_completion_length or 0),
         mean_completion=mean_completion,
         micro_batch=batch,

@@ -33,7 +33,7 @@ __all__ = [
     "token_ids_only",
 ]
 
-BUILT_IN = (*(f"zoo:{name}" for name in zoo.NAMES), SMOLLM2)
+BUILT_IN = (*(f"zoo:{name}" for name in zoo.MODELS), SMOLLM2)
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -181,6 +181,7 @@ class Work:
         rollouts: completions of a step.
         generations: of them, how many belong to one prompt.
         prompt: tokens of a prompt.
+        teacher_prompt: of the prompt that the teacher reads in its place; None for the same.
         completion: tokens of the longest completion.
         mean_completion: tokens of the mean one; None when all are as long as the longest.
         micro_batch: completions that a rank puts through one forward and backward pass.
@@ -204,9 +205,11 @@ class Work:
     block_size: int | None = None
     checkpointing: bool = False
     loss_chunk: int | None = None
+    teacher_prompt: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rollouts", "generations", "prompt", "completion", "micro_batch", "rows", "block_size"):
+        sizes = ("rollouts", "generations", "prompt", "completion", "micro_batch", "rows", "block_size")
+        for name in (*sizes, "teacher_prompt"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")

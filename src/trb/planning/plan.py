@@ -192,9 +192,9 @@ class _Planner:
     def _cache_bytes_per_row(self) -> float:
         """Of both models, on one accelerator. A slot is as long as the longest row, an engine's pages as long as the
         mean one; a key head is not divided."""
-        length = math.ceil(self.work.prompt + self.work.mean) if self.engine else self.length
-        own = length * self.student.cached * self.pair.compute_bytes
-        taught = length * self.teacher.cached * self.teacher_bytes
+        completion = math.ceil(self.work.mean) if self.engine else self.work.completion
+        own = (self.work.prompt + completion) * self.student.cached * self.pair.compute_bytes
+        taught = (self._prompt(self.teacher) + completion) * self.teacher.cached * self.teacher_bytes
         return own / min(self.ways, self.student.key_heads) + taught / min(self.ways, self.teacher.key_heads)
 
     def _logit_bytes_per_row(self, block: int) -> float:
@@ -349,7 +349,7 @@ class _Planner:
             self.machine,
             tokens=tokens,
             rows=rows,
-            context=self.work.prompt + self.work.mean / 2,
+            context=self._prompt(shape) + self.work.mean / 2,
             element=element,
             ways=self.ways,
             eager=self.layout.eager_sampling,
@@ -357,8 +357,13 @@ class _Planner:
 
     def _prefill(self, shape: Shape) -> float:
         prompts = math.ceil(self._rollouts_of_a_copy() / self.work.generations)
-        operations = prompts * self._forward_operations(shape, self.work.prompt)
+        operations = prompts * self._forward_operations(shape, self._prompt(shape))
         return operations / self.ways / self.machine.reached_flops
+
+    def _prompt(self, shape: Shape) -> int:
+        """Tokens of what a model reads before the completion."""
+        own = None if shape is self.student else self.work.teacher_prompt
+        return self.work.prompt if own is None else own
 
     def _forward_operations(self, shape: Shape, length: float) -> float:
         """Of one sequence through the layers; causal attention sees half of the pairs."""
@@ -371,7 +376,8 @@ class _Planner:
         passes = micro_batches(self.work, self.layout) * length_groups(min(self.work.micro_batch, local))
         rounds = 4 if self.work.checkpointing else 3  # the backward pass multiplies twice
         products = 2 * tokens * (3 * student.head + self.teacher.head) / machine.reached_flops
-        teacher = 0.0 if taught else self._wide(self.teacher, length, passes, 1)
+        read = self._prompt(self.teacher) + self.work.mean
+        teacher = 0.0 if taught else self._wide(self.teacher, read, passes, 1)
         touched = _OPTIMIZER_TOUCHES * self.pair.master_bytes * student.trained
         ranks = self.layout.ranks
         everywhere = self.layout.accelerators

@@ -24,7 +24,7 @@ _GROUPS = {
     "Models": r"student_.*|teacher_(revision|dtype|quantization|trust_remote_code|sharded)|lora_.*|chat_template"
     r"|replica_dtype",
     "Data": r"train_.*|system_prompt|max_prompt_length|overlong_prompts|chat_template_kwargs|shuffle_dataset"
-    r"|dataloader_.*",
+    r"|teacher_(system_prompt|prompt_template)|dataloader_.*",
     "Evaluation": r"eval_.*|held_out_.*|reward_timeout_s|recorded_.*|per_device_eval_batch_size|.*_full_eval"
     r"|batch_eval_metrics|include_for_metrics|prediction_loss_only",
     "Training": r"learning_rate|weight_decay|disable_dropout|max_skipped_steps|checkpoint_checksums",
@@ -69,4 +69,5 @@ def _described(key: str) -> Key:
 
 def _shown(value: Any) -> str:
     value = plain(value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value) or "empty"
+    text = str(value).replace("\n", "\\n")  # the list has a line for each key
+    return "null" if value is None else text.lower() if isinstance(value, bool) else text or "empty"

@@ -86,7 +86,7 @@ class RunConfig:
     """Everything a run needs beside `TRBConfig`: models, data, evaluation. Raises ConfigError for invalid values."""
 
     student: str = field(
-        metadata={"help": "Model to train: zoo:student, smollm2-135m, a directory or a hub id (owner/name)."}
+        metadata={"help": "Model to train: zoo:student, zoo:told, smollm2-135m, a directory or a hub id (owner/name)."}
     )
     teacher: str = field(
         metadata={

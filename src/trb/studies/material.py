@@ -29,10 +29,10 @@ from trb.studies.shared import check_shared, doubts_of_base, trains_own_adapter
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
-from trb.tasks.sources import REASONING_GYM
+from trb.tasks.sources import REASONING_GYM, open_table
 from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
-from trb.training.privileged import TeacherPrompts
+from trb.training.privileged import COLUMNS, TeacherPrompts
 from trb.training.sharding import loaded_whole
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
@@ -52,6 +52,7 @@ __all__ = [
     "load_pair",
     "load_student",
     "load_tokenizers",
+    "longest_teacher_prompt",
     "lora",
     "model_of_run",
     "problem_sets",
@@ -229,7 +230,8 @@ def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> 
         student, teacher = load_pair(run, for_training=True)
     vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
     if args.process_index == 0 and doubtful:
-        doubts.warn(doubts.of_pair(student, teacher))
+        same = None if TeacherPrompts.of(prompts.column_names, args) is None else False
+        doubts.warn(doubts.of_pair(student, teacher, same=same))
         doubts.warn(doubts_of_base(run))
         doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, teacher))
         doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank) or trains_own_adapter(run)))
@@ -341,6 +343,26 @@ def as_teacher_reads(problems: Mapping[str, "Dataset"], args: Any) -> dict[str, 
 
 def _with_prompts(rows: "Dataset", prompts: list[Any]) -> list[dict[str, Any]]:
     return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def longest_teacher_prompt(run: RunConfig, args: TRBConfig) -> int | None:
+    """Tokens of the longest prompt that the teacher reads for itself; None where it reads the student's, and of data
+    that cannot be read here, or not before they are downloaded."""
+    asked, generated = run.train_privileged_column or args.teacher_system_prompt, ("zoo:", REASONING_GYM)
+    if not is_local(run.train_data) or (run.train_data.startswith(generated) and not asked):
+        return None
+    try:
+        if not asked and not {*COLUMNS} & {*open_table(run.train_data, run.train_split, None).columns}:
+            return None
+        tokenizer, _ = load_tokenizers(run)
+        prompts, _ = training_prompts(run, args, tokenizer)
+    except (ValueError, OSError, ImportError):
+        return None  # whoever begins a run says why
+    made = TeacherPrompts.of(prompts.column_names, args, run.train_data)
+    if made is None:
+        return None
+    rows = [{"prompt": prompt} for prompt in made.of_rows(prompts, run.train_data)]
+    return max(map(len, render(tokenizer, rows, **template_options(args))))
 
 
 def template_options(args: TRBConfig) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _described(model: nn.Module) -> str:
     if not inner.name_or_path:
         return f"a model in memory ({kind})"
     local = Path(inner.name_or_path)
-    shipped = [f"zoo:{name}" for name in zoo.NAMES if zoo.path(name) == local]
+    shipped = [f"zoo:{name}" for name in zoo.MODELS if zoo.path(name) == local]
     return f"{shipped[0] if shipped else f'`{local.name}`, from a directory'} ({kind})"
 
 

@@ -106,8 +106,11 @@ def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
         )
 
 
+_ANOTHER = "Choose another teacher, or give it prompts of its own (train_privileged_column, teacher_system_prompt)"
+
+
 def of_pair(student: "PreTrainedModel", teacher: "PreTrainedModel", *, same: bool | None = None) -> Iterator[Doubt]:
-    """Of two models; they may be without weights if `same` says whether theirs are equal."""
+    """Of two models that read the same prompts; they may be without weights if `same` says whether theirs are equal."""
     sizes = _size(student), _size(teacher)
     if sizes[0] > _LARGER_TIMES * sizes[1] > 0:
         yield Doubt(
@@ -116,7 +119,7 @@ def of_pair(student: "PreTrainedModel", teacher: "PreTrainedModel", *, same: boo
             "Exchange student and teacher if they were swapped",
         )
     if _same_weights(student, teacher) if same is None else same:
-        yield Doubt("weights", "student and teacher are the same model, so the loss is 0", "Choose another teacher")
+        yield Doubt("weights", "student and teacher are the same model, so the loss is 0", _ANOTHER)
 
 
 def of_lengths(

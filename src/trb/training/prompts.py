@@ -95,7 +95,8 @@ class PromptsInOrder(DistillationTrainer):
     def _doubts(self, rows: int) -> Iterator[doubts.Doubt]:
         args, teacher = self.args, self.accelerator.unwrap_model(self.teacher_model)
         yield from doubts.of_settings(args, doubts.steps_of(args, rows))
-        yield from doubts.of_pair(without_adapters(self.model), without_adapters(teacher))
+        same = None if self._teacher_prompts_of is None else False  # one model after two prompts is two laws
+        yield from doubts.of_pair(without_adapters(self.model), without_adapters(teacher), same=same)
         yield from self._chat_doubts()
         if self.optimizer is None:  # one that was passed has a rate of its own
             yield from doubts.of_rate(args, without_adapters(self.model), adapters=doubts.trains_adapters(self.model))

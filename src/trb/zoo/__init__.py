@@ -18,25 +18,27 @@ from trb.zoo.programs import Programs
 from trb.zoo.staged import Staged
 from trb.zoo.tasks import Task
 
-__all__ = ["NAMES", "TASKS", "load", "path", "problems"]
+__all__ = ["MODELS", "NAMES", "TASKS", "load", "path", "problems"]
 
 NAMES = ("student", "teacher")
+MODELS = (*NAMES, "told")
+"""What ships: the pair, and a student that makes use of a worked solution in its prompt, to teach itself."""
 TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock(), Staged(), Programs())}
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
 def path(name: str) -> Path:
-    """Directory of a shipped model and its tokenizer. Raises ValueError for a name that is not in NAMES."""
-    if name not in NAMES:
-        raise InputError(f"unknown zoo model {name!r}; choose one of {', '.join(NAMES)}")
+    """Directory of a shipped model and its tokenizer. Raises ValueError for a name that is not in MODELS."""
+    if name not in MODELS:
+        raise InputError(f"unknown zoo model {name!r}; choose one of {', '.join(MODELS)}")
     return _WEIGHTS / name
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A shipped model in float32 and eval mode, with its own tokenizer; never touches the network.
 
-    Raises ValueError for a name that is not in NAMES.
+    Raises ValueError for a name that is not in MODELS.
     """
     directory = path(name)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ class Lessons:
     """Probability that a step's result is wrong in a training solution."""
     drift: float
     """Probability that a training solution leaves the task at a step."""
+    told: float = field(default=0.0, kw_only=True)
+    """Share of training problems that are told: their prompt has the worked solution, and what is to be written is that
+    solution, without a fault."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,20 @@ class Recipe(Lessons):
     family: str = "qwen3"
     from_shipped: bool = False
     """Go on from the shipped model of that name, instead of from random weights."""
+    base: str = ""
+    """The shipped model to go on from, where it has another name."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A student, a teacher, and the task and vocabulary they share."""
+    """A student, a teacher, and the task and vocabulary they share; or one model that is to be both."""
 
     task: Task
     tokenizer: Callable[..., PreTrainedTokenizerFast]
     trained_sizes: tuple[int, int]
     """Smallest and largest problem in the training data."""
     measured_sizes: tuple[int, ...]
-    models: tuple[Recipe, Recipe]
+    models: tuple[Recipe, ...]
 
 
 _STUDENT = Recipe(
@@ -131,6 +136,15 @@ PAIRS = {
             replace(_STUDENT, from_shipped=True, steps=400, batch_size=32, wrong_step=0.1, drift=0.1),
             replace(_TEACHER, from_shipped=True, steps=500, batch_size=32, learning_rate=1e-3),
         ),
+    ),
+    # One model for both, which also ships: with the worked solution in its prompt it writes it down, and teaches
+    # itself.
+    "told": Pair(
+        TASKS["chains"],
+        character_tokenizer,
+        (2, 8),
+        (4, 6, 8),
+        (replace(_STUDENT, name="told", from_shipped=True, base="student", steps=1200, batch_size=32, told=0.5),),
     ),
     # Another task, model family, size and vocabulary: the study's second setting.
     "clock": Pair(
@@ -198,6 +212,11 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTraine
     return model
 
 
+def told(task: Task, problem: str) -> str:
+    """The prompt of a problem with its worked solution: TRL's template of what a teacher knows."""
+    return f"{problem}\n\n{task.solution(problem)}"
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
     """Token ids of the chat prompt that asks for a problem."""
     messages = [{"role": "user", "content": problem}]
@@ -215,8 +234,11 @@ def supervised_batch(
     rows, labels = [], []
     for _ in range(lessons.batch_size):
         problem = task.draw(rng, rng.randint(*sizes), "train")
-        text = task.corrupted_solution(problem, rng, wrong_step=lessons.wrong_step, drift=lessons.drift)
-        prompt = prompt_ids(tokenizer, problem)
+        if lessons.told and rng.random() < lessons.told:
+            text, prompt = task.solution(problem), prompt_ids(tokenizer, told(task, problem))
+        else:
+            text = task.corrupted_solution(problem, rng, wrong_step=lessons.wrong_step, drift=lessons.drift)
+            prompt = prompt_ids(tokenizer, problem)
         completion = tokenizer.encode(text + lessons.eos_token)
         rows.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([_IGNORED] * len(prompt) + completion))
@@ -238,7 +260,7 @@ def train(
 ) -> Iterator[tuple[PreTrainedModel, float]]:
     """Train a model, yielding it with the loss after every step."""
     torch.manual_seed(seed)
-    model = load(recipe.name)[0] if recipe.from_shipped else build_model(recipe, tokenizer)
+    model = load(recipe.base or recipe.name)[0] if recipe.from_shipped else build_model(recipe, tokenizer)
     for loss in fit(model, tokenizer, recipe, pair.task, pair.trained_sizes, steps=steps, seed=seed):
         yield model, loss
 
@@ -318,15 +340,22 @@ def train_and_save(
     model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     model.float()
+    unit = f"by_{pair.task.unit}"
+    found = {unit: {n: measure(model, tokenizer, pair.task, rows, seed=seed) for n, rows in problems.items()}}
+    if recipe.told:
+        rows_told = {n: [_told_row(pair.task, row) for row in rows] for n, rows in problems.items()}
+        found[f"told_{unit}"] = {n: measure(model, tokenizer, pair.task, rows, seed=seed) for n, rows in rows_told.items()}
     return {
         "parameters": model.num_parameters(),
         "final_loss": loss,
         "train_seconds": round(seconds, 1),
-        f"by_{pair.task.unit}": {
-            n: measure(model, tokenizer, pair.task, rows, seed=seed) for n, rows in problems.items()
-        },
+        **found,
         "recipe": asdict(recipe) | {"steps": steps},
     }
+
+
+def _told_row(task: Task, row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "prompt": [{"role": "user", "content": told(task, row["prompt"][0]["content"])}]}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -344,7 +373,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--pair",
         choices=list(PAIRS),
         default="chains",
-        help="which pair: chains (the one that ships, default), long-chains or clock (those of the study), or programs",
+        help="which pair: chains (the one that ships, default), told (the model that ships for self-distillation), "
+        "long-chains or clock (those of the study), or programs",
     )
     parser.add_argument(
         "--steps-scale",
@@ -440,7 +470,10 @@ def _kept(before: dict[str, Any], record: dict[str, Any], recipe: Recipe) -> dic
     if any(before.get(key) != record[key] for key in ("pair", "seed", "evaluation", "versions", "machine")):
         return None
     found = before["models"].get(recipe.name)
-    return found if found is not None and found["recipe"] == asdict(recipe) else None
+    if found is None:
+        return None
+    new = {item.name: item.default for item in fields(recipe) if item.default is not MISSING}  # since it was written
+    return found if new | found["recipe"] == asdict(recipe) else None
 
 
 if __name__ == "__main__":
