@@ -96,8 +96,16 @@ def launched_on_cpu(variables: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def build(directory: Path, count: int, **changes: Any) -> TRBTrainer:
-    """A trainer whose global batch is the same for any number of processes, in float64."""
+def told(row: dict[str, Any]) -> dict[str, Any]:
+    """With a prompt for the teacher, of another length in each row: the answer, and now and then the problem."""
+    problem, answer = row["prompt"][0]["content"], row["answer"]
+    content = f"{problem} is {answer}" if len(answer) > 1 else answer
+    return {**row, "teacher_prompt": [{"role": "user", "content": content}]}
+
+
+def build(directory: Path, count: int, *, privileged: bool = False, **changes: Any) -> TRBTrainer:
+    """A trainer whose global batch is the same for any number of processes, in float64; its teacher may be told."""
+    with_prompts = told if privileged else dict
     rows = GLOBAL_BATCH // count // SETTINGS["gradient_accumulation_steps"]
     args = TRBConfig(str(directory), **{**SETTINGS, "per_device_train_batch_size": rows, **changes})
     with loaded_whole(args):
@@ -107,8 +115,8 @@ def build(directory: Path, count: int, **changes: Any) -> TRBTrainer:
         student.double(),
         teacher.double(),
         args,
-        train_dataset=Dataset.from_list(zoo.problems(64, seed=0, split="train")),
-        eval_dataset=Dataset.from_list(zoo.problems(5, seed=1, split="test")),
+        train_dataset=Dataset.from_list([*map(with_prompts, zoo.problems(64, seed=0, split="train"))]),
+        eval_dataset=Dataset.from_list([*map(with_prompts, zoo.problems(5, seed=1, split="test"))]),
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
         reward_fn=ExactAnswers().score,
@@ -117,7 +125,7 @@ def build(directory: Path, count: int, **changes: Any) -> TRBTrainer:
 
 def train(directory: Path, count: int, **changes: Any) -> dict[str, Any]:
     """A training run from start to end: what was drawn, logged and learnt, and measurements of the trained student."""
-    trainer = build(directory, count, **changes)
+    trainer = build(directory, count, privileged=True, **changes)
     drawn: list[list[list[int]]] = []
     generate = trainer._generate_single_turn
 

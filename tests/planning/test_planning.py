@@ -472,6 +472,26 @@ def test_memory_of_one_process_is_what_its_tensors_take() -> None:
     assert plan.peak == max(sum(parts.values()) for parts in plan.memory.values())
 
 
+def test_a_longer_prompt_of_the_teachers_takes_its_cache_and_its_time_alone() -> None:
+    student, teacher = tiny(), tiny(5)
+    work = Work(rollouts=4, generations=2, prompt=4, completion=8, micro_batch=4, kl_budget=0.1, block_size=2)
+    pair = Pair(student, teacher, teacher_dtype="float32", compute_dtype=None)
+    same, equal, longer = (
+        make_plan(pair, replace(work, teacher_prompt=tokens), Layout(1), H100) for tokens in (None, 4, 20)
+    )
+    assert same == equal
+    cache = teacher(torch.zeros(4, 16, dtype=torch.long), use_cache=True).past_key_values
+    more = longer.memory["sampling"]["caches"] - same.memory["sampling"]["caches"]
+    assert more == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    at_scale = (replace(PROTOCOL, teacher_prompt=tokens) for tokens in (None, 8 * PROTOCOL.prompt))
+    same, longer = (make_plan(qwen(), work, Layout(8), H100) for work in at_scale)
+    for part in ("reading prompts", "teacher's block passes"):
+        assert longer.warmup[part] > same.warmup[part]
+    assert longer.plain["teacher's wide pass"] > same.plain["teacher's wide pass"]
+    for part in ("reading prompts", "drafting", "student's forward and backward"):
+        assert longer.plain[part] == same.plain[part]
+
+
 def test_mixed_precision_keeps_master_weights_and_casts() -> None:
     plan = make_plan(qwen(), PROTOCOL, Layout(8), H100)
     billion = 1.720574976
