@@ -230,6 +230,7 @@ def with_row(number: int, **changes: Any) -> list[dict[str, Any]]:
     return [{**row, **(changes if place == number else {})} for place, row in enumerate(found)]
 
 
+RENDERED = "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>assistant\n"
 REFUSED: list[tuple[Sequence[dict[str, Any]], dict[str, Any], str]] = [
     (with_row(3, teacher_prompt=None), {}, r"train_dataset\[3\] has no teacher_prompt"),
     (with_row(2, teacher_prompt=[]), {}, r"train_dataset\[2\] has no teacher_prompt"),
@@ -249,6 +250,16 @@ REFUSED: list[tuple[Sequence[dict[str, Any]], dict[str, Any], str]] = [
         r"the teacher's prompt of train_dataset\[5\] has 6\d\d tokens, .* positions of the teacher",
     ),
     (text_rows(), {"teacher_system_prompt": "add"}, r"train_dataset\[0\] has text .* teacher_system_prompt needs"),
+    (
+        [{"prompt": [{"role": "user", "content": RENDERED}], "privileged_context": "3"}] * 8,
+        {},
+        r"train_dataset\[0\] was rendered already",
+    ),
+    (
+        [{"prompt": [{"role": "user", "content": RENDERED}]}] * 8,
+        {"teacher_system_prompt": "add"},
+        r"rendered already, and other messages \(such as a system prompt\) cannot be put beside it",
+    ),
     (text_rows(privileged_context=""), {}, r"train_dataset\[0\] has no privileged_context"),
     (text_rows(privileged_context=[1]), {}, r"train_dataset\[0\] has \[1\] for a privileged_context; make it text"),
     (

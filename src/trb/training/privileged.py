@@ -15,7 +15,7 @@ from typing import Any
 
 from trb.errors import InputError
 
-__all__ = ["COLUMNS", "PLACES", "TeacherPrompts"]
+__all__ = ["COLUMNS", "CONTEXT", "PLACES", "WHOLE", "TeacherPrompts"]
 
 WHOLE, CONTEXT = COLUMNS = ("teacher_prompt", "privileged_context")
 PLACES = ("{prompt}", "{privileged_context}")

@@ -31,7 +31,7 @@ from trb.models.tokens import check_room, token_ids
 from trb.training import doubts
 from trb.training.arguments import named_datasets
 from trb.training.config import TRBConfig
-from trb.training.privileged import COLUMNS, TeacherPrompts
+from trb.training.privileged import COLUMNS, CONTEXT, WHOLE, TeacherPrompts
 from trb.training.ranks import Ranks
 
 __all__ = ["PromptsInOrder"]
@@ -125,11 +125,22 @@ class PromptsInOrder(DistillationTrainer):
         if self._teacher_prompts_of is None:
             limits |= teachers
         else:
+            if self._teacher_prompts_of.column == CONTEXT:
+                self._check_filled(name, prompts)
             own = self._teacher_prompts_of.of_rows(rows, name)
             _check_kinds(f"the teacher's prompt of {name}", own, like=prompts[:1])
             self._check_lengths(f"the teacher's prompt of {name}", own, teachers, None)
         strange = self._check_lengths(name, prompts, limits, unknown)
         doubts.warn(doubts.of_unknown(strange, len(prompts), self._tokenizer))
+
+    def _check_filled(self, name: str, prompts: Sequence[Any]) -> None:
+        """Refuse chats that are text already where something is to be put into them for the teacher."""
+        for row, chat in enumerate(prompts):
+            if not isinstance(chat, str) and rendered_text(self._tokenizer, chat) is not None:
+                raise InputError(
+                    f"{name}[{row}] was rendered already, so that no {CONTEXT} can be put into it: give messages, or "
+                    f"all that the teacher reads in a column {WHOLE}"
+                )
 
     def _check_lengths(
         self, name: str, prompts: list[Any], limits: Mapping[str, int | None], unknown: int | None
