@@ -170,6 +170,8 @@ def changed_answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (changed_prompt, {"prompts"}),
         (changed_answer, {"answers"}),
         (lambda rows: [row | {"note": "of no use"} for row in rows], set()),
+        (lambda rows: [row | {"teacher_prompt": "1"} for row in rows], {"teacher_prompts"}),
+        (lambda rows: [row | {"privileged_context": "1"} for row in rows], {"privileged_contexts"}),
     ],
 )
 def test_prompts_and_answers_are_compared_in_their_order(

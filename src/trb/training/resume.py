@@ -115,10 +115,8 @@ _KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2
 
 SAMPLED_ROWS = 1 << 16
 _SAMPLED_WEIGHTS = 64  # of each tensor
-_COLUMNS = {
-    **{"prompts": "prompt", "answers": "answer"},
-    **{"teacher_prompts": "teacher_prompt", "privileged_contexts": "privileged_context"},
-}
+_COLUMNS = {"prompts": "prompt", "answers": "answer"}
+_TEACHERS_COLUMNS = {"teacher_prompts": "teacher_prompt", "privileged_contexts": "privileged_context"}
 # What a configuration holds beside the model: where it came from, and ids that the tokenizer decides.
 _NOT_THE_MODEL = (
     *("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype"),  # its dtype may be the file's
@@ -166,9 +164,9 @@ def describe(
     Args:
         args: a `TRBConfig`.
         world_size: processes of the launch.
-        train_dataset: map-style, with a "prompt" column and maybe those of `_COLUMNS`. All rows are hashed, in their
-            order; of a set of more than 65,536, as many evenly spaced ones, the first and the last included, so that a
-            change of single rows between them is missed.
+        train_dataset: map-style, with a "prompt" column and maybe answers and prompts for the teacher. All rows are
+            hashed, in their order; of a set of more than 65,536, as many evenly spaced ones, the first and the last
+            included, so that a change of single rows between them is missed.
         tokenizer: the student's, with its chat template.
         vocabulary: the events that both models share.
         student: the model in training, PEFT wrapper included.
@@ -194,6 +192,9 @@ def _dataset(dataset: Any) -> dict[str, Any]:
     rows = len(dataset)
     indices = spread(rows, SAMPLED_ROWS)
     sampled = {key: _digest(map(json.dumps, _column(dataset, name, indices))) for key, name in _COLUMNS.items()}
+    for key, name in _TEACHERS_COLUMNS.items():
+        values = list(_column(dataset, name, indices))
+        sampled[key] = _digest(map(json.dumps, values if any(value is not None for value in values) else ()))
     return {"rows": rows, **sampled}
 
 
