@@ -233,7 +233,8 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         "end of sequence",
         f"student stops with {_ids(stops[0])}, teacher with {_ids(stops[1])}; {shared.stop_id} is emitted, {folded}",
     )
-    alike = _same_files(run) and longest_teacher_prompt(run, args) is None
+    told = run.train_privileged_column or args.teacher_system_prompt or longest_teacher_prompt(run, args)
+    alike = not told and _same_files(run)
     yield from (Check("warn", *doubt) for doubt in of_pair(student, teacher, same=alike))
     if has_lengths:  # a bare pair has no recipe that says how long its sequences are
         adapters = bool(run.lora_rank) or trains_own_adapter(run)
