@@ -340,16 +340,19 @@ def train_and_save(
     model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     model.float()
-    unit = f"by_{pair.task.unit}"
-    found = {unit: {n: measure(model, tokenizer, pair.task, rows, seed=seed) for n, rows in problems.items()}}
+    sets = {f"by_{pair.task.unit}": problems}
     if recipe.told:
-        rows_told = {n: [_told_row(pair.task, row) for row in rows] for n, rows in problems.items()}
-        found[f"told_{unit}"] = {n: measure(model, tokenizer, pair.task, rows, seed=seed) for n, rows in rows_told.items()}
+        told_rows = {n: [_told_row(pair.task, row) for row in rows] for n, rows in problems.items()}
+        sets[f"told_by_{pair.task.unit}"] = told_rows
+    measured = {
+        name: {n: measure(model, tokenizer, pair.task, rows, seed=seed) for n, rows in found.items()}
+        for name, found in sets.items()
+    }
     return {
         "parameters": model.num_parameters(),
         "final_loss": loss,
         "train_seconds": round(seconds, 1),
-        **found,
+        **measured,
         "recipe": asdict(recipe) | {"steps": steps},
     }
 
