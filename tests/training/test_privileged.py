@@ -101,6 +101,10 @@ def test_rows_keep_their_teachers_prompt_through_shuffling_and_accumulation(tmp_
     assert all(taught[tuple(own)] == its for own, its in seen)
     assert sorted(own for own, _ in seen) == sorted(rendered(data[index], "prompt") for index in order)
     assert len({len(its) - len(own) for own, its in seen}) > 1
+    inputs, decode = trainer._buffered_inputs[0], trainer.processing_class.decode
+    trainer._guard.watch(inputs, torch.full((int(inputs["completion_mask"].sum()),), torch.nan))
+    skipped = trainer._guard.save(1, ["loss"], 0, decode).read_text().splitlines()
+    assert [row["teacher_prompt"] for row in map(json.loads, skipped)] == [decode(its) for _, its in seen[:4]]
 
 
 def test_completions_are_those_of_the_sampler_with_both_prompts(tmp_path: Path) -> None:
@@ -152,10 +156,14 @@ def test_the_loss_is_that_of_the_teacher_after_its_own_prompt(tmp_path: Path, me
 
 
 def test_evaluation_and_records_are_of_the_teachers_own_prompt(tmp_path: Path) -> None:
-    held_out = rows(20)[16:]
+    *trained, a, b, c, d = rows(20)
+    trained = [
+        {**row, "teacher_prompt": other["prompt"]} for row, other in zip(trained, [*trained[1:], a], strict=True)
+    ]
+    held_out = [a, b, c, d]
     plain = [{name: row[name] for name in ("prompt", "answer")} for row in held_out]
     found: dict[str, float] = {}
-    for name, part, train in (("own", held_out, rows()), ("same", plain, [*map(dict, zoo.problems(16, seed=0))])):
+    for name, part, train in (("own", held_out, trained), ("same", plain, [*map(dict, zoo.problems(16, seed=0))])):
         trainer = build(
             tmp_path / name,
             train_rows=train,
