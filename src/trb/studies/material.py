@@ -356,13 +356,10 @@ def longest_teacher_prompt(run: RunConfig, args: TRBConfig) -> int | None:
             return None
         tokenizer, _ = load_tokenizers(run)
         prompts, _ = training_prompts(run, args, tokenizer)
+        (rows,) = as_teacher_reads({run.train_data: prompts}, args).values()
+        return None if rows is prompts else max(map(len, render(tokenizer, rows, **template_options(args))))
     except (ValueError, OSError, ImportError):
         return None  # whoever begins a run says why
-    made = TeacherPrompts.of(prompts.column_names, args, run.train_data)
-    if made is None:
-        return None
-    rows = [{"prompt": prompt} for prompt in made.of_rows(prompts, run.train_data)]
-    return max(map(len, render(tokenizer, rows, **template_options(args))))
 
 
 def template_options(args: TRBConfig) -> dict[str, Any]:

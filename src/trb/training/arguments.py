@@ -106,12 +106,11 @@ def teacher_prompts(args: TRBConfig, train_dataset: Any, eval_dataset: Any) -> T
         ValueError: some datasets have them and others none, or vLLM is to blend, whose models read one prompt.
     """
     known = [(name, found) for name, rows in named_datasets(train_dataset, eval_dataset) if (found := _columns(rows))]
-    if not known:
-        return TeacherPrompts.of((), args)
-    first, made = known[0][0], TeacherPrompts.of(known[0][1], args, known[0][0])
+    first, there = known[0] if known else ("", [])
+    made = TeacherPrompts.of(there, args, first)
     for name, columns in known[1:]:
         for column in COLUMNS:
-            if (column in columns) != (column in known[0][1]):
+            if (column in columns) != (column in there):
                 having, lacking = (name, first) if column in columns else (first, name)
                 raise InputError(
                     f"{having} has a column {column!r} and {lacking} has none: the teacher would be two different "
