@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tiny_runs import Completions, Kill, build, config, losses, weights
 
 from trb import TRBTrainer, zoo
@@ -207,6 +208,20 @@ def test_a_teachers_prefix_is_written_after_its_own_prompt(tmp_path: Path) -> No
         trainer._prepare_inputs([given[index] for index in (0, 0, 1, 1)])
         runs[name] = seen.per_step
     assert runs["own"] != runs["same"]
+
+
+def test_a_student_teaches_itself_on_one_set_of_weights(tmp_path: Path) -> None:
+    """The teacher is the student without its adapter, after a prompt of its own: what a copy of it would be."""
+    runs = {}
+    for name, teacher in (("base", "base"), ("copy", zoo.load("told")[0])):
+        lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        options = {"peft_config": lora, "train_rows": rows(), "max_steps": 3, "learning_rate": 1e-2, **SHORT}
+        trainer = build(tmp_path / name, student=zoo.load("told")[0], teacher=teacher, **options)
+        trainer.train()
+        runs[name] = losses(trainer)
+    assert runs["base"] == pytest.approx(runs["copy"], rel=1e-5)
+    assert min(runs["base"]) > 0.01  # the same prompt for both would begin at 0
 
 
 def test_a_killed_run_resumes_to_the_same_numbers_and_not_with_other_teacher_prompts(tmp_path: Path) -> None:
