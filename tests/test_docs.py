@@ -260,6 +260,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             f"of {sum(counts.values())} causal-LM types {counts['exact']} exact",
             f"{counts['refused']} refused, {counts['library']} the library",
         ),
+        "One set of weights": (f"{result('one_base')['ratio of peaks']:.2f} of the memory of two copies",),
         "Runs that survive": (f"{kills['survived']} of {kills['tried']} killed runs",),
     }
     assert rows.keys() == expected.keys()
