@@ -238,6 +238,11 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
         "nor on a real language model": (*points(smollm2["difference_to_opd"]), f"{smollm2['seeds']} seeds"),
         "what did end higher": points(average["veto"]["difference_to_opd"]),
         "Where it decides": hard_pair("trb-wide", "opd"),
+        "Nothing to set": [
+            text.removesuffix(" points").removesuffix(")")
+            for setting in result("study2")["settings"].values()
+            for text in points(setting["methods"]["sequence-linear"]["difference_to_opd"])
+        ],
         "Better prefixes? Yes": (
             f"solves {solved['long-chains', 'trb']} instead of {solved['long-chains', 'student']}",
             f"{solved['clock', 'trb']}, {solved['clock', 'student']})",
