@@ -220,6 +220,7 @@ def hard_pair(*methods: str) -> tuple[str, ...]:
 
 def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
     study, smollm2 = result("study"), result("smollm2-study")["settings"]["smollm2-clock"]["methods"]["trb"]
+    code = result("code-study")["settings"]["programs"]["methods"]
     average, headline = study["average"]["methods"], result("cpu")["headline"]
     numbers = result("gpu")["sections"]["time_sampling"]["numbers"]
     rates = {name: row["tokens_per_s"] for name, row in numbers.items() if "tokens_per_s" in row}
@@ -234,8 +235,12 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
         for policy, numbers in policies.items()
     }
     expected = {
-        "A better student than plain OPD? No, not in our settings": points(average["trb"]["difference_to_opd"]),
+        "A better student than plain OPD? No, not in arithmetic": points(average["trb"]["difference_to_opd"]),
         "nor on a real language model": (*points(smollm2["difference_to_opd"]), f"{smollm2['seeds']} seeds"),
+        "a small setting of code: a little": (
+            *points(code["trb"]["difference_to_opd"]),
+            *points(code["veto"]["difference_to_opd"]),
+        ),
         "what did end higher": points(average["veto"]["difference_to_opd"]),
         "Where it decides": hard_pair("trb-wide", "opd"),
         "Nothing to set": [
