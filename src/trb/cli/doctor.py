@@ -233,15 +233,16 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         "end of sequence",
         f"student stops with {_ids(stops[0])}, teacher with {_ids(stops[1])}; {shared.stop_id} is emitted, {folded}",
     )
-    told = run.train_privileged_column or args.teacher_system_prompt or longest_teacher_prompt(run, args)
+    taught = longest_teacher_prompt(run, args)
+    told = run.train_privileged_column or args.teacher_system_prompt or taught
     alike = not told and _same_files(run)
     yield from (Check("warn", *doubt) for doubt in of_pair(student, teacher, same=alike))
     if has_lengths:  # a bare pair has no recipe that says how long its sequences are
         adapters = bool(run.lora_rank) or trains_own_adapter(run)
         yield from (Check("warn", *doubt) for doubt in of_rate(args, student, adapters=adapters))
         yield from _check_prompts(run, args)
-        yield _check_lengths(run, args, student, teacher)
-        yield _check_memory(run, args, launch, student, teacher)
+        yield _check_lengths(run, args, student, teacher, taught or run.max_prompt_length)
+        yield _check_memory(run, args, launch, student, teacher, taught)
 
 
 def _check_template(
@@ -324,29 +325,32 @@ def _ids(ids: Sequence[int]) -> str:
 
 
 def _check_lengths(
-    run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel"
+    run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel", taught: int
 ) -> Check:
     from trb.models.modeling import position_limit
-    from trb.studies.material import longest_teacher_prompt
 
     completion = max(int(args.max_completion_length or 0), run.eval_max_new_tokens or 0)
-    taught = longest_teacher_prompt(run, args) or run.max_prompt_length
-    longest = completion + max(run.max_prompt_length, taught)
     for role, model, prompt in (("student", student, run.max_prompt_length), ("teacher", teacher, taught)):
         limit = position_limit(model)
         if limit is not None and prompt + completion > limit:
-            longest = prompt + completion
-            remedy = "Lower max_prompt_length, max_completion_length or eval_max_new_tokens"
-            return Check("fail", "lengths", f"up to {longest} tokens, and the {role} has {limit} positions", remedy)
-    return Check("ok", "lengths", f"up to {longest} tokens fit both models")
+            text = f"up to {prompt + completion} tokens, and the {role} has {limit} positions"
+            return Check(
+                "fail", "lengths", text, "Lower max_prompt_length, max_completion_length or eval_max_new_tokens"
+            )
+    return Check("ok", "lengths", f"up to {completion + max(run.max_prompt_length, taught)} tokens fit both models")
 
 
 def _check_memory(
-    run: "RunConfig", args: "TRBConfig", launch: Launch, student: "PreTrainedModel", teacher: "PreTrainedModel"
+    run: "RunConfig",
+    args: "TRBConfig",
+    launch: Launch,
+    student: "PreTrainedModel",
+    teacher: "PreTrainedModel",
+    taught: int | None,
 ) -> Check:
     available = device_bytes(args.device.type)
     try:
-        phase, parts = largest_phase(run, args, launch, student, teacher, available)
+        phase, parts = largest_phase(run, args, launch, student, teacher, available, taught)
     except ValueError as error:
         return Check("warn", "memory estimate", str(error))
     needed = sum(parts.values())
@@ -373,11 +377,12 @@ def largest_phase(
     student: "PreTrainedModel",
     teacher: "PreTrainedModel",
     available: float,
+    taught: int | None,
 ) -> tuple[str, dict[str, float]]:
-    """The phase of a step that takes most of this machine, with its bytes by component."""
+    """The phase of a step that takes most of this machine, with its bytes by component; `taught` as in `step_of`."""
     from dataclasses import replace
 
-    from trb.cli.plan import pair_of, work_of
+    from trb.cli.plan import pair_of, step_of
     from trb.planning import MACHINES, Figure, Layout, make_plan
     from trb.training.methods import behavior_of
 
@@ -387,7 +392,7 @@ def largest_phase(
     # A teacher that samples first is whole until it has left the sampler.
     divided = args.teacher_sharded and not behavior_of(args).at(0).needs_teacher
     layout = Layout(launch.processes, launch.strategy, teacher_sharded=divided)
-    pair, work = pair_of(run, args, student, teacher), work_of(run, args, launch.processes)
+    pair, work = pair_of(run, args, student, teacher), step_of(run, args, launch.processes, taught)
     memory = make_plan(pair, work, layout, here).memory
     return max(memory.items(), key=lambda phase: sum(phase[1].values()))
 

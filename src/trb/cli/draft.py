@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trb.tasks.sources import REASONING_GYM
+from trb.tasks.sources import GENERATORS, REASONING_GYM
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Line", "draft"]
 
-GENERATED = ("zoo:", REASONING_GYM)
 STEPS, WARMUP = 100, 25
 ROLLOUTS = 4  # of each prompt; the paper's
 READ = 2000  # prompts whose lengths are measured, of a source that has more
@@ -67,7 +66,7 @@ def draft(student: str, teacher: str, data: str) -> list[list[Line]]:
         run.chat_template = "plain"
     tokenizer, _ = load_tokenizers(run)
     pair = _Pair(*outlined_pair(run))
-    rows = load_prompts(data, limit=None if data.startswith(GENERATED) else READ)
+    rows = load_prompts(data, limit=None if data.startswith(GENERATORS) else READ)
     models = [
         Line("student", student, f"{_in_millions(pair.student_size)} parameters"),
         Line("teacher", teacher, f"{_in_millions(pair.teacher.num_parameters())} parameters"),
@@ -199,17 +198,20 @@ def _fitted(paragraphs: list[list[Line]], pair: _Pair) -> list[list[Line]]:
 def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
     """(adapters, rollouts at once, why): the first of the candidates that the doctor's estimate lets in."""
     from trb.cli.doctor import Launch, device_bytes, largest_phase
+    from trb.studies.material import longest_teacher_prompt
     from trb.studies.recipe import make_recipe
 
     rollouts = values["prompts_per_step"] * values["num_generations"]
     batches = [2**power for power in range(int(math.log2(rollouts)), -1, -1)]
+    first = make_recipe({**values, "per_device_train_batch_size": batches[0]})
+    taught = longest_teacher_prompt(first.run, first.training_config("unused"))  # the data are read once for all
     for rank in (0, LORA_RANK):
         for batch in batches:
             recipe = make_recipe({**values, "per_device_train_batch_size": batch, "lora_rank": rank})
             args = recipe.training_config("unused")
             available = device_bytes(args.device.type)
             try:
-                _, parts = largest_phase(recipe.run, args, Launch(), pair.student, pair.teacher, available)
+                _, parts = largest_phase(recipe.run, args, Launch(), pair.student, pair.teacher, available, taught)
             except ValueError:  # models whose layers cannot be told apart
                 return False, min(8, rollouts), "a guess: memory cannot be estimated for this model"
             needed = sum(parts.values())
@@ -224,7 +226,7 @@ def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
 
 def _evaluation(data: str, rows: "Dataset") -> list[Line]:
     """Scores where there are other problems of the kind; else the loss on prompts that are set aside."""
-    if data.startswith(GENERATED):
+    if data.startswith(GENERATORS):
         return [
             Line("eval_data", data, "its test split: other problems"),
             Line("eval_limit", 256),

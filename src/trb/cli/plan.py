@@ -108,8 +108,23 @@ def work_of(
     acceptance: float | None = None,
 ) -> "Work":
     """What a step of a recipe does, trained on by so many processes."""
-    from trb.planning import Work
     from trb.studies.material import longest_teacher_prompt
+
+    taught = longest_teacher_prompt(run, args)
+    return step_of(run, args, ranks, taught, mean_completion=mean_completion, acceptance=acceptance)
+
+
+def step_of(
+    run: "RunConfig",
+    args: "TRBConfig",
+    ranks: int,
+    taught: int | None,
+    *,
+    mean_completion: float | None = None,
+    acceptance: float | None = None,
+) -> "Work":
+    """`work_of` without a look into the data: `taught` is what `longest_teacher_prompt` finds there."""
+    from trb.planning import Work
     from trb.training.methods import behavior_of, kl_budget_of
 
     batch = args.per_device_train_batch_size
@@ -121,7 +136,7 @@ def work_of(
         rollouts=rollouts,
         generations=args.num_generations,
         prompt=run.max_prompt_length,
-        teacher_prompt=longest_teacher_prompt(run, args),
+        teacher_prompt=taught,
         completion=int(args.max_completion_length or 0),
         mean_completion=mean_completion,
         micro_batch=batch,

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trb.errors import InputError, calls
-from trb.models.chats import rendered_text
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.models.modeling import has_adapters
 from trb.models.sharing import adapter_directory, is_shared, shared_teacher
@@ -29,7 +28,7 @@ from trb.studies.shared import check_shared, doubts_of_base, trains_own_adapter
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
-from trb.tasks.sources import REASONING_GYM, open_table
+from trb.tasks.sources import GENERATORS, open_table
 from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
 from trb.training.privileged import COLUMNS, TeacherPrompts
@@ -258,8 +257,7 @@ def chat_doubts(
 
 def prompt_doubts(prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: TRBConfig) -> Iterator[doubts.Doubt]:
     """What is to be said of prompts: characters that the tokenizer does not know, chats that are rendered already."""
-    chats = [rendered_text(tokenizer, row["prompt"]) is not None for row in prompts]
-    yield from doubts.of_rendered([row for row, is_chat in enumerate(chats) if is_chat], len(chats))
+    yield from doubts.of_rendered([row["prompt"] for row in prompts], tokenizer)
     unknown = doubts.unknown_id(tokenizer)
     if unknown is not None:
         read = render(tokenizer, prompts, **template_options(args))
@@ -269,7 +267,7 @@ def prompt_doubts(prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: 
 
 def is_local(spec: str) -> bool:
     """Whether data can be read without asking the hub: generated, a file or a folder."""
-    return spec.startswith(("zoo:", REASONING_GYM)) or Path(spec).expanduser().exists()
+    return spec.startswith(GENERATORS) or Path(spec).expanduser().exists()
 
 
 def training_prompts(
@@ -348,8 +346,8 @@ def _with_prompts(rows: "Dataset", prompts: list[Any]) -> list[dict[str, Any]]:
 def longest_teacher_prompt(run: RunConfig, args: TRBConfig) -> int | None:
     """Tokens of the longest prompt that the teacher reads for itself; None where it reads the student's, and of data
     that cannot be read here, or not before they are downloaded."""
-    asked, generated = run.train_privileged_column or args.teacher_system_prompt, ("zoo:", REASONING_GYM)
-    if not is_local(run.train_data) or (run.train_data.startswith(generated) and not asked):
+    asked = run.train_privileged_column or args.teacher_system_prompt
+    if not is_local(run.train_data) or (run.train_data.startswith(GENERATORS) and not asked):
         return None
     try:
         if not asked and not {*COLUMNS} & {*open_table(run.train_data, run.train_split, None).columns}:

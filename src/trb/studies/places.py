@@ -17,7 +17,7 @@ from trb.models.directories import BUILT_IN
 from trb.models.sharing import ADAPTER, BASE
 from trb.studies.shipped import RECIPES
 from trb.tasks.evaluation import BENCHMARKS
-from trb.tasks.sources import REASONING_GYM
+from trb.tasks.sources import GENERATORS
 
 __all__ = ["Places"]
 
@@ -26,7 +26,6 @@ _PATHS = ("student", "teacher", "train_data", "chat_template", "deepspeed", "fsd
 
 _NAMES = (*BUILT_IN, *BENCHMARKS, BASE)
 _TEMPLATES = ("student", "teacher", "plain")  # what chat_template may be beside a path
-_GENERATORS = ("zoo:", REASONING_GYM)
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Places:
         """A path beside the recipe where there is one; else the value as it was written."""
         if isinstance(value, str) and value.startswith(ADAPTER):
             return ADAPTER + self._place(value.removeprefix(ADAPTER))
-        if not isinstance(value, str) or not value or value in _NAMES or value.startswith(_GENERATORS):
+        if not isinstance(value, str) or not value or value in _NAMES or value.startswith(GENERATORS):
             return value
         if os.path.isabs(os.path.expanduser(value)):
             return value

@@ -26,7 +26,7 @@ from trb.tasks.coding import PYTHON, program_row, test_columns
 from trb.tasks.grading import check_verifier
 from trb.tasks.sources import (
     GENERATED_ROWS,
-    REASONING_GYM,
+    GENERATORS,
     kind,
     nearest,
     open_table,
@@ -98,7 +98,7 @@ def load_prompts(
     if limit is not None and limit < 1:
         raise InputError(f"{named('limit')} is {limit}; give a positive number of rows, or None for all")
     name = str(spec)
-    if name.startswith(("zoo:", REASONING_GYM)):
+    if name.startswith(GENERATORS):
         refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
         generate = zoo_rows if name.startswith("zoo:") else reasoning_gym_rows
         rows = generate(name, split, limit or GENERATED_ROWS, seed)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GENERATED_ROWS",
+    "GENERATORS",
     "REASONING_GYM",
     "kind",
     "nearest",
@@ -45,6 +46,7 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 GENERATED_ROWS = 1000  # rows of a generated source (zoo, reasoning-gym) when no limit is given
 
 REASONING_GYM = "reasoning-gym:"
+GENERATORS = ("zoo:", REASONING_GYM)  # what a generated source begins with
 
 
 def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:

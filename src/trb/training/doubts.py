@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from trb.errors import named
-from trb.models.chats import Messages, first_difference
+from trb.models.chats import Messages, first_difference, rendered_text
 from trb.models.modeling import position_limit
 from trb.training.config import TRBConfig
 from trb.training.methods import knobs_of, pair_of
@@ -183,12 +183,13 @@ def of_chats(
         )
 
 
-def of_rendered(rows: Sequence[int], count: int) -> Iterator[Doubt]:
-    """Of `count` prompts, of which `rows` (from 0) are chats rendered already."""
+def of_rendered(prompts: Sequence[Messages], tokenizer: "PreTrainedTokenizerBase") -> Iterator[Doubt]:
+    """Of prompts that are chats rendered already."""
+    rows = [row for row, chat in enumerate(prompts) if rendered_text(tokenizer, chat) is not None]
     if rows:
         yield Doubt(
             "prompts",
-            f"{len(rows)} of {count} are whole chats, rendered already, the first in row {rows[0] + 1}: no chat "
+            f"{len(rows)} of {len(prompts)} are whole chats, rendered already, the first in row {rows[0] + 1}: no chat "
             "template is applied to them",
             "Give them as messages with role and content to have them rendered",
         )

@@ -120,8 +120,7 @@ class PromptsInOrder(DistillationTrainer):
         prompts = [row["prompt"] for row in rows]
         _check_kinds(name, prompts)
         if not self.doubts_said and name == "train_dataset" and not isinstance(prompts[0], str):
-            chats = [row for row, chat in enumerate(prompts) if rendered_text(self._tokenizer, chat) is not None]
-            doubts.warn(doubts.of_rendered(chats, len(prompts)))
+            doubts.warn(doubts.of_rendered(prompts, self._tokenizer))
         if self._teacher_prompts_of is None:
             limits |= teachers
         else:

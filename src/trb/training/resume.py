@@ -30,6 +30,7 @@ from trb.errors import InputError
 from trb.models.modeling import without_adapters
 from trb.records import RUN
 from trb.training.methods import behavior_of, every_knob, knobs_of, target_of
+from trb.training.privileged import CONTEXT, WHOLE
 from trb.vocab import SharedVocabulary
 
 __all__ = [
@@ -116,7 +117,7 @@ _KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2
 SAMPLED_ROWS = 1 << 16
 _SAMPLED_WEIGHTS = 64  # of each tensor
 _COLUMNS = {"prompts": "prompt", "answers": "answer"}
-_TEACHERS_COLUMNS = {"teacher_prompts": "teacher_prompt", "privileged_contexts": "privileged_context"}
+_TEACHERS_COLUMNS = {"teacher_prompts": WHOLE, "privileged_contexts": CONTEXT}
 # What a configuration holds beside the model: where it came from, and ids that the tokenizer decides.
 _NOT_THE_MODEL = (
     *("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype"),  # its dtype may be the file's
