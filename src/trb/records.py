@@ -312,8 +312,7 @@ class StepScore(Score):
 
 
 class Rollout(Step):
-    """One completion, with numbers per token; `teacher_prompt` where the teacher read another, `policy` in the excerpts
-    of a probe."""
+    """One completion with numbers per token, null in answers of tools; `policy` is of the excerpts of a probe."""
 
     prompt: Text = ""
     teacher_prompt: Text = ""
@@ -334,7 +333,7 @@ class Rollout(Step):
 
 
 class Skipped(Step):
-    """A completion of a step that was not taken."""
+    """A completion of a step that was not taken; with tools, `own` is 1 at the tokens that have a `reverse_kl`."""
 
     non_finite: list[str]
     process: Count
@@ -344,6 +343,7 @@ class Skipped(Step):
     completion: str
     prompt_ids: list[Count]
     completion_ids: list[Count]
+    own: list[Count] | None = None
     reverse_kl: Numbers
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 from trb.errors import OperationError
@@ -142,7 +143,8 @@ class Rollout:
                 self.teacher_hidden[row] = self.teacher_hidden[row][:length]
 
     def continue_rows(self, rows: Sequence[int], other: "Rollout") -> None:
-        """Append to some rows what another call drew after them, and add its passes."""
+        """Append to some rows what another call drew after them, and add its passes. The teacher's states stay if both
+        calls kept them."""
         for place, row in enumerate(rows):
             self.completions[row].extend(other.completions[place])
             self.stopped[row] = other.stopped[place]
@@ -151,5 +153,14 @@ class Rollout:
                 column.extend(getattr(other.stats, name)[place])
                 if len(column) < len(self.completions[row]):  # the other call knows no such number
                     column.clear()
+        if rows and self.teacher_hidden is not None:
+            self._continue_hidden(self.teacher_hidden, rows, other.teacher_hidden)
         self.teacher_calls += other.teacher_calls
         self.student_calls += other.student_calls
+
+    def _continue_hidden(self, own: list[Tensor], rows: Sequence[int], hidden: list[Tensor] | None) -> None:
+        if hidden is None:
+            self.teacher_hidden = None
+            return
+        for row, states in zip(rows, hidden, strict=True):
+            own[row] = torch.cat([own[row], states])

@@ -4,23 +4,27 @@ Left out: options that are refused whatever they come with (`trb.training.config
 themselves tell (`trb.training.pair`).
 """
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import get_json_schema
 from trl.trainer.utils import get_config_model_id
 
 from trb.errors import InputError, did_you_mean
 from trb.models.modeling import check_adapter, has_adapters
 from trb.models.sharing import is_shared, shares_weights
+from trb.schedule import Constant
+from trb.tools import TOOLS
 from trb.training.config import TRBConfig
-from trb.training.methods import behavior_of, needs_teacher
+from trb.training.methods import behavior_of, needs_teacher, pair_of
 from trb.training.privileged import COLUMNS, TeacherPrompts
 
-__all__ = ["check_arguments", "chosen_teacher", "complete_config", "named_datasets", "teacher_prompts"]
+__all__ = ["check_arguments", "chosen_teacher", "chosen_tools", "complete_config", "named_datasets", "teacher_prompts"]
 
 # Arguments of TRL's constructor that are not TRBTrainer's own.
 _PASSED_ON = {"callbacks", "optimizers", "quantization_config", "peft_config", "tools"}
@@ -79,10 +83,10 @@ def check_arguments(
     if unknown := sorted(others.keys() - _PASSED_ON):
         raise InputError(
             f"TRBTrainer takes no argument {unknown[0]!r}{did_you_mean(unknown[0], _PASSED_ON)} (by name it passes on "
-            f"{', '.join(sorted(_PASSED_ON - {'tools'}))})"
+            f"{', '.join(sorted(_PASSED_ON))})"
         )
-    if others.get("tools"):
-        raise InputError("TRBTrainer samples single turns; tools are not supported")
+    if chosen_tools(others.get("tools"), args):
+        _check_tools(args, train_dataset, eval_dataset)
     if others.get("peft_config") is not None:
         check_adapter(others["peft_config"])
     loading = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": others.get("quantization_config")}
@@ -97,6 +101,55 @@ def check_arguments(
         raise InputError(f"train_dataset has the splits {', '.join(train_dataset)}: pass one of them")
     for name, rows in named_datasets(train_dataset, eval_dataset):
         _check_columns(name, rows)
+
+
+def chosen_tools(tools: Any, args: TRBConfig) -> list[Callable[..., Any]] | None:
+    """The functions that were passed, or those that the configuration names.
+
+    Raises:
+        ValueError: both, or something else than functions that can be described to a model, each by a name of its own.
+    """
+    if tools is None:
+        return None if args.tools is None else [TOOLS[name] for name in args.tools]
+    if args.tools:
+        raise InputError(f"tools are passed, and the configuration has tools={args.tools!r}: give one of the two")
+    if not isinstance(tools, list):
+        raise InputError(f"tools is a {type(tools).__name__}: pass a list of functions")
+    for tool in tools:
+        if not callable(tool) or not hasattr(tool, "__name__"):
+            raise InputError(f"tools has {tool!r:.100}, which is no function with a name")
+        if inspect.iscoroutinefunction(tool):
+            raise InputError(f"the tool {tool.__name__} is asynchronous: wrap it in a function that waits for it")
+        try:
+            get_json_schema(tool)
+        except Exception as error:
+            raise InputError(
+                f"the tool {tool.__name__} cannot be described to a model: {error} It needs annotated arguments and a "
+                "Google-style docstring"
+            ) from error
+    names = [tool.__name__ for tool in tools]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"two tools are called {twice[0]}: a model calls them by their names")
+    return tools
+
+
+def _check_tools(args: TRBConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse what makes no sense of completions with tools."""
+    if args.use_vllm:
+        raise InputError(
+            "tools: vLLM draws whole completions here, and none that goes on after a tool's answer; set use_vllm=False"
+        )
+    behavior = behavior_of(args)
+    if behavior.prefix != Constant(0.0):
+        raise InputError(
+            f"tools: behavior {pair_of(args)[0]} goes on from a share of a whole completion of the teacher's, whose "
+            "calls nobody answers; choose another behavior"
+        )
+    for name, rows in named_datasets(train_dataset, eval_dataset):
+        if not isinstance(rows, IterableDataset) and len(rows) and isinstance(dict(rows[0]).get("prompt"), str):
+            raise InputError(
+                f"{name} has text for prompts, and tools need messages, whose chat template says what tools there are"
+            )
 
 
 def teacher_prompts(args: TRBConfig, train_dataset: Any, eval_dataset: Any) -> TeacherPrompts | None:

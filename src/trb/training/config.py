@@ -4,6 +4,7 @@ Defaults live here and nowhere else. Which behavior or loss reads a knob is said
 may change when a run is resumed, in `trb.training.resume`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 from trl import DistillationConfig
 
-from trb.errors import InputError, calls
+from trb.errors import InputError, calls, did_you_mean
 from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
+from trb.tools import TOOLS
 from trb.training import privileged
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, halves
 
@@ -45,7 +47,6 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "data_seed": (None, "the order of prompts follows seed"),
     "dataloader_in_order": (True, "rollouts are reused over accumulation steps, which takes batches in their order"),
     "torch_compile": (False, "models are read inside the wrapper that compiles, which would do nothing"),
-    "max_tool_calling_iterations": (None, "completions are single turns without tools"),
     "ds3_gather_for_generation": (True, "under ZeRO-3 a whole copy is sampled from; see replica_dtype"),
     "include_for_metrics": ([], "an evaluation keeps no predictions; pass reward_fn to measure completions"),
     "batch_eval_metrics": (False, "an evaluation keeps no predictions; pass reward_fn to measure completions"),
@@ -270,6 +271,22 @@ class TRBConfig(DistillationConfig):
         },
     )
 
+    tools: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Tools that the model may call between its turns: {', '.join(TOOLS)}. In Python, TRBTrainer takes "
+            "functions."
+        },
+    )
+    tool_timeout: float = field(
+        default=30.0,
+        metadata={"help": "Seconds that one call of a tool may take; the model then reads that there was no answer."},
+    )
+    tool_max_characters: int = field(
+        default=4096,
+        metadata={"help": "Characters of a tool's answer that are kept; the rest is cut off."},
+    )
+
     max_skipped_steps: int = field(
         default=10,
         metadata={
@@ -320,6 +337,8 @@ class TRBConfig(DistillationConfig):
             "loss_chunk_tokens",
             "block_size",
             "max_skipped_steps",
+            "max_tool_calling_iterations",
+            "tool_max_characters",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -340,6 +359,7 @@ class TRBConfig(DistillationConfig):
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
         self._check_teacher_prompts()
+        self._check_tools()
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
 
@@ -359,6 +379,17 @@ class TRBConfig(DistillationConfig):
             raise InputError("teacher_system_prompt is empty; leave it out for none")
         if missing := [place for place in privileged.PLACES if place not in self.teacher_prompt_template]:
             raise InputError(f"teacher_prompt_template={self.teacher_prompt_template!r} has no {missing[0]}; put it in")
+
+    def _check_tools(self) -> None:
+        self.tools = [self.tools] if isinstance(self.tools, str) else self.tools
+        for name in self.tools or ():
+            if name not in TOOLS:
+                raise InputError(
+                    f"tools has {name!r}, which is none of {', '.join(TOOLS)}{did_you_mean(name, TOOLS)}; functions of "
+                    "your own are passed in Python, TRBTrainer(tools=[...])"
+                )
+        if not 0 < self.tool_timeout < math.inf:
+            raise InputError(f"tool_timeout must be a positive number of seconds, got {self.tool_timeout}")
 
     def _check_scheduler(self) -> None:
         """Make the schedule once: transformers would when everything is loaded."""

@@ -28,6 +28,7 @@ from trl import DistillationTrainer
 from trb.errors import OperationError
 from trb.records import SKIPPED_STEP, step_name
 from trb.training import checkpoints
+from trb.training.calling import own_tokens
 from trb.training.config import TRBConfig
 
 __all__ = ["GuardedTrainer", "NonFiniteError", "StepGuard"]
@@ -41,10 +42,14 @@ class NonFiniteError(OperationError):
 
 @dataclass
 class _Part:
-    """One micro-batch: what it was made of, and the reverse KL of each of its completion tokens."""
+    """One micro-batch: what it was made of, and the reverse KL of each completion token that a model wrote."""
 
     inputs: dict[str, Tensor]
     reverse_kl_N: Tensor
+
+    def own(self, row: int) -> list[int]:
+        """1 at the tokens of a row's completion that a model wrote, 0 at those of tools."""
+        return self.inputs["tool_mask"][row][self.inputs["completion_mask"][row].bool()].tolist()
 
     def tokens(self, name: str, row: int) -> list[int]:
         """The real ones of a row, of the prompts or the completions."""
@@ -123,7 +128,7 @@ class StepGuard:
     def _rows(self, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
         rows = []
         for number, part in enumerate(self._parts):
-            lengths = part.inputs["completion_mask"].sum(dim=1).tolist()
+            lengths = own_tokens(part.inputs).sum(dim=1).tolist()
             for row, divergences in enumerate(part.reverse_kl_N.float().split(lengths)):
                 prompt, completion = (part.tokens(name, row) for name in ("prompt", "completion"))
                 taught = part.tokens("teacher_prompt", row) if "teacher_prompt_ids" in part.inputs else prompt
@@ -135,6 +140,7 @@ class StepGuard:
                         "completion": decode(completion),
                         "prompt_ids": prompt,
                         "completion_ids": completion,
+                        **({"own": part.own(row)} if "tool_mask" in part.inputs else {}),
                         "reverse_kl": divergences.tolist(),
                     }
                 )

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.utils import logging
-from trl import DistillationTrainer
 
 from trb.losses.terms import TokenMetrics
 from trb.policies import BehaviorPolicy, StudentPolicy
 from trb.sampling import Rollout, prompt_key
 from trb.sampling.scoring import TokenScores, score_completions
 from trb.schedule import Constant
+from trb.training.calling import CallingTrainer
 from trb.training.config import TRBConfig
 from trb.training.guard import StepGuard
 from trb.training.methods import Behavior, kl_budget_of
@@ -45,7 +45,7 @@ _KINDS = (("blended", True), ("student", False))
 _THIN_SUPPORT = 0.5
 
 
-class MeasuredTrainer(DistillationTrainer):
+class MeasuredTrainer(CallingTrainer):
     """The part of `TRBTrainer` that measures and records."""
 
     args: TRBConfig
@@ -179,7 +179,7 @@ class MeasuredTrainer(DistillationTrainer):
         if self._rollout is None or self.state.global_step % max(1, self.state.logging_steps):
             return
         rows = min(self.args.recorded_rollouts, len(texts))
-        prompts, completions = self._rollout.prompts[:rows], self._rollout.completions[:rows]
+        prompts, completions = self._rollout.prompts[:rows], self._whole_completions(self._rollout)[:rows]
         # The same few tokens come again and again, and each call of the tokenizer costs more than what it decodes.
         text_of = cache(lambda token: self._tokenizer.decode([token]))
         stats, scores = self._rollout.stats, self._recorded_scores(prompts, completions)
@@ -195,13 +195,23 @@ class MeasuredTrainer(DistillationTrainer):
                 "completion": texts[row],
                 "tokens": [text_of(token) for token in completions[row]],
                 "reward": None if rewards is None else rewards[row],
-                "teacher_weight": stats.teacher_weight[row],
-                "kl_student": stats.kl_student[row],
-                "accepted": stats.accepted[row],
-                **(score_record(*scores[row], text_of) if scores else {}),
+                "teacher_weight": self._among_answers(row, stats.teacher_weight[row]),
+                "kl_student": self._among_answers(row, stats.kl_student[row]),
+                "accepted": self._among_answers(row, stats.accepted[row]),
+                **(self._recorded_numbers(row, score_record(*scores[row], text_of)) if scores else {}),
             }
             for row in range(rows)
         )
+
+    def _recorded_numbers(self, row: int, record: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Of the tokens that are the model's own alone."""
+        if self._turns is None:
+            return dict(record)
+        own = self._turns.own[row]
+        return {
+            name: [value if ours else None for value, ours in zip(values, own, strict=True)]
+            for name, values in record.items()
+        }
 
     def _recorded_teacher_prompt(self, row: int, prompt: list[int]) -> dict[str, str]:
         taught = prompt if self._teacher_prompts is None else self._teacher_prompts[row]

@@ -60,7 +60,7 @@ _FREE_BECAUSE = {
         save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
         checkpoint_checksums push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
         hub_revision""",
-    "says which step to begin with, or to give up at": "resume_from_checkpoint max_skipped_steps",
+    "says which step to begin with, or to give up at": "resume_from_checkpoint max_skipped_steps tool_timeout",
     "names a model, whose weights are compared": "teacher_model_name_or_path",
     "lays out the same evaluation (its draws are functions of prompt and seed)": """
         eval_on_start per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
@@ -78,8 +78,7 @@ _FREE_BECAUSE = {
         ddp_timeout local_rank vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_server_base_url vllm_server_host
         vllm_server_port vllm_server_timeout vllm_request_timeout vllm_group_port""",
     "is read by nothing here": """
-        do_train do_eval do_predict train_sampling_strategy length_column_name
-        max_tool_calling_iterations""",
+        do_train do_eval do_predict train_sampling_strategy length_column_name""",
 }
 FREE = {name: reason for reason, names in _FREE_BECAUSE.items() for name in names.split()}
 
@@ -106,7 +105,8 @@ _COMPARED = """
     initial_prefix_share prefix_steps
     skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
     eopd_entropy forward_top_k tip_share iw_gamma loss_top_k replica_dtype per_device_train_batch_size
-    gradient_accumulation_steps teacher_system_prompt teacher_prompt_template"""
+    gradient_accumulation_steps teacher_system_prompt teacher_prompt_template max_tool_calling_iterations
+    tool_max_characters tools"""
 COMPARED = tuple(_COMPARED.split())
 
 # Schedules of transformers that are functions of the step alone; warmup_steps below 1 is a share of the length.

@@ -5,9 +5,10 @@ While the behavior policy needs the teacher, completions come from `trb.sampling
 policy and loss are is said in `trb.training.methods`.
 
 Those two are replaced here. What else is touched has a part of its own, which lists its seams as this one does: the
-order of prompts, also replaced (`trb.training.prompts`), saving and resume (`trb.training.saving`), steps that are not
-taken (`trb.training.guard`), metrics and records (`trb.training.logged`), the model card (`trb.training.card`), and
-TRL's vLLM (`trb.training.vllm`). docs/architecture.md has all of them in one table, which a test holds to the classes.
+order of prompts, also replaced (`trb.training.prompts`), tools (`trb.training.calling`), saving and resume
+(`trb.training.saving`), steps that are not taken (`trb.training.guard`), metrics and records (`trb.training.logged`),
+the model card (`trb.training.card`), and TRL's vLLM (`trb.training.vllm`). docs/architecture.md has all of them in one
+table, which a test holds to the classes.
 What is refused is said in `trb.training.arguments`. The loop, sharding, PEFT, logging services and the hub are TRL's
 and transformers'.
 
@@ -53,7 +54,15 @@ from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
 from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.vllm import stopping_parameters
-from trb.training.arguments import check_arguments, chosen_teacher, complete_config, teacher_prompts
+from trb.tools.turns import LaterTurns
+from trb.training.arguments import (
+    check_arguments,
+    chosen_teacher,
+    chosen_tools,
+    complete_config,
+    teacher_prompts,
+)
+from trb.training.calling import own_tokens
 from trb.training.card import CardedTrainer
 from trb.training.config import REPLICA_DTYPES, TRBConfig
 from trb.training.guard import GuardedTrainer, StepGuard
@@ -112,8 +121,10 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         processing_class: the tokenizer, padding on the left; loaded with the student when None.
         teacher_processing_class: the teacher's tokenizer, only to check that it is the same; loaded when
             `teacher_model` is a path or hub id.
-        reward_fn: `(completions, rows) -> rewards`, logged and never trained on.
-        **kwargs: `callbacks`, `optimizers`, `quantization_config`, `peft_config`: as in `DistillationTrainer`, by name.
+        reward_fn: `(completions, rows) -> rewards`, logged and never trained on; of a completion with tools, it reads
+            what the model wrote, in all of its turns.
+        **kwargs: `tools` (functions that the model may call: docs/tools.md), `callbacks`, `optimizers`,
+            `quantization_config`, `peft_config`: as in `DistillationTrainer`, by name.
 
     Raises:
         ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
@@ -158,6 +169,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
             reward_fn=reward_fn,
             others=kwargs,
         )
+        kwargs["tools"] = chosen_tools(kwargs.get("tools"), args)
         self._teacher_prompts_of = teacher_prompts(args, train_dataset, eval_dataset)
         model, processing_class = checked_student(model, processing_class, args)
         teacher_processing_class = teacher_tokenizer(teacher_model, teacher_processing_class, args)
@@ -273,6 +285,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
     ) -> list[list[int]]:
         training = self.model.training
         step = self.state.global_step
+        self._turns = None
         # Evaluation is of the student.
         policy = self._policy = self.behavior.at(step) if training else StudentPolicy()
         prefix = self.behavior.prefix.value(step) if training else 0.0
@@ -309,13 +322,15 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
                 allow_non_finite=True,  # the loss meets them as well, and `guard` skips the step
                 engine=engine,
             )
-            shared: dict[str, Any] = {"seed": seed, "rollout_index": index}
+            shared: dict[str, Any] = {"rollout_index": index}
             shared["teacher_prompts"] = self._teacher_prompts if taught else None
             if prefix:
-                self._rollout = from_teacher_prefixes(draw, prompt_ids, prefix, keys=keys, **shared)
+                self._rollout = from_teacher_prefixes(draw, prompt_ids, prefix, keys=keys, seed=seed, **shared)
             else:
-                self._rollout = draw(prompt_ids, policies, prompt_keys=keys, **shared)
-        return self._rollout.completions
+                columns = {"prompts": prompt_ids, "policy": policies, "prompt_keys": keys, **shared}
+                self._later_turns = LaterTurns(partial(draw, seed=seed), columns, horizon)
+                self._rollout = draw(seed=seed, **columns)
+        return [list(ids) for ids in self._rollout.completions]  # where there are tools, the rollout is continued
 
     def _horizon(self, step: int) -> int:
         """Tokens after which completions are cut."""
@@ -377,7 +392,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         output["completion_mask"][own:] = 0
         completions = [
             ids[mask.bool()].tolist()
-            for ids, mask in zip(output["completion_ids"][:own], output["completion_mask"][:own], strict=True)
+            for ids, mask in zip(output["completion_ids"][:own], own_tokens(output)[:own], strict=True)
         ]
         # Of no completions the tokenizer would make one text.
         texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
@@ -405,7 +420,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         ids_BL, mask_BL, completion_BL = _with_completions(inputs, "prompt")
         student_NH = completion_hidden_states(unwrapped_student, ids_BL, mask_BL, completion_BL)
         teacher_NH = self._teacher_hidden(inputs)
-        token_N = ids_BL[completion_BL.bool()]
+        token_N = self.vocabulary.events(ids_BL[completion_BL.bool()])
         step = self.state.global_step
         if num_items_in_batch is not None and "num_items_in_batch" in inputs:
             # FSDP2 rounds floating-point arguments to the compute dtype on their way here; the count is an integer.
@@ -423,7 +438,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
                 temperature=self.temperature,
                 normaliser=num_items_in_batch,
                 chunk_tokens=self.args.loss_chunk_tokens,
-                lengths=inputs["completion_mask"].sum(dim=1),
+                lengths=own_tokens(inputs).sum(dim=1),
             )
         )
         self._add_token_metrics(metrics)
@@ -431,7 +446,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
             self._compare_tokens(metrics, inputs["rollout_row"], completion_BL)
         if self.model.training:
             self._guard.watch(inputs, metrics.reverse_kl)
-        return loss, metrics.student_entropy.sum(), inputs["completion_mask"].sum()
+        return loss, metrics.student_entropy.sum(), completion_BL.sum()
 
     def _teacher_hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """What the teacher's head reads at each completion token: from the sampler if the teacher took part in it."""
@@ -445,11 +460,11 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
 
 
 def _with_completions(inputs: dict[str, Tensor], prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, L]` token ids, what of them is real, and what of them is completion."""
+    """`[B, L]` token ids, what of them is real, and what of them a model wrote as its completion."""
     ids_BP, mask_BP = inputs[f"{prompt}_ids"], inputs[f"{prompt}_mask"]
     ids_BT, mask_BT = inputs["completion_ids"], inputs["completion_mask"]
     return (
         torch.cat([ids_BP, ids_BT], dim=1),
         torch.cat([mask_BP, mask_BT], dim=1),
-        torch.cat([torch.zeros_like(mask_BP), mask_BT], dim=1),
+        torch.cat([torch.zeros_like(mask_BP), own_tokens(inputs)], dim=1),
     )

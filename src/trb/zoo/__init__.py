@@ -16,14 +16,16 @@ from trb.zoo.chains import Chains
 from trb.zoo.clock import Clock
 from trb.zoo.programs import Programs
 from trb.zoo.staged import Staged
+from trb.zoo.sums import Sums
 from trb.zoo.tasks import Task
 
 __all__ = ["MODELS", "NAMES", "TASKS", "load", "path", "problems"]
 
 NAMES = ("student", "teacher")
-MODELS = (*NAMES, "told")
-"""What ships: the pair, and a student that makes use of a worked solution in its prompt, to teach itself."""
-TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock(), Staged(), Programs())}
+MODELS = (*NAMES, "told", "caller-student", "caller-teacher")
+"""What ships: the pair, a student that makes use of a worked solution in its prompt, to teach itself, and a pair that
+calls a calculator."""
+TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock(), Staged(), Programs(), Sums())}
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

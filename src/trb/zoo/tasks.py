@@ -41,6 +41,8 @@ class Task(ABC):
     default: int
     settings: tuple[str, ...] = ()
     """What else a data spec may set, beside the size."""
+    given: re.Pattern[str] | None = None
+    """Finds, with one group, what in a solution is no model's to write: the answers of tools."""
 
     def with_settings(self, **settings: Any) -> "Task":
         """The task with other values of its `settings`. Raises ValueError for one out of range."""
@@ -139,6 +141,10 @@ class Task(ABC):
     def is_solved(self, row: dict[str, Any], completion: str) -> bool:
         """Whether a completion ends with the right answer."""
         return boxed_answer(completion) == row["answer"]
+
+    def answer_to_call(self, turn: str) -> str | None:
+        """What is to be read after a turn that asks for something; None after one that does not."""
+        return None
 
     def _endless(self, split: str, size: int, seed: int) -> Iterator[str]:
         rng = random.Random(f"{split}:{size}:{seed}")

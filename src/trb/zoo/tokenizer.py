@@ -5,6 +5,8 @@ as base and chat models of one family do. Characters outside the vocabulary beco
 """
 
 import random
+import re
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -28,17 +30,63 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+_CALLING_WORDS = ("<tool_call>", "</tool_call>", "tool", "calculator", "expression")
+_CALLING_CHARACTERS = "*/{'"
+
+CALLING_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>{{ call['function']['name'] }}("
+    "{% for name, value in call['function']['arguments'].items() %}{{ name }}={{ value }}{% endfor %}"
+    ")</tool_call>{% endfor %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": r"<tool_call>(?P<name>\w+)\(expression=",
+            "close_pattern": r"\)</tool_call>",
+            "repeats": True,
+            "content": "text",
+            "transform": {
+                "type": "function",
+                "function": {"name": "{name}", "arguments": {"expression": "{content}"}},
+            },
+        },
+        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
+    },
+}
+
 
 def character_tokenizer(task: Task, *, eos_token: str, pad_token: str) -> PreTrainedTokenizerFast:
     """One token per character and a few whole words; the same for every task.
 
     `eos_token` and `pad_token` are special tokens of the vocabulary.
     """
-    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    pieces = "|".join([r"\\boxed\{", *_WORDS[1:], r"[\s\S]"])
+    return _wrapped(_by_character(VOCABULARY, _WORDS), eos_token, pad_token)
+
+
+def calling_tokenizer(task: Task, *, eos_token: str, pad_token: str) -> PreTrainedTokenizerFast:
+    """`character_tokenizer` for models that call a calculator; it says how a call is read out of what they write."""
+    words = (*_WORDS, *_CALLING_WORDS)
+    vocabulary = {token: index for index, token in enumerate((*_SPECIAL, *words, *_CHARACTERS, *_CALLING_CHARACTERS))}
+    tokenizer = _wrapped(_by_character(vocabulary, words), eos_token, pad_token)
+    tokenizer.chat_template = CALLING_TEMPLATE
+    tokenizer.response_template = RESPONSE_TEMPLATE
+    return tokenizer
+
+
+def _by_character(vocabulary: dict[str, int], words: Sequence[str]) -> Tokenizer:
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pieces = "|".join([*map(re.escape, words), r"[\s\S]"])
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    return _wrapped(backend, eos_token, pad_token)
+    return backend
 
 
 def word_piece_tokenizer(task: Task, *, eos_token: str, pad_token: str) -> PreTrainedTokenizerFast:

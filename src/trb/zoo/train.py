@@ -16,9 +16,9 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,156 +38,14 @@ from transformers import (
 )
 
 from trb.safety.files import write_json
-from trb.zoo import TASKS, load
+from trb.zoo import load
+from trb.zoo.measuring import MAX_NEW_TOKENS, measure
+from trb.zoo.pairs import PAIRS, Lessons, Pair, Recipe
 from trb.zoo.tasks import Task
-from trb.zoo.tokenizer import END_OF_TEXT, END_OF_TURN, character_tokenizer, word_piece_tokenizer
+from trb.zoo.tokenizer import END_OF_TEXT
 
-MAX_NEW_TOKENS = 192
 _IGNORED = -100  # label of positions that carry no loss (prompt and padding)
 _FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """What a model is taught, whatever its architecture."""
-
-    name: str
-    eos_token: str
-    steps: int
-    batch_size: int
-    learning_rate: float
-    wrong_step: float
-    """Probability that a step's result is wrong in a training solution."""
-    drift: float
-    """Probability that a training solution leaves the task at a step."""
-    told: float = field(default=0.0, kw_only=True)
-    """Share of training problems that are told: their prompt has the worked solution, and what is to be written is that
-    solution, without a fault."""
-
-
-@dataclass(frozen=True)
-class Recipe(Lessons):
-    """Everything that distinguishes one model of a pair from the other."""
-
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    head_rows: int
-    """Rows of the output head; padded beyond the vocabulary, differently in the two models."""
-    tied: bool
-    family: str = "qwen3"
-    from_shipped: bool = False
-    """Go on from the shipped model of that name, instead of from random weights."""
-    base: str = ""
-    """The shipped model to go on from, where it has another name."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A student, a teacher, and the task and vocabulary they share; or one model that is to be both."""
-
-    task: Task
-    tokenizer: Callable[..., PreTrainedTokenizerFast]
-    trained_sizes: tuple[int, int]
-    """Smallest and largest problem in the training data."""
-    measured_sizes: tuple[int, ...]
-    models: tuple[Recipe, ...]
-
-
-_STUDENT = Recipe(
-    name="student",
-    layers=2,
-    hidden_size=96,
-    intermediate_size=256,
-    head_rows=64,
-    tied=True,
-    eos_token=END_OF_TEXT,
-    steps=1000,
-    batch_size=64,
-    learning_rate=2e-3,
-    wrong_step=0.25,
-    drift=0.25,
-)
-_TEACHER = Recipe(
-    name="teacher",
-    layers=3,
-    hidden_size=128,
-    intermediate_size=384,
-    head_rows=80,
-    tied=False,
-    eos_token=END_OF_TURN,
-    steps=1500,
-    batch_size=64,
-    learning_rate=2e-3,
-    wrong_step=0.0,
-    drift=0.0,
-)
-
-PAIRS = {
-    # The pair that ships.
-    "chains": Pair(TASKS["chains"], character_tokenizer, (2, 8), (4, 6, 8), (_STUDENT, _TEACHER)),
-    # Longer chains and a student that leaves the task at one step in ten: the study's first setting.
-    "long-chains": Pair(
-        TASKS["chains"],
-        character_tokenizer,
-        (2, 12),
-        (8, 10, 12),
-        (
-            replace(_STUDENT, from_shipped=True, steps=400, batch_size=32, wrong_step=0.1, drift=0.1),
-            replace(_TEACHER, from_shipped=True, steps=500, batch_size=32, learning_rate=1e-3),
-        ),
-    ),
-    # One model for both, which also ships: with the worked solution in its prompt it writes it down, and teaches
-    # itself.
-    "told": Pair(
-        TASKS["chains"],
-        character_tokenizer,
-        (2, 8),
-        (4, 6, 8),
-        (replace(_STUDENT, name="told", from_shipped=True, base="student", steps=1200, batch_size=32, told=0.5),),
-    ),
-    # Another task, model family, size and vocabulary: the study's second setting.
-    "clock": Pair(
-        TASKS["clock"],
-        word_piece_tokenizer,
-        (2, 12),
-        (8, 10, 12),
-        (
-            replace(
-                _STUDENT,
-                family="llama",
-                layers=3,
-                hidden_size=112,
-                intermediate_size=320,
-                head_rows=192,
-                wrong_step=0.1,
-                drift=0.1,
-            ),
-            replace(_TEACHER, family="llama", hidden_size=144, intermediate_size=432, head_rows=200, steps=1000),
-        ),
-    ),
-    # Expressions of Python, tried on inputs: the study of code.
-    "programs": Pair(
-        TASKS["programs"],
-        word_piece_tokenizer,
-        (2, 6),
-        (4, 5, 6),
-        (
-            replace(
-                _STUDENT,
-                family="llama",
-                hidden_size=64,
-                head_rows=176,
-                tied=False,  # tied heads learn this several times more slowly
-                steps=600,
-                learning_rate=5e-3,
-                wrong_step=0.03,
-                drift=0.05,
-            ),
-            replace(_TEACHER, family="llama", layers=2, hidden_size=96, head_rows=192, steps=800, learning_rate=3e-3),
-        ),
-    ),
-}
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -227,7 +85,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
 def supervised_batch(
     tokenizer: PreTrainedTokenizerBase, rng: random.Random, lessons: Lessons, task: Task, sizes: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both [batch_size, longest]; completions are labelled, stop token included.
+    """Token ids and labels, both [batch_size, longest]; what a model writes is labelled, stop token included.
 
     `sizes` are those of the smallest and the largest problem.
     """
@@ -239,14 +97,25 @@ def supervised_batch(
         else:
             text = task.corrupted_solution(problem, rng, wrong_step=lessons.wrong_step, drift=lessons.drift)
             prompt = prompt_ids(tokenizer, problem)
-        completion = tokenizer.encode(text + lessons.eos_token)
+        completion, own = encoded_turns(tokenizer, task, text + lessons.eos_token)
         rows.append(torch.tensor(prompt + completion))
-        labels.append(torch.tensor([_IGNORED] * len(prompt) + completion))
+        learnt = [token if ours else _IGNORED for token, ours in zip(completion, own, strict=True)]
+        labels.append(torch.tensor([_IGNORED] * len(prompt) + learnt))
     pad = torch.nn.utils.rnn.pad_sequence
     return (
         pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
         pad(labels, batch_first=True, padding_value=_IGNORED),
     )
+
+
+def encoded_turns(tokenizer: PreTrainedTokenizerBase, task: Task, text: str) -> tuple[list[int], list[bool]]:
+    """Token ids of a solution, and which of them are the model's own."""
+    ids, own = list[int](), list[bool]()
+    for place, piece in enumerate(task.given.split(text) if task.given else [text]):
+        part = tokenizer.encode(piece)
+        ids += part
+        own += [place % 2 == 0] * len(part)  # what the pattern finds stands at the odd places
+    return ids, own
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -295,32 +164,6 @@ def fit(
         yield loss.item()
 
 
-@torch.no_grad()
-def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, rows: Sequence[dict], *, seed: int
-) -> dict[str, float]:
-    """Sample one completion per problem at temperature 1 and grade it.
-
-    Returns pass_at_1, the mean completion length in tokens (stop token included) and the share that stopped.
-    """
-    prompts = [row["prompt"] for row in rows]
-    encoded: Any = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        out = model.eval().generate(**encoded, max_new_tokens=MAX_NEW_TOKENS)
-    right, stopped, tokens = 0, 0, 0
-    for ids, row in zip(out[:, encoded["input_ids"].shape[1] :].tolist(), rows, strict=True):
-        stops = tokenizer.eos_token_id in ids
-        length = ids.index(tokenizer.eos_token_id) + 1 if stops else len(ids)
-        right += task.is_solved(row, str(tokenizer.decode(ids[: length - stops])))
-        stopped += stops
-        tokens += length
-    n = len(rows)
-    return {"n_problems": n, "pass_at_1": right / n, "mean_length": tokens / n, "stop_rate": stopped / n}
-
-
 def train_and_save(
     recipe: Recipe, pair: Pair, out: Path, progress: Progress, problems: dict[int, list[dict]], *, steps: int, seed: int
 ) -> dict:
@@ -345,7 +188,10 @@ def train_and_save(
         told_rows = {n: [_told_row(pair.task, row) for row in rows] for n, rows in problems.items()}
         sets[f"told_by_{pair.task.unit}"] = told_rows
     measured = {
-        name: {n: measure(model, tokenizer, pair.task, rows, seed=seed) for n, rows in found.items()}
+        name: {
+            n: measure(model, tokenizer, pair.task, rows, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
+            for n, rows in found.items()
+        }
         for name, found in sets.items()
     }
     return {
@@ -377,7 +223,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=list(PAIRS),
         default="chains",
         help="which pair: chains (the one that ships, default), told (the model that ships for self-distillation), "
-        "long-chains or clock (those of the study), or programs",
+        "caller (the pair that ships for tools), long-chains or clock (those of the study), or programs",
     )
     parser.add_argument(
         "--steps-scale",

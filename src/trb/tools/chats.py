@@ -1,0 +1,95 @@
+"""How calls are read out of what a model wrote, and which tokens their answers become.
+
+The text of an answer comes from outside. TRL renders it as it stands, so that `<|im_end|>` in a web page ends the
+tool's turn; here no text of an answer becomes a special token, as a space goes into whatever spells one.
+
+Left out: running tools (`trb.tools.calls`), and what is drawn after their answers (`trb.tools.turns`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from trb.errors import InputError
+from trb.tools.calls import Answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ToolChat"]
+
+
+@dataclass
+class ToolChat:
+    """A tokenizer as far as tools go.
+
+    Attributes:
+        tokenizer: with a chat template that renders tools, and a response template that reads calls.
+        tools: the functions, for the types of arguments.
+        stop_ids: every id that ends a turn.
+        template: a chat template in place of the tokenizer's; it must render a conversation's beginning in one way
+            whatever follows.
+        options: keyword arguments of the template.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    tools: Sequence[Callable[..., Any]]
+    stop_ids: Sequence[int]
+    template: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def calls(self, ids: Sequence[int], prefix: Sequence[int]) -> list[dict[str, Any]]:
+        """The calls in a turn, of which `prefix` is all that came before."""
+        from trl.chat_template_utils import parse_response
+
+        if not ids:
+            return []
+        parsed = parse_response(self.tokenizer, list(ids), prefix=list(prefix), tools=list(self.tools))
+        return parsed.get("tool_calls") or []
+
+    def after(self, completion: Sequence[int], answers: Sequence[Answer]) -> list[int]:
+        """A completion that ended with calls, with their answers and what opens the next turn.
+
+        Its stop token becomes the one that the template ends turns with, if that is a stop token at all: a base
+        student stops with another one, which neither model has ever seen inside a conversation.
+        """
+        messages = [{"role": "tool", "name": each.name, "content": self.harmless(each.text)} for each in answers]
+        dummy = {"type": "function", "function": {"name": answers[0].name, "arguments": {}}}
+        asked: list[dict[str, Any]] = [
+            {"role": "user", "content": "dummy"},
+            {"role": "assistant", "content": "", "tool_calls": [dummy]},
+        ]
+        before, whole = self._rendered(asked, False), self._rendered(asked + messages, True)
+        ends = [place for place, token in enumerate(before) if token in self.stop_ids]
+        if ends:  # templates write more after a turn's end, such as a line's
+            before = before[: ends[-1] + 1]
+        if whole[: len(before)] != before:
+            raise InputError("the chat template renders a conversation otherwise once a tool has answered: change it")
+        closed = list(completion)
+        if ends and closed[-1] in self.stop_ids:
+            closed[-1] = before[-1]
+        return closed + whole[len(before) :]
+
+    def harmless(self, text: str) -> str:
+        """A text with a space in whatever would become a special token, or one that the template writes turns with."""
+        while found := next((token for token in self._special if token in text), None):
+            text = text.replace(found, f"{found[0]} {found[1:]}" if len(found) > 1 else " ")
+        return text
+
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        marks = {token.content for token in added if token.special or token.content.startswith("<")}
+        return tuple(sorted(mark for mark in marks if mark.strip()))
+
+    def _rendered(self, messages: list[dict[str, Any]], opened: bool) -> list[int]:
+        ids: Any = self.tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=opened,
+            tokenize=True,
+            return_dict=False,
+            chat_template=self.template,
+            **self.options,
+        )
+        return list(ids)
