@@ -4,6 +4,7 @@ The expression is a model's. It is parsed and never evaluated as Python.
 """
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,8 @@ def calculator(expression: str) -> str:
         value = _value(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ZeroDivisionError, OverflowError) as error:
         raise InputError(f"cannot calculate: {type(error).__name__}") from error
+    if not math.isfinite(value):
+        raise InputError(f"cannot calculate: the value is {value}")
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
