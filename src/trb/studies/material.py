@@ -29,6 +29,7 @@ from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import GENERATORS, open_table
+from trb.tools import TOOLS
 from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
 from trb.training.privileged import COLUMNS, TeacherPrompts
@@ -361,9 +362,10 @@ def longest_teacher_prompt(run: RunConfig, args: TRBConfig) -> int | None:
 
 
 def template_options(args: TRBConfig) -> dict[str, Any]:
-    """Keyword arguments of the chat template."""
-    options = args.chat_template_kwargs or {}
-    return dict(options) if isinstance(options, dict) else json.loads(options)
+    """Keyword arguments of the chat template, the tools that it describes among them."""
+    given = args.chat_template_kwargs or {}
+    options = dict(given) if isinstance(given, dict) else json.loads(given)
+    return {**options, "tools": [TOOLS[name] for name in args.tools]} if args.tools else options
 
 
 def with_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from trb.errors import calls
 from trb.models.memory import bytes_of, cache_entries
 from trb.records import EVALUATIONS, RECIPE, SCORES
 from trb.safety.files import write_text
+from trb.sampling import sample
 from trb.studies.directories import set_aside
 from trb.studies.keys import RunConfig
 from trb.studies.listener import Listener
@@ -33,10 +34,14 @@ from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
 from trb.tasks.evaluation import check_problems, evaluate
 from trb.tasks.grading import Verifier
+from trb.tools import TOOLS
+from trb.tools.calls import ToolBox
+from trb.tools.chats import ToolChat
+from trb.tools.turns import ToolSampler
 from trb.training import checkpoints
 from trb.training.config import TRBConfig
 from trb.training.ranks import Ranks
-from trb.vocab import SharedVocabulary
+from trb.vocab import SharedVocabulary, stop_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +77,7 @@ def evaluate_suites(
     `outcomes` is filled with the number of right answers to every problem, by problem set. `vocabulary` and
     `save_completions` are as in `trb.tasks.evaluation.evaluate`.
     """
-    longest = _longest_completion(run, args)
+    longest, sampler = _longest_completion(run, args), _sampler(model, tokenizer, args, vocabulary)
     scores = []
     for name, rows in problems.items():
         (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
@@ -93,11 +98,25 @@ def evaluate_suites(
                 progress=False,
                 save_completions=save_completions,
                 vocabulary=vocabulary,
+                sampler=sampler,
             )
         if outcomes is not None:
             outcomes[name] = result.correct
         scores.append(result.to_dict())
     return scores
+
+
+def _sampler(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TRBConfig, vocabulary: SharedVocabulary | None
+) -> Callable[..., Any]:
+    """What draws completions: with tools in as many turns as the model takes, as in training."""
+    if not args.tools:
+        return sample
+    stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
+    options = {name: value for name, value in template_options(args).items() if name != "tools"}
+    chat = ToolChat.of([TOOLS[name] for name in args.tools], tokenizer, stop_ids, options)
+    box = ToolBox({name: TOOLS[name] for name in args.tools}, args.tool_timeout, args.tool_max_characters)
+    return ToolSampler(chat, box, args.max_tool_calling_iterations)
 
 
 def check_suites(

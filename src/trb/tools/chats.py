@@ -7,6 +7,7 @@ Left out: running tools (`trb.tools.calls`), and what is drawn after their answe
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,36 @@ class ToolChat:
     stop_ids: Sequence[int]
     template: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        tools: Sequence[Callable[..., Any]],
+        tokenizer: "PreTrainedTokenizerBase",
+        stop_ids: Sequence[int],
+        options: Mapping[str, Any],
+    ) -> "ToolChat":
+        """With the response template and the chat template that TRL's trainer would give the tokenizer.
+
+        Raises:
+            ValueError: the tokenizer's chat template renders no tools, or TRL knows no way to read calls of its.
+        """
+        from trl.chat_template_utils import (
+            add_response_schema,
+            get_training_chat_template,
+            is_chat_template_prefix_preserving,
+            supports_tool_calling,
+        )
+
+        if not supports_tool_calling(tokenizer):
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path!r} leaves out tools or what they answer: choose a model "
+                "that was taught to call tools, or give its tokenizer such a template"
+            )
+        if tokenizer.response_template is None:
+            tokenizer = add_response_schema(copy(tokenizer))
+        template = None if is_chat_template_prefix_preserving(tokenizer) else get_training_chat_template(tokenizer)
+        return cls(tokenizer, tools, stop_ids, template, options)
 
     def calls(self, ids: Sequence[int], prefix: Sequence[int]) -> list[dict[str, Any]]:
         """The calls in a turn, of which `prefix` is all that came before."""
