@@ -26,6 +26,7 @@ LAYERS = (
     "zoo",
     "models",
     "sampling",
+    "tools",
     "training",
     "tasks",
     "planning",

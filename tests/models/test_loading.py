@@ -169,7 +169,9 @@ def test_a_training_directory_names_its_last_checkpoint(tmp_path: Path) -> None:
 def test_an_unknown_built_in_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'zoo:student'\?"):
         load_model("zoo:studnet")
-    with pytest.raises(ValueError, match=r"zoo:student, zoo:teacher, zoo:told, smollm2-135m"):
+    with pytest.raises(
+        ValueError, match=r"zoo:student, zoo:teacher, zoo:told, zoo:caller-student, zoo:caller-teacher, smollm2-135m"
+    ):
         load_tokenizer("what is this?")
 
 

@@ -21,7 +21,7 @@ from test_teacher_prompts import BUDGET, inverse, next_token
 
 from trb.models.modeling import OutputHead
 from trb.policies import StudentPolicy, TrustRegionPolicy
-from trb.sampling import Rollout, sample
+from trb.sampling import NonFiniteLogitsError, Rollout, sample
 from trb.sampling.uniforms import uniforms
 from trb.tools.calls import Answer
 from trb.tools.turns import LaterTurns, ToolSampler, Turns, take_turns
@@ -221,3 +221,13 @@ def test_the_sampler_of_evaluations_takes_turns_too(tiny_pair: TinyPair) -> None
         for ids, own in zip(wanted.completions, wanted.own, strict=True)
     ]
     assert any(0 in own for own in wanted.own)
+
+
+def test_a_model_without_a_law_in_a_later_turn_is_named_with_its_row() -> None:
+    def lawless(**columns: Any) -> Rollout:
+        raise NonFiniteLogitsError("student", row=1, position=7)
+
+    later = LaterTurns(lawless, {"prompts": PROMPTS, "teacher_prompts": None}, LONGEST)
+    with pytest.raises(NonFiniteLogitsError, match="token 7 of the completion of row 2") as raised:
+        later([0, 2], [[1], [1]])
+    assert (raised.value.row, raised.value.position) == (2, 7)

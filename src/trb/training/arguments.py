@@ -123,8 +123,9 @@ def chosen_tools(tools: Any, args: TRBConfig) -> list[Callable[..., Any]] | None
         try:
             get_json_schema(tool)
         except Exception as error:
+            why = str(error).partition("\n")[0]
             raise InputError(
-                f"the tool {tool.__name__} cannot be described to a model: {error} It needs annotated arguments and a "
+                f"the tool {tool.__name__} cannot be described to a model ({why}): it needs annotated arguments and a "
                 "Google-style docstring"
             ) from error
     names = [tool.__name__ for tool in tools]

@@ -337,12 +337,8 @@ class TRBConfig(DistillationConfig):
             "loss_chunk_tokens",
             "block_size",
             "max_skipped_steps",
-            "max_tool_calling_iterations",
-            "tool_max_characters",
         ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+            self._require_positive(name)
         recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
         steps = ("sft_warmup_steps", "horizon_steps", "prefix_steps")
         for name in ("loss_top_k", "forward_top_k", *steps, "veto_strength", "eopd_entropy", "iw_gamma", *recorded):
@@ -362,6 +358,11 @@ class TRBConfig(DistillationConfig):
         self._check_tools()
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
+
+    def _require_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
 
     def _refuse_unsupported(self) -> None:
         for name, (supported, why) in _UNSUPPORTED.items():
@@ -388,6 +389,8 @@ class TRBConfig(DistillationConfig):
                     f"tools has {name!r}, which is none of {', '.join(TOOLS)}{did_you_mean(name, TOOLS)}; functions of "
                     "your own are passed in Python, TRBTrainer(tools=[...])"
                 )
+        for name in ("max_tool_calling_iterations", "tool_max_characters"):
+            self._require_positive(name)
         if not 0 < self.tool_timeout < math.inf:
             raise InputError(f"tool_timeout must be a positive number of seconds, got {self.tool_timeout}")
 

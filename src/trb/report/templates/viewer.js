@@ -355,7 +355,7 @@ function viewer(root, data, onStep) {
     if (row.teacher_weight) entries.push(["Mean teacher weight", show(mean(row.teacher_weight), "number", 3)]);
     if (row.kl_student) entries.push(["Mean KL to student", show(mean(row.kl_student), "number", 3)]);
     if (row.teacher_log_prob) entries.push(["Mean teacher log-prob.", show(mean(row.teacher_log_prob), "number", 3)]);
-    if (row.accepted) entries.push(["Drafts rejected", `${rejectedIn(row)} of ${row.accepted.length}`]);
+    if (row.accepted) entries.push(["Drafts rejected", `${rejectedIn(row)} of ${row.accepted.filter((value) => value !== null).length}`]);
     if (same !== null) {
       entries.push(["Same start", same === row.tokens.length ? "all tokens" : `${same} tokens`]);
     }
