@@ -12,6 +12,7 @@ import torch
 from trb import zoo
 from trb.zoo import train as zoo_train
 from trb.zoo.tasks import boxed_answer
+from trb.zoo.tokenizer import word_piece_tokenizer
 
 N_GRADED = 600
 CHAINS = zoo.TASKS["chains"]
@@ -217,6 +218,16 @@ def test_readme_quotes_the_record():
         assert cells[-len(measured) :] == [f"{measured[n]['pass_at_1']:.1%}" for n in sorted(measured)]
 
 
+def test_readme_quotes_the_record_of_the_pair_that_calls() -> None:
+    weights = zoo.path("told").parent
+    record = json.loads((weights / "caller.json").read_text())
+    readme = (weights.parent / "README.md").read_text()
+    for name, model in record["models"].items():
+        cells = next(line for line in readme.splitlines() if line.startswith(f"| {name} |")).strip("|").split("|")
+        measured = model["by_numbers"]
+        assert [cell.strip() for cell in cells[1:]] == [f"{measured[n]['pass_at_1']:.1%}" for n in sorted(measured)]
+
+
 def test_readme_quotes_the_record_of_the_model_that_teaches_itself():
     weights = zoo.path("told").parent
     record = json.loads((weights / "told.json").read_text())
@@ -334,8 +345,8 @@ def test_a_clock_problem_is_solved_step_by_step():
 
 
 def test_word_pieces_are_words_of_the_task_and_lose_nothing():
-    tokenizer = zoo_train.word_piece_tokenizer(CLOCK, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    again = zoo_train.word_piece_tokenizer(CLOCK, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = word_piece_tokenizer(CLOCK, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    again = word_piece_tokenizer(CLOCK, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     assert tokenizer.get_vocab() == again.get_vocab()
     assert len(tokenizer) <= min(recipe.head_rows for recipe in zoo_train.PAIRS["clock"].models)
     for row in CLOCK.problems(50, seed=3, size=5):

@@ -60,7 +60,8 @@ class CallingTrainer(DistillationTrainer):
     ) -> tuple[Any, ...]:
         assert self._rollout is not None and self._later_turns is not None  # of the first turn
         if self._tool_box is None:
-            self._tool_box = ToolBox(self._tool_dict, self.args.tool_timeout, self.args.tool_max_characters)
+            tools = {tool.__name__: tool for tool in self.tools}
+            self._tool_box = ToolBox(tools, self.args.tool_timeout, self.args.tool_max_characters)
         with self.compute_loss_context_manager():
             turns = self._turns = take_turns(
                 self._rollout,
