@@ -14,6 +14,8 @@ from transformers import PhiConfig, PhiForCausalLM
 from trb import zoo
 from trb.policies import GeometricPolicy, StudentPolicy, TrustRegionPolicy
 from trb.schedule import Constant, GapBudget, Ramp, Schedule, SequenceBudget
+from trb.studies.recipe import make_recipe
+from trb.studies.yaml_files import ConfigError
 from trb.training.methods import behavior_of, needs_teacher
 from trb.training.shares import blended_rows
 
@@ -26,6 +28,38 @@ SCHEDULES = {
     "share": {"method": "share", "initial_kl_budget": 0.3},
     "prefix": {"method": "prefix", "prefix_steps": 4},
 }
+EMBEDDED = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
+
+
+# ---- which schedule it is where none is named ----
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule"),
+    [
+        ({}, "sequence-linear"),
+        ({"sequence_kl_budget": 2.0}, "sequence-linear"),
+        ({"initial_kl_budget": 0.02}, "linear"),
+        ({"blend_warmup_steps": 25}, "linear"),
+        ({"initial_kl_budget": 0.0, "blend_warmup_steps": 0}, "linear"),
+        ({"initial_kl_budget": 0.02, "budget_schedule": "gap"}, "gap"),
+    ],
+    ids=str,
+)
+def test_the_papers_numbers_ask_for_the_papers_schedule(given: dict[str, Any], schedule: str) -> None:
+    """In Python and in recipes, which keep what it was."""
+    unset = {"initial_kl_budget": None, "blend_warmup_steps": None}
+    assert config(Path("unused"), **unset | given).budget_schedule == schedule
+    recipe = make_recipe(EMBEDDED | given)
+    assert recipe.resolved()["budget_schedule"] == schedule
+    assert recipe.training_config("unused").budget_schedule == schedule
+    assert make_recipe(recipe.resolved()).resolved() == recipe.resolved()
+
+
+def test_a_number_of_another_schedule_is_refused_by_name() -> None:
+    given = {"sequence_kl_budget": 2.0, "initial_kl_budget": 0.02}
+    with pytest.raises(ConfigError, match=r"sequence_kl_budget would do nothing.*budget_schedule: linear"):
+        make_recipe(EMBEDDED | given)
 
 
 # ---- the budget of a whole completion ----

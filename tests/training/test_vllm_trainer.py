@@ -111,6 +111,20 @@ def test_a_run_inside_vllm_is_the_run_in_process(
         shut_down(inside)
 
 
+def test_a_budget_that_sets_itself_is_the_same_inside(tmp_path: Path, students: Any) -> None:
+    """The budget of a step comes from what the completions of the steps before have spent."""
+    own = {"max_steps": WARMUP, "initial_kl_budget": None, "blend_warmup_steps": None, "budget_schedule": "sequence"}
+    beside = run(tmp_path / "a", students(), **own)
+    beside.train()
+    inside = run(tmp_path / "b", students(), **own, **INSIDE)
+    inside.train()
+    shut_down(inside)
+    budgets = warm_up(beside, "kl_budget")
+    assert budgets[2] > 1.5 * budgets[0], "nothing was learned from what was spent"
+    assert warm_up(inside, "kl_budget") == pytest.approx(budgets, rel=1e-3)
+    assert warm_up(inside, "sequence_kl") == pytest.approx(warm_up(beside, "sequence_kl"), rel=1e-3)
+
+
 def test_evaluation_during_the_warm_up_uses_the_engine_that_is_there(tmp_path: Path, students: Any) -> None:
     trainer = run(tmp_path, students(), use_vllm=True, vllm_max_model_length=64)
     trainer.model.eval()

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Line", "draft"]
 
-STEPS, WARMUP = 100, 25
+STEPS = 100
 ROLLOUTS = 4  # of each prompt; the paper's
 READ = 2000  # prompts whose lengths are measured, of a source that has more
 LONGEST_COMPLETION = 512
-BUDGETS = (0.001, 0.005, 0.01, 0.02, 0.05)  # the paper's grid
 LORA_RANK = 16
 SMALL = 50e6  # parameters of a student, from which memory is saved
 
@@ -143,8 +142,7 @@ def _training(rows: "Dataset", pair: _Pair) -> Iterator[list[Line]]:
     prompts, size = _prompts_per_step(rows), pair.student_size
     yield [
         Line("method", "trb", "opd: plain on-policy distillation; trb train --help-keys has the others"),
-        Line("initial_kl_budget", None),  # known with the lengths
-        Line("blend_warmup_steps", WARMUP, "the budget falls to 0 in so many steps (the paper: 15, 25 or 50)"),
+        Line("budget_schedule", "sequence-linear", "sets itself; linear: initial_kl_budget, blend_warmup_steps"),
     ]
     checkpointing = "less memory, more time" if size >= SMALL else "nothing to save at this size"
     passes = f"{STEPS * prompts / len(rows):.1f} passes over the prompts" if len(rows) < READ else ""
@@ -175,20 +173,11 @@ def _prompts_per_step(rows: "Dataset") -> int:
     return 2 ** int(math.log2(min(16, len(rows))))
 
 
-def _budget(completion: int) -> Line:
-    """The value of the paper's grid that spends about one nat over a whole completion."""
-    nearest = min(BUDGETS, key=lambda budget: abs(math.log(budget * completion)))
-    why = f"nats a token at first: of the paper's {', '.join(map(str, BUDGETS))} the nearest to 1 nat a completion"
-    return Line("initial_kl_budget", nearest, why)
-
-
 def _fitted(paragraphs: list[list[Line]], pair: _Pair) -> list[list[Line]]:
-    """The paragraphs with the budget, and with the largest batch that fits; with adapters where no batch does."""
+    """The paragraphs with the largest batch that fits; with adapters where no batch does."""
     values = {line.key: line.value for paragraph in paragraphs for line in paragraph}
-    found = {"initial_kl_budget": _budget(values["max_completion_length"])}
-    values["initial_kl_budget"] = found["initial_kl_budget"].value
     adapters, batch, why = _batch(values, pair)
-    found["per_device_train_batch_size"] = Line("per_device_train_batch_size", batch, why)
+    found = {"per_device_train_batch_size": Line("per_device_train_batch_size", batch, why)}
     if adapters:
         found["learning_rate"] = Line("learning_rate", 1e-4, "adapters learn at a higher rate than the paper's 1e-5")
         paragraphs[0].append(Line("lora_rank", LORA_RANK, "training every weight does not fit into the memory here"))

@@ -119,7 +119,7 @@ def _tokens_kept(accept_rate: float) -> str:
 def _verdict(found: Mapping[str, Any], blend: bool) -> str:
     if blend:
         return (
-            "Advice: try blending beside plain distillation (method: trb, budget_schedule: sequence-linear, which "
-            "needs no budget)."
+            "Advice: try blending beside plain distillation (method: trb, which sets its budget itself unless one is "
+            "given)."
         )
     return "Advice: no gain from blending is foretold; plain distillation (method: opd) does as well for less."

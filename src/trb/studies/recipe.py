@@ -30,6 +30,7 @@ from trb.studies.keys import (
 from trb.studies.places import Places
 from trb.studies.shipped import recipe_file
 from trb.studies.yaml_files import ConfigError, Dumper, nearest_key, read_yaml
+from trb.training.behaviors import budget_schedule_of
 from trb.training.config import TRBConfig
 from trb.training.methods import CHOICES, METHODS, every_knob, knobs_of, owners_of, pair_of
 from trb.training.resume import plain
@@ -77,6 +78,10 @@ class Recipe:
         return rollouts // at_once
 
     def _value(self, name: str) -> Any:
+        # Of several methods each has its own.
+        if name == "budget_schedule" and not self.run.methods:
+            keys = (name, "initial_kl_budget", "blend_warmup_steps")
+            return budget_schedule_of(SimpleNamespace(**{key: self.training.get(key) for key in keys}))
         return self.training.get(name, default_of(training_fields()[name]))
 
     def choices(self) -> list[SimpleNamespace]:

@@ -17,9 +17,10 @@ from trb.training.halves import Behavior, BudgetSchedule, Half, Scheduled
 if TYPE_CHECKING:
     from trb.policies import BehaviorPolicy
 
-__all__ = ["BEHAVIORS", "BUDGET_SCHEDULES", "sequence_budget_of"]
+__all__ = ["BEHAVIORS", "BLEND_WARMUP_STEPS", "BUDGET_SCHEDULES", "budget_schedule_of", "sequence_budget_of"]
 
 _DEFAULT_BUDGET = 0.01  # the paper's choice, nats per token
+BLEND_WARMUP_STEPS = 25  # and its K
 _UNKNOWN = 1 << 40  # steps, of a training that has not begun
 
 # Nats of a completion: of what holds them to the end, and of what falls, which begins nearly at the teacher and is over
@@ -36,6 +37,13 @@ def _falling(kind: str) -> Callable[[Any, Length], Schedule]:
 
 def _initial_budget(args: Any) -> float:
     return _DEFAULT_BUDGET if args.initial_kl_budget is None else float(args.initial_kl_budget)
+
+
+def budget_schedule_of(args: Any) -> str:
+    """The name of a configuration's schedule; where it has none, of one that needs nothing, or else of the paper's."""
+    if args.budget_schedule is not None:
+        return str(args.budget_schedule)
+    return "sequence-linear" if args.initial_kl_budget is None and args.blend_warmup_steps is None else "linear"
 
 
 def sequence_budget_of(args: Any, default: float = _HELD) -> float:

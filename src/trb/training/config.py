@@ -20,6 +20,7 @@ from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
 from trb.tools import TOOLS
 from trb.training import privileged
+from trb.training.behaviors import BLEND_WARMUP_STEPS, budget_schedule_of
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, halves
 
 __all__ = ["REPLICA_DTYPES", "TRBConfig"]
@@ -74,7 +75,11 @@ class _Preferred(int):
 
 @dataclass
 class TRBConfig(DistillationConfig):
-    """Every knob of `TRBTrainer`, on top of TRL's `DistillationConfig`. Defaults are the paper's (section 6)."""
+    """Every knob of `TRBTrainer`, on top of TRL's `DistillationConfig`.
+
+    Defaults are the paper's (section 6), but for the budget: where neither the paper's ε0 nor its K is given, the
+    warm-up sets itself (`budget_schedule`).
+    """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
@@ -110,8 +115,8 @@ class TRBConfig(DistillationConfig):
     initial_kl_budget: float | None = field(
         default=None,
         metadata={
-            "help": "ε0 of trb and fixed: KL(behavior || student) per token, in nats. None is 0.01; with "
-            "budget_schedule=gap, what spends sequence_kl_budget."
+            "help": "ε0 of trb and fixed: KL(behavior || student) per token, in nats. None is 0.01 where one is read; "
+            "with budget_schedule=gap, what spends sequence_kl_budget."
         },
     )
     sequence_kl_budget: float | None = field(
@@ -121,14 +126,17 @@ class TRBConfig(DistillationConfig):
             "of a whole completion, in nats, on average. None is 1; with budget_schedule=sequence-linear, 16."
         },
     )
-    blend_warmup_steps: int = field(
-        default=25,
-        metadata={"help": "K of trb: optimizer steps until the budget is 0 and the teacher stops sampling."},
-    )
-    budget_schedule: str = field(
-        default="linear",
+    blend_warmup_steps: int | None = field(
+        default=None,
         metadata={
-            "help": "How trb's budget falls: "
+            "help": "K of trb: optimizer steps until the budget is 0 and the teacher stops sampling. None is 25."
+        },
+    )
+    budget_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How trb's budget falls. None is linear where initial_kl_budget or blend_warmup_steps is given, "
+            "and otherwise sequence-linear, which needs neither. "
             + "; ".join(f"{name}: {kind.text}" for name, kind in BUDGET_SCHEDULES.items())
         },
     )
@@ -316,7 +324,10 @@ class TRBConfig(DistillationConfig):
         for name, table in (("behavior", BEHAVIORS), ("loss", TARGETS)):
             if getattr(self, name) is not None:
                 _check_choice(name, getattr(self, name), table)
+        self.budget_schedule = budget_schedule_of(self)
         _check_choice("budget_schedule", self.budget_schedule, BUDGET_SCHEDULES)
+        if self.blend_warmup_steps is None:
+            self.blend_warmup_steps = BLEND_WARMUP_STEPS
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
         self._refuse_unsupported()

@@ -62,7 +62,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "trb": Method(
         *("trust_region", "reverse_kl", "TRB"),
-        "trust-region behavior blending: the budget shrinks from initial_kl_budget to 0",
+        "trust-region behavior blending: the budget shrinks to 0, by itself or from initial_kl_budget",
     ),
     "opd": Method("student", "reverse_kl", "OPD", "plain on-policy distillation: student rollouts throughout"),
     "fixed": Method(
