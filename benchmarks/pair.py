@@ -44,9 +44,11 @@ def prompts(tokenizer: PreTrainedTokenizerBase, count: int, rollouts: int, seed:
     return [list(chat) for chat in chats for _ in range(rollouts)]
 
 
-def smollm2_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Student in float32 (master weights), teacher in bfloat16, and their tokenizer."""
+def smollm2_pair(heal: bool = True) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Student in float32 (master weights), teacher in bfloat16, and their tokenizer; unhealed, as it was cut."""
     teacher, tokenizer = load_model(TEACHER, dtype="bfloat16").eval(), load_tokenizer(TEACHER)
+    if not heal:
+        return prune_depth(load_model(TEACHER, dtype="float32"), LAYERS), teacher, tokenizer
     key = "-".join(str(value) for value in (LAYERS, *HEALING.values()))
     directory = cache_directory() / "bench" / f"smollm2-{key}"
     if not (directory / "config.json").exists():
