@@ -159,6 +159,7 @@ def describe(
     vocabulary: SharedVocabulary,
     student: nn.Module,
     teacher: nn.Module,
+    tools: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a run is, as JSON types: one level of keys, dotted where they are no option.
 
@@ -172,11 +173,13 @@ def describe(
         vocabulary: the events that both models share.
         student: the model in training, PEFT wrapper included.
         teacher: the teacher, whole. Of each tensor at most 64 evenly spaced numbers are hashed.
+        tools: what the functions that the model may call are called; what they do is not known.
     """
     unread = every_knob() - knobs_of([args])
     own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name not in FREE}
     return {
         **{name: plain(value) for name, value in own.items() if name not in unread},
+        **({"tools": list(tools)} if tools else {}),
         "world_size": world_size,
         **{f"train_dataset.{key}": value for key, value in _dataset(train_dataset).items()},
         "tokenizer.vocabulary": _digest([json.dumps(sorted(tokenizer.get_vocab().items()))]),

@@ -116,6 +116,7 @@ class ResumableTrainer(PromptsInOrder):
                 vocabulary=self.vocabulary,
                 student=self.model,
                 teacher=self.accelerator.unwrap_model(self.teacher_model),
+                tools=[tool.__name__ for tool in self.tools],
             )
             self._description = self._ranks.from_first(describe)
         return self._description
