@@ -338,6 +338,10 @@ def test_options_of_tools_are_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=complaint):
             config(tmp_path, **changes)
-    with pytest.raises(InputError, match="give one of the two"):
-        student, _ = zoo.load("caller-student")
-        TRBTrainer(student, zoo.load("caller-teacher")[0], config(tmp_path, tools="calculator"), tools=[other])
+    student, _ = zoo.load("caller-student")
+    for given, complaint in (
+        ({"tools": [other]}, "give one of the two"),
+        ({"environment_factory": object}, "takes no environment_factory"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            TRBTrainer(student, zoo.load("caller-teacher")[0], config(tmp_path, tools="calculator"), **given)

@@ -70,6 +70,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add("--prompt-column", metavar="NAME", help="column of the data with the problem, if not guessed right")
     add("--answer-column", metavar="NAME", help="column of the data with the answer, if not guessed right")
     add("--max-rows", type=int, metavar="N", help="completions in flight at once")
+    add("--tools", nargs="+", metavar="NAME", help="tools that the model may call (default: of a run its recipe's)")
     add("--output-dir", metavar="DIR", help="write the scores and the results of every problem there")
     add("--resume", action="store_true", help="continue an interrupted evaluation of the same model in --output-dir")
     add("--quiet", action="store_true", help="no progress, only the result")
@@ -193,6 +194,8 @@ def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path
 
 def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     """The options of `trb eval` as keys of a recipe."""
+    from trb.studies.directories import tools_of
+
     return {
         "student": model,
         "teacher": model,
@@ -215,5 +218,6 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "eval_max_rows": arguments.max_rows,
         "eval_prompt_column": arguments.prompt_column,
         "eval_answer_column": arguments.answer_column,
+        "tools": arguments.tools or tools_of(arguments.model),
         "bf16": False,
     }

@@ -80,6 +80,11 @@ def check_arguments(
         raise InputError(
             f"reward_fn is a {type(reward_fn).__name__} and no function; pass optimizers by name, optimizers=(...)"
         )
+    if "environment_factory" in others:
+        raise InputError(
+            "TRBTrainer takes no environment_factory, as TRL's DistillationTrainer takes none: pass functions, or the "
+            "methods of one environment, as tools"
+        )
     if unknown := sorted(others.keys() - _PASSED_ON):
         raise InputError(
             f"TRBTrainer takes no argument {unknown[0]!r}{did_you_mean(unknown[0], _PASSED_ON)} (by name it passes on "
