@@ -61,3 +61,12 @@ def test_recipes_name_tools_of_the_package_and_no_code(tmp_path: Path, capsys: p
             load_recipe("tools", {**SHORT, "tools": name})
     assert main(["probe", "--config", "tools", "--output-dir", str(tmp_path / "probe")]) == 2
     assert "a probe looks at completions of one turn" in capsys.readouterr().err
+
+
+def test_models_that_call_no_tools_are_refused_before_they_are_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["--student", "zoo:student", "--teacher", "zoo:teacher"]
+    assert main(["compare", "--config", "tools", *models, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "error: tools: the chat template of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

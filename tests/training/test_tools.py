@@ -268,16 +268,16 @@ def test_a_killed_run_resumes_to_the_same_numbers_and_not_with_other_tools(tmp_p
             caller(tmp_path / "killed", **settings, **changes).train(resume_from_checkpoint=True)
 
 
-def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
-    """Of 16 prompts some take more turns than others, so that the processes go on alone."""
+def test_two_processes_draw_and_learn_what_one_does(tmp_path: Path) -> None:
+    """Some rows take more turns than others, so that after the first the processes go on alone."""
     run_in_two_processes("tool_processes.py", tmp_path, timeout=240)
-    found: dict[str, list[int]] = {}
-    for rank in range(2):
-        found |= json.loads((tmp_path / f"result-{rank}.json").read_text())
-    trainer = caller(tmp_path / "one", per_device_train_batch_size=8)
-    inputs = batch(trainer, prompts=4)
+    results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2)]
+    inputs = batch(caller(tmp_path / "one", per_device_train_batch_size=8), prompts=4)
     wanted = {f"{number}": completion for number, (_, completion, _) in enumerate(whole_rows(inputs))}
-    assert found == wanted
+    assert results[0]["completions"] | results[1]["completions"] == wanted
+    trained = caller(tmp_path / "trained-by-one", per_device_train_batch_size=8, max_steps=2)
+    trained.train()
+    assert losses(trained) == pytest.approx(results[0]["losses"], rel=1e-4)
 
 
 # ---- what is refused ----

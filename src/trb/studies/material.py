@@ -30,6 +30,7 @@ from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import GENERATORS, open_table
 from trb.tools import TOOLS
+from trb.tools.chats import check_template
 from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
 from trb.training.privileged import COLUMNS, TeacherPrompts
@@ -275,6 +276,8 @@ def training_prompts(
     run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple["Dataset", "Dataset | None"]:
     """The prompts to train on, and those held out to measure the loss on."""
+    if args.tools:
+        check_template(tokenizer)
     with calls(TRAINING_NAMES):
         prompts = load_prompts(
             run.train_data,

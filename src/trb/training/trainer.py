@@ -54,6 +54,7 @@ from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
 from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.vllm import stopping_parameters
+from trb.tools.chats import check_template
 from trb.tools.turns import LaterTurns
 from trb.training.arguments import (
     check_arguments,
@@ -172,6 +173,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         kwargs["tools"] = chosen_tools(kwargs.get("tools"), args)
         self._teacher_prompts_of = teacher_prompts(args, train_dataset, eval_dataset)
         model, processing_class = checked_student(model, processing_class, args)
+        if kwargs["tools"]:
+            check_template(processing_class)
         teacher_processing_class = teacher_tokenizer(teacher_model, teacher_processing_class, args)
         if teacher_processing_class is not None:
             check_same_tokenizer(processing_class, teacher_processing_class)
@@ -328,7 +331,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
                 self._rollout = from_teacher_prefixes(draw, prompt_ids, prefix, keys=keys, seed=seed, **shared)
             else:
                 columns = {"prompts": prompt_ids, "policy": policies, "prompt_keys": keys, **shared}
-                self._later_turns = LaterTurns(partial(draw, seed=seed), columns, horizon)
+                # Where nothing follows, a copy of the student that it holds would outlive the step.
+                self._later_turns = LaterTurns(partial(draw, seed=seed), columns, horizon) if self.tools else None
                 self._rollout = draw(seed=seed, **columns)
         return [list(ids) for ids in self._rollout.completions]  # where there are tools, the rollout is continued
 
