@@ -18,6 +18,7 @@ from trb.losses import topk_reverse_kl
 from trb.models.modeling import OutputHead
 from trb.tools import TOOLS
 from trb.training.resume import ChangedRunError
+from trb.training.teachers import Teacher
 
 SHORT: dict[str, Any] = {
     "max_completion_length": 64,
@@ -92,8 +93,7 @@ def test_a_students_run_has_the_masks_and_the_loss_of_trls_own_trainer(tmp_path:
     assert output["num_items_in_batch"] == inputs["num_items_in_batch"] == sum(sum(own) for _, _, own in drawn)
     assert {own.count(0) > 0 for _, _, own in drawn} == {True, False}
     # TRL wants heads of equal sizes: another student is the teacher of both.
-    ours.teacher_model = theirs.teacher_model
-    ours._teacher_head = OutputHead.of(theirs.teacher_model)
+    ours.teachers = [Teacher(None, theirs.teacher_model, OutputHead.of(theirs.teacher_model))]
     wanted, _, _ = theirs._compute_loss(theirs.model, output, output["num_items_in_batch"])
     found, _, count = ours._compute_loss(ours.model, inputs, inputs["num_items_in_batch"])
     assert count == output["num_items_in_batch"]

@@ -16,12 +16,14 @@ from trb.models.loading import load_model
 from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, STUDY_PLAN, TEST, JsonFile
 from trb.safety.files import exclusive
 from trb.studies.directories import holds_scores, make_again
-from trb.studies.material import as_teacher_reads, load_pair, load_tokenizers, problem_sets
+from trb.studies.material import as_teacher_reads, load_pair, load_tokenizers, problem_sets, routes_of
 from trb.studies.places import Places
 from trb.studies.run import train
-from trb.studies.scores import evaluate_suites
+from trb.studies.scores import evaluate_teachers
 from trb.studies.study import ProblemSets, Reference, Study, Unit, load_study
 from trb.tasks.grading import Verifier
+from trb.training.routes import by_name
+from trb.training.teachers import shared_vocabulary
 from trb.vocab import SharedVocabulary
 
 __all__ = ["JUDGEMENT", "Job", "do_job", "is_done", "is_whole"]
@@ -79,7 +81,8 @@ def _score_reference(study: Study, directory: Path, job: Reference) -> None:
     setting = study.settings[job.setting]
     run = study.scoring_recipe(job.setting, setting.dev).run
     student, teacher = load_pair(run)
-    vocabulary = SharedVocabulary.of_pair(student, teacher, *load_tokenizers(run))
+    tokenizer, tokenizers = load_tokenizers(run)
+    vocabulary = shared_vocabulary(student, tokenizer, by_name(teacher), by_name(tokenizers))
     model = student if job.role == "student" else teacher
     scores = {
         name: _score(study, job.setting, getattr(setting, name), model, None, vocabulary, job.role)
@@ -116,15 +119,17 @@ def _score(
     recipe = study.scoring_recipe(setting, problems)
     args = recipe.training_config("unused")
     tokenizer, _ = load_tokenizers(recipe.run)
-    sets: dict[str, Any] = problem_sets(recipe.run)
+    sets: dict[str, Any] = problem_sets(recipe.run, args)
+    routes = None
     if role == "teacher":
-        sets = as_teacher_reads(sets, args)
+        sets, routes = as_teacher_reads(sets, args), routes_of(recipe.run, args)
     outcomes: dict[str, list[int]] = {}
     with Verifier(recipe.run.reward_timeout_s) as verifier:
-        scores = evaluate_suites(
+        scores = evaluate_teachers(
             model,
             tokenizer=tokenizer,
             problems=sets,
+            routes=routes,
             run=recipe.run,
             args=args,
             verifier=verifier,

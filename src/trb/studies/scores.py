@@ -27,12 +27,13 @@ from trb.studies.material import (
     as_teacher_reads,
     free_memory,
     load_material,
+    routes_of,
     template_options,
     with_template_options,
 )
 from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
-from trb.tasks.evaluation import check_problems, evaluate
+from trb.tasks.evaluation import check_problems, evaluate, pass_at_1_interval
 from trb.tasks.grading import Verifier
 from trb.tools import TOOLS
 from trb.tools.calls import ToolBox
@@ -41,18 +42,29 @@ from trb.tools.turns import ToolSampler
 from trb.training import checkpoints
 from trb.training.config import TRBConfig
 from trb.training.ranks import Ranks
+from trb.training.routes import Routes, places_of
 from trb.vocab import SharedVocabulary, stop_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["check_suites", "evaluate_suites", "mean_of_suites", "precision", "rows_in_flight", "scores_before"]
+__all__ = [
+    "check_suites",
+    "evaluate_suites",
+    "evaluate_teachers",
+    "mean_of_suites",
+    "precision",
+    "rows_in_flight",
+    "scores_before",
+]
 
 logger = logging.getLogger(__name__)
 
 _CPU_CACHE_BYTES = 2 << 30
 
 _MOST_ROWS = 512
+
+_MEANS = ("mean_length", "stop_rate")  # over samples
 
 
 def evaluate_suites(
@@ -119,6 +131,77 @@ def _sampler(
     return ToolSampler(chat, box, args.max_tool_calling_iterations)
 
 
+def evaluate_teachers(
+    teachers: Any,
+    *,
+    problems: Mapping[str, Any],
+    routes: Routes | None,
+    run: RunConfig,
+    folder: Path | None = None,
+    outcomes: dict[str, list[int]] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`evaluate_suites` of the teacher; of several each on its own rows of every problem set that says whose they are.
+
+    `teachers` is the model, or a mapping of names with `routes`.
+    """
+    if routes is None:
+        return evaluate_suites(teachers, problems=problems, run=run, folder=folder, outcomes=outcomes, **options)
+    scores = []
+    for name, parts in _routed(problems, routes).items():
+        correct, found = [0] * sum(map(len, parts.values())), []
+        for place, rows in parts.items():
+            right: dict[str, list[int]] = {}
+            found += evaluate_suites(
+                teachers[routes.names[place]],
+                problems={name: [problems[name][row] for row in rows]},
+                run=run,
+                folder=folder / str(place) if folder else None,
+                outcomes=right,
+                **options,
+            )
+            for row, count in zip(rows, right[name], strict=True):
+                correct[row] = count
+        n, samples = run.samples_of(name), sum(score["n_samples"] for score in found)
+        scores.append(
+            {
+                "name": name,
+                "pass_at_1": sum(correct) / samples,
+                "interval": list(pass_at_1_interval(correct, n)),
+                "n_problems": len(correct),
+                "n_samples": samples,
+                **{key: sum(each[key] * each["n_samples"] for each in found) / samples for key in _MEANS},
+            }
+        )
+        if outcomes is not None:
+            outcomes[name] = correct
+    return scores
+
+
+def _routed(problems: Mapping[str, Any], routes: Routes) -> dict[str, dict[int, list[int]]]:
+    """Of every problem set that says whose its rows are, the rows of each teacher, by its place."""
+    known = {name: rows for name, rows in problems.items() if len(rows) and routes.column in rows[0]}
+    return {name: places_of(routes.check(rows, name)) for name, rows in known.items()}
+
+
+def check_teachers(
+    teachers: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Mapping[str, Any],
+    routes: Routes | None,
+    run: RunConfig,
+    args: TRBConfig,
+) -> None:
+    """`check_suites` of what `evaluate_teachers` is to read."""
+    if routes is None:
+        check_suites(teachers, tokenizer, problems, run, args)
+        return
+    for name, parts in _routed(problems, routes).items():
+        for place, rows in parts.items():
+            its: Any = {name: [problems[name][row] for row in rows]}
+            check_suites(teachers[routes.names[place]], tokenizer, its, run, args)
+
+
 def check_suites(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -151,10 +234,7 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
     count, samples = len(scores), sum(score["n_samples"] for score in scores)
     mean = math.fsum(score["pass_at_1"] for score in scores) / count
     low, high = combined_interval([(score["pass_at_1"], score["interval"]) for score in scores])
-    weighted = {
-        key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples
-        for key in ("mean_length", "stop_rate")
-    }
+    weighted = {key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples for key in _MEANS}
     return {
         "name": "mean of " + ", ".join(score["name"] for score in scores),
         "pass_at_1": mean,
@@ -198,8 +278,10 @@ def _score_pair(
     listener.stage("loading models and data")
     material = load_material(recipe.run, args)
     problems: dict[str, Any] = {"student": material.problems, "teacher": as_teacher_reads(material.problems, args)}
+    routes = routes_of(recipe.run, args)
     for name in paths:
-        check_suites(getattr(material, name), material.tokenizer, problems[name], recipe.run, args)
+        whose = routes if name == "teacher" else None
+        check_teachers(getattr(material, name), material.tokenizer, problems[name], whose, recipe.run, args)
     if args.process_index == 0:
         if clear is not None:
             clear()
@@ -207,10 +289,11 @@ def _score_pair(
         write_text(directory / RECIPE, recipe.to_yaml())
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         for name, path in paths.items():
-            scores = evaluate_suites(
+            scores = evaluate_teachers(
                 getattr(material, name),
                 tokenizer=material.tokenizer,
                 problems=problems[name],
+                routes=routes if name == "teacher" else None,
                 run=recipe.run,
                 args=args,
                 verifier=verifier,

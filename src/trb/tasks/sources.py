@@ -64,7 +64,7 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     return [
         {"answer": problem["answer"], "verifier": "exact", "metadata": "{}"}
         | problem
-        | {"solution": task.solution(problem["prompt"][0]["content"])}
+        | {"solution": task.solution(problem["prompt"][0]["content"].partition("\n\n")[0])}
         for problem in task.problems(n, seed=seed, split=split, size=size)
     ]
 
