@@ -62,6 +62,17 @@ _UNSUPPORTED_IN_ACCELERATE: dict[str, tuple[tuple, str]] = {
     "use_seedable_sampler": ((True,), "the order of prompts follows seed"),
 }
 
+_AT_LEAST_ONE = (
+    "num_generations",
+    "initial_horizon",
+    "max_completion_length",
+    "loss_chunk_tokens",
+    "block_size",
+    "max_skipped_steps",
+    "max_tool_calling_iterations",
+    "tool_max_characters",
+)
+
 # What parts call what is an option of another name here.
 _KNOBS = {"teacher_top_k": "skd_teacher_top_k"}
 
@@ -355,15 +366,10 @@ class TRBConfig(DistillationConfig):
             )
         if self.max_completion_length is None:
             raise InputError("max_completion_length=None is not supported; set the longest completion in tokens")
-        for name in (
-            "num_generations",
-            "initial_horizon",
-            "max_completion_length",
-            "loss_chunk_tokens",
-            "block_size",
-            "max_skipped_steps",
-        ):
-            self._require_positive(name)
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
         recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
         steps = ("sft_warmup_steps", "horizon_steps", "prefix_steps")
         for name in ("loss_top_k", "forward_top_k", *steps, "veto_strength", "eopd_entropy", "iw_gamma", *recorded):
@@ -383,11 +389,6 @@ class TRBConfig(DistillationConfig):
         self._check_tools()
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
-
-    def _require_positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
 
     def _refuse_unsupported(self) -> None:
         for name, (supported, why) in _UNSUPPORTED.items():
@@ -420,8 +421,6 @@ class TRBConfig(DistillationConfig):
                     f"tools has {name!r}, which is none of {', '.join(TOOLS)}{did_you_mean(name, TOOLS)}; functions of "
                     "your own are passed in Python, TRBTrainer(tools=[...])"
                 )
-        for name in ("max_tool_calling_iterations", "tool_max_characters"):
-            self._require_positive(name)
         if not 0 < self.tool_timeout < math.inf:
             raise InputError(f"tool_timeout must be a positive number of seconds, got {self.tool_timeout}")
 
