@@ -203,6 +203,30 @@ def test_shares_are_of_whole_rollouts(tmp_path: Path) -> None:
     assert sum(trainer._blended) == 4
 
 
+def test_each_row_goes_on_with_its_own_teacher(tmp_path: Path) -> None:
+    """Of two, in all of its turns: what a run with that one alone draws."""
+    student, tokenizer = zoo.load("caller-student")
+    models = {"right": zoo.load("caller-teacher")[0], "weak": zoo.load("caller-student")[0]}
+    data = rows(teacher=None)
+    for number, row in enumerate(data):
+        row["teacher"] = "weak" if number % 2 else "right"
+    found = {}
+    for name in ("both", *models):
+        args = config(
+            tmp_path / name,
+            tools="calculator",
+            **SHORT,
+            initial_kl_budget=9.0,
+            teacher_column="teacher" if name == "both" else None,
+        )
+        teacher: Any = models if name == "both" else models[name]
+        trainer = TRBTrainer(student, teacher, args, Dataset.from_list(data), processing_class=tokenizer)
+        trainer.model.train()
+        found[name] = [completion for _, completion, _ in whole_rows(batch(trainer, prompts=6))]
+    wanted = [found["weak" if row // 2 % 2 else "right"][row] for row in range(12)]
+    assert found["both"] == wanted and found["weak"] != found["right"]
+
+
 @pytest.mark.parametrize("method", ["skd", "tip", "iw", "horizon", "geometric", "sft"])
 def test_other_methods_train_with_tools(tmp_path: Path, method: str) -> None:
     trainer = caller(tmp_path, method=method, max_steps=1, initial_horizon=20)
