@@ -180,7 +180,7 @@ def _by_reader(reader: Reader, rows: list[list[int]]) -> list[Tensor]:
 def _through_slots(model: PreTrainedModel, rows: list[list[int]]) -> list[Tensor]:
     """`[T, V]` logits of the last tokens of each row: blocks of several widths, a token that is taken back, a short row
     that stops, the long one moved to its slot, and a third in the place that is left."""
-    reader, found = SlotReader(model, 2, replay=False), [list[Tensor]() for _ in rows[:3]]
+    reader, found = SlotReader(model, 2, replay=False, depth=4), [list[Tensor]() for _ in rows[:3]]
     start = [len(row) - _TOKENS - 1 for row in rows]
 
     def read(places: Sequence[tuple[int, int]], width: int, kept: int) -> None:
@@ -221,8 +221,9 @@ def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
         return None
     with _recorded_masks(model) as own:
         plain_logits(model, rows[-1])
+    reader = SlotReader(model, 1, replay=False)
+    reader.admit([[]], [0])
     with _recorded_masks(model) as ours:
-        reader = SlotReader(model, 1, replay=False)
         reader.read(torch.tensor([rows[-1][:1]]), torch.zeros(1, 1, dtype=torch.long, device=model.device), 1)
     unseen = f"its masks cannot be seen, and windows of {far} tokens are too long to try" if far else None
     if not own or len(own) != len(ours) or any(map(_looks_up, [*own, *ours])):
