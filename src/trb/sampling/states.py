@@ -6,16 +6,19 @@ of a row is kept, at its position modulo `depth`: a read begins with the states 
 lie, and leaves those after each of its tokens.
 
 Within a pass of several tokens convolutions hand over every window. What carries a recurrent state further tells no
-more than the last one, and some families begin such a pass from zero: those modules are called token by token, which
-repeats what single tokens give, while all other layers read the block at once. Left out: keys and values (`cache`), and
-whether a model read so is exact (`trb.sampling.reading` compares).
+more than the last one, so it is called token by token: where a family has a function for it that begins from a given
+state that function alone, where not (selective scans begin from zero) the module around it, projections included. All
+other layers read the block at once. Left out: keys and values (`layers`), and whether a model read so is exact
+(`trb.sampling.reading` compares).
 
 Shape suffixes: S slots, R rows in use, Q tokens read at once, N `depth` x S.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,6 +38,8 @@ from transformers.cache_utils import (
 __all__ = ["StateLayer", "States", "library_layers", "recurrent_mixers"]
 
 _KINDS = ("conv_states", "recurrent_states")
+# What families call the state that a recurrence over several tokens begins from.
+_INITIAL = ("initial_state", "initial_states")
 # Layers of the library's cache whose contents can be kept in slots; `DummyLayer` (5.24) holds nothing.
 _KNOWN = (
     "DummyLayer",
@@ -108,6 +113,10 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         for (kind, index), kept in self._kept.items():
             self._states.write(kept, getattr(self, kind)[index], place)
 
+    def keep_recurrent(self, state: Tensor, place: int) -> None:
+        """Keep that state after that token of the read."""
+        self._states.write(self._kept["recurrent_states", 0], state, place)
+
     def put(self, theirs: Any, source: Tensor, slots: Tensor, length: int) -> None:
         """The states after prompts of that length, from the library's own layer."""
         for kind in _KINDS:
@@ -159,7 +168,7 @@ class States:
 
     def add(self, number: int, layer: StateLayer) -> StateLayer:
         self.layers[number] = layer
-        layer.by_token = any(number == other for _, other in self._mixers)
+        layer.by_token = any(number == other and _recurrence(mixer) is None for mixer, other in self._mixers)
         return layer
 
     @property
@@ -184,7 +193,10 @@ class States:
             return
         with ExitStack() as stack:
             for mixer, number in self._mixers:
-                stack.enter_context(self._token_by_token(mixer, self.layers[number]))
+                if _recurrence(mixer) is None:
+                    stack.enter_context(self._token_by_token(mixer, self.layers[number]))
+            for family, name in {found for mixer, _ in self._mixers if (found := _recurrence(mixer))}:
+                stack.enter_context(self._step_by_step(family, name))
             yield
 
     def before(self, kept: Tensor) -> Tensor:
@@ -220,6 +232,31 @@ class States:
             return torch.cat(found, dim=1)
         return (torch.cat([each[0] for each in found], dim=1), *found[-1][1:])
 
+    @contextmanager
+    def _step_by_step(self, family: Any, name: str) -> Iterator[None]:
+        """Inside the block a family's recurrence over several tokens keeps the state after each of them."""
+        own = getattr(family, name)
+        setattr(family, name, partial(self._stepped, own))
+        try:
+            yield
+        finally:
+            setattr(family, name, own)
+
+    def _stepped(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        names = inspect.signature(own).parameters
+        initial = next(name for name in _INITIAL if name in names)
+        state, found = kwargs[initial], []
+        owner = next((layer for layer in self.layers.values() if state is layer.recurrent_states[0]), None)
+        if owner is None:
+            return own(*args, **kwargs)
+        for place in range(self.width):
+            at = partial(self._at, place)
+            given = {key: at(value) for key, value in kwargs.items()} | {initial: state, "chunk_size": 1}
+            output, state = own(*map(at, args), **given)
+            found.append(output)
+            owner.keep_recurrent(state, place)
+        return torch.cat(found, dim=1), state
+
     def _at(self, place: int, value: Any) -> Any:
         """That token's part of an argument."""
         if isinstance(value, tuple):
@@ -241,8 +278,8 @@ def recurrent_mixers(model: PreTrainedModel, read: Callable[[Cache], Any]) -> li
     if model in _MIXERS:
         return _MIXERS[model]
     inside, found = list[str](), dict[tuple[str, int], None]()
-    cache = DynamicCache(config=model.config)
-    own = cache.update_recurrent_state
+    watched = DynamicCache(config=model.config)
+    own = watched.update_recurrent_state
 
     def update(recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         found[inside[-1], layer_idx] = None
@@ -251,15 +288,35 @@ def recurrent_mixers(model: PreTrainedModel, read: Callable[[Cache], Any]) -> li
     def leave(*_: Any) -> None:
         inside.pop()
 
-    cache.update_recurrent_state = update  # type: ignore[method-assign]
+    watched.update_recurrent_state = update  # type: ignore[method-assign]
     with ExitStack() as stack:
         for name, module in model.named_modules():
             enter = partial(_enter, inside, name)
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
-        read(cache)
+        read(watched)
     _MIXERS[model] = list(found)
     return _MIXERS[model]
+
+
+@cache
+def _recurrence_of(family: str) -> str | None:
+    """The name of the function of a family's module that takes a state over several tokens, from a given one."""
+    found = [
+        name
+        for name, function in vars(sys.modules[family]).items()
+        if "chunk" in name
+        and inspect.isfunction(function)
+        and {"chunk_size", *_INITIAL} & set(inspect.signature(function).parameters) > {"chunk_size"}
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _recurrence(mixer: nn.Module) -> tuple[Any, str] | None:
+    """The module of a mixer's family, and the name of its function that takes a state over several tokens."""
+    family = type(mixer).__module__
+    name = _recurrence_of(family)
+    return None if name is None else (sys.modules[family], name)
 
 
 def _enter(inside: list[str], name: str, *_: Any) -> None:
