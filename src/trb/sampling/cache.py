@@ -90,7 +90,7 @@ class SlotReader:
         self._options: dict[str, Any] = switched_off(model, "output_router_logits")
         self._takes_positions = accepts(model, "position_ids")
         self._cache_name = cache_name(model) or "past_key_values"
-        states = self._states_of(model, slots, depth)
+        states = None if library_layers(model) is None else self._new_states(slots, depth, replay)
         self._state = _State.of(model, slots, states) if replay else _State.new(model, slots, None, states)
 
     def admit(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> None:
@@ -140,13 +140,13 @@ class SlotReader:
         )
         return cache
 
-    def _states_of(self, model: PreTrainedModel, slots: int, depth: int) -> States | None:
-        if library_layers(model) is None:
-            return None
+    def _new_states(self, slots: int, depth: int, replay: bool) -> States:
         one = torch.zeros(1, 1, dtype=torch.long)
         with torch.no_grad():
-            found = recurrent_mixers(model, lambda cache: self._read_anew(one, cache))
-        return States(slots, depth, [(model.get_submodule(name), number) for name, number in found])
+            mixers = recurrent_mixers(self.model, lambda cache: self._read_anew(one, cache))
+        # A pass that fails as a graph is run anew, and must find the states that it began with.
+        again = replay and graphs.wanted(self.model)
+        return States(slots, depth + int(again), [(self.model.get_submodule(name), at) for name, at in mixers])
 
     def _leave_empty(self, slots: list[int]) -> None:
         """Slots of rows of which nothing is to be read before their first token; only states must be told."""

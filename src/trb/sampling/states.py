@@ -81,6 +81,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         """Whether the read of a block comes here token by token."""
         self._states = states
         self._kept: dict[tuple[str, int], Tensor] = {}
+        self._told: dict[tuple[str, int], int] = {}
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("states are laid out by the first prompt")
@@ -93,8 +94,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         self.conv_states[state_idx] = whole[..., -size:]
         if not self.by_token and width == self._states.width > 1:
             for place in range(width):
-                window = whole[..., place + 1 : place + 1 + size]
-                self._states.write(self._kept["conv_states", state_idx], window, place)
+                self._tell(("conv_states", state_idx), whole[..., place + 1 : place + 1 + size], place)
         return whole
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
@@ -107,15 +107,25 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         """Take up the states before the read."""
         for (kind, index), kept in self._kept.items():
             getattr(self, kind)[index] = self._states.before(kept)
+            self._told[kind, index] = 0
 
     def keep(self, place: int) -> None:
         """Keep the states after that token of the read."""
-        for (kind, index), kept in self._kept.items():
-            self._states.write(kept, getattr(self, kind)[index], place)
+        for kind, index in self._kept:
+            self._tell((kind, index), getattr(self, kind)[index], place)
 
     def keep_recurrent(self, state: Tensor, place: int) -> None:
         """Keep that state after that token of the read."""
-        self._states.write(self._kept["recurrent_states", 0], state, place)
+        self._tell(("recurrent_states", 0), state, place)
+
+    def _tell(self, key: tuple[str, int], state: Tensor, place: int) -> None:
+        self._states.write(self._kept[key], state, place)
+        self._told[key] = place + 1
+
+    def check(self) -> None:
+        """Raise where a state after some token of the read was not to be had."""
+        if any(self._told[key] != self._states.width for key in self._kept):
+            raise RuntimeError("it does not tell its states after each token of a block")
 
     def put(self, theirs: Any, source: Tensor, slots: Tensor, length: int) -> None:
         """The states after prompts of that length, from the library's own layer."""
@@ -198,6 +208,8 @@ class States:
             for family, name in {found for mixer, _ in self._mixers if (found := _recurrence(mixer))}:
                 stack.enter_context(self._step_by_step(family, name))
             yield
+        for layer in self.layers.values():
+            layer.check()
 
     def before(self, kept: Tensor) -> Tensor:
         if self.depth == 1:  # nothing is ever taken back: the library may work on what is kept
