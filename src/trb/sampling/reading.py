@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -62,6 +62,8 @@ class Way:
     attention: str | None = None
     """Of slots: the attention implementation."""
     reader: Callable[..., Reader] | None = None
+    because: str = field(default="", compare=False)
+    """Why no faster way is exact for the model; empty where it is the first that was tried."""
 
     @property
     def in_slots(self) -> bool:
@@ -123,9 +125,11 @@ def _first_exact(model: PreTrainedModel, slots: bool) -> Way:
     for way in candidates:
         reason = _fault(model, way, rows, own, allowed)
         if reason is None:
-            if reasons or (slots and not way.in_slots):
-                _warn(model, way, reasons or ["it keeps a recurrent state, or counts places in its cache"])
-            return way
+            if slots and not way.in_slots and not reasons:
+                reasons = ["it keeps a state in a way of its own, or counts places in its cache"]
+            if reasons:
+                _warn(model, way, reasons)
+            return replace(way, because="; ".join(reasons))
         reasons.append(f"{way.name}: {reason}")
     raise UnsupportedModelError(
         model, f"no way of reading it token by token gives its own logits ({'; '.join(reasons)})"
