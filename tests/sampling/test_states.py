@@ -1,9 +1,9 @@
 """Models that keep states read in blocks: a rejected draft leaves no trace in a convolution, a scan or a delta rule.
 
-One type of each way of keeping states: convolutions alone (LFM2), a family's recurrence stepped through a block
-(Qwen3.5), whole modules called token by token (Jamba), and a state beside the keys of the same layer (Falcon-H1). All
-types are held to their plain passes in tests/models/test_models.py; here samplers are compared with lockstep, and the
-reader with plain passes.
+One type of each way of keeping states: convolutions alone (LFM2), a recurrence that begins from a given state
+(Qwen3.5), a scan that does not (Jamba), and a state beside the keys of the same layer (Falcon-H1); the reader alone is
+also tried with modules called token by token (Zamba). All types are held to their plain passes in
+tests/models/test_models.py; here samplers are compared with lockstep, and the reader with plain passes.
 """
 
 import math
@@ -113,7 +113,7 @@ def test_teacher_states_kept_for_the_loss_are_those_of_a_plain_pass(model_type: 
 # --- the reader ---------------------------------------------------------------------------------
 
 
-@each_type
+@pytest.mark.parametrize("model_type", [*TYPES, "zamba"])
 def test_rows_go_back_to_positions_of_their_own(model_type: str) -> None:
     """Drafts dropped in rows by different counts, a row moved, a slot given to another prompt, buffers grown."""
     model = model_of(model_type, 1)
@@ -201,7 +201,7 @@ def test_states_that_are_not_taken_back_are_found_and_passed_over(
     assert "slots: logits are off by" in warnings_seen[0]
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5", "lfm2"])
+@pytest.mark.parametrize("model_type", ["qwen3_5", "jamba", "lfm2"])
 def test_states_that_are_not_told_after_each_token_are_an_error_and_no_silent_loss(
     model_type: str, warnings_seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +223,7 @@ def test_layers_that_only_the_library_can_keep_are_told_apart_beforehand(monkeyp
 
 
 def test_a_mixer_is_as_it_was_after_a_pass_that_fails() -> None:
-    for model_type in ("qwen3_5", "jamba"):
+    for model_type in ("qwen3_5", "jamba", "zamba"):
         model = build(model_type, seed=1)
         reader = SlotReader(model, slots=1, depth=2)
         family = __import__(type(model).__module__, fromlist=["*"])

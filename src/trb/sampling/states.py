@@ -6,10 +6,9 @@ of a row is kept, at its position modulo `depth`: a read begins with the states 
 lie, and leaves those after each of its tokens.
 
 Within a pass of several tokens convolutions hand over every window. What carries a recurrent state further tells no
-more than the last one, so it is called token by token: where a family has a function for it that begins from a given
-state that function alone, where not (selective scans begin from zero) the module around it, projections included. All
-other layers read the block at once. Left out: keys and values (`layers`), and whether a model read so is exact
-(`trb.sampling.reading` compares).
+more than the last one, so it is called token by token: where a family has a function for it that function alone, where
+not the module around it, projections included. All other layers read the block at once. Left out: keys and values
+(`layers`), and whether a model read so is exact (`trb.sampling.reading` compares).
 
 Shape suffixes: S slots, R rows in use, Q tokens read at once, N `depth` x S.
 """
@@ -19,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,6 +40,8 @@ __all__ = ["StateLayer", "States", "library_layers", "recurrent_mixers"]
 _KINDS = ("conv_states", "recurrent_states")
 # What families call the state that a recurrence over several tokens begins from.
 _INITIAL = ("initial_state", "initial_states")
+# Selective scans begin from zero, but update a state by single tokens.
+_SCAN, _UPDATE = "mamba_selective_scan", "mamba_selective_state_update"
 # Layers of the library's cache whose contents can be kept in slots; `DummyLayer` (5.24) holds nothing.
 _KNOWN = (
     "DummyLayer",
@@ -93,6 +95,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         whole, size, width = torch.cat([before, conv_states], dim=-1), before.shape[-1], conv_states.shape[-1]
         self.conv_states[state_idx] = whole[..., -size:]
         if not self.by_token and width == self._states.width > 1:
+            self._states.latest = self
             for place in range(width):
                 self._tell(("conv_states", state_idx), whole[..., place + 1 : place + 1 + size], place)
         return whole
@@ -174,6 +177,8 @@ class States:
         self._mixers = mixers
         self.width = 0
         self.layers: dict[int, StateLayer] = {}
+        self.latest: StateLayer | None = None
+        """Whose convolution a read of several tokens has come to: its recurrence is next."""
         self._rows = 0
 
     def add(self, number: int, layer: StateLayer) -> StateLayer:
@@ -205,8 +210,8 @@ class States:
             for mixer, number in self._mixers:
                 if _recurrence(mixer) is None:
                     stack.enter_context(self._token_by_token(mixer, self.layers[number]))
-            for family, name in {found for mixer, _ in self._mixers if (found := _recurrence(mixer))}:
-                stack.enter_context(self._step_by_step(family, name))
+            for family in {family for mixer, _ in self._mixers if (family := _recurrence(mixer))}:
+                stack.enter_context(self._step_by_step(sys.modules[family]))
             yield
         for layer in self.layers.values():
             layer.check()
@@ -245,29 +250,55 @@ class States:
         return (torch.cat([each[0] for each in found], dim=1), *found[-1][1:])
 
     @contextmanager
-    def _step_by_step(self, family: Any, name: str) -> Iterator[None]:
+    def _step_by_step(self, family: ModuleType) -> Iterator[None]:
         """Inside the block a family's recurrence over several tokens keeps the state after each of them."""
+        name, update = _recurrence_of(family.__name__) or ("", None)
         own = getattr(family, name)
-        setattr(family, name, partial(self._stepped, own))
+        setattr(family, name, partial(self._stepped, own) if update is None else partial(self._scanned, update))
         try:
             yield
         finally:
             setattr(family, name, own)
 
     def _stepped(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        names = inspect.signature(own).parameters
-        initial = next(name for name in _INITIAL if name in names)
-        state, found = kwargs[initial], []
-        owner = next((layer for layer in self.layers.values() if state is layer.recurrent_states[0]), None)
-        if owner is None:
-            return own(*args, **kwargs)
+        """A recurrence that begins from a given state and returns the last one."""
+        initial = next(name for name in _INITIAL if name in kwargs)
+        layer, state, found = self.latest, kwargs[initial], []
+        assert layer is not None
         for place in range(self.width):
             at = partial(self._at, place)
             given = {key: at(value) for key, value in kwargs.items()} | {initial: state, "chunk_size": 1}
             output, state = own(*map(at, args), **given)
             found.append(output)
-            owner.keep_recurrent(state, place)
+            layer.keep_recurrent(state, place)
         return torch.cat(found, dim=1), state
+
+    def _scanned(
+        self,
+        update: Callable[..., Tensor],
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """A selective scan, which begins from zero, by the library's update of single tokens."""
+        layer, found = self.latest, []
+        assert layer is not None
+        state = layer.recurrent_states[0]
+        assert state is not None
+        for place in range(self.width):
+            inputs = (part[..., place] for part in (hidden_states, dt))
+            gate = None if z is None else z[..., place]
+            options: dict[str, Any] = {"z": gate, "dt_bias": delta_bias, "dt_softplus": delta_softplus}
+            found.append(update(state, *inputs, A, B[..., place], C[..., place], D, **options))
+            layer.keep_recurrent(state, place)
+        return torch.stack(found, dim=-1), state
 
     def _at(self, place: int, value: Any) -> Any:
         """That token's part of an argument."""
@@ -312,23 +343,24 @@ def recurrent_mixers(model: PreTrainedModel, read: Callable[[Cache], Any]) -> li
 
 
 @cache
-def _recurrence_of(family: str) -> str | None:
-    """The name of the function of a family's module that takes a state over several tokens, from a given one."""
-    found = [
-        name
-        for name, function in vars(sys.modules[family]).items()
-        if "chunk" in name
-        and inspect.isfunction(function)
-        and {"chunk_size", *_INITIAL} & set(inspect.signature(function).parameters) > {"chunk_size"}
-    ]
-    return found[0] if len(found) == 1 else None
+def _recurrence_of(family: str) -> tuple[str, Callable[..., Tensor] | None] | None:
+    """The name of the function of a family's module that takes states over several tokens, and what takes them over one
+    where that function cannot begin from a given state; None where there is no such function."""
+    functions = {name: value for name, value in vars(sys.modules[family]).items() if inspect.isfunction(value)}
+    if _SCAN in functions and _UPDATE in functions:
+        return _SCAN, functions[_UPDATE]
+    for name, function in functions.items():
+        takes = set(inspect.signature(function).parameters)
+        if "chunk" in name and "chunk_size" in takes and takes.intersection(_INITIAL):
+            return name, None
+    return None
 
 
-def _recurrence(mixer: nn.Module) -> tuple[Any, str] | None:
-    """The module of a mixer's family, and the name of its function that takes a state over several tokens."""
+def _recurrence(mixer: nn.Module) -> str | None:
+    """The module of a mixer's family, if a function there takes its states over several tokens."""
     family = type(mixer).__module__
-    name = _recurrence_of(family)
-    return None if name is None else (sys.modules[family], name)
+    # Zamba scans head by head.
+    return family if _recurrence_of(family) is not None and not hasattr(mixer, "n_mamba_heads") else None
 
 
 def _enter(inside: list[str], name: str, *_: Any) -> None:
