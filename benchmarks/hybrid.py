@@ -31,7 +31,7 @@ from trb.sampling import sample
 from trb.studies.provenance import describe
 
 OUTPUT = Path(__file__).parents[1] / "benchmarks" / "results" / "hybrid.json"
-VOCABULARY, ROWS, TOKENS, BUDGET, BLOCKS = 8192, 4, 18, 0.02, 6
+VOCABULARY, ROWS, TOKENS, BUDGET, BLOCKS = 8192, 4, 32, 0.02, 6
 BAR = 1.2
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

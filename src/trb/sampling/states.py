@@ -25,37 +25,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 __all__ = ["StateLayer", "States", "library_layers", "recurrent_mixers"]
 
 _KINDS = ("conv_states", "recurrent_states")
 # What families call the state that a recurrence over several tokens begins from.
-_INITIAL = ("initial_state", "initial_states")
+_INITIAL = {"initial_state", "initial_states"}
 # Selective scans begin from zero, but update a state by single tokens.
 _SCAN, _UPDATE = "mamba_selective_scan", "mamba_selective_state_update"
 # Layers of the library's cache whose contents can be kept in slots; `DummyLayer` (5.24) holds nothing.
-_KNOWN = (
-    "DummyLayer",
-    *(
-        kind.__name__
-        for kind in (
-            DynamicLayer,
-            DynamicSlidingWindowLayer,
-            LinearAttentionAndFullAttentionLayer,
-            LinearAttentionAndSlidingWindowAttentionLayer,
-            LinearAttentionLayer,
-        )
-    ),
-)
+_KNOWN = {
+    *("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"),
+    *("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
+}
 
 _MIXERS: WeakKeyDictionary[nn.Module, list[tuple[str, int]]] = WeakKeyDictionary()
 
@@ -136,12 +119,10 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             for index, state in getattr(theirs, kind).items():
                 if state is None:
                     continue
-                if (kind, index) not in self._kept:
-                    shape = (self._states.depth, self._states.slots, *state.shape[1:])
-                    self._kept[kind, index] = state.new_zeros(shape)
-                self._kept[kind, index][length % self._states.depth, slots] = state[source].to(
-                    self._kept[kind, index].dtype
-                )
+                depth, key = self._states.depth, (kind, index)
+                if key not in self._kept:
+                    self._kept[key] = state.new_zeros(depth, self._states.slots, *state.shape[1:])
+                self._kept[key][length % depth, slots] = state[source].to(self._kept[key].dtype)
 
     def empty(self, slots: Tensor) -> None:
         """Rows of which nothing has been read."""
@@ -252,23 +233,26 @@ class States:
     @contextmanager
     def _step_by_step(self, family: ModuleType) -> Iterator[None]:
         """Inside the block a family's recurrence over several tokens keeps the state after each of them."""
-        name, update = _recurrence_of(family.__name__) or ("", None)
+        name, single = _recurrence_of(family.__name__) or ("", None)
         own = getattr(family, name)
-        setattr(family, name, partial(self._stepped, own) if update is None else partial(self._scanned, update))
+        setattr(family, name, partial(self._scanned if name == _SCAN else self._stepped, single or own))
         try:
             yield
         finally:
             setattr(family, name, own)
 
-    def _stepped(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _stepped(self, single: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A recurrence that begins from a given state and returns the last one."""
         initial = next(name for name in _INITIAL if name in kwargs)
         layer, state, found = self.latest, kwargs[initial], []
         assert layer is not None
+        if "chunk_size" in inspect.signature(single).parameters:  # up to which tokens are padded
+            kwargs["chunk_size"] = 1
         for place in range(self.width):
             at = partial(self._at, place)
-            given = {key: at(value) for key, value in kwargs.items()} | {initial: state, "chunk_size": 1}
-            output, state = own(*map(at, args), **given)
+            output, state = single(
+                *map(at, args), **{key: at(value) for key, value in kwargs.items()} | {initial: state}
+            )
             found.append(output)
             layer.keep_recurrent(state, place)
         return torch.cat(found, dim=1), state
@@ -343,17 +327,15 @@ def recurrent_mixers(model: PreTrainedModel, read: Callable[[Cache], Any]) -> li
 
 
 @cache
-def _recurrence_of(family: str) -> tuple[str, Callable[..., Tensor] | None] | None:
-    """The name of the function of a family's module that takes states over several tokens, and what takes them over one
-    where that function cannot begin from a given state; None where there is no such function."""
+def _recurrence_of(family: str) -> tuple[str, Callable[..., Any] | None] | None:
+    """The name of the function of a family's module that takes states over several tokens, and the one that takes them
+    over single tokens if that is another; None where there is no such function."""
     functions = {name: value for name, value in vars(sys.modules[family]).items() if inspect.isfunction(value)}
     if _SCAN in functions and _UPDATE in functions:
         return _SCAN, functions[_UPDATE]
-    for name, function in functions.items():
-        takes = set(inspect.signature(function).parameters)
-        if "chunk" in name and "chunk_size" in takes and takes.intersection(_INITIAL):
-            return name, None
-    return None
+    begun = {name: takes for name, takes in functions.items() if _INITIAL & {*inspect.signature(takes).parameters}}
+    chunked = [name for name in begun if "chunk" in name]
+    return (chunked[0], next((begun[name] for name in begun if "recurrent" in name), None)) if chunked else None
 
 
 def _recurrence(mixer: nn.Module) -> str | None:
