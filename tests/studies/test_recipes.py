@@ -325,7 +325,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "eval_seed": (9, lambda spy, _: {*spy.all("evaluate", "seed"), spy.all("load_prompts", "seed")[1]}),
     "eval_max_rows": (13, lambda spy, _: {*spy.all("evaluate", "max_rows")}),
     "save_final_model": (False, lambda _, directory: (directory / "model").exists()),
-    "teachers": ({}, lambda *_: {}),  # in place of teacher: tests/studies/test_several_teachers.py
+    "teachers": ({}, lambda *_: {}),  # in place of teacher: tests/studies/test_recipes_of_teachers.py
     "methods": ({}, lambda *_: {}),  # what compare reads: tests/studies/test_experiments.py
 }
 SEEN = {

@@ -14,7 +14,8 @@ from trb.report import write_report
 from trb.studies.comparison import compare
 from trb.studies.material import load_tokenizers, problem_sets, routes_of, training_prompts
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
-from trb.studies.yaml_files import ConfigError
+from trb.studies.shipped import recipe_file
+from trb.studies.yaml_files import ConfigError, read_yaml
 from trb.tasks.prompts import load_prompts
 from trb.training.routes import Routes
 from trb.zoo import TASKS
@@ -32,7 +33,7 @@ ROUTES = Routes("kind", ("alone", "told"))
 
 def recipe(**changes: Any) -> Recipe:
     """The shipped one, of one method."""
-    values = {key: value for key, value in load_recipe("several-teachers").resolved().items() if key != "methods"}
+    values = {key: value for key, value in read_yaml(recipe_file("several-teachers")).items() if key != "methods"}
     return make_recipe({**values, **SHORT, **changes})
 
 
