@@ -26,6 +26,7 @@ from trb.safety.templates import CONVERSATIONS, PLAIN_TEMPLATE
 from trb.studies.keys import RunConfig
 from trb.studies.shared import check_shared, doubts_of_base, trains_own_adapter
 from trb.studies.yaml_files import ConfigError
+from trb.tasks.conversations import conversation_of
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import GENERATORS, open_table
@@ -51,6 +52,7 @@ __all__ = [
     "load_material",
     "load_pair",
     "load_student",
+    "load_teacher",
     "load_tokenizers",
     "longest_teacher_prompt",
     "lora",
@@ -68,7 +70,7 @@ _TEMPLATES = {
     doubts.TEACHER_TEMPLATE: "chat_template: teacher",
     doubts.STUDENT_TEMPLATE: "chat_template: student",
 }
-_COLUMNS = ("prompt_column", "answer_column", "privileged_column")
+_COLUMNS = ("prompt_column", "answer_column", "privileged_column", "assistant_turns")
 TRAINING_NAMES = {
     **_TEMPLATE,
     **{name: f"train_{name}" for name in (*_COLUMNS, "revision", "limit", "seed")},
@@ -78,6 +80,7 @@ EVALUATION_NAMES = {
     **_TEMPLATE,
     **{name: f"eval_{name}" for name in (*_COLUMNS, "limit", "seed", "max_new_tokens")},
     "results_path": "output directory",
+    "a judge": "a teacher",
 }
 
 
@@ -195,16 +198,20 @@ def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedMod
 def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The student and the teacher; see `load_student`."""
     student = load_student(run, for_training=for_training)
+    return student, load_teacher(run, student)
+
+
+def load_teacher(run: RunConfig, student: PreTrainedModel) -> PreTrainedModel:
+    """The teacher; where it stands on the student's weights, on those of a student that is loaded."""
     if is_shared(run.teacher):
-        return student, shared_teacher(student, run.teacher)
-    teacher = load_model(
+        return shared_teacher(student, run.teacher)
+    return load_model(
         run.teacher,
         dtype=run.teacher_dtype,
         trust_remote_code=run.teacher_trust_remote_code,
         revision=run.teacher_revision,
         quantization=run.teacher_quantization,
     )
-    return student, teacher
 
 
 @dataclass
@@ -285,6 +292,7 @@ def training_prompts(
             prompt_column=run.train_prompt_column,
             answer_column=run.train_answer_column,
             privileged_column=run.train_privileged_column,
+            assistant_turns=run.train_assistant_turns,
             revision=run.train_revision,
         )
         longest, options = run.max_prompt_length, template_options(args)
@@ -299,10 +307,16 @@ def training_prompts(
     if not run.held_out_prompts:
         return prompts, None
     held_out = set(random.Random(run.train_seed).sample(range(len(prompts)), run.held_out_prompts))
-    return (
-        prompts.select([index for index in range(len(prompts)) if index not in held_out]),
-        prompts.select(sorted(held_out)),
-    )
+    # Turns of one conversation share most of their text: what is held out of one is not trained on in another.
+    conversations = [conversation_of(row) for row in prompts]
+    seen = {conversations[index] for index in held_out} - {""}
+    kept = [index for index in range(len(prompts)) if index not in held_out and conversations[index] not in seen]
+    if len(kept) < needed:
+        raise ConfigError(
+            f"{run.held_out_prompts} prompts are held out of {run.train_data}, with all turns of their conversations: "
+            f"{len(kept)} prompts are left for the {needed} of one optimizer step; add some, or lower held_out_prompts"
+        )
+    return prompts.select(kept), prompts.select(sorted(held_out))
 
 
 def problem_sets(run: RunConfig) -> dict[str, "Dataset"]:
@@ -323,6 +337,7 @@ def _problems(name: str, run: RunConfig) -> "Dataset":
             prompt_column=run.eval_prompt_column,
             answer_column=run.eval_answer_column,
             privileged_column=run.eval_privileged_column,
+            assistant_turns=run.eval_assistant_turns,
         )
     problems = load_benchmark(benchmark, path or None)
     if run.eval_limit is None or run.eval_limit >= len(problems):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trb import records
 from trb.errors import calls
+from trb.measures import PER_TOKEN, measure_of
 from trb.models.memory import bytes_of, cache_entries
 from trb.records import EVALUATIONS, RECIPE, SCORES
 from trb.safety.files import write_text
@@ -32,8 +33,10 @@ from trb.studies.material import (
 )
 from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
+from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import check_problems, evaluate
 from trb.tasks.grading import Verifier
+from trb.tasks.reward_free import Judge, is_reward_free
 from trb.tools import TOOLS
 from trb.tools.calls import ToolBox
 from trb.tools.chats import ToolChat
@@ -46,7 +49,15 @@ from trb.vocab import SharedVocabulary, stop_token_ids
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["check_suites", "evaluate_suites", "mean_of_suites", "precision", "rows_in_flight", "scores_before"]
+__all__ = [
+    "check_suites",
+    "evaluate_suites",
+    "judge_of",
+    "mean_of_suites",
+    "precision",
+    "rows_in_flight",
+    "scores_before",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +77,21 @@ def evaluate_suites(
     folder: Path | None = None,
     label: str = "",
     listener: Listener | None = None,
-    outcomes: dict[str, list[int]] | None = None,
+    outcomes: dict[str, dict[str, list[Any]]] | None = None,
     vocabulary: SharedVocabulary | None = None,
     save_completions: int = 0,
+    judge: Judge | None = None,
 ) -> list[dict[str, Any]]:
-    """pass@1 of `model` on every problem set, as the lines of evals.jsonl without their step.
+    """The score of `model` on every problem set, as the lines of evals.jsonl without their step.
 
     Sampling runs in the precision of training. The processes of a launch share the problems, so `model` must be whole
     on each; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
-    `outcomes` is filled with the number of right answers to every problem, by problem set. `vocabulary` and
-    `save_completions` are as in `trb.tasks.evaluation.evaluate`.
+    `outcomes` is filled with what each score is the mean of, by problem set. `vocabulary`, `save_completions` and
+    `judge` are as in `trb.tasks.evaluation.evaluate`.
     """
     longest, sampler = _longest_completion(run, args), _sampler(model, tokenizer, args, vocabulary)
+    if judge is not None:
+        judge.teacher.to(args.device)  # type: ignore[arg-type]
     scores = []
     for name, rows in problems.items():
         (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
@@ -99,9 +113,10 @@ def evaluate_suites(
                 save_completions=save_completions,
                 vocabulary=vocabulary,
                 sampler=sampler,
+                judge=judge,
             )
         if outcomes is not None:
-            outcomes[name] = result.correct
+            outcomes[name] = result.outcomes
         scores.append(result.to_dict())
     return scores
 
@@ -119,19 +134,52 @@ def _sampler(
     return ToolSampler(chat, box, args.max_tool_calling_iterations)
 
 
+def judge_of(
+    teacher: PreTrainedModel, vocabulary: SharedVocabulary, problems: Mapping[str, "Dataset"], args: TRBConfig
+) -> Judge | None:
+    """Who reads completions that nothing can check, each prompt as the teacher does; None where there are none."""
+    if not any(map(is_reward_free, problems.values())):
+        return None
+    return Judge(teacher, vocabulary, as_teacher_reads(problems, args))
+
+
 def check_suites(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Mapping[str, "Dataset"],
     run: RunConfig,
     args: TRBConfig,
+    judge: Judge | None = None,
 ) -> None:
-    """Refuse what `evaluate_suites` would refuse of any of the problem sets, before the first of them is sampled."""
+    """Refuse what `evaluate_suites` would refuse of any of the problem sets, before the first of them is sampled.
+
+    Raises ConfigError for sets that are measured differently, which have no mean, and for a teacher that no process
+    has as a whole to read completions with.
+    """
+    free = [name for name, rows in problems.items() if is_reward_free(rows)]
+    if 0 < len(free) < len(problems):
+        other = next(name for name in problems if name not in free)
+        raise ConfigError(
+            f"no completion of {free[0]} can be scored and those of {other} can; evaluate the two apart, as their "
+            "scores have no mean"
+        )
+    if free and args.tools:
+        raise ConfigError(
+            f"no completion of {free[0]} can be scored, so that the teacher reads them, and with tools they hold "
+            "answers that nobody wrote; leave out eval_data or tools"
+        )
+    if free and args.teacher_sharded:
+        raise ConfigError(
+            f"no completion of {free[0]} can be scored, so that the teacher reads them, and teacher_sharded leaves no "
+            "process a whole teacher; leave one of the two out"
+        )
     tokenizer = with_template_options(tokenizer, template_options(args))
     longest = _longest_completion(run, args)
     with calls(EVALUATION_NAMES):
         for name, rows in problems.items():
-            check_problems(model, tokenizer, rows, n=run.samples_of(name), max_new_tokens=longest, name=name)
+            check_problems(
+                model, tokenizer, rows, n=run.samples_of(name), max_new_tokens=longest, name=name, judge=judge
+            )
 
 
 def _longest_completion(run: RunConfig, args: TRBConfig) -> int:
@@ -139,7 +187,7 @@ def _longest_completion(run: RunConfig, args: TRBConfig) -> int:
 
 
 def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """One score from those of several problem sets: the unweighted mean of pass@1 (paper, section 6).
+    """One score from those of several problem sets: the unweighted mean of what they measure (paper, section 6).
 
     The interval combines theirs as independent ones (`trb.studies.statistics.combined_interval`). The single scores
     stay under "suites". Without scores, pass_at_1 is None.
@@ -148,17 +196,21 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
         return {"name": "", "pass_at_1": None, "interval": None}
     if len(scores) == 1:
         return dict(scores[0])
-    count, samples = len(scores), sum(score["n_samples"] for score in scores)
-    mean = math.fsum(score["pass_at_1"] for score in scores) / count
-    low, high = combined_interval([(score["pass_at_1"], score["interval"]) for score in scores])
+    count, samples, measure = len(scores), sum(score["n_samples"] for score in scores), measure_of(scores[0])
+    means = {
+        key: math.fsum(score[key] for score in scores) / count
+        for key in (measure.key, *PER_TOKEN)
+        if all(key in score for score in scores)
+    }
+    low, high = combined_interval([(score[measure.key], score["interval"]) for score in scores])
     weighted = {
         key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples
         for key in ("mean_length", "stop_rate")
     }
     return {
         "name": "mean of " + ", ".join(score["name"] for score in scores),
-        "pass_at_1": mean,
-        "interval": [max(0.0, low), min(1.0, high)],
+        **means,
+        "interval": [max(measure.bounds[0], low), min(measure.bounds[1], high)],
         "n_problems": sum(score["n_problems"] for score in scores),
         "n_samples": samples,
         **weighted,
@@ -197,9 +249,11 @@ def _score_pair(
 ) -> None:
     listener.stage("loading models and data")
     material = load_material(recipe.run, args)
-    problems: dict[str, Any] = {"student": material.problems, "teacher": as_teacher_reads(material.problems, args)}
+    taught = as_teacher_reads(material.problems, args)
+    problems: dict[str, Any] = {"student": material.problems, "teacher": taught}
+    judge = judge_of(material.teacher, material.vocabulary, material.problems, args)
     for name in paths:
-        check_suites(getattr(material, name), material.tokenizer, problems[name], recipe.run, args)
+        check_suites(getattr(material, name), material.tokenizer, problems[name], recipe.run, args, judge)
     if args.process_index == 0:
         if clear is not None:
             clear()
@@ -219,6 +273,7 @@ def _score_pair(
                 listener=listener,
                 vocabulary=material.vocabulary,
                 save_completions=1 if name == "student" else 0,
+                judge=judge,
             )
             if args.process_index == 0:
                 SCORES.write(path, scores)
