@@ -279,15 +279,15 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             assert phrase in rows[name], (name, phrase)
 
 
-def test_the_numbers_of_the_programs_are_those_of_their_pair() -> None:
-    rows = table_rows(
-        text(ROOT / "docs" / "domains.md"), "| model | parameters | 4 operations | 5 operations | 6 operations |"
-    )
-    models = result("programs-pair")["models"]
+@pytest.mark.parametrize(("pair", "unit"), [("programs", "operations"), ("dialogue", "turns")])
+def test_the_numbers_of_a_domain_are_those_of_its_pair(pair: str, unit: str) -> None:
+    header = f"| model | parameters | {' | '.join(f'{size} {unit}' for size in (4, 5, 6))} |"
+    rows = table_rows(text(ROOT / "docs" / "domains.md"), header)
+    models = result(f"{pair}-pair")["models"]
     assert [row[0] for row in rows] == [*models]
     for (_, parameters, *shares), found in zip(rows, models.values(), strict=True):
         assert parameters == f"{found['parameters'] / 1e6:.2f} M"
-        assert shares == [f"{100 * entry['pass_at_1']:.1f}%" for entry in found["by_operations"].values()]
+        assert shares == [f"{100 * entry['pass_at_1']:.1f}%" for entry in found[f"by_{unit}"].values()]
 
 
 def test_the_numbers_of_the_first_steps_are_those_of_the_files() -> None:
