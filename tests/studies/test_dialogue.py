@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from trb.cli.display import result_table, study_table
 from trb.report import write_report
 from trb.report.reading import read
 from trb.report.tables import tables_of, to_markdown
+from trb.studies import sweep
 from trb.studies.comparison import compare
+from trb.studies.jobs import Job, do_job
 from trb.studies.recipe import make_recipe
+from trb.studies.run import train
 from trb.studies.study import Study
 from trb.studies.sweep import run_study
 from trb.studies.yaml_files import ConfigError
@@ -97,11 +102,20 @@ def test_what_is_measured_differently_has_no_mean(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "\\boxed{2}"}]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     values["eval_data"][1] = str(tmp_path / "talk.jsonl")
-    from trb.studies.run import train
-
     with pytest.raises(ConfigError, match=r"no completion of zoo:dialogue can be scored and those of .*talk.jsonl can"):
         train(make_recipe(values), tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+class Here:
+    """A pool that is this process: another one would have to import everything again."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = str(directory)
+
+    def map(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float]]:
+        for job in jobs:
+            yield job, do_job(self.directory, False, job)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +138,9 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             "methods": {"opd": [{}], "trb": {"blend_warmup_steps": 1, "learning_rate": [1e-6, 0.1]}},
         }
     )
-    return directory, run_study(study, directory, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "open_pool", lambda directory, *_: nullcontext(Here(directory)))
+        return directory, run_study(study, directory)
 
 
 def test_a_study_chooses_and_ranks_what_is_lowest(studied: tuple[Path, dict[str, Any]]) -> None:
