@@ -90,7 +90,7 @@ def test_a_model_is_evaluated_with_a_teacher_and_not_without(tmp_path: Path, cap
     command = ["eval", "--model", "zoo:student", "--data", "zoo:dialogue", "--assistant-turns", "all", "--limit", "3"]
     command += ["--max-new-tokens", "8", "--quiet"]
     assert main([*command, "--teacher", "zoo:teacher", "--output-dir", str(tmp_path / "out")]) == 0
-    assert "less KL is better" in capsys.readouterr().out
+    assert "reverse KL to the teacher" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["zoo:dialogue"]["reverse_kl"] > 0
     assert main(command) == 2

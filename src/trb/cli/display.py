@@ -64,8 +64,7 @@ def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
     scores = {name: score for name, score in results.items() if name != "provenance"}
     measure = next((measure_of(score) for score in scores.values()), PASS_AT_1)
     more = () if measure is PASS_AT_1 else PER_TOKEN
-    caption = "" if measure is PASS_AT_1 else "nats per token, on the model's own completions; less KL is better"
-    table = Table(caption=caption or None, caption_justify="left")
+    table = Table(caption=_caption(measure), caption_justify="left")
     change = "gain" if measure.higher_is_better else "change"
     named = ("", measure.heading, "95% interval", *([change] if gain else []))
     for heading in (*named, *(_PER_TOKEN[key] for key in more), "tokens", "stop %"):
@@ -143,8 +142,8 @@ def study_table(setting: Mapping[str, Any]) -> Any:
     methods = setting["methods"]
     first = next(iter(methods.values()), {"seeds": 0, "problems": 0})
     title = f"{setting['title']}: {first['seeds']} paired seeds, {first['problems']} test problems"
-    table = Table(title=_cell(title), title_justify="left")
     measure = MEASURES[setting.get("measure", PASS_AT_1.key)]
+    table = Table(title=_cell(title), title_justify="left", caption=_caption(measure), caption_justify="left")
     for heading in ("", measure.heading, "95% interval", "minus opd", "95% interval", "p (Holm)"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name in ("student", "teacher"):
@@ -159,6 +158,11 @@ def study_table(setting: Mapping[str, Any]) -> Any:
             cells = [estimate, low_high, f"{difference['p_value_holm']:.3f}"]
         table.add_row(_cell(name), _number(score[measure.key], measure), f"{low} to {high}", *cells)
     return table
+
+
+def _caption(measure: Measure) -> str | None:
+    text = "reverse KL to the teacher, in nats per token of the model's own completions; less is better"
+    return None if measure is PASS_AT_1 else text
 
 
 def _number(value: float | None, measure: Measure, sign: str = "", more: int = 0) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from trb.measures import MEASURES, Measure
+from trb.measures import MEASURES, PASS_AT_1, Measure
 from trb.records import Band, Configuration, Difference, Method
 from trb.report import panels, svg
 from trb.report.panels import Axis, Group, Panel, Quantity, Series, Values, slug
@@ -37,7 +37,7 @@ class Bars:
     title: str
     rows: tuple[Bar, ...]
     strip: svg.Strip
-    measure: Measure
+    measure: Measure = PASS_AT_1
 
     @property
     def has_intervals(self) -> bool:
