@@ -269,10 +269,46 @@ def set_itself(directory: Path, count: int, **settings: Any) -> dict[str, Any]:
     }
 
 
+def have_two_teachers(directory: Path, count: int, **settings: Any) -> dict[str, Any]:
+    """Two teachers, of which a process may have the rows of one alone: what was drawn, logged and learnt."""
+    rows = GLOBAL_BATCH // count // SETTINGS["gradient_accumulation_steps"]
+    changes = {"per_device_train_batch_size": rows, "teacher_column": "subject", **settings}
+    args = TRBConfig(str(directory), **{**SETTINGS, **changes})
+    student, tokenizer = zoo.load("student")
+    teachers = {name: zoo.load(name)[0].double() for name in ("teacher", "told")}
+    trainer = TRBTrainer(
+        student.double(),
+        teachers,
+        args,
+        train_dataset=Dataset.from_list([*map(_routed, zoo.problems(64, seed=0, split="train"))]),
+        eval_dataset=Dataset.from_list([*map(_routed, zoo.problems(5, seed=1, split="test"))]),
+        processing_class=tokenizer,
+    )
+    drawn: list[list[list[int]]] = []
+    generate = trainer._generate_single_turn
+
+    def watched(*args: Any, **kwargs: Any) -> list[list[int]]:
+        whose.append({*trainer._taught_by})
+        drawn.append(generate(*args, **kwargs))
+        return drawn[-1]
+
+    whose: list[set[int]] = []
+    trainer._generate_single_turn = watched  # type: ignore[method-assign]
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    weights = {name: value.cpu() for name, value in whole_weights(trainer).items()}
+    return {"drawn": drawn, "whose": whose, "logs": logs, "weights": weights, "held_out": trainer.evaluate()}
+
+
+def _routed(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "subject": "told" if "+" in row["prompt"][0]["content"][:3] else "teacher"}
+
+
 SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ddp": (nullcontext, train, {"ddp_find_unused_parameters": False}),
     # Recomputed activations gather each layer's weights once more, in the backward pass.
     "fsdp2": (partial(launched_on_cpu, FSDP2), train, {"teacher_sharded": True, "gradient_checkpointing": True}),
+    "teachers": (partial(launched_on_cpu, FSDP2), have_two_teachers, {}),
     "evaluation": (nullcontext, resume_evaluation, {}),
     "schedule": (nullcontext, remember, {}),
     **{name: (nullcontext, set_itself, settings) for name, settings in SELF_SETTING.items()},

@@ -19,7 +19,7 @@ from trb.models.modeling import OutputHead, UnsupportedModelError, completion_hi
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
 from trb.sampling.draw import accept_or_replace, inverse_cdf
-from trb.sampling.reading import sampling_mode, way_of
+from trb.sampling.reading import Way, sampling_mode, way_of
 from trb.sampling.uniforms import uniforms
 
 __all__ = [
@@ -61,7 +61,7 @@ class Finding:
         kind: the model's class; empty if it could not be built.
         outcome: one of `OUTCOMES`.
         way: how the samplers read it; empty unless exact.
-        reason: why it was refused, or what went wrong.
+        reason: why it was refused, what went wrong, or why a way that is exact is not the fastest.
     """
 
     model_type: str
@@ -159,8 +159,8 @@ def examine(model_type: str) -> Finding:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return Finding(model_type, kind, "crash", reason=f"{_first_line(error)} ({place.name})")
     if wrong:
-        return Finding(model_type, kind, "wrong", way, "; ".join(wrong))
-    return Finding(model_type, kind, "exact", way)
+        return Finding(model_type, kind, "wrong", way.name, "; ".join(wrong))
+    return Finding(model_type, kind, "exact", way.name, way.because)
 
 
 def names_type(message: str, model_type: str, model: PreTrainedModel) -> bool:
@@ -239,9 +239,9 @@ def _trained_as_sampled(model: PreTrainedModel, completions: list[list[int]], ow
     return bool((given_NV - own_NV).abs().max() <= TOLERANCE * own_NV.abs().max().clamp_min(1.0))
 
 
-def _way(model: PreTrainedModel) -> str:
+def _way(model: PreTrainedModel) -> Way:
     with sampling_mode(model):
-        return way_of(model).name
+        return way_of(model)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
-"""Run by torchrun from tests/training/test_tools.py: what each of two processes draws of one step with tools.
+"""Run by torchrun from tests/training/test_tools.py: what each of two processes draws with tools, and learns.
 
-Writes the completions of its rows, by their number in the step, as result-RANK.json into the directory named.
+Writes the completions of its rows, by their number in the step, and the losses of two steps as result-RANK.json into
+the directory named.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 
 from test_tools import batch, caller, whole_rows
+from tiny_runs import losses
 
 RANK = int(os.environ["RANK"])
 
@@ -21,7 +23,10 @@ def main(directory: Path) -> None:
     trainer.train_dataset = data
     found = whole_rows(batch(trainer))
     numbered = {RANK * len(found) + place: completion for place, (_, completion, _) in enumerate(found)}
-    (directory / f"result-{RANK}.json").write_text(json.dumps(numbered))
+    trained = caller(directory / "trained", max_steps=2)
+    trained.train()
+    result = {"completions": numbered, "losses": losses(trained)}
+    (directory / f"result-{RANK}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

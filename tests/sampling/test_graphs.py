@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyPair, tiny_gpt2, tiny_llama, tiny_qwen3
+from tiny_models import build
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -162,6 +163,26 @@ def test_a_model_that_cannot_be_captured_is_sampled_all_the_same(
     monkeypatch.undo()
     for one in ours:
         assert_same(one, draw(*pair, TrustRegionPolicy(0.5), block_size=3, keep_teacher_hidden=True))
+
+
+@pytest.mark.parametrize(("model_type", "refuse"), [("qwen3_5", ""), ("qwen3_5", "record"), ("jamba", "rehearse")])
+def test_states_are_those_before_a_pass_however_often_it_is_run(
+    bench: Bench, model_type: str, refuse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in runs a pass twice when it captures it, as one is that fails half-way and is then run without."""
+    student, teacher = (build(model_type, seed=seed) for seed in (1, 2))
+    bench.refuse = refuse
+    cases: list[tuple[BehaviorPolicy, dict[str, Any]]] = [
+        (StudentPolicy(), {"max_new_tokens": 4}),
+        (TrustRegionPolicy(0.5), {"max_new_tokens": 6, "block_size": 3, "max_rows": 9}),
+    ]
+    ours = [draw(student, teacher, policy, **options) for policy, options in cases for _ in range(2)]
+    assert (bench.recorded > 0) == (not refuse)
+    monkeypatch.undo()
+    for place, (policy, options) in enumerate(cases):
+        expected = draw(student, teacher, policy, **options)
+        for one in ours[2 * place : 2 * place + 2]:
+            assert_same(one, expected)
 
 
 # --- from one call to the next ------------------------------------------------------------------

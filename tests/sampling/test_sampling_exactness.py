@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyPair, tiny_llama
+from conftest import STUDENT_ROWS, TEACHER_ROWS, TinyPair, random_model, tiny_llama
 from exact_laws import POLICIES
 from reference import blend as oracle
 from reference import policies as laws
@@ -23,6 +23,8 @@ from reference.distributions import Array, shared_events
 from reference.policies import Law
 from reference.sequences import Completion, Prefix, enumerate_completions
 from reference.statistics import goodness_of_fit
+from tiny_models import tiny_config
+from transformers import MambaForCausalLM, Qwen3_5ForCausalLM
 
 from trb.policies import (
     BehaviorPolicy,
@@ -492,3 +494,22 @@ def test_refusals(tiny_pair: TinyPair, changed: dict[str, Any], named: str) -> N
     sample(**arguments)
     with pytest.raises(ValueError, match=named):
         sample(**{**arguments, **changed})
+
+
+def test_states_that_are_taken_back_leave_the_exact_law() -> None:
+    """A delta rule, beside keys, drafts, and a selective scan decides."""
+    models = []
+    for kind, name, rows, seed in (
+        (Qwen3_5ForCausalLM, "qwen3_5_text", STUDENT_ROWS, 1),
+        (MambaForCausalLM, "mamba", TEACHER_ROWS, 2),
+    ):
+        config = tiny_config(name)
+        config.vocab_size = rows
+        models.append(random_model(kind, config, seed, 0.35))
+    pair = TinyPair(*models)
+    out = rollouts(pair, TrustRegionPolicy(0.5), 2_000, block_size=3)
+    for prompt, tokens in enumerate(PROMPTS):
+        samples = of_prompt(out, prompt)
+        assert goodness_of_fit(samples, exact_law(pair, tokens, laws.trust_region(0.5))) > LEVEL
+        assert goodness_of_fit(samples, exact_law(pair, tokens, laws.trust_region(1.0))) < LEVEL
+    assert 0.2 < 1 - np.mean([kept for row in out.stats.accepted for kept in row]) < 0.8

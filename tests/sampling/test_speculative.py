@@ -317,7 +317,7 @@ def test_the_models_own_attention_comes_back(tiny_pair: TinyPair) -> None:
 
 def test_layers_with_a_state_are_told_apart_beforehand(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert supports_slots(tiny_pair.student)
-    monkeypatch.setattr(tiny_pair.student.config, "layer_types", ["full_attention", "linear_attention"], raising=False)
+    monkeypatch.setattr(tiny_pair.student.config, "layer_types", ["full_attention", "recurrent"], raising=False)
     assert not supports_slots(tiny_pair.student)
     monkeypatch.setattr(type(tiny_pair.teacher), "_is_stateful", True)
     assert not supports_slots(tiny_pair.teacher)

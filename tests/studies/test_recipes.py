@@ -71,6 +71,7 @@ def test_there_is_a_recipe_for_every_purpose() -> None:
         "qwen3-0.6b-from-4b",
         "self-distillation",
         "qwen3-1.7b-self",
+        "several-teachers",
     }
     assert BASELINES.keys() == METHODS.keys()
     assert load_recipe("quickstart").run.methods.keys() == {"opd", "trb"}
@@ -326,6 +327,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "eval_seed": (9, lambda spy, _: {*spy.all("evaluate", "seed"), spy.all("load_prompts", "seed")[1]}),
     "eval_max_rows": (13, lambda spy, _: {*spy.all("evaluate", "max_rows")}),
     "save_final_model": (False, lambda _, directory: (directory / "model").exists()),
+    "teachers": ({}, lambda *_: {}),  # in place of teacher: tests/studies/test_several_teachers.py
     "methods": ({}, lambda *_: {}),  # what compare reads: tests/studies/test_experiments.py
 }
 SEEN = {
@@ -362,7 +364,7 @@ def test_every_field_of_a_run_reaches_what_it_is_for(spied: Spy, tmp_path: Path)
     assert PROBES.keys() == {field.name for field in dataclasses.fields(RunConfig)}
     values = {key: value for key, (value, _) in PROBES.items()}
     defaults = RunConfig("", "", "")
-    assert [key for key in values if key != "methods" and getattr(defaults, key) == values[key]] == []
+    assert [key for key in values if values[key] != {} and getattr(defaults, key) == values[key]] == []
     recipe = make_recipe({**values, "per_device_train_batch_size": 8, "gradient_checkpointing": False})
     run.train(recipe, tmp_path)
     assert spied.all("load_benchmark", 0) == ["gsm8k"]

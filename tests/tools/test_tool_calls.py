@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import DistillationTrainer
 
 from trb import zoo
+from trb.errors import InputError
 from trb.tools import TOOLS, calls
 from trb.tools.calculator import calculator
 from trb.tools.calls import Answer, ToolBox, ToolHangsError
-from trb.tools.chats import ToolChat
+from trb.tools.chats import ToolChat, check_template
 
 END = "<|im_end|>"
 
@@ -168,7 +170,18 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None = None) -> ToolChat:
-    return ToolChat(tokenizer, [*TOOLS.values()], stop_ids or [tokenizer.eos_token_id])
+    return ToolChat.of([*TOOLS.values()], tokenizer, stop_ids or [tokenizer.eos_token_id], {})
+
+
+def test_a_tokenizer_that_no_tools_go_with_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InputError, match=r"^tools: the chat template of .* leaves out calls"):
+        check_template(zoo.load("student")[1])
+    unread = copy(tokenizer)
+    unread.response_template = None
+    with pytest.raises(InputError, match=r"^tools: TRL does not know how the chat template of .* calls them") as error:
+        check_template(unread)
+    assert "\n" not in str(error.value)
+    check_template(tokenizer)
 
 
 def test_calls_are_read_as_trl_reads_them(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -146,6 +146,29 @@ def test_whole_weights_are_sampled_from_as_they_are(pair: Any) -> None:
         assert process["refreshes"] == []
 
 
+def test_two_processes_with_several_teachers_are_one(pair: Any, tmp_path: Path) -> None:
+    """Sharded students, and now and then a process without a row of one teacher."""
+    alone = worker.have_two_teachers(tmp_path, 1)
+    for step in range(3):
+        assert [row for process in pair["teachers"] for row in process["drawn"][step]] == alone["drawn"][step]
+    for process in pair["teachers"]:
+        assert {0} in process["whose"] or {1} in process["whose"]
+        for ours, theirs in zip(
+            [*process["logs"], process["held_out"]], [*alone["logs"], alone["held_out"]], strict=True
+        ):
+            shared = {
+                name: value
+                for name, value in theirs.items()
+                if "trb/" in name and name.rpartition("trb/")[2] not in PER_PROCESS
+            }
+            assert {name: ours[name] for name in shared} == pytest.approx(shared, rel=ROUNDING["fsdp2"])
+    assert {"trb/teacher_reverse_kl/told", "trb/teacher_share/teacher"} <= alone["logs"][0].keys()
+    for key, value in alone["weights"].items():
+        scale = value.abs().max().item()
+        found = pair["teachers"][0]["weights"][key]
+        torch.testing.assert_close(found, value, atol=scale * ROUNDING["fsdp2"], rtol=0, check_dtype=False, msg=key)
+
+
 def test_a_killed_evaluation_goes_on_alike_everywhere_and_is_refused_alike(pair: Any) -> None:
     for process in pair["evaluation"]:
         assert process["resumed"] == process["straight"]

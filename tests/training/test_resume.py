@@ -71,7 +71,7 @@ def described(args: TRBConfig, **changes: Any) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "vocabulary": resume.SharedVocabulary(4, 1, (2,)),
         "student": student,
-        "teacher": zoo.load("teacher")[0],
+        "teachers": {None: zoo.load("teacher")[0]},
     }
     return resume.describe(args, **{**whole, **changes})
 
@@ -202,8 +202,8 @@ def test_models_are_compared_by_shape_weights_and_adapters(tmp_path: Path) -> No
     teacher, _ = zoo.load("teacher")
     with torch.no_grad():
         teacher.lm_head.weight.neg_()
-    assert keys_of(before, described(args, teacher=teacher)) == ["teacher.weights"]
-    assert "teacher.dtype" in keys_of(before, described(args, teacher=zoo.load("teacher")[0].bfloat16()))
+    assert keys_of(before, described(args, teachers={None: teacher})) == ["teacher.weights"]
+    assert "teacher.dtype" in keys_of(before, described(args, teachers={None: zoo.load("teacher")[0].bfloat16()}))
     student, _ = zoo.load("student")
     with torch.no_grad():
         student.lm_head.weight.neg_()

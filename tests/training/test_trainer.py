@@ -27,7 +27,7 @@ from trb.models.loading import load_model
 from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
 from trb.sampling import sample
 from trb.training import config as config_module
-from trb.training import trainer as trainer_module
+from trb.training import taught
 from trb.training.methods import target_of
 from trb.training.ranks import Ranks
 from trb.vocab import align
@@ -217,13 +217,13 @@ def test_the_samplers_teacher_pass_serves_the_loss(
         veto_strength=0.0,
     )
     read: list[Any] = []
-    plain = trainer_module.completion_hidden_states
+    plain = taught.completion_hidden_states
 
     def counted(model: Any, *arguments: Any) -> Any:
         read.append(model)
         return plain(model, *arguments)
 
-    monkeypatch.setattr(trainer_module, "completion_hidden_states", counted)
+    monkeypatch.setattr(taught, "completion_hidden_states", counted)
     rows = [trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)]
     found: dict[bool, list[Any]] = {}
     for reused in (True, False):

@@ -110,7 +110,7 @@ def built(directory: Path, changes: dict[str, Any]) -> Any:
 
 def test_two_templates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = built(tmp_path, {})
-    trainer.teacher_tokenizer.chat_template = "{{ messages[-1]['content'] }}="
+    trainer.teachers[0].tokenizer.chat_template = "{{ messages[-1]['content'] }}="
     [line] = said(trainer, caplog)
     assert line.startswith("chat template: student and teacher write one conversation differently: '<|im_start|>")
     assert "processing_class.chat_template = teacher_processing_class.chat_template writes the teacher's way" in line

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trb
 from trb.cli.display import message, new_console
-from trb.cli.outline import outlined_pair
+from trb.cli.outline import outlined_pairs
 from trb.errors import InputError
 from trb.safety.untrusted import printable
 
@@ -192,11 +192,10 @@ def _memory_bytes() -> int:
 
 
 def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_lengths: bool) -> Iterator[Check]:
-    from trb.models.sharing import is_shared
     from trb.studies.material import load_tokenizers, longest_teacher_prompt
-    from trb.studies.shared import doubts_of_base, trains_own_adapter
-    from trb.training.doubts import of_pair, of_rate
-    from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
+    from trb.studies.shared import trains_own_adapter
+    from trb.training.doubts import of_rate
+    from trb.training.routes import value_for
 
     run = recipe.run
     try:
@@ -205,11 +204,53 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
     except (ValueError, OSError, ImportError) as error:
         yield Check("fail", "tokenizer", message(error))
         return
-    yield Check("ok", "tokenizer", f"the same for both, {len(tokenizer)} tokens")
-    yield from _check_template(run, args, tokenizer, teacher_tokenizer)
+    yield Check("ok", "tokenizer", f"the same for {'all' if run.teachers else 'both'}, {len(tokenizer)} tokens")
+    for name in run.pairs():
+        yield from _of(name, _check_template(run, args, tokenizer, value_for(name, teacher_tokenizer)))
     try:
         with recipe.places.told():
-            student, teacher = outlined_pair(run)
+            pairs = outlined_pairs(run)
+    except (ValueError, OSError, ImportError) as error:
+        yield Check("fail", "models", message(error))
+        return
+    taught = longest_teacher_prompt(run, args)
+    for name, pair in run.pairs().items():
+        tokenizers = tokenizer, value_for(name, teacher_tokenizer)
+        found = [*_of(name, _check_models(pair, args, launch, tokenizers, pairs[name], taught))]
+        yield from found
+        if found[-1].status == "fail":
+            return
+    if has_lengths:  # a bare pair has no recipe that says how long its sequences are
+        student, _ = next(iter(pairs.values()))
+        adapters = bool(run.lora_rank) or trains_own_adapter(run)
+        yield from (Check("warn", *doubt) for doubt in of_rate(args, student, adapters=adapters))
+        yield from _check_prompts(run, args)
+        for name, both in pairs.items():
+            yield from _of(name, iter([_check_lengths(run, args, *both, taught or run.max_prompt_length)]))
+        yield _check_memory(run, args, launch, pairs, taught)
+
+
+def _of(name: str | None, checks: Iterator[Check]) -> Iterator[Check]:
+    """Of several teachers, checks say which one they are about."""
+    yield from (check if name is None else check._replace(subject=f"{check.subject} ({name})") for check in checks)
+
+
+def _check_models(
+    run: "RunConfig",
+    args: "TRBConfig",
+    launch: Launch,
+    tokenizers: "tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]",
+    pair: "tuple[PreTrainedModel, PreTrainedModel]",
+    taught: int | None,
+) -> Iterator[Check]:
+    """Of one pair; what cannot be mended comes last."""
+    from trb.models.sharing import is_shared
+    from trb.studies.shared import doubts_of_base
+    from trb.training.doubts import of_pair
+    from trb.vocab import SharedVocabulary, check_heads, head_rows, stop_token_ids
+
+    (tokenizer, teacher_tokenizer), (student, teacher) = tokenizers, pair
+    try:
         used = max(tokenizer.get_vocab().values()) + 1
         rows = head_rows(student), head_rows(teacher)
         check_heads(*rows, used)
@@ -233,16 +274,9 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         "end of sequence",
         f"student stops with {_ids(stops[0])}, teacher with {_ids(stops[1])}; {shared.stop_id} is emitted, {folded}",
     )
-    taught = longest_teacher_prompt(run, args)
     told = run.train_privileged_column or args.teacher_system_prompt or taught
     alike = not told and _same_files(run)
     yield from (Check("warn", *doubt) for doubt in of_pair(student, teacher, same=alike))
-    if has_lengths:  # a bare pair has no recipe that says how long its sequences are
-        adapters = bool(run.lora_rank) or trains_own_adapter(run)
-        yield from (Check("warn", *doubt) for doubt in of_rate(args, student, adapters=adapters))
-        yield from _check_prompts(run, args)
-        yield _check_lengths(run, args, student, teacher, taught or run.max_prompt_length)
-        yield _check_memory(run, args, launch, student, teacher, taught)
 
 
 def _check_template(
@@ -301,7 +335,7 @@ def _fingerprint(path: Path) -> tuple[int, bytes, bytes]:
 
 def _check_prompts(run: "RunConfig", args: "TRBConfig") -> Iterator[Check]:
     """Training prompts, where reading them takes no download; and settings that depend on how many there are."""
-    from trb.studies.material import is_local, load_tokenizers, prompt_doubts, training_prompts
+    from trb.studies.material import is_local, load_tokenizers, prompt_doubts, route_doubts, training_prompts
     from trb.training.doubts import of_settings, steps_of
 
     steps = int(args.max_steps) if args.max_steps > 0 else None
@@ -313,7 +347,7 @@ def _check_prompts(run: "RunConfig", args: "TRBConfig") -> Iterator[Check]:
             yield Check("fail", "prompts", message(error))
         else:
             steps = steps_of(args, len(prompts))
-            found = list(prompt_doubts(prompts, tokenizer, args))
+            found = [*prompt_doubts(prompts, tokenizer, args), *route_doubts(run, args, prompts, {})]
             yield from (Check("warn", *doubt) for doubt in found)
             if not found:
                 yield Check("ok", "prompts", f"{len(prompts)} to train on, {steps} steps")
@@ -344,13 +378,12 @@ def _check_memory(
     run: "RunConfig",
     args: "TRBConfig",
     launch: Launch,
-    student: "PreTrainedModel",
-    teacher: "PreTrainedModel",
+    pairs: "Mapping[str | None, tuple[PreTrainedModel, PreTrainedModel]]",
     taught: int | None,
 ) -> Check:
     available = device_bytes(args.device.type)
     try:
-        phase, parts = largest_phase(run, args, launch, student, teacher, available, taught)
+        phase, parts = largest_phase(run, args, launch, pairs, available, taught)
     except ValueError as error:
         return Check("warn", "memory estimate", str(error))
     needed = sum(parts.values())
@@ -374,15 +407,14 @@ def largest_phase(
     run: "RunConfig",
     args: "TRBConfig",
     launch: Launch,
-    student: "PreTrainedModel",
-    teacher: "PreTrainedModel",
+    pairs: "Mapping[str | None, tuple[PreTrainedModel, PreTrainedModel]]",
     available: float,
     taught: int | None,
 ) -> tuple[str, dict[str, float]]:
     """The phase of a step that takes most of this machine, with its bytes by component; `taught` as in `step_of`."""
     from dataclasses import replace
 
-    from trb.cli.plan import pair_of, step_of
+    from trb.cli.plan import pair_of_all, step_of
     from trb.planning import MACHINES, Figure, Layout, make_plan
     from trb.training.methods import behavior_of
 
@@ -392,7 +424,7 @@ def largest_phase(
     # A teacher that samples first is whole until it has left the sampler.
     divided = args.teacher_sharded and not behavior_of(args).at(0).needs_teacher
     layout = Layout(launch.processes, launch.strategy, teacher_sharded=divided)
-    pair, work = pair_of(run, args, student, teacher), step_of(run, args, launch.processes, taught)
+    pair, work = pair_of_all(run, args, pairs), step_of(run, args, launch.processes, taught)
     memory = make_plan(pair, work, layout, here).memory
     return max(memory.items(), key=lambda phase: sum(phase[1].values()))
 

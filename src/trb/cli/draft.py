@@ -194,13 +194,14 @@ def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
     batches = [2**power for power in range(int(math.log2(rollouts)), -1, -1)]
     first = make_recipe({**values, "per_device_train_batch_size": batches[0]})
     taught = longest_teacher_prompt(first.run, first.training_config("unused"))  # the data are read once for all
+    both: dict[str | None, Any] = {None: (pair.student, pair.teacher)}
     for rank in (0, LORA_RANK):
         for batch in batches:
             recipe = make_recipe({**values, "per_device_train_batch_size": batch, "lora_rank": rank})
             args = recipe.training_config("unused")
             available = device_bytes(args.device.type)
             try:
-                _, parts = largest_phase(recipe.run, args, Launch(), pair.student, pair.teacher, available, taught)
+                _, parts = largest_phase(recipe.run, args, Launch(), both, available, taught)
             except ValueError:  # models whose layers cannot be told apart
                 return False, min(8, rollouts), "a guess: memory cannot be estimated for this model"
             needed = sum(parts.values())

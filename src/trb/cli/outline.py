@@ -14,7 +14,20 @@ if TYPE_CHECKING:
 
     from trb.studies.keys import RunConfig
 
-__all__ = ["outlined_pair"]
+__all__ = ["outlined_pair", "outlined_pairs"]
+
+
+def outlined_pairs(
+    run: "RunConfig", *, weights: bool = True
+) -> "dict[str | None, tuple[PreTrainedModel, PreTrainedModel]]":
+    """`outlined_pair` with each teacher, by its name; None for the name of the only one."""
+    from trb.training.routes import named_in_errors
+
+    found = {}
+    for name, pair in run.pairs().items():
+        with named_in_errors(name):
+            found[name] = outlined_pair(pair, weights=weights)
+    return found
 
 
 def outlined_pair(run: "RunConfig", *, weights: bool = True) -> "tuple[PreTrainedModel, PreTrainedModel]":

@@ -6,6 +6,7 @@ Asks `trb.planning` and prints its answer, with the assumptions. Left out: anyth
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trb.cli.display import new_console, printable
@@ -44,7 +45,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
     """Print the plan of a recipe; 1 if it does not fit."""
-    from trb.cli.outline import outlined_pair
+    from trb.cli.outline import outlined_pairs
     from trb.planning import Layout, Shape, find_machine, make_plan
 
     machine, args = find_machine(arguments.machine), recipe.training_config("unused")
@@ -58,8 +59,7 @@ def run_plan(recipe: "Recipe", arguments: argparse.Namespace) -> int:
             teacher_sharded=arguments.shard_teacher or args.teacher_sharded,
             eager_sampling=arguments.eager_sampling,
         )
-    student, teacher = outlined_pair(recipe.run, weights=False)
-    pair = pair_of(recipe.run, args, student, teacher)
+    pair = pair_of_all(recipe.run, args, outlined_pairs(recipe.run, weights=False))
     work = work_of(
         recipe.run,
         args,
@@ -97,6 +97,24 @@ def pair_of(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", tea
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     replica = None if args.replica_dtype == "auto" else args.replica_dtype
     return Pair(student, teacher, run.student_dtype, run.teacher_dtype, compute, replica, run.teacher_quantization)
+
+
+def pair_of_all(
+    run: "RunConfig", args: "TRBConfig", pairs: "Mapping[str | None, tuple[PreTrainedModel, PreTrainedModel]]"
+) -> "Pair":
+    """The student with the largest of its teachers, beside which the others lie, unless they wait in main memory."""
+    from dataclasses import replace
+
+    from trb.models.sharing import own_weights
+
+    def size(pair: "Pair") -> float:
+        own = sum(weight.numel() for _, weight in own_weights(pair.teacher, pair.student))
+        return pair.teacher_weight_bytes * own
+
+    every = [pair_of(each, args, *pairs[name]) for name, each in run.pairs().items()]
+    largest = max(every, key=size)
+    others = 0.0 if args.teacher_offload else sum(size(pair) for pair in every if pair is not largest)
+    return replace(largest, others=others)
 
 
 def work_of(
@@ -192,7 +210,7 @@ def _report(
     return {
         "provenance": describe(),
         "student": {"name": recipe.run.student, **asdict(Shape.of(pair.student))},
-        "teacher": {"name": recipe.run.teacher, **asdict(Shape.of(pair.teacher))},
+        "teacher": {"name": recipe.run.taught_by, **asdict(Shape.of(pair.teacher))},
         "work": asdict(work),
         "layout": asdict(layout),
         "machine": {name: figure._asdict() for name, figure in machine.figures().items()},
@@ -222,7 +240,7 @@ def _print(
         console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
     say(
-        f"{recipe.run.student} ({student.parameters / 1e9:.2f} B) <- {recipe.run.teacher} "
+        f"{recipe.run.student} ({student.parameters / 1e9:.2f} B) <- {recipe.run.taught_by} "
         f"({teacher.parameters / 1e9:.2f} B), {layout.accelerators} x {machine.name}, {layout.strategy}, "
         f"{layout.engine}{', engine on ' + str(layout.engine_accelerators) if layout.engine_accelerators else ''}"
     )

@@ -132,6 +132,7 @@ class Pair:
         compute_dtype: of the forward pass under autocast; None for the student's own.
         replica_dtype: of the copy that a sharded student is sampled from in process; None for that of the forward pass.
         teacher_quantization: of the weights in the teacher's layers, a name of `trb.models.quantization.QUANTIZATIONS`.
+        others: bytes of the weights of further teachers, which stay beside the teacher's.
     """
 
     student: PreTrainedModel
@@ -141,6 +142,7 @@ class Pair:
     compute_dtype: str | None = "bfloat16"
     replica_dtype: str | None = None
     teacher_quantization: str | None = None
+    others: float = 0.0
 
     @property
     def master_bytes(self) -> int:

@@ -167,6 +167,8 @@ class _Planner:
             found["sampling replica"] = pair.replica_bytes * student.parameters
         divided = self.teacher.parameters - self.teacher.head if self._teacher_divided() else 0
         found["teacher's weights"] = self.teacher_weight_bytes * (self.teacher_own - divided + divided / ranks)
+        if self.pair.others:
+            found["other teachers' weights"] = self.pair.others
         return found
 
     @property

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from trb.measures import PASS_AT_1, Measure
 from trb.report.reading import REFERENCES, Run, Source, Step, number
@@ -115,6 +116,24 @@ OPTIMIZER = (
 )
 
 
+# Of each of several teachers: title and the rest of a quantity, by the beginning of its key.
+OF_A_TEACHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "trb/teacher_reverse_kl/": (
+        "Reverse KL to",
+        {"unit": "nats", "caption": "Mean over visited tokens of its rows", "smooth": True},
+    ),
+    "trb/teacher_accept_rate/": (
+        "Accept rate,",
+        {"unit": "", "caption": "Student drafts kept beside this teacher", "format": "percent"},
+    ),
+    "trb/teacher_share/": (
+        "Share of rows,",
+        {"unit": "", "caption": "Of the step's rollouts", "format": "percent", "smooth": True},
+    ),
+}
+MOST_TEACHERS = 8
+
+
 @dataclass(frozen=True)
 class Series:
     """One method's line: `x` steps (or places on the panel's axis), `y` values (None: a gap); `low`, `high`, `bound`
@@ -161,6 +180,7 @@ def groups(source: Source) -> tuple[Group, ...]:
         ("Outcome", (*_scores(source, styles), *_panels(source.runs, OUTCOME, styles))),
         ("Held-out prompts", _panels(source.runs, HELD_OUT, styles)),
         ("Behavior policy", _panels(source.runs, BEHAVIOR, styles)),
+        ("Teachers", _teachers_panels(source.runs, styles)),
         ("Optimizer", _panels(source.runs, OPTIMIZER, styles)),
     )
     return tuple(Group(title, panels) for title, panels in found if panels)
@@ -208,6 +228,19 @@ def thinned(values: Sequence[float | None], limit: int) -> list[int]:
             kept |= {min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)}
         kept |= set([i for i in inside if values[i] is None][:1])
     return sorted(kept)
+
+
+def _teachers_panels(runs: Sequence[Run], styles: dict[str, int]) -> tuple[Panel, ...]:
+    """The first few of several teachers, by their names in the metrics."""
+    keys = dict.fromkeys(key for run in runs for record in run.metrics for key in record.values)
+    found = []
+    for start, (title, rest) in OF_A_TEACHER.items():
+        names = [key.removeprefix(start) for key in keys if key.startswith(start)][:MOST_TEACHERS]
+        for place, name in enumerate(names, start=1):
+            panel = _panel(runs, Quantity(start + name, f"{title} {name[:40]}", **rest), styles)
+            own = f"{slug(start.removeprefix('trb/'))}-{place}-{slug(name)}".rstrip("-")
+            found.append(replace(panel, id=own))  # names may differ in what a slug leaves out
+    return tuple(panel for panel in found if panel.series)
 
 
 def _panels(runs: Sequence[Run], quantities: Sequence[Quantity], styles: dict[str, int]) -> tuple[Panel, ...]:

@@ -114,7 +114,7 @@ def sample(
         method: a name in `SAMPLERS`: `"speculative"`, blocks drafted by the student and read by the teacher in one
             pass; or `"lockstep"`, both models token by token, the reference. Before a model is first sampled, each
             way of reading it is compared with its own plain passes (`trb.sampling.reading`): one that is not exact
-            for it, such as blocks for recurrent layers, is replaced by the next slower one, with a warning.
+            for it, such as blocks for states of its own, is replaced by the next slower one, with a warning.
         block_size: speculative only: tokens drafted before the teacher reads them. `"measured"` adapts it to acceptance
             and to the clock, `"planned"` to acceptance and the models' shapes, which repeats from run to run.
         teacher_prompts: token ids of each row that the teacher reads in place of the student's prompt, before the

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["BlockChooser", "Costs", "MeasuredCosts", "PlannedCosts"]
+__all__ = ["CANDIDATES", "BlockChooser", "Costs", "MeasuredCosts", "PlannedCosts"]
 
 CANDIDATES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 # Continuation rate assumed before anything was measured, and how many positions that assumption counts for.
@@ -51,10 +51,14 @@ class BlockChooser:
         fixed: always this block size; None to choose.
         tolerance: the last choice stands while none is better by more than this share. Where a graph is captured for
             every block size, changing it for little costs more than it gains.
+        largest: of the sizes to choose from.
     """
 
-    def __init__(self, costs: Costs, fixed: int | None = None, tolerance: float = 0.0) -> None:
+    def __init__(
+        self, costs: Costs, fixed: int | None = None, tolerance: float = 0.0, largest: int = CANDIDATES[-1]
+    ) -> None:
         self.costs = costs
+        self.largest = largest if fixed is None else fixed
         self._fixed = fixed
         self._tolerance = tolerance
         self._last: int | None = None
@@ -74,7 +78,7 @@ class BlockChooser:
         """The block size that yields most tokens per unit of cost for `rows` rows, at most `longest_remaining`."""
         if self._fixed is not None:
             return min(self._fixed, longest_remaining)
-        feasible = [size for size in CANDIDATES if size <= longest_remaining]
+        feasible = [size for size in CANDIDATES if size <= min(longest_remaining, self.largest)]
         speed = {size: self._tokens_per_row(size) / self._cost(size, rows) for size in feasible}
         best = max(feasible, key=speed.__getitem__)
         if self._last not in speed or speed[best] > (1 + self._tolerance) * speed[self._last]:

@@ -8,27 +8,27 @@ are replayed as graphs where they can be (`graphs`).
 Masks are the library's own: the model chooses a mask function for each of its layers, and here it is evaluated at the
 positions of each row rather than at those of a rectangular batch. Works with any Hugging Face causal LM built on the
 standard cache, mask and attention interfaces; `trb.sampling.reading` finds out, by comparing, which those are.
-Recurrent layers keep a state that cannot be taken back: `supports_slots` tells them apart beforehand. Grouped-query
-models attend through `grouped_attention`, because the library's own path copies every key and value once per query
-head when a mask is given.
+Layers of linear attention, of convolutions and of state spaces hold no keys: `states` keeps what they need, and
+`supports_slots` tells apart beforehand what keeps a state in a way of its own. Grouped-query models attend through
+`grouped_attention`, because the library's own path copies every key and value once per query head when a mask is given.
 
-Shape suffixes: S slots, R rows in use, Q tokens read at once, L cached positions, H key heads, G query heads per key
-head, D head size, U unique prompts, V head rows.
+Shape suffixes: R rows in use, Q tokens read at once, L cached positions, U unique prompts, V head rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from trb.models.modeling import accepts, cache_name, decoder, position_limit, rope_switch, switched_off
 from trb.sampling import graphs
-from trb.sampling.attention import attention_dtype
+from trb.sampling.layers import Plan, SlotCache, SlotLayer, prompt_cache, slot_layer
+from trb.sampling.states import StateLayer, States, library_layers, recurrent_mixers
 
 __all__ = ["SlotReader", "supports_slots"]
 
@@ -40,7 +40,11 @@ FIRST_ROOM = 64
 
 
 def supports_slots(model: PreTrainedModel) -> bool:
-    """Whether, as far as the model says, every layer keeps only keys and values, each a function of its own prefix."""
+    """Whether, as far as the model says, every layer keeps only keys and values, each a function of its own prefix, or
+    states that the library's own cache holds for it."""
+    if library_layers(model) is not None:
+        # Prompts are not padded to the length at which factors change.
+        return cache_name(model) is not None and rope_switch(model) is None
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
     stateful = any(name in str(kind) for kind in layer_types for name in _STATEFUL_LAYERS)
     return not getattr(model, "_is_stateful", False) and not stateful and cache_name(model) is not None
@@ -56,6 +60,8 @@ class SlotReader:
         end: positions from here on are drafted past a row's limit and dropped later; the model is not told of them.
         beyond_switch: every row is longer than the length at which the model changes its factors (`rope_switch`).
         replay: on CUDA, replay passes as graphs.
+        depth: of a model that keeps states: a read may begin at so many positions, the end of the last read included,
+            and is no longer. Others may be read from any position before it.
 
     Attributes:
         calls: forward passes so far, prompts included.
@@ -71,12 +77,12 @@ class SlotReader:
         end: int | None = None,
         beyond_switch: bool = False,
         replay: bool = True,
+        depth: int = 1,
     ) -> None:
         self.model = model
         self.calls = 0
         self.hidden: Tensor | None = None
         self._keep_hidden = keep_hidden
-        self._state = _State.of(model, slots) if replay else _State(slots, None)
         limits = (position_limit(model), end)
         self._limit = min([limit for limit in limits if limit is not None], default=None)
         switch = rope_switch(model)
@@ -84,42 +90,77 @@ class SlotReader:
         self._options: dict[str, Any] = switched_off(model, "output_router_logits")
         self._takes_positions = accepts(model, "position_ids")
         self._cache_name = cache_name(model) or "past_key_values"
+        states = None if library_layers(model) is None else self._new_states(slots, depth, replay)
+        self._state = _State.of(model, slots, states) if replay else _State.new(model, slots, None, states)
 
     def admit(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> None:
-        """Read prompts into slots; equal prompts are read once. An empty prompt leaves its slot empty."""
+        """Read prompts into slots; equal prompts are read once, and where a model keeps states, which padding would
+        reach, those of one length together. An empty prompt leaves its slot empty."""
+        self._leave_empty([slot for prompt, slot in zip(prompts, slots, strict=True) if not prompt])
         owners: dict[tuple[int, ...], list[int]] = {}
         for prompt, slot in zip(prompts, slots, strict=True):
             if prompt:
                 owners.setdefault(tuple(prompt), []).append(slot)
         if not owners:
             return
+        for group in [owners] if self._state.states is None else _of_equal_length(owners):
+            self._read_prompts(group)
+
+    def _read_prompts(self, owners: dict[tuple[int, ...], list[int]]) -> None:
+        """Read prompts into the slots that each goes to."""
         device, longest = self.model.device, max(self._shortest_pass, *map(len, owners))
         # On the right of a causal model padding changes nothing before it; what it writes is overwritten in time.
         ids_UL = torch.zeros(len(owners), longest, dtype=torch.long)
         for row, prompt in enumerate(owners):
             ids_UL[row, : len(prompt)] = torch.tensor(prompt)
-        cache = DynamicCache()
-        cache.layer_class_to_replicate = _PromptLayer
-        # The model's own pass where that need not project the prompt to the vocabulary: the decoder inside it does not
-        # know the precision that a trainer wraps around the whole.
-        whole = accepts(self.model, "logits_to_keep")
-        reads: Any = self.model if whole else decoder(self.model)
-        reads(
-            input_ids=ids_UL.to(device),
-            attention_mask=torch.ones_like(ids_UL).to(device),
-            use_cache=True,
-            **{self._cache_name: cache},
-            **({"logits_to_keep": 1} if whole else {}),
-            **self._options,
-        )
+        cache = self._read_anew(ids_UL)
         self.calls += 1
         source = torch.tensor([row for row, owned in enumerate(owners.values()) for _ in owned], device=device)
         target = torch.tensor([slot for owned in owners.values() for slot in owned], device=device)
         self._state.reserve(longest)
         # Layers that read another layer's keys keep none, and the library's cache then ends before them.
         for ours, theirs in zip(self._state.layers_of(len(cache.layers)), cache.layers, strict=False):
-            assert isinstance(theirs, CacheLayerMixin) and theirs.keys is not None and theirs.values is not None
-            ours.put(theirs.keys[source], theirs.values[source], target)
+            if isinstance(ours, SlotLayer | StateLayer):
+                ours.put(theirs, source, target, longest)
+
+    def _read_anew(self, ids_UL: Tensor, cache: Cache | None = None) -> Cache:
+        """The library's cache after a pass over whole prompts."""
+        cache = prompt_cache(self.model) if cache is None else cache
+        # The model's own pass where that need not project the prompt to the vocabulary: the decoder inside it does not
+        # know the precision that a trainer wraps around the whole.
+        whole = accepts(self.model, "logits_to_keep")
+        reads: Any = self.model if whole else decoder(self.model)
+        reads(
+            input_ids=ids_UL.to(self.model.device),
+            attention_mask=torch.ones_like(ids_UL).to(self.model.device),
+            use_cache=True,
+            **{self._cache_name: cache},
+            **({"logits_to_keep": 1} if whole else {}),
+            **self._options,
+        )
+        return cache
+
+    def _new_states(self, slots: int, depth: int, replay: bool) -> States:
+        one = torch.zeros(1, 1, dtype=torch.long)
+        with torch.no_grad():
+            mixers = recurrent_mixers(self.model, lambda cache: self._read_anew(one, cache))
+        # A pass that fails as a graph is run anew, and must find the states that it began with.
+        again = replay and graphs.wanted(self.model)
+        return States(slots, depth + int(again), [(self.model.get_submodule(name), at) for name, at in mixers])
+
+    def _leave_empty(self, slots: list[int]) -> None:
+        """Slots of rows of which nothing is to be read before their first token; only states must be told."""
+        states = self._state.states
+        if states is None or not slots:
+            return
+        if not states.are_laid_out:
+            cache = self._read_anew(torch.zeros(1, 1, dtype=torch.long))
+            self.calls += 1
+            nowhere = torch.zeros(0, dtype=torch.long, device=self.model.device)
+            for number, layer in states.layers.items():
+                StateLayer.put(layer, cache.layers[number], nowhere, nowhere, 0)
+        for layer in states.layers.values():
+            layer.empty(torch.tensor(slots, device=self.model.device))
 
     def read(
         self,
@@ -184,14 +225,14 @@ class SlotReader:
         self._state.plan.aim(position_RQ, longest)
         inputs: dict[str, Any] = {
             "input_ids": ids_RQ,
-            self._cache_name: _SlotCache(self._all_layers(), position_RQ[:, 0]),
+            self._cache_name: SlotCache(self._all_layers(), position_RQ[:, 0]),
             "use_cache": True,
             **self._options,
         }
         if self._takes_positions:
             # Drafts past a row's limit are dropped later, but a learned position must exist to be looked up.
             inputs["position_ids"] = position_RQ if self._limit is None else position_RQ.clamp_max(self._limit - 1)
-        with self._captured_hidden() as hidden:
+        with self._captured_hidden() as hidden, self._state.during(position_RQ):
             logits_RQV = self.model(**inputs).logits
         assert logits_RQV.shape[:2] == ids_RQ.shape
         return (*hidden, logits_RQV) if finish is None else (*hidden, *finish(logits_RQV, *beside_R))
@@ -202,9 +243,8 @@ class SlotReader:
             slots if isinstance(slots, int) else torch.tensor(slots, device=self.model.device)
             for slots in (source, target)
         )
-        for layer in self._state.layers:
-            if layer.is_initialized:
-                layer.move(one, other, length)
+        for layer in self._state.own_layers:
+            layer.move(one, other, length)
 
     @contextmanager
     def _captured_hidden(self) -> Iterator[list[Tensor]]:
@@ -223,37 +263,8 @@ class SlotReader:
         finally:
             handle.remove()
 
-    def _all_layers(self) -> list["_SlotLayer"]:
+    def _all_layers(self) -> list[Any]:
         return self._state.layers_of(self.model.config.get_text_config().num_hidden_layers)
-
-
-class _SlotCache(Cache):
-    """The library's view of the slots in one read: how far each row has come, as a tensor where it expects a number.
-
-    The library hands that on to whoever makes the mask, which is `at_own_positions`.
-    """
-
-    def __init__(self, layers: list["_SlotLayer"], first_R: Tensor) -> None:
-        super().__init__(layers=[*layers])
-        self._first_R = first_R
-
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self._first_R
-
-
-class _Plan:
-    """Where the tokens of one read go; shared by all layers of a reader."""
-
-    def __init__(self) -> None:
-        self.capacity = 0
-        self.rows = 0
-        self.longest = 0
-        self.index_N = torch.empty(0, dtype=torch.long)
-
-    def aim(self, position_RQ: Tensor, longest: int) -> None:
-        self.rows, self.longest = len(position_RQ), longest
-        first_R1 = torch.arange(self.rows, device=position_RQ.device)[:, None] * self.capacity
-        self.index_N = (first_R1 + position_RQ).reshape(-1)
 
 
 @dataclass
@@ -262,24 +273,45 @@ class _State:
 
     slots: int
     replays: graphs.Replays | None
-    plan: "_Plan" = field(default_factory=_Plan)
-    layers: list["_SlotLayer"] = field(default_factory=list)
+    states: States | None = None
+    plan: Plan = field(default_factory=Plan)
+    layers: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, slots: int) -> "_State":
+    def new(cls, model: PreTrainedModel, slots: int, replays: graphs.Replays | None, states: States | None) -> "_State":
+        state = cls(slots, replays, states)
+        if states is not None:
+            library = library_layers(model) or []
+            state.layers = [slot_layer(layer, number, state.plan, states) for number, layer in enumerate(library)]
+        return state
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, slots: int, states: States | None) -> "_State":
         if not graphs.wanted(model):
-            return cls(slots, None)
+            return cls.new(model, slots, None, states)
         left: _State | None = graphs.take(model)
-        if left is None or left.slots != slots:
-            return cls(slots, graphs.new_replays(model, slots))
-        for layer in left.layers:
-            layer.clear()  # as new: what another call left there need not be finite
+        if left is None or left.slots != slots or left.depth != (states.depth if states else 0):
+            return cls.new(model, slots, graphs.new_replays(model, slots), states)
+        for buffer in left.buffers:
+            buffer.zero_()  # as new: what another call left there need not be finite
         return left
 
-    def layers_of(self, count: int) -> list["_SlotLayer"]:
+    @property
+    def depth(self) -> int:
+        return self.states.depth if self.states else 0
+
+    @property
+    def own_layers(self) -> list[SlotLayer | StateLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SlotLayer | StateLayer)]
+
+    def layers_of(self, count: int) -> list[Any]:
         """At least so many layers."""
-        self.layers += [_SlotLayer(self.plan, self.slots) for _ in range(count - len(self.layers))]
+        self.layers += [SlotLayer(self.plan, self.slots) for _ in range(count - len(self.layers))]
         return self.layers
+
+    def during(self, position_RQ: Tensor) -> AbstractContextManager[None]:
+        """A read of tokens at those positions inside the block."""
+        return nullcontext() if self.states is None else self.states.during(position_RQ)
 
     def reserve(self, positions: int) -> None:
         capacity = self.plan.capacity
@@ -290,91 +322,19 @@ class _State:
             grown = graphs.attended(grown - 1)
             self.replays.forget()
         self.plan.capacity = grown
-        for layer in self.layers:
+        for layer in self.own_layers:
             layer.grow()
 
     @property
     def bytes(self) -> int:
         graphs_too = 0 if self.replays is None else self.replays.bytes
-        return graphs_too + sum(layer.bytes for layer in self.layers)
-
-
-class _PromptLayer(DynamicLayer):
-    """The library's layer, with states in the dtype that attention takes them in: what slots are made for."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        dtype = attention_dtype(key_states)
-        return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
-
-
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[S, capacity, H, D]`: the heads last, so that a token is one contiguous write."""
-
-    def __init__(self, plan: _Plan, slots: int) -> None:
-        super().__init__()
-        self._plan = plan
-        self._slots = slots
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (self._empty(states) for states in (key_states, value_states))
-        self.is_initialized = True
-
-    def _empty(self, states_RHQD: Tensor) -> Tensor:
-        # Zeros, not garbage: masked positions have weight zero, and zero times NaN would still be NaN.
-        shape = (self._slots, self._plan.capacity, states_RHQD.shape[1], states_RHQD.shape[3])
-        return states_RHQD.new_zeros(shape, dtype=attention_dtype(states_RHQD))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write `[R, H, Q, D]` states at the plan's positions; the first `longest` positions of the rows in use."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
-
-    def _write(self, buffer: Tensor | None, states_RHQD: Tensor) -> Tensor:
-        assert buffer is not None
-        tokens_NHD = states_RHQD.transpose(1, 2).reshape(-1, *buffer.shape[2:])
-        buffer.view(-1, *buffer.shape[2:]).index_copy_(0, self._plan.index_N, tokens_NHD.to(buffer.dtype))
-        return buffer[: self._plan.rows, : self._plan.longest].transpose(1, 2)
-
-    def put(self, keys_RHLD: Tensor, values_RHLD: Tensor, slots: Tensor) -> None:
-        if not self.is_initialized:
-            self.lazy_initialization(keys_RHLD, values_RHLD)
-        length = keys_RHLD.shape[2]
-        for buffer, states in ((self.keys, keys_RHLD), (self.values, values_RHLD)):
-            assert buffer is not None
-            buffer[slots, :length] = states.transpose(1, 2).to(buffer.dtype)
-
-    def move(self, source: int | Tensor, target: int | Tensor, length: int) -> None:
-        for buffer in (self.keys, self.values):
-            assert buffer is not None
-            buffer[target, :length] = buffer[source, :length]
+        return graphs_too + sum(buffer.nbytes for buffer in self.buffers)
 
     @property
-    def bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (self.keys, self.values) if buffer is not None)
+    def buffers(self) -> list[Tensor]:
+        return [buffer for layer in self.own_layers for buffer in layer.buffers()]
 
-    def clear(self) -> None:
-        for buffer in (self.keys, self.values):
-            if buffer is not None:
-                buffer.zero_()
 
-    def grow(self) -> None:
-        if self.is_initialized:
-            self.keys, self.values = self._grown(self.keys), self._grown(self.values)
-
-    def _grown(self, buffer: Tensor | None) -> Tensor:
-        assert buffer is not None
-        wider = buffer.new_zeros(buffer.shape[0], self._plan.capacity, *buffer.shape[2:])
-        wider[:, : buffer.shape[1]] = buffer
-        return wider
-
-    # The masks are ours, so the library never asks for sizes; these are what it would need.
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._plan.longest, 0
-
-    def get_seq_length(self) -> int:
-        return self._plan.longest
-
-    def get_max_length(self) -> int:
-        return -1
+def _of_equal_length(owners: dict[tuple[int, ...], list[int]]) -> Iterator[dict[tuple[int, ...], list[int]]]:
+    for length in sorted({len(prompt) for prompt in owners}):
+        yield {prompt: slots for prompt, slots in owners.items() if len(prompt) == length}

@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -62,6 +62,8 @@ class Way:
     attention: str | None = None
     """Of slots: the attention implementation."""
     reader: Callable[..., Reader] | None = None
+    because: str = field(default="", compare=False)
+    """Why no faster way is exact for the model; empty where it is the first that was tried."""
 
     @property
     def in_slots(self) -> bool:
@@ -123,9 +125,11 @@ def _first_exact(model: PreTrainedModel, slots: bool) -> Way:
     for way in candidates:
         reason = _fault(model, way, rows, own, allowed)
         if reason is None:
-            if reasons or (slots and not way.in_slots):
-                _warn(model, way, reasons or ["it keeps a recurrent state, or counts places in its cache"])
-            return way
+            if slots and not way.in_slots and not reasons:
+                reasons = ["it keeps a state in a way of its own, or counts places in its cache"]
+            if reasons:
+                _warn(model, way, reasons)
+            return replace(way, because="; ".join(reasons))
         reasons.append(f"{way.name}: {reason}")
     raise UnsupportedModelError(
         model, f"no way of reading it token by token gives its own logits ({'; '.join(reasons)})"
@@ -180,7 +184,7 @@ def _by_reader(reader: Reader, rows: list[list[int]]) -> list[Tensor]:
 def _through_slots(model: PreTrainedModel, rows: list[list[int]]) -> list[Tensor]:
     """`[T, V]` logits of the last tokens of each row: blocks of several widths, a token that is taken back, a short row
     that stops, the long one moved to its slot, and a third in the place that is left."""
-    reader, found = SlotReader(model, 2, replay=False), [list[Tensor]() for _ in rows[:3]]
+    reader, found = SlotReader(model, 2, replay=False, depth=4), [list[Tensor]() for _ in rows[:3]]
     start = [len(row) - _TOKENS - 1 for row in rows]
 
     def read(places: Sequence[tuple[int, int]], width: int, kept: int) -> None:
@@ -221,8 +225,9 @@ def _mask_fault(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
         return None
     with _recorded_masks(model) as own:
         plain_logits(model, rows[-1])
+    reader = SlotReader(model, 1, replay=False)
+    reader.admit([[]], [0])
     with _recorded_masks(model) as ours:
-        reader = SlotReader(model, 1, replay=False)
         reader.read(torch.tensor([rows[-1][:1]]), torch.zeros(1, 1, dtype=torch.long, device=model.device), 1)
     unseen = f"its masks cannot be seen, and windows of {far} tokens are too long to try" if far else None
     if not own or len(own) != len(ours) or any(map(_looks_up, [*own, *ours])):

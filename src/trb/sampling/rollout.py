@@ -110,6 +110,30 @@ class Rollout:
     student_calls: int = 0
     teacher_hidden: list[Tensor] | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Sequence[int], "Rollout"]]) -> "Rollout":
+        """One call's record of several: each part with the places of its rows, which together are all there are.
+
+        Statistics that a part lacks are empty lists. Hidden states are kept where every part has them.
+        """
+        if len(parts) == 1:
+            return parts[0][1]
+        count = sum(len(places) for places, _ in parts)
+        whole = cls([[] for _ in range(count)], [[] for _ in range(count)], [False] * count, RolloutStats.empty(count))
+        hidden: dict[int, Tensor] = {}
+        for places, part in parts:
+            whole.teacher_calls += part.teacher_calls
+            whole.student_calls += part.student_calls
+            hidden.update(zip(places, part.teacher_hidden or [], strict=bool(part.teacher_hidden)))
+            for here, place in enumerate(places):
+                for name in ("prompts", "completions", "stopped"):
+                    getattr(whole, name)[place] = getattr(part, name)[here]
+                for name in whole.stats.__dataclass_fields__:
+                    getattr(whole.stats, name)[place] = getattr(part.stats, name)[here]
+        if count and len(hidden) == count:
+            whole.teacher_hidden = [hidden[place] for place in range(count)]
+        return whole
+
     def rows(self, start: int, stop: int) -> "Rollout":
         """Some of the rows; the passes are those of the whole call."""
         part = slice(start, stop)

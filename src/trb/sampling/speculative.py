@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 
 from trb.policies import BehaviorPolicy
 from trb.sampling.attention import attention_through_slots
-from trb.sampling.blocks import BlockChooser, MeasuredCosts, PlannedCosts, synchronize
+from trb.sampling.blocks import CANDIDATES, BlockChooser, MeasuredCosts, PlannedCosts, synchronize
 from trb.sampling.cache import SlotReader
 from trb.sampling.draw import Decision, decide, distinct, inverse_cdf
 from trb.sampling.rollout import NonFiniteLogitsError, Rollout, RolloutStats, without_law
+from trb.sampling.states import library_layers
 from trb.sampling.uniforms import as_int64, uniforms
 from trb.vocab import SharedVocabulary
 
@@ -39,6 +40,8 @@ _ADMIT_SHARE = 0.125
 _COLUMNS = tuple(RolloutStats.__dataclass_fields__)
 # On an accelerator several columns of a block are decided at once, up to this many elements of a `[N, V]` tensor.
 _VERIFY_ELEMENTS = 1 << 27
+# A model that keeps states keeps one for every token of a block: no longer blocks are chosen for it, unless asked for.
+_STATES = 8
 # A block size is kept for this share of its speed, where passes are captured by shape.
 _TOLERANCE = 0.05
 
@@ -108,15 +111,20 @@ def sample_speculative(
     slots = max(1, min(max_rows or len(rows), len(rows)))
     taught = teacher if any(policy.needs_teacher for policy in different) else None
     limits: list[Any] = [{"end": end, "beyond_switch": beyond} for end, beyond in zip(ends, beyond_switch, strict=True)]
+    chooser = _chooser(student, taught, vocabulary, block_size)
+    # Of every block at least one token is kept.
+    depth = min(chooser.largest, max(max_new_tokens))
     sampler = _Sampler(
-        SlotReader(student, slots, **limits[0]),
-        None if taught is None else SlotReader(taught, slots, keep_hidden=keep_teacher_hidden, **limits[-1]),
+        SlotReader(student, slots, depth=depth, **limits[0]),
+        None
+        if taught is None
+        else SlotReader(taught, slots, depth=depth, keep_hidden=keep_teacher_hidden, **limits[-1]),
         different,
         vocabulary,
         max(max_new_tokens),
         temperature,
         seed,
-        _chooser(student, taught, vocabulary, block_size),
+        chooser,
         None if allow_non_finite else row_numbers,
     )
     with ExitStack() as stack:
@@ -134,9 +142,12 @@ def _chooser(
         return BlockChooser(PlannedCosts(student, student, vocabulary.size), fixed=1)
     planned = PlannedCosts(student, teacher, vocabulary.size)
     tolerance = _TOLERANCE if student.device.type == "cuda" else 0.0
+    stateful = any(library_layers(model) is not None for model in (student, teacher))
+    largest = _STATES if stateful else CANDIDATES[-1]
     if block_size == "measured":
-        return BlockChooser(MeasuredCosts(planned), tolerance=tolerance)
-    return BlockChooser(planned, fixed=None if block_size == "planned" else int(block_size), tolerance=tolerance)
+        return BlockChooser(MeasuredCosts(planned), tolerance=tolerance, largest=largest)
+    fixed = None if block_size == "planned" else int(block_size)
+    return BlockChooser(planned, fixed=fixed, tolerance=tolerance, largest=largest)
 
 
 @dataclass(frozen=True)

@@ -122,13 +122,25 @@ def completion_length_of(spec: str) -> tuple[int, Path] | None:
 
     `spec` names the run's directory, its model or one of its checkpoints; None for anything else.
     """
-    path = Path(spec).expanduser()
-    for config in (path / CONFIG, path.parent / CONFIG):
-        recipe = (_written_recipe(config) if config.is_file() else None) or {}
+    for config, recipe in _recipes_of(spec):
         lengths = [recipe.get(key) for key in ("eval_max_new_tokens", "max_completion_length")]
         if found := [length for length in lengths if isinstance(length, int) and length > 0]:
             return found[0], config
     return None
+
+
+def tools_of(spec: str) -> Any:
+    """The tools that the recipe of a run names; `spec` as in `completion_length_of`, None for anything else."""
+    return next((tools for _, recipe in _recipes_of(spec) if (tools := recipe.get("tools"))), None)
+
+
+def _recipes_of(spec: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """What the files of a run's recipe hold, by their paths."""
+    path = Path(spec).expanduser()
+    for config in (path / CONFIG, path.parent / CONFIG):
+        recipe = _written_recipe(config) if config.is_file() else None
+        if recipe:
+            yield config, recipe
 
 
 def is_damaged(path: Path) -> bool:

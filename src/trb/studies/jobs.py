@@ -16,13 +16,15 @@ from trb.models.loading import load_model
 from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, STUDY_PLAN, TEST, JsonFile
 from trb.safety.files import exclusive
 from trb.studies.directories import holds_scores, make_again
-from trb.studies.material import as_teacher_reads, load_pair, load_teacher, load_tokenizers, problem_sets
+from trb.studies.material import as_teacher_reads, load_pair, load_teacher, load_tokenizers, problem_sets, routes_of
 from trb.studies.places import Places
 from trb.studies.run import train
-from trb.studies.scores import evaluate_suites, judge_of
+from trb.studies.scores import evaluate_teachers, judge_of
 from trb.studies.study import ProblemSets, Reference, Study, Unit, load_study
 from trb.tasks.grading import Verifier
 from trb.tasks.reward_free import is_reward_free
+from trb.training.routes import by_name
+from trb.training.teachers import shared_vocabulary
 from trb.vocab import SharedVocabulary
 
 __all__ = ["JUDGEMENT", "Job", "do_job", "is_done", "is_whole"]
@@ -80,7 +82,8 @@ def _score_reference(study: Study, directory: Path, job: Reference) -> None:
     setting = study.settings[job.setting]
     run = study.scoring_recipe(job.setting, setting.dev).run
     student, teacher = load_pair(run)
-    vocabulary = SharedVocabulary.of_pair(student, teacher, *load_tokenizers(run))
+    tokenizer, tokenizers = load_tokenizers(run)
+    vocabulary = shared_vocabulary(student, tokenizer, by_name(teacher), by_name(tokenizers))
     model = student if job.role == "student" else teacher
     scores = {
         name: _score(study, job.setting, getattr(setting, name), model, teacher, None, vocabulary, job.role)
@@ -102,7 +105,7 @@ def _score_trained(study: Study, job: Unit, run: Path) -> None:
     recipe = study.scoring_recipe(job.setting, problems).run
     model = load_model(str(run / MODEL), dtype=recipe.student_dtype)  # it was saved with every stop id of its pair
     is_free = any(map(is_reward_free, problem_sets(recipe).values()))
-    teacher = load_teacher(recipe, model) if is_free else None
+    teacher = load_teacher(recipe, model) if is_free and not recipe.teachers else None
     TEST.write(run / TEST, _score(study, job.setting, problems, model, teacher, run / SCORING))
 
 
@@ -123,19 +126,20 @@ def _score(
     recipe = study.scoring_recipe(setting, problems)
     args = recipe.training_config("unused")
     tokenizer, teacher_tokenizer = load_tokenizers(recipe.run)
-    sets: dict[str, Any] = problem_sets(recipe.run)
-    judge = None
-    if teacher is not None:
+    sets: dict[str, Any] = problem_sets(recipe.run, args)
+    judge = routes = None
+    if teacher is not None and not recipe.run.teachers:
         pair = vocabulary or SharedVocabulary.of_pair(model, teacher, tokenizer, teacher_tokenizer)
         judge = judge_of(teacher, pair, sets, args)
     if role == "teacher":
-        sets = as_teacher_reads(sets, args)
+        sets, routes = as_teacher_reads(sets, args), routes_of(recipe.run, args)
     outcomes: dict[str, dict[str, list[Any]]] = {}
     with Verifier(recipe.run.reward_timeout_s) as verifier:
-        scores = evaluate_suites(
+        scores = evaluate_teachers(
             model,
             tokenizer=tokenizer,
             problems=sets,
+            routes=routes,
             run=recipe.run,
             args=args,
             verifier=verifier,

@@ -21,10 +21,11 @@ FIRST = (
 
 # A key belongs to the first group that fits; what is left is training.
 _GROUPS = {
-    "Models": r"student_.*|teacher_(revision|dtype|quantization|trust_remote_code|sharded)|lora_.*|chat_template"
+    "Models": r"student_.*|teachers|teacher_(revision|dtype|quantization|trust_remote_code|sharded|offload)|lora_.*"
+    r"|chat_template"
     r"|replica_dtype",
     "Data": r"train_.*|system_prompt|max_prompt_length|overlong_prompts|chat_template_kwargs|shuffle_dataset"
-    r"|teacher_(system_prompt|prompt_template)|dataloader_.*",
+    r"|teacher_(system_prompt|prompt_template|column)|dataloader_.*",
     "Evaluation": r"eval_.*|held_out_.*|reward_timeout_s|recorded_.*|per_device_eval_batch_size|.*_full_eval"
     r"|batch_eval_metrics|include_for_metrics|prediction_loss_only",
     "Training": r"learning_rate|weight_decay|disable_dropout|max_skipped_steps|checkpoint_checksums",

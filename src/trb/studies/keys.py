@@ -24,6 +24,7 @@ from trb.models.sharing import is_shared
 from trb.records import EVALS, EVALUATIONS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
+from trb.training.routes import named_in_errors
 from trb.training.trainer import TRBConfig
 
 __all__ = [
@@ -91,11 +92,19 @@ class RunConfig:
     teacher: str = field(
         metadata={
             "help": "Model to learn from, with the student's tokenizer; written the same way, or an adapter. With "
-            "lora_rank also base, the student without its adapter, or adapter:DIR, with another: on the same weights."
+            "lora_rank also base, the student without its adapter, or adapter:DIR, with another: on the same weights. "
+            "Or see teachers."
         }
     )
     train_data: str = field(
         metadata={"help": "Prompts: zoo:chains, reasoning-gym:TASK, a .jsonl or .parquet file, or a hub name."}
+    )
+    teachers: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "In place of teacher, several by name: name -> what teacher may be. Each has the rows of the data "
+            "that name it in teacher_column."
+        },
     )
     student_revision: str | None = _option(None, "Branch, tag or commit of a student on the hub.")
     teacher_revision: str | None = _option(None, "Branch, tag or commit of a teacher on the hub.")
@@ -188,7 +197,7 @@ class RunConfig:
         for name in ("reward_timeout_s", "eval_temperature", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must be positive")
-        self._check_shared()
+        self._check_teachers()
         self._check_samples()
         for name in self.methods:
             if not is_method_name(name):
@@ -196,6 +205,42 @@ class RunConfig:
                     f"methods: {name!r} cannot name a directory of results; use letters, digits, '.', '_' and '-', "
                     f"and none of {', '.join(_RESERVED_NAMES)}"
                 )
+
+    def pairs(self) -> "dict[str | None, RunConfig]":
+        """The same run with each of its teachers alone, by name; None for the name of the only one.
+
+        Raises:
+            ValueError: what the only teacher would be refused for, with the name.
+        """
+        if not self.teachers:
+            return {None: self}
+        found: dict[str | None, RunConfig] = {}
+        for name, spec in self.teachers.items():
+            with named_in_errors(name):
+                found[name] = dataclasses.replace(self, teacher=spec, teachers={})
+        return found
+
+    def _check_teachers(self) -> None:
+        if not self.teachers:
+            self._check_shared()
+            return
+        if self.teacher:
+            raise ConfigError(
+                f"teacher is {self.teacher!r}, and teachers has {', '.join(self.teachers)}: give one of the two"
+            )
+        for name, spec in self.teachers.items():
+            if not name or not spec:
+                raise ConfigError(f"teachers has {name!r}: {spec!r}; give each a name and a model")
+        if self.teacher_revision is not None:
+            raise ConfigError(
+                f"teacher_revision is {self.teacher_revision!r}, and there are several teachers: download it with `hf "
+                "download` and name the directory"
+            )
+        if self.chat_template == "teacher":
+            raise ConfigError(
+                f"chat_template is 'teacher', and there are {', '.join(self.teachers)}: name the file of a template"
+            )
+        self.pairs()
 
     def _check_shared(self) -> None:
         """A teacher on the student's weights has nothing of its own to say about them."""
@@ -234,6 +279,11 @@ class RunConfig:
     def samples_of(self, name: str) -> int:
         """Completions per problem for an entry of `eval_data`."""
         return self.eval_samples[name] if isinstance(self.eval_samples, dict) else self.eval_samples
+
+    @property
+    def taught_by(self) -> str:
+        """The teacher as it is written, or the teachers with their names."""
+        return self.teacher or ", ".join(f"{name}: {spec}" for name, spec in self.teachers.items())
 
     @property
     def system_message(self) -> str | None:

@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,10 +31,13 @@ from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import GENERATORS, open_table
 from trb.tools import TOOLS
+from trb.tools.chats import check_template
 from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
 from trb.training.privileged import COLUMNS, TeacherPrompts
+from trb.training.routes import TEACHER_ID, Routes, by_name, named_in_errors, value_for
 from trb.training.sharding import loaded_whole
+from trb.training.teachers import shared_vocabulary
 from trb.vocab import SharedVocabulary, check_same_tokenizer
 
 if TYPE_CHECKING:
@@ -59,6 +62,8 @@ __all__ = [
     "model_of_run",
     "problem_sets",
     "prompt_doubts",
+    "route_doubts",
+    "routes_of",
     "template_options",
     "training_prompts",
     "with_template_options",
@@ -108,13 +113,23 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The student's tokenizer, with the recipe's chat template, and the teacher's.
+def load_tokenizers(run: RunConfig) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The student's tokenizer, with the recipe's chat template, and the teacher's; of several a mapping of names.
 
     Raises:
-        ValueError: the two are different tokenizers.
+        ValueError: a teacher's is another tokenizer.
         RunDirectoryError: one of them lies in a run or a checkpoint that is damaged (`check_seal`).
     """
+    if not run.teachers:
+        return _tokenizers_of_pair(run)
+    teachers: dict[str | None, PreTrainedTokenizerBase] = {}
+    for name, pair in run.pairs().items():
+        with named_in_errors(name):
+            student, teachers[name] = _tokenizers_of_pair(pair)
+    return student, teachers
+
+
+def _tokenizers_of_pair(run: RunConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     check_shared(run)
     shared = is_shared(run.teacher)
     directory = adapter_directory(run.teacher) if shared else None
@@ -187,7 +202,7 @@ def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedMod
         trust_remote_code=run.student_trust_remote_code,
         revision=run.student_revision,
         keep_layers=run.student_keep_layers,
-        merge_adapter=for_training and not is_shared(run.teacher),
+        merge_adapter=for_training and not any(is_shared(pair.teacher) for pair in run.pairs().values()),
     )
     if for_training and has_adapters(student):
         peft: Any = student
@@ -195,14 +210,20 @@ def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedMod
     return student
 
 
-def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student and the teacher; see `load_student`."""
+def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrainedModel, Any]:
+    """The student and the teacher, of several a mapping of names; see `load_student`."""
     student = load_student(run, for_training=for_training)
-    return student, load_teacher(run, student)
+    if not run.teachers:
+        return student, load_teacher(run, student)
+    teachers: dict[str | None, PreTrainedModel] = {}
+    for name, pair in run.pairs().items():
+        with named_in_errors(name):
+            teachers[name] = load_teacher(pair, student)
+    return student, teachers
 
 
 def load_teacher(run: RunConfig, student: PreTrainedModel) -> PreTrainedModel:
-    """The teacher; where it stands on the student's weights, on those of a student that is loaded."""
+    """The only teacher; where it stands on the student's weights, on those of a student that is loaded."""
     if is_shared(run.teacher):
         return shared_teacher(student, run.teacher)
     return load_model(
@@ -216,15 +237,15 @@ def load_teacher(run: RunConfig, student: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass
 class Material:
-    """What a run is made of, checked against each other."""
+    """What a run is made of, checked against each other; of several teachers there are mappings of names."""
 
     tokenizer: PreTrainedTokenizerBase
-    teacher_tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: Any
     prompts: "Dataset"
     held_out: "Dataset | None"
     problems: dict[str, "Dataset"]
     student: PreTrainedModel
-    teacher: PreTrainedModel
+    teacher: Any
     vocabulary: SharedVocabulary
 
 
@@ -232,18 +253,21 @@ def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> 
     """Load everything, what is cheap to find wrong first; `doubtful` warns of what is probably not meant."""
     tokenizer, teacher_tokenizer = load_tokenizers(run)
     prompts, held_out = training_prompts(run, args, tokenizer)
-    problems = problem_sets(run)
+    problems = problem_sets(run, args)
     with loaded_whole(args):
         student, teacher = load_pair(run, for_training=True)
-    vocabulary = SharedVocabulary.of_pair(student, teacher, tokenizer, teacher_tokenizer)
+    vocabulary = shared_vocabulary(student, tokenizer, by_name(teacher), by_name(teacher_tokenizer))
     if args.process_index == 0 and doubtful:
         same = None if TeacherPrompts.of(prompts.column_names, args) is None else False
-        doubts.warn(doubts.of_pair(student, teacher, same=same))
-        doubts.warn(doubts_of_base(run))
-        doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, teacher))
+        for name, pair in run.pairs().items():
+            its = value_for(name, teacher)
+            doubts.warn(doubts.of_pair(student, its, same=same, name=name))
+            doubts.warn(doubts_of_base(pair))
+            doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, its))
+            doubts.warn(chat_doubts(run, args, tokenizer, value_for(name, teacher_tokenizer), prompts))
         doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank) or trains_own_adapter(run)))
-        doubts.warn(chat_doubts(run, args, tokenizer, teacher_tokenizer, prompts))
         doubts.warn(prompt_doubts(prompts, tokenizer, args))
+        doubts.warn(route_doubts(run, args, prompts, problems))
     return Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
 
 
@@ -273,6 +297,25 @@ def prompt_doubts(prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: 
         yield from doubts.of_unknown(rows, len(prompts), tokenizer)
 
 
+def routes_of(run: RunConfig, args: Any) -> Routes | None:
+    """Whose each row is, by the options of a `TRBConfig`; None where there is one teacher."""
+    return Routes(args.teacher_column or TEACHER_ID, tuple(run.teachers)) if run.teachers else None
+
+
+def route_doubts(
+    run: RunConfig, args: TRBConfig, prompts: "Dataset", problems: Mapping[str, "Dataset"]
+) -> Iterator[doubts.Doubt]:
+    """What is to be said of several teachers: those without a row, and problem sets that name none."""
+    routes = routes_of(run, args)
+    if routes is None:
+        return
+    yield from doubts.of_unused(routes.unused(routes.check(prompts, run.train_data)), run.train_data)
+    for name, rows in problems.items():
+        if routes.column not in rows.column_names:
+            text = f"{name} has no column {routes.column!r}, so that no teacher is scored on it"
+            yield doubts.Doubt("teachers", text, "Add the column to have them scored; the student is, as it stands")
+
+
 def is_local(spec: str) -> bool:
     """Whether data can be read without asking the hub: generated, a file or a folder."""
     return spec.startswith(GENERATORS) or Path(spec).expanduser().exists()
@@ -282,6 +325,8 @@ def training_prompts(
     run: RunConfig, args: TRBConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple["Dataset", "Dataset | None"]:
     """The prompts to train on, and those held out to measure the loss on."""
+    if args.tools:
+        check_template(tokenizer)
     with calls(TRAINING_NAMES):
         prompts = load_prompts(
             run.train_data,
@@ -293,6 +338,7 @@ def training_prompts(
             answer_column=run.train_answer_column,
             privileged_column=run.train_privileged_column,
             assistant_turns=run.train_assistant_turns,
+            routes=routes_of(run, args),
             revision=run.train_revision,
         )
         longest, options = run.max_prompt_length, template_options(args)
@@ -319,13 +365,18 @@ def training_prompts(
     return prompts.select(kept), prompts.select(sorted(held_out))
 
 
-def problem_sets(run: RunConfig) -> dict[str, "Dataset"]:
-    """The problems of every entry of `eval_data`, by its name."""
+def problem_sets(run: RunConfig, args: Any = None) -> dict[str, "Dataset"]:
+    """The problems of every entry of `eval_data`, by its name.
+
+    With the options of a `TRBConfig` those of several teachers keep the column that says whose each is, where the data
+    has it.
+    """
+    routes = None if args is None else routes_of(run, args)
     with calls(EVALUATION_NAMES):
-        return {name: _problems(name, run) for name in run.eval_data}
+        return {name: _problems(name, run, routes) for name in run.eval_data}
 
 
-def _problems(name: str, run: RunConfig) -> "Dataset":
+def _problems(name: str, run: RunConfig, routes: Routes | None) -> "Dataset":
     benchmark, _, path = name.partition("=")
     if benchmark not in BENCHMARKS:
         return load_prompts(
@@ -338,6 +389,7 @@ def _problems(name: str, run: RunConfig) -> "Dataset":
             answer_column=run.eval_answer_column,
             privileged_column=run.eval_privileged_column,
             assistant_turns=run.eval_assistant_turns,
+            routes=None if routes is None else replace(routes, required=False),
         )
     problems = load_benchmark(benchmark, path or None)
     if run.eval_limit is None or run.eval_limit >= len(problems):

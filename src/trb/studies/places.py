@@ -45,6 +45,8 @@ class Places:
         """The values of a recipe, with the paths of what lies beside it."""
         found = self._problems(values, "eval_data", "eval_samples")
         named = {"chat_template"} if values.get("chat_template") in _TEMPLATES else set()
+        if isinstance(teachers := values.get("teachers"), Mapping):
+            found["teachers"] = {name: self._place(spec) for name, spec in teachers.items()}
         return found | {key: self._place(values[key]) for key in _PATHS if key in values and key not in named}
 
     def study(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -214,6 +214,11 @@ class _Settings:
             raise ConfigError("a probe runs in one process; start it without a launcher")
         if args.tools:
             raise ConfigError("a probe looks at completions of one turn; leave tools out (null) to look at the first")
+        if recipe.run.teachers:
+            raise ConfigError(
+                f"a probe looks at one pair, and the recipe has the teachers {', '.join(recipe.run.teachers)}: give it "
+                "a recipe with one of them as teacher, and problems of its own"
+            )
         trb, skd = (_variant(recipe, method).training_config(directory) for method in ("trb", "skd"))
         longest = int(args.max_completion_length or 0) if max_new_tokens is None else max_new_tokens
         return cls(

@@ -38,6 +38,10 @@ from trb.training.resume import plain
 __all__ = ["Recipe", "load_recipe", "make_recipe"]
 
 
+# Keys that say something by being there.
+_ALTERNATIVES = ("methods", "teacher", "teachers")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A checked recipe: `run`, the keyword arguments of `TRBConfig` that were given, and where they came from.
@@ -100,7 +104,7 @@ class Recipe:
 
         Left out are the knobs of behaviors and losses that are not in use.
         """
-        run = {key: value for key, value in dataclasses.asdict(self.run).items() if key != "methods" or value}
+        run = {key: value for key, value in dataclasses.asdict(self.run).items() if key not in _ALTERNATIVES or value}
         unread = every_knob() - knobs_of(self.choices())
         training = {name: self._value(name) for name in training_fields() if name not in {*REPLACED_KEYS, *unread}}
         if self.run.prompts_per_step is not None:
@@ -143,6 +147,8 @@ def make_recipe(
     for key, value in (overrides or {}).items():
         put_override(checked, key, value)
     run_keys = run_fields()
+    if checked.get("teachers"):
+        checked.setdefault("teacher", "")
     missing = [key for key, item in run_keys.items() if default_of(item) is dataclasses.MISSING and key not in checked]
     if missing:
         raise ConfigError(f"{source}: {missing[0]} is missing ({run_keys[missing[0]].metadata['help']})")
@@ -160,12 +166,26 @@ def make_recipe(
         raise ConfigError(f"{source}: {error}") from error
     recipe = Recipe(run, {key: value for key, value in checked.items() if key not in run_keys}, source)
     for variant in [recipe, *(recipe.for_method(name) for name in run.methods)]:
-        variant.training_config("unused")
+        _check_teachers(run, variant.training_config("unused"), source)
     _check_knobs(recipe.training, recipe.choices(), source)
     for name, entry in run.methods.items():
         variant = recipe.for_method(name)
         _check_knobs(entry or {}, variant.choices(), variant.source)
     return recipe
+
+
+def _check_teachers(run: RunConfig, args: TRBConfig, source: str) -> None:
+    """Options of the trainer's that do not go with the teachers there are."""
+    if args.teacher_column is not None and not run.teachers:
+        raise ConfigError(
+            f"{source}: teacher_column is {args.teacher_column!r}, and there is one teacher: leave it out, or name "
+            "several in teachers"
+        )
+    if args.teacher_offload and run.teacher_quantization:
+        raise ConfigError(
+            f"{source}: teacher_quantization is {run.teacher_quantization!r}, and such weights do not go from device "
+            "to device: leave out that or teacher_offload"
+        )
 
 
 def _check_knobs(given: Iterable[str], choices: Sequence[SimpleNamespace], source: str) -> None:

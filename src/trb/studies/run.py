@@ -139,7 +139,7 @@ def _train_alone(
     if args.process_index == 0:
         doubts.warn(doubts.of_settings(args, doubts.steps_of(args, len(material.prompts))))
     require_space(directory, material.student, run, args, freed=size_of_run(directory) if overwrite else 0)
-    judge = judge_of(material.teacher, material.vocabulary, material.problems, args)
+    judge = None if run.teachers else judge_of(material.teacher, material.vocabulary, material.problems, args)
     with Verifier(run.reward_timeout_s) as verifier, explained_disk_errors(directory):
         score = partial(
             evaluate_suites,

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from trb import records
 from trb.errors import calls
 from trb.measures import PER_TOKEN, measure_of
 from trb.models.memory import bytes_of, cache_entries
+from trb.models.residence import present
 from trb.records import EVALUATIONS, RECIPE, SCORES
 from trb.safety.files import write_text
 from trb.sampling import sample
@@ -28,13 +30,14 @@ from trb.studies.material import (
     as_teacher_reads,
     free_memory,
     load_material,
+    routes_of,
     template_options,
     with_template_options,
 )
 from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
 from trb.studies.yaml_files import ConfigError
-from trb.tasks.evaluation import check_problems, evaluate
+from trb.tasks.evaluation import check_problems, evaluate, pass_at_1_interval
 from trb.tasks.grading import Verifier
 from trb.tasks.reward_free import Judge, is_reward_free
 from trb.tools import TOOLS
@@ -44,6 +47,7 @@ from trb.tools.turns import ToolSampler
 from trb.training import checkpoints
 from trb.training.config import TRBConfig
 from trb.training.ranks import Ranks
+from trb.training.routes import Routes, places_of
 from trb.vocab import SharedVocabulary, stop_token_ids
 
 if TYPE_CHECKING:
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_suites",
     "evaluate_suites",
+    "evaluate_teachers",
     "judge_of",
     "mean_of_suites",
     "precision",
@@ -64,6 +69,8 @@ logger = logging.getLogger(__name__)
 _CPU_CACHE_BYTES = 2 << 30
 
 _MOST_ROWS = 512
+
+_MEANS = ("mean_length", "stop_rate")  # over samples
 
 
 def evaluate_suites(
@@ -90,12 +97,11 @@ def evaluate_suites(
     `judge` are as in `trb.tasks.evaluation.evaluate`.
     """
     longest, sampler = _longest_completion(run, args), _sampler(model, tokenizer, args, vocabulary)
-    if judge is not None:
-        judge.teacher.to(args.device)  # type: ignore[arg-type]
+    reads = partial(nullcontext) if judge is None else partial(present, judge.teacher, args.device)
     scores = []
     for name, rows in problems.items():
         (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
-        with precision(args), calls(EVALUATION_NAMES):
+        with precision(args), calls(EVALUATION_NAMES), reads():
             result = evaluate(
                 model.to(args.device),  # type: ignore[arg-type]
                 with_template_options(tokenizer, template_options(args)),
@@ -143,6 +149,78 @@ def judge_of(
     return Judge(teacher, vocabulary, as_teacher_reads(problems, args))
 
 
+def evaluate_teachers(
+    teachers: Any,
+    *,
+    problems: Mapping[str, Any],
+    routes: Routes | None,
+    run: RunConfig,
+    folder: Path | None = None,
+    outcomes: dict[str, dict[str, list[Any]]] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`evaluate_suites` of the teacher; of several each on its own rows of every problem set that says whose they are.
+
+    `teachers` is the model, or a mapping of names with `routes`.
+    """
+    if routes is None:
+        return evaluate_suites(teachers, problems=problems, run=run, folder=folder, outcomes=outcomes, **options)
+    scores = []
+    for name, parts in _routed(problems, routes).items():
+        correct, found = [0] * sum(map(len, parts.values())), []
+        for place, rows in parts.items():
+            right: dict[str, dict[str, list[Any]]] = {}
+            found += evaluate_suites(
+                teachers[routes.names[place]],
+                problems={name: [problems[name][row] for row in rows]},
+                run=run,
+                folder=folder / str(place) if folder else None,
+                outcomes=right,
+                **options,
+            )
+            for row, count in zip(rows, right[name]["correct"], strict=True):
+                correct[row] = count
+        n, samples = run.samples_of(name), sum(score["n_samples"] for score in found)
+        scores.append(
+            {
+                "name": name,
+                "pass_at_1": sum(correct) / samples,
+                "interval": list(pass_at_1_interval(correct, n)),
+                "n_problems": len(correct),
+                "n_samples": samples,
+                **{key: sum(each[key] * each["n_samples"] for each in found) / samples for key in _MEANS},
+            }
+        )
+        if outcomes is not None:
+            outcomes[name] = {"correct": correct}
+    return scores
+
+
+def _routed(problems: Mapping[str, Any], routes: Routes) -> dict[str, dict[int, list[int]]]:
+    """Of every problem set that says whose its rows are, the rows of each teacher, by its place."""
+    known = {name: rows for name, rows in problems.items() if len(rows) and routes.column in rows[0]}
+    return {name: places_of(routes.check(rows, name)) for name, rows in known.items()}
+
+
+def check_teachers(
+    teachers: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Mapping[str, Any],
+    routes: Routes | None,
+    run: RunConfig,
+    args: TRBConfig,
+    judge: Judge | None = None,
+) -> None:
+    """`check_suites` of what `evaluate_teachers` is to read."""
+    if routes is None:
+        check_suites(teachers, tokenizer, problems, run, args, judge)
+        return
+    for name, parts in _routed(problems, routes).items():
+        for place, rows in parts.items():
+            its: Any = {name: [problems[name][row] for row in rows]}
+            check_suites(teachers[routes.names[place]], tokenizer, its, run, args)
+
+
 def check_suites(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -162,6 +240,11 @@ def check_suites(
         raise ConfigError(
             f"no completion of {free[0]} can be scored and those of {other} can; evaluate the two apart, as their "
             "scores have no mean"
+        )
+    if free and run.teachers:
+        raise ConfigError(
+            f"no completion of {free[0]} can be scored, so that the teacher reads them, and there are several; "
+            "evaluate students of several teachers on data with answers"
         )
     if free and args.tools:
         raise ConfigError(
@@ -203,10 +286,7 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
         if all(key in score for score in scores)
     }
     low, high = combined_interval([(score[measure.key], score["interval"]) for score in scores])
-    weighted = {
-        key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples
-        for key in ("mean_length", "stop_rate")
-    }
+    weighted = {key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples for key in _MEANS}
     return {
         "name": "mean of " + ", ".join(score["name"] for score in scores),
         **means,
@@ -251,9 +331,11 @@ def _score_pair(
     material = load_material(recipe.run, args)
     taught = as_teacher_reads(material.problems, args)
     problems: dict[str, Any] = {"student": material.problems, "teacher": taught}
-    judge = judge_of(material.teacher, material.vocabulary, material.problems, args)
+    routes = routes_of(recipe.run, args)
+    judge = None if routes else judge_of(material.teacher, material.vocabulary, material.problems, args)
     for name in paths:
-        check_suites(getattr(material, name), material.tokenizer, problems[name], recipe.run, args, judge)
+        whose = routes if name == "teacher" else None
+        check_teachers(getattr(material, name), material.tokenizer, problems[name], whose, recipe.run, args, judge)
     if args.process_index == 0:
         if clear is not None:
             clear()
@@ -261,10 +343,11 @@ def _score_pair(
         write_text(directory / RECIPE, recipe.to_yaml())
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         for name, path in paths.items():
-            scores = evaluate_suites(
+            scores = evaluate_teachers(
                 getattr(material, name),
                 tokenizer=material.tokenizer,
                 problems=problems[name],
+                routes=routes if name == "teacher" else None,
                 run=recipe.run,
                 args=args,
                 verifier=verifier,

@@ -21,7 +21,8 @@ __all__ = ["check_shared", "doubts_of_base", "trains_own_adapter"]
 
 def trains_own_adapter(run: "RunConfig") -> bool:
     """Whether the student is an adapter that goes on training as it is, beside a teacher on its base."""
-    return is_shared(run.teacher) and adapter_base(run.student) is not None
+    beside = any(is_shared(pair.teacher) for pair in run.pairs().values())
+    return beside and adapter_base(run.student) is not None
 
 
 def check_shared(run: "RunConfig") -> None:

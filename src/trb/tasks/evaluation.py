@@ -170,11 +170,11 @@ def evaluate(
     per line under a header of settings), and a later call with the same settings continues the file; the model
     is not among the settings, so use one file per model and step. `save_completions` keeps that many
     completions per problem in the file as text, and the question, of the first 2,000 problems. `sampler` has the
-    signature of `trb.sampling.sample`, as `trb.tools.turns.ToolSampler` has. With `ranks`, every process of a launch
-    calls this with the same arguments and a whole model: they share the problems, the first one keeps the file, and
-    all return the result. `vocabulary` is that of the model's pair, whose stop ids then end a completion as they do in
-    training; by default the model's own do. Either way all rows of its head take part, as in any engine that loads it,
-    unless there is a judge to read them.
+    signature of `trb.sampling.sample`; its `settings`, if it has any, join those of the file. With `ranks`, every
+    process of a launch calls this with the same arguments and a whole model: they share the problems, the first one
+    keeps the file, and all return the result. `vocabulary` is that of the model's pair, whose stop ids then end a
+    completion as they do in training; by default the model's own do. Either way all rows of its head take part, as in
+    any engine that loads it, unless there is a judge to read them.
 
     Raises ValueError for a problem without an answer among others that have one, or without a judge, for one that is
     too long for the model, and for a results file of other settings or other content; NonFiniteLogitsError, naming the
@@ -198,6 +198,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "stop_ids": stop_ids,
+        **getattr(sampler, "settings", {}),
     }
     draw = partial(
         sampler,

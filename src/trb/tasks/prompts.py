@@ -13,7 +13,7 @@ a hub name, and a folder is read without leaving it, whatever its card, its link
 import logging
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +37,7 @@ from trb.tasks.sources import (
 )
 from trb.training.privileged import CONTEXT as PRIVILEGED_CONTEXT
 from trb.training.privileged import WHOLE as TEACHER_PROMPT
+from trb.training.routes import Routes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +68,7 @@ def load_prompts(
     answer_column: str | None = None,
     privileged_column: str | None = None,
     assistant_turns: str | None = None,
+    routes: Routes | None = None,
     revision: str | None = None,
 ) -> "Dataset":
     """Load prompts from a file, a local dataset folder, a task generator or the hub.
@@ -91,6 +93,7 @@ def load_prompts(
     tests of their program, in the columns of MBPP or HumanEval, get the verifier "python" (`trb.tasks.coding`).
     `teacher_prompt` and `privileged_context` are kept for the teacher, and `privileged_column` names another column
     that becomes the latter (of `zoo:` sources `solution` or `answer`, of `reasoning-gym:` ones `answer`).
+    `routes` keeps the column that names each row's teacher, of several, as it stands, and checks it.
     A few reasoning-gym tasks (word_ladder, ransom_note, ...) draw from sets, and repeat themselves in another
     process only under the same PYTHONHASHSEED; save such rows to a file to share them.
 
@@ -105,12 +108,12 @@ def load_prompts(
         refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
         generate = zoo_rows if name.startswith("zoo:") else reasoning_gym_rows
         found = generate(name, split, limit or GENERATED_ROWS, seed)
-        rows = [own for row in found for own in _generated(row, privileged_column, assistant_turns, name)]
+        rows = [own for row in found for own in _generated(row, privileged_column, assistant_turns, routes, name)]
     else:
         table = open_table(name, split, revision)
         if table.n_rows == 0:
             raise InputError(f"{name} is empty: it has no rows")
-        columns = _choose_columns(name, table.columns, prompt_column, answer_column, privileged_column)
+        columns = _choose_columns(name, table.columns, prompt_column, answer_column, privileged_column, routes)
         indices = _subset(table.n_rows, limit, seed)
         rows = [
             own
@@ -120,7 +123,7 @@ def load_prompts(
     if system_prompt is not None:
         read = [name for name in ("prompt", TEACHER_PROMPT) if rows and name in rows[0]]
         rows = [row | {name: with_system(row[name], system_prompt) for name in read} for row in rows]
-    dataset = _to_dataset(rows)
+    dataset = _to_dataset(rows, routes)
     dataset.info.dataset_name = Path(name).name if Path(name).exists() else name  # for model cards
     return dataset
 
@@ -208,16 +211,24 @@ class _Columns(NamedTuple):
     tests: tuple[str, ...]  # of programs, and what belongs to them
     taught: str | None = None
     context: str | None = None
+    routes: Routes | None = None
 
     def used(self) -> list[str]:
         scoring = (*(("verifier", "metadata") if self.verified else ()), *self.tests)
-        names = (self.prompt, self.answer, self.taught, self.context, *scoring)
+        route = None if self.routes is None else self.routes.column
+        names = (self.prompt, self.answer, self.taught, self.context, route, *scoring)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def _choose_columns(
-    source: str, found: list[str], prompt: str | None, answer: str | None, context: str | None
+    source: str,
+    found: list[str],
+    prompt: str | None,
+    answer: str | None,
+    context: str | None,
+    routes: Routes | None = None,
 ) -> _Columns:
+    routes = _routes_in(found, routes, source)
     for wanted in (prompt, answer, context):
         if wanted is not None and wanted not in found:
             raise InputError(f"{source} has no column {wanted!r}{nearest(wanted, found)}; it has {found}")
@@ -233,11 +244,12 @@ def _choose_columns(
     answers = [by_lower_name[name] for name in ANSWER_COLUMNS if name in by_lower_name]
     taught, told = (name if name in found else None for name in (TEACHER_PROMPT, PRIVILEGED_CONTEXT))
     chosen = (prompt or guesses[0], answer or next(iter(answers), None))
-    return _Columns(*chosen, "verifier" in found, tests, taught, context or told)
+    return _Columns(*chosen, "verifier" in found, tests, taught, context or told, routes)
 
 
-def _generated(row: Row, context: str | None, which: str | None, source: str) -> list[Row]:
+def _generated(row: Row, context: str | None, which: str | None, routes: Routes | None, source: str) -> list[Row]:
     """A row of a generated source, with one of its columns for the teacher; of a conversation, a row for each turn."""
+    routes = _routes_in(row, routes, source)
     if "messages" in row:
         plain = {"answer": "", "verifier": row["verifier"]}
         turns = turns_of(row["messages"], which or "last", source)
@@ -252,8 +264,9 @@ def _generated(row: Row, context: str | None, which: str | None, source: str) ->
     if context is not None and context not in offered:
         raise InputError(f"{source} has no column {context!r} for the teacher; it has {', '.join(offered)}")
     kept = ("prompt", "answer", "verifier", "metadata")
+    more = {} if routes is None else {routes.column: routes.name_in(row, source)}
     return [
-        {name: one[name] for name in kept} | ({} if context is None else {PRIVILEGED_CONTEXT: one[context]})
+        {name: one[name] for name in kept} | ({} if context is None else {PRIVILEGED_CONTEXT: one[context]}) | more
         for one in found
     ]
 
@@ -276,11 +289,21 @@ def _rows(raw: Row, columns: _Columns, which: str | None, place: str) -> list[Ro
     return found
 
 
+def _routes_in(columns: Collection[str], routes: Routes | None, source: str) -> Routes | None:
+    """Whose rows are, where these columns say it. Raises ValueError where they must and do not."""
+    if routes is None or (routes.column not in columns and not routes.required):
+        return None
+    routes.check_columns([*columns], source)
+    return routes
+
+
 def _convert(raw: Row, columns: _Columns, place: str) -> Row:
     """One row of any source as a row of ours; `place` names it in errors."""
     messages, reply = read_messages(raw.get(columns.prompt), f"column {columns.prompt!r} of {place}")
     scoring = _scoring(raw, place) if columns.verified else {"verifier": "math", "metadata": "{}"}
     taught = _taught(raw, columns, place)
+    if columns.routes is not None:
+        taught[columns.routes.column] = columns.routes.name_in(raw, place)
     if columns.tests and (not columns.verified or scoring == {"verifier": PYTHON, "metadata": "{}"}):
         return _as_text(program_row(messages, raw, place) | taught, place)
     if columns.answer is None:
@@ -344,12 +367,14 @@ def _context(value: Any, place: str) -> str:
     return value
 
 
-def _to_dataset(rows: list[Row]) -> "Dataset":
+def _to_dataset(rows: list[Row], routes: Routes | None) -> "Dataset":
     from datasets import Dataset, Features, List, Value
 
     text = Value("string")
     messages = List({"role": text, "content": text})
     columns = {"prompt": messages, "answer": text, "verifier": text, "metadata": text}
     more = {TEACHER_PROMPT: messages, PRIVILEGED_CONTEXT: text}
+    if routes is not None:
+        more[routes.column] = text
     features = Features(columns | {name: kind for name, kind in more.items() if rows and name in rows[0]})
     return Dataset.from_list(rows, features=features)

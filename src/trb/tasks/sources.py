@@ -63,7 +63,9 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     task = task.with_settings(**settings)
     plain = {"verifier": "exact", "metadata": "{}"}
     return [
-        plain | row | ({} if "messages" in row else {"solution": task.solution(row["prompt"][0]["content"])})
+        plain
+        | row
+        | ({} if "messages" in row else {"solution": task.solution(row["prompt"][0]["content"].partition("\n\n")[0])})
         for row in task.problems(n, seed=seed, split=split, size=size)
     ]
 

@@ -18,7 +18,42 @@ from trb.tools.calls import Answer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ToolChat"]
+__all__ = ["ToolChat", "check_template"]
+
+
+def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer that no tools go with.
+
+    Raises:
+        ValueError: its chat template renders no tools, TRL knows no way to read the calls that go with it, or it
+            renders a conversation's beginning otherwise once a tool has answered and TRL knows no other for it.
+    """
+    _with_templates(tokenizer)
+
+
+def _with_templates(tokenizer: "PreTrainedTokenizerBase") -> tuple["PreTrainedTokenizerBase", str | None]:
+    """The tokenizer with a response template, and the chat template in place of its own, as TRL's trainer has them."""
+    from trl.chat_template_utils import (
+        add_response_schema,
+        get_training_chat_template,
+        is_chat_template_prefix_preserving,
+        supports_tool_calling,
+    )
+
+    name = tokenizer.name_or_path
+    if not supports_tool_calling(tokenizer):
+        raise InputError(
+            f"tools: the chat template of {name!r} leaves out calls, or what tools answer; choose a model that was "
+            "taught to call tools, or another chat template"
+        )
+    try:
+        if tokenizer.response_template is None:
+            tokenizer = add_response_schema(copy(tokenizer))
+        preserving = is_chat_template_prefix_preserving(tokenizer)
+        return tokenizer, None if preserving else get_training_chat_template(tokenizer)
+    except ValueError as error:
+        why = str(error).partition("\n")[0]
+        raise InputError(f"tools: TRL does not know how the chat template of {name!r} calls them ({why})") from error
 
 
 @dataclass
@@ -27,17 +62,17 @@ class ToolChat:
 
     Attributes:
         tokenizer: with a chat template that renders tools, and a response template that reads calls.
+        template: a chat template in place of the tokenizer's; it must render a conversation's beginning in one way
+            whatever follows. None for the tokenizer's.
         tools: the functions, for the types of arguments.
         stop_ids: every id that ends a turn.
-        template: a chat template in place of the tokenizer's; it must render a conversation's beginning in one way
-            whatever follows.
         options: keyword arguments of the template.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
+    template: str | None
     tools: Sequence[Callable[..., Any]]
     stop_ids: Sequence[int]
-    template: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -51,24 +86,9 @@ class ToolChat:
         """With the response template and the chat template that TRL's trainer would give the tokenizer.
 
         Raises:
-            ValueError: the tokenizer's chat template renders no tools, or TRL knows no way to read calls of its.
+            ValueError: as `check_template`.
         """
-        from trl.chat_template_utils import (
-            add_response_schema,
-            get_training_chat_template,
-            is_chat_template_prefix_preserving,
-            supports_tool_calling,
-        )
-
-        if not supports_tool_calling(tokenizer):
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path!r} leaves out tools or what they answer: choose a model "
-                "that was taught to call tools, or give its tokenizer such a template"
-            )
-        if tokenizer.response_template is None:
-            tokenizer = add_response_schema(copy(tokenizer))
-        template = None if is_chat_template_prefix_preserving(tokenizer) else get_training_chat_template(tokenizer)
-        return cls(tokenizer, tools, stop_ids, template, options)
+        return cls(*_with_templates(tokenizer), tools, stop_ids, options)
 
     def calls(self, ids: Sequence[int], prefix: Sequence[int]) -> list[dict[str, Any]]:
         """The calls in a turn, of which `prefix` is all that came before."""

@@ -142,6 +142,11 @@ class ToolSampler:
     most: int | None = None
     draw: Callable[..., Rollout] = field(default=sample, repr=False)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What completions depend on beside the models, as JSON types."""
+        return {"tools": list(self.box.tools), "tool_characters": self.box.characters, "tool_rounds": self.most}
+
     def __call__(
         self,
         student: "PreTrainedModel",

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -23,8 +23,18 @@ from trb.tools import TOOLS
 from trb.training.config import TRBConfig
 from trb.training.methods import behavior_of, needs_teacher, pair_of
 from trb.training.privileged import COLUMNS, TeacherPrompts
+from trb.training.routes import TEACHER_ID, Routes, by_name, named_in_errors
 
-__all__ = ["check_arguments", "chosen_teacher", "chosen_tools", "complete_config", "named_datasets", "teacher_prompts"]
+__all__ = [
+    "TeacherArgument",
+    "check_arguments",
+    "chosen_teacher",
+    "chosen_tools",
+    "complete_config",
+    "named_datasets",
+    "teacher_prompts",
+    "teacher_routes",
+]
 
 # Arguments of TRL's constructor that are not TRBTrainer's own.
 _PASSED_ON = {"callbacks", "optimizers", "quantization_config", "peft_config", "tools"}
@@ -43,25 +53,46 @@ def complete_config(args: Any, model: str | PreTrainedModel) -> TRBConfig:
     return args
 
 
-def chosen_teacher(teacher_model: str | PreTrainedModel | None, args: TRBConfig) -> str | PreTrainedModel:
-    """The teacher that was passed, or that the configuration names."""
+TeacherArgument: TypeAlias = str | PreTrainedModel | Mapping[str, str | PreTrainedModel]
+
+
+def chosen_teacher(teacher_model: TeacherArgument | None, args: TRBConfig) -> TeacherArgument:
+    """The teacher that was passed, or that the configuration names; or teachers by name."""
     named = args.teacher_model_name_or_path
     if teacher_model is None:
         if named is None:
             raise InputError("teacher_model is missing: pass a path, a hub id or a loaded model")
         return named
-    if isinstance(teacher_model, str) and named not in (None, teacher_model):
+    if isinstance(teacher_model, Mapping):
+        _check_names(teacher_model, args)
+    if isinstance(teacher_model, str | Mapping) and named not in (None, teacher_model):
         raise InputError(
             f"teacher_model={teacher_model!r} and teacher_model_name_or_path={named!r} are two teachers: give one"
         )
     return teacher_model
 
 
+def _check_names(teachers: Mapping[Any, Any], args: TRBConfig) -> None:
+    if not teachers:
+        raise InputError("teacher_model is an empty mapping: name at least one teacher")
+    for name in teachers:
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"teacher_model has a teacher called {name!r}: names are text, as in the column of the data"
+            )
+    for option in ("teacher_model_revision", "teacher_model_init_kwargs"):
+        if getattr(args, option) is not None:
+            raise InputError(
+                f"{option}={getattr(args, option)!r} is for one teacher, and there are {', '.join(teachers)}: pass "
+                "models that are loaded as each is to be"
+            )
+
+
 def check_arguments(
     args: TRBConfig,
     *,
     model: str | PreTrainedModel,
-    teacher_model: str | PreTrainedModel,
+    teacher_model: TeacherArgument,
     train_dataset: Any,
     eval_dataset: Any,
     processing_class: Any,
@@ -75,10 +106,18 @@ def check_arguments(
         ValueError: names the argument and what to pass instead.
     """
     _check_tokenizer("processing_class", processing_class, "")
-    _check_tokenizer("teacher_processing_class", teacher_processing_class, "; pass callbacks by name, callbacks=[...]")
+    if isinstance(teacher_processing_class, Mapping) and not isinstance(teacher_model, Mapping):
+        raise InputError("teacher_processing_class is a mapping, and there is one teacher: pass its tokenizer")
+    for tokenizer in by_name(teacher_processing_class).values():
+        _check_tokenizer("teacher_processing_class", tokenizer, "; pass callbacks by name, callbacks=[...]")
     if reward_fn is not None and not callable(reward_fn):
         raise InputError(
             f"reward_fn is a {type(reward_fn).__name__} and no function; pass optimizers by name, optimizers=(...)"
+        )
+    if "environment_factory" in others:
+        raise InputError(
+            "TRBTrainer takes no environment_factory, as TRL's DistillationTrainer takes none: pass functions, or the "
+            "methods of one environment, as tools"
         )
     if unknown := sorted(others.keys() - _PASSED_ON):
         raise InputError(
@@ -92,8 +131,10 @@ def check_arguments(
     loading = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": others.get("quantization_config")}
     _check_loading("model", model, loading)
     names = ("teacher_model_init_kwargs", "teacher_model_revision")
-    _check_loading("teacher_model", teacher_model, {name: getattr(args, name) for name in names})
-    _check_shared(args, model, teacher_model, adapters=others.get("peft_config") is not None)
+    for name, teacher in by_name(teacher_model).items():
+        with named_in_errors(name):
+            _check_loading("teacher_model", teacher, {name: getattr(args, name) for name in names})
+            _check_shared(args, model, teacher, adapters=others.get("peft_config") is not None)
     _check_batch(args)
     if isinstance(train_dataset, IterableDataset):
         raise InputError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
@@ -170,15 +211,48 @@ def teacher_prompts(args: TRBConfig, train_dataset: Any, eval_dataset: Any) -> T
                     f"{having} has a column {column!r} and {lacking} has none: the teacher would be two different "
                     "ones; add it there, or remove it here"
                 )
-    blends = (
-        args.use_vllm and args.vllm_mode == "colocate" and args.vllm_blended and needs_teacher(behavior_of(args), 0)
-    )
-    if made is not None and blends:
-        raise InputError(
-            "the teacher has prompts of its own, and vLLM blends two models that read one prompt: set "
-            "vllm_blended=False, which blends in this process and leaves plain rollouts to vLLM"
-        )
+    if made is not None:
+        _check_not_in_vllm(args, "the teacher has prompts of its own, and vLLM blends two models that read one prompt")
     return made
+
+
+def teacher_routes(
+    args: TRBConfig, teacher_model: TeacherArgument, train_dataset: Any, eval_dataset: Any
+) -> Routes | None:
+    """Whose each row is, where there are teachers by name.
+
+    Raises:
+        ValueError: a row without a teacher, with the row's number; or an option that one teacher, or several, ignore.
+    """
+    if args.teacher_offload:
+        _check_not_in_vllm(args, "teacher_offload=True, and an engine that blends keeps its teacher on the accelerator")
+    if not isinstance(teacher_model, Mapping):
+        if args.teacher_column is not None:
+            raise InputError(
+                f"teacher_column={args.teacher_column!r} chooses between teachers, and there is one: leave it out, or "
+                "pass teacher_model a mapping of names"
+            )
+        return None
+    routes = Routes(args.teacher_column or TEACHER_ID, tuple(teacher_model))
+    if args.teacher_sharded:
+        raise InputError(
+            "teacher_sharded=True has all processes read one teacher at a time, and with several each has rows of its "
+            "own: set teacher_offload, which keeps all but one in main memory"
+        )
+    _check_not_in_vllm(args, "there are several teachers, and vLLM blends with one")
+    for name, rows in named_datasets(train_dataset, eval_dataset):
+        if not isinstance(rows, IterableDataset):
+            routes.check(rows, name)
+    return routes
+
+
+def _check_not_in_vllm(args: TRBConfig, why: str) -> None:
+    """Refuse rollouts that would be blended by an engine."""
+    blends = args.use_vllm and args.vllm_mode == "colocate" and args.vllm_blended
+    if blends and needs_teacher(behavior_of(args), 0):
+        raise InputError(
+            f"{why}: set vllm_blended=False, which blends in this process and leaves plain rollouts to vLLM"
+        )
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:

@@ -42,7 +42,7 @@ class CallingTrainer(DistillationTrainer):
     def tool_chat(self) -> ToolChat:
         """How the tokenizer reads calls and writes answers."""
         options = cast(dict, self.chat_template_kwargs)
-        return ToolChat(self._tokenizer, self.tools, self.vocabulary.stop_ids, self.chat_template, options)
+        return ToolChat(self._tokenizer, self.chat_template, self.tools, self.vocabulary.stop_ids, options)
 
     def _whole_completions(self, rollout: Rollout) -> list[list[int]]:
         """The completions of a rollout with the answers of tools."""

@@ -26,6 +26,7 @@ from trb.models.sharing import shares_weights
 from trb.records import CARD
 from trb.training.config import TRBConfig
 from trb.training.methods import BEHAVIORS, METHODS, TARGETS, behavior_of, kl_budget_of, knobs_of, name_of, pair_of
+from trb.training.teachers import Teacher
 
 __all__ = ["CardedTrainer"]
 
@@ -37,7 +38,7 @@ class CardedTrainer(DistillationTrainer):
 
     args: TRBConfig
     model: Any
-    teacher_model: Any
+    teachers: list[Teacher]
     state: TrainerState
     _tag_names: list[str]
     _paper: dict[str, str]
@@ -52,14 +53,16 @@ class CardedTrainer(DistillationTrainer):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CARD).write_text(self.model_card(model_name, dataset_name, tags), encoding="utf-8")
 
+    def _described_teacher(self, teacher: Teacher) -> str:
+        model = self.accelerator.unwrap_model(teacher.model)
+        return _described(model) + (", on the student's own weights" if shares_weights(model, self.model) else "")
+
     def model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> str:
         """The card as text; without a name, the model has that of the output directory."""
         own = ["generated_from_trainer", *self._tag_names]
         given = [tags] if isinstance(tags, str) else list(tags or ())
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        beside = ", on the student's own weights" if shares_weights(teacher, self.model) else ""
         data = ModelCardData(
             base_model=hub_name(self.model),
             datasets=None if dataset_name is None else [dataset_name],
@@ -69,7 +72,7 @@ class CardedTrainer(DistillationTrainer):
         )
         rows = {
             "student": _described(self.model),
-            "teacher": _described(teacher) + beside,
+            **{_row_of(each): self._described_teacher(each) for each in self.teachers},
             **_how(self.args),
             "steps": f"{self.state.global_step} of {max(self.state.max_steps, self.state.global_step)}, each on "
             f"{self.args.completions_per_step} completions, {self.args.num_generations} per prompt",
@@ -82,6 +85,10 @@ class CardedTrainer(DistillationTrainer):
             f"---\n{data.to_yaml()}\n---\n\n# {data.model_name}\n\nA student trained by on-policy distillation with "
             f"trb ({paper}).\n\n| | |\n|---|---|\n{table}\n"
         )
+
+
+def _row_of(teacher: Teacher) -> str:
+    return "teacher" if teacher.name is None else f"teacher {teacher.name}"
 
 
 def hub_name(model: nn.Module) -> str | None:

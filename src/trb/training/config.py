@@ -220,6 +220,20 @@ class TRBConfig(DistillationConfig):
             "student's prompt, or of its last message."
         },
     )
+    teacher_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of several teachers: the column of the data with the name of each row's teacher. None is "
+            "teacher_id, TRL's."
+        },
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the teachers' weights in main memory, and copy each to the accelerator while it samples and "
+            "scores its rows, one at a time."
+        },
+    )
     sampler: str = field(default="speculative", metadata={"help": f"How rollouts are computed: {', '.join(SAMPLERS)}."})
     block_size: int | None = field(
         default=None,
@@ -365,7 +379,7 @@ class TRBConfig(DistillationConfig):
                 raise InputError(f"{name} must lie in [0, 1], got {value}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
-        self._check_teacher_prompts()
+        self._check_teachers()
         self._check_tools()
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
@@ -386,7 +400,13 @@ class TRBConfig(DistillationConfig):
                     f"accelerator_config with {name}={value!r} is not supported ({why}); leave it at {allowed[0]!r}"
                 )
 
-    def _check_teacher_prompts(self) -> None:
+    def _check_teachers(self) -> None:
+        if self.teacher_offload and self.teacher_sharded:
+            raise InputError(
+                "teacher_offload=True and teacher_sharded=True are two places for the teacher: set one of them"
+            )
+        if self.teacher_column == "":
+            raise InputError("teacher_column is empty; name a column of the data")
         if self.teacher_system_prompt == "":
             raise InputError("teacher_system_prompt is empty; leave it out for none")
         if missing := [place for place in privileged.PLACES if place not in self.teacher_prompt_template]:

@@ -31,6 +31,7 @@ __all__ = [
     "of_rendered",
     "of_settings",
     "of_unknown",
+    "of_unused",
     "safe_rate",
     "steps_of",
     "trains_adapters",
@@ -109,17 +110,21 @@ def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
 _ANOTHER = "Choose another teacher, or give it prompts of its own (train_privileged_column, teacher_system_prompt)"
 
 
-def of_pair(student: "PreTrainedModel", teacher: "PreTrainedModel", *, same: bool | None = None) -> Iterator[Doubt]:
-    """Of two models that read the same prompts; they may be without weights if `same` says whether theirs are equal."""
+def of_pair(
+    student: "PreTrainedModel", teacher: "PreTrainedModel", *, same: bool | None = None, name: str | None = None
+) -> Iterator[Doubt]:
+    """Of two models that read the same prompts; they may be without weights if `same` says whether theirs are equal.
+    `name` is the teacher's, of several."""
+    whose = "teacher" if name is None else f"teacher {name!r}"
     sizes = _size(student), _size(teacher)
     if sizes[0] > _LARGER_TIMES * sizes[1] > 0:
         yield Doubt(
             "sizes",
-            f"the student has {_millions(sizes[0])} parameters, more than the teacher's {_millions(sizes[1])}",
+            f"the student has {_millions(sizes[0])} parameters, more than the {whose}'s {_millions(sizes[1])}",
             "Exchange student and teacher if they were swapped",
         )
     if _same_weights(student, teacher) if same is None else same:
-        yield Doubt("weights", "student and teacher are the same model, so the loss is 0", _ANOTHER)
+        yield Doubt("weights", f"student and {whose} are the same model, so the loss is 0", _ANOTHER)
 
 
 def of_lengths(
@@ -192,6 +197,16 @@ def of_rendered(prompts: Sequence[Messages], tokenizer: "PreTrainedTokenizerBase
             f"{len(rows)} of {len(prompts)} are whole chats, rendered already, the first in row {rows[0] + 1}: no chat "
             "template is applied to them",
             "Give them as messages with role and content to have them rendered",
+        )
+
+
+def of_unused(names: Iterable[str], data: str) -> Iterator[Doubt]:
+    """Of teachers, of which `names` have no row in the data."""
+    for name in names:
+        yield Doubt(
+            "teachers",
+            f"no row of {data} is of teacher {name!r}, which teaches nothing",
+            "Leave it out, or add its rows",
         )
 
 

@@ -30,6 +30,8 @@ from trb.training.methods import Behavior, kl_budget_of
 from trb.training.metrics import Observers, Sums
 from trb.training.ranks import Ranks
 from trb.training.recording import RunRecorder, score_record
+from trb.training.routes import Routes
+from trb.training.teachers import Teacher
 from trb.vocab import SharedVocabulary
 
 __all__ = ["MeasuredTrainer", "RewardFunction", "ShowSteps"]
@@ -65,6 +67,9 @@ class MeasuredTrainer(CallingTrainer):
     _of_both_kinds: bool
     _blended: list[bool]
     behavior: Behavior
+    teachers: list[Teacher]
+    _taught_by: list[int]
+    _routes: Routes | None
     _teacher_is_sharded: bool
     reward_fn: RewardFunction | None
     _rewards_work: bool = False
@@ -102,6 +107,26 @@ class MeasuredTrainer(CallingTrainer):
                 "vocabulary), or a larger one, until the student is sharper"
             )
 
+    def _add_teachers_metrics(self, name: str | None, metrics: TokenMetrics) -> None:
+        """What was seen of the tokens of one of several teachers; TRL writes their names in this way."""
+        if name is not None:
+            mode = "train" if self.model.training else "eval"
+            self._add(mode, f"teacher_reverse_kl/{name}", metrics.reverse_kl.sum().item(), metrics.reverse_kl.numel())
+
+    def _add_teachers_shares(self, mode: str, whose: Sequence[int]) -> None:
+        """Each of several teachers' share of the rows."""
+        for place, teacher in enumerate(self.teachers if self._routes is not None else ()):
+            self._add(mode, f"teacher_share/{teacher.name}", whose.count(place), len(whose))
+
+    def _add_teachers_rollout(self, mode: str, rollout: Rollout) -> None:
+        """Of the drafts beside each of several teachers, how many the sampler kept."""
+        for place, teacher in enumerate(self.teachers if self._routes is not None else ()):
+            blended = [its == place and blended for its, blended in zip(self._taught_by, self._blended, strict=True)]
+            drawn = list(compress(rollout.stats.accepted, blended))
+            if any(drawn):
+                tokens = sum(map(len, compress(rollout.completions, blended)))
+                self._add(mode, f"teacher_accept_rate/{teacher.name}", sum(map(sum, drawn)), tokens)
+
     def _add_rollout(self, mode: str, rollout: Rollout) -> None:
         """Of those drawn from the step's policy, where that is a share of them."""
         stats, budget = rollout.stats, kl_budget_of(self._policy)
@@ -127,6 +152,7 @@ class MeasuredTrainer(CallingTrainer):
                 self._add(mode, "share", blended, len(self._blended))
             for name, value in self.behavior.schedule.readings().items():
                 self._add(mode, name, value, 1)
+        self._add_teachers_rollout(mode, rollout)
         self._add(mode, "teacher_calls", rollout.teacher_calls, 1)
         self._add(mode, "student_calls", rollout.student_calls, 1)
 
@@ -230,14 +256,14 @@ class MeasuredTrainer(CallingTrainer):
             return None  # its weights are whole only inside a pass that every process makes
         found: dict[int, tuple[TokenScores, int]] = {}
         taught = self._teacher_prompts
-        for _, wanted in _KINDS:
-            rows = [row for row in range(len(prompts)) if self._blended[row] == wanted]
-            if not rows:
-                continue
-            with self.compute_loss_context_manager():
+        kinds = [(self._taught_by[row], self._blended[row]) for row in range(len(prompts))]
+        for place, wanted in dict.fromkeys(kinds):
+            rows = [row for row, kind in enumerate(kinds) if kind == (place, wanted)]
+            teacher = self.teachers[place]
+            with self.compute_loss_context_manager(), teacher.present():
                 scores = score_completions(
                     self.sampling_student(),
-                    self.accelerator.unwrap_model(self.teacher_model),
+                    self.accelerator.unwrap_model(teacher.model),
                     [prompts[row] for row in rows],
                     [completions[row] for row in rows],
                     teacher_prompts=taught and [taught[row] for row in rows],

@@ -4,6 +4,7 @@ Left out: whether a model can be sampled exactly (`trb.sampling.reading`), wheth
 teacher on the student's weights is (`trb.models.sharing`).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
-from trb.errors import InputError
+from trb.errors import InputError, did_you_mean
 from trb.models.adapters import adapter_base, attach_adapter
 from trb.models.directories import TOKENIZER_FILES
 from trb.models.loading import check_model, load_tokenizer, resolve
 from trb.models.modeling import has_adapters, without_adapters
+from trb.models.residence import check_movable
 from trb.models.sharing import (
     adapter_directory,
     check_base_kept,
@@ -26,8 +28,10 @@ from trb.models.sharing import (
     shares_weights,
 )
 from trb.training.config import TRBConfig
+from trb.training.routes import Named, by_name, named_in_errors, value_for
+from trb.vocab import check_same_tokenizer
 
-__all__ = ["check_router_loss", "checked_student", "loaded_teacher", "teacher_tokenizer"]
+__all__ = ["check_router_loss", "checked_student", "loaded_teachers", "teacher_tokenizers"]
 
 
 def load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTrainedModel:
@@ -40,7 +44,7 @@ def load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTrained
     options: dict[str, Any] = dict(cast(dict, args.teacher_model_init_kwargs) or {})
     if revision is not None:
         options.setdefault("revision", revision)
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+    if args.teacher_offload or args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
     checked = check_model(name, trust_remote_code=options["trust_remote_code"], revision=options.get("revision"))
@@ -63,6 +67,49 @@ def checked_student(
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
         tokenizer.padding_side = tokenizer.truncation_side = "left"  # as TRL would
     return model, tokenizer
+
+
+def teacher_tokenizers(models: Any, tokenizers: Any, args: TRBConfig, student: PreTrainedTokenizerBase) -> Named:
+    """`teacher_tokenizer` of each teacher, by name, compared with the student's; both may be mappings of names.
+
+    Raises:
+        ValueError: a tokenizer that is another one, of several teachers with the name; a tokenizer of nobody.
+    """
+    named = by_name(models)
+    for name in tokenizers if isinstance(tokenizers, Mapping) else ():
+        if name not in named:
+            raise InputError(
+                f"teacher_processing_class has a tokenizer for {name!r}, and the teachers are "
+                f"{', '.join(map(str, named))}{did_you_mean(str(name), map(str, named))}"
+            )
+    found: Named = {}
+    for name, model in named.items():
+        with named_in_errors(name):
+            found[name] = teacher_tokenizer(model, value_for(name, tokenizers), args)
+            if found[name] is not None:
+                check_same_tokenizer(student, found[name])
+    return found
+
+
+def loaded_teachers(models: Any, args: TRBConfig, student: nn.Module, accelerator: Accelerator) -> Named:
+    """`loaded_teacher` of each teacher, by name.
+
+    Raises:
+        ValueError: as there, of several teachers with the name; teachers that are to be moved and have no weights of
+            their own, or such as cannot be.
+    """
+    found: Named = {}
+    for name, model in by_name(models).items():
+        with named_in_errors(name):
+            found[name] = loaded_teacher(model, args, student, accelerator)
+            if args.teacher_offload and not shares_weights(found[name], student):
+                check_movable(found[name])
+    if args.teacher_offload and all(shares_weights(model, student) for model in found.values()):
+        raise InputError(
+            "teacher_offload=True does nothing for a teacher on the student's weights, which stay where they are: "
+            "leave it out"
+        )
+    return found
 
 
 def teacher_tokenizer(

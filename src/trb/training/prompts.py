@@ -13,14 +13,13 @@ Left out: where prompts come from and how they are rendered (`trb.tasks.prompts`
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import IterableDataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -33,6 +32,8 @@ from trb.training.arguments import named_datasets
 from trb.training.config import TRBConfig
 from trb.training.privileged import COLUMNS, CONTEXT, WHOLE, TeacherPrompts
 from trb.training.ranks import Ranks
+from trb.training.routes import Routes
+from trb.training.teachers import Teacher
 
 __all__ = ["PromptsInOrder"]
 
@@ -45,7 +46,8 @@ class PromptsInOrder(DistillationTrainer):
 
     args: TRBConfig
     model: Any
-    teacher_tokenizer: PreTrainedTokenizerBase | None  # where the teacher's is known
+    teachers: list[Teacher]
+    _routes: Routes | None
     _ranks: Ranks
     _teacher_prompts_of: TeacherPrompts | None = None
     _teacher_prompts: list[list[int]] | None = None  # of the rows that are being drawn, where the teacher has its own
@@ -93,26 +95,28 @@ class PromptsInOrder(DistillationTrainer):
         self._prompts_checked = True
 
     def _doubts(self, rows: int) -> Iterator[doubts.Doubt]:
-        args, teacher = self.args, self.accelerator.unwrap_model(self.teacher_model)
+        args = self.args
         yield from doubts.of_settings(args, doubts.steps_of(args, rows))
         same = None if self._teacher_prompts_of is None else False  # one model after two prompts is two laws
-        yield from doubts.of_pair(without_adapters(self.model), without_adapters(teacher), same=same)
+        for teacher in self.teachers:
+            bare = without_adapters(self.accelerator.unwrap_model(teacher.model))
+            yield from doubts.of_pair(without_adapters(self.model), bare, same=same, name=teacher.name)
+        if self._routes is not None:
+            used = self._routes.check(self.train_dataset, "train_dataset")
+            yield from doubts.of_unused(self._routes.unused(used), "train_dataset")
         yield from self._chat_doubts()
         if self.optimizer is None:  # one that was passed has a rate of its own
             yield from doubts.of_rate(args, without_adapters(self.model), adapters=doubts.trains_adapters(self.model))
 
     def _chat_doubts(self) -> Iterator[doubts.Doubt]:
         some = [prompt for prompt in cast(Any, self.train_dataset)[:3]["prompt"] if not isinstance(prompt, str)]
-        if self.teacher_tokenizer is not None:
-            options = cast(dict, self.chat_template_kwargs)
-            yield from doubts.of_chats(self._tokenizer, self.teacher_tokenizer, some, options)
+        options = cast(dict, self.chat_template_kwargs)
+        for teacher in self.teachers:
+            if teacher.tokenizer is not None:
+                yield from doubts.of_chats(self._tokenizer, teacher.tokenizer, some, options)
 
     def _check_rows(self, name: str, dataset: Any) -> None:
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        limits, teachers = (
-            {f"the {role} ({type(without_adapters(model)).__name__})": position_limit(model)}
-            for role, model in (("student", self.model), ("teacher", teacher))
-        )
+        limits = _positions("student", self.model)
         if self.use_vllm:
             limits["vLLM (vllm_max_model_length)"] = self.args.vllm_max_model_length
         unknown = None if self.doubts_said or name != "train_dataset" else doubts.unknown_id(self._tokenizer)
@@ -121,16 +125,27 @@ class PromptsInOrder(DistillationTrainer):
         _check_kinds(name, prompts)
         if not self.doubts_said and name == "train_dataset" and not isinstance(prompts[0], str):
             doubts.warn(doubts.of_rendered(prompts, self._tokenizer))
-        if self._teacher_prompts_of is None:
-            limits |= teachers
-        else:
+        taught = self._teachers_limits(rows, name)
+        read: list[_Bound] = [(limits | its, mine) for its, mine in taught]
+        if self._teacher_prompts_of is not None:
             if self._teacher_prompts_of.column == CONTEXT:
                 self._check_filled(name, prompts)
             own = self._teacher_prompts_of.of_rows(rows, name)
             _check_kinds(f"the teacher's prompt of {name}", own, like=prompts[:1])
-            self._check_lengths(f"the teacher's prompt of {name}", own, teachers, None)
-        strange = self._check_lengths(name, prompts, limits, unknown)
+            self._check_lengths(f"the teacher's prompt of {name}", own, taught, None)
+            read = [(limits, [True] * len(rows))]
+        strange = self._check_lengths(name, prompts, read, unknown)
         doubts.warn(doubts.of_unknown(strange, len(prompts), self._tokenizer))
+
+    def _teachers_limits(self, rows: Sequence[Mapping[str, Any]], name: str) -> "list[_Bound]":
+        """What each teacher can read, and which rows are its."""
+        whose = [0] * len(rows) if self._routes is None else self._routes.of_rows(rows, name)
+        found = []
+        for number, teacher in enumerate(self.teachers):
+            role = "teacher" if teacher.name is None else f"teacher {teacher.name!r}"
+            limits = _positions(role, self.accelerator.unwrap_model(teacher.model))
+            found.append((limits, [place == number for place in whose]))
+        return found
 
     def _check_filled(self, name: str, prompts: Sequence[Any]) -> None:
         """Refuse chats that are text already where something is to be put into them for the teacher."""
@@ -142,15 +157,16 @@ class PromptsInOrder(DistillationTrainer):
                 )
 
     def _check_lengths(
-        self, name: str, prompts: list[Any], limits: Mapping[str, int | None], unknown: int | None
+        self, name: str, prompts: list[Any], bounds: "Sequence[_Bound]", unknown: int | None
     ) -> list[int]:
         """Refuse prompts that leave no room; which of them have the unknown id."""
-        if unknown is None and all(limit is None for limit in limits.values()):
+        if unknown is None and all(limit is None for limits, _ in bounds for limit in limits.values()):
             return []
         chunks = (prompts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(prompts), _TOKENIZED_AT_ONCE))
         found = [(len(ids), unknown in ids) for chunk in chunks for ids in self._tokenize_prompts(chunk)[0]]
-        lengths = [length for length, _ in found]
-        check_room(lengths, name, int(self.max_completion_length or 0), limits, knob="max_completion_length")
+        for limits, bound in bounds:
+            lengths = [length if theirs else 0 for (length, _), theirs in zip(found, bound, strict=True)]
+            check_room(lengths, name, int(self.max_completion_length or 0), limits, knob="max_completion_length")
         return [row for row, (_, is_strange) in enumerate(found) if is_strange]
 
     def _read_by_teacher(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]] | None:
@@ -171,7 +187,8 @@ class PromptsInOrder(DistillationTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = cast(list[str], self._signature_columns)
-        self._signature_columns: Any = list(dict.fromkeys([*columns, *COLUMNS]))
+        routes = [] if self._routes is None else [self._routes.column]
+        self._signature_columns: Any = list(dict.fromkeys([*columns, *COLUMNS, *routes]))
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict[str, Any]]:
         if isinstance(prompts[0], str):
@@ -183,6 +200,14 @@ class PromptsInOrder(DistillationTrainer):
         found, images, fields = super()._tokenize_prompts(rest)
         others = iter(found)
         return [next(others) if ids is None else ids for ids in known], images, fields
+
+
+_Bound: TypeAlias = tuple[dict[str, int | None], list[bool]]
+"""Tokens that a sequence may have at most, by what limits it, and which rows it limits."""
+
+
+def _positions(role: str, model: Any) -> dict[str, int | None]:
+    return {f"the {role} ({type(without_adapters(model)).__name__})": position_limit(model)}
 
 
 def _check_kinds(name: str, prompts: Sequence[Any], like: Sequence[Any] = ()) -> None:

@@ -31,6 +31,7 @@ from trb.models.modeling import without_adapters
 from trb.records import RUN
 from trb.training.methods import behavior_of, every_knob, knobs_of, target_of
 from trb.training.privileged import CONTEXT, WHOLE
+from trb.training.routes import Routes
 from trb.vocab import SharedVocabulary
 
 __all__ = [
@@ -71,7 +72,7 @@ _FREE_BECAUSE = {
         loss_chunk_tokens gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
         activation_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode use_cache
         torch_empty_cache_steps pad_to_multiple_of full_determinism use_cpu teacher_sharded
-        ds3_gather_for_generation""",
+        teacher_offload ds3_gather_for_generation""",
     "says how processes and workers talk": """
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
         dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_static_graph ddp_backend
@@ -106,7 +107,7 @@ _COMPARED = """
     skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
     eopd_entropy forward_top_k tip_share iw_gamma loss_top_k replica_dtype per_device_train_batch_size
     gradient_accumulation_steps teacher_system_prompt teacher_prompt_template max_tool_calling_iterations
-    tool_max_characters tools"""
+    tool_max_characters tools teacher_column"""
 COMPARED = tuple(_COMPARED.split())
 
 # Schedules of transformers that are functions of the step alone; warmup_steps below 1 is a share of the length.
@@ -158,7 +159,9 @@ def describe(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: SharedVocabulary,
     student: nn.Module,
-    teacher: nn.Module,
+    teachers: Mapping[str | None, nn.Module],
+    routes: Routes | None = None,
+    tools: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a run is, as JSON types: one level of keys, dotted where they are no option.
 
@@ -171,23 +174,36 @@ def describe(
         tokenizer: the student's, with its chat template.
         vocabulary: the events that both models share.
         student: the model in training, PEFT wrapper included.
-        teacher: the teacher, whole. Of each tensor at most 64 evenly spaced numbers are hashed.
+        teachers: the teachers by name, whole; None for the name of the only one. Of each tensor at most 64 evenly
+            spaced numbers are hashed.
+        routes: whose each row is, of several teachers.
+        tools: what the functions that the model may call are called; what they do is not known.
     """
     unread = every_knob() - knobs_of([args])
     own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name not in FREE}
     return {
         **{name: plain(value) for name, value in own.items() if name not in unread},
+        **({"tools": list(tools)} if tools else {}),
         "world_size": world_size,
-        **{f"train_dataset.{key}": value for key, value in _dataset(train_dataset).items()},
+        **{f"train_dataset.{key}": value for key, value in _dataset(train_dataset, routes).items()},
         "tokenizer.vocabulary": _digest([json.dumps(sorted(tokenizer.get_vocab().items()))]),
         "tokenizer.chat_template": _digest([json.dumps(tokenizer.chat_template)]),
         "stop_ids": list(vocabulary.stop_ids),
         **{f"student.{key}": value for key, value in _model(student, frozen_only=True).items()},
-        **{f"teacher.{key}": value for key, value in _model(teacher, frozen_only=False).items()},
+        "teachers": [] if routes is None else sorted(routes.names),
+        **{
+            f"{_teachers_key(name)}.{key}": value
+            for name, teacher in teachers.items()
+            for key, value in _model(teacher, frozen_only=False).items()
+        },
     }
 
 
-def _dataset(dataset: Any) -> dict[str, Any]:
+def _teachers_key(name: str | None) -> str:
+    return "teacher" if name is None else f"teachers.{name}"
+
+
+def _dataset(dataset: Any, routes: Routes | None) -> dict[str, Any]:
     if dataset is None:
         return {}
     rows = len(dataset)
@@ -196,6 +212,8 @@ def _dataset(dataset: Any) -> dict[str, Any]:
     for key, name in _TEACHERS_COLUMNS.items():
         values = list(_column(dataset, name, indices))
         sampled[key] = _digest(map(json.dumps, values if any(value is not None for value in values) else ()))
+    if routes is not None:
+        sampled["teachers"] = _digest(map(json.dumps, _column(dataset, routes.column, indices)))
     return {"rows": rows, **sampled}
 
 

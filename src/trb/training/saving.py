@@ -115,7 +115,9 @@ class ResumableTrainer(PromptsInOrder):
                 tokenizer=self._tokenizer,
                 vocabulary=self.vocabulary,
                 student=self.model,
-                teacher=self.accelerator.unwrap_model(self.teacher_model),
+                teachers={each.name: self.accelerator.unwrap_model(each.model) for each in self.teachers},
+                routes=self._routes,
+                tools=[tool.__name__ for tool in self.tools],
             )
             self._description = self._ranks.from_first(describe)
         return self._description

@@ -7,10 +7,10 @@ policy and loss are is said in `trb.training.methods`.
 Those two are replaced here. What else is touched has a part of its own, which lists its seams as this one does: the
 order of prompts, also replaced (`trb.training.prompts`), tools (`trb.training.calling`), saving and resume
 (`trb.training.saving`), steps that are not taken (`trb.training.guard`), metrics and records (`trb.training.logged`),
-the model card (`trb.training.card`), and TRL's vLLM (`trb.training.vllm`). docs/architecture.md has all of them in one
-table, which a test holds to the classes.
-What is refused is said in `trb.training.arguments`. The loop, sharding, PEFT, logging services and the hub are TRL's
-and transformers'.
+what the loss has of the teachers (`trb.training.taught`), the model card (`trb.training.card`), and TRL's vLLM
+(`trb.training.vllm`). docs/architecture.md has all of them in one table, which a test holds to the classes. What is
+refused is said in `trb.training.arguments`. The loop, sharding, PEFT, logging services and the hub are TRL's and
+transformers'.
 
 Seams of TRL overridden here, checked by a contract test against the installed version:
 - `__init__` accepts `teacher_model=None` and then leaves `self.teacher_model = None` to us (we prepare the teacher
@@ -21,17 +21,17 @@ Seams of TRL overridden here, checked by a contract test against the installed v
   inside the student's wrapper;
 - `_send_telemetry` is silenced; `_tag_names`, `_name` and `_paper` are what the model card and its tags say.
 
-And used as they are: `_forward_redirection` does for the teacher's wrapper what is done for the student's;
-`eos_token_ids` are the stop ids of TRL's own generation and of its metrics; `vllm_generation.generation_kwargs` go into
-every request of its vLLM, in this process or served; `_tokenizer` is what the student reads with.
+And used as they are: `eos_token_ids` are the stop ids of TRL's own generation and of its metrics;
+`vllm_generation.generation_kwargs` go into every request of its vLLM, in this process or served; `_tokenizer` is what
+the student reads with.
 
 Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 """
 
-import copy
 import math
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,23 +44,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
-from trl.models import prepare_deepspeed
 
 from trb.errors import InputError
 from trb.losses import ReverseKL
-from trb.losses.chunked import TokenBatch
 from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
 from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.vllm import stopping_parameters
+from trb.tools.chats import check_template
 from trb.tools.turns import LaterTurns
 from trb.training.arguments import (
+    TeacherArgument,
     check_arguments,
     chosen_teacher,
     chosen_tools,
     complete_config,
     teacher_prompts,
+    teacher_routes,
 )
 from trb.training.calling import own_tokens
 from trb.training.card import CardedTrainer
@@ -74,7 +75,7 @@ from trb.training.methods import (
     target_of,
 )
 from trb.training.metrics import Observers, Sums
-from trb.training.pair import check_router_loss, checked_student, loaded_teacher, teacher_tokenizer
+from trb.training.pair import check_router_loss, checked_student, loaded_teachers, teacher_tokenizers
 from trb.training.ranks import Ranks
 from trb.training.recording import RunRecorder, survive_failures
 from trb.training.saving import ResumableTrainer
@@ -83,19 +84,20 @@ from trb.training.sharding import (
     Replica,
     check_sharding,
     leave_outputs_alone,
-    shard_in_place,
     shards_parameters,
 )
 from trb.training.shares import blended_rows, from_teacher_prefixes
+from trb.training.taught import TaughtTrainer, with_completions
+from trb.training.teachers import drawn_by_teacher, shared_vocabulary
 from trb.training.vllm import ReleaseEngine, WarmupEngine, deferred_generation
-from trb.vocab import SharedVocabulary, check_same_tokenizer
+from trb.vocab import SharedVocabulary
 
 __all__ = ["TRBTrainer"]
 
 logger = logging.get_logger(__name__)
 
 
-class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTrainer):
+class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTrainer, CardedTrainer):
     """On-policy distillation with trust-region behavior blending, and every baseline of the paper.
 
     ```python
@@ -113,14 +115,16 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         teacher_model: teacher; the same, or a directory with a LoRA adapter, or a `PeftModel`. It must share the
             student's tokenizer; the head may be padded differently and the end-of-sequence id may differ. "base" is
             the model under the student's adapter, and "adapter:DIR" that model with another LoRA adapter; neither
-            takes memory for weights again (`trb.models.sharing`). None takes `args.teacher_model_name_or_path`.
+            takes memory for weights again (`trb.models.sharing`). None takes `args.teacher_model_name_or_path`. A
+            mapping of names has several, each for the rows that name it in `args.teacher_column`
+            (`trb.training.teachers`).
         args: a `TRBConfig`; None for the defaults.
         train_dataset: map-style dataset with a `"prompt"` column: text, or messages without images. A column
             `"teacher_prompt"`, or `"privileged_context"`, has the teacher read another (`trb.training.privileged`).
         eval_dataset: prompts on which `evaluate` reports the loss on student rollouts.
         processing_class: the tokenizer, padding on the left; loaded with the student when None.
         teacher_processing_class: the teacher's tokenizer, only to check that it is the same; loaded when
-            `teacher_model` is a path or hub id.
+            `teacher_model` is a path or hub id. Of several teachers one for all, or a mapping of names.
         reward_fn: `(completions, rows) -> rewards`, logged and never trained on; of a completion with tools, it reads
             what the model wrote, in all of its turns.
         **kwargs: `tools` (functions that the model may call: docs/tools.md), `callbacks`, `optimizers`,
@@ -147,12 +151,12 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: TeacherArgument | None = None,
         args: TRBConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         reward_fn: RewardFunction | None = None,
         **kwargs: Any,
     ) -> None:
@@ -171,10 +175,11 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         )
         kwargs["tools"] = chosen_tools(kwargs.get("tools"), args)
         self._teacher_prompts_of = teacher_prompts(args, train_dataset, eval_dataset)
+        self._routes = teacher_routes(args, teacher_model, train_dataset, eval_dataset)
         model, processing_class = checked_student(model, processing_class, args)
-        teacher_processing_class = teacher_tokenizer(teacher_model, teacher_processing_class, args)
-        if teacher_processing_class is not None:
-            check_same_tokenizer(processing_class, teacher_processing_class)
+        if kwargs["tools"]:
+            check_template(processing_class)
+        tokenizers = teacher_tokenizers(teacher_model, teacher_processing_class, args, processing_class)
         with deferred_generation(args.vllm_request_timeout):
             super().__init__(
                 model=model,
@@ -186,26 +191,27 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
                 **kwargs,
             )
         check_router_loss(self.model)
-        self.teacher_tokenizer = teacher_processing_class
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
-        teacher_model = loaded_teacher(teacher_model, args, self.model, self.accelerator)
+        models = loaded_teachers(teacher_model, args, self.model, self.accelerator)
         if shards_parameters(self.accelerator):
-            check_sharding(self.accelerator, self.model, teacher_model)
+            check_sharding(self.accelerator, self.model, *models.values())
             leave_outputs_alone(self.accelerator)
-        self.vocabulary = self._shared_vocabulary(teacher_model, teacher_processing_class)
+        self.vocabulary = shared_vocabulary(self.model, self._tokenizer, models, tokenizers)
         self._stop_everywhere_at(self.vocabulary)
         # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
-        self._teacher_head = OutputHead.check(teacher_model)
+        heads = {name: OutputHead.check(model) for name, model in models.items()}
         self._student_replica = self._replica()
         self._teacher_is_sharded = False
         self._warmup_engine: WarmupEngine | None = None
         if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_blended:
-            self._warmup_engine = WarmupEngine(self.vllm_generation, self.model, teacher_model, args)
+            # Of several teachers none is ever asked for there (`trb.training.arguments`).
+            self._warmup_engine = WarmupEngine(self.vllm_generation, self.model, next(iter(models.values())), args)
             self.add_callback(ReleaseEngine(self._warmup_engine))
-        self.teacher_model = self._prepared_teacher(teacher_model)
+        self.teachers = [self._prepared_teacher(name, model, heads[name], tokenizers) for name, model in models.items()]
+        self.teacher_model = self.teachers[0].model if self._routes is None else None
         self.reward_fn = reward_fn
         self.recorder = RunRecorder(str(args.output_dir))
         self.add_callback(self.recorder)
@@ -218,6 +224,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         self._rollout: Rollout | None = None
         self._policy: BehaviorPolicy = StudentPolicy()
         self._all_own, self._of_both_kinds, self._blended = True, False, list[bool]()
+        self._taught_by, self._scored = list[int](), cast(list[Tensor] | None, None)
 
     # ---- set-up ----
 
@@ -237,31 +244,6 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         replica = Replica(self.model, device=self.accelerator.device, dtype=dtype)
         self.add_callback(ExpireOnUpdate(replica))
         return replica
-
-    def _prepared_teacher(self, teacher: PreTrainedModel) -> nn.Module:
-        teacher.requires_grad_(False)
-        teacher.eval()  # for good: nothing trains it, and its dropout would make the target a draw
-        if self._student_replica is not None:
-            # Accelerate leaves placement to the sharding, which the teacher takes no part in.
-            teacher.to(self.accelerator.device)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
-
-    def _shard_teacher(self) -> None:
-        """Leave this process a shard of the teacher; collective. The head stays whole: the loss projects through it
-        outside the teacher's own passes."""
-        teacher, head = self.accelerator.unwrap_model(self.teacher_model), self._teacher_head
-        if self.is_deepspeed_enabled:
-            self._teacher_head = replace(head, projection=copy.deepcopy(head.projection))
-            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
-        else:
-            self.teacher_model = shard_in_place(teacher, whole=head.projection, accelerator=self.accelerator)
-        self._teacher_is_sharded = True
-
-    def _shared_vocabulary(
-        self, teacher: PreTrainedModel, teacher_tokenizer: PreTrainedTokenizerBase | None
-    ) -> SharedVocabulary:
-        student, teacher = without_adapters(self.model), without_adapters(teacher)
-        return SharedVocabulary.of_pair(student, teacher, self._tokenizer, teacher_tokenizer)
 
     def _stop_everywhere_at(self, vocabulary: SharedVocabulary) -> None:
         """Tell whatever else ends completions: TRL and its vLLM, and any engine that loads the saved student."""
@@ -304,33 +286,57 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         self._of_both_kinds = share < 1
         self._blended = self._blended_rows(share, keys, index)
         policies = [policy if blended else StudentPolicy() for blended in self._blended]
-        taught = prefix > 0 or any(each.needs_teacher for each in policies)
-        seed = stream_seed(self.args.seed, "train" if training else "eval", step)
+        whose = [0] * len(prompt_ids) if self._routes is None or self._all_own else self._taught_by
         with self.compute_loss_context_manager():
-            draw = partial(
-                sample,
-                self.sampling_student(),
-                self.accelerator.unwrap_model(self.teacher_model) if taught else None,
+            drawn = partial(
+                self._drawn,
+                prefix=prefix,
+                student=self.sampling_student(),  # which may be collective; what follows is not
+                seed=stream_seed(self.args.seed, "train" if training else "eval", step),
                 max_new_tokens=horizon,
-                eos_token_id=self.vocabulary.stop_ids,
-                vocab_size=self.vocabulary.size,
-                temperature=self.temperature,
-                method=self.args.sampler,
-                max_rows=self.args.rollout_batch_size,
-                block_size=self.args.block_size or "planned",
                 keep_teacher_hidden=training and not prefix,
-                allow_non_finite=True,  # the loss meets them as well, and `guard` skips the step
                 engine=engine,
             )
-            shared: dict[str, Any] = {"rollout_index": index}
-            shared["teacher_prompts"] = self._teacher_prompts if taught else None
-            if prefix:
-                self._rollout = from_teacher_prefixes(draw, prompt_ids, prefix, keys=keys, seed=seed, **shared)
-            else:
-                columns = {"prompts": prompt_ids, "policy": policies, "prompt_keys": keys, **shared}
-                self._later_turns = LaterTurns(partial(draw, seed=seed), columns, horizon)
-                self._rollout = draw(seed=seed, **columns)
+            draw = partial(drawn_by_teacher, drawn)
+            columns: dict[str, Any] = {"prompts": prompt_ids, "policy": policies, "prompt_keys": keys, "whose": whose}
+            columns |= {"rollout_index": index, "teacher_prompts": self._teacher_prompts}
+            # Where nothing follows, a copy of the student that it holds would outlive the step.
+            self._later_turns = LaterTurns(draw, columns, horizon) if self.tools and not prefix else None
+            self._rollout = draw(**columns)
         return [list(ids) for ids in self._rollout.completions]  # where there are tools, the rollout is continued
+
+    def _drawn(
+        self,
+        place: int,
+        *,
+        prefix: float,
+        student: PreTrainedModel,
+        teacher_prompts: list[list[int]] | None,
+        policy: list[BehaviorPolicy],
+        **options: Any,
+    ) -> Rollout:
+        """Completions of rows that have one teacher, by its place; `options` are those of `sample`."""
+        teacher = self.teachers[place]
+        taught = prefix > 0 or any(each.needs_teacher for each in policy)
+        draw: Any = partial(
+            sample,
+            student,
+            self.accelerator.unwrap_model(teacher.model) if taught else None,
+            eos_token_id=self.vocabulary.stop_ids,
+            vocab_size=self.vocabulary.size,
+            temperature=self.temperature,
+            method=self.args.sampler,
+            max_rows=self.args.rollout_batch_size,
+            block_size=self.args.block_size or "planned",
+            allow_non_finite=True,  # the loss meets them as well, and `guard` skips the step
+        )
+        options["teacher_prompts"] = teacher_prompts if taught else None
+        with teacher.present() if taught else nullcontext():
+            if not prefix:
+                return draw(policy=policy, **options)
+            rows = {name: options.pop(name) for name in ("prompts", "rollout_index", "seed", "teacher_prompts")}
+            keys = options.pop("prompt_keys")
+            return from_teacher_prefixes(partial(draw, **options), share=prefix, keys=keys, **rows)
 
     def _horizon(self, step: int) -> int:
         """Tokens after which completions are cut."""
@@ -358,12 +364,6 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         self._student_replica.refresh(student)
         return cast(PreTrainedModel, self._student_replica.module)
 
-    def _teacher_may_be_sharded(self, step: int) -> bool:
-        """Whether the teacher waits to be sharded and no longer takes part in sampling."""
-        if not self.args.teacher_sharded or self._teacher_is_sharded:
-            return False
-        return not needs_teacher(self.behavior, step)
-
     def _engine(self, step: int) -> Engine | None:
         """vLLM as long as training rollouts need the teacher (evaluation included); then its memory is given back."""
         if self._warmup_engine is None:
@@ -384,7 +384,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         return index
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._teacher_prompts = self._read_by_teacher(inputs)
+        self._teacher_prompts, self._scored = self._read_by_teacher(inputs), None
+        self._taught_by = [0] * len(inputs) if self._routes is None else self._routes.of_rows(inputs, "the batch")
         output = super()._generate_and_score_completions(inputs)
         output |= self._padded_teacher_prompts()
         mode = "train" if self.model.training else "eval"
@@ -400,11 +401,14 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
         known = [reward for reward in rewards or [] if not math.isnan(reward)]  # nan: the row has no answer
         self._add(mode, "reward", sum(known), len(known))
         self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
+        self._add_teachers_shares(mode, self._taught_by[:own])
         stopped = sum(bool(ids) and ids[-1] in self.vocabulary.stop_ids for ids in completions)
         self._add(mode, "stop_rate", stopped, len(completions))
+        # The parent shuffles rows and splits them over accumulation steps; this says which is which.
+        output["rollout_row"] = torch.arange(len(inputs), device=output["completion_ids"].device)
+        if mode == "train" and self.args.teacher_offload and not (self._rollout and self._rollout.teacher_hidden):
+            self._scored = self._scored_ahead(output)
         if self._rollout is not None:
-            # The parent shuffles rows and splits them over accumulation steps; this says which is which.
-            output["rollout_row"] = torch.arange(len(inputs), device=output["completion_ids"].device)
             self._add_rollout(mode, self._rollout)
             self._compare_rewards(mode, rewards)
             if mode == "train" and self.accelerator.is_main_process:
@@ -417,54 +421,18 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, CardedTraine
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ids_BL, mask_BL, completion_BL = _with_completions(inputs, "prompt")
+        ids_BL, mask_BL, completion_BL = with_completions(inputs, "prompt")
         student_NH = completion_hidden_states(unwrapped_student, ids_BL, mask_BL, completion_BL)
-        teacher_NH = self._teacher_hidden(inputs)
-        token_N = self.vocabulary.events(ids_BL[completion_BL.bool()])
         step = self.state.global_step
         if num_items_in_batch is not None and "num_items_in_batch" in inputs:
             # FSDP2 rounds floating-point arguments to the compute dtype on their way here; the count is an integer.
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         # Evaluation is of the student against the teacher, whatever training matches.
         match = self.target.at(step) if self.model.training else ReverseKL(self.args.loss_top_k)
-        loss, metrics = match(
-            TokenBatch(
-                student_NH,
-                teacher_NH,
-                self._student_head,
-                self._teacher_head,
-                token_N,
-                vocabulary=self.vocabulary,
-                temperature=self.temperature,
-                normaliser=num_items_in_batch,
-                chunk_tokens=self.args.loss_chunk_tokens,
-                lengths=own_tokens(inputs).sum(dim=1),
-            )
-        )
+        loss, metrics = self._matched(match, inputs, student_NH, num_items_in_batch)
         self._add_token_metrics(metrics)
-        if "rollout_row" in inputs:
+        if self._rollout is not None and "rollout_row" in inputs:
             self._compare_tokens(metrics, inputs["rollout_row"], completion_BL)
         if self.model.training:
             self._guard.watch(inputs, metrics.reverse_kl)
         return loss, metrics.student_entropy.sum(), completion_BL.sum()
-
-    def _teacher_hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What the teacher's head reads at each completion token: from the sampler if the teacher took part in it."""
-        kept = None if self._rollout is None else self._rollout.teacher_hidden
-        if kept is not None and "rollout_row" in inputs:
-            return torch.cat([kept[row] for row in inputs["rollout_row"].tolist()])
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        read = _with_completions(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
-        with torch.no_grad():
-            return self._forward_redirection(self.teacher_model, teacher, completion_hidden_states, teacher, *read)
-
-
-def _with_completions(inputs: dict[str, Tensor], prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, L]` token ids, what of them is real, and what of them a model wrote as its completion."""
-    ids_BP, mask_BP = inputs[f"{prompt}_ids"], inputs[f"{prompt}_mask"]
-    ids_BT, mask_BT = inputs["completion_ids"], inputs["completion_mask"]
-    return (
-        torch.cat([ids_BP, ids_BT], dim=1),
-        torch.cat([mask_BP, mask_BT], dim=1),
-        torch.cat([torch.zeros_like(mask_BP), own_tokens(inputs)], dim=1),
-    )
