@@ -42,7 +42,8 @@ def collect_study(directory: Path) -> dict[str, Any]:
     study["provenance"]["commits_of_the_runs"] = sorted(filter(None, commits))
     study["models"] = weights(yaml.safe_load((directory / "study.yaml").read_text(encoding="utf-8")))
     study["outcomes"] = {
-        "format": "per suite, one hexadecimal number whose bits are the test problems in order, 1 for solved",
+        "format": "per suite, one hexadecimal number whose bits are the test problems in order, 1 for solved; where "
+        "nothing is solved, the share of every conversation in the mean over tokens",
         **{name: outcomes(directory / name / "test") for name in study["settings"]},
     }
     return study
@@ -59,13 +60,19 @@ def weights(study: dict[str, Any]) -> dict[str, str]:
 
 
 def outcomes(runs: Path) -> dict[str, Any]:
-    """Method -> seed -> suite -> solved problems; only for one completion a problem."""
+    """Method -> seed -> suite -> solved problems, only for one completion a problem; or the shares in the score."""
     found: dict[str, Any] = {}
     for path in sorted(runs.glob("*/seed-*/test.json")):
         suites = read_json(path)["suites"]
-        packed = {name: f"{int(''.join(map(str, suite['correct'])), 2):x}" for name, suite in suites.items()}
+        packed = {name: packed_outcomes(suite) for name, suite in suites.items()}
         found.setdefault(path.parent.parent.name, {})[path.parent.name] = packed
     return found
+
+
+def packed_outcomes(suite: dict[str, Any]) -> Any:
+    if "values" in suite:
+        return [rounded(value) for value in suite["values"]]
+    return f"{int(''.join(map(str, suite['correct'])), 2):x}"
 
 
 def read_run(directory: Path) -> dict[str, Any]:

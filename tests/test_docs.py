@@ -279,15 +279,43 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             assert phrase in rows[name], (name, phrase)
 
 
-def test_the_numbers_of_the_programs_are_those_of_their_pair() -> None:
-    rows = table_rows(
-        text(ROOT / "docs" / "domains.md"), "| model | parameters | 4 operations | 5 operations | 6 operations |"
-    )
-    models = result("programs-pair")["models"]
+def test_the_numbers_of_the_study_of_dialogue_are_those_of_its_file() -> None:
+    setting = result("dialogue-study")["settings"]["dialogue"]
+    methods, names = setting["methods"], {"TRB": "trb", "`sequence-linear`": "sequence-linear", "Veto": "veto"}
+
+    def shown(name: str) -> tuple[str, str]:
+        difference = methods[name]["difference_to_opd"]
+        low, high = difference["interval"]
+        return f"{difference['estimate']:+.4f}", f"{low:.4f} to {high:.4f}"
+
+    page, log = (text(ROOT / "docs" / name) for name in ("domains.md", "experiments.md"))
+    rows = table_rows(page, "| minus plain distillation, nats per token | difference | 95% interval |")
+    assert rows == [[title, *shown(name)] for title, name in names.items()]
+    ends = f"{setting['student']['reverse_kl']:.3f} to {methods['opd']['reverse_kl']:.3f} nats per token"
+    assert ends in " ".join(page.split())
+    columns = "TRB, minus plain OPD | `sequence-linear`, minus plain OPD | Veto, minus plain OPD |"
+    (opd, *others) = table_rows(log.partition("the study of dialogue, all eight seeds")[2], f"| plain OPD | {columns}")[
+        0
+    ]
+    assert opd == f"{methods['opd']['reverse_kl']:.3f}"
+    for cell, name in zip(others, names.values(), strict=True):
+        estimate, interval = shown(name)
+        assert cell == f"{estimate} ({interval}), p = {methods[name]['difference_to_opd']['p_value_holm']:.2f}"
+    relative = [
+        100 * methods[name]["difference_to_opd"]["estimate"] / methods["opd"]["reverse_kl"] for name in names.values()
+    ]
+    assert f"end {relative[0]:.1f} and {relative[1]:.1f}% above plain OPD" in " ".join(log.split())
+
+
+@pytest.mark.parametrize(("pair", "unit"), [("programs", "operations"), ("dialogue", "turns")])
+def test_the_numbers_of_a_domain_are_those_of_its_pair(pair: str, unit: str) -> None:
+    header = f"| model | parameters | {' | '.join(f'{size} {unit}' for size in (4, 5, 6))} |"
+    rows = table_rows(text(ROOT / "docs" / "domains.md"), header)
+    models = result(f"{pair}-pair")["models"]
     assert [row[0] for row in rows] == [*models]
     for (_, parameters, *shares), found in zip(rows, models.values(), strict=True):
         assert parameters == f"{found['parameters'] / 1e6:.2f} M"
-        assert shares == [f"{100 * entry['pass_at_1']:.1f}%" for entry in found["by_operations"].values()]
+        assert shares == [f"{100 * entry['pass_at_1']:.1f}%" for entry in found[f"by_{unit}"].values()]
 
 
 def test_the_numbers_of_the_first_steps_are_those_of_the_files() -> None:

@@ -17,6 +17,7 @@ PACKAGE = Path(trb.__file__).parent
 LAYERS = (
     "errors",
     "safety",
+    "measures",
     "records",
     "blend",
     "schedule",

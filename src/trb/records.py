@@ -17,6 +17,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from trb.measures import MEASURES, PASS_AT_1, Outcomes, RunScore, Score, Scored, Scores
 from trb.safety.fields import (
     Chance,
     Count,
@@ -31,6 +32,7 @@ from trb.safety.fields import (
     Share,
     Text,
     Whole,
+    of_kind,
 )
 from trb.safety.typed_files import JsonFile, LinesFile, RunFile, Schema
 
@@ -39,56 +41,8 @@ def _or_value(value: Any) -> Any:
     return {"value": value} if type(value) in (int, float) else value
 
 
-def _or_names(value: Any, read: Callable[[Any], Any]) -> Any:
-    return value if isinstance(value, list) else read(value)
-
-
 def _or_one(value: Any, read: Callable[[Any], Any]) -> Any:
     return read([value] if isinstance(value, Mapping) else value)
-
-
-class Scored(Schema):
-    """A mean pass@1 and its interval."""
-
-    pass_at_1: Number = None
-    interval: Interval = None
-
-
-class Score(Scored):
-    """pass@1 of a model on a problem set, or the mean over several (under `suites`)."""
-
-    name: Text = ""
-    n_problems: Number = None
-    n_samples: Number = None
-    mean_length: Number = None
-    stop_rate: Number = None
-    step: Count | None = None
-    suites: Annotated[dict[str, "Score"] | None, WrapValidator(_or_names)] = None
-
-
-class WholeScore(Score):
-    """A score that others can be computed from: every number is there, unless nothing was measured."""
-
-    pass_at_1: Number
-
-    @model_validator(mode="after")
-    def _is_whole(self) -> Self:
-        numbers = (self.n_problems, self.n_samples, self.mean_length, self.stop_rate, *(self.interval or [None]))
-        missing = self.interval is not None if self.pass_at_1 is None else None in numbers
-        if missing:
-            raise PydanticCustomError("kind", "expected a score with all of its numbers")
-        return self
-
-
-Scores = Annotated[list[WholeScore], Field(min_length=1)]
-
-
-class RunScore(Score):
-    """The score of a trained student."""
-
-    steps: Number = None
-    train_seconds: Number = None
-    held_out: Options = None
 
 
 class Results(Schema):
@@ -99,12 +53,6 @@ class Results(Schema):
     teacher: Score | None = None
     model: Any = None
     provenance: Options = None
-
-
-class Outcomes(WholeScore):
-    """A score, and how many answers to each problem were right."""
-
-    correct: list[Count]
 
 
 class SplitScores(Schema):
@@ -149,7 +97,8 @@ class Selection(Schema):
 
 
 class Difference(Schema):
-    """First minus second in pass@1; effect size is Cohen's d over seeds, Holm's p corrected for the comparisons."""
+    """First minus second in what is measured; effect size is Cohen's d over seeds, Holm's p corrected for the
+    comparisons."""
 
     estimate: Number = None
     interval: Interval = None
@@ -176,7 +125,7 @@ class Band(Schema):
 
 
 class Target(Schema):
-    """When seeds first reached pass@1 `target`: the median step (null where most never did), and how many did."""
+    """When seeds first reached `target`: the median step (null where most never did), and how many did."""
 
     target: Number = None
     median: Number = None
@@ -190,6 +139,8 @@ class Average(Scored):
 
 
 class Method(Scored):
+    """`student_entropy` and what follows it: of models that nothing can score, means over seeds."""
+
     label: Text = ""
     configuration: Options = None
     seeds: Whole = None
@@ -203,12 +154,19 @@ class Method(Scored):
     area_difference_to_opd: Difference | None = None
     steps_to_target: Target | None = None
     metrics: Named[Band]
+    student_entropy: Number = None
+    teacher_log_prob: Number = None
+    mean_length: Number = None
+    stop_rate: Number = None
 
 
+Measured = Annotated[str, of_kind(lambda key: key in MEASURES, " or ".join(MEASURES))]
 Suites = Annotated[list[dict[str, Any]] | None, WrapValidator(_or_one)]
 
 
 class Reference(Scored):
+    student_entropy: Number = None
+    teacher_log_prob: Number = None
     mean_length: Number = None
     stop_rate: Number = None
 
@@ -216,6 +174,7 @@ class Reference(Scored):
 class Setting(Schema):
     title: Text = ""
     description: Text = ""
+    measure: Measured = PASS_AT_1.key
     dev: Suites = None
     test: Suites = None
     student: Reference | None = None
@@ -349,13 +308,18 @@ class Skipped(Step):
 
 class Problem(Schema):
     """One problem of an evaluation; the first line of the file has its settings instead. Of the first `completions`,
-    `right` says which were; `question` is the last message of their prompt."""
+    `right` says which were; `question` is the last message of their prompt. Without a verifier there are sums over the
+    tokens of all completions in place of `correct`, and the `conversation` that a prompt is of."""
 
     settings: Options = None
     problem: Count = 0
     prompt_hash: Text = ""
     n: Count = 0
     correct: Count = 0
+    reverse_kl: Number = None
+    student_entropy: Number = None
+    teacher_log_prob: Number = None
+    conversation: Text = ""
     lengths: list[Count] | None = None
     stopped: list[bool] | None = None
     question: Text = ""

@@ -56,7 +56,7 @@ def test_every_study_loads_and_says_how_to_run_it(path: Path) -> None:
     if path.stem == "self-setting":
         own = {"sequence", "sequence-linear", "gap", "geometric", "share", "gap-veto"}
         assert set(study.methods) == {"opd", "trb", "fixed", "veto"} | own
-    elif path.stem == "code":  # does the order hold in another domain?
+    elif path.stem in ("code", "dialogue"):  # does the order hold in another domain?
         assert set(study.methods) == {"opd", "trb", "sequence-linear", "veto"}
     else:
         assert set(study.methods) == {"opd", "trb", "fixed", "skd", "temperature", "sft", "veto"}  # the paper's
@@ -305,6 +305,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "train_prompt_column": ("p", lambda spy, _: spy.all("load_prompts", "prompt_column")[0]),
     "train_answer_column": ("a", lambda spy, _: spy.all("load_prompts", "answer_column")[0]),
     "train_privileged_column": ("w", lambda spy, _: spy.all("load_prompts", "privileged_column")[0]),
+    "train_assistant_turns": ("all", lambda spy, _: spy.all("load_prompts", "assistant_turns")[0]),
     "system_prompt": ("Think.", lambda spy, _: {*spy.all("load_prompts", "system_prompt")}),
     "max_prompt_length": (99, lambda spy, _: spy.all("check_lengths", 2)[0]),
     "overlong_prompts": ("drop", lambda spy, _: spy.all("check_lengths", 3)[0]),
@@ -318,6 +319,7 @@ PROBES: dict[str, tuple[Any, Callable[[Spy, Path], Any]]] = {
     "eval_prompt_column": ("ep", lambda spy, _: spy.all("load_prompts", "prompt_column")[1]),
     "eval_answer_column": ("ea", lambda spy, _: spy.all("load_prompts", "answer_column")[1]),
     "eval_privileged_column": ("ew", lambda spy, _: spy.all("load_prompts", "privileged_column")[1]),
+    "eval_assistant_turns": ("last", lambda spy, _: spy.all("load_prompts", "assistant_turns")[1]),
     "eval_samples": (3, lambda spy, _: {*spy.all("evaluate", "n")}),
     "eval_max_new_tokens": (21, lambda spy, _: {*spy.all("evaluate", "max_new_tokens")}),
     "eval_temperature": (0.7, lambda spy, _: {*spy.all("evaluate", "temperature")}),

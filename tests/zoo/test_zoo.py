@@ -359,7 +359,7 @@ def test_word_pieces_are_words_of_the_task_and_lose_nothing():
     assert tokenizer.tokenize("\\boxed{ab}")[0] == "\\boxed{"
 
 
-@pytest.mark.parametrize("name", ["long-chains", "clock", "programs"])
+@pytest.mark.parametrize("name", ["long-chains", "clock", "programs", "dialogue"])
 def test_pairs_of_the_study_train_and_load(name, tmp_path, monkeypatch):
     pair = zoo_train.PAIRS[name]
     shorter = tuple(replace(recipe, steps=2, batch_size=4) for recipe in pair.models)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trb.measures import MEASURES, PASS_AT_1, PER_TOKEN, Measure, measure_of
 from trb.safety.untrusted import printable
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from trb.studies.listener import Listener
     from trb.studies.study import Study
     from trb.studies.sweep import StudyListener
+
+
+_PER_TOKEN = {"student_entropy": "entropy", "teacher_log_prob": "log-prob"}
 
 
 def message(error: Exception) -> str:
@@ -52,23 +56,28 @@ def print_lines(lines: Sequence[str]) -> None:
 
 
 def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
-    """Student before, each method, teacher: pass@1 in percent, its 95% interval, and the gain in points."""
+    """Student before, each method, teacher: pass@1 in percent or the reverse KL in nats per token, with its 95%
+    interval, and the gain."""
     from rich.table import Table
 
     names = {"student": "student before", "teacher": "teacher"}
-    table = Table(caption_justify="left")
-    for heading in ("", "pass@1 %", "95% interval", *(["gain"] if gain else []), "tokens", "stop %"):
+    scores = {name: score for name, score in results.items() if name != "provenance"}
+    measure = next((measure_of(score) for score in scores.values()), PASS_AT_1)
+    more = () if measure is PASS_AT_1 else PER_TOKEN
+    table = Table(caption=_caption(measure), caption_justify="left")
+    change = "gain" if measure.higher_is_better else "change"
+    named = ("", measure.heading, "95% interval", *([change] if gain else []))
+    for heading in (*named, *(_PER_TOKEN[key] for key in more), "tokens", "stop %"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    start = results.get("student", {}).get("pass_at_1")
-    for name, score in results.items():
-        if name == "provenance":
-            continue
-        value, interval = score.get("pass_at_1"), score.get("interval")
+    start = results.get("student", {}).get(measure.key)
+    for name, score in scores.items():
+        value, interval = score.get(measure.key), score.get("interval")
         is_method = name not in names and value is not None and start is not None
         cells = [
-            _percent(value),
-            "" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}",
-            *([f"{100 * (value - start):+.1f}" if is_method else ""] if gain else []),
+            _number(value, measure),
+            "" if interval is None else " to ".join(_number(end, measure) for end in interval),
+            *([_number(value - start, measure, "+") if is_method else ""] if gain else []),
+            *("" if score.get(key) is None else f"{score[key]:.3f}" for key in more),
             f"{score['mean_length']:.0f}" if "mean_length" in score else "",
             _percent(score.get("stop_rate")),
         ]
@@ -79,7 +88,7 @@ def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
 def result_table(results: Mapping[str, Any]) -> Any:
     """Scores where there are any, and where nothing was evaluated the loss at both ends of each run."""
     runs = {name: score for name, score in results.items() if name not in ("provenance", "student", "teacher")}
-    if any(score.get("pass_at_1") is not None for score in runs.values()):
+    if any(score.get(measure_of(score).key) is not None for score in runs.values()):
         return score_table(results)
     from rich.table import Table
 
@@ -126,26 +135,40 @@ def print_plan(study: "Study") -> None:
 
 
 def study_table(setting: Mapping[str, Any]) -> Any:
-    """Per method: pass@1 in percent with its interval, and the paired difference to plain distillation in points."""
+    """Per method: its score with its interval, and the paired difference to plain distillation: pass@1 in percent and
+    points, or the reverse KL in nats per token."""
     from rich.table import Table
 
     methods = setting["methods"]
     first = next(iter(methods.values()), {"seeds": 0, "problems": 0})
     title = f"{setting['title']}: {first['seeds']} paired seeds, {first['problems']} test problems"
-    table = Table(title=_cell(title), title_justify="left")
-    for heading in ("", "pass@1 %", "95% interval", "minus opd", "95% interval", "p (Holm)"):
+    measure = MEASURES[setting.get("measure", PASS_AT_1.key)]
+    table = Table(title=_cell(title), title_justify="left", caption=_caption(measure), caption_justify="left")
+    for heading in ("", measure.heading, "95% interval", "minus opd", "95% interval", "p (Holm)"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name in ("student", "teacher"):
-        low, high = map(_percent, setting[name]["interval"])
-        table.add_row(name, _percent(setting[name]["pass_at_1"]), f"{low} to {high}", "", "", "")
+        low, high = (_number(end, measure) for end in setting[name]["interval"])
+        table.add_row(name, _number(setting[name][measure.key], measure), f"{low} to {high}", "", "", "")
     for name, score in methods.items():
-        difference, (low, high) = score["difference_to_opd"], map(_percent, score["interval"])
+        difference, (low, high) = score["difference_to_opd"], (_number(end, measure) for end in score["interval"])
         cells = ["", "", ""]
         if difference is not None:
-            ends = " to ".join(f"{100 * end:+.2f}" for end in difference["interval"])
-            cells = [f"{100 * difference['estimate']:+.2f}", ends, f"{difference['p_value_holm']:.3f}"]
-        table.add_row(_cell(name), _percent(score["pass_at_1"]), f"{low} to {high}", *cells)
+            low_high = " to ".join(_number(end, measure, "+", 1) for end in difference["interval"])
+            estimate = _number(difference["estimate"], measure, "+", 1)
+            cells = [estimate, low_high, f"{difference['p_value_holm']:.3f}"]
+        table.add_row(_cell(name), _number(score[measure.key], measure), f"{low} to {high}", *cells)
     return table
+
+
+def _caption(measure: Measure) -> str | None:
+    text = "reverse KL to the teacher, in nats per token of the model's own completions; less is better"
+    return None if measure is PASS_AT_1 else text
+
+
+def _number(value: float | None, measure: Measure, sign: str = "", more: int = 0) -> str:
+    """A score as a column of its measure has it, or with more digits."""
+    digits = (1 if measure is PASS_AT_1 else 3) + more
+    return "" if value is None else f"{measure.scale * value:{sign}.{digits}f}"
 
 
 def _percent(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`trb eval`: pass@1 of a model, or of a run's, on problem sets.
+"""`trb eval`: pass@1 of a model, or of a run's, on problem sets; or its reverse KL to a teacher, where nothing checks.
 
 Left out: how completions are drawn, graded and resumed (`trb.tasks.evaluation`), and comparing two models' scores.
 """
@@ -24,7 +24,7 @@ _LONGEST = 1024
 # What the keys of a recipe are called here, where messages name them.
 _OF_STUDENT = ("revision", "dtype", "keep_layers", "trust_remote_code")
 _OF_EVALUATION = ("data", "split", "limit", "samples", "max_new_tokens", "temperature", "seed", "max_rows")
-_COLUMNS = ("prompt_column", "answer_column")
+_COLUMNS = ("prompt_column", "answer_column", "assistant_turns")
 
 
 def _option(key: str) -> str:
@@ -36,6 +36,8 @@ OPTIONS = {
     **{f"eval_{key}": _option(key) for key in (*_OF_EVALUATION, *_COLUMNS)},
     **{key: _option(key) for key in ("chat_template", "system_prompt")},
     "student": "--model",
+    "teacher": "--teacher",
+    "a teacher": "--teacher",
     "chat_template: plain": "--chat-template plain",
     "output directory": "--output-dir",
 }
@@ -49,6 +51,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add(
         "--data", required=True, nargs="+", metavar="SPEC", help="problem sets: gsm8k, math500, zoo:chains, a file, ..."
     )
+    add("--teacher", metavar="SPEC", help="reads completions of data without answers: the score is the KL to it")
     add("--samples", type=int, default=1, metavar="N", help="completions per problem (default: 1)")
     add("--limit", type=int, metavar="N", help="problems per set (default: all)")
     add("--split", default="test", help="split of the data (default: test)")
@@ -69,6 +72,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     add("--prompt-column", metavar="NAME", help="column of the data with the problem, if not guessed right")
     add("--answer-column", metavar="NAME", help="column of the data with the answer, if not guessed right")
+    add(
+        "--assistant-turns",
+        choices=("all", "last"),
+        help="the data are conversations: evaluate all of the assistant's turns, or the last",
+    )
     add("--max-rows", type=int, metavar="N", help="completions in flight at once")
     add("--tools", nargs="+", metavar="NAME", help="tools that the model may call (default: of a run its recipe's)")
     add("--output-dir", metavar="DIR", help="write the scores and the results of every problem there")
@@ -88,11 +96,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trb.models.packaged import quiet_libraries
     from trb.records import EVALUATIONS
     from trb.studies.directories import sole_run
-    from trb.studies.material import load_student, load_tokenizers, model_of_run, problem_sets
+    from trb.studies.material import load_student, load_teacher, load_tokenizers, model_of_run, problem_sets
     from trb.studies.recipe import make_recipe
-    from trb.studies.scores import check_suites, evaluate_suites
+    from trb.studies.scores import check_suites, evaluate_suites, judge_of
     from trb.tasks.grading import Verifier
     from trb.training.ranks import Ranks
+    from trb.vocab import SharedVocabulary
 
     quiet_libraries()
     model_spec = model_of_run(arguments.model)
@@ -105,10 +114,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
             listener.stage("loading the model and problems")
             problems = problem_sets(run)
-            tokenizer, _ = load_tokenizers(run)
+            tokenizer, teacher_tokenizer = load_tokenizers(run)
             model = load_student(run)
+            judge = None
+            if arguments.teacher:
+                teacher = load_teacher(run, model)
+                pair = SharedVocabulary.of_pair(model, teacher, tokenizer, teacher_tokenizer)
+                judge = judge_of(teacher, pair, problems, args)
             run = replace(run, eval_max_new_tokens=_completion_length(arguments, model, tokenizer, problems, listener))
-            check_suites(model, tokenizer, problems, run, args)
+            check_suites(model, tokenizer, problems, run, args, judge)
             # Not before: what is refused leaves earlier results alone.
             with _for_results(folder if is_first else None, goes_on=arguments.resume):
                 scores = evaluate_suites(
@@ -121,6 +135,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                     folder=folder / EVALUATIONS if folder else None,
                     label=model_spec,
                     listener=listener,
+                    judge=judge,
                 )
         if is_first:
             _keep_evaluation(scores, model_spec, folder)
@@ -198,10 +213,10 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
 
     return {
         "student": model,
-        "teacher": model,
+        "teacher": arguments.teacher or model,
         "train_data": "none",
         "student_revision": arguments.revision,
-        "teacher_revision": arguments.revision,
+        "teacher_revision": None if arguments.teacher else arguments.revision,
         "student_dtype": arguments.dtype,
         "student_keep_layers": arguments.keep_layers,
         "student_trust_remote_code": arguments.trust_remote_code,
@@ -218,6 +233,7 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "eval_max_rows": arguments.max_rows,
         "eval_prompt_column": arguments.prompt_column,
         "eval_answer_column": arguments.answer_column,
+        "eval_assistant_turns": arguments.assistant_turns,
         "tools": arguments.tools or tools_of(arguments.model),
         "bf16": False,
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from trb.measures import PASS_AT_1
 from trb.records import Problem
 from trb.report.outcomes import Outcomes, read_problems, same_problems
 from trb.report.rollouts import MAX_TEXT_CHARACTERS, clip
@@ -72,7 +73,8 @@ def collect(outcomes: Mapping[str, Outcomes], group: int) -> Changes:
     are of its group `group`. Raises ReportError for a malformed file."""
     before = outcomes.get(STUDENT, ())
     after = {name: one for name, one in outcomes.items() if name != STUDENT and same_problems(one, before)}
-    if not before or not after:
+    # Without a verifier nothing is right or wrong.
+    if not before or not after or any(suite.measure is not PASS_AT_1 for suite in before):
         return Changes()
     fell, rose = _largest(before, after, -1), _largest(before, after, 1)
     shown = [fell[:MAX_PROBLEMS], rose[:MAX_PROBLEMS]]

@@ -99,8 +99,10 @@ def _figures(directory: Path) -> Iterator[tuple[str, Figure]]:
 
 def _study_figures(study: Study) -> Iterator[tuple[str, Figure]]:
     forests = study_panels.forests(study)
-    if forests:
-        yield "differences", draw_bars(forests, f"difference in pass@1, points; {study.interval_name}s", zero=True)
+    for place, measure in enumerate(study.measures):
+        if alike := [one for one in forests if one.measure is measure]:
+            text = f"difference in {measure.title}, {measure.unit}; {study.interval_name}s"
+            yield f"differences-{measure.key}" if place else "differences", draw_bars(alike, text, zero=True)
     for setting in study.settings:
         name = slug(setting.name)
         for stem, bars in (
@@ -108,7 +110,7 @@ def _study_figures(study: Study) -> Iterator[tuple[str, Figure]]:
             ("sweep", study_panels.sweep(study, setting)),
         ):
             if any(row.value is not None for row in bars.rows):
-                yield f"{stem}-{name}", draw_bars([bars], "pass@1, percent")
+                yield f"{stem}-{name}", draw_bars([bars], setting.measure.in_units)
         for group in study_panels.groups(study, setting):
             yield from ((panel.id, draw(panel)) for panel in group.panels)
     for setting_name, record in study.diagnostics.items():
@@ -120,7 +122,7 @@ def _study_figures(study: Study) -> Iterator[tuple[str, Figure]]:
 def draw_bars(sections: Sequence[Bars], label: str, *, zero: bool = False) -> Figure:
     """Means with their intervals, one row each, section below section; single seeds as faint dots, selected rows bold.
 
-    Values are shown in percent, or in points for differences (`zero` marks no difference).
+    Shares are shown in percent, their differences in points (`zero` marks no difference).
     """
     rows = sum(len(section.rows) + 1 for section in sections)
     longest = max((len(_name(row.label)) for section in sections for row in section.rows), default=0)
@@ -135,7 +137,7 @@ def draw_bars(sections: Sequence[Bars], label: str, *, zero: bool = False) -> Fi
         for row in section.rows:
             place += 1
             names.append((-place, _name(row.label), row.selected))
-            _draw_bar(axes, row, -place)
+            _draw_bar(axes, row, -place, section.measure.scale)
         place += 1
     if zero:
         axes.axvline(0, color="0.3", linewidth=0.7)
@@ -148,17 +150,17 @@ def draw_bars(sections: Sequence[Bars], label: str, *, zero: bool = False) -> Fi
     return figure
 
 
-def _draw_bar(axes: Axes, row: Bar, at: float) -> None:
+def _draw_bar(axes: Axes, row: Bar, at: float, scale: int) -> None:
     colour = "0.45" if row.style is None else COLOURS[row.style]
-    seeds = [100 * value for value in row.per_seed if value is not None]
+    seeds = [scale * value for value in row.per_seed if value is not None]
     axes.plot(seeds, [at] * len(seeds), "o", color=colour, markersize=2.5, alpha=0.3, linewidth=0)
     if row.value is None:
         return
     if row.interval:
-        low, high = (100 * end for end in row.interval)
+        low, high = (scale * end for end in row.interval)
         axes.plot([low, high], [at, at], color=colour)
     marker = "o" if row.style is None else _MARKERS[MARKERS[row.style]]
-    axes.plot([100 * row.value], [at], marker, color=colour, markersize=4)
+    axes.plot([scale * row.value], [at], marker, color=colour, markersize=4)
 
 
 def draw(panel: Panel) -> Figure:

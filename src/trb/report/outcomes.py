@@ -15,7 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from trb.records import EVALUATIONS, PROBLEMS, Problem, RunScore, Score, named_step
+from trb.measures import (
+    PASS_AT_1,
+    REVERSE_KL,
+    Measure,
+    RunScore,
+    Score,
+    token_mean_shares,
+    totals_by_unit,
+)
+from trb.records import EVALUATIONS, PROBLEMS, Problem, named_step
 from trb.report.reading import REFERENCES, ReportError, Run, Source, checked, own, records
 from trb.studies.statistics import holm, paired_difference
 
@@ -31,17 +40,24 @@ _DRAWS, _MOST_RESAMPLES, _FEWEST_RESAMPLES = 20_000_000, 10_000, 1_000
 
 @dataclass(frozen=True)
 class Suite:
-    """A model's answers to one problem set: of problem i, `correct[i]` of `samples[i]` were right."""
+    """A model's answers to one problem set: of problem i, `correct[i]` of `samples[i]` were right. Where nothing says
+    so, `shares` are those of each prompt, or conversation, in the mean over tokens; `problems` are these then."""
 
     name: str
     path: Path
     problems: tuple[str, ...]
     samples: tuple[int, ...]
     correct: tuple[int, ...]
+    shares: tuple[float, ...] = ()
+
+    @property
+    def measure(self) -> Measure:
+        return REVERSE_KL if self.shares else PASS_AT_1
 
     @cached_property
     def rates(self) -> list[float]:
-        return [right / count for right, count in zip(self.correct, self.samples, strict=True)]
+        """What its score is the mean of."""
+        return [*self.shares] or [right / count for right, count in zip(self.correct, self.samples, strict=True)]
 
 
 Outcomes: TypeAlias = tuple[Suite, ...]
@@ -50,8 +66,8 @@ Outcomes: TypeAlias = tuple[Suite, ...]
 
 @dataclass(frozen=True)
 class Paired:
-    """First minus second in pass@1 on the same problems. `gained` problems have more right answers from the first,
-    `lost` ones fewer; `p_holm` is corrected for the comparisons it was made with."""
+    """First minus second in their measure on the same problems. On `gained` problems the first did better, on `lost`
+    ones worse; `p_holm` is corrected for the comparisons it was made with."""
 
     first: str
     second: str
@@ -62,6 +78,7 @@ class Paired:
     gained: int
     lost: int
     p_holm: float = 1.0
+    measure: Measure = PASS_AT_1
 
     @property
     def verdict(self) -> Verdict:
@@ -84,7 +101,7 @@ def read_outcomes(source: Source, notes: list[str]) -> dict[str, Outcomes]:
     found: dict[str, Outcomes] = {}
     for name, folder in folders.items():
         score = source.scores.get(name)
-        if folder is None or score is None or score.pass_at_1 is None:
+        if folder is None or score is None or score.value is None:
             continue
         found[name] = _matching(_read_folder(folder, notes), score)
         if not found[name]:
@@ -94,7 +111,7 @@ def read_outcomes(source: Source, notes: list[str]) -> dict[str, Outcomes]:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """The differences that a page shows: every method minus the student before training, and the highest method minus
+    """The differences that a page shows: every method minus the student before training, and the best method minus
     every other. Each of the two is corrected for its own number."""
 
     to_student: tuple[Paired, ...] = ()
@@ -115,11 +132,11 @@ def comparisons(source: Source, outcomes: Mapping[str, Outcomes]) -> Comparisons
 
 
 def by_score(source: Source) -> list[str]:
-    """The methods with a score, the highest first."""
+    """The methods with a score, the best first."""
     scored = {
-        name: score.pass_at_1
+        name: score.measure.sign * score.value
         for name, score in source.scores.items()
-        if name not in REFERENCES and score.pass_at_1 is not None
+        if name not in REFERENCES and score.value is not None
     }
     return sorted(scored, key=lambda name: -scored[name])
 
@@ -143,7 +160,8 @@ def _difference(outcomes: Mapping[str, Outcomes], first: str, second: str) -> Pa
     strata = [place for place, suite in enumerate(a) for _ in suite.problems]
     resamples = max(_FEWEST_RESAMPLES, min(_MOST_RESAMPLES, _DRAWS // len(rates)))
     found = paired_difference([rates], [others], strata_P=strata, resamples=resamples)
-    changes = [x - y for x, y in zip(rates, others, strict=True)]
+    measure = a[0].measure
+    changes = [measure.sign * (x - y) for x, y in zip(rates, others, strict=True)]
     return Paired(
         first,
         second,
@@ -153,6 +171,7 @@ def _difference(outcomes: Mapping[str, Outcomes], first: str, second: str) -> Pa
         len(rates),
         gained=sum(change > 0 for change in changes),
         lost=sum(change < 0 for change in changes),
+        measure=measure,
     )
 
 
@@ -175,7 +194,7 @@ def _matching(suites: Sequence[Suite], score: Score) -> Outcomes:
     """Those of the suites that a score is of: all of them, or the one of its name; none if the numbers disagree."""
     for chosen in (suites, [suite for suite in suites if suite.name == score.name]):
         means = [math.fsum(suite.rates) / len(suite.rates) for suite in chosen]
-        if means and math.isclose(math.fsum(means) / len(means), score.pass_at_1 or 0.0, abs_tol=1e-6):
+        if means and math.isclose(math.fsum(means) / len(means), score.value or 0.0, abs_tol=1e-6):
             return tuple(sorted(chosen, key=lambda suite: suite.name))
     return ()
 
@@ -194,17 +213,26 @@ def _read_folder(folder: Path, notes: list[str]) -> list[Suite]:
 def _read_suite(path: Path, notes: list[str]) -> Suite | None:
     """The results of one file; None for an evaluation that has not got to its end."""
     name, size = "", None
-    problems, samples, correct = [], [], []
+    found: list[Problem] = []
     for problem in read_problems(path, notes):
         if problem.settings is not None:
             name, size = str(problem.settings.get("name", "")), problem.settings.get("n_problems")
         else:
-            problems.append(problem.prompt_hash)
-            samples.append(problem.n)
-            correct.append(problem.correct)
-    if not problems or len(problems) != size:
+            found.append(problem)
+    if not found or len(found) != size:
         return None
-    return Suite(name, path, tuple(problems), tuple(samples), tuple(correct))
+    hashes, samples = tuple(one.prompt_hash for one in found), tuple(one.n for one in found)
+    if all(one.reverse_kl is None for one in found):
+        return Suite(name, path, hashes, samples, tuple(one.correct for one in found))
+    known = [one.model_dump() for one in found if one.reverse_kl is not None and one.lengths]
+    if len(known) < len(found):
+        return None
+    units, totals, tokens = totals_by_unit(known, REVERSE_KL.key)
+    if not all(tokens):
+        return None
+    names = dict(zip((f"#{one.problem}" for one in found), hashes, strict=False))
+    problems = tuple(names.get(unit, unit) for unit in units)
+    return Suite(name, path, problems, samples, (), tuple(token_mean_shares(totals, tokens).tolist()))
 
 
 def read_problems(path: Path, notes: list[str]) -> Iterable[Problem]:

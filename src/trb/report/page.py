@@ -21,8 +21,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import trb
+from trb.measures import PASS_AT_1, Measure
 from trb.records import REPORT
-from trb.report import changes, outcomes, panels, rollouts, summary, svg
+from trb.report import changes, outcomes, panels, rollouts, summary, svg, tables
 from trb.report.outcomes import Comparisons, Paired
 from trb.report.reading import Source
 from trb.report.style import DASHES, label, show, show_range, style_indices
@@ -70,6 +71,8 @@ def render(source: Source) -> str:
         provenance=summary.provenance(source.provenance),
         rows=list(zip(rows, strip.bars, strict=True)),
         strip=strip,
+        measure=next((row.score.measure for row in rows), PASS_AT_1),
+        per_token=tables.PER_TOKEN_TITLES,
         differences=differences,
         fewest_changes=outcomes.FEWEST_CHANGES,
         problems=changed.tables,
@@ -88,21 +91,25 @@ class Differences:
     title: str
     rows: tuple[tuple[str, int | None, Paired, svg.IntervalBar], ...]
     strip: svg.Strip
+    measure: Measure
 
 
 def _differences(pairs: Comparisons, styles: Mapping[str, int]) -> list[Differences]:
     found = [("Method minus the student before training", [(one.first, one) for one in pairs.to_student])]
     if pairs.of_best:
-        best = label(pairs.of_best[0].first)
-        found.append((f"{best}, the highest, minus each other method", [(one.second, one) for one in pairs.of_best]))
-    tables = []
+        best, superlative = label(pairs.of_best[0].first), pairs.of_best[0].measure.superlative
+        found.append(
+            (f"{best}, the {superlative}, minus each other method", [(one.second, one) for one in pairs.of_best])
+        )
+    shown = []
     for title, named in found:
-        strip = svg.difference_bars([(one.estimate, one.interval) for _, one in named])
+        measure = next((one.measure for _, one in named), PASS_AT_1)
+        strip = svg.difference_bars([(one.estimate, one.interval) for _, one in named], measure)
         rows = tuple(
             (label(name), styles.get(name), one, bar) for (name, one), bar in zip(named, strip.bars, strict=True)
         )
-        tables += [Differences(title, rows, strip)] if rows else []
-    return tables
+        shown += [Differences(title, rows, strip, measure)] if rows else []
+    return shown
 
 
 def document(template: str, data: dict[str, Any], **values: Any) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trb.measures import PASS_AT_1, Measure
 from trb.report.reading import REFERENCES, Run, Source, Step, number
 from trb.report.style import Format, label, style_indices
 
@@ -49,9 +50,12 @@ class Quantity:
     bound_name: str = ""
 
 
-PASS_AT_1 = Quantity(
-    "pass_at_1", "pass@1", "", "Share of samples that are right, with its 95% interval", format="percent"
-)
+def score_quantity(measure: Measure, of: str = "", caption: str = "") -> Quantity:
+    """A chart of scores; `of` says of which problems."""
+    unit = "" if measure is PASS_AT_1 else "nats"
+    title = measure.title[0].upper() + measure.title[1:] if measure is not PASS_AT_1 else measure.title
+    return Quantity(measure.key, title + (of and f", {of}"), unit, measure.caption + caption, format=measure.format)
+
 
 OUTCOME = (
     Quantity("trb/reward", "Reward", "", "Mean over the step's rollouts; logged, never trained on", smooth=True),
@@ -173,7 +177,7 @@ def groups(source: Source) -> tuple[Group, ...]:
     out."""
     styles = style_indices([run.name for run in source.runs])
     found = (
-        ("Outcome", (*_pass_at_1(source, styles), *_panels(source.runs, OUTCOME, styles))),
+        ("Outcome", (*_scores(source, styles), *_panels(source.runs, OUTCOME, styles))),
         ("Held-out prompts", _panels(source.runs, HELD_OUT, styles)),
         ("Behavior policy", _panels(source.runs, BEHAVIOR, styles)),
         ("Teachers", _teachers_panels(source.runs, styles)),
@@ -270,30 +274,28 @@ def _column(records: Sequence[Step], key: str) -> Values:
     return tuple(number(record.values, key, record.where) for record in records)
 
 
-def _pass_at_1(source: Source, styles: dict[str, int]) -> tuple[Panel, ...]:
+def _scores(source: Source, styles: dict[str, int]) -> tuple[Panel, ...]:
     names = list(dict.fromkeys(score.name for run in source.runs for score in run.evals))
     several = len(names) > 1
     panels = []
     for index, name in enumerate(names):
         series = tuple(s for run in source.runs if (s := _eval_series(run, name, styles[run.name])))
         levels = tuple(
-            (role, score.pass_at_1)
+            (role, score.value)
             for role in REFERENCES
-            if (score := source.scores.get(role))
-            and score.pass_at_1 is not None
-            and (score.name == name or not several)
+            if (score := source.scores.get(role)) and score.value is not None and (score.name == name or not several)
         )
         if series:
-            title = f"pass@1, {name or 'unnamed'}" if several else "pass@1"
-            quantity = Quantity(PASS_AT_1.key, title, PASS_AT_1.unit, PASS_AT_1.caption, format=PASS_AT_1.format)
+            measure = next(one.measure for run in source.runs for one in run.evals if one.name == name)
+            quantity = score_quantity(measure, (name or "unnamed") if several else "", ", with its 95% interval")
             suffix = f"-{index + 1}-{slug(name)}".rstrip("-") if several else ""
-            panels.append(Panel(PASS_AT_1.key + suffix, quantity, series, levels))
+            panels.append(Panel(measure.key + suffix, quantity, series, levels))
     return tuple(panels)
 
 
 def _eval_series(run: Run, name: str, style: int) -> Series | None:
     evals = [score for score in run.evals if score.name == name]
-    if not any(score.pass_at_1 is not None for score in evals):
+    if not any(score.value is not None for score in evals):
         return None
     intervals = [score.interval or (None, None) for score in evals]
     return Series(
@@ -301,7 +303,7 @@ def _eval_series(run: Run, name: str, style: int) -> Series | None:
         label=label(run.name),
         style=style,
         x=tuple(score.step or 0 for score in evals),
-        y=tuple(score.pass_at_1 for score in evals),
+        y=tuple(score.value for score in evals),
         low=tuple(low for low, _ in intervals),
         high=tuple(high for _, high in intervals),
     )

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from trb.errors import InputError
+from trb.measures import MEASURES, RunScore, Score
 from trb.records import (
     AS_BY_DEFAULT,
     CONFIG,
@@ -31,8 +32,6 @@ from trb.records import (
     RESULTS,
     ROLLOUTS,
     STUDY,
-    RunScore,
-    Score,
 )
 from trb.safety.fields import known
 from trb.safety.typed_files import JsonFile, LinesFile, RecordError, TypedFile, VersionError, load_json
@@ -160,7 +159,7 @@ def _read_single(directory: Path, notes: list[str]) -> Source:
     run = read_run(directory, notes)
     path = directory / RESULTS
     results = read_json(path)
-    if "pass_at_1" in results:
+    if results.keys() & MEASURES.keys():
         results = {run.name: results}
     scores = parse_scores(results, path)
     methods = [name for name in scores if name not in REFERENCES]
@@ -271,7 +270,7 @@ def parse_scores(results: Mapping[str, Any], path: str | Path) -> dict[str, Scor
     return {
         name: checked(_SCORE, value, f"{path}: {name}")
         for name, value in results.items()
-        if name != "provenance" and isinstance(value, Mapping) and "pass_at_1" in value
+        if name != "provenance" and isinstance(value, Mapping) and value.keys() & MEASURES.keys()
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trb import records
+from trb.measures import MEASURES, PASS_AT_1, Measure
 from trb.records import STUDY, Average, Findings
 from trb.report.reading import Run, fitting, read_json, read_run
 from trb.report.style import label, style_indices
@@ -30,6 +31,11 @@ class Setting:
     title: str
     found: records.Setting
     runs: tuple[Run, ...]
+
+    @property
+    def measure(self) -> Measure:
+        """What its models are scored by."""
+        return MEASURES[self.found.measure]
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,15 @@ class Study:
     labels: Mapping[str, str]
     styles: Mapping[str, int]
     notes: tuple[str, ...]
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What its models are scored by, setting by setting, each once; an average has the one of all."""
+        return tuple(dict.fromkeys(setting.measure for setting in self.settings)) or (PASS_AT_1,)
+
+    @property
+    def titles(self) -> str:
+        return " or ".join(measure.title for measure in self.measures)
 
     @property
     def interval_name(self) -> str:

@@ -142,7 +142,7 @@ def _drawn(charts: list[Charts]) -> list[svg.Chart]:
 
 def _details(study: Study, setting: Setting) -> dict[str, Any]:
     """One setting's own part of the page."""
-    own = (tables.suites_table(study, setting), tables.learning_table(study, setting))
+    own = (tables.suites_table(study, setting), tables.described_table(setting), tables.learning_table(study, setting))
     return {
         "setting": setting,
         "test": _problem_sets(setting.found.test),

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trb.measures import MEASURES, PASS_AT_1, Measure
 from trb.records import Band, Configuration, Difference, Method
 from trb.report import panels, svg
 from trb.report.panels import Axis, Group, Panel, Quantity, Series, Values, slug
 from trb.report.study import Setting, Study
 from trb.report.tables import configuration_text, seeds_of, spanned
-
-_PASS_AT_1 = Quantity("pass_at_1", "pass@1, development", "", "Share of samples that are right", format="percent")
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Bars:
     title: str
     rows: tuple[Bar, ...]
     strip: svg.Strip
+    measure: Measure = PASS_AT_1
 
     @property
     def has_intervals(self) -> bool:
@@ -47,7 +47,7 @@ class Bars:
 def groups(study: Study, setting: Setting) -> tuple[Group, ...]:
     """Every chart of a setting over training steps; quantities nobody recorded are left out."""
     axis = Axis(group=setting.name)
-    outcome = (_PASS_AT_1, *panels.OUTCOME)
+    outcome = (panels.score_quantity(setting.measure, "development"), *panels.OUTCOME)
     found = []
     for title, quantities in (
         ("Outcome", outcome),
@@ -74,7 +74,7 @@ def _panel(study: Study, setting: Setting, quantity: Quantity, axis: Axis) -> Pa
 
 def _band_of(method: Method, quantity: Quantity) -> Band | None:
     """A method's band, unless it has nothing to draw."""
-    band = method.curve if quantity is _PASS_AT_1 else method.metrics.get(quantity.key)
+    band = method.curve if quantity.key in MEASURES else method.metrics.get(quantity.key)
     return band if band and _is_drawn(band) else None
 
 
@@ -106,32 +106,39 @@ def scores(study: Study, setting: Setting) -> Bars:
         _bar(study.labels[name], study.styles[name], method, bar)
         for (name, method), bar in zip(methods.items(), strip.bars, strict=True)
     )
-    return Bars(f"{setting.title}, {seeds_of(methods.values())}", rows, strip)
+    return Bars(f"{setting.title}, {seeds_of(methods.values())}", rows, strip, setting.measure)
 
 
 def _bar(label: str, style: int, scored: Method | Configuration, bar: svg.IntervalBar, selected: bool = False) -> Bar:
     per_seed = tuple(scored.per_seed or ())
-    return Bar(label, style, scored.pass_at_1, scored.interval, scored.seeds, bar, selected=selected, per_seed=per_seed)
+    return Bar(label, style, scored.value, scored.interval, scored.seeds, bar, selected=selected, per_seed=per_seed)
 
 
 def forests(study: Study) -> tuple[Bars, ...]:
-    """Differences to plain distillation: on average over the settings, then in each; one axis for all."""
+    """Differences to plain distillation: on average over the settings, then in each; one axis for what is measured
+    alike."""
+    return tuple(bars for measure in study.measures for bars in _forests(study, measure))
+
+
+def _forests(study: Study, measure: Measure) -> tuple[Bars, ...]:
     everyone = [method for setting in study.settings for method in setting.found.methods.values()]
     sections: list[tuple[str, list[tuple[str, int | None, Difference]]]] = []
     rows = [
         (name, _common_seeds(study, name), entry.difference_to_opd)
         for name, entry in study.average.items()
-        if entry.difference_to_opd
+        if entry.difference_to_opd and len(study.measures) == 1
     ]
     if rows:
         sections.append((f"Average over {len(study.settings)} settings, {seeds_of(everyone)} in each", rows))
     for setting in study.settings:
+        if setting.measure is not measure:
+            continue
         methods = setting.found.methods
         found = [(name, m.seeds, m.difference_to_opd) for name, m in methods.items() if m.difference_to_opd]
         if found:
             sections.append((f"{setting.title}, {seeds_of(methods.values())}", found))
     differences = [difference for _, entries in sections for *_, difference in entries]
-    strip = svg.difference_bars([(one.estimate, one.interval) for one in differences])
+    strip = svg.difference_bars([(one.estimate, one.interval) for one in differences], measure)
     bars = iter(strip.bars)
     return tuple(
         Bars(
@@ -141,6 +148,7 @@ def forests(study: Study) -> tuple[Bars, ...]:
                 for name, seeds, d in entries
             ),
             strip,
+            measure,
         )
         for title, entries in sections
     )
@@ -167,4 +175,4 @@ def sweep(study: Study, setting: Setting) -> Bars:
         )
         for (name, entry), bar in zip(named, strip.bars, strict=True)
     )
-    return Bars(f"{setting.title}, {spanned(entry.seeds for entry in configurations)}", rows, strip)
+    return Bars(f"{setting.title}, {spanned(entry.seeds for entry in configurations)}", rows, strip, setting.measure)

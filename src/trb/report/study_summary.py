@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trb.records import Average, Difference, Method, Scored
+from trb.measures import Measure, Scored
+from trb.records import Average, Difference, Method
 from trb.report.study import BASELINE, OURS, Study
 from trb.report.style import label, show, show_range
 
@@ -20,6 +21,7 @@ class Scope:
 
     where: str
     scores: dict[str, Average] | dict[str, Method]
+    measure: Measure
 
     @property
     def difference(self) -> Difference | None:
@@ -30,44 +32,47 @@ class Scope:
 
 def scope(study: Study) -> Scope | None:
     """The average over all settings if it is on record, else the first setting with a score; None without any."""
-    averages = {name: entry for name, entry in study.average.items() if entry.pass_at_1 is not None}
+    averages = {name: entry for name, entry in study.average.items() if entry.value is not None}
     if averages:
-        return Scope(f"Averaged over {len(study.settings)} settings", averages)
+        return Scope(f"Averaged over {len(study.settings)} settings", averages, study.measures[0])
     for setting in study.settings:
-        methods = {name: method for name, method in setting.found.methods.items() if method.pass_at_1 is not None}
+        methods = {name: method for name, method in setting.found.methods.items() if method.value is not None}
         if methods:
             where = f"In {setting.title}" + (", the first of the settings" if len(study.settings) > 1 else "")
-            return Scope(where, methods)
+            return Scope(where, methods, setting.measure)
     return None
 
 
 def headline(study: Study) -> str:
-    """Which method scores highest, and whether the difference between TRB and plain distillation is resolved."""
+    """Which method scores best, and whether the difference between TRB and plain distillation is resolved."""
     found = scope(study)
     if found is None:
         return "No method has been scored on the test problems yet."
-    name = max(found.scores, key=lambda name: found.scores[name].pass_at_1 or 0.0)
-    score, rank = found.scores[name], "highest, " if len(found.scores) > 1 else ""
-    first = f"{found.where}, {study.labels[name]} scores {rank}{_percent(study, score)}"
+    measure = found.measure
+    best = measure.best(score.value for score in found.scores.values())
+    name = next(name for name, score in found.scores.items() if score.value == best)
+    score, rank = found.scores[name], f"{measure.superlative}, " if len(found.scores) > 1 else ""
+    first = f"{found.where}, {study.labels[name]} scores {rank}{_shown(study, score)}"
     if OURS not in found.scores:
         return f"{first}; {label(OURS)} has no score yet."
     if BASELINE not in found.scores:
         return f"{first}; there is no {label(BASELINE)} to compare with yet."
     # Said once what the brackets are, unless the score had none.
     interval = "" if score.interval else f"{study.interval_name} "
-    return f"{first}; {_verdict(study, found.difference, interval, ours_first=name == OURS)}."
+    return f"{first}; {_verdict(study, found, interval, ours_first=name == OURS)}."
 
 
-def _verdict(study: Study, difference: Difference | None, interval: str, ours_first: bool) -> str:
+def _verdict(study: Study, found: Scope, interval: str, ours_first: bool) -> str:
+    difference, measure = found.difference, found.measure
     ours, baseline = study.labels.get(OURS, label(OURS)), study.labels.get(BASELINE, label(BASELINE))
     subject = f"its difference to {baseline}" if ours_first else f"{ours}'s difference to {baseline}"
     if difference is None or difference.estimate is None:
         return f"{subject} has not been computed"
-    size = f"{subject}, {show(difference.estimate, 'points')} points"
+    size = f"{subject}, {show(difference.estimate, measure.difference_format)} {measure.unit}"
     if difference.interval is None:
         return f"{size}, cannot be judged without an interval"
     low, high = difference.interval
-    size += f" ({interval}{show_range(difference.interval, 'points')})"
+    size += f" ({interval}{show_range(difference.interval, measure.difference_format)})"
     if low > 0 or high < 0:
         return f"{size}, is resolved: the interval excludes zero"
     return f"{size}, is not resolved: the interval includes zero"
@@ -91,6 +96,7 @@ def context(study: Study) -> str:
     return " ".join(parts)
 
 
-def _percent(study: Study, score: Scored) -> str:
-    interval = f" ({study.interval_name} {show_range(score.interval, 'percent')})" if score.interval else ""
-    return f"{show(score.pass_at_1, 'percent')} pass@1{interval}"
+def _shown(study: Study, score: Scored) -> str:
+    measure = score.measure
+    interval = f" ({study.interval_name} {show_range(score.interval, measure.format)})" if score.interval else ""
+    return f"{show(score.value, measure.format)} {measure.phrase}{interval}"

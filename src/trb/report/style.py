@@ -12,8 +12,9 @@ from typing import Literal
 from trb.safety.untrusted import printable
 from trb.training.methods import METHODS
 
-# "points" are differences of shares, in percentage points; "p" are p-values, "effect" effect sizes.
-Format = Literal["number", "percent", "count", "points", "p", "effect"]
+# "points" are differences of shares, in percentage points, "change" those of other numbers; "p" are p-values, "effect"
+# effect sizes.
+Format = Literal["number", "percent", "count", "points", "change", "p", "effect"]
 MINUS = "\N{MINUS SIGN}"
 
 COLOURS = (
@@ -54,8 +55,8 @@ def style_indices(names: list[str]) -> dict[str, int]:
 
 
 def show(value: float | None, kind: Format = "number") -> str:
-    """`value` as text: four significant digits, a percentage or a signed number of points with one decimal, a whole
-    count, a p-value, or an effect size with two decimals."""
+    """`value` as text: four significant digits, a percentage or a signed number of points with one decimal, a signed
+    change of three digits, a whole count, a p-value, or an effect size with two decimals."""
     if value is None:
         return "–"
     if kind == "percent":
@@ -63,6 +64,8 @@ def show(value: float | None, kind: Format = "number") -> str:
     if kind == "points":
         text = f"{100 * value:+.1f}"
         return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+    if kind == "change":
+        return "0" if value == 0 else f"{'+' if value > 0 else MINUS}{show(float(f'{abs(value):.3g}'))}"
     if kind == "p":
         return "< 0.001" if value < 0.001 else f"{value:.3f}"
     if kind == "effect":

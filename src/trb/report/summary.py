@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from trb.measures import PASS_AT_1
 from trb.report.outcomes import FEWEST_CHANGES, Comparisons, Paired, by_score
 from trb.report.reading import REFERENCES, Run, Score, Source
-from trb.report.style import label, show, show_range, style_indices
+from trb.report.style import MINUS, label, show, show_range, style_indices
 from trb.training.methods import BUDGET_SCHEDULES, CHOICES, every_knob, knobs_of
 
 Verdict = Literal["above", "below", "unresolved", "unknown"]
@@ -57,7 +58,9 @@ def compare(first: Score, second: Score, pair: Paired | None = None) -> Verdict:
     """
     if pair is not None:
         return pair.verdict
-    if first.interval is None or second.interval is None or None in (first.pass_at_1, second.pass_at_1):
+    if first.interval is None or second.interval is None or None in (first.value, second.value):
+        return "unknown"
+    if first.measure is not second.measure:
         return "unknown"
     if first.interval[0] > second.interval[1]:
         return "above"
@@ -104,10 +107,11 @@ def context(source: Source, pairs: Comparisons | None = None) -> str:
     pairs, names = pairs or Comparisons(), by_score(source)
     student, teacher = (source.scores.get(name) for name in REFERENCES)
     parts = []
-    if student is not None and student.pass_at_1 is not None and len(names) != 1:
-        parts.append(f"the student started at {show(student.pass_at_1, 'percent')}")
-    if teacher is not None and teacher.pass_at_1 is not None:
-        parts.append(f"the teacher scores {show(teacher.pass_at_1, 'percent')}")
+    if student is not None and student.value is not None and len(names) != 1:
+        parts.append(f"the student started at {show(student.value, student.measure.format)}")
+    # Its divergence from itself is zero, and says nothing.
+    if teacher is not None and teacher.value is not None and teacher.measure is PASS_AT_1:
+        parts.append(f"the teacher scores {show(teacher.value, 'percent')}")
     sentences = [_sentence(_join(parts))] if parts else []
     if student is not None and len(names) > 1:
         verdicts = {
@@ -115,7 +119,8 @@ def context(source: Source, pairs: Comparisons | None = None) -> str:
             for name, score in source.scores.items()
             if name in names
         }
-        for verdict, start in (("unresolved", "Not resolved from the student itself"), ("below", "Below the student")):
+        worse = ("below", "Below the student") if student.measure.higher_is_better else ("above", "Above the student")
+        for verdict, start in (("unresolved", "Not resolved from the student itself"), worse):
             if found := [label(name) for name in verdicts if verdicts[name] == verdict]:
                 sentences.append(f"{start}: {_join(found)}.")
     return " ".join(sentences)
@@ -189,8 +194,8 @@ def _progress(source: Source) -> str:
 
 
 def _against_student(name: str, score: Score, student: Score | None, pair: Paired | None) -> str:
-    result = f"{label(name)} reaches {_pass_at_1(score)}"
-    if student is None or student.pass_at_1 is None:
+    result = f"{label(name)} reaches {_shown(score)}"
+    if student is None or student.value is None:
         return f"{result}; there is no evaluation of the student before training to compare with."
     before = f"the student's {_again(student, score)} before training"
     verdict = compare(score, student, pair)
@@ -204,24 +209,26 @@ def _against_student(name: str, score: Score, student: Score | None, pair: Paire
 
 def _between_two(best: tuple[str, Score], other: tuple[str, Score], pair: Paired | None) -> str:
     name = label(best[0])
-    both = f"{name} scores {_pass_at_1(best[1])} and {label(other[0])} {_again(other[1], best[1])}"
+    both = f"{name} scores {_shown(best[1])} and {label(other[0])} {_again(other[1], best[1])}"
     verdict = compare(best[1], other[1], pair)
     if verdict == "unknown":
         return f"{both}; without both intervals the difference cannot be judged."
     if verdict == "unresolved":
         return f"{both}: {_unresolved(pair)}."
     if pair:
-        return f"{both}: {name} is ahead by {_points(pair).removeprefix('+')} {_same_problems(pair)}."
+        return f"{both}: {name} is ahead by {_points(pair).lstrip('+' + MINUS)} {_same_problems(pair)}."
     return f"{both}: the intervals do not overlap, so {name} is ahead."
 
 
 def _between_many(best: tuple[str, Score], others: Sequence[tuple[str, Score]], pairs: Comparisons) -> str:
     found = {other: pairs.find(best[0], other) for other, _ in others}
     verdicts = {label(other): compare(best[1], score, found[other]) for other, score in others}
-    above = [other for other, verdict in verdicts.items() if verdict == "above"]
+    measure = best[1].measure
+    ahead = "above" if measure.higher_is_better else "below"
+    above = [other for other, verdict in verdicts.items() if verdict == ahead]
     close = [other for other, verdict in verdicts.items() if verdict == "unresolved"]
     unknown = [other for other, verdict in verdicts.items() if verdict == "unknown"]
-    start = f"Of {len(others) + 1} methods {label(best[0])} is highest with {_pass_at_1(best[1])}"
+    start = f"Of {len(others) + 1} methods {label(best[0])} is {measure.superlative} with {_shown(best[1])}"
     paired = all(found.values())
     if len(above) == len(others):
         why = "and on the same problems ahead of every other" if paired else "and its interval overlaps no other"
@@ -251,27 +258,28 @@ def _unresolved(pair: Paired | None) -> str:
 
 
 def _points(pair: Paired) -> str:
-    return f"{show(pair.estimate, 'points')} points"
+    return f"{show(pair.estimate, pair.measure.difference_format)} {pair.measure.unit}"
 
 
 def _same_problems(pair: Paired) -> str:
-    return f"on the same {pair.problems:,} problems (95% interval {show_range(pair.interval, 'points')})"
+    interval = show_range(pair.interval, pair.measure.difference_format)
+    return f"on the same {pair.problems:,} problems (95% interval {interval})"
 
 
-def _pass_at_1(score: Score) -> str:
-    return f"{show(score.pass_at_1, 'percent')} pass@1{_interval(score, '95% interval ')}"
+def _shown(score: Score) -> str:
+    measure = score.measure
+    return f"{show(score.value, measure.format)} {measure.phrase}{_interval(score, '95% interval ')}"
 
 
 def _again(score: Score, first: Score) -> str:
     """A second score in a sentence: what its brackets mean was said with the first, if that had an interval."""
-    return show(score.pass_at_1, "percent") + _interval(score, "" if first.interval else "95% interval ")
+    return show(score.value, score.measure.format) + _interval(score, "" if first.interval else "95% interval ")
 
 
 def _interval(score: Score, name: str) -> str:
     if score.interval is None:
         return ""
-    low, high = (f"{100 * end:.1f}" for end in score.interval)
-    return f" ({name}{low} to {high})"
+    return f" ({name}{show_range(score.interval, score.measure.format)})"
 
 
 def _join(names: Sequence[str]) -> str:

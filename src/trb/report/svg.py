@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trb.records import Scored
+from trb.measures import PASS_AT_1, Measure, Scored
 from trb.report.panels import Axis, Panel, Series, Values, smoothed, thinned
 from trb.report.style import DASHES, MARKERS, MINUS, Format, show
 
@@ -132,14 +132,18 @@ def draw(panel: Panel, steps: tuple[int, int]) -> Chart:
 
 
 def interval_bars(scores: Sequence[Scored], dots: Sequence[Sequence[float | None]] = ()) -> Strip:
-    """Scores on a common axis of pass@1; `dots` are each score's values per seed."""
-    rows = [(score.pass_at_1, score.interval) for score in scores]
-    return _strip(rows, dots or [()] * len(rows), "percent", floor=0.0, ceiling=1.0)
+    """Scores on a common axis of what they measure; `dots` are each score's values per seed."""
+    measure = next((score.measure for score in scores if score.value is not None), PASS_AT_1)
+    rows = [(score.value, score.interval) if score.measure is measure else (None, None) for score in scores]
+    low, high = measure.bounds
+    return _strip(rows, dots or [()] * len(rows), measure.format, floor=low, ceiling=high)
 
 
-def difference_bars(rows: Sequence[tuple[float | None, tuple[float, float] | None]]) -> Strip:
+def difference_bars(
+    rows: Sequence[tuple[float | None, tuple[float, float] | None]], measure: Measure = PASS_AT_1
+) -> Strip:
     """Differences with their intervals on a common axis that holds zero: a forest plot."""
-    return _strip(rows, [()] * len(rows), "points", floor=-math.inf, ceiling=math.inf, include=(0.0,))
+    return _strip(rows, [()] * len(rows), measure.difference_format, floor=-math.inf, ceiling=math.inf, include=(0.0,))
 
 
 def _strip(
@@ -309,7 +313,7 @@ def _labelled(low: float, high: float, least: int, kind: Format) -> list[tuple[f
         return [(v, f"{v:g}".replace("e-0", "e-")) for v in values]
     unit, sign = 100 if share else 1, "%" if kind == "percent" else ""
     digits = max(0, -math.floor(math.log10(gap * unit) + 1e-9))
-    plus = "+" if kind == "points" else ""
+    plus = "+" if kind in ("points", "change") else ""
     texts = [f"{v * unit:{plus if v else ''},.{digits}f}{sign}".replace("-", MINUS) for v in values]
     return list(zip(values, texts, strict=True))
 

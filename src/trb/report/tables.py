@@ -1,7 +1,8 @@
 """The numbers of a study or a comparison as tables: Markdown, CSV and LaTeX, and what the page shows.
 
 Markdown and LaTeX show rounded numbers with their intervals, the best of a column in bold; CSV has one column per
-number, in full precision. "Best" is the highest mean and claims nothing: the differences have their own table. Every
+number, in full precision. "Best" is the highest mean, of a reverse KL the lowest, and claims nothing: the differences
+have their own table. Every
 caption says what the intervals are and over how many seeds.
 """
 
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trb.records import RESULTS, STUDY, Difference, Method, Scored, Target
+from trb.measures import PASS_AT_1, PER_TOKEN, REVERSE_KL, Measure, Scored
+from trb.records import RESULTS, STUDY, Difference, Method, Target
 from trb.report import summary
 from trb.report.panels import slug
 from trb.report.reading import ReportError, Score, parse_scores, read, read_json
@@ -23,6 +25,8 @@ from trb.report.study import BASELINE, Setting, Study, parse_study, read_study
 from trb.report.style import MINUS, Format, label, show, show_range, visible
 
 Value = float | str | None
+
+PER_TOKEN_TITLES = {"student_entropy": "Entropy", "teacher_log_prob": "Teacher log-probability"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def study_tables(study: Study) -> list[Table]:
     for setting in study.settings:
         found += [
             suites_table(study, setting),
+            described_table(setting),
             learning_table(study, setting),
             sweep_table(study, setting),
             pairs_table(study, setting),
@@ -111,11 +116,14 @@ def study_tables(study: Study) -> list[Table]:
 
 def score_tables(scores: Mapping[str, Score]) -> list[Table]:
     """The one table of a comparison: the scores of results.json."""
-    best = _highest(score.pass_at_1 for name, score in scores.items() if name not in ("student", "teacher"))
+    measure = next((score.measure for score in scores.values()), PASS_AT_1)
+    best = measure.best(score.value for name, score in scores.items() if name not in ("student", "teacher"))
+    more = () if measure is PASS_AT_1 else PER_TOKEN
     rows = tuple(
         (
             Cell({"student": "Student, before", "teacher": "Teacher"}.get(name, label(name))),
-            _pass_at_1(score, best if name not in ("student", "teacher") else None),
+            _score(score, best if name not in ("student", "teacher") else None),
+            *(Cell(getattr(score, key)) for key in more),
             Cell(score.n_problems, "count"),
             Cell(score.n_samples, "count"),
             Cell(score.mean_length),
@@ -123,23 +131,27 @@ def score_tables(scores: Mapping[str, Score]) -> list[Table]:
         )
         for name, score in scores.items()
     )
-    caption = "pass@1 with 95% intervals over the problems and samples of one evaluation; 1 training seed per method."
-    return [Table("scores", caption, ("Model", "pass@1", "Problems", "Samples", "Mean length", "Stop rate"), rows)]
+    caption = (
+        f"{_capital(measure.title)}{_in_nats(measure)} with 95% intervals over the problems and samples of one "
+        "evaluation; 1 training seed per method."
+    )
+    header = ("Model", _capital(measure.title), *(PER_TOKEN_TITLES[key] for key in more))
+    return [Table("scores", caption, (*header, "Problems", "Samples", "Mean length", "Stop rate"), rows)]
 
 
 def results_table(study: Study) -> Table:
-    """pass@1 of every method in every setting, and on average."""
+    """The score of every method in every setting, and on average."""
     columns: list[Mapping[str, Scored]] = [setting.found.methods for setting in study.settings]
     columns += [study.average] if study.average else []
     names = [name for name in study.labels if any(name in column for column in columns)]
-    best = [_highest(score.pass_at_1 for score in column.values()) for column in columns]
+    best = [_best(column.values()) for column in columns]
 
     def row(title: str, scores: Sequence[Scored | None], bold: bool) -> tuple[Cell, ...]:
-        cells = (_pass_at_1(one, top if bold else None) for one, top in zip(scores, best, strict=True))
+        cells = (_score(one, top if bold else None) for one, top in zip(scores, best, strict=True))
         return (Cell(title), *cells)
 
     def reference(title: str, scores: Sequence[Scored | None]) -> list[tuple[Cell, ...]]:
-        known = any(score and score.pass_at_1 is not None for score in scores)
+        known = any(score and score.value is not None for score in scores)
         return [row(title, [*scores, *[None] * bool(study.average)], False)] if known else []
 
     rows = [
@@ -149,7 +161,8 @@ def results_table(study: Study) -> Table:
     ]
     header = ("Method", *(setting.title for setting in study.settings), *(["Average"] if study.average else []))
     caption = (
-        f"pass@1 on the test problems; {study.interval_name}s over {seeds_and_problems(study.settings)} (student and "
+        f"{_capital(study.titles)} on the test problems{_in_nats(*study.measures)}; {study.interval_name}s over "
+        f"{seeds_and_problems(study.settings)} (student and "
         "teacher: over problems)."
     )
     return Table("results", caption, header, tuple(rows) if names else ())
@@ -163,20 +176,25 @@ def differences_table(study: Study) -> Table:
             (
                 Cell(setting.title),
                 Cell(study.labels[name]),
-                *_difference_cells(method.difference_to_opd),
-                _points(method.area_difference_to_opd),
+                *_difference_cells(method.difference_to_opd, setting.measure),
+                _points(method.area_difference_to_opd, setting.measure),
             )
             for name, method in setting.found.methods.items()
             if method.difference_to_opd
         ]
     rows += [
-        (Cell("Average"), Cell(study.labels[name]), *_difference_cells(entry.difference_to_opd), Cell(None))
+        (
+            Cell("Average"),
+            Cell(study.labels[name]),
+            *_difference_cells(entry.difference_to_opd, study.measures[0]),
+            Cell(None),
+        )
         for name, entry in study.average.items()
         if entry.difference_to_opd
     ]
     baseline = study.labels.get(BASELINE, label(BASELINE))
     caption = (
-        f"Difference to {baseline} in points of pass@1; {study.interval_name}s over "
+        f"Difference to {baseline} in {_in(study)}; {study.interval_name}s over "
         f"{seeds_and_problems(study.settings)}, paired by seed and problem. p: two-sided; Holm: corrected for the "
         "comparisons of a setting; d: Cohen's d over seeds; area: difference of the areas under the development curves."
     )
@@ -185,22 +203,23 @@ def differences_table(study: Study) -> Table:
 
 
 def suites_table(study: Study, setting: Setting) -> Table:
-    """pass@1 by problem set, for a setting with several."""
+    """Scores by problem set, for a setting with several."""
     methods = setting.found.methods
     by_method = {name: method.suites for name, method in methods.items() if method.suites}
     suites = list(dict.fromkeys(suite for scores in by_method.values() for suite in scores))
-    best = {suite: _highest(scores.get(suite) for scores in by_method.values()) for suite in suites}
+    measure = setting.measure
+    best = {suite: measure.best(scores.get(suite) for scores in by_method.values()) for suite in suites}
     rows = tuple(
         (
             Cell(study.labels[name]),
-            *(Cell(v := scores.get(s), "percent", best=v is not None and v == best[s]) for s in suites),
-            _pass_at_1(methods[name], None),
+            *(Cell(v := scores.get(s), measure.format, best=v is not None and v == best[s]) for s in suites),
+            _score(methods[name], None),
         )
         for name, scores in by_method.items()
     )
     sizes = {str(suite.get("name")): suite.get("problems") for suite in setting.found.test or ()}
     header = ("Method", *(f"{s} ({sizes[s]} problems)" if sizes.get(s) else s for s in suites), "Mean")
-    caption = f"{setting.title}: pass@1 by problem set, means over {seeds_of(methods.values())}."
+    caption = f"{setting.title}: {measure.title} by problem set, means over {seeds_of(methods.values())}."
     return Table(f"suites-{slug(setting.name)}", caption, header, rows if len(suites) > 1 else ())
 
 
@@ -210,8 +229,8 @@ def learning_table(study: Study, setting: Setting) -> Table:
     rows = tuple(
         (
             Cell(study.labels[name]),
-            Cell(area.estimate, "percent", area.interval),
-            _points(method.area_difference_to_opd),
+            Cell(area.estimate, setting.measure.format, area.interval),
+            _points(method.area_difference_to_opd, setting.measure),
             Cell(target.median, "count"),
             Cell(_reached(target)),
         )
@@ -221,10 +240,10 @@ def learning_table(study: Study, setting: Setting) -> Table:
     )
     targets = [method.steps_to_target for method in methods.values() if method.steps_to_target]
     goals = {one.target for one in targets if one.target is not None}
-    goal = f"{show(min(goals), 'percent')}" if len(goals) == 1 else "the target"
+    goal = f"{show(min(goals), setting.measure.format)}" if len(goals) == 1 else "the target"
     caption = (
-        f"{setting.title}: mean pass@1 over training (area under the development curve) with {study.interval_name}s, "
-        f"and the median step at which {goal} was first reached; {seeds_of(methods.values())}."
+        f"{setting.title}: mean {setting.measure.title} over training (area under the development curve) with "
+        f"{study.interval_name}s, and the median step at which {goal} was first reached; {seeds_of(methods.values())}."
     )
     header = ("Method", "Area", "Difference to OPD", f"Steps to {goal}", "Seeds that reached it")
     return Table(f"learning-{slug(setting.name)}", caption, header, rows)
@@ -236,7 +255,7 @@ def sweep_table(study: Study, setting: Setting) -> Table:
         (
             Cell(study.labels.get(name) or label(name)),
             Cell(configuration_text(entry.configuration)),
-            _pass_at_1(entry, None),
+            _score(entry, None),
             Cell(entry.seeds, "count"),
             Cell("selected" if entry.selected else ""),
         )
@@ -244,10 +263,10 @@ def sweep_table(study: Study, setting: Setting) -> Table:
         for entry in entries
     )
     over = spanned(entry.seeds for entries in setting.found.sweep.values() for entry in entries)
-    caption = f"{setting.title}: pass@1 on the development problems of every configuration, means over {over}."
-    return Table(
-        f"sweep-{slug(setting.name)}", caption, ("Method", "Configuration", "pass@1", "Seeds", "Selected"), rows
-    )
+    title = setting.measure.title
+    caption = f"{setting.title}: {title} on the development problems of every configuration, means over {over}."
+    header = ("Method", "Configuration", _capital(title), "Seeds", "Selected")
+    return Table(f"sweep-{slug(setting.name)}", caption, header, rows)
 
 
 def pairs_table(study: Study, setting: Setting) -> Table:
@@ -255,12 +274,16 @@ def pairs_table(study: Study, setting: Setting) -> Table:
     methods = setting.found.methods
     names = [name for name, method in methods.items() if method.differences]
     rows = tuple(
-        (Cell(study.labels[first]), *(_points(methods[first].differences.get(second)) for second in names))
+        (
+            Cell(study.labels[first]),
+            *(_points(methods[first].differences.get(second), setting.measure) for second in names),
+        )
         for first in names
     )
     caption = (
-        f"{setting.title}: method of the row minus method of the column in points of pass@1; {study.interval_name}s "
-        f"over {seeds_of(methods.values())}, paired by seed and problem, not corrected for their number."
+        f"{setting.title}: method of the row minus method of the column in {setting.measure.differences}; "
+        f"{study.interval_name}s over {seeds_of(methods.values())}, paired by seed and problem, not corrected for "
+        "their number."
     )
     header = ("Method", *(study.labels[name] for name in names))
     return Table(f"pairs-{slug(setting.name)}", caption, header, rows if len(names) > 1 else ())
@@ -293,23 +316,65 @@ def _span(counts: Sequence[int]) -> str:
     return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
-def _highest(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
+def described_table(setting: Setting) -> Table:
+    """What else is said of models that nothing can score."""
+    found = {"Student, before": setting.found.student, **setting.found.methods, "Teacher": setting.found.teacher}
+    rows = tuple(
+        (
+            Cell(label(name)),
+            *(Cell(getattr(one, key)) for key in PER_TOKEN),
+            Cell(one.mean_length),
+            Cell(None if one.stop_rate is None else 1 - one.stop_rate, "percent"),
+        )
+        for name, one in found.items()
+        if one is not None and one.student_entropy is not None
+    )
+    header = ("Model", *PER_TOKEN_TITLES.values(), "Mean length", "Cut")
+    caption = (
+        f"{setting.title}: the models' own completions of the test prompts; means over tokens in nats, tokens per "
+        f"completion, and the share that was cut at the longest length; {seeds_of(setting.found.methods.values())}."
+    )
+    return Table(f"described-{slug(setting.name)}", caption, header, rows)
 
 
-def _pass_at_1(score: Scored | None, best: float | None) -> Cell:
+def _best(scores: Iterable[Scored]) -> float | None:
+    known = [score for score in scores if score.value is not None]
+    return known[0].measure.best(score.value for score in known) if known else None
+
+
+def _score(score: Scored | None, best: float | None) -> Cell:
     if score is None:
-        return Cell(None, "percent")
-    return Cell(score.pass_at_1, "percent", score.interval, best=best is not None and score.pass_at_1 == best)
+        return Cell(None)
+    return Cell(score.value, score.measure.format, score.interval, best=best is not None and score.value == best)
 
 
-def _points(difference: Difference | None) -> Cell:
-    return Cell(None) if difference is None else Cell(difference.estimate, "points", difference.interval)
+def _points(difference: Difference | None, measure: Measure) -> Cell:
+    if difference is None:
+        return Cell(None)
+    return Cell(difference.estimate, measure.difference_format, difference.interval)
 
 
-def _difference_cells(difference: Difference | None) -> tuple[Cell, ...]:
+def _in(study: Study) -> str:
+    return " or ".join(measure.differences for measure in study.measures)
+
+
+def _in_nats(*measures: Measure) -> str:
+    return ", in nats per token" if REVERSE_KL in measures else ""
+
+
+def _capital(title: str) -> str:
+    """A title as it begins a sentence or a column."""
+    return title if title.startswith(PASS_AT_1.title) else title[0].upper() + title[1:]
+
+
+def _difference_cells(difference: Difference | None, measure: Measure) -> tuple[Cell, ...]:
     found = difference or Difference()
-    return _points(found), Cell(found.p_value, "p"), Cell(found.p_value_holm, "p"), Cell(found.effect_size, "effect")
+    return (
+        _points(found, measure),
+        Cell(found.p_value, "p"),
+        Cell(found.p_value_holm, "p"),
+        Cell(found.effect_size, "effect"),
+    )
 
 
 def _reached(target: Target) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trb.errors import InputError
+from trb.measures import token_mean_shares
 from trb.policies import BehaviorPolicy, SKDPolicy, TrustRegionPolicy
 from trb.sampling import prompt_key
 from trb.sampling.scoring import TokenScores
@@ -63,10 +64,8 @@ def _per_token(subject: Subject, totals: ArrayLike, lengths: ArrayLike) -> dict[
 
 
 def _token_mean_shares(subject: Subject, totals: ArrayLike, lengths: ArrayLike) -> NDArray[np.float64]:
-    """`[P]` values whose mean is the mean over tokens: the ratio of two means, linearised (Cochran, 1977, ch. 6)."""
-    total_P, length_P = subject.problem_means(totals), subject.problem_means(lengths)
-    value = total_P.sum() / length_P.sum()
-    return value + (total_P - value * length_P) / length_P.mean()
+    """`[P]` values whose mean is the mean over tokens."""
+    return token_mean_shares(subject.problem_means(totals), subject.problem_means(lengths))
 
 
 def relative_success(first_P: NDArray[np.float64], second_P: NDArray[np.float64]) -> dict[str, Any] | None:

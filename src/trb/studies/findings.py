@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trb.measures import MEASURES, PASS_AT_1, PER_TOKEN, Measure, measure_of
 from trb.records import EVALS, METRICS, PROBE, PROBE_FOLDER, PROVENANCE, REFERENCE_SCORES, SELECTION, TEST
 from trb.studies.scores import mean_of_suites
 from trb.studies.statistics import (
@@ -69,7 +70,7 @@ def assemble(study: Study, directory: str | Path) -> dict[str, Any]:
         {
             "name": study.name,
             "description": study.description,
-            "rule": _rule(study),
+            "rule": _rule(study, {setting["measure"] for setting in settings.values()}),
             "level": study.level,
             "seeds": {"select": study.seeds.select, "test": study.seeds.test},
             "settings": settings,
@@ -89,24 +90,25 @@ def selection(study: Study, directory: str | Path, setting: str) -> dict[str, li
     table: dict[str, list[dict[str, Any]]] = {}
     if not study.selects(setting):
         return table
+    measure = _measure(_references(directory, setting)["student"]["dev"])
     for method, configurations in study.choices(setting).items():
         rows: list[dict[str, Any]] = []
         for index, configuration in enumerate(configurations):
             runs = [Path(directory) / Unit(setting, "select", method, index, seed).path for seed in study.seeds.select]
-            curves = [_dev_curve(run) for run in runs]
+            curves = [_dev_curve(run, measure) for run in runs]
             ranked = [_ranked(study, steps, scores) for steps, scores in curves]
             last = [scores[-1] for _, scores in curves]
             rows.append(
                 {
                     "configuration": configuration,
                     "score": math.fsum(ranked) / len(ranked),
-                    "pass_at_1": math.fsum(last) / len(last),
+                    measure.key: math.fsum(last) / len(last),
                     "per_seed": last,
                     "seeds": len(last),
                     "selected": False,
                 }
             )
-        max(rows, key=lambda row: row["score"])["selected"] = True  # max keeps the first of equals
+        max(rows, key=lambda row: measure.sign * row["score"])["selected"] = True  # max keeps the first of equals
         table[method] = rows
     return table
 
@@ -125,10 +127,12 @@ def finished_seeds(study: Study, directory: str | Path, setting: str) -> list[in
 
 def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
     setting, seeds = study.settings[name], finished_seeds(study, directory, name)
-    references = {role: REFERENCE_SCORES.read(directory / Reference(name, role).path) for role in ROLES}
+    references = _references(directory, name)
+    measure = _measure(references["student"]["test"])
     shown: dict[str, Any] = {
         "title": setting.title or name,
         "description": setting.description,
+        "measure": measure.key,
         "dev": _sets(references["student"]["dev"]),
         "test": _sets(references["student"]["test"]),
         **{role: _reference(scores["test"]) for role, scores in references.items()},
@@ -139,9 +143,18 @@ def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
     if chosen.exists():
         shown["sweep"] = SELECTION.read(chosen)["methods"]
     if seeds:
-        shown["methods"] = _methods(study, directory, name, seeds, shown["sweep"])
+        shown["methods"] = _methods(study, directory, name, seeds, shown["sweep"], measure)
         shown["steps"] = shown["methods"][BASELINE]["curve"]["steps"][-1]
     return shown
+
+
+def _references(directory: str | Path, setting: str) -> dict[str, Any]:
+    return {role: REFERENCE_SCORES.read(Path(directory) / Reference(setting, role).path) for role in ROLES}
+
+
+def _measure(scores: Mapping[str, Any]) -> Measure:
+    """What a setting is measured by, by the scores of one of its models."""
+    return measure_of(next(iter(scores["suites"].values())))
 
 
 def _sets(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -151,62 +164,80 @@ def _sets(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _reference(scores: Mapping[str, Any]) -> dict[str, Any]:
     """A model's own score, on its one draw of every problem."""
     mean = mean_of_suites(list(scores["suites"].values()))
-    return {key: mean[key] for key in ("pass_at_1", "interval", "mean_length", "stop_rate")}
+    kept = (measure_of(mean).key, "interval", "mean_length", "stop_rate", *PER_TOKEN)
+    return {key: mean[key] for key in kept if key in mean}
 
 
 def _methods(
-    study: Study, directory: Path, setting: str, seeds: Sequence[int], sweep: Mapping[str, Any]
+    study: Study, directory: Path, setting: str, seeds: Sequence[int], sweep: Mapping[str, Any], measure: Measure
 ) -> dict[str, Any]:
     tables, strata, suites = _outcomes(study, directory, setting, seeds)
-    curves = {method: _curves(directory, setting, method, seeds) for method in study.methods}
-    target = study.target * float(curves[BASELINE][1][:, -1].mean())
+    curves = {method: _curves(directory, setting, method, seeds, measure) for method in study.methods}
+    # Where less is better, the target is as far above the end as it would be below it.
+    target = study.target**measure.sign * float(curves[BASELINE][1][:, -1].mean())
+    # A problem's share in a mean over tokens may lie outside of what the mean can be.
+    bounds = measure.bounds if measure is PASS_AT_1 else None
     differences = _differences(study, tables, strata)
     areas = {method: area_under_curve(*curves[method])[:, None] for method in study.methods}
     options: dict[str, Any] = {"resamples": study.resamples, "level": study.level}
     found = {}
     for method, configurations in study.choices(setting).items():
-        estimate = mean_estimate(tables[method], strata_P=strata, bounds=(0.0, 1.0), **options)
+        estimate = mean_estimate(tables[method], strata_P=strata, bounds=bounds, **options)
         means = _suite_means(tables[method], strata)
         selected = next((i for i, row in enumerate(sweep.get(method, ())) if row["selected"]), 0)
         found[method] = {
             "configuration": configurations[selected],
             "seeds": len(seeds),
             "problems": tables[method].shape[1],
-            "pass_at_1": estimate.value,
-            "interval": list(estimate.interval),
+            measure.key: estimate.value,
+            "interval": np.clip(estimate.interval, *measure.bounds).tolist(),
             "per_seed": means.mean(axis=1).tolist(),
             "suites": dict(zip(suites, means.mean(axis=0).tolist(), strict=True)),
             "difference_to_opd": None if method == BASELINE else differences[method][BASELINE],
             "differences": differences[method],
-            "curve": _band(*curves[method], study.level, bounds=(0.0, 1.0)),
+            "curve": _band(*curves[method], study.level, bounds=measure.bounds),
             "area": _shown(mean_estimate(areas[method], **options)) if len(seeds) > 1 else None,
             "area_difference_to_opd": (
                 _shown(paired_difference(areas[method], areas[BASELINE], **options))
                 if method != BASELINE and len(seeds) > 1
                 else None
             ),
-            "steps_to_target": _to_target(*curves[method], target),
+            "steps_to_target": _to_target(*curves[method], target, measure),
             "metrics": _metrics(directory, setting, method, seeds, study.level),
+            **_described(directory, setting, method, seeds, measure),
         }
     return found
+
+
+def _described(directory: Path, setting: str, method: str, seeds: Sequence[int], measure: Measure) -> dict[str, float]:
+    """What else is said of models that nothing can score: means over seeds and problem sets."""
+    if measure is PASS_AT_1:
+        return {}
+    scores = [mean_of_suites([*_test_scores(directory, setting, method, seed).values()]) for seed in seeds]
+    keys = (*PER_TOKEN, "mean_length", "stop_rate")
+    return {key: math.fsum(score[key] for score in scores) / len(scores) for key in keys}
 
 
 def _outcomes(
     study: Study, directory: Path, setting: str, seeds: Sequence[int]
 ) -> tuple[dict[str, Floats], NDArray[np.intp], list[str]]:
-    """Per method [seeds, problems] shares of right answers, problems of all suites in a row; each problem's suite; and
-    the suites' names."""
+    """Per method [seeds, problems] shares of right answers, or in the mean over tokens, problems of all suites in a
+    row; each problem's suite; and the suites' names."""
     tables = {}
     for method in study.methods:
         rows = []
         for seed in seeds:
             suites = _test_scores(directory, setting, method, seed)
-            rows.append(
-                np.concatenate([np.array(s["correct"]) / (s["n_samples"] // s["n_problems"]) for s in suites.values()])
-            )
+            rows.append(np.concatenate([_per_problem(suite) for suite in suites.values()]))
         tables[method] = np.stack(rows)
-    strata = np.repeat(np.arange(len(suites)), [len(suite["correct"]) for suite in suites.values()])
+    strata = np.repeat(np.arange(len(suites)), [len(_per_problem(suite)) for suite in suites.values()])
     return tables, strata, list(suites)
+
+
+def _per_problem(suite: Mapping[str, Any]) -> Floats:
+    if measure_of(suite) is PASS_AT_1:
+        return np.array(suite["correct"]) / (suite["n_samples"] // suite["n_problems"])
+    return np.array(suite["values"])
 
 
 def _differences(
@@ -260,9 +291,9 @@ def _suite_means(table: Floats, strata: NDArray[np.intp]) -> Floats:
     return np.stack([table[:, strata == suite].mean(axis=1) for suite in range(int(strata.max()) + 1)], axis=1)
 
 
-def _to_target(steps: Floats, scores: Floats, target: float) -> dict[str, Any]:
+def _to_target(steps: Floats, scores: Floats, target: float, measure: Measure) -> dict[str, Any]:
     """When the development curve of each seed first crosses the target; the median counts the others as never."""
-    crossed = [steps_to_target(steps, curve, target) for curve in scores]
+    crossed = [steps_to_target(steps, measure.sign * curve, measure.sign * target) for curve in scores]
     middle = median(math.inf if step is None else step for step in crossed)
     return {
         "target": target,
@@ -272,9 +303,11 @@ def _to_target(steps: Floats, scores: Floats, target: float) -> dict[str, Any]:
     }
 
 
-def _curves(directory: Path, setting: str, method: str, seeds: Sequence[int]) -> tuple[Floats, Floats]:
-    """Steps [K] and development pass@1 [seeds, K]."""
-    curves = [_dev_curve(directory / _test_run(setting, method, seed)) for seed in seeds]
+def _curves(
+    directory: Path, setting: str, method: str, seeds: Sequence[int], measure: Measure
+) -> tuple[Floats, Floats]:
+    """Steps [K] and development scores [seeds, K]."""
+    curves = [_dev_curve(directory / _test_run(setting, method, seed), measure) for seed in seeds]
     return np.array(curves[0][0], dtype=float), np.array([scores for _, scores in curves])
 
 
@@ -315,25 +348,27 @@ def _diagnostics(study: Study, directory: Path) -> dict[str, Any]:
 def _average(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The unweighted mean over the settings, which are independent: standard errors add in squares.
 
-    Only once every setting has its methods.
+    Only once every setting has its methods, and where all are measured alike.
     """
     tables = [setting["methods"] for setting in settings.values()]
-    if not all(tables):
+    measures = {setting["measure"] for setting in settings.values()}
+    if not all(tables) or len(measures) > 1:
         return {"methods": {}}
+    measure = MEASURES[measures.pop()]
     found: dict[str, dict[str, Any]] = {}
     for method in tables[0]:
         entries = [table[method] for table in tables]
         against = [entry["difference_to_opd"] for entry in entries]
         found[method] = {
-            "pass_at_1": math.fsum(entry["pass_at_1"] for entry in entries) / len(entries),
-            "interval": list(combined_interval([(entry["pass_at_1"], entry["interval"]) for entry in entries])),
+            measure.key: math.fsum(entry[measure.key] for entry in entries) / len(entries),
+            "interval": list(combined_interval([(entry[measure.key], entry["interval"]) for entry in entries])),
             "difference_to_opd": None if None in against else _combined_difference(against, entries),
             "best": False,
         }
     p_values = {name: entry["difference_to_opd"]["p_value"] for name, entry in found.items() if name != BASELINE}
     for name, p_value in holm(p_values).items():
         found[name]["difference_to_opd"]["p_value_holm"] = p_value
-    max(found.values(), key=lambda entry: entry["pass_at_1"])["best"] = True
+    max(found.values(), key=lambda entry: measure.sign * entry[measure.key])["best"] = True
     return {"methods": found}
 
 
@@ -351,11 +386,13 @@ def _combined_difference(parts: Sequence[Mapping[str, Any]], entries: Sequence[M
 # ---- files ----
 
 
-def _rule(study: Study) -> str:
-    by = {"final": "pass@1 after the last step", "area": "area under the pass@1 curve"}[study.select_by]
+def _rule(study: Study, measures: set[str]) -> str:
+    found = [measure for key, measure in MEASURES.items() if key in measures]
+    titles, best = (" or ".join(getattr(one, name) for one in found) for name in ("title", "superlative"))
+    by = {"final": f"{titles} after the last step", "area": f"area under the {titles} curve"}[study.select_by]
     number = "its" if study.configurations == "unequal" else study.configurations
     return (
-        f"Per family, of {number} configurations the one with the highest mean {by} on the development "
+        f"Per family, of {number} configurations the one with the {best} mean {by} on the development "
         f"split over {len(study.seeds.select)} seeds; the earlier listed wins a tie. Test: after the last step."
     )
 
@@ -370,11 +407,11 @@ def _test_scores(directory: Path, setting: str, method: str, seed: int) -> dict[
     return suites
 
 
-def _dev_curve(run: Path) -> tuple[list[int], list[float]]:
-    """Steps and pass@1 on the development split, the mean of its suites."""
+def _dev_curve(run: Path, measure: Measure) -> tuple[list[int], list[float]]:
+    """Steps and scores on the development split, the mean of its suites."""
     by_step: dict[int, list[float]] = {}
     for line in read_records(run / EVALS):
-        by_step.setdefault(line["step"], []).append(line["pass_at_1"])
+        by_step.setdefault(line["step"], []).append(line[measure.key])
     steps = sorted(by_step)
     return steps, [math.fsum(by_step[step]) / len(by_step[step]) for step in steps]
 

@@ -16,12 +16,13 @@ from trb.models.loading import load_model
 from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, STUDY_PLAN, TEST, JsonFile
 from trb.safety.files import exclusive
 from trb.studies.directories import holds_scores, make_again
-from trb.studies.material import as_teacher_reads, load_pair, load_tokenizers, problem_sets, routes_of
+from trb.studies.material import as_teacher_reads, load_pair, load_teacher, load_tokenizers, problem_sets, routes_of
 from trb.studies.places import Places
 from trb.studies.run import train
-from trb.studies.scores import evaluate_teachers
+from trb.studies.scores import evaluate_teachers, judge_of
 from trb.studies.study import ProblemSets, Reference, Study, Unit, load_study
 from trb.tasks.grading import Verifier
+from trb.tasks.reward_free import is_reward_free
 from trb.training.routes import by_name
 from trb.training.teachers import shared_vocabulary
 from trb.vocab import SharedVocabulary
@@ -85,7 +86,7 @@ def _score_reference(study: Study, directory: Path, job: Reference) -> None:
     vocabulary = shared_vocabulary(student, tokenizer, by_name(teacher), by_name(tokenizers))
     model = student if job.role == "student" else teacher
     scores = {
-        name: _score(study, job.setting, getattr(setting, name), model, None, vocabulary, job.role)
+        name: _score(study, job.setting, getattr(setting, name), model, teacher, None, vocabulary, job.role)
         for name in ("dev", "test")
     }
     REFERENCE_SCORES.write(directory / job.path, scores)
@@ -95,15 +96,17 @@ def _initial_scores(directory: Path, setting: str) -> list[dict[str, Any]]:
     """The untrained student on the development split: every run of a setting starts there."""
     path = directory / Reference(setting, "student").path
     suites = REFERENCE_SCORES.read(path)["dev"]["suites"].values()
-    return [{key: value for key, value in suite.items() if key != "correct"} for suite in suites]
+    return [{key: value for key, value in suite.items() if key not in ("correct", "values")} for suite in suites]
 
 
 def _score_trained(study: Study, job: Unit, run: Path) -> None:
     """Score the model of a finished run on the test split, and keep the outcome of every problem."""
     problems = study.settings[job.setting].test
-    dtype = study.scoring_recipe(job.setting, problems).run.student_dtype
-    model = load_model(str(run / MODEL), dtype=dtype)  # it was saved with every stop id of its pair
-    TEST.write(run / TEST, _score(study, job.setting, problems, model, run / SCORING))
+    recipe = study.scoring_recipe(job.setting, problems).run
+    model = load_model(str(run / MODEL), dtype=recipe.student_dtype)  # it was saved with every stop id of its pair
+    is_free = any(map(is_reward_free, problem_sets(recipe).values()))
+    teacher = load_teacher(recipe, model) if is_free and not recipe.teachers else None
+    TEST.write(run / TEST, _score(study, job.setting, problems, model, teacher, run / SCORING))
 
 
 def _score(
@@ -111,19 +114,26 @@ def _score(
     setting: str,
     problems: ProblemSets,
     model: Any,
+    teacher: Any,
     folder: Path | None,
     vocabulary: SharedVocabulary | None = None,
     role: str = "student",
 ) -> dict[str, Any]:
-    """Scores per suite, each with the number of right answers to every problem. Goes on where `folder` has results."""
+    """Scores per suite, each with what it is the mean of. Goes on where `folder` has results.
+
+    `teacher` reads completions that nothing can check; None where there are none.
+    """
     recipe = study.scoring_recipe(setting, problems)
     args = recipe.training_config("unused")
-    tokenizer, _ = load_tokenizers(recipe.run)
+    tokenizer, teacher_tokenizer = load_tokenizers(recipe.run)
     sets: dict[str, Any] = problem_sets(recipe.run, args)
-    routes = None
+    judge = routes = None
+    if teacher is not None and not recipe.run.teachers:
+        pair = vocabulary or SharedVocabulary.of_pair(model, teacher, tokenizer, teacher_tokenizer)
+        judge = judge_of(teacher, pair, sets, args)
     if role == "teacher":
         sets, routes = as_teacher_reads(sets, args), routes_of(recipe.run, args)
-    outcomes: dict[str, list[int]] = {}
+    outcomes: dict[str, dict[str, list[Any]]] = {}
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         scores = evaluate_teachers(
             model,
@@ -136,8 +146,9 @@ def _score(
             folder=folder,
             outcomes=outcomes,
             vocabulary=vocabulary,
+            judge=judge,
         )
-    return {"suites": {score["name"]: score | {"correct": outcomes[score["name"]]} for score in scores}}
+    return {"suites": {score["name"]: score | outcomes[score["name"]] for score in scores}}
 
 
 def _keep_seconds(run: Path, seconds: float) -> None:

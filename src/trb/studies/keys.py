@@ -138,6 +138,11 @@ class RunConfig:
     train_privileged_column: str | None = _option(
         None, "Column of train_data that the teacher reads in its prompt; solution or answer of zoo data."
     )
+    train_assistant_turns: Literal["all", "last"] | None = _option(
+        None,
+        "Of conversations, which turns of the assistant are prompts, each after what came before: all, or the last; "
+        "null for prompts that may end with the user.",
+    )
     system_prompt: str | None = _option(
         None, "System message of prompts; math for the paper's, which benchmarks always get."
     )
@@ -161,6 +166,7 @@ class RunConfig:
     eval_privileged_column: str | None = _option(
         None, "The same of eval_data, for the teacher's own score; null where it is to have no help."
     )
+    eval_assistant_turns: Literal["all", "last"] | None = _option(None, "The same of eval_data.")
     eval_samples: int | dict[str, int] = field(
         default=1, metadata={"help": "Completions per problem: one number, or one per entry of eval_data."}
     )

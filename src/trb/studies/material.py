@@ -26,6 +26,7 @@ from trb.safety.templates import CONVERSATIONS, PLAIN_TEMPLATE
 from trb.studies.keys import RunConfig
 from trb.studies.shared import check_shared, doubts_of_base, trains_own_adapter
 from trb.studies.yaml_files import ConfigError
+from trb.tasks.conversations import conversation_of
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import GENERATORS, open_table
@@ -54,6 +55,7 @@ __all__ = [
     "load_material",
     "load_pair",
     "load_student",
+    "load_teacher",
     "load_tokenizers",
     "longest_teacher_prompt",
     "lora",
@@ -73,7 +75,7 @@ _TEMPLATES = {
     doubts.TEACHER_TEMPLATE: "chat_template: teacher",
     doubts.STUDENT_TEMPLATE: "chat_template: student",
 }
-_COLUMNS = ("prompt_column", "answer_column", "privileged_column")
+_COLUMNS = ("prompt_column", "answer_column", "privileged_column", "assistant_turns")
 TRAINING_NAMES = {
     **_TEMPLATE,
     **{name: f"train_{name}" for name in (*_COLUMNS, "revision", "limit", "seed")},
@@ -83,6 +85,7 @@ EVALUATION_NAMES = {
     **_TEMPLATE,
     **{name: f"eval_{name}" for name in (*_COLUMNS, "limit", "seed", "max_new_tokens")},
     "results_path": "output directory",
+    "a judge": "a teacher",
 }
 
 
@@ -211,15 +214,16 @@ def load_pair(run: RunConfig, *, for_training: bool = False) -> tuple[PreTrained
     """The student and the teacher, of several a mapping of names; see `load_student`."""
     student = load_student(run, for_training=for_training)
     if not run.teachers:
-        return student, _teacher_beside(student, run)
+        return student, load_teacher(run, student)
     teachers: dict[str | None, PreTrainedModel] = {}
     for name, pair in run.pairs().items():
         with named_in_errors(name):
-            teachers[name] = _teacher_beside(student, pair)
+            teachers[name] = load_teacher(pair, student)
     return student, teachers
 
 
-def _teacher_beside(student: PreTrainedModel, run: RunConfig) -> PreTrainedModel:
+def load_teacher(run: RunConfig, student: PreTrainedModel) -> PreTrainedModel:
+    """The only teacher; where it stands on the student's weights, on those of a student that is loaded."""
     if is_shared(run.teacher):
         return shared_teacher(student, run.teacher)
     return load_model(
@@ -333,6 +337,7 @@ def training_prompts(
             prompt_column=run.train_prompt_column,
             answer_column=run.train_answer_column,
             privileged_column=run.train_privileged_column,
+            assistant_turns=run.train_assistant_turns,
             routes=routes_of(run, args),
             revision=run.train_revision,
         )
@@ -348,10 +353,16 @@ def training_prompts(
     if not run.held_out_prompts:
         return prompts, None
     held_out = set(random.Random(run.train_seed).sample(range(len(prompts)), run.held_out_prompts))
-    return (
-        prompts.select([index for index in range(len(prompts)) if index not in held_out]),
-        prompts.select(sorted(held_out)),
-    )
+    # Turns of one conversation share most of their text: what is held out of one is not trained on in another.
+    conversations = [conversation_of(row) for row in prompts]
+    seen = {conversations[index] for index in held_out} - {""}
+    kept = [index for index in range(len(prompts)) if index not in held_out and conversations[index] not in seen]
+    if len(kept) < needed:
+        raise ConfigError(
+            f"{run.held_out_prompts} prompts are held out of {run.train_data}, with all turns of their conversations: "
+            f"{len(kept)} prompts are left for the {needed} of one optimizer step; add some, or lower held_out_prompts"
+        )
+    return prompts.select(kept), prompts.select(sorted(held_out))
 
 
 def problem_sets(run: RunConfig, args: Any = None) -> dict[str, "Dataset"]:
@@ -377,6 +388,7 @@ def _problems(name: str, run: RunConfig, routes: Routes | None) -> "Dataset":
             prompt_column=run.eval_prompt_column,
             answer_column=run.eval_answer_column,
             privileged_column=run.eval_privileged_column,
+            assistant_turns=run.eval_assistant_turns,
             routes=None if routes is None else replace(routes, required=False),
         )
     problems = load_benchmark(benchmark, path or None)

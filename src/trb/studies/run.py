@@ -45,9 +45,10 @@ from trb.studies.listener import Listener
 from trb.studies.material import Material, RunDirectoryError, free_memory, load_material, lora
 from trb.studies.packages import require_packages
 from trb.studies.recipe import Recipe
-from trb.studies.scores import check_suites, evaluate_suites, mean_of_suites
+from trb.studies.scores import check_suites, evaluate_suites, judge_of, mean_of_suites
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.grading import Verifier
+from trb.tasks.reward_free import Judge
 from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
 from trb.training.methods import name_of
@@ -138,6 +139,7 @@ def _train_alone(
     if args.process_index == 0:
         doubts.warn(doubts.of_settings(args, doubts.steps_of(args, len(material.prompts))))
     require_space(directory, material.student, run, args, freed=size_of_run(directory) if overwrite else 0)
+    judge = None if run.teachers else judge_of(material.teacher, material.vocabulary, material.problems, args)
     with Verifier(run.reward_timeout_s) as verifier, explained_disk_errors(directory):
         score = partial(
             evaluate_suites,
@@ -147,10 +149,11 @@ def _train_alone(
             args=args,
             verifier=verifier,
             vocabulary=material.vocabulary,
+            judge=judge,
         )
         observer = _Observer(directory, name, run.eval_every if material.problems else 0, score, listener)
         trainer = observer.trainer = _trainer(material, run, args, verifier, observer)
-        _check(trainer, material, recipe, directory, checkpoint, accept_changes)
+        _check(trainer, material, judge, recipe, directory, checkpoint, accept_changes)
         with left_as_found(_at_risk(directory, args, checkpoint), partial(_has_begun, trainer, directory, checkpoint)):
             # Not before: a run that cannot start must not claim the directory.
             _claim(directory, recipe, args, checkpoint, overwrite)
@@ -174,7 +177,7 @@ def _train_alone(
             RESULTS.write(directory / RESULTS, results)
             seal_run(directory, args)
     listener.finished(name)
-    del trainer, observer, material, score
+    del trainer, observer, material, score, judge
     free_memory()
     return results
 
@@ -203,6 +206,7 @@ def _start(recipe: Recipe, args: TRBConfig, directory: Path, overwrite: bool, ac
 def _check(
     trainer: TRBTrainer,
     material: Material,
+    judge: Judge | None,
     recipe: Recipe,
     directory: Path,
     checkpoint: Path | None,
@@ -210,7 +214,7 @@ def _check(
 ) -> None:
     """Whatever can be refused before the directory is written to."""
     trainer.check_prompts()
-    check_suites(material.student, material.tokenizer, material.problems, recipe.run, trainer.args)
+    check_suites(material.student, material.tokenizer, material.problems, recipe.run, trainer.args, judge)
     config = directory / CONFIG
     unknown = Ranks.of_launch().from_first(lambda: is_damaged(config))
     if checkpoint is not None and not accept_changes and (unknown or not is_last(checkpoint, trainer.args)):

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trb import records
 from trb.errors import calls
+from trb.measures import PER_TOKEN, measure_of
 from trb.models.memory import bytes_of, cache_entries
+from trb.models.residence import present
 from trb.records import EVALUATIONS, RECIPE, SCORES
 from trb.safety.files import write_text
 from trb.sampling import sample
@@ -33,8 +36,10 @@ from trb.studies.material import (
 )
 from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
+from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import check_problems, evaluate, pass_at_1_interval
 from trb.tasks.grading import Verifier
+from trb.tasks.reward_free import Judge, is_reward_free
 from trb.tools import TOOLS
 from trb.tools.calls import ToolBox
 from trb.tools.chats import ToolChat
@@ -52,6 +57,7 @@ __all__ = [
     "check_suites",
     "evaluate_suites",
     "evaluate_teachers",
+    "judge_of",
     "mean_of_suites",
     "precision",
     "rows_in_flight",
@@ -78,22 +84,24 @@ def evaluate_suites(
     folder: Path | None = None,
     label: str = "",
     listener: Listener | None = None,
-    outcomes: dict[str, list[int]] | None = None,
+    outcomes: dict[str, dict[str, list[Any]]] | None = None,
     vocabulary: SharedVocabulary | None = None,
     save_completions: int = 0,
+    judge: Judge | None = None,
 ) -> list[dict[str, Any]]:
-    """pass@1 of `model` on every problem set, as the lines of evals.jsonl without their step.
+    """The score of `model` on every problem set, as the lines of evals.jsonl without their step.
 
     Sampling runs in the precision of training. The processes of a launch share the problems, so `model` must be whole
     on each; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
-    `outcomes` is filled with the number of right answers to every problem, by problem set. `vocabulary` and
-    `save_completions` are as in `trb.tasks.evaluation.evaluate`.
+    `outcomes` is filled with what each score is the mean of, by problem set. `vocabulary`, `save_completions` and
+    `judge` are as in `trb.tasks.evaluation.evaluate`.
     """
     longest, sampler = _longest_completion(run, args), _sampler(model, tokenizer, args, vocabulary)
+    reads = partial(nullcontext) if judge is None else partial(present, judge.teacher, args.device)
     scores = []
     for name, rows in problems.items():
         (listener or Listener()).stage(f"{label}: {len(rows)} problems of {name}")
-        with precision(args), calls(EVALUATION_NAMES):
+        with precision(args), calls(EVALUATION_NAMES), reads():
             result = evaluate(
                 model.to(args.device),  # type: ignore[arg-type]
                 with_template_options(tokenizer, template_options(args)),
@@ -111,9 +119,10 @@ def evaluate_suites(
                 save_completions=save_completions,
                 vocabulary=vocabulary,
                 sampler=sampler,
+                judge=judge,
             )
         if outcomes is not None:
-            outcomes[name] = result.correct
+            outcomes[name] = result.outcomes
         scores.append(result.to_dict())
     return scores
 
@@ -131,6 +140,15 @@ def _sampler(
     return ToolSampler(chat, box, args.max_tool_calling_iterations)
 
 
+def judge_of(
+    teacher: PreTrainedModel, vocabulary: SharedVocabulary, problems: Mapping[str, "Dataset"], args: TRBConfig
+) -> Judge | None:
+    """Who reads completions that nothing can check, each prompt as the teacher does; None where there are none."""
+    if not any(map(is_reward_free, problems.values())):
+        return None
+    return Judge(teacher, vocabulary, as_teacher_reads(problems, args))
+
+
 def evaluate_teachers(
     teachers: Any,
     *,
@@ -138,7 +156,7 @@ def evaluate_teachers(
     routes: Routes | None,
     run: RunConfig,
     folder: Path | None = None,
-    outcomes: dict[str, list[int]] | None = None,
+    outcomes: dict[str, dict[str, list[Any]]] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """`evaluate_suites` of the teacher; of several each on its own rows of every problem set that says whose they are.
@@ -151,7 +169,7 @@ def evaluate_teachers(
     for name, parts in _routed(problems, routes).items():
         correct, found = [0] * sum(map(len, parts.values())), []
         for place, rows in parts.items():
-            right: dict[str, list[int]] = {}
+            right: dict[str, dict[str, list[Any]]] = {}
             found += evaluate_suites(
                 teachers[routes.names[place]],
                 problems={name: [problems[name][row] for row in rows]},
@@ -160,7 +178,7 @@ def evaluate_teachers(
                 outcomes=right,
                 **options,
             )
-            for row, count in zip(rows, right[name], strict=True):
+            for row, count in zip(rows, right[name]["correct"], strict=True):
                 correct[row] = count
         n, samples = run.samples_of(name), sum(score["n_samples"] for score in found)
         scores.append(
@@ -174,7 +192,7 @@ def evaluate_teachers(
             }
         )
         if outcomes is not None:
-            outcomes[name] = correct
+            outcomes[name] = {"correct": correct}
     return scores
 
 
@@ -191,10 +209,11 @@ def check_teachers(
     routes: Routes | None,
     run: RunConfig,
     args: TRBConfig,
+    judge: Judge | None = None,
 ) -> None:
     """`check_suites` of what `evaluate_teachers` is to read."""
     if routes is None:
-        check_suites(teachers, tokenizer, problems, run, args)
+        check_suites(teachers, tokenizer, problems, run, args, judge)
         return
     for name, parts in _routed(problems, routes).items():
         for place, rows in parts.items():
@@ -208,13 +227,42 @@ def check_suites(
     problems: Mapping[str, "Dataset"],
     run: RunConfig,
     args: TRBConfig,
+    judge: Judge | None = None,
 ) -> None:
-    """Refuse what `evaluate_suites` would refuse of any of the problem sets, before the first of them is sampled."""
+    """Refuse what `evaluate_suites` would refuse of any of the problem sets, before the first of them is sampled.
+
+    Raises ConfigError for sets that are measured differently, which have no mean, and for a teacher that no process
+    has as a whole to read completions with.
+    """
+    free = [name for name, rows in problems.items() if is_reward_free(rows)]
+    if 0 < len(free) < len(problems):
+        other = next(name for name in problems if name not in free)
+        raise ConfigError(
+            f"no completion of {free[0]} can be scored and those of {other} can; evaluate the two apart, as their "
+            "scores have no mean"
+        )
+    if free and run.teachers:
+        raise ConfigError(
+            f"no completion of {free[0]} can be scored, so that the teacher reads them, and there are several; "
+            "evaluate students of several teachers on data with answers"
+        )
+    if free and args.tools:
+        raise ConfigError(
+            f"no completion of {free[0]} can be scored, so that the teacher reads them, and with tools they hold "
+            "answers that nobody wrote; leave out eval_data or tools"
+        )
+    if free and args.teacher_sharded:
+        raise ConfigError(
+            f"no completion of {free[0]} can be scored, so that the teacher reads them, and teacher_sharded leaves no "
+            "process a whole teacher; leave one of the two out"
+        )
     tokenizer = with_template_options(tokenizer, template_options(args))
     longest = _longest_completion(run, args)
     with calls(EVALUATION_NAMES):
         for name, rows in problems.items():
-            check_problems(model, tokenizer, rows, n=run.samples_of(name), max_new_tokens=longest, name=name)
+            check_problems(
+                model, tokenizer, rows, n=run.samples_of(name), max_new_tokens=longest, name=name, judge=judge
+            )
 
 
 def _longest_completion(run: RunConfig, args: TRBConfig) -> int:
@@ -222,7 +270,7 @@ def _longest_completion(run: RunConfig, args: TRBConfig) -> int:
 
 
 def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """One score from those of several problem sets: the unweighted mean of pass@1 (paper, section 6).
+    """One score from those of several problem sets: the unweighted mean of what they measure (paper, section 6).
 
     The interval combines theirs as independent ones (`trb.studies.statistics.combined_interval`). The single scores
     stay under "suites". Without scores, pass_at_1 is None.
@@ -231,14 +279,18 @@ def mean_of_suites(scores: list[dict[str, Any]]) -> dict[str, Any]:
         return {"name": "", "pass_at_1": None, "interval": None}
     if len(scores) == 1:
         return dict(scores[0])
-    count, samples = len(scores), sum(score["n_samples"] for score in scores)
-    mean = math.fsum(score["pass_at_1"] for score in scores) / count
-    low, high = combined_interval([(score["pass_at_1"], score["interval"]) for score in scores])
+    count, samples, measure = len(scores), sum(score["n_samples"] for score in scores), measure_of(scores[0])
+    means = {
+        key: math.fsum(score[key] for score in scores) / count
+        for key in (measure.key, *PER_TOKEN)
+        if all(key in score for score in scores)
+    }
+    low, high = combined_interval([(score[measure.key], score["interval"]) for score in scores])
     weighted = {key: math.fsum(score[key] * score["n_samples"] for score in scores) / samples for key in _MEANS}
     return {
         "name": "mean of " + ", ".join(score["name"] for score in scores),
-        "pass_at_1": mean,
-        "interval": [max(0.0, low), min(1.0, high)],
+        **means,
+        "interval": [max(measure.bounds[0], low), min(measure.bounds[1], high)],
         "n_problems": sum(score["n_problems"] for score in scores),
         "n_samples": samples,
         **weighted,
@@ -277,11 +329,13 @@ def _score_pair(
 ) -> None:
     listener.stage("loading models and data")
     material = load_material(recipe.run, args)
-    problems: dict[str, Any] = {"student": material.problems, "teacher": as_teacher_reads(material.problems, args)}
+    taught = as_teacher_reads(material.problems, args)
+    problems: dict[str, Any] = {"student": material.problems, "teacher": taught}
     routes = routes_of(recipe.run, args)
+    judge = None if routes else judge_of(material.teacher, material.vocabulary, material.problems, args)
     for name in paths:
         whose = routes if name == "teacher" else None
-        check_teachers(getattr(material, name), material.tokenizer, problems[name], whose, recipe.run, args)
+        check_teachers(getattr(material, name), material.tokenizer, problems[name], whose, recipe.run, args, judge)
     if args.process_index == 0:
         if clear is not None:
             clear()
@@ -302,6 +356,7 @@ def _score_pair(
                 listener=listener,
                 vocabulary=material.vocabulary,
                 save_completions=1 if name == "student" else 0,
+                judge=judge,
             )
             if args.process_index == 0:
                 SCORES.write(path, scores)

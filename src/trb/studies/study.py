@@ -132,9 +132,10 @@ class Study(_Part):
     description: str = ""
     seeds: Seeds
     select_by: Literal["final", "area"] = "final"
-    """Mean over the selection seeds of the development pass@1 after the last step, or of the area under its curve."""
+    """Mean over the selection seeds of the development score after the last step, or of the area under its curve."""
     target: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Steps to target: to this share of plain distillation's mean final development pass@1."""
+    """Steps to target: to this share of plain distillation's mean final development score; of a reverse KL, to what
+    plain distillation's is this share of."""
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
     resamples: Annotated[int, Field(ge=100)] = 10_000
     configurations: Annotated[int, Field(ge=1)] | Literal["unequal"]

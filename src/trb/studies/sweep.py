@@ -33,6 +33,7 @@ from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
 from trb.studies.material import RunDirectoryError, problem_sets
 from trb.studies.study import ROLES, Phase, Reference, Study
 from trb.studies.workers import Pool, open_pool
+from trb.tasks.conversations import conversation_of
 
 __all__ = ["StudyListener", "run_study"]
 
@@ -219,7 +220,7 @@ def _check_disjoint(study: Study, setting: str) -> None:
     seen: dict[str, set[str]] = {}
     for name in ("dev", "test"):
         sets = problem_sets(study.scoring_recipe(setting, getattr(study.settings[setting], name)).run)
-        seen[name] = {json.dumps(row["prompt"]) for rows in sets.values() for row in rows}
+        seen[name] = {conversation_of(row) or json.dumps(row["prompt"]) for rows in sets.values() for row in rows}
     shared = len(seen["dev"] & seen["test"])
     if shared:
         raise InputError(

@@ -1,6 +1,7 @@
 """Evaluation: pass@1 of a model over a set of problems, with an interval that knows its samples are clustered.
 
-pass@1 is the mean over problems of correct / n, where n completions are sampled per problem. Results are kept
+pass@1 is the mean over problems of correct / n, where n completions are sampled per problem. Of problems that nothing
+can be scored against, it is the reverse KL to a teacher, per token (`trb.tasks.reward_free`). Results are kept
 per problem in a JSONL file as they come, and a killed run picks up where it stopped: because every draw is a
 pure function of (seed, prompt, rollout index, position), the resumed run ends with exactly the same numbers. For the
 same reason several processes may share the problems: each samples and scores its part, and all get every result.
@@ -25,13 +26,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trb.errors import InputError, named
+from trb.measures import PER_TOKEN
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
 from trb.records import PROBLEMS
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
+from trb.tasks.conversations import conversation_of
 from trb.tasks.grading import Verifier, can_be_scored
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT, load_prompts, render
+from trb.tasks.reward_free import TOTALS, Judge, is_reward_free, token_mean, token_totals
 from trb.training.ranks import Ranks
 from trb.vocab import SharedVocabulary, stop_token_ids
 
@@ -61,10 +65,10 @@ class EvalResult:
     """Result of one evaluation."""
 
     name: str
-    pass_at_1: float
-    """Mean over problems of correct / n."""
+    pass_at_1: float | None
+    """Mean over problems of correct / n; None where nothing can be scored."""
     interval: tuple[float, float]
-    """95% interval of pass_at_1 over problems like these; see `pass_at_1_interval`."""
+    """95% interval of the score over problems like these; see `pass_at_1_interval`, `trb.tasks.reward_free`."""
     n_problems: int
     n_samples: int
     """Completions in all: n_problems times the samples per problem."""
@@ -74,10 +78,24 @@ class EvalResult:
     """Share of completions that ended with a stop token rather than at max_new_tokens."""
     correct: list[int] = field(default_factory=list, repr=False)
     """How many completions of each problem were right."""
+    reverse_kl: float | None = None
+    """In place of pass@1: KL(model || teacher), mean over the tokens of all completions, in nats."""
+    student_entropy: float | None = None
+    """With reverse_kl: entropy of the model, the same mean."""
+    teacher_log_prob: float | None = None
+    """With reverse_kl: the teacher's log-probability, the same mean."""
+    values: list[float] = field(default_factory=list, repr=False)
+    """With reverse_kl: the share in it of each prompt, or conversation; it is their mean."""
+
+    @property
+    def outcomes(self) -> dict[str, list[Any]]:
+        """What the score is the mean of."""
+        return {"correct": self.correct} if self.reverse_kl is None else {"values": self.values}
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON types, one line of evals.jsonl without its step."""
-        summary = {name: value for name, value in vars(self).items() if name != "correct"}
+        lists = ("correct", "values")
+        summary = {name: value for name, value in vars(self).items() if name not in lists and value is not None}
         return {**summary, "interval": list(self.interval)}
 
 
@@ -142,10 +160,12 @@ def evaluate(
     sampler: Callable[..., Any] = sample,
     ranks: Ranks | None = None,
     vocabulary: SharedVocabulary | None = None,
+    judge: Judge | None = None,
 ) -> EvalResult:
     """Sample `n` completions of every problem, score them and return pass@1 with its 95% interval.
 
-    `problems` are rows of `trb.tasks.prompts.load_prompts`, each with something to score against. `max_rows` bounds the
+    `problems` are rows of `trb.tasks.prompts.load_prompts`, each with something to score against; or none of them, and
+    a `judge`, whose teacher reads the completions: the score is then the reverse KL to it. `max_rows` bounds the
     completions in flight. With `results_path`, finished problems are appended there in order (one JSON object
     per line under a header of settings), and a later call with the same settings continues the file; the model
     is not among the settings, so use one file per model and step. `save_completions` keeps that many
@@ -154,15 +174,20 @@ def evaluate(
     process of a launch calls this with the same arguments and a whole model: they share the problems, the first one
     keeps the file, and all return the result. `vocabulary` is that of the model's pair, whose stop ids then end a
     completion as they do in training; by default the model's own do. Either way all rows of its head take part, as in
-    any engine that loads it.
+    any engine that loads it, unless there is a judge to read them.
 
-    Raises ValueError for a problem without an answer, for one that is too long for the model, and for a results file
-    of other settings or other content; NonFiniteLogitsError, naming the problem, where the model's logits are NaN or
-    infinite.
+    Raises ValueError for a problem without an answer among others that have one, or without a judge, for one that is
+    too long for the model, and for a results file of other settings or other content; NonFiniteLogitsError, naming the
+    problem, where the model's logits are NaN or infinite.
     """
     # Another sampler may have other limits than the model's own.
     limited = model if sampler is sample else None
-    rows, prompts = check_problems(limited, tokenizer, problems, n=n, max_new_tokens=max_new_tokens, name=name)
+    rows, prompts = check_problems(
+        limited, tokenizer, problems, n=n, max_new_tokens=max_new_tokens, name=name, judge=judge
+    )
+    if judge is not None and not is_reward_free(rows):
+        judge = None
+    vocabulary = vocabulary if judge is None else judge.vocabulary
     stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
     settings = {
         "name": name,
@@ -184,7 +209,9 @@ def evaluate(
         temperature=temperature,
         seed=stream_seed(seed, "eval", name),
         max_rows=max_rows,
+        **({} if judge is None else {"vocab_size": judge.vocabulary.size}),
     )
+    taught = _taught(judge, tokenizer, name, prompts)
     ranks = ranks or Ranks()
     # Between two saves every process samples `chunk` problems, the batches that one process would sample in turn.
     chunk = max(1, (max_rows or CHUNK_ROWS) // n)
@@ -202,11 +229,18 @@ def evaluate(
                 texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
                 scores = scorer.score(texts, [row for row in rows[part] for _ in range(n)])
                 found = _records(part.start, prompts[part], n, rollout, scores)
+                if judge is not None:
+                    totals = token_totals(
+                        *(model, judge, _repeated(prompts[part], n), _repeated(taught[part], n), rollout.completions),
+                        temperature=temperature,
+                        max_rows=max_rows,
+                    )
+                    _add_totals(found, rows[part], totals, n)
                 if save_completions:
                     _add_texts(found, rows[part], texts, scores, save_completions)
             results.append(list(chain.from_iterable(ranks.gather(found))))
             bar.update(task, completed=len(results.records))
-    return _summary(name, results.records, n)
+    return _summary(name, results.records, n, judge is None)
 
 
 def check_problems(
@@ -217,15 +251,20 @@ def check_problems(
     n: int,
     max_new_tokens: int,
     name: str = "eval",
+    judge: Judge | None = None,
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """The problems as plain rows, and their prompts as token ids; refuses what `evaluate` would, and samples nothing.
 
     `model` says how many positions there are; None for no limit.
     """
-    rows = _checked_rows(problems, n)
+    rows = _checked_rows(problems, n, judge)
     prompts = render(tokenizer, rows)
     limits = {} if model is None else {f"the model ({type(model).__name__})": position_limit(model)}
     check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob=named("max_new_tokens"))
+    if judge is not None and is_reward_free(rows):
+        taught = list(map(len, _taught(judge, tokenizer, name, prompts)))
+        limits = {"the teacher": position_limit(judge.teacher)}
+        check_room(taught, name, max_new_tokens, limits, knob=named("max_new_tokens"))
     return rows, prompts
 
 
@@ -258,15 +297,29 @@ def pass_at_1_interval(correct: Sequence[int], n: int) -> tuple[float, float]:
     return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
-def _checked_rows(problems: "Dataset | Sequence[Mapping[str, Any]]", n: int) -> list[dict[str, Any]]:
-    """The problems as plain rows: some, and each with something to score against."""
+def _checked_rows(
+    problems: "Dataset | Sequence[Mapping[str, Any]]", n: int, judge: Judge | None
+) -> list[dict[str, Any]]:
+    """The problems as plain rows: some, and each with something to score against, or none and somebody to read them."""
     if n < 1 or not len(problems):
         raise InputError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
     rows = [dict(row) for row in problems]
-    for index, row in enumerate(rows):
-        if not can_be_scored(row):
-            raise InputError(f"problem {index + 1} of {len(rows)} has no answer to score against; leave it out")
-    return rows
+    missing = [index for index, row in enumerate(rows) if not can_be_scored(row)]
+    if not missing or (judge is not None and len(missing) == len(rows)):
+        return rows
+    remedy = "leave it out" if len(missing) < len(rows) else f"give answers, or {named('a judge')} to read completions"
+    raise InputError(f"problem {missing[0] + 1} of {len(rows)} has no answer to score against; {remedy}")
+
+
+def _taught(judge: Judge | None, tokenizer: Any, name: str, prompts: list[list[int]]) -> list[list[int]]:
+    """The prompts as the teacher reads them."""
+    if judge is None or judge.problems is None:
+        return prompts
+    return render(tokenizer, judge.problems[name])
+
+
+def _repeated(prompts: list[list[int]], n: int) -> list[list[int]]:
+    return [prompt for prompt in prompts for _ in range(n)]
 
 
 def _fingerprint(prompts: list[list[int]], rows: list[dict[str, Any]]) -> str:
@@ -317,12 +370,22 @@ def _records(
                 "problem": start + position,
                 "prompt_hash": f"{prompt_key(prompt):016x}",
                 "n": n,
-                "correct": int(sum(scores[part])),
+                **({} if any(map(math.isnan, scores[part])) else {"correct": int(sum(scores[part]))}),
                 "lengths": [len(completion) for completion in rollout.completions[part]],
                 "stopped": [bool(stopped) for stopped in rollout.stopped[part]],
             }
         )
     return records
+
+
+def _add_totals(
+    records: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]], totals: Sequence[Mapping[str, float]], n: int
+) -> None:
+    """Add the sums over the tokens of each problem's completions, and whose turn it is."""
+    for position, (record, row) in enumerate(zip(records, rows, strict=True)):
+        own = totals[position * n : (position + 1) * n]
+        record |= {name: math.fsum(one[name] for one in own) for name in TOTALS}
+        record["conversation"] = conversation_of(row)
 
 
 def _add_texts(
@@ -338,21 +401,27 @@ def _add_texts(
             part = slice(position * record["n"], position * record["n"] + min(count, record["n"]))
             record["question"] = str(row["prompt"][-1]["content"])
             record["completions"] = list(texts[part])
-            record["right"] = [bool(int(score)) for score in scores[part]]
+            if "correct" in record:
+                record["right"] = [bool(int(score)) for score in scores[part]]
 
 
-def _summary(name: str, records: list[dict[str, Any]], n: int) -> EvalResult:
-    correct = [record["correct"] for record in records]
+def _summary(name: str, records: list[dict[str, Any]], n: int, has_scores: bool) -> EvalResult:
     samples = len(records) * n
+    what: dict[str, Any]
+    if has_scores:
+        correct = [record["correct"] for record in records]
+        what = {"pass_at_1": sum(correct) / samples, "interval": pass_at_1_interval(correct, n), "correct": correct}
+    else:
+        value, interval, values = token_mean(records)
+        means = {key: token_mean(records, key)[0] for key in PER_TOKEN}
+        what = {"pass_at_1": None, "reverse_kl": value, "interval": interval, "values": values, **means}
     return EvalResult(
         name=name,
-        pass_at_1=sum(correct) / samples,
-        interval=pass_at_1_interval(correct, n),
         n_problems=len(records),
         n_samples=samples,
         mean_length=sum(sum(record["lengths"]) for record in records) / samples,
         stop_rate=sum(sum(record["stopped"]) for record in records) / samples,
-        correct=correct,
+        **what,
     )
 
 

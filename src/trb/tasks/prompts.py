@@ -23,6 +23,7 @@ from trb.models.tokens import token_ids
 from trb.safety.templates import check_chat_template
 from trb.tasks.answers import Row, last_boxed, reference_answer
 from trb.tasks.coding import PYTHON, program_row, test_columns
+from trb.tasks.conversations import Message, check_choice, read_messages, turns_of, with_system
 from trb.tasks.grading import check_verifier
 from trb.tasks.sources import (
     GENERATED_ROWS,
@@ -53,8 +54,6 @@ PROGRAM_PROMPT_COLUMNS = ("prompt", "text")  # of problems with tests
 
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution")
 
-Message = dict[str, str]
-
 OVERLONG = 'overlong="drop"'
 
 
@@ -68,6 +67,7 @@ def load_prompts(
     prompt_column: str | None = None,
     answer_column: str | None = None,
     privileged_column: str | None = None,
+    assistant_turns: str | None = None,
     routes: Routes | None = None,
     revision: str | None = None,
 ) -> "Dataset":
@@ -85,6 +85,8 @@ def load_prompts(
     is one split, and read whole. `limit` keeps that many rows: a random subset drawn with `seed`, in
     source order (hub datasets are often sorted by topic); of a generated source, the number generated (1000
     by default). `system_prompt` replaces the row's own. Columns are guessed from common names unless given.
+    `assistant_turns` says that rows are whole conversations, and makes prompts of their turns (`all` of the
+    assistant's, or the `last`), each with its conversation in `metadata`; `limit` counts conversations then.
     An assistant turn at the end is not part of the prompt; where there is no answer column, the answer is the
     last \\boxed{} of that turn. Rows without an answer get `answer == ""`: good to train on, not to score.
     A source with a `verifier` column (this function's own output, saved) keeps it and its `metadata`. Problems with
@@ -100,12 +102,13 @@ def load_prompts(
     """
     if limit is not None and limit < 1:
         raise InputError(f"{named('limit')} is {limit}; give a positive number of rows, or None for all")
+    check_choice(assistant_turns)
     name = str(spec)
     if name.startswith(GENERATORS):
         refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
         generate = zoo_rows if name.startswith("zoo:") else reasoning_gym_rows
-        rows = generate(name, split, limit or GENERATED_ROWS, seed)
-        rows = [_generated(row, privileged_column, routes, name) for row in rows]
+        found = generate(name, split, limit or GENERATED_ROWS, seed)
+        rows = [own for row in found for own in _generated(row, privileged_column, assistant_turns, routes, name)]
     else:
         table = open_table(name, split, revision)
         if table.n_rows == 0:
@@ -113,12 +116,13 @@ def load_prompts(
         columns = _choose_columns(name, table.columns, prompt_column, answer_column, privileged_column, routes)
         indices = _subset(table.n_rows, limit, seed)
         rows = [
-            _convert(raw, columns, f"row {index + 1} of {name}")
+            own
             for index, raw in zip(indices, table.take(indices, columns.used()), strict=True)
+            for own in _rows(raw, columns, assistant_turns, f"row {index + 1} of {name}")
         ]
     if system_prompt is not None:
         read = [name for name in ("prompt", TEACHER_PROMPT) if rows and name in rows[0]]
-        rows = [row | {name: _with_system(row[name], system_prompt) for name in read} for row in rows]
+        rows = [row | {name: with_system(row[name], system_prompt) for name in read} for row in rows]
     dataset = _to_dataset(rows, routes)
     dataset.info.dataset_name = Path(name).name if Path(name).exists() else name  # for model cards
     return dataset
@@ -243,16 +247,46 @@ def _choose_columns(
     return _Columns(*chosen, "verifier" in found, tests, taught, context or told, routes)
 
 
-def _generated(row: Row, context: str | None, routes: Routes | None, source: str) -> Row:
-    """A row of a generated source, with one of its columns for the teacher, and one that says which teacher it is."""
-    kept = {name: row[name] for name in ("prompt", "answer", "verifier", "metadata")}
+def _generated(row: Row, context: str | None, which: str | None, routes: Routes | None, source: str) -> list[Row]:
+    """A row of a generated source, with one of its columns for the teacher; of a conversation, a row for each turn."""
     routes = _routes_in(row, routes, source)
-    if routes is not None:
-        kept[routes.column] = routes.name_in(row, source)
-    offered = [name for name in ("answer", "solution") if name in row]
+    if "messages" in row:
+        plain = {"answer": "", "verifier": row["verifier"]}
+        turns = turns_of(row["messages"], which or "last", source)
+        found = [
+            plain | {"prompt": turn.prompt, "metadata": turn.described("{}", source), "solution": turn.reference}
+            for turn in turns
+        ]
+    else:
+        refuse(source, assistant_turns=which)
+        found = [row]
+    offered = [name for name in ("answer", "solution") if name in found[0] and (name == "solution" or found[0][name])]
     if context is not None and context not in offered:
         raise InputError(f"{source} has no column {context!r} for the teacher; it has {', '.join(offered)}")
-    return kept if context is None else kept | {PRIVILEGED_CONTEXT: row[context]}
+    kept = ("prompt", "answer", "verifier", "metadata")
+    more = {} if routes is None else {routes.column: routes.name_in(row, source)}
+    return [
+        {name: one[name] for name in kept} | ({} if context is None else {PRIVILEGED_CONTEXT: one[context]}) | more
+        for one in found
+    ]
+
+
+def _rows(raw: Row, columns: _Columns, which: str | None, place: str) -> list[Row]:
+    """The prompts in one row of any source, of a conversation one for each of its turns that are meant."""
+    if which is None:
+        return [_convert(raw, columns, place)]
+    if which == "all" and columns.taught is not None:
+        raise InputError(
+            f"{place} has a {columns.taught}, which is of one prompt, and {named('assistant_turns')} is 'all'; give "
+            f"the teacher a {PRIVILEGED_CONTEXT}, or distil the last turn"
+        )
+    found = []
+    for turn in turns_of(raw.get(columns.prompt), which, f"column {columns.prompt!r} of {place}"):
+        reply = {"role": "assistant", "content": turn.reference}
+        own = columns if turn.is_last else columns._replace(answer=None)  # an answer is that of the last turn
+        row = _convert({**raw, columns.prompt: [*turn.prompt, reply]}, own, place)
+        found.append(row | {"metadata": turn.described(row["metadata"], place)})
+    return found
 
 
 def _routes_in(columns: Collection[str], routes: Routes | None, source: str) -> Routes | None:
@@ -265,7 +299,7 @@ def _routes_in(columns: Collection[str], routes: Routes | None, source: str) -> 
 
 def _convert(raw: Row, columns: _Columns, place: str) -> Row:
     """One row of any source as a row of ours; `place` names it in errors."""
-    messages, reply = _messages(raw.get(columns.prompt), f"column {columns.prompt!r} of {place}")
+    messages, reply = read_messages(raw.get(columns.prompt), f"column {columns.prompt!r} of {place}")
     scoring = _scoring(raw, place) if columns.verified else {"verifier": "math", "metadata": "{}"}
     taught = _taught(raw, columns, place)
     if columns.routes is not None:
@@ -283,7 +317,7 @@ def _taught(raw: Row, columns: _Columns, place: str) -> Row:
     """What the teacher reads, where the source says it."""
     found: Row = {}
     if columns.taught is not None:
-        found[TEACHER_PROMPT], _ = _messages(raw.get(columns.taught), f"column {columns.taught!r} of {place}")
+        found[TEACHER_PROMPT], _ = read_messages(raw.get(columns.taught), f"column {columns.taught!r} of {place}")
     if columns.context is not None:
         found[PRIVILEGED_CONTEXT] = _context(raw.get(columns.context), f"column {columns.context!r} of {place}")
     return found
@@ -307,44 +341,6 @@ def _scoring(raw: Row, place: str) -> dict[str, str]:
     if not isinstance(metadata, str):
         raise InputError(f"column 'metadata' of {place} is {kind(metadata)}; it must be JSON as text")
     return {"verifier": str(verifier), "metadata": metadata}
-
-
-_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-
-_ROLES |= {"human": "user", "gpt": "assistant"}
-
-
-def _messages(value: Any, place: str) -> tuple[list[Message], str | None]:
-    """The prompt as messages, and the assistant's reply that followed it in the source, if any."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise InputError(f"{place} is empty")
-        return [{"role": "user", "content": value}], None
-    if not isinstance(value, list):
-        raise InputError(f"{place} is {kind(value)}; a prompt is text or a list of messages")
-    messages = [_message(item, f"message {number} in {place}") for number, item in enumerate(value, start=1)]
-    reply = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
-    if not any(message["role"] == "user" for message in messages):
-        raise InputError(f"{place} has no user message to answer")
-    return messages, reply
-
-
-def _message(item: Any, place: str) -> Message:
-    """One message, in either common spelling: role/content or from/value."""
-    if not isinstance(item, dict):
-        raise InputError(f"{place} is {kind(item)}; it must be an object with 'role' and 'content'")
-    keys = ("role", "content") if "role" in item else ("from", "value")
-    role, content = (item.get(key) for key in keys)
-    if role not in _ROLES:
-        raise InputError(f"{place} has the role {role!r}; known roles are {sorted(_ROLES)}")
-    if not isinstance(content, str):
-        raise InputError(f"{place} has content of the wrong type: {kind(content)}, not text")
-    return {"role": _ROLES[role], "content": content}
-
-
-def _with_system(messages: list[Message], system_prompt: str) -> list[Message]:
-    rest = [message for message in messages if message["role"] != "system"]
-    return [{"role": "system", "content": system_prompt}, *rest]
 
 
 def _answer(value: Any, place: str) -> str:

@@ -61,11 +61,12 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     if not isinstance(size, int | None):
         raise InputError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
     task = task.with_settings(**settings)
+    plain = {"verifier": "exact", "metadata": "{}"}
     return [
-        {"answer": problem["answer"], "verifier": "exact", "metadata": "{}"}
-        | problem
-        | {"solution": task.solution(problem["prompt"][0]["content"].partition("\n\n")[0])}
-        for problem in task.problems(n, seed=seed, split=split, size=size)
+        plain
+        | row
+        | ({} if "messages" in row else {"solution": task.solution(row["prompt"][0]["content"].partition("\n\n")[0])})
+        for row in task.problems(n, seed=seed, split=split, size=size)
     ]
 
 

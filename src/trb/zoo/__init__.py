@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trb.errors import InputError
 from trb.zoo.chains import Chains
 from trb.zoo.clock import Clock
+from trb.zoo.dialogue import Dialogue
 from trb.zoo.programs import Programs
 from trb.zoo.staged import Staged
 from trb.zoo.sums import Sums
@@ -25,7 +26,7 @@ NAMES = ("student", "teacher")
 MODELS = (*NAMES, "told", "caller-student", "caller-teacher")
 """What ships: the pair, a student that makes use of a worked solution in its prompt, to teach itself, and a pair that
 calls a calculator."""
-TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock(), Staged(), Programs(), Sums())}
+TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Clock(), Staged(), Programs(), Sums(), Dialogue())}
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

@@ -97,6 +97,9 @@ _TEACHER = Recipe(
     drift=0.0,
 )
 
+# Tied heads learn programs several times more slowly.
+_SMALL_STUDENT = replace(_STUDENT, family="llama", hidden_size=64, head_rows=176, tied=False, learning_rate=5e-3)
+
 PAIRS = {
     # The pair that ships.
     "chains": Pair(TASKS["chains"], character_tokenizer, (2, 8), (4, 6, 8), (_STUDENT, _TEACHER)),
@@ -179,18 +182,19 @@ PAIRS = {
         (2, 6),
         (4, 5, 6),
         (
-            replace(
-                _STUDENT,
-                family="llama",
-                hidden_size=64,
-                head_rows=176,
-                tied=False,  # tied heads learn this several times more slowly
-                steps=600,
-                learning_rate=5e-3,
-                wrong_step=0.03,
-                drift=0.05,
-            ),
+            replace(_SMALL_STUDENT, steps=600, wrong_step=0.03, drift=0.05),
             replace(_TEACHER, family="llama", layers=2, hidden_size=96, head_rows=192, steps=800, learning_rate=3e-3),
+        ),
+    ),
+    # Conversations, whose last turn is measured here: the study of dialogue.
+    "dialogue": Pair(
+        TASKS["dialogue"],
+        word_piece_tokenizer,
+        (2, 6),
+        (4, 5, 6),
+        (
+            replace(_SMALL_STUDENT, steps=500, wrong_step=0.1, drift=0.1),
+            replace(_TEACHER, family="llama", layers=3, hidden_size=96, head_rows=192, steps=1500, learning_rate=3e-3),
         ),
     ),
 }

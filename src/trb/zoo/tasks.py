@@ -104,11 +104,19 @@ class Task(ABC):
             state = step.state
         return " ".join([*written, f"\\boxed{{{state}}}"])
 
+    def lesson(
+        self, problem: str, rng: random.Random, *, wrong_step: float, drift: float
+    ) -> tuple[list[dict[str, str]], str]:
+        """What a model is taught with a problem: a prompt, and the text to write."""
+        text = self.corrupted_solution(problem, rng, wrong_step=wrong_step, drift=drift)
+        return [{"role": "user", "content": problem}], text
+
     def problems(self, n: int, *, seed: int, split: str = "train", size: int | None = None) -> list[dict]:
         """`n` different problems as rows {"prompt": [{"role": "user", "content": problem}], "answer": str}.
 
-        Where an answer is not compared but tried, a row also says its `verifier` and `metadata`. The rows are a
-        function of the arguments alone; rows of "train" and "test" never share a problem, whatever their seeds.
+        Where an answer is not compared but tried, a row also says its `verifier` and `metadata`; of a conversation it
+        has all `messages`. The rows are a function of the arguments alone; rows of "train" and "test" never share a
+        problem, whatever their seeds.
 
         Raises ValueError for an unknown split, for a size that the task does not have, and where `n` exceeds half of
         what the split is expected to hold.

@@ -77,7 +77,11 @@ def told(task: Task, problem: str) -> str:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
     """Token ids of the chat prompt that asks for a problem."""
-    messages = [{"role": "user", "content": problem}]
+    return chat_ids(tokenizer, [{"role": "user", "content": problem}])
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat that the model is to go on with."""
     ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return list(ids)
 
@@ -93,10 +97,10 @@ def supervised_batch(
     for _ in range(lessons.batch_size):
         problem = task.draw(rng, rng.randint(*sizes), "train")
         if lessons.told and rng.random() < lessons.told:
-            text, prompt = task.solution(problem), prompt_ids(tokenizer, told(task, problem))
+            text, messages = task.solution(problem), [{"role": "user", "content": told(task, problem)}]
         else:
-            text = task.corrupted_solution(problem, rng, wrong_step=lessons.wrong_step, drift=lessons.drift)
-            prompt = prompt_ids(tokenizer, problem)
+            messages, text = task.lesson(problem, rng, wrong_step=lessons.wrong_step, drift=lessons.drift)
+        prompt = chat_ids(tokenizer, messages)
         completion, own = encoded_turns(tokenizer, task, text + lessons.eos_token)
         rows.append(torch.tensor(prompt + completion))
         learnt = [token if ours else _IGNORED for token, ours in zip(completion, own, strict=True)]
@@ -223,7 +227,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=list(PAIRS),
         default="chains",
         help="which pair: chains (the one that ships, default), told (the model that ships for self-distillation), "
-        "caller (the pair that ships for tools), long-chains or clock (those of the study), or programs",
+        "caller (the pair that ships for tools), long-chains or clock (those of the study), programs, or dialogue",
     )
     parser.add_argument(
         "--steps-scale",

@@ -1,0 +1,224 @@
+"""What an evaluation measures: pass@1 where answers can be checked, else the reverse KL to the teacher.
+
+Whoever compares, ranks, draws or words scores asks the measure which way is better, in which unit, and where it ends.
+A score has the key of its measure and no other's. Left out: measuring (`trb.tasks.evaluation`), and the files
+(`trb.records`).
+
+Shape suffixes: U units (prompts or conversations).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from trb.safety.fields import Count, Interval, Known, Number, Options, Text
+from trb.safety.typed_files import Schema
+
+__all__ = [
+    "MEASURES",
+    "PASS_AT_1",
+    "PER_TOKEN",
+    "REVERSE_KL",
+    "Measure",
+    "Outcomes",
+    "RunScore",
+    "Score",
+    "Scored",
+    "Scores",
+    "WholeScore",
+    "measure_of",
+    "token_mean_shares",
+    "totals_by_unit",
+]
+
+PER_TOKEN = ("student_entropy", "teacher_log_prob")
+"""What a score without a verifier says beside its measure: means over tokens, in nats."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quantity that models are scored by."""
+
+    key: str
+    """Of a score."""
+    title: str
+    heading: str
+    """Of a column of plain text."""
+    phrase: str
+    """What follows a number in a sentence."""
+    differences: str
+    """What differences are "in"."""
+    unit: str
+    """What follows a difference in a sentence."""
+    higher_is_better: bool
+    format: Literal["percent", "number"]
+    difference_format: Literal["points", "change"]
+    bounds: tuple[float, float]
+    caption: str
+    gained: str
+    """Of a column: on how many problems one model did better than another."""
+    lost: str
+
+    @property
+    def sign(self) -> int:
+        """1, or -1 where less is better."""
+        return 1 if self.higher_is_better else -1
+
+    @property
+    def scale(self) -> int:
+        """What numbers are shown times: a share in percent."""
+        return 100 if self.format == "percent" else 1
+
+    @property
+    def in_units(self) -> str:
+        """What axes and columns of scores count."""
+        return f"{self.title}, percent" if self.format == "percent" else f"{self.title}, nats per token"
+
+    @property
+    def superlative(self) -> str:
+        return "highest" if self.higher_is_better else "lowest"
+
+    def best(self, values: Iterable[float | None]) -> float | None:
+        """The best of the values that are known."""
+        return max((value for value in values if value is not None), key=lambda v: self.sign * v, default=None)
+
+
+PASS_AT_1 = Measure(
+    key="pass_at_1",
+    title="pass@1",
+    heading="pass@1 %",
+    phrase="pass@1",
+    differences="points of pass@1",
+    unit="points",
+    higher_is_better=True,
+    format="percent",
+    difference_format="points",
+    bounds=(0.0, 1.0),
+    caption="Share of samples that are right",
+    gained="More right",
+    lost="Fewer right",
+)
+REVERSE_KL = Measure(
+    key="reverse_kl",
+    title="held-out reverse KL",
+    heading="KL",
+    phrase="nats of held-out reverse KL per token",
+    differences="nats of held-out reverse KL per token, where less is better",
+    unit="nats per token",
+    higher_is_better=False,
+    format="number",
+    difference_format="change",
+    bounds=(0.0, float("inf")),
+    caption="KL(student ‖ teacher) on the student's own completions of held-out prompts, nats per token",
+    gained="Closer",
+    lost="Farther",
+)
+MEASURES = {measure.key: measure for measure in (PASS_AT_1, REVERSE_KL)}
+
+
+def measure_of(score: Mapping[str, Any]) -> Measure:
+    """What a score measures."""
+    return REVERSE_KL if REVERSE_KL.key in score else PASS_AT_1
+
+
+def totals_by_unit(records: Iterable[Mapping[str, Any]], name: str) -> tuple[list[str], list[float], list[int]]:
+    """Of the prompts of an evaluation, or the conversations whose turns they are: names, sums of a number over the
+    tokens of all completions, and how many tokens there are."""
+    totals: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    for record in records:
+        unit = record.get("conversation") or f"#{record['problem']}"
+        totals[unit] = totals.get(unit, 0.0) + record[name]
+        tokens[unit] = tokens.get(unit, 0) + sum(record["lengths"])
+    return [*totals], [*totals.values()], [*tokens.values()]
+
+
+def token_mean_shares(totals_U: ArrayLike, tokens_U: ArrayLike) -> NDArray[np.float64]:
+    """`[U]` values whose mean is the mean over tokens: the ratio of two means, linearised (Cochran, 1977, ch. 6)."""
+    totals, tokens = np.asarray(totals_U, dtype=np.float64), np.asarray(tokens_U, dtype=np.float64)
+    value = totals.sum() / tokens.sum()
+    return value + (totals - value * tokens) / tokens.mean()
+
+
+# ---- scores as files have them ----
+
+
+class Scored(Schema):
+    """A mean of one measure, and its interval."""
+
+    pass_at_1: Number = None
+    reverse_kl: Number = None
+    interval: Interval = None
+
+    @property
+    def measure(self) -> Measure:
+        return REVERSE_KL if self.reverse_kl is not None else PASS_AT_1
+
+    @property
+    def value(self) -> float | None:
+        found: float | None = getattr(self, self.measure.key)
+        return found
+
+
+def _or_names(value: Any, read: Callable[[Any], Any]) -> Any:
+    return value if isinstance(value, list) else read(value)
+
+
+class Score(Scored):
+    """A model's score on a problem set, or the mean over several (under `suites`)."""
+
+    name: Text = ""
+    n_problems: Number = None
+    n_samples: Number = None
+    mean_length: Number = None
+    stop_rate: Number = None
+    student_entropy: Number = None
+    teacher_log_prob: Number = None
+    step: Count | None = None
+    suites: Annotated[dict[str, "Score"] | None, WrapValidator(_or_names)] = None
+
+
+class WholeScore(Score):
+    """A score that others can be computed from: every number is there, unless nothing was measured."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if not self.model_fields_set & MEASURES.keys():
+            raise PydanticCustomError("kind", "expected {keys}", {"keys": " or ".join(MEASURES)})
+        numbers = [self.n_problems, self.n_samples, self.mean_length, self.stop_rate, *(self.interval or [None])]
+        if self.measure is REVERSE_KL:
+            numbers += [getattr(self, name) for name in PER_TOKEN]
+        missing = self.interval is not None if self.value is None else None in numbers
+        if missing:
+            raise PydanticCustomError("kind", "expected a score with all of its numbers")
+        return self
+
+
+Scores = Annotated[list[WholeScore], Field(min_length=1)]
+
+
+class RunScore(Score):
+    """The score of a trained student."""
+
+    steps: Number = None
+    train_seconds: Number = None
+    held_out: Options = None
+
+
+class Outcomes(WholeScore):
+    """A score, and what it is the mean of: how many answers to each problem were right, or a number for each prompt."""
+
+    correct: list[Count] = Field(default_factory=list)
+    values: list[Known] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _has_outcomes(self) -> Self:
+        name = "values" if self.measure is REVERSE_KL else "correct"
+        if name not in self.model_fields_set:
+            raise PydanticCustomError("kind", "expected {name} beside the score", {"name": name})
+        return self
