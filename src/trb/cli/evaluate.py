@@ -37,7 +37,6 @@ OPTIONS = {
     **{key: _option(key) for key in ("chat_template", "system_prompt")},
     "student": "--model",
     "teacher": "--teacher",
-    "a teacher": "--teacher",
     "chat_template: plain": "--chat-template plain",
     "output directory": "--output-dir",
 }

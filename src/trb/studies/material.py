@@ -85,7 +85,7 @@ EVALUATION_NAMES = {
     **_TEMPLATE,
     **{name: f"eval_{name}" for name in (*_COLUMNS, "limit", "seed", "max_new_tokens")},
     "results_path": "output directory",
-    "a judge": "a teacher",
+    "judge": "teacher",
 }
 
 

@@ -307,7 +307,7 @@ def _checked_rows(
     missing = [index for index, row in enumerate(rows) if not can_be_scored(row)]
     if not missing or (judge is not None and len(missing) == len(rows)):
         return rows
-    remedy = "leave it out" if len(missing) < len(rows) else f"give answers, or {named('a judge')} to read completions"
+    remedy = "leave it out" if len(missing) < len(rows) else f"give answers, or a {named('judge')} to read completions"
     raise InputError(f"problem {missing[0] + 1} of {len(rows)} has no answer to score against; {remedy}")
 
 
