@@ -224,6 +224,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
     average, headline = study["average"]["methods"], result("cpu")["headline"]
     numbers = result("gpu")["sections"]["time_sampling"]["numbers"]
     rates = {name: row["tokens_per_s"] for name, row in numbers.items() if "tokens_per_s" in row}
+    dialogue = result("dialogue-study")["settings"]["dialogue"]["methods"]["trb"]["difference_to_opd"]
     counts, kills = result("models")["counts"], result("torture")["kills"]
     rows = {row[0].strip("* "): " ".join(row[1:]) for row in table_rows(text(ROOT / "README.md"), HEADER)}
     after = {
@@ -248,6 +249,10 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             for setting in result("study2")["settings"].values()
             for text in points(setting["methods"]["sequence-linear"]["difference_to_opd"])
         ],
+        "dialogue, by closeness to the teacher: no": (
+            f"TRB {dialogue['estimate']:+.4f} nats per token",
+            f"({dialogue['interval'][0]:.4f} to {dialogue['interval'][1]:.4f})",
+        ),
         "Better prefixes? Yes": (
             f"solves {solved['long-chains', 'trb']} instead of {solved['long-chains', 'student']}",
             f"{solved['clock', 'trb']}, {solved['clock', 'student']})",
@@ -277,6 +282,31 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
     for name, phrases in expected.items():
         for phrase in phrases:
             assert phrase in rows[name], (name, phrase)
+
+
+def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -> None:
+    log = text(ROOT / "docs" / "experiments.md").partition("self-setting warm-ups, all twenty seeds of three methods")[
+        2
+    ]
+    columns = "swept TRB, minus plain OPD | `sequence-linear`, minus plain OPD | swept TRB minus `sequence-linear` |"
+    shown = {name: cells for name, *cells in table_rows(log, f"| setting | plain OPD | {columns}")}
+    settings, behind = result("study2")["settings"], []
+    assert shown.keys() == settings.keys()
+    for name, setting in settings.items():
+        methods = setting["methods"]
+        ahead = methods["sequence-linear"]["differences"]["trb"]
+        low, high = sorted(-100 * end for end in ahead["interval"])
+        cells = [f"{100 * methods['opd']['pass_at_1']:.1f}"]
+        for method in ("trb", "sequence-linear"):
+            difference = methods[method]["difference_to_opd"]
+            cells.append(f"{' '.join(points(difference)).replace(' points', ' (')}".replace("( ", "("))
+            chance = difference["p_value_holm"]
+            cells[-1] += f", p = {chance:.2f}" if chance > 0.01 else f", p = {chance:.4f}"
+        cells.append(f"{-100 * ahead['estimate']:.2f} ({low:.2f} to {high:.2f})")
+        behind.append(-ahead["estimate"])
+        assert shown[name] == cells, name
+        assert methods["trb"]["seeds"] == 20
+    assert f"{100 * sum(behind) / len(behind):.2f} points above it" in " ".join(log.split())
 
 
 def test_the_numbers_of_the_study_of_dialogue_are_those_of_its_file() -> None:
