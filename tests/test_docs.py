@@ -299,9 +299,10 @@ def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -
         cells = [f"{100 * methods['opd']['pass_at_1']:.1f}"]
         for method in ("trb", "sequence-linear"):
             difference = methods[method]["difference_to_opd"]
-            cells.append(f"{' '.join(points(difference)).replace(' points', ' (')}".replace("( ", "("))
+            estimate, interval = points(difference)
             chance = difference["p_value_holm"]
-            cells[-1] += f", p = {chance:.2f}" if chance > 0.01 else f", p = {chance:.4f}"
+            digits = 2 if chance > 0.01 else 4
+            cells.append(f"{estimate.removesuffix(' points')} ({interval}, p = {chance:.{digits}f}")
         cells.append(f"{-100 * ahead['estimate']:.2f} ({low:.2f} to {high:.2f})")
         behind.append(-ahead["estimate"])
         assert shown[name] == cells, name
