@@ -32,6 +32,27 @@ def changed(before: list[int], *, up: int = 0, down: int = 0) -> list[int]:
     return after
 
 
+def test_who_is_closer_on_a_problem_is_told_by_that_problem_alone(tmp_path: Path) -> None:
+    """Short problems hardly move a mean over tokens, and their shares of it are nearly the mean itself."""
+    tokens, kls = [100] * 5 + [2] * 15, {"a": [0.4] * 5 + [1.0] * 15, "b": [0.8] * 5 + [0.5] * 15}
+    read_back = {}
+    for name, values in kls.items():
+        path = tmp_path / f"{name}.jsonl"
+        lines: list[dict[str, Any]] = [{"settings": {"name": "talks", "n_problems": 20}}]
+        for place, (count, value) in enumerate(zip(tokens, values, strict=True)):
+            line = {"problem": place, "prompt_hash": str(place), "n": 1, "correct": 0, "lengths": [count]}
+            lines.append(line | {"reverse_kl": count * value})
+        write_jsonl(path, lines)
+        suite = outcomes._read_suite(path, [])
+        assert suite is not None
+        read_back[name] = (suite,)
+    found = outcomes._difference(read_back, "a", "b")
+    assert found is not None
+    assert (found.gained, found.lost) == (5, 15)
+    of_tokens = {name: sum(n * v for n, v in zip(tokens, values, strict=True)) / 530 for name, values in kls.items()}
+    assert found.estimate == pytest.approx(of_tokens["a"] - of_tokens["b"])
+
+
 def comparison(directory: Path, correct: dict[str, list[int]], **options: Any) -> Path:
     """A comparison with these results on one problem set."""
     write_comparison(directory, {name: {"pass_at_1": 0.5} for name in correct if name != "student"})

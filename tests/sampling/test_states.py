@@ -244,3 +244,11 @@ def test_a_mixer_is_as_it_was_after_a_pass_that_fails() -> None:
             handle.remove()
         assert functions == {name: value for name, value in vars(family).items() if callable(value)}
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_states_that_lie_elsewhere_are_an_error_even_where_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RecurrentGemma has its states in its modules: a slot would hold none, and go back to nothing."""
+    monkeypatch.setenv("TRB_CHECK_READING", "0")
+    model = build("recurrent_gemma")
+    with pytest.raises(RuntimeError, match="states elsewhere"):
+        sample(model, None, PROMPTS, StudentPolicy(), max_new_tokens=4, eos_token_id=STOP, seed=0)

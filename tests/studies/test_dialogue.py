@@ -94,7 +94,7 @@ def test_a_model_is_evaluated_with_a_teacher_and_not_without(tmp_path: Path, cap
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["zoo:dialogue"]["reverse_kl"] > 0
     assert main(command) == 2
-    assert "no answer to score against; give answers, or --teacher to read completions" in capsys.readouterr().err
+    assert "no answer to score against; give answers, or a --teacher to read completions" in capsys.readouterr().err
 
 
 def test_what_is_measured_differently_has_no_mean(tmp_path: Path) -> None:

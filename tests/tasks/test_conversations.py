@@ -12,7 +12,7 @@ from trb.sampling import prompt_key
 from trb.studies.material import load_tokenizers, training_prompts
 from trb.studies.recipe import make_recipe
 from trb.studies.study import ProblemSets, Setting, Study
-from trb.studies.sweep import _check_disjoint
+from trb.studies.sweep import _check_problems
 from trb.tasks.conversations import conversation_of
 from trb.tasks.prompts import load_prompts, render
 
@@ -133,6 +133,50 @@ def test_no_conversation_is_held_out_and_trained_on() -> None:
         training_prompts(recipe.run, recipe.training_config("unused"), tokenizer)
 
 
+def test_only_the_last_turn_is_checked_by_what_a_row_brings(tmp_path: Path) -> None:
+    turns = [("user", "say hi"), ("assistant", "hi"), ("user", "write add"), ("assistant", "def add(a, b): ...")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = tmp_path / "code.jsonl"
+    path.write_text(json.dumps({"prompt": messages, "test_list": ["assert add(1, 2) == 3"]}) + "\n")
+    first, last = load_prompts(str(path), assistant_turns="all")
+    assert first["verifier"] != "python" and "assert add" not in json.dumps(first["prompt"])
+    assert last["verifier"] == "python" and "assert add" in json.dumps(last["prompt"])
+
+
+def test_metadata_without_a_conversation_name_none() -> None:
+    assert [conversation_of({"metadata": text}) for text in ('{"conversation": null}', "{}", "[]", "")] == [""] * 4
+
+
+@pytest.mark.parametrize("free", ["dev", "test"])
+def test_a_study_refuses_sets_that_are_measured_differently(tmp_path: Path, free: str) -> None:
+    recipe = {key: value for key, value in SMALL.items() if not key.startswith("eval")} | {"train_data": "zoo:chains"}
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps({"prompt": f"{n} + 1 = ?"}) + "\n" for n in range(3)))
+    sets = {"dev": ProblemSets(data=["zoo:chains"], limit=3), "test": ProblemSets(data=["zoo:clock"], limit=3)}
+    setting = Setting(recipe=recipe, **(sets | {free: ProblemSets(data=[str(bare)])}))
+    study = Study(
+        name="x", seeds={"select": [9], "test": 1}, configurations=1, settings={"s": setting}, methods={"opd": [{}]}
+    )
+    with pytest.raises(ValueError, match=r"s: zoo:\w+ \(\w+\) has answers .*bare.jsonl \(\w+\) has none"):
+        _check_problems(study, "s")
+
+
+def test_a_study_refuses_equal_problems_with_different_replies(tmp_path: Path) -> None:
+    """A conversation is known by all of its text; what is asked is its prompt alone."""
+    recipe = {key: value for key, value in SMALL.items() if not key.startswith("eval")} | {"train_data": "zoo:dialogue"}
+    other = [*TALK[:-1], {"role": "assistant", "content": "quite another reply"}]
+    setting = Setting(
+        recipe={**recipe, "eval_assistant_turns": "last"},
+        dev=ProblemSets(data=[str(write(tmp_path / "talk.jsonl", TALK))]),
+        test=ProblemSets(data=[str(write(tmp_path / "again.jsonl", other))]),
+    )
+    study = Study(
+        name="x", seeds={"select": [9], "test": 1}, configurations=1, settings={"s": setting}, methods={"opd": [{}]}
+    )
+    with pytest.raises(ValueError, match="1 development problems are test problems too"):
+        _check_problems(study, "s")
+
+
 def test_a_study_refuses_two_turns_of_one_conversation_in_development_and_test(tmp_path: Path) -> None:
     recipe = {key: value for key, value in SMALL.items() if not key.startswith("eval")} | {"train_data": "zoo:dialogue"}
     shared = write(tmp_path / "talk.jsonl", TALK)
@@ -145,4 +189,4 @@ def test_a_study_refuses_two_turns_of_one_conversation_in_development_and_test(t
         name="x", seeds={"select": [9], "test": 1}, configurations=1, settings={"s": setting}, methods={"opd": [{}]}
     )
     with pytest.raises(ValueError, match="1 development problems are test problems too"):
-        _check_disjoint(study, "s")
+        _check_problems(study, "s")

@@ -11,7 +11,7 @@ import torch
 from trb import zoo
 from trb.measures import REVERSE_KL, measure_of, token_mean_shares
 from trb.sampling import Rollout
-from trb.tasks.evaluation import EvalResult, evaluate
+from trb.tasks.evaluation import EvalResult, check_problems, evaluate
 from trb.tasks.prompts import load_prompts, render
 from trb.tasks.reward_free import Judge, token_mean
 from trb.vocab import SharedVocabulary
@@ -108,6 +108,19 @@ def test_shares_average_to_the_ratio_and_turns_of_one_conversation_count_once() 
         token_mean(turns[::2])
 
 
+def test_one_conversation_is_refused_before_anything_is_sampled() -> None:
+    rows = [{**row, "metadata": json.dumps({"conversation": "a"})} for row in ROWS[:3]]
+    with pytest.raises(ValueError, match=r"eval has problems of one conversation alone.* raise limit"):
+        check_problems(STUDENT, TOKENIZER, rows, n=1, max_new_tokens=8, judge=Judge(TEACHER, PAIR))
+
+
+def test_results_read_by_another_teacher_are_not_gone_on_with(tmp_path: Path) -> None:
+    options = {"n": 1, "max_new_tokens": 8, "progress": False, "results_path": tmp_path / "eval.jsonl"}
+    evaluate(STUDENT, TOKENIZER, ROWS, **options, judge=Judge(TEACHER, PAIR))
+    with pytest.raises(ValueError, match=r"eval\.jsonl"):
+        evaluate(STUDENT, TOKENIZER, ROWS, **options, judge=Judge(STUDENT, PAIR))
+
+
 def test_what_can_be_scored_is_and_mixtures_are_refused() -> None:
     scored = zoo.problems(2, seed=0, split="test")
     result = evaluate(STUDENT, TOKENIZER, scored, n=1, max_new_tokens=8, judge=Judge(TEACHER, PAIR), progress=False)
@@ -115,5 +128,5 @@ def test_what_can_be_scored_is_and_mixtures_are_refused() -> None:
     options = {"n": 1, "max_new_tokens": 8, "progress": False}
     with pytest.raises(ValueError, match=r"problem 1 of 12 has no answer to score against; give answers, or a judge"):
         evaluate(STUDENT, TOKENIZER, ROWS, **options)
-    with pytest.raises(ValueError, match=r"problem 3 of 14 has no answer to score against; leave it out"):
+    with pytest.raises(ValueError, match=r"problem 3 of 14 has no answer to score against; 2 others have one"):
         evaluate(STUDENT, TOKENIZER, [*scored, *ROWS], **options, judge=Judge(TEACHER, PAIR))

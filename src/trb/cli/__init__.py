@@ -163,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     add_init(add_command(commands, "init", "write a first recipe for a pair and data", run_init))
     add_train(add_command(commands, "train", "distil a teacher into a student", run_train, **keys))
     add_compare(add_command(commands, "compare", "train several methods from the same student", run_compare, **keys))
-    add_eval(add_command(commands, "eval", "pass@1 of a model, with a 95%% interval", run_eval))
+    scored = "pass@1 of a model, or its reverse KL to a teacher, with a 95%% interval"
+    add_eval(add_command(commands, "eval", scored, run_eval))
     judged = "run a study: methods x settings x seeds, judged by fixed rules"
     add_sweep(add_command(commands, "sweep", judged, run_sweep, recipes=True))
     probed = "what blending does to a student's prefixes, before training"

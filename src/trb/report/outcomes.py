@@ -41,7 +41,8 @@ _DRAWS, _MOST_RESAMPLES, _FEWEST_RESAMPLES = 20_000_000, 10_000, 1_000
 @dataclass(frozen=True)
 class Suite:
     """A model's answers to one problem set: of problem i, `correct[i]` of `samples[i]` were right. Where nothing says
-    so, `shares` are those of each prompt, or conversation, in the mean over tokens; `problems` are these then."""
+    so, `shares` are those of each prompt, or conversation, in the mean over tokens, and `means` its own; `problems` are
+    these then."""
 
     name: str
     path: Path
@@ -49,6 +50,7 @@ class Suite:
     samples: tuple[int, ...]
     correct: tuple[int, ...]
     shares: tuple[float, ...] = ()
+    means: tuple[float, ...] = ()
 
     @property
     def measure(self) -> Measure:
@@ -57,7 +59,12 @@ class Suite:
     @cached_property
     def rates(self) -> list[float]:
         """What its score is the mean of."""
-        return [*self.shares] or [right / count for right, count in zip(self.correct, self.samples, strict=True)]
+        return [*self.shares] or self.own
+
+    @cached_property
+    def own(self) -> list[float]:
+        """How the model did on each problem. A share also holds the mean of them all, and moves with the others."""
+        return [*self.means] or [right / count for right, count in zip(self.correct, self.samples, strict=True)]
 
 
 Outcomes: TypeAlias = tuple[Suite, ...]
@@ -161,7 +168,8 @@ def _difference(outcomes: Mapping[str, Outcomes], first: str, second: str) -> Pa
     resamples = max(_FEWEST_RESAMPLES, min(_MOST_RESAMPLES, _DRAWS // len(rates)))
     found = paired_difference([rates], [others], strata_P=strata, resamples=resamples)
     measure = a[0].measure
-    changes = [measure.sign * (x - y) for x, y in zip(rates, others, strict=True)]
+    own, theirs = ([value for suite in suites for value in suite.own] for suites in (a, b))
+    changes = [measure.sign * (x - y) for x, y in zip(own, theirs, strict=True)]
     return Paired(
         first,
         second,
@@ -232,7 +240,8 @@ def _read_suite(path: Path, notes: list[str]) -> Suite | None:
         return None
     names = dict(zip((f"#{one.problem}" for one in found), hashes, strict=False))
     problems = tuple(names.get(unit, unit) for unit in units)
-    return Suite(name, path, problems, samples, (), tuple(token_mean_shares(totals, tokens).tolist()))
+    means = tuple(total / count for total, count in zip(totals, tokens, strict=True))
+    return Suite(name, path, problems, samples, (), tuple(token_mean_shares(totals, tokens).tolist()), means)
 
 
 def read_problems(path: Path, notes: list[str]) -> Iterable[Problem]:

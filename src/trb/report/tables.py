@@ -93,7 +93,7 @@ def _tables_of_record(record: Mapping[str, Any], directory: Path, where: str) ->
         return study_tables(parse_study(record, directory, where))
     scores = parse_scores(record, where)
     if not scores:
-        raise ReportError(f"{where} holds neither settings ({STUDY}) nor scores with pass_at_1 ({RESULTS}).")
+        raise ReportError(f"{where} holds neither settings ({STUDY}) nor scores ({RESULTS}).")
     return score_tables(scores)
 
 

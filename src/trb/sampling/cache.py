@@ -122,6 +122,8 @@ class SlotReader:
         for ours, theirs in zip(self._state.layers_of(len(cache.layers)), cache.layers, strict=False):
             if isinstance(ours, SlotLayer | StateLayer):
                 ours.put(theirs, source, target, longest)
+        if self._state.states is not None and not self._state.states.are_laid_out:
+            raise RuntimeError("it keeps its states elsewhere than in the library's cache")
 
     def _read_anew(self, ids_UL: Tensor, cache: Cache | None = None) -> Cache:
         """The library's cache after a pass over whole prompts."""

@@ -34,6 +34,7 @@ from trb.studies.material import RunDirectoryError, problem_sets
 from trb.studies.study import ROLES, Phase, Reference, Study
 from trb.studies.workers import Pool, open_pool
 from trb.tasks.conversations import conversation_of
+from trb.tasks.reward_free import is_reward_free
 
 __all__ = ["StudyListener", "run_study"]
 
@@ -84,7 +85,7 @@ def run_study(
         goes_on = _goes_on(directory, study)
         listener.stage("checking that development and test problems differ")
         for name in study.settings:
-            _check_disjoint(study, name)
+            _check_problems(study, name)
         settings = [] if goes_on else list(study.settings)
         ours = [directory / STUDY_PLAN, directory / records.PROVENANCE, *(directory / name for name in settings)]
         finished: list[Job] = []
@@ -215,13 +216,23 @@ def _difference(there: Any, here: Any, where: str = "") -> str:
     return f"{where.rstrip('.') or 'it'} is {there!r:.80} there and {here!r:.80} here"
 
 
-def _check_disjoint(study: Study, setting: str) -> None:
-    """Raises ValueError if a development problem is also a test problem."""
-    seen: dict[str, set[str]] = {}
+def _check_problems(study: Study, setting: str) -> None:
+    """Raises ValueError if a development problem is also a test problem, or if they are measured differently."""
+    # A conversation is known by the whole of its text, and the last of its turns by what comes before the reply.
+    prompts: dict[str, dict[str, str]] = {}
+    kinds: dict[bool, str] = {}
     for name in ("dev", "test"):
         sets = problem_sets(study.scoring_recipe(setting, getattr(study.settings[setting], name)).run)
-        seen[name] = {conversation_of(row) or json.dumps(row["prompt"]) for rows in sets.values() for row in rows}
-    shared = len(seen["dev"] & seen["test"])
+        kinds |= {is_reward_free(rows): f"{data} ({name})" for data, rows in sets.items()}
+        found = [(conversation_of(row), json.dumps(row["prompt"])) for rows in sets.values() for row in rows]
+        prompts[name] = {whole or prompt: prompt for whole, prompt in found}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{setting}: {kinds[False]} has answers to score against and {kinds[True]} has none; give it development "
+            "and test problems of one kind"
+        )
+    tested = {*prompts["test"], *prompts["test"].values()}
+    shared = sum(not tested.isdisjoint(known) for known in prompts["dev"].items())
     if shared:
         raise InputError(
             f"{setting}: {shared} development problems are test problems too; choose another seed or split for one"

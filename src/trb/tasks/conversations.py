@@ -63,7 +63,7 @@ def conversation_of(row: Mapping[str, Any]) -> str:
         metadata = json.loads(row.get("metadata") or "{}")
     except ValueError:
         return ""
-    return str(metadata.get("conversation", "")) if isinstance(metadata, dict) else ""
+    return str(metadata.get("conversation") or "") if isinstance(metadata, dict) else ""
 
 
 def check_choice(which: str | None) -> None:

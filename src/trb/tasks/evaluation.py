@@ -189,6 +189,7 @@ def evaluate(
         judge = None
     vocabulary = vocabulary if judge is None else judge.vocabulary
     stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
+    taught = _taught(judge, tokenizer, name, prompts)
     settings = {
         "name": name,
         "problems": _fingerprint(prompts, rows),
@@ -198,6 +199,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "stop_ids": stop_ids,
+        **({} if judge is None else {"teacher": judge.teacher.name_or_path, "taught": _fingerprint(taught, rows)}),
         **getattr(sampler, "settings", {}),
     }
     draw = partial(
@@ -211,7 +213,6 @@ def evaluate(
         max_rows=max_rows,
         **({} if judge is None else {"vocab_size": judge.vocabulary.size}),
     )
-    taught = _taught(judge, tokenizer, name, prompts)
     ranks = ranks or Ranks()
     # Between two saves every process samples `chunk` problems, the batches that one process would sample in turn.
     chunk = max(1, (max_rows or CHUNK_ROWS) // n)
@@ -262,6 +263,11 @@ def check_problems(
     limits = {} if model is None else {f"the model ({type(model).__name__})": position_limit(model)}
     check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob=named("max_new_tokens"))
     if judge is not None and is_reward_free(rows):
+        if len({conversation_of(row) or place for place, row in enumerate(rows)}) < 2:
+            raise InputError(
+                f"{name} has problems of one conversation alone, and without answers a report needs two for its "
+                f"interval; raise {named('limit')}, or add another"
+            )
         taught = list(map(len, _taught(judge, tokenizer, name, prompts)))
         limits = {"the teacher": position_limit(judge.teacher)}
         check_room(taught, name, max_new_tokens, limits, knob=named("max_new_tokens"))
@@ -307,7 +313,11 @@ def _checked_rows(
     missing = [index for index, row in enumerate(rows) if not can_be_scored(row)]
     if not missing or (judge is not None and len(missing) == len(rows)):
         return rows
-    remedy = "leave it out" if len(missing) < len(rows) else f"give answers, or a {named('judge')} to read completions"
+    remedy = f"give answers, or a {named('judge')} to read completions"
+    if len(missing) < len(rows):
+        remedy = f"{len(rows) - len(missing)} others have one: give it one, or keep those without an answer apart"
+        if any(map(conversation_of, rows)):
+            remedy += f"; with {named('assistant_turns')} 'last', only the turn that an answer belongs to is asked"
     raise InputError(f"problem {missing[0] + 1} of {len(rows)} has no answer to score against; {remedy}")
 
 

@@ -283,7 +283,8 @@ def _rows(raw: Row, columns: _Columns, which: str | None, place: str) -> list[Ro
     found = []
     for turn in turns_of(raw.get(columns.prompt), which, f"column {columns.prompt!r} of {place}"):
         reply = {"role": "assistant", "content": turn.reference}
-        own = columns if turn.is_last else columns._replace(answer=None)  # an answer is that of the last turn
+        # An answer, and whatever else checks one, is of the last turn.
+        own = columns if turn.is_last else columns._replace(answer=None, tests=(), verified=False)
         row = _convert({**raw, columns.prompt: [*turn.prompt, reply]}, own, place)
         found.append(row | {"metadata": turn.described(row["metadata"], place)})
     return found

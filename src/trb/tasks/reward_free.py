@@ -81,7 +81,10 @@ def token_mean(
     """
     _, totals, tokens = totals_by_unit(records, name)
     if not all(map(math.isfinite, totals)):
-        raise InputError("the teacher gives probability zero to what the model may write: the reverse KL is infinite")
+        raise InputError(
+            "the teacher gives probability zero to what the model may write: the reverse KL is infinite; choose a "
+            "teacher whose head masks no token"
+        )
     count = len(totals)
     if count < 2:
         raise InputError(
