@@ -199,7 +199,8 @@ class WholeScore(Score):
         return self
 
 
-Scores = Annotated[list[WholeScore], Field(min_length=1)]
+Scores = list[WholeScore]
+"""Of problem sets; of several teachers none, where no set says whose its rows are."""
 
 
 class RunScore(Score):

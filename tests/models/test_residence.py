@@ -67,6 +67,12 @@ def test_weights_that_cannot_move_are_refused() -> None:
         check_movable(packed)
 
 
+def test_a_causal_mask_among_the_buffers_is_no_packed_weight() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril())
+    check_movable(model)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_is_taken_within_the_block_only() -> None:

@@ -202,8 +202,10 @@ def test_rounds_are_counted_and_an_answer_without_room_is_left_out(tiny_pair: Ti
     for most in (0, 1):
         turns, _ = draw(tiny_pair, longest=12, most=most, **columns)
         assert max(own.count(0) for own in turns.own) == most
-    first, _ = draw(tiny_pair, longest=2, **columns)  # the call fills all there is
+    first, cut = draw(tiny_pair, longest=2, **columns)  # the call fills all there is
     assert first.calls and all(0 not in own for own in first.own)
+    _, unasked = draw(tiny_pair, longest=2, most=0, **columns)
+    assert unasked.stopped.count(True) - cut.stopped.count(True) == first.calls, "who got no answer has not stopped"
     full, rollout = draw(tiny_pair, longest=3, **columns)  # and here its answer does
     ended = [row for row, own in enumerate(full.own) if own == [1, 1, 0]]
     assert ended and not any(rollout.stopped[row] for row in ended)

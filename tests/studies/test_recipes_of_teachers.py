@@ -10,11 +10,14 @@ from trb.cli import main
 from trb.cli.outline import outlined_pairs
 from trb.cli.plan import pair_of_all
 from trb.errors import InputError
+from trb.records import SCORES
 from trb.report import write_report
 from trb.studies.comparison import compare
 from trb.studies.material import load_tokenizers, problem_sets, routes_of, training_prompts
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.shipped import recipe_file
+from trb.studies.study import ProblemSets, Setting, Study
+from trb.studies.sweep import _check_problems
 from trb.studies.yaml_files import ConfigError, read_yaml
 from trb.tasks.prompts import load_prompts
 from trb.training.routes import Routes
@@ -109,6 +112,23 @@ def test_problem_sets_without_a_route_are_the_students_alone(tmp_path: Path) -> 
     sets = problem_sets(mixed.run, args)
     assert "kind" not in sets["zoo:chains"].column_names
     assert evaluate_teachers({}, problems=sets, routes=routes_of(mixed.run, args), run=mixed.run) == []
+    SCORES.write(tmp_path / "teacher.json", [])
+    assert SCORES.read(tmp_path / "teacher.json") == [], "what a comparison reads of it again"
+
+
+def test_a_study_without_a_route_is_refused_before_its_first_run() -> None:
+    keys = ("student", "teachers", "teacher_column", "train_data", "max_prompt_length", "max_completion_length")
+    settings = {key: value for key, value in recipe().resolved().items() if key in keys}
+    setting = Setting(
+        recipe=settings,
+        dev=ProblemSets(data=["zoo:chains?told=0.5"], limit=4, split="train"),
+        test=ProblemSets(data=["zoo:chains"], limit=4),
+    )
+    study = Study(
+        name="x", seeds={"select": [9], "test": 1}, configurations=1, settings={"s": setting}, methods={"opd": [{}]}
+    )
+    with pytest.raises(ValueError, match=r"s: zoo:chains has no column 'kind'.*no teacher"):
+        _check_problems(study, "s")
 
 
 # ---- the plan and the doctor ----

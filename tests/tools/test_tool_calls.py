@@ -248,3 +248,21 @@ def test_no_text_of_an_answer_becomes_a_token_of_the_conversation(
     ]
     assert count[0] == count[1]
     assert chat(tokenizer).harmless("132 <b>") == "132 <b>"
+
+
+def test_what_the_template_writes_as_plain_text_is_broken_as_well(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether a mark is one token or several is the tokenizer's affair: a model reads it either way."""
+    assert "</tool_call>" in str(tokenizer.chat_template)
+    assert "</tool_call>" not in tokenizer.get_added_vocab()
+    assert chat(tokenizer).harmless("1</tool_call>2 <b>") == "1< /tool_call>2 <b>"
+
+
+def test_an_error_is_logged_once(warned: list[str]) -> None:
+    def tool() -> str:
+        raise ValueError("signal only works in main thread")
+
+    held = box(tool)
+    assert held.answer(called()).failed and held.answer(called()).failed
+    assert {text for text in warned if "failed" in text} == {
+        "the tool tool failed (said once for each error): signal only works in main thread"
+    }

@@ -18,7 +18,7 @@ from tiny_runs import NEWER_OPTIONS, Completions, Kill, build, config, logged, l
 from tokenizers.processors import TemplateProcessing
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer, TrlParser
 from trl.trainer.utils import RepeatSampler
 
 from trb import TRBConfig, TRBTrainer, zoo
@@ -63,6 +63,7 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
         "_load_best_model": ["self"],
         "_load_callback_state": ["self"],
+        "autocast_smart_context_manager": ["self", "cache_enabled"],
         "_send_telemetry": ["self"],
         "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     }
@@ -529,6 +530,32 @@ def test_bf16_and_gradient_checkpointing_train_and_keep_the_sampler_cached(tmp_p
     # One pass for the prompts and one per drawn token, none longer: the KV cache was in use.
     longest = max(row["completions/max_length"] for row in trainer.state.log_history if "loss" in row)
     assert max(logged(trainer, "student_calls")) <= longest + 1
+
+
+def test_transformers_own_parser_takes_the_configuration() -> None:
+    """As scripts of TRL do: `TrlParser((TRBConfig,))`."""
+    args, *_ = TrlParser((TRBConfig,)).parse_args_and_config(
+        ["--output_dir", "unused", "--tools", "calculator", "--budget_schedule", "gap", "--report_to", "none"]
+    )
+    assert (args.tools, args.budget_schedule) == (["calculator"], "gap")
+
+
+@pytest.mark.parametrize("method", ["opd", "trb"])
+def test_mixed_precision_is_that_of_every_pass(tmp_path: Path, method: str) -> None:
+    """Neither loss nor sampler goes through the forward that Accelerate wraps; in float32 a step would take twice as
+    long, and sampler and loss would not agree."""
+    trainer = build(tmp_path, bf16=True, method=method, max_steps=1)
+    seen: dict[str, set[tuple[torch.dtype, bool]]] = {"student": set(), "teacher": set()}
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+
+        def record(_module: Any, _inputs: Any, output: torch.Tensor, name: str = name) -> None:
+            seen[name].add((output.dtype, torch.is_grad_enabled()))
+
+        trainer.accelerator.unwrap_model(model).model.layers[0].mlp.down_proj.register_forward_hook(record)
+    trainer.train()
+    assert seen["student"] == {(torch.bfloat16, True), (torch.bfloat16, False)}
+    assert seen["teacher"] == {(torch.bfloat16, False)}
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
 
 
 def test_dropout_is_off_while_training(tmp_path: Path) -> None:

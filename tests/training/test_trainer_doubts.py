@@ -42,6 +42,11 @@ def adapted(role: str, *, trained: bool = False) -> Any:
 
 
 DOUBTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "a budget of another schedule": (
+        {"budget_schedule": "sequence", "initial_kl_budget": 0.3},
+        "initial_kl_budget: 0.3, which budget_schedule=sequence does not read",
+        {"budget_schedule": "sequence", "initial_kl_budget": None},
+    ),
     "K beyond the end": ({"blend_warmup_steps": 2}, "blend_warmup_steps: 2 steps, and the run has 1", {}),
     "K beyond the epochs": (
         {"max_steps": -1, "num_train_epochs": 0.5, "blend_warmup_steps": 3},

@@ -77,7 +77,12 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         help="the data are conversations: evaluate all of the assistant's turns, or the last",
     )
     add("--max-rows", type=int, metavar="N", help="completions in flight at once")
-    add("--tools", nargs="+", metavar="NAME", help="tools that the model may call (default: of a run its recipe's)")
+    add(
+        "--tools",
+        nargs="+",
+        metavar="NAME",
+        help="tools that the model may call, or none (default: of a run its recipe's)",
+    )
     add("--output-dir", metavar="DIR", help="write the scores and the results of every problem there")
     add("--resume", action="store_true", help="continue an interrupted evaluation of the same model in --output-dir")
     add("--quiet", action="store_true", help="no progress, only the result")
@@ -206,10 +211,17 @@ def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path
         RESULTS.write(folder / RESULTS, {"model": model_spec, **results, "provenance": provenance.describe()})
 
 
-def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
-    """The options of `trb eval` as keys of a recipe."""
+def _tools(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tools that are named, or those of a run with its limits."""
     from trb.studies.directories import tools_of
 
+    if arguments.tools is None:
+        return tools_of(arguments.model)
+    return {} if arguments.tools == ["none"] else {"tools": arguments.tools}
+
+
+def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
+    """The options of `trb eval` as keys of a recipe."""
     return {
         "student": model,
         "teacher": arguments.teacher or model,
@@ -233,6 +245,6 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "eval_prompt_column": arguments.prompt_column,
         "eval_answer_column": arguments.answer_column,
         "eval_assistant_turns": arguments.assistant_turns,
-        "tools": arguments.tools or tools_of(arguments.model),
+        **_tools(arguments),
         "bf16": False,
     }

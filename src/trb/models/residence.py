@@ -49,7 +49,8 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
 def check_movable(module: nn.Module) -> None:
     """Refuse weights that cannot come and go. Raises ValueError."""
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if type(tensor) not in (Tensor, nn.Parameter) or (tensor.dim() > 1 and not tensor.is_floating_point()):
+        packed = tensor.dim() > 1 and not (tensor.is_floating_point() or tensor.dtype == torch.bool)
+        if type(tensor) not in (Tensor, nn.Parameter) or packed:
             raise InputError(
                 f"{name} is quantised or sharded, and such weights do not go from device to device: set "
                 "teacher_offload=False, or load the teacher whole"

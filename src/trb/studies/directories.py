@@ -35,7 +35,11 @@ from trb.training.methods import every_knob
 from trb.training.ranks import Ranks
 from trb.training.recording import drop_after_step
 
+TOOL_KEYS = ("tools", "max_tool_calling_iterations", "tool_timeout", "tool_max_characters")
+"""Of a recipe: what completions with tools depend on."""
+
 __all__ = [
+    "TOOL_KEYS",
     "begin",
     "check_claim",
     "check_shared_recipe",
@@ -129,9 +133,11 @@ def completion_length_of(spec: str) -> tuple[int, Path] | None:
     return None
 
 
-def tools_of(spec: str) -> Any:
-    """The tools that the recipe of a run names; `spec` as in `completion_length_of`, None for anything else."""
-    return next((tools for _, recipe in _recipes_of(spec) if (tools := recipe.get("tools"))), None)
+def tools_of(spec: str) -> dict[str, Any]:
+    """The tools that the recipe of a run names, and their limits; `spec` as in `completion_length_of`, nothing of
+    anything else."""
+    found = next((recipe for _, recipe in _recipes_of(spec) if recipe.get("tools")), {})
+    return {key: found[key] for key in TOOL_KEYS if key in found}
 
 
 def _recipes_of(spec: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:

@@ -66,6 +66,7 @@ __all__ = [
     "routes_of",
     "template_options",
     "training_prompts",
+    "unrouted",
     "with_template_options",
 ]
 
@@ -310,9 +311,14 @@ def route_doubts(
     if routes is None:
         return
     yield from doubts.of_unused(routes.unused(routes.check(prompts, run.train_data)), run.train_data)
+    yield from unrouted(routes, problems)
+
+
+def unrouted(routes: Routes, problems: Mapping[str, "Dataset"]) -> Iterator[doubts.Doubt]:
+    """Problem sets that do not say whose their rows are."""
     for name, rows in problems.items():
         if routes.column not in rows.column_names:
-            text = f"{name} has no column {routes.column!r}, so that no teacher is scored on it"
+            text = f"{name} has no column {routes.column!r}, so that no teacher is scored on it or has it in its mean"
             yield doubts.Doubt("teachers", text, "Add the column to have them scored; the student is, as it stands")
 
 

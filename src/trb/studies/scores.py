@@ -178,6 +178,8 @@ def evaluate_teachers(
                 outcomes=right,
                 **options,
             )
+            if options["args"].teacher_offload:  # before the next one comes
+                teachers[routes.names[place]].to("cpu")
             for row, count in zip(rows, right[name]["correct"], strict=True):
                 correct[row] = count
         n, samples = run.samples_of(name), sum(score["n_samples"] for score in found)
@@ -369,7 +371,7 @@ def _check_sealed_scores(directory: Path, paths: Mapping[str, Path]) -> None:
     """Set damaged scores aside, so that they are measured again, and take the seal off what is written next."""
     wrong = checkpoints.differing(directory)
     for name, path in paths.items():
-        if path.exists() and (f"{EVALUATIONS}/{path.name}" in wrong or not _read_scores(path)):
+        if path.exists() and (f"{EVALUATIONS}/{path.name}" in wrong or _read_scores(path) is None):
             logger.warning("%s is damaged; moved to %s, and the %s is scored again", path, set_aside(path).name, name)
     checkpoints.unseal(directory)
 

@@ -30,7 +30,7 @@ from trb.studies import findings, provenance
 from trb.studies.claims import has_step, left_as_found
 from trb.studies.directories import sole_run
 from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
-from trb.studies.material import RunDirectoryError, problem_sets
+from trb.studies.material import RunDirectoryError, problem_sets, routes_of, unrouted
 from trb.studies.study import ROLES, Phase, Reference, Study
 from trb.studies.workers import Pool, open_pool
 from trb.tasks.conversations import conversation_of
@@ -222,7 +222,11 @@ def _check_problems(study: Study, setting: str) -> None:
     prompts: dict[str, dict[str, str]] = {}
     kinds: dict[bool, str] = {}
     for name in ("dev", "test"):
-        sets = problem_sets(study.scoring_recipe(setting, getattr(study.settings[setting], name)).run)
+        recipe = study.scoring_recipe(setting, getattr(study.settings[setting], name))
+        args = recipe.training_config("unused")
+        sets, routes = problem_sets(recipe.run, args), routes_of(recipe.run, args)
+        for doubt in [] if routes is None else unrouted(routes, sets):
+            raise InputError(f"{setting}: {doubt.text}, and a study scores the teachers, too: add the column")
         kinds |= {is_reward_free(rows): f"{data} ({name})" for data, rows in sets.items()}
         found = [(conversation_of(row), json.dumps(row["prompt"])) for rows in sets.values() for row in rows]
         prompts[name] = {whole or prompt: prompt for whole, prompt in found}

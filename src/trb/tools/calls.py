@@ -64,7 +64,10 @@ class ToolBox:
             return self._failure(name, f"Tool {name} not found.")
         tool = self.tools[name]
         found = self._within_time(name, lambda: str(tool(**arguments)))
-        return self._failure(name, found) if isinstance(found, _Error) else Answer(name, self._cut(name, found))
+        if not isinstance(found, _Error):
+            return Answer(name, self._cut(name, found))
+        logger.warning_once(f"the tool {name:.100} failed (said once for each error): {found:.300}")
+        return self._failure(name, found)
 
     def _failure(self, name: str, text: str) -> Answer:
         return Answer(name, self._cut(name, str({"error": str(text)})), failed=True)

@@ -6,6 +6,7 @@ tool's turn; here no text of an answer becomes a special token, as a space goes 
 Left out: running tools (`trb.tools.calls`), and what is drawn after their answers (`trb.tools.turns`).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -132,6 +133,8 @@ class ToolChat:
     def _special(self) -> tuple[str, ...]:
         added = self.tokenizer.added_tokens_decoder.values()
         marks = {token.content for token in added if token.special or token.content.startswith("<")}
+        # Some templates write the marks of a turn as plain text.
+        marks.update(re.findall(r"</?\w+>", self.template or str(self.tokenizer.chat_template)))
         return tuple(sorted(mark for mark in marks if mark.strip()))
 
     def _rendered(self, messages: list[dict[str, Any]], opened: bool) -> list[int]:

@@ -107,12 +107,12 @@ def take_turns(
 def _answered(
     turns: Turns,
     newest: dict[int, tuple[list[int], list[int]]],
-    stopped: Sequence[bool],
+    stopped: list[bool],
     chat: ToolChat,
     box: ToolBox,
     longest: int,
 ) -> dict[int, list[int]]:
-    """The completions of the rows that have asked, with the answers; those alone that are not too long."""
+    """The completions of the rows that have asked, with the answers; those that get too long have not `stopped`."""
     found = {}
     for row, (ids, prefix) in newest.items():
         # Half a call that was cut asks for nothing: there is no room for an answer either.
@@ -125,6 +125,8 @@ def _answered(
         whole = chat.after(turns.completions[row], answers)
         if len(whole) <= longest:
             found[row] = whole
+        else:
+            stopped[row] = False  # cut: there is no room for the answer
     return found
 
 

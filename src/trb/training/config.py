@@ -304,7 +304,7 @@ class TRBConfig(DistillationConfig):
         },
     )
 
-    tools: str | list[str] | None = field(
+    tools: list[str] | str | None = field(  # in this order, as transformers' parser takes the last for a class
         default=None,
         metadata={
             "help": f"Tools that the model may call between its turns: {', '.join(TOOLS)}. In Python, TRBTrainer takes "

@@ -97,6 +97,14 @@ def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
                 "never plain distillation's",
                 f"Lower {name}, or train longer",
             )
+    for name in ("initial_kl_budget", "sequence_kl_budget"):
+        if "budget_schedule" in read and getattr(args, name) is not None and name not in read:
+            yield Doubt(
+                name,
+                f"{getattr(args, name):g}, which budget_schedule={args.budget_schedule} does not read",
+                "Leave it out, or name the schedule that is meant: linear reads initial_kl_budget, sequence-linear "
+                "sequence_kl_budget",
+            )
     budget = args.initial_kl_budget
     if "initial_kl_budget" in read and budget is not None and budget >= _NO_BUDGET:
         size = "infinite" if budget == math.inf else f"{budget:g}, as good as infinite"

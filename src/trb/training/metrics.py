@@ -70,5 +70,8 @@ class Observers:
         """Raises ValueError for a schedule with a memory of which the checkpoint holds none."""
         for name, schedule in self._schedules.items():
             if name not in states:
-                raise InputError(f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}")
+                raise InputError(
+                    f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}: it was written under "
+                    "another schedule or method; set it as it was, such as budget_schedule=linear, or begin anew"
+                )
             schedule.load_state_dict(states[name])

@@ -145,7 +145,7 @@ class TaughtTrainer(DistillationTrainer):
         found: dict[int, Tensor] = {}
         at_once = self.args.per_device_train_batch_size
         for place, rows in places_of(self._taught_by).items():
-            with self.teachers[place].present():
+            with self.compute_loss_context_manager(), self.teachers[place].present():
                 for start in range(0, len(rows), at_once):
                     part = rows[start : start + at_once]
                     row_b = torch.tensor(part, device=output["completion_ids"].device)

@@ -19,6 +19,8 @@ Seams of TRL overridden here, checked by a contract test against the installed v
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
   inside the student's wrapper;
+- `autocast_smart_context_manager()` is what `compute_loss_context_manager` enters around a step's computing;
+  transformers leave it to the forward that Accelerate wraps, and neither loss nor sampler goes through that;
 - `_send_telemetry` is silenced; `_tag_names`, `_name` and `_paper` are what the model card and its tags say.
 
 And used as they are: `eos_token_ids` are the stop ids of TRL's own generation and of its metrics;
@@ -31,7 +33,7 @@ Shape suffixes: B sequences, P prompt length, T completion length, L = P + T.
 import math
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -252,6 +254,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         if self.use_vllm:
             self.vllm_generation.generation_kwargs |= stopping_parameters(vocabulary)
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        return self.accelerator.autocast()
+
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine unless a hub name was given."""
 
@@ -402,8 +407,12 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         self._add(mode, "reward", sum(known), len(known))
         self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
         self._add_teachers_shares(mode, self._taught_by[:own])
-        stopped = sum(bool(ids) and ids[-1] in self.vocabulary.stop_ids for ids in completions)
-        self._add(mode, "stop_rate", stopped, len(completions))
+        stopped = [bool(ids) and ids[-1] in self.vocabulary.stop_ids for ids in completions]
+        if (
+            self._rollout is not None and self._turns is not None
+        ):  # one that a tool's answer cut has ended a turn as well
+            stopped = self._rollout.stopped[:own]
+        self._add(mode, "stop_rate", sum(stopped), len(completions))
         # The parent shuffles rows and splits them over accumulation steps; this says which is which.
         output["rollout_row"] = torch.arange(len(inputs), device=output["completion_ids"].device)
         if mode == "train" and self.args.teacher_offload and not (self._rollout and self._rollout.teacher_hidden):
