@@ -121,9 +121,7 @@ def test_a_tokenizer_without_a_template_gets_the_plain_one(tmp_path: Path) -> No
 def test_the_batch_is_the_largest_that_fits_and_adapters_are_the_last_resort(
     fits: Any, rank: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def estimate(
-        run: Any, args: Any, launch: Any, student: Any, teacher: Any, available: float, taught: int | None
-    ) -> Any:
+    def estimate(run: Any, args: Any, launch: Any, pairs: Any, available: float, taught: int | None) -> Any:
         needed = 0.5 if fits(run.lora_rank, args.per_device_train_batch_size) else 0.9
         return "update", {"everything": needed * available}
 

@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "train, problem without an answer": (
         of("train", "small", eval_data="{material}/unanswered.jsonl"),
-        "no answer",
+        "without answers a report needs two",
         of("train", "small"),
     ),
     "train, student of NaN": (of("train", "small", student="{material}/student"), NAN, of("train", "small")),
@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "eval, problem without an answer": (
         [*EVAL, "zoo:chains", "{material}/unanswered.jsonl"],
-        "no answer",
+        "can be scored",
         [*EVAL, "zoo:chains"],
     ),
     "eval, model of NaN": (

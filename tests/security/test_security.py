@@ -395,6 +395,7 @@ OPENERS = {
     "chat_template =": {
         "models.loading.take_template", "safety.templates._rendering_problem", "zoo.tokenizer._wrapped",
         "cli.draft.draft",  # the key of a recipe, a template that ships with the package
+        "tools.chats.ToolChat", "zoo.tokenizer.calling_tokenizer",  # TRL's own, and one of the package
     },
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_a_gain_above_the_error_is_advised_and_one_below_is_not():
     low, high = (advise(an_outlook(transfer), a_table()) for transfer in (0.3, 0.95))
     assert low.blend and low.gain == pytest.approx(35.0) and low.error == pytest.approx(5.0)
     assert not high.blend and high.gain == pytest.approx(2.5)
-    assert "budget_schedule: sequence-linear" in low.sentences[-1] and "method: opd" in high.sentences[-1]
+    assert "method: trb, which sets its budget itself" in low.sentences[-1] and "method: opd" in high.sentences[-1]
     text = " ".join(low.sentences)
     for number in ("0.30", "0.97", "+35.0 points", "off by 5.0", "1 nats", "95%", "about 20 tokens", "25.0%", "75.0%"):
         assert number in text

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trb.measures import MEASURES, PASS_AT_1, PER_TOKEN, Measure, measure_of
 from trb.safety.untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from trb.measures import Measure
     from trb.studies.listener import Listener
     from trb.studies.study import Study
     from trb.studies.sweep import StudyListener
@@ -60,6 +60,8 @@ def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
     interval, and the gain."""
     from rich.table import Table
 
+    from trb.measures import PASS_AT_1, PER_TOKEN, measure_of
+
     names = {"student": "student before", "teacher": "teacher"}
     scores = {name: score for name, score in results.items() if name != "provenance"}
     measure = next((measure_of(score) for score in scores.values()), PASS_AT_1)
@@ -87,6 +89,8 @@ def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
 
 def result_table(results: Mapping[str, Any]) -> Any:
     """Scores where there are any, and where nothing was evaluated the loss at both ends of each run."""
+    from trb.measures import measure_of
+
     runs = {name: score for name, score in results.items() if name not in ("provenance", "student", "teacher")}
     if any(score.get(measure_of(score).key) is not None for score in runs.values()):
         return score_table(results)
@@ -139,6 +143,8 @@ def study_table(setting: Mapping[str, Any]) -> Any:
     points, or the reverse KL in nats per token."""
     from rich.table import Table
 
+    from trb.measures import MEASURES, PASS_AT_1
+
     methods = setting["methods"]
     first = next(iter(methods.values()), {"seeds": 0, "problems": 0})
     title = f"{setting['title']}: {first['seeds']} paired seeds, {first['problems']} test problems"
@@ -160,14 +166,14 @@ def study_table(setting: Mapping[str, Any]) -> Any:
     return table
 
 
-def _caption(measure: Measure) -> str | None:
+def _caption(measure: "Measure") -> str | None:
     text = "reverse KL to the teacher, in nats per token of the model's own completions; less is better"
-    return None if measure is PASS_AT_1 else text
+    return None if measure.format == "percent" else text
 
 
-def _number(value: float | None, measure: Measure, sign: str = "", more: int = 0) -> str:
+def _number(value: float | None, measure: "Measure", sign: str = "", more: int = 0) -> str:
     """A score as a column of its measure has it, or with more digits."""
-    digits = (1 if measure is PASS_AT_1 else 3) + more
+    digits = (1 if measure.format == "percent" else 3) + more
     return "" if value is None else f"{measure.scale * value:{sign}.{digits}f}"
 
 
