@@ -542,8 +542,7 @@ def test_transformers_own_parser_takes_the_configuration() -> None:
 
 @pytest.mark.parametrize("method", ["opd", "trb"])
 def test_mixed_precision_is_that_of_every_pass(tmp_path: Path, method: str) -> None:
-    """Neither loss nor sampler goes through the forward that Accelerate wraps; in float32 a step would take twice as
-    long, and sampler and loss would not agree."""
+    """Neither loss nor sampler goes through the forward that Accelerate wraps; and they must agree."""
     trainer = build(tmp_path, bf16=True, method=method, max_steps=1)
     seen: dict[str, set[tuple[torch.dtype, bool]]] = {"student": set(), "teacher": set()}
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
