@@ -11,6 +11,9 @@ them, of processor time and of wall time. Each contender takes two steps and the
 checks models and fills caches, once in a run. A condition that is done is not measured again (`--again` does), so that
 an interrupted run goes on.
 
+With bf16 each trainer computes in what it makes of `bf16=True` over float32 weights: TRL's loss stays in float32
+(docs/performance.md, "A whole step").
+
 Left out: sampling and the solve alone (`bench.py`), and GPUs (`gpu.py`).
 """
 
