@@ -49,6 +49,7 @@ OTHERS = {
     ("trb.tasks.program_host", "StopIteration"): "what Python asks of an iterator, there",
     ("trb.tasks.program_host", "ValueError"): "tests that are none: said by the judge, and an InputError of the caller",
     ("trb.tasks.program_host", "_raised"): "the program's own error, raised again for its tests",
+    ("trb.sampling.cache", "RuntimeError"): "the same as of the states",
     ("trb.sampling.states", "RuntimeError"): "found by the check of a model, which falls back with it as its reason",
     ("trb.sampling.states", "ValueError"): "a sampler that reads more than it reserved is a bug of it",
     ("trb.sampling.vllm.served", "TimeoutError"): "becomes a ServerTimeoutError that names the address",

@@ -35,7 +35,7 @@ from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stre
 from trb.tasks.conversations import conversation_of
 from trb.tasks.grading import Verifier, can_be_scored
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT, load_prompts, render
-from trb.tasks.reward_free import TOTALS, Judge, is_reward_free, token_mean, token_totals
+from trb.tasks.reward_free import TOTALS, Judge, check_units, is_reward_free, token_mean, token_totals
 from trb.training.ranks import Ranks
 from trb.vocab import SharedVocabulary, stop_token_ids
 
@@ -177,7 +177,7 @@ def evaluate(
     any engine that loads it, unless there is a judge to read them.
 
     Raises ValueError for a problem without an answer among others that have one, or without a judge, for one that is
-    too long for the model, and for a results file of other settings or other content; NonFiniteLogitsError, naming the
+    too long for the model, and for a results file of other settings or content; NonFiniteLogitsError, naming the
     problem, where the model's logits are NaN or infinite.
     """
     # Another sampler may have other limits than the model's own.
@@ -185,8 +185,7 @@ def evaluate(
     rows, prompts = check_problems(
         limited, tokenizer, problems, n=n, max_new_tokens=max_new_tokens, name=name, judge=judge
     )
-    if judge is not None and not is_reward_free(rows):
-        judge = None
+    judge = judge if judge is not None and is_reward_free(rows) else None
     vocabulary = vocabulary if judge is None else judge.vocabulary
     stop_ids = stop_token_ids(model, tokenizer) if vocabulary is None else vocabulary.stop_ids
     taught = _taught(judge, tokenizer, name, prompts)
@@ -263,11 +262,7 @@ def check_problems(
     limits = {} if model is None else {f"the model ({type(model).__name__})": position_limit(model)}
     check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob=named("max_new_tokens"))
     if judge is not None and is_reward_free(rows):
-        if len({conversation_of(row) or place for place, row in enumerate(rows)}) < 2:
-            raise InputError(
-                f"{name} has problems of one conversation alone, and without answers a report needs two for its "
-                f"interval; raise {named('limit')}, or add another"
-            )
+        check_units(rows, name)
         taught = list(map(len, _taught(judge, tokenizer, name, prompts)))
         limits = {"the teacher": position_limit(judge.teacher)}
         check_room(taught, name, max_new_tokens, limits, knob=named("max_new_tokens"))
@@ -314,10 +309,9 @@ def _checked_rows(
     if not missing or (judge is not None and len(missing) == len(rows)):
         return rows
     remedy = f"give answers, or a {named('judge')} to read completions"
-    if len(missing) < len(rows):
-        remedy = f"{len(rows) - len(missing)} others have one: give it one, or keep those without an answer apart"
-        if any(map(conversation_of, rows)):
-            remedy += f"; with {named('assistant_turns')} 'last', only the turn that an answer belongs to is asked"
+    if others := len(rows) - len(missing):
+        turns = f", or {named('assistant_turns')} 'last'" if any(map(conversation_of, rows)) else ""
+        remedy = f"{others} others have one: keep those without an answer apart, or give it one{turns}"
     raise InputError(f"problem {missing[0] + 1} of {len(rows)} has no answer to score against; {remedy}")
 
 

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from scipy import special
 
-from trb.errors import InputError
+from trb.errors import InputError, named
 from trb.measures import PER_TOKEN, REVERSE_KL, token_mean_shares, totals_by_unit
 from trb.policies import StudentPolicy
 from trb.sampling.scoring import score_completions
+from trb.tasks.conversations import conversation_of
 from trb.tasks.grading import can_be_scored
 from trb.vocab import SharedVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Judge", "is_reward_free", "token_mean", "token_totals"]
+__all__ = ["Judge", "check_units", "is_reward_free", "token_mean", "token_totals"]
 
 TOTALS = (REVERSE_KL.key, *PER_TOKEN)
 _COLUMNS = dict(zip(TOTALS, ("kl_teacher", *PER_TOKEN), strict=True))  # of TokenScores under the student's own law
@@ -70,6 +71,15 @@ def token_totals(
     )
     columns = {name: [math.fsum(row) for row in getattr(scores, column)] for name, column in _COLUMNS.items()}
     return [{name: columns[name][row] for name in TOTALS} for row in range(len(completions))]
+
+
+def check_units(rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raises ValueError for problems without answers that are all of one conversation."""
+    if len({conversation_of(row) or place for place, row in enumerate(rows)}) < 2:
+        raise InputError(
+            f"{name} has problems of one conversation alone, and without answers a report needs two for its interval; "
+            f"raise {named('limit')}, or add another"
+        )
 
 
 def token_mean(
