@@ -66,7 +66,8 @@ def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
     scores = {name: score for name, score in results.items() if name != "provenance"}
     measure = next((measure_of(score) for score in scores.values()), PASS_AT_1)
     more = () if measure is PASS_AT_1 else PER_TOKEN
-    table = Table(caption=_caption(measure), caption_justify="left")
+    layout = {} if measure is PASS_AT_1 else _narrow()
+    table = Table(caption=_caption(measure), caption_justify="left", **layout)
     change = "gain" if measure.higher_is_better else "change"
     named = ("", measure.heading, "95% interval", *([change] if gain else []))
     for heading in (*named, *(_PER_TOKEN[key] for key in more), "tokens", "stop %"):
@@ -149,7 +150,8 @@ def study_table(setting: Mapping[str, Any]) -> Any:
     first = next(iter(methods.values()), {"seeds": 0, "problems": 0})
     title = f"{setting['title']}: {first['seeds']} paired seeds, {first['problems']} test problems"
     measure = MEASURES[setting.get("measure", PASS_AT_1.key)]
-    table = Table(title=_cell(title), title_justify="left", caption=_caption(measure), caption_justify="left")
+    shared: dict[str, Any] = {"caption": _caption(measure), "caption_justify": "left", **_narrow()}
+    table = Table(title=_cell(title), title_justify="left", **shared)
     for heading in ("", measure.heading, "95% interval", "minus opd", "95% interval", "p (Holm)"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name in ("student", "teacher"):
@@ -164,6 +166,13 @@ def study_table(setting: Mapping[str, Any]) -> Any:
             cells = [estimate, low_high, f"{difference['p_value_holm']:.3f}"]
         table.add_row(_cell(name), _number(score[measure.key], measure), f"{low} to {high}", *cells)
     return table
+
+
+def _narrow() -> dict[str, Any]:
+    """Without lines between their columns wide tables fit into the 80 of a terminal, where cells would be cut."""
+    from rich.box import SIMPLE_HEAD
+
+    return {"box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
 
 
 def _caption(measure: "Measure") -> str | None:
