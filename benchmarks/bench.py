@@ -316,20 +316,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
     per_step: dict[str, list[float]] = {name: [] for name in contenders}
     lengths: dict[str, list[float]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as directory:
-        shared = {
-            "output_dir": directory,
-            "per_device_train_batch_size": batch,
-            "max_steps": options.steps_each,
-            "learning_rate": 1e-5,
-            "bf16": True,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-        }
+        shared = step_options(directory, batch, options.steps_each, bf16=True)
         for repeat in range(options.repeats):
             rows = unique[repeat * options.steps_each * batch // 4 :][: options.steps_each * batch // 4]
             for name in contenders:
@@ -379,6 +366,24 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
         "mean_length": {name: spread(values) for name, values in lengths.items()},
         "ratios_per_token": found,
         "ratios_per_step": whole,
+    }
+
+
+def step_options(directory: str, batch: int, steps: int, *, bf16: bool) -> dict[str, Any]:
+    """What every contender's trainer is told."""
+    return {
+        "output_dir": directory,
+        "per_device_train_batch_size": batch,
+        "max_steps": steps,
+        "learning_rate": 1e-5,
+        "bf16": bf16,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
     }
 
 

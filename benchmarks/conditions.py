@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from bench import clone, gkd_trainer, our_trainer, ratios, spread, trl_trainer
+from bench import clone, gkd_trainer, our_trainer, ratios, spread, step_options, trl_trainer
 from pair import questions, smollm2_pair
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -210,20 +210,7 @@ def second_step(
     """(processor, wall) seconds of the parts of a contender's second step."""
     parts = Parts()
     with tempfile.TemporaryDirectory() as directory:
-        shared = {
-            "output_dir": directory,
-            "per_device_train_batch_size": condition.rows,
-            "max_steps": 2,
-            "learning_rate": 1e-5,
-            "bf16": condition.dtype == "bf16",
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-        }
+        shared = step_options(directory, condition.rows, 2, bf16=condition.dtype == "bf16")
         model = clone(student)
         if name in OURS:
             trainer = our_trainer(model, teacher, tokenizer, rows, condition.tokens, shared, OURS[name])

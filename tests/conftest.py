@@ -157,3 +157,13 @@ def held_by_another(folder: Path) -> Iterator[int]:
             yield child.pid
         finally:
             child.kill()
+
+
+@pytest.fixture
+def warnings_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said of models that are read in a slower way."""
+    from trb.sampling import reading
+
+    seen: list[str] = []
+    monkeypatch.setattr(reading.logger, "warning_once", seen.append)
+    return seen

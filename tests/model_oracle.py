@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from tiny_models import TOLERANCE, VOCABULARY, NotRunnableError, build, plain_logits
+from tiny_models import TOLERANCE, VOCABULARY, NotRunnableError, build, found_way, plain_logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +19,6 @@ from trb.models.modeling import OutputHead, UnsupportedModelError, completion_hi
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
 from trb.sampling.draw import accept_or_replace, inverse_cdf
-from trb.sampling.reading import Way, sampling_mode, way_of
 from trb.sampling.uniforms import uniforms
 
 __all__ = [
@@ -150,7 +149,7 @@ def examine(model_type: str) -> Finding:
         case = find_case(model_type)
         kind = type(case.student).__name__
         wrong = _differences(case)
-        way = _way(case.student)
+        way = found_way(case.student)
     except NotRunnableError as error:
         return Finding(model_type, kind, "library", reason=_first_line(error.__cause__ or error))
     except Exception as error:
@@ -237,11 +236,6 @@ def _trained_as_sampled(model: PreTrainedModel, completions: list[list[int]], ow
     with torch.no_grad():
         given_NV = OutputHead.check(model)(completion_hidden_states(model, ids_RL, mask_RL, completion_RL))
     return bool((given_NV - own_NV).abs().max() <= TOLERANCE * own_NV.abs().max().clamp_min(1.0))
-
-
-def _way(model: PreTrainedModel) -> Way:
-    with sampling_mode(model):
-        return way_of(model)
 
 
 def _first_line(error: BaseException) -> str:

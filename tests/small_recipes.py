@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from trb.studies.study import Setting, Study
+
 SMALL: dict[str, Any] = {
     "student": "zoo:student",
     "teacher": "zoo:teacher",
@@ -69,3 +71,9 @@ STUDY = {
     },
     "methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.5], "blend_warmup_steps": 2}},
 }
+
+
+def study_of(setting: Setting) -> Study:
+    """A study of one setting, "s"."""
+    seeds = {"select": [9], "test": 1}
+    return Study(name="x", seeds=seeds, configurations=1, settings={"s": setting}, methods={"opd": [{}]})

@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from trb.sampling.reading import Way, sampling_mode, way_of
+
 __all__ = [
     "MODEL_TYPES",
     "TOLERANCE",
@@ -358,6 +360,12 @@ def _sharpen(model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
         if head is not None:
             head.weight.mul_(min(8.0, max(0.125, 2.0 / max(deviation, 1e-6))))
+
+
+def found_way(model: PreTrainedModel) -> Way:
+    """How the model is read when it is sampled."""
+    with sampling_mode(model):
+        return way_of(model)
 
 
 def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from conftest import NO_SPECIAL_IDS, random_model, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
-from tiny_models import build, plain_logits
+from tiny_models import build, found_way, plain_logits
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -47,7 +47,7 @@ from trb.models.modeling import (
     tolerance,
 )
 from trb.policies import StudentPolicy, TrustRegionPolicy
-from trb.sampling import SAMPLERS, Rollout, reading, sample
+from trb.sampling import SAMPLERS, Rollout, sample
 from trb.sampling.draw import accept_or_replace, inverse_cdf
 from trb.sampling.reading import sampling_mode, way_of
 from trb.sampling.uniforms import uniforms
@@ -82,15 +82,7 @@ def expected(student: PreTrainedModel, teacher: PreTrainedModel) -> list[list[in
 
 
 def way(model: PreTrainedModel) -> str:
-    with sampling_mode(model):
-        return way_of(model).name
-
-
-@pytest.fixture
-def warnings_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    seen: list[str] = []
-    monkeypatch.setattr(reading.logger, "warning_once", seen.append)
-    return seen
+    return found_way(model).name
 
 
 # --- laws that were silently wrong --------------------------------------------------------------

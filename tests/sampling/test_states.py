@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama
-from tiny_models import TOLERANCE, VOCABULARY, build, plain_logits
+from tiny_models import TOLERANCE, VOCABULARY, build, found_way, plain_logits
 from transformers import PreTrainedModel
 
 from trb.models.modeling import OutputHead
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
-from trb.sampling import Rollout, reading, sample, states
+from trb.sampling import Rollout, sample, states
 from trb.sampling.attention import attention_through_slots
 from trb.sampling.blocks import BlockChooser
 from trb.sampling.cache import SlotReader, supports_slots
-from trb.sampling.reading import sampling_mode, way_of
+from trb.sampling.reading import sampling_mode
 
 TYPES = ("lfm2", "qwen3_5", "jamba", "falcon_h1")
 PROMPTS = [[7], [4, 9, 2], [3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1], [11, 3, 8], [7], [9, 9]]
@@ -42,15 +42,7 @@ def draw(student: PreTrainedModel, teacher: PreTrainedModel | None, policy: Beha
 
 
 def way(model: PreTrainedModel) -> str:
-    with sampling_mode(model):
-        return way_of(model).name
-
-
-@pytest.fixture
-def warnings_seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    seen: list[str] = []
-    monkeypatch.setattr(reading.logger, "warning_once", seen.append)
-    return seen
+    return found_way(model).name
 
 
 # --- the same tokens ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_recipes import study_of
 
 from trb.cli import main
 from trb.cli.outline import outlined_pairs
@@ -16,7 +17,7 @@ from trb.studies.comparison import compare
 from trb.studies.material import load_tokenizers, problem_sets, routes_of, training_prompts
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.shipped import recipe_file
-from trb.studies.study import ProblemSets, Setting, Study
+from trb.studies.study import ProblemSets, Setting
 from trb.studies.sweep import _check_problems
 from trb.studies.yaml_files import ConfigError, read_yaml
 from trb.tasks.prompts import load_prompts
@@ -124,11 +125,8 @@ def test_a_study_without_a_route_is_refused_before_its_first_run() -> None:
         dev=ProblemSets(data=["zoo:chains?told=0.5"], limit=4, split="train"),
         test=ProblemSets(data=["zoo:chains"], limit=4),
     )
-    study = Study(
-        name="x", seeds={"select": [9], "test": 1}, configurations=1, settings={"s": setting}, methods={"opd": [{}]}
-    )
     with pytest.raises(ValueError, match=r"s: zoo:chains has no column 'kind'.*no teacher"):
-        _check_problems(study, "s")
+        _check_problems(study_of(setting), "s")
 
 
 # ---- the plan and the doctor ----

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_recipes import SMALL
+from small_recipes import SMALL, study_of
 
 from trb import zoo
 from trb.sampling import prompt_key
 from trb.studies.material import load_tokenizers, training_prompts
 from trb.studies.recipe import make_recipe
-from trb.studies.study import ProblemSets, Setting, Study
+from trb.studies.study import ProblemSets, Setting
 from trb.studies.sweep import _check_problems
 from trb.tasks.conversations import conversation_of
 from trb.tasks.prompts import load_prompts, render
@@ -154,11 +154,8 @@ def test_a_study_refuses_sets_that_are_measured_differently(tmp_path: Path, free
     bare.write_text("".join(json.dumps({"prompt": f"{n} + 1 = ?"}) + "\n" for n in range(3)))
     sets = {"dev": ProblemSets(data=["zoo:chains"], limit=3), "test": ProblemSets(data=["zoo:clock"], limit=3)}
     setting = Setting(recipe=recipe, **(sets | {free: ProblemSets(data=[str(bare)])}))
-    study = Study(
-        name="x", seeds={"select": [9], "test": 1}, configurations=1, settings={"s": setting}, methods={"opd": [{}]}
-    )
     with pytest.raises(ValueError, match=r"s: zoo:\w+ \(\w+\) has answers .*bare.jsonl \(\w+\) has none"):
-        _check_problems(study, "s")
+        _check_problems(study_of(setting), "s")
 
 
 def test_a_study_refuses_equal_problems_with_different_replies(tmp_path: Path) -> None:
@@ -170,11 +167,8 @@ def test_a_study_refuses_equal_problems_with_different_replies(tmp_path: Path) -
         dev=ProblemSets(data=[str(write(tmp_path / "talk.jsonl", TALK))]),
         test=ProblemSets(data=[str(write(tmp_path / "again.jsonl", other))]),
     )
-    study = Study(
-        name="x", seeds={"select": [9], "test": 1}, configurations=1, settings={"s": setting}, methods={"opd": [{}]}
-    )
     with pytest.raises(ValueError, match="1 development problems are test problems too"):
-        _check_problems(study, "s")
+        _check_problems(study_of(setting), "s")
 
 
 def test_a_study_refuses_two_turns_of_one_conversation_in_development_and_test(tmp_path: Path) -> None:
@@ -185,8 +179,5 @@ def test_a_study_refuses_two_turns_of_one_conversation_in_development_and_test(t
         dev=ProblemSets(data=[str(shared)]),
         test=ProblemSets(data=[str(write(tmp_path / "again.jsonl", OTHER, TALK))]),
     )
-    study = Study(
-        name="x", seeds={"select": [9], "test": 1}, configurations=1, settings={"s": setting}, methods={"opd": [{}]}
-    )
     with pytest.raises(ValueError, match="1 development problems are test problems too"):
-        _check_problems(study, "s")
+        _check_problems(study_of(setting), "s")

@@ -50,11 +50,21 @@ class Quantity:
     bound_name: str = ""
 
 
+def capitalised(title: str) -> str:
+    """The title of a measure as it begins a sentence or a column."""
+    return title if title.startswith(PASS_AT_1.title) else title[0].upper() + title[1:]
+
+
 def score_quantity(measure: Measure, of: str = "", caption: str = "") -> Quantity:
     """A chart of scores; `of` says of which problems."""
     unit = "" if measure is PASS_AT_1 else "nats"
-    title = measure.title[0].upper() + measure.title[1:] if measure is not PASS_AT_1 else measure.title
-    return Quantity(measure.key, title + (of and f", {of}"), unit, measure.caption + caption, format=measure.format)
+    return Quantity(
+        measure.key,
+        capitalised(measure.title) + (of and f", {of}"),
+        unit,
+        measure.caption + caption,
+        format=measure.format,
+    )
 
 
 OUTCOME = (

@@ -19,7 +19,7 @@ from typing import Any
 from trb.measures import PASS_AT_1, PER_TOKEN, REVERSE_KL, Measure, Scored
 from trb.records import RESULTS, STUDY, Difference, Method, Target
 from trb.report import summary
-from trb.report.panels import slug
+from trb.report.panels import capitalised, slug
 from trb.report.reading import ReportError, Score, parse_scores, read, read_json
 from trb.report.study import BASELINE, Setting, Study, parse_study, read_study
 from trb.report.style import MINUS, Format, label, show, show_range, visible
@@ -132,10 +132,10 @@ def score_tables(scores: Mapping[str, Score]) -> list[Table]:
         for name, score in scores.items()
     )
     caption = (
-        f"{_capital(measure.title)}{_in_nats(measure)} with 95% intervals over the problems and samples of one "
+        f"{capitalised(measure.title)}{_in_nats(measure)} with 95% intervals over the problems and samples of one "
         "evaluation; 1 training seed per method."
     )
-    header = ("Model", _capital(measure.title), *(PER_TOKEN_TITLES[key] for key in more))
+    header = ("Model", capitalised(measure.title), *(PER_TOKEN_TITLES[key] for key in more))
     return [Table("scores", caption, (*header, "Problems", "Samples", "Mean length", "Stop rate"), rows)]
 
 
@@ -161,7 +161,7 @@ def results_table(study: Study) -> Table:
     ]
     header = ("Method", *(setting.title for setting in study.settings), *(["Average"] if study.average else []))
     caption = (
-        f"{_capital(study.titles)} on the test problems{_in_nats(*study.measures)}; {study.interval_name}s over "
+        f"{capitalised(study.titles)} on the test problems{_in_nats(*study.measures)}; {study.interval_name}s over "
         f"{seeds_and_problems(study.settings)} (student and "
         "teacher: over problems)."
     )
@@ -265,7 +265,7 @@ def sweep_table(study: Study, setting: Setting) -> Table:
     over = spanned(entry.seeds for entries in setting.found.sweep.values() for entry in entries)
     title = setting.measure.title
     caption = f"{setting.title}: {title} on the development problems of every configuration, means over {over}."
-    header = ("Method", "Configuration", _capital(title), "Seeds", "Selected")
+    header = ("Method", "Configuration", capitalised(title), "Seeds", "Selected")
     return Table(f"sweep-{slug(setting.name)}", caption, header, rows)
 
 
@@ -360,11 +360,6 @@ def _in(study: Study) -> str:
 
 def _in_nats(*measures: Measure) -> str:
     return ", in nats per token" if REVERSE_KL in measures else ""
-
-
-def _capital(title: str) -> str:
-    """A title as it begins a sentence or a column."""
-    return title if title.startswith(PASS_AT_1.title) else title[0].upper() + title[1:]
 
 
 def _difference_cells(difference: Difference | None, measure: Measure) -> tuple[Cell, ...]:

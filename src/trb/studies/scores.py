@@ -164,22 +164,22 @@ def evaluate_teachers(
     `teachers` is the model, or a mapping of names with `routes`.
     """
     if routes is None:
-        return evaluate_suites(teachers, problems=problems, run=run, folder=folder, outcomes=outcomes, **options)
+        with _visiting(teachers, options["args"]):
+            return evaluate_suites(teachers, problems=problems, run=run, folder=folder, outcomes=outcomes, **options)
     scores = []
     for name, parts in _routed(problems, routes).items():
         correct, found = [0] * sum(map(len, parts.values())), []
         for place, rows in parts.items():
-            right: dict[str, dict[str, list[Any]]] = {}
-            found += evaluate_suites(
-                teachers[routes.names[place]],
-                problems={name: [problems[name][row] for row in rows]},
-                run=run,
-                folder=folder / str(place) if folder else None,
-                outcomes=right,
-                **options,
-            )
-            if options["args"].teacher_offload:  # before the next one comes
-                teachers[routes.names[place]].to("cpu")
+            teacher, right = teachers[routes.names[place]], dict[str, dict[str, list[Any]]]()
+            with _visiting(teacher, options["args"]):
+                found += evaluate_suites(
+                    teacher,
+                    problems={name: [problems[name][row] for row in rows]},
+                    run=run,
+                    folder=folder / str(place) if folder else None,
+                    outcomes=right,
+                    **options,
+                )
             for row, count in zip(rows, right[name]["correct"], strict=True):
                 correct[row] = count
         n, samples = run.samples_of(name), sum(score["n_samples"] for score in found)
@@ -196,6 +196,11 @@ def evaluate_teachers(
         if outcomes is not None:
             outcomes[name] = {"correct": correct}
     return scores
+
+
+def _visiting(model: PreTrainedModel, args: TRBConfig) -> AbstractContextManager[None]:
+    """With teacher_offload a model is on the accelerator within the block alone."""
+    return present(model, args.device) if args.teacher_offload else nullcontext()
 
 
 def _routed(problems: Mapping[str, Any], routes: Routes) -> dict[str, dict[int, list[int]]]:

@@ -407,10 +407,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         self._add(mode, "reward", sum(known), len(known))
         self._add(mode, "completion_length", sum(map(len, completions)), len(completions))
         self._add_teachers_shares(mode, self._taught_by[:own])
-        stopped = [bool(ids) and ids[-1] in self.vocabulary.stop_ids for ids in completions]
-        if (
-            self._rollout is not None and self._turns is not None
-        ):  # one that a tool's answer cut has ended a turn as well
+        if self._rollout is None:
+            stopped = [bool(ids) and ids[-1] in self.vocabulary.stop_ids for ids in completions]
+        else:
             stopped = self._rollout.stopped[:own]
         self._add(mode, "stop_rate", sum(stopped), len(completions))
         # The parent shuffles rows and splits them over accumulation steps; this says which is which.
