@@ -15,11 +15,11 @@ from reference.distributions import Array, kl, log_normalise
 from test_blend import FAMILIES, LOWEST, as_numpy, assert_log_probs_follow_the_weight, assert_within_promise, cast
 from torch import Tensor
 
-from trb import native
+from trb import kernels
 from trb.blend.laws import BlendResult
 from trb.blend.native import FLAGGED, NativeResult, solve_rows
 
-needs_library = pytest.mark.skipif(not native.available(), reason="no C compiler, or TRB_NATIVE=0")
+needs_library = pytest.mark.skipif(not kernels.available(), reason="no C compiler, or TRB_NATIVE=0")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 

@@ -1,6 +1,6 @@
 """The trust-region blend on CPUs in C: `trb.blend.solve` at about the cost of two log-softmaxes.
 
-A row's result depends on that row alone, to the last bit. Built, and given threads, by `trb.native`.
+A row's result depends on that row alone, to the last bit. Built, and given threads, by `trb.kernels`.
 
 Left out on purpose: rows that float32 cannot represent (a log-ratio more than 60 above its mean, say), positive budgets
 below 1e-5, supports that differ and NaN. They come back with `passes = FLAGGED`; `trb.blend` solves those, and remains
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trb import native
+from trb import kernels
 from trb.errors import InputError
 
 __all__ = ["FLAGGED", "NativeResult", "solve_rows"]
@@ -57,7 +57,7 @@ def solve_rows(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, *, writ
         RuntimeError: the library is not available.
         ValueError: shapes that differ, or tensors that are not on the CPU.
     """
-    library = native.kernels(otherwise="trb.blend.solve")
+    library = kernels.library(otherwise="trb.blend.solve")
     _check(student_NV, teacher_NV, budget_N)
     student_NV, teacher_NV = _readable(student_NV, teacher_NV)
     budget_N = budget_N.double().contiguous()
@@ -79,10 +79,10 @@ def solve_rows(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, *, writ
             end,
             budget_N.data_ptr(),
             *(None if values is None else values.data_ptr() for values in (*result[1:], result.log_probs)),
-            native.scratch(2 * vocabulary).data_ptr(),
+            kernels.scratch(2 * vocabulary).data_ptr(),
         )
 
-    native.spread(solve, rows, vocabulary)
+    kernels.spread(solve, rows, vocabulary)
     return result
 
 

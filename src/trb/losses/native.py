@@ -1,7 +1,7 @@
 """The reverse KL on CPUs in C: loss, gradient and metrics of a chunk in three sweeps that stay in cache.
 
 `trb.losses.terms` remains the semantics of record. A row's result depends on that row alone, to the last bit. Built,
-and given threads, by `trb.native`.
+and given threads, by `trb.kernels`.
 
 Left out on purpose: rows whose loss is infinite or not a number, which come back with a loss of NaN and their gradient
 unwritten, for `trb.losses.chunked` to do again; supports above 1,024 tokens that are not the whole vocabulary; dtypes
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trb import native
+from trb import kernels
 
 __all__ = ["available", "reverse_kl_chunk"]
 
@@ -27,7 +27,7 @@ _NUMBERS = 7
 def available(logits_CV: Tensor, taught_CV: Tensor, k: int, size: int, stop_ids: int) -> bool:
     """Whether `reverse_kl_chunk` can do these logits, with a support of `k` tokens of `size` and so many stop ids."""
     readable = all(x_CV.device.type == "cpu" and x_CV.dtype in _DTYPES for x_CV in (logits_CV, taught_CV))
-    return readable and (k <= _MOST_SUPPORT or k >= size) and stop_ids <= _MOST_STOPS and native.available()
+    return readable and (k <= _MOST_SUPPORT or k >= size) and stop_ids <= _MOST_STOPS and kernels.available()
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def reverse_kl_chunk(
     Raises:
         RuntimeError: the library is not available.
     """
-    library = native.kernels(otherwise="trb.losses.chunked")
+    library = kernels.library(otherwise="trb.losses.chunked")
     logits_CV, taught_CV = (x_CV if x_CV.stride(1) == 1 else x_CV.contiguous() for x_CV in (logits_CV, taught_CV))
     token_C, stop_S = token_C.long().contiguous(), torch.tensor(stop_ids, dtype=torch.int64)
     weight_C = None if weight_C is None else weight_C.float().contiguous()
@@ -90,9 +90,9 @@ def reverse_kl_chunk(
             None if weight_C is None else weight_C.data_ptr(),
             number_CM.data_ptr(),
             None if gradient_CV is None else gradient_CV.data_ptr(),
-            native.scratch(2 * size).data_ptr(),
+            kernels.scratch(2 * size).data_ptr(),
         )
 
-    native.spread(sweep, len(token_C), size)
+    kernels.spread(sweep, len(token_C), size)
     loss_C, *metrics = number_CM.unbind(1)
     return loss_C, metrics

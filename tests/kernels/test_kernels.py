@@ -1,4 +1,4 @@
-"""`trb.native.library`: built once, kept where nobody else can write, tried before it is loaded, and done without."""
+"""`trb.kernels.building`: built once, kept where nobody else can write, tried before it is loaded, and done without."""
 
 import json
 import logging
@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from trb import native
-from trb.native import library
+from trb import kernels
+from trb.kernels import building
 
-needs_library = pytest.mark.skipif(not native.available(), reason="no C compiler, or TRB_NATIVE=0")
+needs_library = pytest.mark.skipif(not kernels.available(), reason="no C compiler, or TRB_NATIVE=0")
 
 
 # Without one of them `available()` is False, the tests that need the library are skipped, and everything is slow.
-@pytest.mark.parametrize("path", [library._HEADER, library._TRIAL, *library._SOURCES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [building._HEADER, building._TRIAL, *building._SOURCES], ids=lambda path: path.name)
 def test_what_the_build_needs_is_there(path: Path) -> None:
     assert path.is_file()
 
@@ -26,8 +26,8 @@ def test_what_the_build_needs_is_there(path: Path) -> None:
 PROBE = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
-from trb import native
-print(native.available(), native.available())
+from trb import kernels
+print(kernels.available(), kernels.available())
 """
 
 
@@ -48,7 +48,7 @@ def test_a_failing_compiler_is_reported_once(compiler: str, tmp_path: Path) -> N
     out, err = probe(CC=compiler, TRB_CACHE=str(tmp_path), TRB_NATIVE="1")
     assert out == "False False"
     assert len(err.splitlines()) == 1
-    assert err.startswith("WARNING trb.native.library")
+    assert err.startswith("WARNING trb.kernels.building")
     assert compiler in err
 
 
@@ -62,7 +62,7 @@ def test_the_compilers_own_error_is_shown(tmp_path: Path) -> None:
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
-    code = PROBE + "\ntry:\n    native.kernels('trb.blend.solve')\nexcept RuntimeError as e:\n    print(e)\n"
+    code = PROBE + "\ntry:\n    kernels.library('trb.blend.solve')\nexcept RuntimeError as e:\n    print(e)\n"
     out, err = probe(code, TRB_NATIVE="0", TRB_CACHE=str(tmp_path))
     assert out.splitlines()[0] == "False False"
     assert "trb.blend.solve" in out
@@ -93,7 +93,7 @@ def test_a_cache_that_others_can_write_is_not_trusted(
     (tmp_path / open_folder).chmod(0o777)
     monkeypatch.setenv("TRB_CACHE", str(tmp_path))
     with caplog.at_level(logging.INFO):
-        assert library._load() is not None
+        assert building._load() is not None
     assert "can be written by others" in caplog.text
     assert list((tmp_path / "native").iterdir()) == []
 
@@ -102,7 +102,7 @@ def test_a_cache_that_others_can_write_is_not_trusted(
 def test_a_sticky_folder_may_hold_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o1777)  # as /tmp, where users share and cannot rename each other's files
     monkeypatch.setenv("TRB_CACHE", str(tmp_path))
-    assert library._load() is not None
+    assert building._load() is not None
     assert len(list((tmp_path / "native").iterdir())) == 1
 
 
@@ -111,13 +111,13 @@ def test_the_cache_of_another_user_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TRB_CACHE", str(tmp_path))
-    library._load()
+    building._load()
     (theirs,) = (tmp_path / "native").iterdir()
     theirs.unlink()  # this process has it mapped: cut short in place, it would end the process at its exit
     theirs.write_bytes(b"whatever they like")
     monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "native").stat().st_uid + 1)
     with caplog.at_level(logging.INFO):
-        assert library._load() is not None
+        assert building._load() is not None
     assert f"{tmp_path / 'native'} belongs to another user" in caplog.text
     assert [path.read_bytes() for path in (tmp_path / "native").iterdir()] == [b"whatever they like"]
 
@@ -125,12 +125,12 @@ def test_the_cache_of_another_user_is_left_alone(
 # In processes of their own, which a broken library may kill; forked, as importing torch takes seconds.
 EACH = """
 import json, logging, os, pathlib, sys
-from trb import native
+from trb import kernels
 folder, kinds = pathlib.Path(sys.argv[1]), json.load(sys.stdin)
 lines = []
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger('trb.native.library').addHandler(handler)
+logging.getLogger('trb.kernels.building').addHandler(handler)
 
 
 def alone(function):
@@ -143,7 +143,7 @@ def alone(function):
 
 
 def show():
-    found = native.available()
+    found = kernels.available()
     kept = [path.read_bytes().hex() for path in (cache / "native").glob("*")]
     print(json.dumps([kind, [found, lines, kept]]))
 
@@ -152,7 +152,7 @@ for number, (kind, compiler, content) in enumerate(kinds):
     cache = folder / f"cache-{number}"
     os.environ.update(CC=compiler, TRB_CACHE=str(cache))
     if content is not None:  # a library that was kept, and came to harm since
-        alone(native.available)
+        alone(kernels.available)
         (kept,) = (cache / "native").iterdir()
         kept.write_bytes(bytes.fromhex(content))
     status = alone(show)
@@ -186,7 +186,7 @@ def each(folder: Path, kinds: list[tuple[str, str, str | None]]) -> dict[str, An
 @needs_library
 def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRB_CACHE", str(tmp_path))
-    library._load()
+    building._load()
     (built,) = (tmp_path / "native").iterdir()
     whole = built.read_bytes()
     damaged = {
@@ -253,4 +253,4 @@ def test_any_value_of_cc_is_survived(tmp_path: Path) -> None:
 @needs_library
 def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRB_CACHE", "~nobody-of-this-name/cache")
-    assert library._load() is not None
+    assert building._load() is not None

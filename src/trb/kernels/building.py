@@ -34,7 +34,7 @@ from trb.errors import OperationError
 from trb.safety.files import cache_directory
 from trb.safety.untrusted import printable
 
-__all__ = ["available", "kernels", "scratch", "spread"]
+__all__ = ["available", "library", "scratch", "spread"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def available() -> bool:
     return _library() is not None
 
 
-def kernels(otherwise: str) -> ctypes.CDLL:
+def library(otherwise: str) -> ctypes.CDLL:
     """The kernels.
 
     Raises:

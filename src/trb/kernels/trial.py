@@ -1,6 +1,6 @@
 """The compiled kernels on one small row: `python trial.py LIBRARY` ends with 0 if their answers are right.
 
-A library that a broken compiler, disk or processor spoiled may kill whoever loads it. `trb.native.library` runs this
+A library that a broken compiler, disk or processor spoiled may kill whoever loads it. `trb.kernels.building` runs this
 file, which therefore imports nothing but the standard library, in a process of its own first.
 """
 
