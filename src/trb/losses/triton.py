@@ -461,7 +461,7 @@ def _write(
 ) -> None:
     """The gradient by tokens: p (log p - log q - level) of each event, or -level p and then what it is on the support;
     every stop id has its share of the stop event's."""
-    stop = stop_s - top_s - norm_s
+    stop = tl.maximum(stop_s, _LOWEST) - top_s - norm_s
     at_stop = tl.exp(stop) * -level
     if K:
         if len(STOPS):
@@ -469,7 +469,7 @@ def _write(
             found = tl.sum(tl.where(here, on_support, 0.0), axis=0)
             at_stop = tl.where(tl.max(here.to(tl.int32), axis=0) == 0, at_stop, found)
     else:
-        at_stop += tl.exp(stop) * (stop - (stop_t - top_t - norm_t))
+        at_stop += tl.exp(stop) * (stop - (tl.maximum(stop_t, _LOWEST) - top_t - norm_t))
     for start in range(0, width, BLOCK):
         token = start + tl.arange(0, BLOCK)
         raw = _raw(student, token, size, coldness)
