@@ -133,7 +133,7 @@ def assert_right(case: Case, found: Found) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 16, 64, 71, 0])
-@pytest.mark.parametrize(("dtype", "temperature"), zip(DTYPES, (1.0, 0.7, 0.7), strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "temperature"), list(zip(DTYPES, (1.0, 0.7, 0.7), strict=True)), ids=str)
 def test_value_metrics_and_gradient(k: int, dtype: torch.dtype, temperature: float) -> None:
     """Folded stop ids, heads padded to different sizes, a temperature; 71 is no multiple of the block."""
     student, teacher = related(2, 80, 75)
