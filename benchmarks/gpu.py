@@ -1,38 +1,51 @@
-"""Check the fused solver on a GPU, then time it, the token draw, the samplers, a distillation step and decoding.
+"""Check the fused kernels on a GPU, then time them, the samplers, decoding, the loss and whole training steps.
 
-    benchmarks/gpu.sh                                         one H100-class GPU, under ten minutes
+    benchmarks/gpu.sh                                         one H100-class GPU, under eight minutes
     benchmarks/gpu.sh --small                                 a GPU with less memory
+    benchmarks/gpu.sh --only time_loss                        one section
     python benchmarks/gpu.py --smoke --device cpu             every section in miniature; its numbers mean nothing
 
 Needs torch, transformers and triton, no network and no checkpoints: models have the shapes of Qwen3-1.7B and Qwen3-8B
 and random weights. Their distributions lie about a nat apart, so the trust-region budget binds at every token and sets
-the share of drafts that are accepted. Sections have time limits; one that is cut keeps what it has measured.
+the share of drafts that are accepted. Sections have time limits; one that is cut keeps what it has measured. A section
+that this commit has finished on this kind of GPU is not measured again (`--again` does), so that an interrupted run
+goes on; those of other commits stay in the file, each with its commit, until they are.
 The exit status is 1 if a check failed or a section broke.
 """
 
 import argparse
 import json
 import math
-import os
-import signal
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from gpu_bench import (
+    FULL,
+    KL_BUDGET,
+    SMALL,
+    SMOKE,
+    Bench,
+    Shapes,
+    copy_bandwidth,
+    models_of,
+    prompts_of,
+    run_section,
+    with_graphs,
+)
+from gpu_training import check_loss, time_long_sampling, time_loss, time_training
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
+from transformers import StaticCache
 
 from trb import blend
 from trb.blend import triton as blend_triton
 from trb.losses import chunked_reverse_kl
-from trb.models.modeling import OutputHead, hidden_states
+from trb.models.modeling import OutputHead, completion_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import sample
 from trb.sampling.attention import attention_through_slots
@@ -40,183 +53,10 @@ from trb.sampling.cache import SlotReader
 from trb.sampling.draw import inverse_cdf
 from trb.studies.provenance import describe
 
-KL_BUDGET = 0.02
-TOTAL_LIMIT_S = 540
+TOTAL_LIMIT_S = 470
 # KL above the budget, and the share of the budget left unused: what `tests/blend/test_blend.py` promises.
 ABSOLUTE_SLACK, RELATIVE_GAP = 1e-6, 1e-3
 CHECKED_BUDGETS = (0.0, 5e-4, 1e-3, 5e-3, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0, 50.0, math.inf)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """How large everything is. Lengths are in tokens.
-
-    Attributes:
-        student: Qwen3 configuration of the student.
-        teacher: Qwen3 configuration of the teacher.
-        vocabularies: sizes at which the solver is checked; the last is the one that is timed.
-        rows: prefixes solved at once, for the timings.
-        batches: completions sampled at once.
-        block_sizes: draft lengths of the speculative sampler, besides its default.
-        prompt: longest prompt.
-        new_tokens: length of sampled completions.
-        step_batch: sequences of the distillation step.
-        step_completion: completion length of the distillation step.
-        repeat_s: time spent repeating each measurement.
-    """
-
-    student: dict[str, Any]
-    teacher: dict[str, Any]
-    vocabularies: tuple[int, ...] = (32_000, 49_152, 151_936)
-    rows: tuple[int, ...] = (8, 64, 512)
-    batches: tuple[int, ...] = (8, 64)
-    block_sizes: tuple[int, ...] = (4, 8)
-    prompt: int = 64
-    new_tokens: int = 64
-    step_batch: int = 8
-    step_completion: int = 448
-    repeat_s: float = 0.4
-
-
-def qwen3(hidden: int, layers: int, feed_forward: int, heads: int, key_value_heads: int, **more: Any) -> dict[str, Any]:
-    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": feed_forward}
-    shape |= {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": 128}
-    return shape | {"vocab_size": 151_936, "max_position_embeddings": 4096} | more
-
-
-QWEN3_0_6B = qwen3(1024, 28, 3072, 16, 8, tie_word_embeddings=True)
-QWEN3_1_7B = qwen3(2048, 28, 6144, 16, 8, tie_word_embeddings=True)
-QWEN3_8B = qwen3(4096, 36, 12_288, 32, 8, tie_word_embeddings=False)
-# A wide initialisation keeps the miniature pair as far apart as the others.
-MINIATURE = qwen3(32, 2, 64, 2, 1, vocab_size=211, initializer_range=0.3)
-
-FULL = Shapes(QWEN3_1_7B, QWEN3_8B)
-SMALL = Shapes(QWEN3_0_6B, QWEN3_1_7B, rows=(8, 64), batches=(8, 32), step_batch=2)
-SMOKE = Shapes(
-    MINIATURE,
-    MINIATURE | {"hidden_size": 48},
-    vocabularies=(37, 211),
-    rows=(2, 3),
-    batches=(2,),
-    block_sizes=(3,),
-    prompt=6,
-    new_tokens=5,
-    step_batch=2,
-    step_completion=6,
-    repeat_s=0.02,
-)
-
-
-# --- sections, their limits, and the clock ------------------------------------------------------------
-
-
-class OutOfTime(BaseException):
-    """A section reached its limit. Like KeyboardInterrupt, so that no library takes it for an error of its own."""
-
-
-@dataclass
-class Bench:
-    """What a section needs: the machine, the sizes, and a place for its numbers.
-
-    Attributes:
-        device: where everything runs.
-        shapes: the sizes.
-        smoke: a rehearsal, on any device.
-        compiled: time compiled decoding as well.
-        numbers: what the current section has measured so far.
-        failures: checks that failed, in words.
-        models: student and teacher, built by the first section that asks for them.
-    """
-
-    device: torch.device
-    shapes: Shapes
-    smoke: bool
-    compiled: bool = False
-    numbers: dict[str, Any] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    models: tuple[Qwen3ForCausalLM, Qwen3ForCausalLM] | None = None
-
-    @property
-    def fused(self) -> bool:
-        return blend_triton.available(torch.empty(0, device=self.device))
-
-    def log(self, name: str, **numbers: Any) -> None:
-        self.numbers[name] = numbers
-        shown = "  ".join(f"{key} {readable(value)}" for key, value in numbers.items())
-        print(f"  {name:<44} {shown}", flush=True)
-
-    def expect(self, condition: bool, complaint: str) -> None:
-        if not condition:
-            self.failures.append(complaint)
-            print(f"  FAILED: {complaint}", flush=True)
-
-    def seconds(self, function: Callable[..., object], *arguments: Any, **options: Any) -> float:
-        """Median time of one call among many in a row, so that launching one overlaps with running another."""
-
-        def run(calls: int) -> None:
-            for _ in range(calls):
-                function(*arguments, **options)
-
-        run(2)
-        calls = max(1, min(100, int(0.05 * self.shapes.repeat_s / self.once(run, 1)[0])))
-        times: list[float] = []
-        while len(times) < 3 or sum(times) < self.shapes.repeat_s:
-            times.append(self.once(run, calls)[0])
-        return statistics.median(times) / calls
-
-    def once(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
-        """Time of one call, and what it returned."""
-        self.synchronize()
-        start = time.perf_counter()
-        result = function(*arguments, **options)
-        self.synchronize()
-        return time.perf_counter() - start, result
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    @contextmanager
-    def peak_memory(self) -> Iterator[dict[str, float | None]]:
-        """Fills in `memory_gb`, the most that tensors took up inside the block."""
-        found: dict[str, float | None] = {"memory_gb": None}
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        yield found
-        if self.device.type == "cuda":
-            found["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-
-
-def readable(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def run_section(bench: Bench, section: Callable[[Bench], None], limit_s: float) -> dict[str, Any]:
-    """The section's numbers, how long it took and how it ended."""
-    print(f"\n{section.__name__}: {(section.__doc__ or '').splitlines()[0]}", flush=True)
-    bench.numbers = {}
-    start = time.perf_counter()
-    outcome: dict[str, Any] = {"cut": False, "error": None}
-
-    def out_of_time(*_: object) -> None:
-        raise OutOfTime
-
-    signal.signal(signal.SIGALRM, out_of_time)
-    # A second alarm follows, in case a library swallows the first.
-    signal.setitimer(signal.ITIMER_REAL, max(limit_s, 0.001), 5)
-    try:
-        section(bench)
-    except OutOfTime:
-        outcome["cut"] = True
-        print(f"  cut after {limit_s:.0f} s", flush=True)
-    except Exception as error:
-        traceback.print_exc()
-        outcome["error"] = f"{type(error).__name__}: {error}"[:2000]
-        bench.failures.append(f"{section.__name__} broke: {type(error).__name__}")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    return {"seconds": time.perf_counter() - start, "limit_seconds": limit_s, **outcome, "numbers": bench.numbers}
 
 
 # --- the solver ------------------------------------------------------------
@@ -281,14 +121,8 @@ def check_rows(bench: Bench, name: str, student: Tensor, teacher: Tensor, budget
         "kl_teacher": worst((solved.kl_teacher - kl_teacher).abs() / (ABSOLUTE_SLACK + RELATIVE_GAP * kl_teacher)),
     }
     bench.log(name, **errors, passes=solved.passes.double().mean().item())
-    limits = {"flagged": 0.0, "excess": ABSOLUTE_SLACK, "unused": RELATIVE_GAP}
-    limits |= {
-        "off_eager": RELATIVE_GAP,
-        "ends_off_eager": 0.0,
-        "log_probs": 1e-5,
-        "kl_student": 1.0,
-        "kl_teacher": 1.0,
-    }
+    limits = {"flagged": 0.0, "excess": ABSOLUTE_SLACK, "unused": RELATIVE_GAP, "off_eager": RELATIVE_GAP}
+    limits |= {"ends_off_eager": 0.0, "log_probs": 1e-5, "kl_student": 1.0, "kl_teacher": 1.0}
     for key, limit in limits.items():
         bench.expect(errors[key] <= limit, f"{name}: {key} is {errors[key]:.3g}, allowed {limit:.3g}")
 
@@ -371,13 +205,6 @@ def time_fused(bench: Bench, name: str, student: Tensor, teacher: Tensor, budget
         bench.log(f"fused solve, {name}, block {block}, {warps} warps", milliseconds=1e3 * seconds)
 
 
-def copy_bandwidth(bench: Bench) -> float:
-    """Bytes a second, read and written, of a copy far larger than any cache."""
-    source = torch.zeros(1 << (20 if bench.smoke else 30), dtype=torch.uint8, device=bench.device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / bench.seconds(target.copy_, source)
-
-
 def time_draw(bench: Bench) -> None:
     """drawing tokens by inverse CDF against torch.multinomial and the solve before it"""
     vocabulary = bench.shapes.vocabularies[-1]
@@ -393,34 +220,7 @@ def time_draw(bench: Bench) -> None:
         )
 
 
-# --- the models ------------------------------------------------------------
-
-
-def build(bench: Bench, shape: dict[str, Any], seed: int) -> Qwen3ForCausalLM:
-    """A model with random weights, made where it will run."""
-    torch.manual_seed(seed)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if bench.device.type == "cpu" else torch.bfloat16)
-    try:
-        with torch.device(bench.device):
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, pad_token_id=None, bos_token_id=None, eos_token_id=None))
-    finally:
-        torch.set_default_dtype(previous)
-    return model.eval().requires_grad_(False)
-
-
-def models_of(bench: Bench) -> tuple[Qwen3ForCausalLM, Qwen3ForCausalLM]:
-    if bench.models is None:
-        bench.models = build(bench, bench.shapes.student, seed=0), build(bench, bench.shapes.teacher, seed=1)
-    return bench.models
-
-
-def prompts_of(bench: Bench, batch: int) -> list[list[int]]:
-    """Random prompts of different lengths, so that padding costs what it does in training."""
-    generator = torch.Generator().manual_seed(batch)
-    lengths = torch.randint(bench.shapes.prompt // 2, bench.shapes.prompt + 1, (batch,), generator=generator)
-    end = bench.shapes.student["vocab_size"] - 1
-    return [torch.randint(end, (length,), generator=generator).tolist() for length in lengths.tolist()]
+# --- the samplers and a step ------------------------------------------------------------
 
 
 def sampler_cases(shapes: Shapes) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -449,12 +249,6 @@ def time_sampling(bench: Bench) -> None:
                         time_sampler(bench, label, batch, policy, options, graphs=False)
                     if options["method"] == "speculative":
                         time_sampler(bench, f"{label}, graphs", batch, policy, options, graphs=True)
-
-
-@contextmanager
-def with_graphs(on: bool) -> Iterator[None]:
-    with mock.patch.dict(os.environ, {"TRB_CUDA_GRAPHS": "1" if on else "0"}):
-        yield
 
 
 def time_sampler(
@@ -503,14 +297,16 @@ def time_step(bench: Bench) -> None:
     generator = torch.Generator().manual_seed(0)
     length = shapes.prompt + shapes.step_completion
     ids = torch.randint(shapes.student["vocab_size"], (shapes.step_batch, length), generator=generator).to(bench.device)
-    padding = torch.ones_like(ids)
-    tokens = ids[:, -shapes.step_completion :]
+    real, completion = torch.ones_like(ids), torch.zeros_like(ids)
+    completion[:, -shapes.step_completion :] = 1
+    tokens = ids[completion != 0]
+    rows = ids, real, completion
     heads = OutputHead.of(student), OutputHead.of(teacher)
 
     def step() -> dict[str, float]:
         with torch.no_grad():
-            teacher_s, teacher_hidden = bench.once(hidden_states, teacher, ids, padding, shapes.step_completion)
-        student_s, student_hidden = bench.once(hidden_states, student, ids, padding, shapes.step_completion)
+            teacher_s, teacher_hidden = bench.once(completion_hidden_states, teacher, *rows)
+        student_s, student_hidden = bench.once(completion_hidden_states, student, *rows)
         loss_s, (loss, _) = bench.once(
             chunked_reverse_kl, student_hidden, teacher_hidden, *heads, tokens, torch.ones_like(tokens)
         )
@@ -595,7 +391,8 @@ def time_tokens(bench: Bench, forward: Callable[..., Any], cache: Any, batch: in
     times = []
     for position in range(1, steps + 1):
         position_ids = torch.full((batch, 1), position, device=bench.device)
-        torch.compiler.cudagraph_mark_step_begin()
+        if bench.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         seconds, _ = bench.once(forward, **inputs, position_ids=position_ids, past_key_values=cache, logits_to_keep=1)
         times.append(seconds)
     return times[0], statistics.median(times[min(4, steps - 1) :])
@@ -605,12 +402,16 @@ def time_tokens(bench: Bench, forward: Callable[..., Any], cache: Any, batch: in
 
 # (section, most seconds): checks first, what may fail in a library's compiler last.
 SECTIONS: tuple[tuple[Callable[[Bench], None], float], ...] = (
-    (check_solver, 90),
-    (time_solver, 80),
+    (check_solver, 60),
+    (check_loss, 40),
+    (time_solver, 60),
     (time_draw, 20),
-    (time_sampling, 220),
-    (time_step, 60),
-    (time_decoding, 100),
+    (time_loss, 60),
+    (time_sampling, 150),
+    (time_step, 40),
+    (time_training, 120),
+    (time_long_sampling, 80),
+    (time_decoding, 60),
 )
 
 
@@ -623,6 +424,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=[section.__name__ for section, _ in SECTIONS], help="sections to run"
     )
+    parser.add_argument("--again", action="store_true", help="measure what this commit has measured already, too")
     parser.add_argument("--compiled", action="store_true", help="time compiled decoding too; takes 90 s more")
     parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/gpu.json; with --smoke, none)")
     options = parser.parse_args()
@@ -638,17 +440,49 @@ def main() -> int:
     bench = Bench(torch.device(options.device), shapes, options.smoke, options.compiled)
     output = options.output or (None if options.smoke else Path(__file__).parent / "results" / "gpu.json")
     record = provenance(bench, options)
+    record["sections"] = {} if output is None else earlier_sections(output, record)
     print(f"{record['device']}, torch {torch.__version__}, triton {record['versions']['triton']}")
     for section, limit_s in SECTIONS:
-        if options.only is None or section.__name__ in options.only:
-            left_s = TOTAL_LIMIT_S - (time.perf_counter() - start)
-            record["sections"][section.__name__] = run_section(bench, section, min(limit_s, left_s))
-        record |= {"failures": bench.failures, "seconds": time.perf_counter() - start}
+        name = section.__name__
+        if options.only is not None and name not in options.only:
+            continue
+        if not options.again and is_done(record, name):
+            print(f"\n{name}: measured before")
+            continue
+        left_s = TOTAL_LIMIT_S - (time.perf_counter() - start)
+        origin = {key: record[key] for key in ("commit", "dirty", "time")}
+        record["sections"][name] = run_section(bench, section, min(limit_s, left_s)) | origin
+        record |= {"failures": failures(record), "seconds": time.perf_counter() - start}
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{record['seconds']:.0f} s, {len(bench.failures)} failures" + (f", wrote {output}" if output else ""))
-    return 1 if bench.failures else 0
+    found = failures(record)
+    wrote = f", wrote {output}" if output else ""
+    print(f"\n{time.perf_counter() - start:.0f} s, {len(found)} failures{wrote}")
+    return 1 if found else 0
+
+
+def earlier_sections(output: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The sections in the file, if they are of this device and these sizes; each with its commit."""
+    if not output.exists():
+        return {}
+    earlier = json.loads(output.read_text(encoding="utf-8"))
+    if (earlier["device"], earlier["size"]) != (record["device"], record["size"]):
+        return {}
+    origin = {key: earlier[key] for key in ("commit", "dirty", "time")}
+    return {name: origin | section for name, section in earlier["sections"].items()}
+
+
+def is_done(record: dict[str, Any], name: str) -> bool:
+    section = record["sections"].get(name)
+    if section is None or section["cut"] or section["error"] or section.get("failures"):
+        return False
+    same = section["commit"] == record["commit"] is not None
+    return same and not section["dirty"] and not record["dirty"]
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    return [failure for section in record["sections"].values() for failure in section.get("failures", [])]
 
 
 def provenance(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
@@ -659,7 +493,7 @@ def provenance(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     record["device"] = torch.cuda.get_device_name(bench.device) if on_gpu else str(bench.device)
     record["size"] = "smoke" if options.smoke else "small" if options.small else "full"
     record["shapes"] = {name: getattr(bench.shapes, name) for name in Shapes.__dataclass_fields__}
-    return record | {"sections": {}}
+    return record
 
 
 if __name__ == "__main__":

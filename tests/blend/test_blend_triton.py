@@ -1,19 +1,14 @@
 """`trb.blend.triton` through Triton's interpreter, against the float64 oracle and the bar of `test_blend`.
 
-The interpreter replaces Triton's language when Triton is first imported, so it runs in a process of its own, which
-solves what this one sends it. The kernel is compiled for a GPU as well (which needs none), and compared with the
-eager solver where there is one.
+The kernel is compiled for a GPU as well (which needs none), and compared with the eager solver where there is one.
 """
 
 import functools
-import io
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -30,6 +25,7 @@ from test_blend import (
     cast,
 )
 from torch import Tensor
+from triton_interpreter import close_interpreter, interpreted
 
 from trb import blend, kernels
 from trb.blend import eager
@@ -44,43 +40,22 @@ SOLVABLE = ("flat", "ordinary", "sharp", "near_equal_1e-2", "close", "peaked_10"
 SIZES = (2, 5, 17, 128, 1000, 5003)
 
 
-# --- the interpreter's process ------------------------------------------------------------
+# --- in the interpreter's process ------------------------------------------------------------
 
 
-def pack(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def interpret(packed: bytes) -> bytes:
-    """Runs in the other process: `solve_rows` on packed arguments."""
-    arguments, options = torch.load(io.BytesIO(packed))
-    with np.errstate(all="ignore"):  # overflow and NaN are silent on a GPU
-        return pack(tuple(blend_triton.solve_rows(*arguments, **options)))
-
-
-@functools.cache
-def interpreter() -> ProcessPoolExecutor:
-    process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        process.submit(os.getpid).result()
-    return process
+def solve_rows(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
+    return tuple(blend_triton.solve_rows(*arguments, **options))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _close_interpreter() -> Iterator[None]:
     yield
-    if interpreter.cache_info().currsize:
-        interpreter().shutdown()
-        interpreter.cache_clear()
+    close_interpreter()
 
 
 def solve(student: Tensor, teacher: Tensor, budget: Any, **options: Any) -> SolvedRows:
     budget_N = torch.as_tensor(budget, dtype=torch.float64).expand(len(student))
-    packed = interpreter().submit(interpret, pack(((student, teacher, budget_N), options))).result()
-    return SolvedRows(*torch.load(io.BytesIO(packed)))
+    return SolvedRows(*interpreted(solve_rows, student, teacher, budget_N, **options))
 
 
 def unflagged(solved: SolvedRows) -> tuple[Array, BlendResult]:
