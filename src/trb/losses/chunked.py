@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trb.losses import native as losses_native
+from trb.losses import triton as losses_triton
 from trb.losses.terms import Rows, TokenMetrics, token_metrics, wide
 from trb.vocab import SharedVocabulary, log_probs
 
@@ -193,19 +194,20 @@ class _Chunks:
         k = self.loss.reverse_kl_on()
         vocabulary = self.vocabulary
         size, stop_ids = (logits_CV.shape[1], []) if vocabulary is None else (vocabulary.size, vocabulary.stop_ids)
-        if k is None or not losses_native.available(logits_CV, taught_CV, k, size, len(stop_ids)):
-            return None
-        return losses_native.reverse_kl_chunk(
-            logits_CV,
-            taught_CV,
-            token_C,
-            k=k,
-            temperature=self.temperature,
-            size=size,
-            stop_ids=stop_ids,
-            weight_C=weight_C,
-            gradient_CV=gradient_CV,
-        )
+        for kernel in (losses_native, losses_triton):
+            if k is not None and kernel.available(logits_CV, taught_CV, k, size, len(stop_ids)):
+                return kernel.reverse_kl_chunk(
+                    logits_CV,
+                    taught_CV,
+                    token_C,
+                    k=k,
+                    temperature=self.temperature,
+                    size=size,
+                    stop_ids=stop_ids,
+                    weight_C=weight_C,
+                    gradient_CV=gradient_CV,
+                )
+        return None
 
     def _eager(
         self,
