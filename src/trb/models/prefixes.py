@@ -84,9 +84,9 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Group:
-    """Prompts of one length, and their rows in parts that are read together, those of one prompt side by side."""
+    """Prompts of one length with their places, and their rows in parts that are read together, each prompt's in a run."""
 
-    prompts: list[tuple[int, ...]]
+    prompts: dict[tuple[int, ...], int]
     parts: list[list[_Row]]
 
 
@@ -109,13 +109,13 @@ def _groups(rows: list[_Row], at_once: int) -> Iterator[_Group]:
     for _, mine in sorted(by_length.items()):
         mine.sort(key=lambda row: len(row.rest))
         parts = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
-        prompts = list(dict.fromkeys(row.prompt for row in mine))
-        yield _Group(prompts, [sorted(part, key=lambda row: prompts.index(row.prompt)) for part in parts])
+        prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(row.prompt for row in mine))}
+        yield _Group(prompts, [sorted(part, key=lambda row: prompts[row.prompt]) for part in parts])
 
 
 def _pays(rows: list[_Row], groups: list[_Group], device: str) -> bool:
     whole = sum(len(row.prompt) + len(row.rest) + 1 for row in rows)
-    prompts = sum(len(group.prompts) * len(group.prompts[0]) for group in groups)
+    prompts = sum(len(prompt) for group in groups for prompt in group.prompts)
     rest = sum(len(part) * max(len(row.rest) for row in part) for group in groups for part in group.parts)
     passes = sum(1 + len(group.parts) for group in groups)
     few = passes * _TOKENS_PER_PASS <= prompts + rest if device == "cpu" else passes <= length_groups(len(rows))
@@ -125,11 +125,11 @@ def _pays(rows: list[_Row], groups: list[_Group], device: str) -> bool:
 def _read(model: PreTrainedModel, group: _Group, device: torch.device) -> Iterator[Tensor]:
     """`[N, H]` states of the rows of each part."""
     base = cast(PreTrainedModel, decoder(model))
-    ids_UL = torch.tensor(group.prompts, device=device)
+    ids_UL = torch.tensor(list(group.prompts), device=device)
     prompts = DynamicCache()
     last_UH = _pass(base, ids_UL, prompts, ids_UL.shape[1])[:, -1]
     for part in group.parts:
-        places = [group.prompts.index(row.prompt) for row in part]
+        places = [group.prompts[row.prompt] for row in part]
         longest = max(len(row.rest) for row in part)
         # Put together from views, whose gradients add up in one order on every device.
         states_RTH = torch.stack([last_UH[place] for place in places])[:, None]
