@@ -84,7 +84,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Group:
-    """Prompts of one length with their places, and their rows in parts that are read together, each prompt's in a run."""
+    """Prompts of one length, by place, and their rows in parts that are read together, those of one prompt in a run."""
 
     prompts: dict[tuple[int, ...], int]
     parts: list[list[_Row]]
