@@ -67,7 +67,7 @@ def points(smoke: bool) -> list[Point]:
         sweeps = [
             *(("vocabulary", 8, (32,), vocabulary) for vocabulary in VOCABULARIES),
             *(("rows", rows, (32,), None) for rows in ROWS),
-            ("length", 4, LENGTHS, None),
+            ("length", 1, LENGTHS, None),
         ]
     return [
         Point(sweep, contender, rows, marks, vocabulary)

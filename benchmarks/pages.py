@@ -4,6 +4,7 @@ A place is `<!-- table: NAME -->`, what was written last, and `<!-- end -->`, ea
 """
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 
 _PLACE = re.compile(r"<!-- table: (.+?) -->\n(.*?)\n?<!-- end -->", re.S)
@@ -28,3 +29,15 @@ def filled(page: str, makers: Mapping[str, Callable[[], str]]) -> str:
 def by_hand(page: str) -> str:
     """What is left of a page without the places that are filled."""
     return _PLACE.sub("", page)
+
+
+def paragraph(text: str, *, item: bool = False) -> str:
+    """Prose in lines as wide as the pages', or an item of a list."""
+    return textwrap.fill(
+        text,
+        width=120,
+        initial_indent="- " if item else "",
+        subsequent_indent="  " if item else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from pages import filled, table
+from pages import filled, paragraph, table
 from performance_files import PAGE, README, ROOT, count, each, one_origin, read, spread
 from performance_gpu import GPU_TABLES, gpu_row
 from performance_growth import GROWTH_TABLES, write_figure
-from performance_steps import STEP_BARS, STEP_TABLES, Bar, step_row
+from performance_steps import STEP_TABLES, Bar, step_bars, step_row
 
 LOSS_BAR, LOCKSTEP_BAR = 0.5, 1.0
 
@@ -37,9 +37,9 @@ def origins() -> str:
     """What was measured by which commit, when and on what."""
     rows = [["`cpu.json`", name, *one_origin(origin)] for name, origin in read("cpu")["provenance"].items()]
     for name in ("conditions", "growth"):
-        found = read(name)
-        for origin in {one_origin(each): None for each in (found or {"provenance": {}})["provenance"].values()}:
-            rows.append([f"`{name}.json`", "", *origin])
+        record = read(name)
+        found = [one_origin(origin) for origin in record["provenance"].values()] if record else []
+        rows += [[f"`{name}.json`", "", *origin] for origin in dict.fromkeys(found)]
     rows.append(["`hybrid.json`", "", *one_origin(read("hybrid")["provenance"])])
     rows += [[f"`{name}.json`", "", *one_origin(read(name))] for name in ("gpu", "gpu-first")]
     return table(("file", "section", "commit", "day", "processor or GPU", "threads"), rows)
@@ -47,13 +47,18 @@ def origins() -> str:
 
 def bars() -> str:
     """Every bar with the worst that was measured."""
-    return table(("", "from", "to", "worst", "bar", "goal", ""), [bar.row() for bar in [*STEP_BARS(), *other_bars()]])
+    return table(
+        ("measured", "from", "to", "worst", "bar", "goal", "verdict"),
+        [bar.row() for bar in [*step_bars(), *other_bars()]],
+    )
 
 
 def other_bars() -> list[Bar]:
     loss = {f"{cell['tokens']:,} tokens": loss_share(cell) for cell in section("memory")}
     speed = {
-        f"{pair_name(cell)}, batch {cell['batch']}, ε = {cell['kl_budget']:g}": cell["speculative_over_lockstep"]["median"]
+        f"{pair_name(cell)}, batch {cell['batch']}, ε = {cell['kl_budget']:g}": cell["speculative_over_lockstep"][
+            "median"
+        ]
         for cell in section("sampling")
     }
     hybrid, setting = read("hybrid")["pairs"], read("hybrid")["setting"]
@@ -95,10 +100,10 @@ def optimism() -> str:
         found = [cell["predicted_over_measured_speed"] for cell in chosen]
         return f"{min(found):.2f} to {max(found):.2f}"
 
-    return (
-        f"The prediction is {range_of(cells)} times what was measured, {range_of(each(cells, batch=largest))} at batch\n"
-        f"{largest}: it assumes every row in flight until the end, while the last rounds have few rows and the same fixed\n"
-        "costs (their tokens per round are counted over all rows)."
+    return paragraph(
+        f"The prediction is {range_of(cells)} times what was measured, {range_of(each(cells, batch=largest))} at "
+        f"batch {largest}: it assumes every row in flight until the end, while the last rounds have few rows and the "
+        "same fixed costs (their tokens per round are counted over all rows)."
     )
 
 
@@ -130,9 +135,9 @@ def sampling() -> str:
 def lengths() -> str:
     natural = [cell["mean_length"] for cell in each(section("sampling"), pair="smollm2", stop="natural")]
     limit = read("cpu")["results"]["sampling"]["max_new_tokens"]
-    return (
-        f"Completions of SmolLM2 end where they end, after {min(natural):.0f} to {max(natural):.0f} tokens on the average "
-        f"of a batch, at most {limit}."
+    return paragraph(
+        f"Completions of SmolLM2 end where they end, after {min(natural):.0f} to {max(natural):.0f} tokens (means of "
+        f"batches), at most {limit}."
     )
 
 
@@ -175,9 +180,9 @@ def hybrid_verdict() -> str:
             if pair["blocks over lockstep"][clock]["median"] < bar:
                 names.append(f"`{name}`")
     said = [f"{'missed by ' + ', '.join(names) if names else 'met by all'}" for names in missed.values()]
-    return (
+    return paragraph(
         f"The bar was {bar:g} in tokens per second: in processor time {said[0]}, by the clock {said[1]}. "
-        f"{count(max(rounds)).capitalize()} rounds on\na busy machine resolve no more than that."
+        f"{count(max(rounds)).capitalize()} rounds on a busy machine resolve no more than that."
     )
 
 
@@ -209,8 +214,11 @@ def loss_share(cell: dict[str, Any]) -> float:
 
 def memory() -> str:
     rows = [
-        [f"{cell['tokens']:,}", *(f"{cell[f'{who}_megabytes']:,.0f}" for who in ("ours", "trl", "logits"))]
-        + [f"{loss_share(cell):.2f}"]
+        [
+            f"{cell['tokens']:,}",
+            *(f"{cell[f'{who}_megabytes']:,.0f}" for who in ("ours", "trl", "logits")),
+            f"{loss_share(cell):.2f}",
+        ]
         for cell in section("memory")
     ]
     return table(("tokens", "trb, MB", "TRL, MB", "logits of one model, for scale, MB", "trb / TRL"), rows)
@@ -237,7 +245,7 @@ ROWS: tuple[Callable[[], str], ...] = (step_row, sampling_row, gpu_row)
 
 
 def with_rows(readme: str) -> str:
-    """README with its rows about speed: each replaces the row that begins with its first cell and measurement's kind."""
+    """README with its rows about speed, each in the place of the one that begins as it does."""
     for row in (make() for make in ROWS):
         name = row.split("|")[1]
         start = rf"\|{re.escape(name)}\|" if name.strip() else r"\| \| [\d,]+ tokens per second;"

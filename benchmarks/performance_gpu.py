@@ -6,7 +6,7 @@ Left out: the measuring (`gpu.py`), and the rest of the page (`performance.py`).
 from collections.abc import Callable
 from typing import Any
 
-from pages import table
+from pages import paragraph, table
 from performance_files import read
 
 
@@ -18,11 +18,11 @@ def numbers(section: str, name: str = "gpu") -> dict[str, Any]:
 def setting() -> str:
     record = read("gpu")
     shapes = record["shapes"]
-    return (
+    return paragraph(
         f"One {record['device']}, commit `{record['commit'][:7]}` of {record['time'][:10]}, torch "
-        f"{record['versions']['torch']}: older than everything else on this page. Random bf16 weights, distributions about "
-        f"a nat apart,\nV = {shapes['student']['vocab_size']:,}, prompts of at most {shapes['prompt']} tokens, "
-        f"{shapes['new_tokens']} new tokens, one run of each row."
+        f"{record['versions']['torch']}: older than everything else on this page. Random bf16 weights whose "
+        f"distributions lie about a nat apart, V = {shapes['student']['vocab_size']:,}, prompts of at most "
+        f"{shapes['prompt']} tokens, {shapes['new_tokens']} new tokens, one run of each row."
     )
 
 
@@ -30,21 +30,17 @@ def passes() -> str:
     now, first = numbers("time_decoding"), numbers("time_decoding", "gpu-first")
     batches = read("gpu")["shapes"]["batches"]
     compiling = [first[f"compiled, static cache, batch {batch}"]["first_step_s"] for batch in batches]
-    rows = [
+    compiled = f"compiled (first; after {min(compiling):.0f} to {max(compiling):.0f} s of compiling)"
+    rows = []
+    for label, found, name in (
         ("the library's growing cache, eager", now, "eager, growing cache"),
         ("the library's static cache, eager", now, "eager, static cache"),
         ("ours, eager", now, "slots"),
         ("ours, replayed", now, "slots, graphs"),
-        (
-            f"the library's static cache, compiled (first; after {min(compiling):.0f} to {max(compiling):.0f} s of compiling)",
-            first,
-            "compiled, static cache",
-        ),
-    ]
-    return table(
-        ("", *(f"batch {batch}, ms" for batch in batches)),
-        ([label, *(f"{found[f'{name}, batch {batch}']['milliseconds']:.1f}" for batch in batches)] for label, found, name in rows),
-    )
+        (f"the library's static cache, {compiled}", first, "compiled, static cache"),
+    ):
+        rows.append([label, *(f"{found[f'{name}, batch {batch}']['milliseconds']:.1f}" for batch in batches)])
+    return table(("", *(f"batch {batch}, ms" for batch in batches)), rows)
 
 
 def sampling() -> str:
@@ -67,10 +63,10 @@ def sampling() -> str:
 def first_calls() -> str:
     found = numbers("time_sampling")
     blocks, alone = (found[f"{law}, batch 8, speculative, graphs"] for law in ("trust region", "student"))
-    return (
-        f"A first call costs its captures: {blocks['first_call_seconds']:.1f} s instead of {blocks['seconds']:.1f} s at "
-        f"batch 8 with measured blocks,\n{alone['first_call_seconds']:.2f} s instead of {alone['seconds']:.2f} s for the "
-        "student alone. Prompts are read eagerly, and once per call."
+    return paragraph(
+        f"A first call costs its captures: {blocks['first_call_seconds']:.1f} s instead of {blocks['seconds']:.1f} s "
+        f"at batch 8 with measured blocks, {alone['first_call_seconds']:.2f} s instead of {alone['seconds']:.2f} s "
+        "for the student alone. Prompts are read eagerly, and once per call."
     )
 
 
@@ -90,7 +86,7 @@ def solve() -> str:
 
 def draws() -> str:
     found = [cell["inverse_cdf_ms"] for cell in numbers("time_draw").values()]
-    return (
+    return paragraph(
         f"A token draw by inverse CDF takes {min(found):.2f} to {max(found):.2f} ms, all of it launching; within the "
         "captured pass it no longer does."
     )
@@ -99,11 +95,12 @@ def draws() -> str:
 def step() -> str:
     shapes, found = read("gpu")["shapes"], numbers("time_step")
     losses, drawing = found["losses and gradients"], found["sampling for it"]
-    return (
-        f"**A distillation step** of {shapes['step_batch']} sequences with {shapes['step_completion']} completion tokens: "
-        f"teacher forward {losses['teacher_forward_s']:.2f} s, student forward {losses['student_forward_s']:.2f} s,\nloss "
-        f"{losses['loss_forward_s']:.2f} s, backward {losses['backward_s']:.2f} s. Sampling {shapes['step_batch']} "
-        f"completions of {shapes['new_tokens']} tokens for it, with planned blocks and the teacher's\nhidden states kept: "
+    sequences = shapes["step_batch"]
+    return paragraph(
+        f"**A distillation step** of {sequences} sequences with {shapes['step_completion']} completion tokens: teacher "
+        f"forward {losses['teacher_forward_s']:.2f} s, student forward {losses['student_forward_s']:.2f} s, loss "
+        f"{losses['loss_forward_s']:.2f} s, backward {losses['backward_s']:.2f} s. Sampling {sequences} completions of "
+        f"{shapes['new_tokens']} tokens for it, with planned blocks and the teacher's hidden states kept: "
         f"{drawing['seconds']:.2f} s."
     )
 
@@ -112,10 +109,11 @@ def limit() -> str:
     gigabytes = 2 * numbers("time_sampling")["parameters (billions)"]["student"]
     floor = 1e3 * gigabytes / numbers("time_solver")["copy"]["gb_per_s"]
     taken = numbers("time_decoding")["slots, graphs, batch 8"]["milliseconds"]
-    return (
-        "- **Unfused models.** Every pass is transformers' eager one. On a GPU replaying it hides the launches, but a norm "
-        f"still is\n  several kernels: a pass at batch 8 takes {taken:.1f} ms where the student's {gigabytes:.1f} GB take "
-        f"{floor:.1f} ms at the copy's bandwidth."
+    return paragraph(
+        "**Unfused models.** Every pass is transformers' eager one. On a GPU replaying it hides the launches, but a "
+        f"norm still is several kernels: a pass at batch 8 takes {taken:.1f} ms where the student's {gigabytes:.1f} GB "
+        f"take {floor:.1f} ms at the copy's bandwidth.",
+        item=True,
     )
 
 

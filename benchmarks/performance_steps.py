@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pages import table
-from performance_files import NOT_MEASURED, count, listed, read, spread
+from pages import paragraph, table
+from performance_files import NOT_MEASURED, listed, read, spread
 
 # How many conditions there are: `conditions.ALL`, which imports every contender.
 CONDITIONS = 16
@@ -22,6 +22,7 @@ LIMITS: dict[str, tuple[float | None, float | None]] = {
     "annealed / plain": (1.15, None),
     "plain / GKD": (None, None),
 }
+_CONTENDERS = ("plain", "warm-up 0.02", "warm-up 0.005", "TRL distillation", "TRL GKD")
 _DTYPES, _LENGTHS = ("float32", "bf16"), ("fixed", "natural")
 
 
@@ -93,19 +94,20 @@ def how_measured() -> str:
     if not cells:
         return (
             f"{NOT_MEASURED}: `python benchmarks/conditions.py` measures {CONDITIONS} conditions, into "
-            "`benchmarks/results/conditions.json`."
+            "`conditions.json`."
         )
-    origins = read("conditions")["provenance"].values()
+    origins = [*read("conditions")["provenance"].values()]
+    machines = [origin["machine"] for origin in origins]
     switches = [
         f"{name} {listed(origin.get(name) or 'not set' for origin in origins)}"
         for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
     ]
-    return (
+    return paragraph(
         f"Measured: {len(cells)} of {CONDITIONS} conditions, {listed(cell['repeats'] for cell in cells.values())} "
-        f"repetitions each, on {listed(origin['machine']['cpu'] for origin in origins)} with "
-        f"{listed(origin['threads'] for origin in origins)} of {listed(origin['machine']['cores'] for origin in origins)} "
-        f"cores, instruction set {listed(origin['instructions'] for origin in origins)} ({'; '.join(switches)}), batches "
-        f"of {listed(cell['rows'] for cell in cells.values())}."
+        f"repetitions of each, batches of {listed(cell['rows'] for cell in cells.values())}, on "
+        f"{listed(machine['cpu'] for machine in machines)} ({listed(machine['cores'] for machine in machines)} cores, "
+        f"threads: {listed(origin['threads'] for origin in origins)}; instruction set "
+        f"{listed(origin['instructions'] for origin in origins)}, {', '.join(switches)})."
     )
 
 
@@ -140,13 +142,19 @@ def parts() -> str:
     for bar in step_bars():
         if bar.values and bar.bar is not None:
             worst.setdefault(bar.worst, []).append(bar.label)
-    found = [f"**{name}**, the worst for {listed(labels)}:\n\n{_parts(cells[name])}" for name, labels in worst.items()]
+    found = []
+    for name, labels in worst.items():
+        found += [paragraph(f"**{name}**, the worst for {listed(labels)}:"), _parts(cells[name])]
     return "\n\n".join(found) or f"{NOT_MEASURED}."
 
 
 def _parts(cell: dict[str, Any]) -> str:
-    contenders = cell["parts"]
-    largest = {part: max(shares.get(part, 0.0) for shares in contenders.values()) for shares in contenders.values() for part in shares}
+    contenders = {name: cell["parts"][name] for name in _CONTENDERS}
+    largest = {
+        part: max(shares.get(part, 0.0) for shares in contenders.values())
+        for shares in contenders.values()
+        for part in shares
+    }
     rows = [["whole step, s", *(f"{cell['seconds'][name]['median']:.1f}" for name in contenders)]]
     for part in sorted(largest, key=lambda part: -largest[part]):
         shares = (shares.get(part) for shares in contenders.values())
@@ -158,43 +166,45 @@ def limit() -> str:
     """What takes the time of a warm-up step where it is dearest beside a plain one."""
     (bar,) = [bar for bar in step_bars() if bar.label == "warm-up 0.02 / plain"]
     if not bar.values:
-        return f"- **Whole steps.** {NOT_MEASURED}."
+        return paragraph(f"**Whole steps.** {NOT_MEASURED}.", item=True)
     shares = conditions()[bar.worst]["parts"]["warm-up 0.02"]
     largest = sorted(shares, key=lambda part: -shares[part])[:4]
     said = ", ".join(f"{part} {shares[part]:.0%}" for part in largest)
-    return f"- **Whole steps.** Where a warm-up step costs most beside a plain one ({bar.worst}), its time is {said}."
+    return paragraph(
+        f"**Whole steps.** Where a warm-up step costs most beside a plain one ({bar.worst}), its time is {said}.",
+        item=True,
+    )
 
 
 # ---- README ----
 
 
 def step_row() -> str:
-    bars = {bar.label: bar for bar in step_bars()}
-    start, file = "| **What a step costs** |", "[conditions.json](benchmarks/results/conditions.json)"
-    if not conditions():
+    start, end = "| **What a step costs** |", "[performance](docs/performance.md#a-whole-step)"
+    cells, bars = conditions(), {bar.label: bar for bar in step_bars()}
+    if not cells:
         return (
             f"{start} not measured since `bf16=True` holds in every pass | beside TRL's trainers, under {CONDITIONS} "
-            "conditions; [performance](docs/performance.md#a-whole-step) |"
+            f"conditions; {end} |"
         )
 
     def between(*labels: str) -> str:
         found = [value for label in labels for value in bars[label].values.values()]
         return f"{min(found):.2f} to {max(found):.2f}"
 
-    wanted = [bar for bar in bars.values() if bar.bar is not None]
-    missed = [bar.label for bar in wanted if bar.verdict == "missed"]
+    missed = [bar.label for bar in bars.values() if bar.verdict == "missed"]
     verdict = f"missed by {listed(missed)}" if missed else "all met"
     return (
         f"{start} a plain step takes {between('plain / TRL')} of TRL's `DistillationTrainer`, a warm-up step "
         f"{between('warm-up 0.02 / TRL', 'warm-up 0.005 / TRL')} of it and "
         f"{between('warm-up 0.02 / plain', 'warm-up 0.005 / plain')} of a plain one | the best and the worst of "
-        f"{count(len(conditions()))} conditions, processor time, SmolLM2-135M and its copy of 8 layers; the worst for a "
-        f"plain step is {bars['plain / TRL'].worst}; bars: {verdict} ([performance](docs/performance.md#a-whole-step)); "
-        f"{file} |"
+        f"{len(cells)} conditions ({CONDITIONS} there are), processor time, SmolLM2-135M and its copy of 8 layers; "
+        f"worst for a plain step: {bars['plain / TRL'].worst}; for a warm-up step beside it: "
+        f"{bars['warm-up 0.02 / plain'].worst}; the bars: {verdict}; "
+        f"[conditions.json](benchmarks/results/conditions.json), {end} |"
     )
 
 
-STEP_BARS = step_bars
 STEP_TABLES: dict[str, Callable[[], str]] = {
     "steps, how": how_measured,
     "steps": by_processor,
