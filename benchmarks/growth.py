@@ -8,9 +8,10 @@ The student alone and the blend at ε = 0.02, in float32, every completion of th
 SmolLM2-135M and its copy cut to 8 layers, as it was cut; vocabularies are of small random models, of which little but
 the head grows. Times are processor seconds of the sampler's rounds, which leave out the reading of prompts.
 
-The floor of a pass is the larger of two times: reading the model's weights once at the rate of a copy, and multiplying
-by them at the rate of a large matrix product. Both rates are measured before every point, so that what else the machine
-does meets them too. Keys, values and logits are not in it.
+The floor of a model's passes is the larger of two times: reading its weights once a pass at the rate of a copy, and
+multiplying every token that was drawn by them once at the rate of a large matrix product. Both rates are measured
+before every point, so that what else the machine does meets them too. Keys, values, logits and dropped drafts are not
+in it.
 
 Left out: alternatives (`bench.py`), whole steps (`conditions.py`), GPUs (`gpu.py`), tables (`performance.py`).
 """
@@ -178,35 +179,36 @@ def measure(point: Point) -> dict[str, Any]:
     """Rates of the machine, and of the point a window for each of its marks."""
     rates = {"copy_bytes_per_second": copy_rate(), "flops_per_second": product_rate()}
     seen, sizes = moments(point)
-    found = [window(point, mark, seen, sizes, rates) for mark in point.marks]
+    found = [window(point, mark, seen, sizes) for mark in point.marks]
     return point._asdict() | sizes | rates | {"windows": found}
 
 
-def window(
-    point: Point, mark: int, seen: list[Moment], sizes: dict[str, Any], rates: dict[str, float]
-) -> dict[str, Any]:
+def window(point: Point, mark: int, seen: list[Moment], sizes: dict[str, Any]) -> dict[str, Any]:
     """Processor and wall seconds from the round at which rows are half of `mark` long on the average to that at which
-    they are all of it, and the floor of the same passes; a single mark is taken from the beginning."""
+    they are all of it, and the passes between; a single mark is taken from the beginning."""
     first = 0 if len(point.marks) == 1 else mark // 2
     start, end = (next(moment for moment in seen if moment.drawn >= length * point.rows) for length in (first, mark))
-    passes = end.student_calls - start.student_calls, end.teacher_calls - start.teacher_calls
-    floor = 0.0
-    for count, numbers in zip(passes, (sizes["student_weights"], sizes["teacher_weights"]), strict=True):
-        read = count * 4 * numbers / rates["copy_bytes_per_second"]
-        # Either model is asked about every token that is drafted, and each draft is a pass of the student.
-        products = 2 * numbers * passes[0] * point.rows / rates["flops_per_second"]
-        floor += max(read, products)
     return {
         "tokens": mark,
         "drawn": end.drawn - start.drawn,
         "seconds": end.cpu - start.cpu,
         "wall_seconds": end.wall - start.wall,
-        "floor_seconds": floor,
-        "student_passes": passes[0],
-        "teacher_passes": passes[1],
+        "student_passes": end.student_calls - start.student_calls,
+        "teacher_passes": end.teacher_calls - start.teacher_calls,
         "slot_bytes_per_row": end.slots / point.rows,
         "needed_bytes_per_row": sizes["bytes_per_position"] * (sizes["longest_prompt"] + mark),
     }
+
+
+def floor_seconds(point: dict[str, Any], window: dict[str, Any]) -> float:
+    """What the passes of a window of a measured point take at the least, in float32."""
+    seconds = 0.0
+    for model in ("student", "teacher"):
+        numbers = point[f"{model}_weights"]
+        read = 4 * numbers * window[f"{model}_passes"] / point["copy_bytes_per_second"]
+        products = 2 * numbers * window["drawn"] / point["flops_per_second"]
+        seconds += max(read, products)
+    return seconds
 
 
 def best(function: Callable[[], Any], times: int = 3) -> float:
@@ -253,6 +255,9 @@ def main() -> None:
             record["points"][point.name] = found = measure(point)
         threads = {"threads": torch.get_num_threads(), "busy": options.busy}
         record["provenance"][point.name] = describe() | threads
+        for entry in record["points"].values():
+            for one in entry["windows"]:
+                one["floor_seconds"] = floor_seconds(entry, one)
         write_json(options.output, record)
         last = found["windows"][-1]
         print(f"{point.name}: {last['drawn'] / last['seconds']:.0f} tokens per processor second", flush=True)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from pages import filled, paragraph, table
-from performance_files import PAGE, README, ROOT, count, each, one_origin, read, spread
+from performance_files import PAGE, README, ROOT, count, each, listed, one_origin, read, spread
 from performance_gpu import GPU_TABLES, gpu_row
 from performance_growth import GROWTH_TABLES, write_figure
 from performance_steps import STEP_TABLES, Bar, step_bars, step_row
@@ -38,8 +38,10 @@ def origins() -> str:
     rows = [["`cpu.json`", name, *one_origin(origin)] for name, origin in read("cpu")["provenance"].items()]
     for name in ("conditions", "growth"):
         record = read(name)
-        found = [one_origin(origin) for origin in record["provenance"].values()] if record else []
-        rows += [[f"`{name}.json`", "", *origin] for origin in dict.fromkeys(found)]
+        commits: dict[tuple[str, ...], list[str]] = {}
+        for commit, *rest in [one_origin(origin) for origin in record["provenance"].values()] if record else []:
+            commits.setdefault(tuple(rest), []).append(commit)
+        rows += [[f"`{name}.json`", "", listed(found), *rest] for rest, found in commits.items()]
     rows.append(["`hybrid.json`", "", *one_origin(read("hybrid")["provenance"])])
     rows += [[f"`{name}.json`", "", *one_origin(read(name))] for name in ("gpu", "gpu-first")]
     return table(("file", "section", "commit", "day", "processor or GPU", "threads"), rows)

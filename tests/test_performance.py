@@ -114,19 +114,23 @@ def moment(cpu: float, drawn: int, student: int, teacher: int) -> growth.Moment:
     return growth.Moment(cpu, 2 * cpu, drawn, student, teacher, slots=6000)
 
 
-def test_a_window_runs_from_half_of_its_mark_and_its_floor_is_that_of_its_passes() -> None:
+def test_a_window_runs_from_half_of_its_mark() -> None:
     point = growth.Point("length", "blend", rows=2, marks=(4, 8))
     seen = [moment(0.0, 0, 1, 1), moment(1.0, 9, 4, 2), moment(3.0, 16, 8, 3)]
-    sizes = {"student_weights": 10, "teacher_weights": 100, "bytes_per_position": 50, "longest_prompt": 5}
-    # The student's four passes take 4 x 40 bytes at 20 a second, the teacher's multiplications 2 x 100 x 4 x 2 at 50.
-    rates = {"copy_bytes_per_second": 20.0, "flops_per_second": 50.0}
-    found = growth.window(point, 8, seen, sizes, rates)
+    found = growth.window(point, 8, seen, {"bytes_per_position": 50, "longest_prompt": 5})
     assert (found["drawn"], found["seconds"], found["wall_seconds"]) == (7, 2.0, 4.0)
     assert (found["student_passes"], found["teacher_passes"]) == (4, 1)
-    assert found["floor_seconds"] == 8.0 + 32.0
     assert (found["slot_bytes_per_row"], found["needed_bytes_per_row"]) == (3000, 650)
-    alone = point._replace(marks=(8,))
-    assert growth.window(alone, 8, seen, sizes, rates)["drawn"] == 16
+    alone = growth.window(point._replace(marks=(8,)), 8, seen, {"bytes_per_position": 50, "longest_prompt": 5})
+    assert (alone["drawn"], alone["student_passes"]) == (16, 7)
+
+
+def test_the_floor_is_the_slower_of_reading_weights_and_multiplying_by_them() -> None:
+    window = {"student_passes": 4, "teacher_passes": 1, "drawn": 7}
+    rates = {"copy_bytes_per_second": 20.0, "flops_per_second": 50.0}
+    # The student's four passes read 40 bytes each: 8 s. The teacher multiplies 7 tokens by 100 numbers: 28 s.
+    assert growth.floor_seconds({"student_weights": 10, "teacher_weights": 100, **rates}, window) == 8.0 + 28.0
+    assert growth.floor_seconds({"student_weights": 10, "teacher_weights": 0, **rates}, window) == 8.0
 
 
 def write_growth(folder: Path) -> None:
