@@ -36,8 +36,8 @@ def count(number: int) -> str:
 
 def listed(names: Iterable[Any]) -> str:
     """Different names in their order, as a phrase."""
-    found = [f"{name}" for name in dict.fromkeys(names)]
-    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]}"
+    *first, last = [f"{name}" for name in dict.fromkeys(names)] or ["none"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def one_origin(origin: dict[str, Any]) -> tuple[str, str, str, str]:

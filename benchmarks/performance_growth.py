@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from pages import paragraph, table
 from performance_files import NOT_MEASURED, ROOT, listed, read
 
@@ -54,11 +55,15 @@ def how_measured() -> str:
     points, origins = record["points"].values(), record["provenance"].values()
     copies = [point["copy_bytes_per_second"] / 1e9 for point in points]
     products = [point["flops_per_second"] / 1e9 for point in points]
+    rows = {sweep: listed(point["rows"] for point in points if point["sweep"] == sweep) for sweep in SWEEPS}
+    tokens = listed(max(point["marks"]) for point in points if point["sweep"] != "length")
     busy = ", on a machine busy with other work" if any(origin["busy"] for origin in origins) else ""
     return paragraph(
         f"{record['dtype']}, ε = {record['kl_budget']:g}, threads: {listed(origin['threads'] for origin in origins)}, "
         f"{listed(origin['machine']['cpu'] for origin in origins)}{busy}. Copies ran at {min(copies):.0f} to "
-        f"{max(copies):.0f} GB/s, products at {min(products):.0f} to {max(products):.0f} GFLOP/s."
+        f"{max(copies):.0f} GB/s, products at {min(products):.0f} to {max(products):.0f} GFLOP/s. "
+        f"Rows at once: {rows['length']} where lengths grow, {rows['vocabulary']} where the vocabulary does; where lengths "
+        f"do not, completions have {tokens} tokens."
     )
 
 
@@ -136,15 +141,22 @@ def _lines(
     measured: Callable[[dict[str, Any]], float],
     floor: Callable[[dict[str, Any]], float],
 ) -> None:
+    values: list[int] = []
     for colour, (dash, mark), name in zip(COLOURS, _LOOKS, contenders(record), strict=False):
         found = windows(record, sweep, name)
         values = [value for value, *_ in found]
         look: dict[str, Any] = {"color": colour, "linestyle": dash}
         axis.plot(values, [measured(window) for _, window, _ in found], label=name, marker=mark, markersize=4, **look)
         axis.plot(values, [floor(window) for _, window, _ in found], label=f"{name}, floor", linewidth=0.8, **look)
-    if any(windows(record, sweep, name) for name in contenders(record)):
-        axis.set_xscale("log", base=2)
+    if values:
+        axis.set_xscale("log")
+        axis.set_xticks(values, [f"{value:,}" for value in values])
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.tick_params(labelsize=8)
 
 
 def write_figure() -> None:

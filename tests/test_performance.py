@@ -143,8 +143,9 @@ def write_growth(folder: Path) -> None:
             for count in tokens
         ]
         return {
-            **{"sweep": sweep, "contender": contender, "rows": rows, "vocabulary": vocabulary, "windows": windows},
-            **{"head_bytes": 4e6 * vocabulary, "copy_bytes_per_second": 9e9, "flops_per_second": 4e10},
+            **{"sweep": sweep, "contender": contender, "rows": rows, "marks": tokens, "vocabulary": vocabulary},
+            **{"windows": windows, "head_bytes": 4e6 * vocabulary},
+            **{"copy_bytes_per_second": 9e9, "flops_per_second": 4e10},
         }
 
     points = {
