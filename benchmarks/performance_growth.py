@@ -62,8 +62,8 @@ def how_measured() -> str:
         f"{record['dtype']}, ε = {record['kl_budget']:g}, threads: {listed(origin['threads'] for origin in origins)}, "
         f"{listed(origin['machine']['cpu'] for origin in origins)}{busy}. Copies ran at {min(copies):.0f} to "
         f"{max(copies):.0f} GB/s, products at {min(products):.0f} to {max(products):.0f} GFLOP/s. "
-        f"Rows at once: {rows['length']} where lengths grow, {rows['vocabulary']} where the vocabulary does; where lengths "
-        f"do not, completions have {tokens} tokens."
+        f"Rows at once: {rows['length']} where lengths grow, {rows['vocabulary']} where the vocabulary does; where "
+        f"lengths do not, completions have {tokens} tokens."
     )
 
 
