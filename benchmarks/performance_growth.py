@@ -16,7 +16,7 @@ from performance_files import NOT_MEASURED, ROOT, listed, read
 from trb.report.style import COLOURS
 
 FIGURE = ROOT / "docs" / "figures" / "growth.svg"
-SWEEPS = {"length": "tokens of a completion", "rows": "rows at once", "vocabulary": "V"}
+SWEEPS = {"length": "tokens of a completion", "rows": "rows at once", "vocabulary": "entries of V"}
 _LOOKS = (("-", "o"), ("--", "s"))
 
 
@@ -80,6 +80,24 @@ def memory() -> str:
     if read("growth") is None:
         return f"{NOT_MEASURED}."
     return _by_value("length", ("MB a row", "its tokens, MB"), _megabytes)
+
+
+def limit() -> str:
+    """How far the student alone is from its floor: with fewest and most rows, and with the largest vocabulary."""
+    record = read("growth")
+    if record is None:
+        return paragraph(f"**Passes.** {NOT_MEASURED}.", item=True)
+    rows, vocabularies = (windows(record, sweep, contenders(record)[0]) for sweep in ("rows", "vocabulary"))
+    few, many, wide = (
+        window["seconds"] / window["floor_seconds"] for _, window, _ in (rows[0], rows[-1], vocabularies[-1])
+    )
+    return paragraph(
+        f"**Products of few rows.** The student alone takes {few:.1f} times the floor of its passes at {rows[0][0]} "
+        f"row, {many:.1f} times at {rows[-1][0]} rows, and {wide:.1f} times at V = {vocabularies[-1][0]:,} and "
+        f"{vocabularies[-1][2]['rows']} rows: a product of few rows with a float32 matrix reads it far more slowly than "
+        "a copy does.",
+        item=True,
+    )
 
 
 def _by_value(sweep: str, columns: tuple[str, ...], cells: Callable[[dict[str, Any]], list[str]]) -> str:
@@ -182,4 +200,5 @@ GROWTH_TABLES: dict[str, Callable[[], str]] = {
     "growth with rows": lambda: growth("rows"),
     "growth with the vocabulary": lambda: growth("vocabulary"),
     "memory of a row": memory,
+    "limit of passes": limit,
 }
