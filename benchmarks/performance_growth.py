@@ -94,8 +94,8 @@ def limit() -> str:
     return paragraph(
         f"**Products of few rows.** The student alone takes {few:.1f} times the floor of its passes at {rows[0][0]} "
         f"row, {many:.1f} times at {rows[-1][0]} rows, and {wide:.1f} times at V = {vocabularies[-1][0]:,} and "
-        f"{vocabularies[-1][2]['rows']} rows: a product of few rows with a float32 matrix reads it far more slowly than "
-        "a copy does.",
+        f"{vocabularies[-1][2]['rows']} rows: a product of few rows with a float32 matrix reads it far more slowly "
+        "than a copy does.",
         item=True,
     )
 
