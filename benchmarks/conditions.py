@@ -14,7 +14,7 @@ interrupted run goes on.
 With bf16 each trainer computes in what it makes of `bf16=True` over float32 weights: TRL's loss stays in float32
 (docs/performance.md, "A whole step").
 
-Left out: sampling and the solve alone (`bench.py`), and GPUs (`gpu.py`).
+Left out: sampling and the solve alone (`bench.py`), GPUs (`gpu.py`), and the page's tables (`performance.py`).
 """
 
 import argparse

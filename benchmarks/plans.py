@@ -10,13 +10,15 @@ figures of `trb.planning.machines`. The recipes give the protocol. The last sect
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
+from pages import table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trb.planning import Layout, Pair, Plan, Work, find_machine, make_plan, run_seconds
@@ -161,12 +163,6 @@ def rounded(value: Any) -> Any:
 # ---- the tables of the page ----
 
 
-def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(headings)]
-    lines += [["---"] * len(lines[0]), *(list(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def seconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
@@ -300,13 +296,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def filled(page: str, report: dict[str, Any]) -> str:
     """The page with every table between its markers."""
-    for name, make in TABLES.items():
-        start, end = f"<!-- table: {name} -->\n", "\n<!-- end -->"
-        if start not in page:
-            raise ValueError(f"the page has no place for the table {name!r}: add {start.strip()} and {end.strip()}")
-        before, _, rest = page.partition(start)
-        page = before + start + make(report) + end + rest.partition(end)[2]
-    return page
+    return pages.filled(page, {name: partial(make, report) for name, make in TABLES.items()})
 
 
 def make_report() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import inspect
 import json
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ import trb
 import trb.training
 from trb import blend
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import performance
+from pages import by_hand, filled
 
 HEADER = "| | measured | under which conditions |"
 
@@ -221,9 +226,7 @@ def hard_pair(*methods: str) -> tuple[str, ...]:
 def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
     study, smollm2 = result("study"), result("smollm2-study")["settings"]["smollm2-clock"]["methods"]["trb"]
     code = result("code-study")["settings"]["programs"]["methods"]
-    average, headline = study["average"]["methods"], result("cpu")["headline"]
-    numbers = result("gpu")["sections"]["time_sampling"]["numbers"]
-    rates = {name: row["tokens_per_s"] for name, row in numbers.items() if "tokens_per_s" in row}
+    average = study["average"]["methods"]
     dialogue = result("dialogue-study")["settings"]["dialogue"]["methods"]["trb"]["difference_to_opd"]
     counts, kills = result("models")["counts"], result("torture")["kills"]
     rows = {row[0].strip("* "): " ".join(row[1:]) for row in table_rows(text(ROOT / "README.md"), HEADER)}
@@ -257,20 +260,6 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             f"solves {solved['long-chains', 'trb']} instead of {solved['long-chains', 'student']}",
             f"{solved['clock', 'trb']}, {solved['clock', 'student']})",
         ),
-        "Cheap blending": (
-            f"{headline['warmup_step_over_opd_step']:.1f} times our plain step",
-            f"{headline['warmup_step_over_trl_step']:.1f} times a step of TRL's",
-            f"{headline['opd_step_over_trl_step']:.1f} times TRL's",
-        ),
-        "Fast exact sampling": (
-            f"{headline['speculative_over_lockstep']:.1f} times",
-            f"{headline['teacher_passes_per_token']:.1f} teacher passes per token",
-        ),
-        "": (
-            f"{rates['trust region, batch 64, speculative, blocks of 4, graphs']:,.0f} tokens per second",
-            f"lockstep {rates['trust region, batch 64, lockstep']:.0f}",
-            f"alone {rates['student, batch 64, speculative, graphs']:,.0f}",
-        ),
         "Exact for every model, or refused by name": (
             f"of {sum(counts.values())} causal-LM types {counts['exact']} exact",
             f"{counts['refused']} refused, {counts['library']} the library",
@@ -278,10 +267,24 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
         "One set of weights": (f"{result('one_base')['ratio of peaks']:.2f} of the memory of two copies",),
         "Runs that survive": (f"{kills['survived']} of {kills['tried']} killed runs",),
     }
-    assert rows.keys() == expected.keys()
+    by_script = {row().split("|")[1].strip("* ") for row in performance.ROWS}
+    assert rows.keys() == expected.keys() | by_script
     for name, phrases in expected.items():
         for phrase in phrases:
             assert phrase in rows[name], (name, phrase)
+
+
+def test_what_is_said_of_speed_is_what_the_script_writes() -> None:
+    readme, page = (path.read_text(encoding="utf-8") for path in (performance.README, performance.PAGE))
+    assert performance.with_rows(readme) == readme, "run `make performance`"
+    assert filled(page, performance.TABLES) == page, "run `make performance`"
+
+
+def test_no_measured_number_of_the_page_of_speed_is_written_by_hand() -> None:
+    page = by_hand(text(ROOT / "docs" / "performance.md"))
+    for given in (r"`[^`]*`", r"\]\([^)]*\)", r"ε = [\d.]+", r"from 0\.02 to 0", r"Qwen3[\w.-]*"):
+        page = re.sub(given, "", page)
+    assert re.findall(r"\d+\.\d+|\d+ ?%|\d ?(?:ms|s|[KMGT]i?B|GFLOP|times|tokens per second)\b", page) == []
 
 
 def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -> None:

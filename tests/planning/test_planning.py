@@ -755,7 +755,8 @@ def test_an_unknown_machine_is_refused(tmp_path: Path) -> None:
 # ---- what is on file ----
 
 
-def test_the_page_shows_the_plans_on_file_and_they_are_still_what_is_planned() -> None:
+def test_the_page_shows_the_plans_on_file_and_they_are_still_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     plans = runpy.run_path(str(ROOT / "benchmarks" / "plans.py"))
     report = json.loads(plans["OUTPUT"].read_text())
     page = plans["PAGE"].read_text(encoding="utf-8")
