@@ -57,11 +57,11 @@ setup: $(VENV)/run.stamp ## create .venv with the package, editable
 quickstart: $(VENV)/run.stamp ## distil the embedded student by every method of the quickstart recipe, with a report
 	$(BIN)/trb compare --config quickstart
 
-# Offline, as no test may need the network; one thread a process, as two test processes share two cores. The solver's own
-# tests run once more without its compiled kernel, as on a machine without a compiler.
+# Offline, as no test may need the network; one thread a process, as two test processes share two cores. The tests of what
+# is compiled run once more without it, as on a machine without a compiler.
 test: lint ## everything CI runs: format, lint, types, tests
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/blend/test_blend.py tests/test_policies.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/blend/test_blend.py tests/test_policies.py tests/losses
 
 # The ends of the ranges of pyproject.toml, each in an environment of its own: what uv resolves takes the place of
 # constraints.txt.
@@ -82,7 +82,7 @@ test-newest: ## the suite with the newest, in .venv-newest (half an hour; where 
 
 # torch chooses its kernels by the processor, and each adds in another order: the tests whose bounds that could reach run
 # as on processors without AVX-512 and without AVX2, with the compiled solver and without.
-NUMERIC_TESTS := $(wildcard $(foreach name,blend policies losses vocab blend_native scoring modeling verification uniforms,\
+NUMERIC_TESTS := $(wildcard $(foreach name,blend policies losses vocab blend_native losses_native prefixes scoring modeling verification uniforms,\
   tests/test_$(name).py tests/*/test_$(name).py))
 test-processors: $(VENV)/dev.stamp ## the numeric tests with the kernels of other processors (three minutes)
 	for capability in avx2 default; do \

@@ -30,8 +30,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from trb import TRBConfig, TRBTrainer, zoo
-from trb.blend import native as blend_native
+from trb import TRBConfig, TRBTrainer, kernels, zoo
 from trb.blend import solve
 from trb.losses import chunked_reverse_kl
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
@@ -481,7 +480,7 @@ def solves(options: argparse.Namespace) -> dict[str, Any]:
         for budget in (0.05, 0.02, 0.005, 0.001):
             cells.append(race_solvers(*model_like(rows, vocabulary), budget, options.repeats * 5))
             print(json.dumps(cells[-1]), flush=True)
-    return {"cells": cells, "native": blend_native.available()}
+    return {"cells": cells, "native": kernels.available()}
 
 
 def model_like(rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -528,7 +527,7 @@ def race_solvers(student: torch.Tensor, teacher: torch.Tensor, budget: float, re
 
 
 def eagerly(student: torch.Tensor, teacher: torch.Tensor, budget: float) -> Any:
-    with mock.patch.object(blend_native, "available", return_value=False):
+    with mock.patch.object(kernels, "available", return_value=False):
         return solve(student, teacher, budget)
 
 

@@ -6,10 +6,10 @@
     python benchmarks/conditions.py --smoke               tiny sizes: does it run? (the numbers mean nothing)
 
 A condition is a dtype, whether completions stop by themselves, the length of prompts, and the longest completion.
-Contenders take turns within every repetition; a ratio is that of one repetition, and what is reported is the median of
-them, of processor time and of wall time. Each contender takes two steps and the second counts: the first one also
-checks models and fills caches, once in a run. A condition that is done is not measured again (`--again` does), so that
-an interrupted run goes on.
+Contenders take turns, each with one training of a few steps over the same rows; a ratio is that of one step, and what
+is reported is the median of them, of processor time and of wall time. The first step does not count: it also checks
+models and fills caches, once in a run. A condition that is done is not measured again (`--again` does), so that an
+interrupted run goes on.
 
 With bf16 each trainer computes in what it makes of `bf16=True` over float32 weights: TRL's loss stays in float32
 (docs/performance.md, "A whole step").
@@ -187,30 +187,29 @@ def measure(condition: Condition, repeats: int) -> dict[str, Any]:
         tokenizer.eos_token = NEVER
         for model in (student, teacher):
             model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    # Rows of both steps of every repetition: new ones each time, the same for all contenders.
-    prompts = 2 * condition.rows // ROLLOUTS
-    rows = lengthened(questions(repeats * prompts, seed=21), tokenizer, condition.prompt)
-    seconds: dict[str, list[dict[str, tuple[float, float]]]] = {name: [] for name in CONTENDERS}
-    for repeat in range(repeats):
-        for name in CONTENDERS:
-            mine = rows[repeat * prompts : (repeat + 1) * prompts]
-            seconds[name].append(second_step(name, condition, student, teacher, tokenizer, mine))
-            print(f"  {name}: {total(seconds[name][-1])[0]:.1f} processor seconds", flush=True)
+    # New prompts in each step, the same for all contenders.
+    prompts = (1 + repeats) * condition.rows // ROLLOUTS
+    rows = lengthened(questions(prompts, seed=21), tokenizer, condition.prompt)
+    seconds: dict[str, list[dict[str, tuple[float, float]]]] = {}
+    for name in CONTENDERS:
+        seconds[name] = later_steps(name, condition, student, teacher, tokenizer, rows, repeats)
+        print(f"  {name}: {', '.join(f'{total(step)[0]:.1f}' for step in seconds[name])} processor seconds", flush=True)
     return summary(seconds) | condition._asdict() | {"rows": condition.rows, "repeats": repeats}
 
 
-def second_step(
+def later_steps(
     name: str,
     condition: Condition,
     student: Any,
     teacher: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
-) -> dict[str, tuple[float, float]]:
-    """(processor, wall) seconds of the parts of a contender's second step."""
+    repeats: int,
+) -> list[dict[str, tuple[float, float]]]:
+    """(processor, wall) seconds of the parts of a contender's steps after the first."""
     parts = Parts()
     with tempfile.TemporaryDirectory() as directory:
-        shared = step_options(directory, condition.rows, 2, bf16=condition.dtype == "bf16")
+        shared = step_options(directory, condition.rows, 1 + repeats, bf16=condition.dtype == "bf16")
         model = clone(student)
         if name in OURS:
             trainer = our_trainer(model, teacher, tokenizer, rows, condition.tokens, shared, OURS[name])
@@ -223,7 +222,7 @@ def second_step(
             trainer.train()
     del trainer, model
     gc.collect()
-    return parts.steps[1]
+    return parts.steps[1:]
 
 
 def lengthened(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[dict[str, Any]]:
@@ -289,7 +288,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two conditions")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose names have all of these")
     parser.add_argument("--again", action="store_true", help="measure what is done already, too")
-    parser.add_argument("--repeats", type=int, default=2, help="repetitions of every contender")
+    parser.add_argument("--repeats", type=int, default=2, help="steps of every contender that count")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args()

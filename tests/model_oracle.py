@@ -7,14 +7,17 @@ Shape suffixes: R rows, L padded length, N completion tokens of all rows, V head
 """
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from unittest import mock
 
 import torch
 from tiny_models import TOLERANCE, VOCABULARY, NotRunnableError, build, found_way, plain_logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trb.models import prefixes
 from trb.models.modeling import OutputHead, UnsupportedModelError, completion_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
@@ -190,8 +193,9 @@ def _differences(case: Case) -> list[str]:
         found += _unequal(f"{method} of the student alone", rollout.completions, pure)
     for role, model in (("student", case.student), ("teacher", case.teacher)):
         own_NV = torch.cat([getattr(row, f"{role}_logits") for row in case.rows])
-        if not _trained_as_sampled(model, case.completions, own_NV):
-            found.append(f"training logits of the {role}")
+        for reads, how in ((completion_hidden_states, ""), (_prompts_once, ", prompts read once")):
+            if not _trained_as_sampled(model, case.completions, own_NV, reads):
+                found.append(f"training logits of the {role}{how}")
     return found
 
 
@@ -223,18 +227,31 @@ def _close(rollout: Rollout, weights: list[list[float]]) -> bool:
     return bool((given - wanted).abs().max() <= _WEIGHT_TOLERANCE)
 
 
-def _trained_as_sampled(model: PreTrainedModel, completions: list[list[int]], own_NV: Tensor) -> bool:
-    """Whether the loss's hidden states of a ragged batch give the logits that every token was sampled from."""
+def _prompts_once(model: PreTrainedModel, *batch: Tensor) -> Tensor:
+    """`shared_hidden_states` wherever it can, worth it or not."""
+    with mock.patch.object(prefixes, "_pays", lambda *_: True):
+        return prefixes.shared_hidden_states(model, *batch)
+
+
+def _trained_as_sampled(
+    model: PreTrainedModel, completions: list[list[int]], own_NV: Tensor, reads: Callable[..., Tensor]
+) -> bool:
+    """Whether the loss's hidden states of a ragged batch give the logits that every token was sampled from.
+
+    Each prompt has two rows: its completion, and behind them all once more, backwards, for company.
+    """
+    rows = [*zip(PROMPTS, completions, strict=True)]
+    rows += [(prompt, completion[::-1]) for prompt, completion in rows]
     wide, long = max(map(len, PROMPTS)), max(map(len, completions))
-    ids_RL = torch.zeros(len(PROMPTS), wide + long, dtype=torch.long)
+    ids_RL = torch.zeros(len(rows), wide + long, dtype=torch.long)
     mask_RL, completion_RL = torch.zeros_like(ids_RL), torch.zeros_like(ids_RL)
-    for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
+    for row, (prompt, completion) in enumerate(rows):
         real, written = slice(wide - len(prompt), wide + len(completion)), slice(wide, wide + len(completion))
         ids_RL[row, real] = torch.tensor([*prompt, *completion])
         mask_RL[row, real] = 1
         completion_RL[row, written] = 1
     with torch.no_grad():
-        given_NV = OutputHead.check(model)(completion_hidden_states(model, ids_RL, mask_RL, completion_RL))
+        given_NV = OutputHead.check(model)(reads(model, ids_RL, mask_RL, completion_RL))[: len(own_NV)]
     return bool((given_NV - own_NV).abs().max() <= TOLERANCE * own_NV.abs().max().clamp_min(1.0))
 
 

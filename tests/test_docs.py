@@ -79,7 +79,7 @@ def test_the_floors_of_the_method_page_are_those_of_the_solvers() -> None:
         blend._FLOAT32_LOG_PROB_FLOOR,
         blend._FLOAT32_BUDGET_FLOOR,
     ]
-    source = text(ROOT / "src" / "trb" / "blend" / "blend.c")
+    source = text(ROOT / "src" / "trb" / "kernels" / "blend.c")
     floors = [re.search(rf" {name} = ([\d.e-]+)", source) for name in ("BUDGET_FLOOR", "LARGEST_RATIO")]
     assert [float(number) for number in of_c.groups()] == [float(found[1]) for found in floors if found]
 

@@ -19,6 +19,7 @@ LAYERS = (
     "safety",
     "measures",
     "records",
+    "kernels",
     "blend",
     "schedule",
     "vocab",

@@ -27,9 +27,8 @@ from test_blend import (
 from torch import Tensor
 from triton_interpreter import close_interpreter, interpreted
 
-from trb import blend
+from trb import blend, kernels
 from trb.blend import eager
-from trb.blend import native as blend_native
 from trb.blend import triton as blend_triton
 from trb.blend.laws import BlendResult
 from trb.blend.triton import FLAGGED, SolvedRows
@@ -103,7 +102,7 @@ def test_teacher_weight_is_the_largest_feasible_one(family: str) -> None:
 
 @needs_triton
 def test_it_spends_no_more_sweeps_than_the_eager_solver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blend_native, "available", lambda: False)
+    monkeypatch.setattr(kernels, "available", lambda: False)
     for family in ("flat", "ordinary", "sharp", "close", "peaked_10"):
         student, teacher, budget, solved = case(family, 128, torch.float32)
         eager = blend.solve(student, teacher, torch.tensor(budget))

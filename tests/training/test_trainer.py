@@ -218,13 +218,13 @@ def test_the_samplers_teacher_pass_serves_the_loss(
         veto_strength=0.0,
     )
     read: list[Any] = []
-    plain = taught.completion_hidden_states
+    plain = taught.shared_hidden_states
 
     def counted(model: Any, *arguments: Any) -> Any:
         read.append(model)
         return plain(model, *arguments)
 
-    monkeypatch.setattr(taught, "completion_hidden_states", counted)
+    monkeypatch.setattr(taught, "shared_hidden_states", counted)
     rows = [trainer.train_dataset[i] for i in (0, 0, 0, 0, 5, 5, 5, 5)]
     found: dict[bool, list[Any]] = {}
     for reused in (True, False):

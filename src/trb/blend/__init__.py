@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trb import kernels
 from trb.blend import native as blend_native
 from trb.blend import triton as blend_triton
 from trb.blend.eager import LARGEST_SHIFT, POSSIBLE_MASK, solve_log_probs
@@ -110,7 +111,7 @@ def _solve_natively(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, *,
         return None
     if blend_triton.available(student_NV):
         return blend_triton.solve_rows(student_NV, teacher_NV, budget_N)
-    if student_NV.device.type == "cpu" and blend_native.available():
+    if student_NV.device.type == "cpu" and kernels.available():
         return blend_native.solve_rows(student_NV, teacher_NV, budget_N, write=write)
     return None
 

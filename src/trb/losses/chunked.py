@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trb.losses import native as losses_native
+from trb.losses import triton as losses_triton
 from trb.losses.terms import Rows, TokenMetrics, token_metrics, wide
 from trb.vocab import SharedVocabulary, log_probs
 
@@ -84,6 +86,10 @@ class RowLoss(ABC):
     @abstractmethod
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """`[R]` losses, their `[R, V]` gradients by the student's logits, `[R]` student probability of the support."""
+
+    def reverse_kl_on(self) -> int | None:
+        """The support's size (0: the whole vocabulary) if this is the plain reverse KL, which compiled kernels know."""
+        return None
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
         if not len(batch.tokens):
@@ -157,23 +163,70 @@ class _Chunks:
         return _parts(len(self.token_N), self.chunk_tokens)
 
     def terms(self, logits_CV: Tensor, part: slice, gradient_CV: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Summed loss of a chunk and its metrics; fills the gradient by the logits.
+        """Summed loss of a chunk and its metrics; fills the gradient by the logits."""
+        taught_CV, token_C = self.teacher_head(self.teacher_NH[part]), self.token_N[part]
+        weight_C = None if self.weight_N is None else self.weight_N[part]
+        found = self._compiled(logits_CV, taught_CV, token_C, weight_C, gradient_CV)
+        if found is None:
+            return self._eager(logits_CV, taught_CV, token_C, weight_C, gradient_CV)
+        loss_C, metrics = found
+        left = loss_C.isnan().nonzero().squeeze(-1)
+        if len(left):
+            part_CV = None if gradient_CV is None else torch.empty_like(gradient_CV[left])
+            weight_L = None if weight_C is None else weight_C[left]
+            again, values = self._eager(logits_CV[left], taught_CV[left], token_C[left], weight_L, part_CV)
+            for metric_C, value_L in zip(metrics, values, strict=True):
+                metric_C[left] = value_L
+            if gradient_CV is not None and part_CV is not None:
+                gradient_CV[left] = part_CV
+            return loss_C.nansum() + again, metrics
+        return loss_C.sum(), metrics
 
-        A few rows at a time: on a CPU their temporaries stay in cache.
-        """
-        taught_CV = self.teacher_head(self.teacher_NH[part])
+    def _compiled(
+        self,
+        logits_CV: Tensor,
+        taught_CV: Tensor,
+        token_C: Tensor,
+        weight_C: Tensor | None,
+        gradient_CV: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """`[C]` losses of a compiled kernel, NaN in rows that it leaves to tensors, and metrics; None without one."""
+        k = self.loss.reverse_kl_on()
+        vocabulary = self.vocabulary
+        size, stop_ids = (logits_CV.shape[1], []) if vocabulary is None else (vocabulary.size, vocabulary.stop_ids)
+        for kernel in (losses_native, losses_triton):
+            if k is not None and kernel.available(logits_CV, taught_CV, k, size, len(stop_ids)):
+                return kernel.reverse_kl_chunk(
+                    logits_CV,
+                    taught_CV,
+                    token_C,
+                    k=k,
+                    temperature=self.temperature,
+                    size=size,
+                    stop_ids=stop_ids,
+                    weight_C=weight_C,
+                    gradient_CV=gradient_CV,
+                )
+        return None
+
+    def _eager(
+        self,
+        logits_CV: Tensor,
+        taught_CV: Tensor,
+        token_C: Tensor,
+        weight_C: Tensor | None,
+        gradient_CV: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`terms` in torch, a few rows at a time: on a CPU their temporaries stay in cache."""
         step = len(taught_CV)
         if logits_CV.device.type == "cpu":
             step = max(1, _ROW_ELEMENTS_CPU // logits_CV.shape[-1])
         losses, metrics = [], []
-        for first in range(0, len(taught_CV), step):
-            rows = slice(first, first + step)
-            loss, gradient, seen = self._row_terms(
-                logits_CV[rows], taught_CV[rows], self.token_N[part][rows], gradient_CV is not None
-            )
-            if self.weight_N is not None:
-                weight_R = self.weight_N[part][rows]
-                loss, gradient = loss * weight_R, gradient * weight_R[:, None]
+        for rows in _parts(len(taught_CV), step):
+            wanted = gradient_CV is not None
+            loss, gradient, seen = self._row_terms(logits_CV[rows], taught_CV[rows], token_C[rows], wanted)
+            if weight_C is not None:
+                loss, gradient = loss * weight_C[rows], gradient * weight_C[rows, None]
             losses.append(loss.sum())
             metrics.append(seen)
             if gradient_CV is not None:

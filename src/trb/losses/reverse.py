@@ -26,6 +26,9 @@ class ReverseKL(RowLoss):
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         return reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, self.top_k)
 
+    def reverse_kl_on(self) -> int | None:
+        return self.top_k
+
 
 @dataclass(frozen=True)
 class Veto(RowLoss):
@@ -39,6 +42,9 @@ class Veto(RowLoss):
             return ReverseKL(self.top_k).terms(rows)
         target_RV = veto_target(rows.log_student, rows.log_teacher, self.strength)
         return reverse_kl_terms(rows.log_student, target_RV, rows.student, target_RV.exp(), self.top_k)
+
+    def reverse_kl_on(self) -> int | None:
+        return None if self.strength else self.top_k
 
 
 def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float) -> Tensor:

@@ -23,7 +23,8 @@ which come back with a loss of NaN and their gradient unwritten, for `trb.losses
 than 64 tokens that are not the whole vocabulary; float64; and losses other than the reverse KL. Logits below -1e30
 count as impossible.
 
-Importing this module without Triton works; `available` is then False.
+Importing this module without Triton works; `available` is then False, as it is where the kernel, tried once on a few
+rows, fails or gives other losses.
 
 Shape suffixes: C tokens of one chunk, V rows of a head. In kernels, names in capitals are compile-time constants and
 vectors have one lane for every token of a block, or for every token of the support.
@@ -31,6 +32,8 @@ vectors have one lane for every token of a block, or for every token of the supp
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +41,9 @@ import torch
 from torch import Tensor
 
 from trb.errors import OperationError
+from trb.losses.terms import Rows, reverse_kl_terms
+from trb.safety.untrusted import printable
+from trb.vocab import log_probs
 
 try:
     import triton
@@ -46,6 +52,8 @@ except ImportError:
     triton = None
 
 __all__ = ["available", "reverse_kl_chunk"]
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _MOST_SUPPORT, _MOST_STOPS = 64, 64
@@ -60,7 +68,34 @@ def available(logits_CV: Tensor, taught_CV: Tensor, k: int, size: int, stop_ids:
     """Whether `reverse_kl_chunk` can do these logits, with a support of `k` tokens of `size` and so many stop ids."""
     if triton is None or not all(x_CV.dtype in _DTYPES for x_CV in (logits_CV, taught_CV)):
         return False
-    return (logits_CV.is_cuda or _INTERPRETED) and (k <= _MOST_SUPPORT or k >= size) and stop_ids <= _MOST_STOPS
+    if (k > _MOST_SUPPORT and k < size) or stop_ids > _MOST_STOPS:
+        return False
+    support = k if k < size else 0
+    return _INTERPRETED or (logits_CV.is_cuda and _works(logits_CV.device, logits_CV.dtype, taught_CV.dtype, support))
+
+
+@functools.cache
+@torch.no_grad()
+def _works(device: torch.device, dtype: torch.dtype, taught_dtype: torch.dtype, k: int) -> bool:
+    """Whether the kernel, as it is compiled there, gives the losses and gradients of `terms`; says once if not."""
+    place_CV = torch.arange(300, device=device) * 7 + torch.arange(3, device=device)[:, None]
+    # Steps of 0.14 below 32 stay apart in bfloat16: of equal logits any may be in the support.
+    logits_CV, taught_CV = (0.14 * (place_CV % 300)).to(dtype), (0.14 * (place_CV % 211)).to(taught_dtype)
+    rows = Rows.of(log_probs(logits_CV), log_probs(taught_CV))
+    loss_C, gradient_CV, _ = reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, k)
+    found_CV, token_C = torch.empty_like(logits_CV), torch.zeros(3, dtype=torch.long, device=device)
+    options: dict[str, Any] = {"k": k, "temperature": 1.0, "size": 300, "stop_ids": (0,), "gradient_CV": found_CV}
+    try:
+        found_C, _ = reverse_kl_chunk(logits_CV, taught_CV, token_C, **options)
+        right = torch.allclose(found_C, loss_C, rtol=1e-3) and torch.allclose(
+            found_CV.float(), gradient_CV, rtol=2 * torch.finfo(dtype).eps, atol=1e-4
+        )
+        reason = "its losses are others"
+    except Exception as error:  # whatever compilers and drivers do: torch does the same
+        right, reason = False, printable(f"{type(error).__name__}: {error}", lines=False)
+    if not right:
+        logger.warning("computing the loss with torch operations, as the fused kernel does not work here: %s", reason)
+    return right
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ __all__ = [
     "position_limit",
     "probe_rows",
     "rope_switch",
+    "row_order",
     "switched_off",
     "tolerance",
     "windows",
@@ -327,10 +328,10 @@ def _hidden_states_that_predict(
         predicts_RL = (completion_BL[chosen_R].gather(-1, place_RL) != 0) & real_RL
         states_RLH = output.last_hidden_state[:, : max(1, longest - 1)]
         found.append(states_RLH[predicts_RL[:, 1:]] if longest > 1 else states_RLH[:, :0].flatten(0, 1))
-    return torch.cat(found)[_row_order(order_B, (completion_BL != 0).sum(-1))]
+    return torch.cat(found)[row_order(order_B, (completion_BL != 0).sum(-1))]
 
 
-def _row_order(order_B: Tensor, count_B: Tensor) -> Tensor:
+def row_order(order_B: Tensor, count_B: Tensor) -> Tensor:
     """Where each row's entries lie in a list that holds the rows in another order, one after the other."""
     sorted_count_B = count_B[order_B]
     first_B = torch.empty_like(count_B)

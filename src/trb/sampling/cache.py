@@ -26,14 +26,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from trb.models.modeling import accepts, cache_name, decoder, position_limit, rope_switch, switched_off
+from trb.models.prefixes import keeps_states
 from trb.sampling import graphs
 from trb.sampling.layers import Plan, SlotCache, SlotLayer, prompt_cache, slot_layer
 from trb.sampling.states import StateLayer, States, library_layers, recurrent_mixers
 
 __all__ = ["SlotReader", "supports_slots"]
-
-# Layers whose cache is something else than keys and values.
-_STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "hybrid", "rwkv", "moe_mamba")
 
 # Buffers start with room for the prompts and this many tokens, and grow by half when full.
 FIRST_ROOM = 64
@@ -45,9 +43,7 @@ def supports_slots(model: PreTrainedModel) -> bool:
     if library_layers(model) is not None:
         # Prompts are not padded to the length at which factors change.
         return cache_name(model) is not None and rope_switch(model) is None
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    stateful = any(name in str(kind) for kind in layer_types for name in _STATEFUL_LAYERS)
-    return not getattr(model, "_is_stateful", False) and not stateful and cache_name(model) is not None
+    return not keeps_states(model) and cache_name(model) is not None
 
 
 class SlotReader:

@@ -22,6 +22,7 @@ from trl.models import prepare_deepspeed
 from trb.losses import Loss, TokenMetrics
 from trb.losses.chunked import TokenBatch
 from trb.models.modeling import OutputHead, completion_hidden_states
+from trb.models.prefixes import shared_hidden_states
 from trb.models.sharing import shares_weights
 from trb.sampling import Rollout
 from trb.training.calling import own_tokens
@@ -136,9 +137,10 @@ class TaughtTrainer(DistillationTrainer):
         if kept and "rollout_row" in inputs:
             return torch.cat([kept[row] for row in inputs["rollout_row"].tolist()])
         bare = self.accelerator.unwrap_model(teacher.model)
+        states = completion_hidden_states if self._teacher_is_sharded else shared_hidden_states
         read = with_completions(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
         with torch.no_grad(), teacher.present():
-            return self._forward_redirection(teacher.model, bare, completion_hidden_states, bare, *read)
+            return self._forward_redirection(teacher.model, bare, states, bare, *read)
 
     def _scored_ahead(self, output: dict[str, Tensor]) -> list[Tensor]:
         """What the teachers' heads read at each token of every row, so that each teacher comes once a step."""

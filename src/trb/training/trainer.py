@@ -50,6 +50,7 @@ from transformers.utils import logging
 from trb.errors import InputError
 from trb.losses import ReverseKL
 from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters
+from trb.models.prefixes import shared_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
 from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
@@ -430,7 +431,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         ids_BL, mask_BL, completion_BL = with_completions(inputs, "prompt")
-        student_NH = completion_hidden_states(unwrapped_student, ids_BL, mask_BL, completion_BL)
+        read = completion_hidden_states if self._student_replica is not None else shared_hidden_states
+        student_NH = read(unwrapped_student, ids_BL, mask_BL, completion_BL)
         step = self.state.global_step
         if num_items_in_batch is not None and "num_items_in_batch" in inputs:
             # FSDP2 rounds floating-point arguments to the compute dtype on their way here; the count is an integer.

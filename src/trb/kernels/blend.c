@@ -12,24 +12,11 @@
  *
  * Left out: rows that need float64 or log space, which are flagged (see `solve_row`), and everything about batches,
  * threads and memory, which is `trb.blend.native`.
- *
- * The file is built without -ffast-math, but sums may be reassociated. Where rounding must be as written, the code
- * says fmaf. Loops over tokens run in chunks whose sums are float and are added in double.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "rows.h"
 
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
-
-#if !defined(__FP_FAST_FMAF) && !defined(__FMA__) && !defined(__aarch64__) && !defined(__arm64__)
-#error "trb's native solver needs a CPU with fused multiply-add"
-#endif
-
-enum { CHUNK = 256, MAX_EVALUATIONS = 60, FREE_EVALUATIONS = 8, FLAGGED = -1 };
+enum { MAX_EVALUATIONS = 60, FREE_EVALUATIONS = 8 };
 
 /* Accepted shortfall below the budget, relative to it, and the part of it kept free for the rounding of the sums. */
 static const double WINDOW = 8e-4;
@@ -42,65 +29,8 @@ static const double UNRESOLVED = 1e-7;
 static const double BUDGET_FLOOR = 1e-5;
 /* First guess, at most, in units of the weight at which a ratio of constant variance would spend the budget. */
 static const double LONGEST_GUESS = 2;
-/* A token this unlikely for both models is absent: it stems from a mask. */
-static const float ABSENT = -1e30f;
-/* Lowest x with a normal e^x; up to the largest ratio, p e^c of what lies lower is below e^-27. */
-static const float EXP_FLOOR = -87.0f;
+/* Up to this ratio, p e^c of what lies below EXP_FLOOR is below e^-27. */
 static const float LARGEST_RATIO = 60.0f;
-
-static inline __attribute__((always_inline)) float float_of(int32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline __attribute__((always_inline)) int32_t bits_of(float value) {
-    int32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-/* Integers in the order of the floats, with NaN beyond the infinities: their maxima vectorise and hide no NaN. */
-static inline __attribute__((always_inline)) int32_t order_of(float value) {
-    int32_t bits = bits_of(value);
-    return bits ^ ((bits >> 31) & INT32_MAX);
-}
-
-static inline __attribute__((always_inline)) float load(const void *row, int64_t i, int bf16) {
-    if (bf16) return float_of((int32_t)((uint32_t)((const uint16_t *)row)[i] << 16));
-    return ((const float *)row)[i];
-}
-
-/* e^x = 2^n (1 + q) with q = e^r - 1 and |r| <= log(2)/2, for x in [EXP_FLOOR, 88]; q has a relative error of 2e-8
- * before rounding. */
-static inline __attribute__((always_inline)) float reduced_expm1(float x, float *power) {
-    const float n = rintf(x * 1.44269504f);
-    const float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x));
-    float series = fmaf(r, 0x1.6c5584p-10f, 0x1.1223f8p-7f);
-    series = fmaf(r, series, 0x1.5555bap-5f);
-    series = fmaf(r, series, 0x1.5554b6p-3f);
-    series = fmaf(r, series, 0.5f);
-    *power = float_of(((int32_t)n + 127) << 23);
-    return fmaf(r * r, series, r);
-}
-
-/* e^x for x <= 88, and 0 where it would not be a normal number. */
-static inline __attribute__((always_inline)) float exp_or_zero(float x) {
-    float power;
-    const float q = reduced_expm1(x > EXP_FLOOR ? x : EXP_FLOOR, &power);
-    return x > EXP_FLOOR ? fmaf(power, q, power) : 0.0f;
-}
-
-/* e^x - 1 for x <= 88, to a few units in the last place also near 0. */
-static inline __attribute__((always_inline)) float expm1_bounded(float x) {
-    float power;
-    const float q = reduced_expm1(x > EXP_FLOOR ? x : EXP_FLOOR, &power);
-    return fmaf(power, q, power - 1.0f);
-}
-
-static inline int64_t chunk_end(int64_t start, int64_t vocabulary) {
-    return vocabulary - start < CHUNK ? vocabulary : start + CHUNK;
-}
 
 typedef struct {
     const void *student, *teacher;
@@ -126,7 +56,7 @@ typedef struct {
 } Point;
 
 /* Maxima of both models, or 0 when the row has NaN, no token, or a token that only one model allows. */
-static inline __attribute__((always_inline)) int find_tops(Row *row, int bf16) {
+INLINE int find_tops(Row *row, int bf16) {
     const int32_t absent = order_of(ABSENT), infinity = order_of(INFINITY);
     int32_t top_s = INT32_MIN, top_t = INT32_MIN, low = INT32_MAX, differ = 0;
     for (int64_t i = 0; i < row->vocabulary; i++) {
@@ -147,7 +77,7 @@ static inline __attribute__((always_inline)) int find_tops(Row *row, int bf16) {
 static inline double resolved(double divergence) { return divergence > UNRESOLVED ? divergence : 0; }
 
 /* Fills p and c (not centred yet) and every sum that needs no centring; returns whether the row can be solved. */
-static inline __attribute__((always_inline)) int normalise(Row *row, int bf16) {
+INLINE int normalise(Row *row, int bf16) {
     const float top_s = row->top_s, top_t = row->top_t;
     float *restrict const p_out = row->p, *restrict const c_out = row->c;
     int32_t largest = INT32_MIN;
@@ -308,7 +238,7 @@ static int search(const Row *row, double budget, Point *best) {
 }
 
 /* log mu = (1 - w) s + w t - log_norm, from logits below their maxima so that large logits cost no digits. */
-static inline __attribute__((always_inline)) void write_log_probs(
+INLINE void write_log_probs(
     const Row *row, double weight, double log_norm, float *restrict out, int bf16
 ) {
     const float share_s = (float)(1 - weight), share_t = (float)weight, norm = (float)log_norm;
@@ -326,7 +256,7 @@ typedef struct {
 
 /* Sweeps over the row, or FLAGGED where it takes float64: NaN, supports that differ, a centred log-ratio above
  * LARGEST_RATIO, moments that overflow, or a positive budget below BUDGET_FLOOR. */
-static inline __attribute__((always_inline)) int64_t solve_row(
+INLINE int64_t solve_row(
     Row *row, double budget, Solution *solution, float *out, int bf16
 ) {
     if (!(budget >= 0) || (budget > 0 && budget < BUDGET_FLOOR)) return FLAGGED;
@@ -371,11 +301,7 @@ int solve_rows(
     int64_t vocabulary, int64_t start, int64_t end, const double *budget, double *teacher_weight, double *log_norm,
     double *kl_student, double *kl_teacher, int64_t *passes, float *log_probs, float *scratch
 ) {
-#ifdef __SSE__
-    /* Denormal products are worth nothing here and take a hundred cycles each; the caller's mode is put back. */
-    const unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040);
-#endif
+    const unsigned mode = without_denormals();
     int flagged = 0;
     const int64_t size = bf16 ? 2 : 4;
     for (int64_t n = start; n < end; n++) {
@@ -401,8 +327,6 @@ int solve_rows(
         kl_student[n] = solution.kl_student;
         kl_teacher[n] = solution.kl_teacher;
     }
-#ifdef __SSE__
-    _mm_setcsr(mode);
-#endif
+    restore(mode);
     return flagged;
 }

@@ -1,6 +1,6 @@
-"""The compiled solver on one small row: `python trial.py LIBRARY` ends with 0 if its answers are right.
+"""The compiled kernels on one small row: `python trial.py LIBRARY` ends with 0 if their answers are right.
 
-A library that a broken compiler, disk or processor spoiled may kill whoever loads it. `trb.blend.native` runs this
+A library that a broken compiler, disk or processor spoiled may kill whoever loads it. `trb.kernels.building` runs this
 file, which therefore imports nothing but the standard library, in a process of its own first.
 """
 
@@ -17,7 +17,11 @@ TOLERANCE = 1e-5  # float32 log-probabilities of half a dozen tokens
 
 def main(path: str) -> str:
     """What is wrong with the library's answers; nothing if they are right."""
-    solve_rows = ctypes.CDLL(path).solve_rows
+    library = ctypes.CDLL(path)
+    return wrong_blend(library.solve_rows) or wrong_loss(library.reverse_kl_rows)
+
+
+def wrong_blend(solve_rows: Any) -> str:
     student, teacher = log_normalise(STUDENT), log_normalise(TEACHER)
     for budget, expected in ((0.0, student), (math.inf, teacher), (BUDGET, None)):
         found = solve(solve_rows, budget)
@@ -41,6 +45,21 @@ def solve(solve_rows: Any, budget: float) -> list[float]:
     scratch = (ctypes.c_float * (2 * size))()
     solve_rows(row(*STUDENT), row(*TEACHER), 0, *bounds, ctypes.byref(ctypes.c_double(budget)), *results, out, scratch)
     return list(out)
+
+
+def wrong_loss(reverse_kl_rows: Any) -> str:
+    student, teacher = log_normalise(STUDENT), log_normalise(TEACHER)
+    loss = divergence(student, teacher)
+    expected = [math.exp(a) * (a - b - loss) for a, b in zip(student, teacher, strict=True)]
+    size = len(STUDENT)
+    row, integer = ctypes.c_float * size, ctypes.c_int64
+    numbers, gradient, scratch = (ctypes.c_float * 7)(), row(), (ctypes.c_float * (2 * size))()
+    # strides, rows of the head, V, start, end, support
+    bounds = [integer(value) for value in (size, size, size, size, size, 0, 1, 0)]
+    others = (ctypes.c_double(1.0), None, integer(0), ctypes.byref(integer(0)), None, numbers, gradient, scratch)
+    reverse_kl_rows(row(*STUDENT), row(*TEACHER), 0, 0, *bounds, *others)
+    gaps = [abs(a - b) for a, b in zip((numbers[0], *gradient), (loss, *expected), strict=True)]
+    return "" if all(gap < TOLERANCE for gap in gaps) else f"wrong losses: {numbers[0]}, {list(gradient)}"
 
 
 def log_normalise(logits: tuple[float, ...]) -> list[float]:

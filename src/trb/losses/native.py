@@ -1,0 +1,98 @@
+"""The reverse KL on CPUs in C: loss, gradient and metrics of a chunk in three sweeps that stay in cache.
+
+`trb.losses.terms` remains the semantics of record. A row's result depends on that row alone, to the last bit. Built,
+and given threads, by `trb.kernels`.
+
+Left out on purpose: rows whose loss is infinite or not a number, which come back with a loss of NaN and their gradient
+unwritten, for `trb.losses.chunked` to do again; supports above 1,024 tokens that are not the whole vocabulary; dtypes
+other than float32 and bfloat16; and losses other than the reverse KL.
+
+Shape suffixes: C tokens of one chunk, V rows of a head.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trb import kernels
+
+__all__ = ["available", "reverse_kl_chunk"]
+
+_DTYPES = torch.float32, torch.bfloat16
+_MOST_SUPPORT, _MOST_STOPS = 1024, 64
+_NUMBERS = 7
+
+
+def available(logits_CV: Tensor, taught_CV: Tensor, k: int, size: int, stop_ids: int) -> bool:
+    """Whether `reverse_kl_chunk` can do these logits, with a support of `k` tokens of `size` and so many stop ids."""
+    readable = all(x_CV.device.type == "cpu" and x_CV.dtype in _DTYPES for x_CV in (logits_CV, taught_CV))
+    return readable and (k <= _MOST_SUPPORT or k >= size) and stop_ids <= _MOST_STOPS and kernels.available()
+
+
+@torch.no_grad()
+def reverse_kl_chunk(
+    logits_CV: Tensor,
+    taught_CV: Tensor,
+    token_C: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    size: int,
+    stop_ids: Sequence[int],
+    weight_C: Tensor | None = None,
+    gradient_CV: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Reverse KL on the student's top `k` tokens, as `trb.losses.terms.reverse_kl_terms`, from both models' logits.
+
+    Args:
+        logits_CV: `[C, V_student]` of the student.
+        taught_CV: `[C, V_teacher]` of the teacher.
+        token_C: `[C]` events, below `size`.
+        k: support size, 0 for the whole vocabulary.
+        temperature: divides both models' logits.
+        size: the first so many head rows are shared.
+        stop_ids: ids that are one event, the one that stands for it first.
+        weight_C: `[C]` factors of the losses, and so of the gradient; None for 1.
+        gradient_CV: `[C, V_student]`, where the gradient by the student's logits goes, in their dtype.
+
+    Returns:
+        `[C]` losses in float32, NaN where a row is left to tensors, and the `[C]` values of
+        `trb.losses.terms.TokenMetrics` in its order.
+
+    Raises:
+        RuntimeError: the library is not available.
+    """
+    library = kernels.library(otherwise="trb.losses.chunked")
+    logits_CV, taught_CV = (x_CV if x_CV.stride(1) == 1 else x_CV.contiguous() for x_CV in (logits_CV, taught_CV))
+    token_C, stop_S = token_C.long().contiguous(), torch.tensor(stop_ids, dtype=torch.int64)
+    weight_C = None if weight_C is None else weight_C.float().contiguous()
+    number_CM = torch.empty(len(token_C), _NUMBERS)
+
+    def sweep(start: int, end: int) -> None:
+        library.reverse_kl_rows(
+            logits_CV.data_ptr(),
+            taught_CV.data_ptr(),
+            logits_CV.dtype == torch.bfloat16,
+            taught_CV.dtype == torch.bfloat16,
+            logits_CV.stride(0),
+            taught_CV.stride(0),
+            0 if gradient_CV is None else gradient_CV.stride(0),
+            logits_CV.shape[1],
+            size,
+            start,
+            end,
+            k,
+            temperature,
+            stop_S.data_ptr(),
+            len(stop_S),
+            token_C.data_ptr(),
+            None if weight_C is None else weight_C.data_ptr(),
+            number_CM.data_ptr(),
+            None if gradient_CV is None else gradient_CV.data_ptr(),
+            kernels.scratch(2 * size).data_ptr(),
+        )
+
+    kernels.spread(sweep, len(token_C), size)
+    loss_C, *metrics = number_CM.unbind(1)
+    return loss_C, metrics
