@@ -318,7 +318,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from trb.losses import triton as losses_triton
-kernel = losses_triton._reverse_kl_kernel
+kernel = losses_triton.reverse_kl_kernel
 zeros = torch.zeros(1, 2)
 assert not losses_triton.available(zeros, zeros, 0, 2, 1)  # on a CPU, outside the interpreter
 pointers = {"student": "*bf16", "teacher": "*bf16", "gradient": "*bf16", "tokens": "*i64", "numbers": "*fp32"}
