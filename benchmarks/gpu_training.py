@@ -89,6 +89,8 @@ def check_rows(
         stop_ids=vocabulary.stop_ids,
         gradient_CV=gradient,
     )
+    used = losses_triton.available(student, teacher, k, vocabulary.size, len(vocabulary.stop_ids))
+    bench.expect(used, f"{name}: the fused loss is not used")
     same = torch.nn.Identity()  # a head, so that the eager loss is given logits
     hidden = student.double().requires_grad_()
     total, exact = ReverseKL(k)(
