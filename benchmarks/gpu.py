@@ -403,10 +403,10 @@ def time_tokens(bench: Bench, forward: Callable[..., Any], cache: Any, batch: in
 # (section, most seconds): checks first, what may fail in a library's compiler last.
 SECTIONS: tuple[tuple[Callable[[Bench], None], float], ...] = (
     (check_solver, 60),
-    (check_loss, 40),
+    (check_loss, 45),
     (time_solver, 60),
     (time_draw, 20),
-    (time_loss, 60),
+    (time_loss, 90),
     (time_sampling, 150),
     (time_step, 40),
     (time_training, 120),

@@ -138,7 +138,7 @@ def test_value_metrics_and_gradient(k: int, dtype: torch.dtype, temperature: flo
     """Folded stop ids, heads padded to different sizes, a temperature; 71 is no multiple of the block."""
     student, teacher = related(2, 80, 75)
     case = Case(student.to(dtype), teacher.to(dtype), torch.tensor([3, 70]), k, temperature, size=71, stops=STOPS)
-    found = run(case, block=16)
+    found = run(case, block=64)
     assert_right(case, found)
     assert (found.gradient[:, case.shared :] == 0).all()
 
@@ -169,14 +169,14 @@ def test_tokens_that_a_model_cannot_draw(k: int) -> None:
     assert found.metrics[3, 0] == found.metrics[4, 0] == -INF
 
 
-@pytest.mark.parametrize("k", [1, 7, 16])
-def test_of_equal_logits_the_first_are_the_support(k: int) -> None:
+@pytest.mark.parametrize(("k", "block"), [(1, 16), (5, 16), (16, 32)])
+def test_of_equal_logits_the_first_are_the_support(k: int, block: int) -> None:
     """In few steps of bf16, ties at the boundary are the rule; the last row has nothing but ties."""
     student, teacher = related(4, 50, 50, seed=3)
     student = student.round().bfloat16()
     student[3] = 1.0
     case = Case(student, teacher, torch.zeros(4, dtype=torch.long), k, stops=(3, 7))
-    assert_right(case, run(case, block=16))
+    assert_right(case, run(case, block=block))
 
 
 @pytest.mark.parametrize("k", [3, 10])
@@ -318,7 +318,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from trb.losses import triton as losses_triton
-kernel = losses_triton._reverse_kl_kernel
+kernel = losses_triton.reverse_kl_kernel
 zeros = torch.zeros(1, 2)
 assert not losses_triton.available(zeros, zeros, 0, 2, 1)  # on a CPU, outside the interpreter
 pointers = {"student": "*bf16", "teacher": "*bf16", "gradient": "*bf16", "tokens": "*i64", "numbers": "*fp32"}
