@@ -39,7 +39,7 @@ pytest_plugins = ["hostile_helpers", "pytester"]  # the folder of an attempt, an
 
 
 def pytest_collection_finish() -> None:
-    """What all modules brought along, a million objects, stays out of the collections that each run of a trainer asks for.
+    """What the modules brought along, a million objects, stays out of the collections that each trainer asks for.
 
     They took half of the time of a test that trains for a step or two.
     """
