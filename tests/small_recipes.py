@@ -1,5 +1,6 @@
 """A recipe and a study that take seconds, and a pool that runs a study's jobs in this process."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -97,6 +98,7 @@ def _one_by_one(directory: str, missing: list[Any]) -> Iterator[tuple[Any, float
         try:
             seconds = jobs.do_job(directory, False, job)
         except Exception as error:
-            workers._explain(job, error)
-            raise
+            arrived = pickle.loads(pickle.dumps(error))  # as it would come from another process
+            workers._explain(job, arrived)
+            raise arrived from error
         yield job, seconds

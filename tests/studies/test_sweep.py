@@ -180,7 +180,10 @@ def test_development_problems_among_the_test_problems_are_refused(tmp_path):
         run_study(study(settings={"chains": overlapping}), tmp_path / "study")
 
 
-def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path):
+@pytest.mark.parametrize("pool", ["here", pytest.param("processes", marks=pytest.mark.torture)])
+def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path, pool, request):
+    if pool == "here":
+        request.getfixturevalue(pool)
     setting = STUDY["settings"]["chains"]
     broken = {**setting, "recipe": {**setting["recipe"], "train_data": str(tmp_path / "missing.jsonl")}}
     with pytest.raises(StudyError, match=r"chains/select/opd/0/seed-100: .*missing\.jsonl.*run the same command again"):
