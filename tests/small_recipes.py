@@ -87,16 +87,17 @@ def study_of(setting: Setting) -> Study:
 
 
 @contextmanager
-def pool_of_this_process(directory: Path, *_: Any) -> Iterator[Any]:
+def pool_of_this_process(directory: Path, *rest: Any) -> Iterator[Any]:
     """Takes the place of `trb.studies.sweep.open_pool`: processes take longer to start than such runs."""
+    *_, keep_models = rest
     jobs._study_in.cache_clear()
-    yield SimpleNamespace(map=partial(_one_by_one, str(directory)))
+    yield SimpleNamespace(map=partial(_one_by_one, str(directory), keep_models))
 
 
-def _one_by_one(directory: str, missing: list[Any]) -> Iterator[tuple[Any, float]]:
+def _one_by_one(directory: str, keep_models: bool, missing: list[Any]) -> Iterator[tuple[Any, float]]:
     for job in missing:
         try:
-            seconds = jobs.do_job(directory, False, job)
+            seconds = jobs.do_job(directory, keep_models, job)
         except Exception as error:
             arrived = pickle.loads(pickle.dumps(error))  # as it would come from another process
             workers._explain(job, arrived)
