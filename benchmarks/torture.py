@@ -15,6 +15,7 @@ random state, bit for bit; also files that exist in one of the two only. Clock r
 
 import argparse
 import ctypes
+import gc
 import hashlib
 import importlib.util
 import json
@@ -945,6 +946,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # results repeat bit for bit with one thread, and children are forked from one
+    gc.collect()
+    gc.freeze()  # so that collections in the children neither go through what was imported nor copy it
     console = Console(stderr=True)
     steps = arguments.steps or (20 if arguments.quick else 2000)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,14 @@
-"""A recipe and a study that take seconds."""
+"""A recipe and a study that take seconds, and a pool that runs a study's jobs in this process."""
 
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from trb.studies import jobs, workers
 from trb.studies.study import Setting, Study
 
 SMALL: dict[str, Any] = {
@@ -77,3 +84,22 @@ def study_of(setting: Setting) -> Study:
     """A study of one setting, "s"."""
     seeds = {"select": [9], "test": 1}
     return Study(name="x", seeds=seeds, configurations=1, settings={"s": setting}, methods={"opd": [{}]})
+
+
+@contextmanager
+def pool_of_this_process(directory: Path, *rest: Any) -> Iterator[Any]:
+    """Takes the place of `trb.studies.sweep.open_pool`: processes take longer to start than such runs."""
+    *_, keep_models = rest
+    jobs._study_in.cache_clear()
+    yield SimpleNamespace(map=partial(_one_by_one, str(directory), keep_models))
+
+
+def _one_by_one(directory: str, keep_models: bool, missing: list[Any]) -> Iterator[tuple[Any, float]]:
+    for job in missing:
+        try:
+            seconds = jobs.do_job(directory, keep_models, job)
+        except Exception as error:
+            arrived = pickle.loads(pickle.dumps(error))  # as it would come from another process
+            workers._explain(job, arrived)
+            raise arrived from error
+        yield job, seconds

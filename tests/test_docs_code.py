@@ -24,11 +24,15 @@ from trb.tasks.grading import VERIFIERS
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
 # A command is run as it stands but for these: the same code in seconds instead of minutes.
+STEP = ["--max-steps=1", "--prompts-per-step=2", "--num-generations=2", "--per-device-train-batch-size=4"]
+STEP += ["--max-completion-length=8", "--eval-limit=4", "--quiet"]
+PROBE = ["--problems=4", "--samples=1", "--excerpts=1", "--budgets", "0", "0.1", "--truncations", "4"]
+PROBE += ["--skd-top-k", "3", "--max-new-tokens=8", "--quiet"]
 CUT = {
-    "train": ["--max-steps", "1", "--eval-limit", "4", "--quiet"],
-    "compare": ["--max-steps", "1", "--eval-limit", "4", "--quiet"],
+    "train": STEP,
+    "compare": STEP,
     "eval": ["--limit", "4", "--quiet"],
-    "probe": ["--problems", "4", "--budgets", "0", "0.1", "--quiet"],
+    "probe": PROBE,
 }
 LAUNCHERS = ("accelerate", "sbatch", "torchrun")
 WITH_CODE = [page for page in PAGES if any(block.language in ("python", "bash") for block in blocks(page))]

@@ -67,23 +67,6 @@ def test_its_metadata_names_the_command_the_licence_and_the_python(wheel: Path) 
     assert metadata["Requires-Python"] == ">=3.11"
 
 
-def test_it_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import trb; from trb.models.loading import load_model, load_tokenizer\n"
-        f"assert trb.__file__.startswith({str(tmp_path)!r}), trb.__file__\n"
-        "model, tokenizer = load_model('zoo:student'), load_tokenizer('zoo:student')\n"
-        "assert tokenizer.eos_token_id is not None\n"
-        "from trb.studies import provenance\n"
-        "assert provenance.describe()['commit'] is None\n"
-    )
-    # -I: neither the working directory nor PYTHONPATH may lend a hand.
-    command = [sys.executable, "-I", "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.fixture(scope="module")
 def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`trb` as pip installs it from the wheel, in an environment of its own that borrows the dependencies of this one.
@@ -102,25 +85,42 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment / "bin" / "trb"
 
 
-@pytest.mark.slow
+FEW = ["--max-steps", "2", "--train-limit", "16", "--prompts-per-step", "2", "--per-device-train-batch-size", "8"]
+FEW += ["--eval-limit", "4", "--quiet"]
+# One process for all that load the models: each of its own would spend five seconds on imports.
+LOADED = f"""\
+import trb
+from trb.cli import main
+from trb.models.loading import load_model, load_tokenizer
+from trb.studies import provenance
+
+print(trb.__file__)
+load_model("zoo:student")
+assert load_tokenizer("zoo:student").eos_token_id is not None
+assert provenance.describe()["commit"] is None
+few = {FEW!r}
+for arguments in (
+    ["compare", "--config", "quickstart", *few],
+    ["train", "--config", "distil.yaml", *few],
+    ["eval", "--model", "runs/distil", "--data", "zoo:chains", "--limit", "4", "--max-new-tokens", "48", "--quiet"],
+    ["report", "runs/distil"],
+):
+    assert main(arguments) == 0, arguments
+"""
+
+
 def test_the_first_commands_of_a_new_user_run_in_an_empty_directory(command: Path, tmp_path: Path) -> None:
-    few = ["--max-steps", "2", "--train-limit", "16", "--prompts-per-step", "2", "--per-device-train-batch-size", "8"]
-    few += ["--eval-limit", "4", "--quiet"]
+    """Without the checkout: neither the working directory nor the environment lends a hand."""
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    for arguments in (
-        ["compare", "--config", "quickstart", *few],
-        ["init"],
-        ["train", "--config", "distil.yaml", *few],
-        ["eval", "--model", "runs/distil", "--data", "zoo:chains", "--limit", "4", "--max-new-tokens", "48", "--quiet"],
-        ["report", "runs/distil"],
-    ):
-        result = subprocess.run(
-            [str(command), *arguments], cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, (arguments, result.stdout, result.stderr)
+
+    def run(*words: str) -> str:
+        result = subprocess.run(words, cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, (words, result.stdout, result.stderr)
+        return result.stdout
+
+    run(str(command), "init")
+    found = run(str(command.with_name("python")), "-c", LOADED).splitlines()[0]
+    assert Path(found).is_relative_to(command.parents[1])
     assert {path.name for path in tmp_path.iterdir()} == {"distil.yaml", "runs"}
-    for run in ("quickstart", "distil"):
-        assert (tmp_path / "runs" / run / "report.html").is_file()
-    where = [str(command.with_name("python")), "-c", "import trb; print(trb.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=60)
-    assert Path(found.stdout.strip()).is_relative_to(command.parents[1])
+    for name in ("quickstart", "distil"):
+        assert (tmp_path / "runs" / name / "report.html").is_file()

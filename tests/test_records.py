@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import BaseModel
-from small_recipes import SMALL, STUDY
+from small_recipes import SMALL, STUDY, pool_of_this_process
 
 import trb
 from trb import records
@@ -23,6 +23,7 @@ from trb.report import ReportError, write_report
 from trb.report.tables import tables_of
 from trb.safety import files
 from trb.safety.typed_files import JsonFile, LinesFile, RecordError, TypedFile, VersionError
+from trb.studies import sweep
 from trb.studies.comparison import compare
 from trb.studies.probe import probe
 from trb.studies.recipe import make_recipe
@@ -96,7 +97,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(make_recipe(small | {"save_strategy": "steps", "save_steps": 2}), root / "run")
     skip_a_step(root / "run" / records.SKIPPED)
     compare(make_recipe(small | {"methods": {"opd": {}, "trb": {}}}), root / "comparison")
-    run_study(Study.model_validate(STUDY), root / "study", workers=1, keep_models=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "open_pool", pool_of_this_process)
+        run_study(Study.model_validate(STUDY), root / "study", workers=1, keep_models=True)
     options: dict[str, Any] = {"problems": 2, "samples": 1, "excerpts": 1, "max_new_tokens": 6}
     where = root / "study" / "chains" / records.PROBE_FOLDER
     probe(make_recipe(small), where, truncations=[2, 4], budgets=[0.0, 0.1], skd_top_k=[5], **options)

@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import student_stopping_as_the_teacher
 from rich.console import Console
-from small_recipes import SMALL_FILE
+from small_recipes import SMALL_FILE, pool_of_this_process
 from transformers import BertConfig, BertLMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from trb import cli, zoo
 from trb.cli import main
 from trb.planning.shapes import SHAPES
-from trb.studies import material, scores
+from trb.studies import material, scores, sweep
 from trb.studies.shipped import RECIPES
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import longest_prompt
@@ -498,7 +498,10 @@ def test_sweep_plans_without_running(study: Path, tmp_path: Path, capsys: pytest
     assert not directory.exists()
 
 
-def test_sweep_runs_shows_and_reports(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_runs_shows_and_reports(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "open_pool", pool_of_this_process)
     directory = tmp_path / "out"
     assert main(["sweep", "--config", str(study), "--output-dir", str(directory), "--workers", "1"]) == 0
     captured = capsys.readouterr()

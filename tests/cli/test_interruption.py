@@ -25,11 +25,12 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 ENDS_WITHIN_S = 60.0
 
 
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start(command: list[str], log: Path, surroundings: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """As a terminal does: in a group of its own, and with Ctrl-C switched on."""
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, *command],
+            env=os.environ | (surroundings or {}),
             stdout=file,
             stderr=file,
             start_new_session=True,
@@ -59,7 +60,9 @@ def ends(process: subprocess.Popen[bytes], disturb: Callable[[], None]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reaches", ["the sweep alone", "all of a terminal's group"])
+@pytest.mark.parametrize(
+    "reaches", [pytest.param("the sweep alone", marks=pytest.mark.torture), "all of a terminal's group"]
+)
 def test_an_interrupted_sweep_does_not_wait_for_its_runs(tmp_path: Path, reaches: str) -> None:
     study, log = tmp_path / "study.yaml", tmp_path / "log"
     study.write_text(yaml.safe_dump({**STUDY, "recipe": {**STUDY["recipe"], "max_steps": 100_000}}))
@@ -73,7 +76,22 @@ def test_an_interrupted_sweep_does_not_wait_for_its_runs(tmp_path: Path, reaches
     assert log.read_text() == "interrupted. Run the same command again: finished runs are kept.\n"
 
 
-@pytest.mark.slow
+def test_a_command_ends_with_the_launcher_that_started_it(tmp_path: Path) -> None:
+    """A process in the launcher's place, and a command that would take ten minutes."""
+    command = (
+        "import os, sys, time\nfrom trb import cli\n"
+        "def work(*arguments):\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
+        "cli.run_report = work\nsys.argv = ['trb', 'report', 'nowhere']\nsys.exit(cli.main())"
+    )
+    launches = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {command!r}])"
+    log = tmp_path / "log"
+    launcher = start(["-c", launches], log, {"TORCHELASTIC_RUN_ID": "here"})
+    wait_for(lambda: log.read_text().strip().isdecimal(), launcher, log)
+    assert [child.pid for child in psutil.Process(launcher.pid).children()] == [int(log.read_text())]
+    assert ends(launcher, launcher.kill) == -signal.SIGKILL
+
+
+@pytest.mark.torture
 def test_processes_of_a_launcher_that_was_killed_end(tmp_path: Path) -> None:
     recipe, log = tmp_path / "recipe.yaml", tmp_path / "log"
     recipe.write_text(

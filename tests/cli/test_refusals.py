@@ -2,20 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_recipes import SMALL_FILE
+from small_recipes import SMALL_FILE, pool_of_this_process
 
 from trb import zoo
 from trb.cli import main
-from trb.studies import jobs, probe, run, scores, sweep, workers
+from trb.studies import probe, run, scores, sweep
 
 METHODS = "methods: {opd: {}, trb: {initial_kl_budget: 0.3}}\n"
 STUDY = """\
@@ -39,23 +35,7 @@ PROBE += ["--max-new-tokens=8"]
 
 @pytest.fixture(autouse=True)
 def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Studies run in this process: others take longer to start than to run."""
-
-    @contextmanager
-    def here(directory: Path, *_: Any) -> Iterator[Any]:
-        jobs._study_in.cache_clear()
-        yield SimpleNamespace(map=partial(one_by_one, str(directory)))
-
-    def one_by_one(directory: str, missing: list[Any]) -> Iterator[tuple[Any, float]]:
-        for job in missing:
-            try:
-                seconds = jobs.do_job(directory, False, job)
-            except Exception as error:
-                workers._explain(job, error)
-                raise
-            yield job, seconds
-
-    monkeypatch.setattr(sweep, "open_pool", here)
+    monkeypatch.setattr(sweep, "open_pool", pool_of_this_process)
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import held_by_another, student_stopping_as_the_teacher
-from small_recipes import STUDY
+from small_recipes import STUDY, pool_of_this_process
 
 from trb import zoo
-from trb.studies import jobs, provenance, workers
+from trb.studies import jobs, provenance, sweep, workers
 from trb.studies.material import RunDirectoryError
 from trb.studies.study import ROLES, Reference, Study
 from trb.studies.sweep import StudyListener, run_study
 from trb.studies.workers import StudyError, default_workers
 from trb.studies.yaml_files import ConfigError
+from trb.training.trainer import TRBTrainer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Two methods, three configurations, one seed for the choice and one for the test: five runs of two steps.
@@ -50,6 +51,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Diary]:
     return directory, diary
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """Runs happen in this process; those of `finished` and of some tests below in processes of their own."""
+    monkeypatch.setattr(sweep, "open_pool", pool_of_this_process)
+
+
 def test_a_study_runs_to_its_end(finished):
     directory, diary = finished
     assert diary.phases == [("references", 0, 2), ("selection", 0, 3), ("test", 0, 2)]
@@ -61,7 +68,7 @@ def test_a_study_runs_to_its_end(finished):
     assert chosen == [methods["trb"]["configuration"]]
 
 
-def test_any_pair_of_a_behavior_and_a_loss_is_swept(tmp_path: Path) -> None:
+def test_any_pair_of_a_behavior_and_a_loss_is_swept(here: None, tmp_path: Path) -> None:
     methods = {"opd": [{}], "iw": {"iw_gamma": [0.25, 1.0]}, "both": [{"method": "trb", "loss": "eopd"}]}
     diary = Diary()
     run_study(study(methods=methods), tmp_path, workers=1, listener=diary)
@@ -120,7 +127,7 @@ def test_another_study_in_the_directory_is_refused(finished):
         run_study(study(seeds={"select": [100], "test": [5]}), directory)
 
 
-def test_damaged_results_of_a_study_are_made_again(finished, tmp_path, caplog):
+def test_damaged_results_of_a_study_are_made_again(finished, here, tmp_path, caplog):
     whole, _ = finished
     directory, diary = Path(shutil.copytree(whole, tmp_path / "study")), Diary()
     reference = Reference("chains", "teacher").path
@@ -173,7 +180,10 @@ def test_development_problems_among_the_test_problems_are_refused(tmp_path):
         run_study(study(settings={"chains": overlapping}), tmp_path / "study")
 
 
-def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path):
+@pytest.mark.parametrize("pool", ["here", pytest.param("processes", marks=pytest.mark.torture)])
+def test_a_run_that_fails_is_named_and_the_rest_kept(tmp_path, pool, request):
+    if pool == "here":
+        request.getfixturevalue(pool)
     setting = STUDY["settings"]["chains"]
     broken = {**setting, "recipe": {**setting["recipe"], "train_data": str(tmp_path / "missing.jsonl")}}
     with pytest.raises(StudyError, match=r"chains/select/opd/0/seed-100: .*missing\.jsonl.*run the same command again"):
@@ -230,7 +240,7 @@ def test_a_worker_that_dies_is_reported_and_the_rest_kept(tmp_path):
     assert (tmp_path / "study" / "chains" / "reference" / "student.json").exists()
 
 
-def test_more_methods_may_join_and_only_they_are_run(finished, tmp_path):
+def test_more_methods_may_join_and_only_they_are_run(finished, here, tmp_path):
     """One without a choice and one with; the others keep what was chosen for them."""
     directory = tmp_path / "study"
     shutil.copytree(finished[0], directory)
@@ -248,7 +258,7 @@ def test_more_methods_may_join_and_only_they_are_run(finished, tmp_path):
         run_study(study(methods=changed), directory, workers=1)
 
 
-def test_more_seeds_may_join_and_only_they_are_run(finished):
+def test_more_seeds_may_join_and_only_they_are_run(finished, here):
     directory, _ = finished
     diary = Diary()
     results = run_study(study(seeds={"select": [100], "test": 2}), directory, workers=1, listener=diary)
@@ -269,7 +279,56 @@ def test_workers_default_to_what_the_machine_holds():
     assert default_workers(10**6) == 1
 
 
-@pytest.mark.slow
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+# Where each kill meets the sweep: inside the second run, between the runs and the choice, and with the second of the
+# chosen runs trained and not scored.
+KILLS = [(TRBTrainer, "training_step", 4), (sweep, "_select", 1), (jobs, "_score", 2)]
+
+
+def test_a_sweep_killed_in_its_runs_and_between_them_ends_with_the_same_study(finished, here, tmp_path, monkeypatch):
+    """And with the same records of every run; `make torture` kills real processes at random moments."""
+    whole, directory = finished[0], tmp_path / "study"
+    for owner, name, call in KILLS:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, killed_at(getattr(owner, name), call))
+            run_study(study(), directory, workers=1)
+        assert not (directory / "study.json").exists()
+    run_study(study(), directory, workers=1)
+    assert outcome(directory) == outcome(whole)
+
+
+def killed_at(function, call):
+    """It works but for its `call`-th call."""
+    calls = []
+
+    def doomed(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == call:
+            raise Killed
+        return function(*args, **kwargs)
+
+    return doomed
+
+
+CLOCKS = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+
+
+def outcome(directory):
+    """The settings of study.json, and the records of its runs without clock readings."""
+    found = {"study.json": json.loads((directory / "study.json").read_text())["settings"]}
+    for path in sorted(directory.rglob("*.jsonl")):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.relative_to(directory)] = [
+            {key: value for key, value in record.items() if key not in CLOCKS} for record in records
+        ]
+    assert len(found) > 10
+    return found
+
+
+@pytest.mark.torture
 def test_killed_sweeps_end_with_the_same_study(tmp_path):
     out = tmp_path / "kills.json"
     command = [sys.executable, str(BENCHMARKS / "kill_sweep.py"), "--kills", "2", "--seed", "3", "--out", str(out)]
