@@ -50,6 +50,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # as the process ends, when extensions report what is left of theirs
+
+
 def run_in_two_processes(script: str, *arguments: object, timeout: float) -> None:
     """Run one of the scripts beside this file by torchrun, on CPUs; it finds the other test files."""
     directory = Path(__file__).parent
