@@ -19,9 +19,9 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, DistributedType
 from datasets import Dataset
+from tiny_runs import losses
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tiny_runs import losses
 from toy_method import ENTRIES
 
 from trb import TRBConfig, TRBTrainer, zoo
