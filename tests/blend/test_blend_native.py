@@ -395,22 +395,13 @@ def probe(code: str = PROBE, **environment: str) -> tuple[str, str]:
     return done.stdout.strip(), done.stderr.strip()
 
 
-@pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
-def test_a_failing_compiler_is_reported_once(compiler: str, tmp_path: Path) -> None:
+def test_a_failing_compiler_is_reported_once(tmp_path: Path) -> None:
+    compiler = "/no/such/compiler"
     out, err = probe(CC=compiler, TRB_CACHE=str(tmp_path), TRB_NATIVE="1")
     assert out == "False False"
     assert len(err.splitlines()) == 1
     assert err.startswith("WARNING trb.blend.native")
     assert compiler in err
-
-
-def test_the_compilers_own_error_is_shown(tmp_path: Path) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'cc: note' >&2\necho 'blend.c:1: error: unlucky' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    out, err = probe(CC=str(compiler), TRB_CACHE=str(tmp_path), TRB_NATIVE="1")
-    assert out == "False False"
-    assert "blend.c:1: error: unlucky" in err
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
@@ -495,7 +486,7 @@ def alone(function):
 
 
 def show():
-    found = blend_native.available()
+    found = [blend_native.available() for _ in range(2)][0]
     kept = [path.read_bytes().hex() for path in (cache / "native").glob("*")]
     print(json.dumps([kind, [found, lines, kept]]))
 
@@ -556,6 +547,10 @@ def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 ODD_COMPILERS = {  # and what must be said of them
+    "it says what is wrong": (
+        "echo 'cc: note' >&2; echo 'blend.c:1: error: unlucky' >&2; exit 1",
+        "blend.c:1: error: unlucky",
+    ),
     "its messages are in another encoding": (r"printf 'error: \344\377\033[31m' >&2; exit 1", "error: "),
     "it builds nothing": ("true", "does not work"),
     "it builds half a library": ('cc "$@" && head -c 4096 "$OUT" > "$HERE/half" && cp "$HERE/half" "$OUT"', "does not"),
@@ -592,7 +587,7 @@ def test_what_an_odd_compiler_builds_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_any_value_of_cc_is_survived(tmp_path: Path) -> None:
-    values = ["cc 'unclosed", "''", "cc \udcff", "/", "cc -no-such-option"]
+    values = ["/bin/false", "cc 'unclosed", "''", "cc \udcff", "/", "cc -no-such-option"]
     found = each(tmp_path, [(named, named, None) for named in values])
     assert list(found) == values
     for named, (there, lines, kept) in found.items():
