@@ -65,7 +65,7 @@ quickstart: $(VENV)/run.stamp ## distil the embedded student by every method of 
 # is compiled run once more without it, as on a machine without a compiler.
 test: lint ## everything CI runs: format, lint, types, tests
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest -n 2 tests/blend/test_blend.py tests/test_policies.py tests/losses
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRB_NATIVE=0 $(BIN)/python -m pytest tests/blend/test_blend.py tests/test_policies.py tests/losses
 
 # The ends of the ranges of pyproject.toml, each in an environment of its own: what uv resolves takes the place of
 # constraints.txt.

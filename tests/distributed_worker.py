@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, DistributedType
 from datasets import Dataset
+from tiny_runs import losses
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from toy_method import ENTRIES
@@ -38,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-4,
     "weight_decay": 0.0,
     "lr_scheduler_type": "constant",
-    "max_completion_length": 24,
+    "max_completion_length": 12,
     "initial_kl_budget": 0.5,
     "blend_warmup_steps": 2,  # the last step's rollouts are the student's own
     "logging_steps": 1,
@@ -304,6 +305,21 @@ def _routed(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "subject": "told" if "+" in row["prompt"][0]["content"][:3] else "teacher"}
 
 
+def call_tools(directory: Path, count: int) -> dict[str, Any]:
+    """Completions with tools, of which some take more turns than others; then the losses of two steps."""
+    import test_tools  # of tests/training, which only pytest has on its path before `main`
+
+    drawing, training = (
+        test_tools.caller(directory / name, per_device_train_batch_size=GLOBAL_BATCH // count, max_steps=2)
+        for name in ("drawn", "trained")
+    )
+    own = 4 // count
+    drawing.train_dataset = drawing.train_dataset.select(range(own * Ranks.of_launch().index, 4))
+    training.train()
+    drawn = [completion for _, completion, _ in test_tools.whole_rows(test_tools.batch(drawing, prompts=own))]
+    return {"drawn": drawn, "losses": losses(training)}
+
+
 SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ddp": (nullcontext, train, {"ddp_find_unused_parameters": False}),
     # Recomputed activations gather each layer's weights once more, in the backward pass.
@@ -311,6 +327,7 @@ SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "teachers": (partial(launched_on_cpu, FSDP2), have_two_teachers, {}),
     "evaluation": (nullcontext, resume_evaluation, {}),
     "schedule": (nullcontext, remember, {}),
+    "tools": (nullcontext, call_tools, {}),
     **{name: (nullcontext, set_itself, settings) for name, settings in SELF_SETTING.items()},
     # Last: transformers remembers DeepSpeed for the rest of the process.
     "zero3": (partial(launched_on_cpu, ZERO3), train, {"teacher_sharded": True}),
@@ -319,6 +336,7 @@ SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def main() -> None:
     rank, count, directory, names = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:]
+    sys.path.insert(0, str(Path(__file__).parent / "training"))
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     torch.distributed.init_process_group(

@@ -9,6 +9,7 @@ Shape suffixes: R rows, L padded length, N completion tokens of all rows, V head
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from unittest import mock
 
@@ -104,6 +105,7 @@ class Case:
         return [row.tokens for row in self.rows]
 
 
+@lru_cache(maxsize=1)
 def find_case(model_type: str) -> Case:
     """A pair of one type, and the first seed and stop id with which some row stops at once, some later, some never.
 

@@ -37,7 +37,9 @@ needs_triton = pytest.mark.skipif(blend_triton.triton is None, reason="Triton is
 
 BUDGETS = (0.0, 5e-4, 1e-3, 5e-3, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0, 50.0, math.inf)
 SOLVABLE = ("flat", "ordinary", "sharp", "near_equal_1e-2", "close", "peaked_10", "peaked_30")
-SIZES = (2, 5, 17, 128, 1000, 5003)
+SIZES = (2, 17, 128, 1000, 5003)
+# Reading either is one line of the kernel: bfloat16 is for a size below a block and one above.
+DTYPES = {size: [torch.float32, torch.bfloat16] if size in (17, 5003) else [torch.float32] for size in SIZES}
 
 
 # --- in the interpreter's process ------------------------------------------------------------
@@ -77,8 +79,7 @@ def case(family: str, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ar
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "dtype"), [(size, dtype) for size in SIZES for dtype in DTYPES[size]], ids=str)
 @pytest.mark.parametrize("family", SOLVABLE)
 def test_budget_is_kept_and_used(family: str, size: int, dtype: torch.dtype) -> None:
     student, teacher, budget, solved = case(family, size, dtype)

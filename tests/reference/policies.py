@@ -1,6 +1,6 @@
 """One-step laws of the behavior policies: (student probabilities, teacher probabilities) -> probabilities.
 
-`p_student` and `p_teacher` are one-dimensional and already on shared events.
+`p_student` and `p_teacher` are `[..., V]` and already on shared events; each row has the law of its own.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def teacher() -> Law:
 def temperature(value: float) -> Law:
     def law(p_student: Array, p_teacher: Array) -> Array:
         powered = p_student ** (1.0 / value)
-        return powered / powered.sum()
+        return powered / powered.sum(-1, keepdims=True)
 
     return law
 
@@ -43,7 +43,7 @@ def geometric(weight: float) -> Law:
 
     def law(p_student: Array, p_teacher: Array) -> Array:
         product = np.power(p_student, 1 - weight) * np.power(p_teacher, weight)
-        return product / product.sum()
+        return product / product.sum(-1, keepdims=True)
 
     return law
 
@@ -63,4 +63,4 @@ def skd(top_k: int, teacher_temperature: float) -> Law:
                 total += probability * replacement
         return total
 
-    return law
+    return np.vectorize(law, signature="(v),(v)->(v)")

@@ -88,9 +88,7 @@ def way(model: PreTrainedModel) -> str:
 # --- laws that were silently wrong --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "model_type", ["gemma3_text", "olmo3", "qwen2", "mistral", "starcoder2", "cohere2", "gemma4_unified"]
-)
+@pytest.mark.parametrize("model_type", ["olmo3", "qwen2", "starcoder2", "gemma4_unified"])  # others: test_models
 def test_windows_hold_in_prompts_and_after_them(model_type: str) -> None:
     """Prompts of up to three windows; these models are read through slots, not by a slower way."""
     student, teacher = build(model_type, seed=0), build(model_type, seed=1)

@@ -5,6 +5,7 @@ That its samples have the exact law is shown in test_sampling_exactness.py, wher
 
 import math
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import pytest
@@ -53,15 +54,20 @@ def draw(pair: TinyPair, policy: BehaviorPolicy, **options: Any) -> Rollout:
     return sample(pair.student, pair.teacher, PROMPTS, policy, **{**arguments, **options})
 
 
+@cache
+def lockstep(pair: TinyPair, policy: BehaviorPolicy) -> Rollout:
+    return draw(pair, policy, method="lockstep")
+
+
 # --- the same tokens ----------------------------------------------------------------------------
 
 
 @each_policy
-@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 8, 16, "planned", "measured"])
+@pytest.mark.parametrize("block_size", [1, 3, 8, 16, "planned", "measured"])
 def test_tokens_are_those_of_the_lockstep_sampler(
     tiny_pair: TinyPair, policy: BehaviorPolicy, block_size: int | str
 ) -> None:
-    expected = draw(tiny_pair, policy, method="lockstep")
+    expected = lockstep(tiny_pair, policy)
     ours = draw(tiny_pair, policy, block_size=block_size)
     assert ours.completions == expected.completions
     assert ours.stopped == expected.stopped
@@ -74,9 +80,9 @@ def test_tokens_are_those_of_the_lockstep_sampler(
 
 
 @each_policy
-@pytest.mark.parametrize("max_rows", [1, 2, 5])
+@pytest.mark.parametrize("max_rows", [1, 5])
 def test_refilled_slots_change_nothing(tiny_pair: TinyPair, policy: BehaviorPolicy, max_rows: int) -> None:
-    expected = draw(tiny_pair, policy, method="lockstep")
+    expected = lockstep(tiny_pair, policy)
     assert draw(tiny_pair, policy, block_size=4, max_rows=max_rows).completions == expected.completions
 
 
@@ -174,21 +180,24 @@ def test_grouped_queries_under_either_attention(implementation: str) -> None:
 
 
 def test_two_samplers_one_law(tiny_pair: TinyPair) -> None:
-    """50,000 completions of each, with different seeds: homogeneity by chi-square, false-alarm rate 1e-4."""
+    """20,000 completions of each, with different seeds: homogeneity by chi-square, false-alarm rate 1e-4.
+
+    Chances that are off by 15% add 20,000 * 0.15^2 / 2 = 225 to a statistic that stays below 125 otherwise.
+    """
     counts = []
     for method, seed in (("lockstep", 100), ("speculative", 200)):
         out = sample(
             tiny_pair.student,
             tiny_pair.teacher,
-            [[2, 3, 1]] * 50_000,
+            [[2, 3, 1]] * 20_000,
             TrustRegionPolicy(0.1),
             max_new_tokens=3,
             eos_token_id=tiny_pair.student_eos,
             teacher_eos_token_id=tiny_pair.teacher_eos,
             seed=seed,
             method=method,
-            rollout_index=list(range(50_000)),
-            prompt_keys=[1] * 50_000,
+            rollout_index=list(range(20_000)),
+            prompt_keys=[1] * 20_000,
             max_rows=10_000,
             **({"block_size": 3} if method == "speculative" else {}),
         )

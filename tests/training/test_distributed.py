@@ -176,6 +176,14 @@ def test_a_killed_evaluation_goes_on_alike_everywhere_and_is_refused_alike(pair:
         assert "n is 2 there and 3 here" in process["refusal"]
 
 
+def test_two_processes_with_tools_draw_and_learn_what_one_does(pair: Any, tmp_path: Path) -> None:
+    """Some rows take more turns than others, so that after the first the processes go on alone."""
+    alone = worker.call_tools(tmp_path, 1)
+    assert [row for process in pair["tools"] for row in process["drawn"]] == alone["drawn"]
+    for process in pair["tools"]:
+        assert alone["losses"] == pytest.approx(process["losses"], rel=1e-4)
+
+
 def test_a_schedule_that_remembers_is_the_same_everywhere(pair: Any, tmp_path: Path) -> None:
     first, second = pair["schedule"]
     alone = worker.remember(tmp_path, 1)

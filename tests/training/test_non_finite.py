@@ -269,10 +269,9 @@ def test_a_broken_weight_is_named_by_every_command(
         assert not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("probe.json"))
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_broken_weight_that_nothing_reads_changes_nothing(value: float, tmp_path: Path) -> None:
+def test_a_broken_weight_that_nothing_reads_changes_nothing(tmp_path: Path) -> None:
     """The last row of the teacher's embeddings: no token has its id, and the head has rows of its own."""
-    model = broken_weight("teacher", "model.embed_tokens.weight", 79, value, tmp_path)
+    model = broken_weight("teacher", "model.embed_tokens.weight", 79, math.nan, tmp_path)
     numbers = {}
     for label, models in (("broken", {"teacher": model}), ("whole", {})):
         folder = tmp_path / label

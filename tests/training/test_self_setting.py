@@ -336,12 +336,13 @@ def test_a_run_from_teacher_prefixes_ends_with_the_student(tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> None:
     settings: dict[str, Any] = {
-        **{"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "blend_warmup_steps": 4},
-        **{"initial_kl_budget": None, **SCHEDULES[kind]},
+        **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "blend_warmup_steps": 4},
+        **{"initial_kl_budget": None, "per_device_train_batch_size": 4, "max_completion_length": 8},
+        **SCHEDULES[kind],
     }
     straight = build(tmp_path / "straight", **settings)
     straight.train()
-    killed = build(tmp_path / "killed", callbacks=[Kill(5)], **settings)
+    killed = build(tmp_path / "killed", callbacks=[Kill(3)], **settings)
     with contextlib.suppress(KeyboardInterrupt):
         killed.train()
     resumed = build(tmp_path / "killed", **settings)
@@ -359,7 +360,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> Non
 @pytest.mark.parametrize("behavior", [{"budget_schedule": "sequence"}, {"method": "geometric"}], ids=str)
 def test_a_run_meets_its_target(tmp_path: Path, behavior: dict[str, Any]) -> None:
     """The embedded pair as it is, hardly trained: about 25 tokens a completion, of at most 64."""
-    settings: dict[str, Any] = {"initial_kl_budget": None, "max_steps": 40, "per_device_train_batch_size": 32}
+    settings: dict[str, Any] = {"initial_kl_budget": None, "max_steps": 16, "per_device_train_batch_size": 8}
     settings |= {"learning_rate": 1e-7, "max_completion_length": 64, "recorded_rollouts": 0}
     trainer = build(tmp_path, **settings, **behavior)
     trainer.train()
@@ -386,10 +387,10 @@ def test_the_same_target_is_met_on_short_and_long_completions(tmp_path: Path, le
     """Completions of exactly that many tokens; the divergence of whole ones is far above the target in both."""
     stops = [zoo.load(role)[1].eos_token_id for role in ("student", "teacher")]
     student, teacher = never_stopping(1, stops), never_stopping(2, stops)
-    settings: dict[str, Any] = {"initial_kl_budget": None, "max_steps": 20, "per_device_train_batch_size": 8}
+    settings: dict[str, Any] = {"initial_kl_budget": None, "max_steps": 12, "per_device_train_batch_size": 4}
     settings |= {"learning_rate": 1e-7, "max_completion_length": length, "recorded_rollouts": 0}
     trainer = build(tmp_path, student=student, teacher=teacher, **settings, budget_schedule="sequence")
     trainer.train()
-    assert logged(trainer, "completion_length") == [length] * 20
+    assert logged(trainer, "completion_length") == [length] * 12
     spent = logged(trainer, "sequence_kl")
     assert sum(spent) / len(spent) == pytest.approx(1.0, abs=0.05)

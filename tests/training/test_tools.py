@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_in_two_processes
 from datasets import Dataset
 from tiny_runs import Kill, config, losses, weights
 from trl import DistillationConfig, DistillationTrainer
@@ -290,18 +289,6 @@ def test_a_killed_run_resumes_to_the_same_numbers_and_not_with_other_tools(tmp_p
     for changes in ({"max_tool_calling_iterations": 1}, {"tool_max_characters": 7}, {"tools": [other]}):
         with pytest.raises(ChangedRunError, match="tool"):
             caller(tmp_path / "killed", **settings, **changes).train(resume_from_checkpoint=True)
-
-
-def test_two_processes_draw_and_learn_what_one_does(tmp_path: Path) -> None:
-    """Some rows take more turns than others, so that after the first the processes go on alone."""
-    run_in_two_processes("tool_processes.py", tmp_path, timeout=240)
-    results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2)]
-    inputs = batch(caller(tmp_path / "one", per_device_train_batch_size=8), prompts=4)
-    wanted = {f"{number}": completion for number, (_, completion, _) in enumerate(whole_rows(inputs))}
-    assert results[0]["completions"] | results[1]["completions"] == wanted
-    trained = caller(tmp_path / "trained-by-one", per_device_train_batch_size=8, max_steps=2)
-    trained.train()
-    assert losses(trained) == pytest.approx(results[0]["losses"], rel=1e-4)
 
 
 # ---- what is refused ----

@@ -336,7 +336,8 @@ def test_each_prompt_is_rolled_out_num_generations_times(tmp_path: Path) -> None
 def test_each_method_samples_from_its_policy_and_trains(
     tmp_path: Path, method: str, at_start: object, at_end: object
 ) -> None:
-    trainer = build(tmp_path, method=method, max_steps=2, temperature_warmup_steps=1, sft_warmup_steps=1)
+    short = {"max_steps": 2, "max_completion_length": 6}
+    trainer = build(tmp_path, method=method, temperature_warmup_steps=1, sft_warmup_steps=1, **short)
     assert trainer.behavior.at(0) == at_start
     assert trainer.behavior.at(1000) == at_end
     before = weights(trainer)

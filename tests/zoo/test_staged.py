@@ -54,15 +54,17 @@ def test_shared_says_in_how_many_stages_the_tables_are_one():
 
 
 def test_nothing_that_follows_a_wrong_step_leads_to_the_right_answer():
-    for i, row in enumerate(STAGED.problems(50, seed=2, size=5)):
+    """Two problems for every place of the wrong step; whatever is done after it, right or wrong."""
+    draws = range(18)  # each of the nine wrong digits is among those that these seeds choose
+    for i, row in enumerate(STAGED.problems(8, seed=2, size=4)):
         state, operations = STAGED.start(row["prompt"][0]["content"])
-        wrong_at, ends = random.Random(i).randrange(5), {state}
+        wrong_at, ends = i % 4, {state}
         for place, operation in enumerate(operations):
             right = {STAGED.step(end, operation).state for end in ends}
-            wrong = {STAGED.wrong_step(end, operation, random.Random(j)).state for end in ends for j in range(40)}
+            wrong = {STAGED.wrong_step(end, operation, random.Random(j)).state for end in ends for j in draws}
             assert not right & wrong
             ends = wrong if place == wrong_at else right if place < wrong_at else right | wrong
-        assert len(ends) >= 9 and row["answer"] not in ends  # whatever is done after the wrong step
+        assert len(ends) >= 9 and row["answer"] not in ends
 
 
 def test_corruption_does_what_its_probability_says():
