@@ -11,7 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,15 +36,6 @@ from trb import zoo
 torch.set_num_threads(1)
 
 pytest_plugins = ["hostile_helpers", "pytester"]  # the folder of an attempt, and --attempts-json; its own test
-
-
-def pytest_collection_finish() -> None:
-    """What the modules brought along, a million objects, stays out of the collections that each trainer asks for.
-
-    They took half of the time of a test that trains for a step or two.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 STUDENT_ROWS = 6
