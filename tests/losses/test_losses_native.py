@@ -204,3 +204,86 @@ def test_the_losses_that_are_a_reverse_kl_use_it_and_no_others() -> None:
             with pytest.raises(AssertionError, match="used"):
                 loss(batch)
         Veto(16, 0.5)(batch)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 41},
+        {"size": 0},
+        {"stop_ids": [40]},
+        {"stop_ids": [-1]},
+        {"weight_C": torch.ones(ROWS - 1)},
+        {"gradient_CV": torch.zeros(ROWS, 39)},
+        {"gradient_CV": torch.zeros(ROWS, 40, dtype=torch.bfloat16)},
+        {"gradient_CV": torch.zeros(40, ROWS).T},
+    ],
+    ids=str,
+)
+def test_nothing_outside_the_tensors_is_read_or_written(change: dict[str, Any]) -> None:
+    student, teacher = logits(40, torch.float32)
+    options: dict[str, Any] = {"k": 0, "temperature": 1.0, "size": 40, "stop_ids": [2]} | change
+    with pytest.raises(ValueError, match=r"40|39|4\]"):
+        reverse_kl_chunk(student, teacher, torch.zeros(ROWS, dtype=torch.long), **options)
+
+
+def of_a_machine_without_a_compiler(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    with mock.patch.object(kernels, "available", return_value=False):
+        return by_chunks(*arguments, **options)
+
+
+def by_chunks(head: nn.Module, teacher: Tensor, size: int, k: int, **more: Any) -> tuple[Tensor, Tensor]:
+    """Loss, and its gradient by hidden states, which are the rows of the student's logits before `head`."""
+    leaf = logits(size, torch.float32)[0].requires_grad_()
+    token, mask = torch.zeros(ROWS, dtype=torch.long), torch.ones(ROWS)
+    loss, _ = chunked_reverse_kl(leaf, teacher, head, nn.Identity(), token, mask, k=k, **more)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+class _ByColumns(nn.Module):
+    """A head whose logits lie column by column, as those of `(W @ h.T).T` do."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.T.contiguous().T
+
+
+@needs_library
+@pytest.mark.parametrize("k", [0, 4])
+def test_logits_may_lie_column_by_column(k: int) -> None:
+    teacher = logits(40, torch.float32)[1]
+    for found, expected in zip(
+        by_chunks(_ByColumns(), teacher, 40, k),
+        of_a_machine_without_a_compiler(nn.Identity(), teacher, 40, k),
+        strict=True,
+    ):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@needs_library
+def test_heads_that_do_not_fit_are_the_error_that_they_are_without_it() -> None:
+    teacher = logits(40, torch.float32)[1]
+    for given, more in (
+        (teacher[:, :30], {}),
+        (teacher, {"vocabulary": SharedVocabulary(40, 1, (-41,))}),
+    ):
+        errors = []
+        for reads in (by_chunks, of_a_machine_without_a_compiler):
+            with pytest.raises((RuntimeError, IndexError)) as caught:
+                reads(nn.Identity(), given, 40, 0, **more)
+            errors.append(type(caught.value))
+        assert errors[0] is errors[1]
+
+
+class _Doubled(ReverseKL):
+    def terms(self, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, gradient, mass = super().terms(rows)
+        return 2 * loss, 2 * gradient, mass
+
+
+@needs_library
+def test_a_loss_derived_from_it_keeps_its_own_terms() -> None:
+    student, teacher = logits(40, torch.float32)
+    batch = TokenBatch(student, teacher, nn.Identity(), nn.Identity(), torch.zeros(ROWS, dtype=torch.long))
+    assert float(_Doubled(16)(batch)[0]) == pytest.approx(2 * float(ReverseKL(16)(batch)[0]), rel=1e-5)
+    assert float(ReverseKL(-1)(batch)[0]) == pytest.approx(float(ReverseKL(0)(batch)[0]), rel=1e-6)

@@ -365,7 +365,7 @@ def test_agrees_with_the_eager_loss_on_a_gpu(k: int, dtype: torch.dtype) -> None
     torch.testing.assert_close(gradient.double(), hidden.grad, rtol=eps, atol=1e-5)
 
 
-def works(dtype: torch.dtype, k: int, factor: float) -> tuple[bool, list[str]]:
+def works(dtype: torch.dtype, k: int, folded: bool, factor: float) -> tuple[bool, list[str]]:
     """Runs in the other process: the trial of the kernel, whose losses come out `factor` times as large."""
     lines: list[str] = []
     plain = losses_triton.reverse_kl_chunk
@@ -380,18 +380,18 @@ def works(dtype: torch.dtype, k: int, factor: float) -> tuple[bool, list[str]]:
         patch.setattr(losses_triton, "reverse_kl_chunk", other)
         patch.setattr(losses_triton.logger, "warning", lambda text, *values: lines.append(text % values))
         losses_triton._works.cache_clear()
-        return losses_triton._works(torch.device("cpu"), dtype, torch.float32, k), lines
+        return losses_triton._works(torch.device("cpu"), dtype, torch.float32, k, 512, folded=folded), lines
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [0, 16])
 def test_the_trial_passes_a_kernel_that_works(dtype: torch.dtype, k: int) -> None:
-    assert interpreted(works, dtype, k, 1.0) == (True, [])
+    assert interpreted(works, dtype, k, dtype == torch.bfloat16, 1.0) == (True, [])
 
 
 @pytest.mark.parametrize(("factor", "reason"), [(1.01, "its losses are others"), (0.0, "PassManager::run failed")])
 def test_a_kernel_that_does_not_work_is_not_used_and_said_once(factor: float, reason: str) -> None:
-    found, lines = interpreted(works, torch.float32, 16, factor)
+    found, lines = interpreted(works, torch.float32, 16, False, factor)
     assert not found
     (line,) = lines
     assert reason in line

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_modeling import ARCHITECTURES, build
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trb.models import prefixes
@@ -109,7 +110,14 @@ def test_on_accelerators_no_more_passes_than_whole_rows_take() -> None:
     one, two = (prefixes._rows(*batch([*prompts] * 4, [[2] * 9] * 8)) for prompts in ([FOUR, FOUR], [FOUR, FOUR + ONE]))
     assert length_groups(8) == 4
     for rows, at_once, pays in ((one, 4, True), (one, 2, False), (two, 2, False)):
-        assert prefixes._pays(rows, list(prefixes._groups(rows, at_once)), "cuda") is pays
+        assert prefixes._pays(rows, list(prefixes._groups(rows, at_once)), 1000, "cuda") is pays
+
+
+@pytest.mark.parametrize(("width", "tokens", "pays"), [(4096, 900, True), (64, 900, False), (10**6, 12_000, False)])
+def test_long_completions_are_read_whole(width: int, tokens: int, pays: bool) -> None:
+    """Attention after a prompt computes its masked half too, with a mask: that must be little, and small."""
+    rows = prefixes._rows(*batch([[1] * 600] * 4, [[2] * tokens] * 4))
+    assert prefixes._pays(rows, list(prefixes._groups(rows, 1)), width, "cpu") is pays
 
 
 def with_dropout(model: PreTrainedModel) -> None:
@@ -128,7 +136,25 @@ def with_checkpointing(model: PreTrainedModel) -> None:
     model.train()
 
 
-@pytest.mark.parametrize("make", [with_dropout, with_adapter_dropout, with_checkpointing])
+def with_jitter(model: PreTrainedModel) -> None:
+    model.config.router_jitter_noise = 0.3
+    model.train()
+
+
+def with_dropped_modules(model: PreTrainedModel) -> None:
+    model.base_model.layers[0].module_dropout = {"default": 0.5}
+    model.train()
+
+
+def with_a_wrapper(model: PreTrainedModel) -> None:
+    model.base_model.layers[0] = checkpoint_wrapper(model.base_model.layers[0])
+    model.train()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [with_dropout, with_adapter_dropout, with_jitter, with_dropped_modules, with_checkpointing, with_a_wrapper],
+)
 def test_what_cannot_be_shared_is_read_whole(make: Any, shared: list[int]) -> None:
     model, rows = build("llama"), batch([FOUR] * 4, [[7, 8]] * 4)
     make(model)
@@ -137,6 +163,24 @@ def test_what_cannot_be_shared_is_read_whole(make: Any, shared: list[int]) -> No
     model.eval()
     shared_hidden_states(model, *rows)
     assert shared
+
+
+def test_compiled_layers_are_read_whole(shared: list[int]) -> None:
+    model = build("llama")
+    model.base_model.layers[0].compile(backend="eager")
+    assert not prefixes._may_share(model)
+
+
+def test_a_model_that_cannot_go_on_from_a_cache_is_read_whole(
+    shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = build("llama"), batch([FOUR] * 4, [[7, 8]] * 4)
+
+    def fails(*_: Any) -> Any:
+        raise ValueError("Cannot call `update_indexer` on layer 0 which is a DynamicLayer")
+
+    monkeypatch.setattr(prefixes, "_for_rows", fails)
+    assert torch.equal(shared_hidden_states(model, *rows), completion_hidden_states(model, *rows))
 
 
 def test_a_model_whose_cache_gives_other_states_is_read_whole(

@@ -174,23 +174,31 @@ static double on_support(Row *row, double *mass, double *pull) {
     return fmax(sum / total, 0);
 }
 
-/* The gradient by the events' logits, in `out`; then by those of the stop ids that one of them stands for. */
-static void differentiate(Row *row, double scale, double mass, double pull, float *restrict out) {
+/* The gradient by the events' logits; then by those of the stop ids that one of them stands for. */
+INLINE void differentiate(const Row *row, double scale, double mass, double pull, void *restrict out, int bf16) {
     const Shape *const shape = row->shape;
     const float *restrict const p = row->x, *restrict const r = row->y;
     const double share = scale / exp(row->log_p);
+    const int64_t stop = shape->stops[0];
+    float at_stop;
     if (shape->support) {
         const float each = (float)(-pull * share);
-        for (int64_t i = 0; i < shape->size; i++) out[i] = p[i] * each;
-        for (int64_t j = 0; j < shape->support; j++) out[row->chosen[j]] += (float)(row->chosen_y[j] * scale / mass);
+        at_stop = p[stop] * each;
+        for (int64_t i = 0; i < shape->size; i++) store(out, i, p[i] * each, bf16);
+        for (int64_t j = 0; j < shape->support; j++) {
+            const int64_t i = row->chosen[j];
+            const float value = p[i] * each + (float)(row->chosen_y[j] * scale / mass);
+            store(out, i, value, bf16);
+            if (i == stop) at_stop = value;
+        }
     } else {
         const float shift = (float)(row->log_q - row->log_p - row->kl), each = (float)share;
-        for (int64_t i = 0; i < shape->size; i++) out[i] = p[i] * (r[i] + shift) * each;
+        at_stop = p[stop] * (r[stop] + shift) * each;
+        for (int64_t i = 0; i < shape->size; i++) store(out, i, p[i] * (r[i] + shift) * each, bf16);
     }
-    if (shape->stop_count > 1) {
-        const float folded = out[shape->stops[0]];
-        for (int64_t j = 0; j < shape->stop_count; j++) out[shape->stops[j]] = folded * row->stop_share[j];
-    }
+    for (int64_t j = 0; shape->stop_count > 1 && j < shape->stop_count; j++)
+        store(out, shape->stops[j], at_stop * row->stop_share[j], bf16);
+    for (int64_t i = shape->size; i < shape->rows_of_head; i++) store(out, i, 0.0f, bf16);
 }
 
 /* One row; whether it could be done. The dtypes are constants, so that each copy of the loops reads one. */
@@ -216,11 +224,7 @@ INLINE int one_row(
     numbers[4] = (float)((double)token_x - row->top_x - row->log_p);
     numbers[5] = (float)((double)token_y - row->top_y - row->log_q);
     numbers[6] = (float)mass;
-    if (!gradient) return 1;
-    float *const out = student_bf16 ? row->y : gradient;
-    differentiate(row, weight * shape->inverse_temperature, mass, pull, out);
-    for (int64_t i = 0; student_bf16 && i < shape->size; i++) store(gradient, i, out[i], 1);
-    for (int64_t i = shape->size; i < shape->rows_of_head; i++) store(gradient, i, 0.0f, student_bf16);
+    if (gradient) differentiate(row, weight * shape->inverse_temperature, mass, pull, gradient, student_bf16);
     return 1;
 }
 
@@ -229,7 +233,7 @@ INLINE int one_row(
  * student, teacher: logits, float32 or (`*_bf16` = 1) bfloat16, rows `*_stride` elements apart, tokens adjacent.
  * rows_of_head: of the student's logits and their gradient; only the first `size` are shared with the teacher.
  * support: k of the student's top-k, at most MOST_SUPPORT; 0 for the whole vocabulary.
- * stops, stop_count: ids that are one event, the one that stands for it first; at most MOST_STOPS.
+ * stops, stop_count: ids that are one event, the one that stands for it first; at least one, at most MOST_STOPS.
  * token: [N] events. weight: [N] factors of the losses, or NULL for 1.
  * numbers: [N, NUMBERS] loss, reverse KL, entropies of student and teacher, log-probabilities of the token, support mass.
  * gradient: by the student's logits, in their dtype, rows `gradient_stride` apart; or NULL.

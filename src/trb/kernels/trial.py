@@ -56,7 +56,8 @@ def wrong_loss(reverse_kl_rows: Any) -> str:
     numbers, gradient, scratch = (ctypes.c_float * 7)(), row(), (ctypes.c_float * (2 * size))()
     # strides, rows of the head, V, start, end, support
     bounds = [integer(value) for value in (size, size, size, size, size, 0, 1, 0)]
-    others = (ctypes.c_double(1.0), None, integer(0), ctypes.byref(integer(0)), None, numbers, gradient, scratch)
+    stop = ctypes.byref(integer(0))
+    others = (ctypes.c_double(1.0), stop, integer(1), ctypes.byref(integer(0)), None, numbers, gradient, scratch)
     reverse_kl_rows(row(*STUDENT), row(*TEACHER), 0, 0, *bounds, *others)
     gaps = [abs(a - b) for a, b in zip((numbers[0], *gradient), (loss, *expected), strict=True)]
     return "" if all(gap < TOLERANCE for gap in gaps) else f"wrong losses: {numbers[0]}, {list(gradient)}"

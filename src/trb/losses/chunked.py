@@ -191,16 +191,21 @@ class _Chunks:
         gradient_CV: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]] | None:
         """`[C]` losses of a compiled kernel, NaN in rows that it leaves to tensors, and metrics; None without one."""
-        k = self.loss.reverse_kl_on()
-        vocabulary = self.vocabulary
-        size, stop_ids = (logits_CV.shape[1], []) if vocabulary is None else (vocabulary.size, vocabulary.stop_ids)
+        k, vocabulary = self.loss.reverse_kl_on(), self.vocabulary
+        widths = {logits_CV.shape[1], taught_CV.shape[1]}
+        size, stop_ids = (min(widths), []) if vocabulary is None else (vocabulary.size, vocabulary.stop_ids)
+        # Heads and ids that do not fit are an error, which tensors raise.
+        fits = size <= min(widths) and all(0 <= token_id < size for token_id in stop_ids)
+        if k is None or not fits or (vocabulary is None and len(widths) > 1):
+            return None
+        support = k if 0 < k < size else 0
         for kernel in (losses_native, losses_triton):
-            if k is not None and kernel.available(logits_CV, taught_CV, k, size, len(stop_ids)):
+            if kernel.available(logits_CV, taught_CV, support, size, len(stop_ids)):
                 return kernel.reverse_kl_chunk(
                     logits_CV,
                     taught_CV,
                     token_C,
-                    k=k,
+                    k=support,
                     temperature=self.temperature,
                     size=size,
                     stop_ids=stop_ids,
@@ -302,7 +307,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 student_CH = student_NH[part].detach().requires_grad_(wanted)
                 logits_CV = chunks.student_head(student_CH)
-            gradient_CV = torch.empty_like(logits_CV) if wanted else None
+            gradient_CV = torch.empty_like(logits_CV, memory_format=torch.contiguous_format) if wanted else None
             loss, seen = chunks.terms(logits_CV.detach(), part, gradient_CV)
             total += loss
             metrics.append(seen)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trb import kernels
+from trb.errors import InputError
 
 __all__ = ["available", "reverse_kl_chunk"]
 
@@ -62,10 +63,13 @@ def reverse_kl_chunk(
 
     Raises:
         RuntimeError: the library is not available.
+        ValueError: a head with fewer rows than `size`, a stop id beyond it, or a gradient unlike the logits.
     """
     library = kernels.library(otherwise="trb.losses.chunked")
+    _check(logits_CV, taught_CV, token_C, size, stop_ids, weight_C, gradient_CV)
     logits_CV, taught_CV = (x_CV if x_CV.stride(1) == 1 else x_CV.contiguous() for x_CV in (logits_CV, taught_CV))
-    token_C, stop_S = token_C.long().contiguous(), torch.tensor(stop_ids, dtype=torch.int64)
+    # Of no stop ids any one token is an event of its own.
+    token_C, stop_S = token_C.long().contiguous(), torch.tensor([*stop_ids] or [0], dtype=torch.int64)
     weight_C = None if weight_C is None else weight_C.float().contiguous()
     number_CM = torch.empty(len(token_C), _NUMBERS)
 
@@ -82,7 +86,7 @@ def reverse_kl_chunk(
             size,
             start,
             end,
-            k,
+            k if 0 < k < size else 0,
             temperature,
             stop_S.data_ptr(),
             len(stop_S),
@@ -96,3 +100,31 @@ def reverse_kl_chunk(
     kernels.spread(sweep, len(token_C), size)
     loss_C, *metrics = number_CM.unbind(1)
     return loss_C, metrics
+
+
+def _check(
+    logits_CV: Tensor,
+    taught_CV: Tensor,
+    token_C: Tensor,
+    size: int,
+    stop_ids: Sequence[int],
+    weight_C: Tensor | None,
+    gradient_CV: Tensor | None,
+) -> None:
+    """What lies outside would be read and written all the same."""
+    rows = len(token_C)
+    if logits_CV.dim() != 2 or taught_CV.dim() != 2 or not 0 < size <= min(logits_CV.shape[1], taught_CV.shape[1]):
+        raise InputError(f"{size} events of heads with shapes {tuple(logits_CV.shape)} and {tuple(taught_CV.shape)}")
+    if not all(0 <= token_id < size for token_id in stop_ids):
+        raise InputError(f"stop ids {list(stop_ids)} of {size} events")
+    lengths = [len(x) for x in (logits_CV, taught_CV, weight_C) if x is not None]
+    if any(length != rows for length in lengths):
+        raise InputError(f"{rows} tokens, but {lengths} rows of logits and weights")
+    if gradient_CV is None:
+        return
+    alike = gradient_CV.shape == logits_CV.shape and gradient_CV.dtype == logits_CV.dtype
+    if not alike or gradient_CV.stride(1) != 1:
+        raise InputError(
+            f"a gradient of shape {tuple(gradient_CV.shape)}, {gradient_CV.dtype} and strides {gradient_CV.stride()} "
+            f"for logits of shape {tuple(logits_CV.shape)} and {logits_CV.dtype}"
+        )

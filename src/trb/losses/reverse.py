@@ -27,7 +27,7 @@ class ReverseKL(RowLoss):
         return reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, self.top_k)
 
     def reverse_kl_on(self) -> int | None:
-        return self.top_k
+        return self.top_k if type(self) is ReverseKL else None  # a subclass may have terms of its own
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Veto(RowLoss):
         return reverse_kl_terms(rows.log_student, target_RV, rows.student, target_RV.exp(), self.top_k)
 
     def reverse_kl_on(self) -> int | None:
-        return None if self.strength else self.top_k
+        return self.top_k if type(self) is Veto and not self.strength else None
 
 
 def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float) -> Tensor:

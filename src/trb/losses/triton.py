@@ -41,7 +41,7 @@ from trb.errors import OperationError
 from trb.losses.terms import Rows, reverse_kl_terms
 from trb.losses.triton_kernel import reverse_kl_kernel, triton
 from trb.safety.untrusted import printable
-from trb.vocab import log_probs
+from trb.vocab import SharedVocabulary
 
 __all__ = ["available", "reverse_kl_chunk"]
 
@@ -62,25 +62,36 @@ def available(logits_CV: Tensor, taught_CV: Tensor, k: int, size: int, stop_ids:
         return False
     if (k > _MOST_SUPPORT and k < size) or stop_ids > _MOST_STOPS:
         return False
-    support = k if k < size else 0
-    return _INTERPRETED or (logits_CV.is_cuda and _works(logits_CV.device, logits_CV.dtype, taught_CV.dtype, support))
+    if _INTERPRETED or not logits_CV.is_cuda:
+        return _INTERPRETED
+    dtypes, support, block = (logits_CV.dtype, taught_CV.dtype), k if k < size else 0, _block(size)
+    return _works(logits_CV.device, *dtypes, support, block, folded=stop_ids > 1)
+
+
+def _block(size: int) -> int:
+    return int(min(_LARGEST_BLOCK, triton.next_power_of_2(size)))
 
 
 @functools.cache
 @torch.no_grad()
-def _works(device: torch.device, dtype: torch.dtype, taught_dtype: torch.dtype, k: int) -> bool:
+def _works(
+    device: torch.device, dtype: torch.dtype, taught_dtype: torch.dtype, k: int, block: int, *, folded: bool
+) -> bool:
     """Whether the kernel, as it is compiled there, gives the losses and gradients of `terms`; says once if not."""
     place_CV = torch.arange(300, device=device) * 7 + torch.arange(3, device=device)[:, None]
     # Steps of 0.14 stay apart in bfloat16 up to 32: of equal logits any may be in the support.
     logits_CV, taught_CV = (0.14 * (place_CV % 300) - 21).to(dtype), (0.14 * (place_CV % 211)).to(taught_dtype)
-    rows = Rows.of(log_probs(logits_CV), log_probs(taught_CV))
+    events = SharedVocabulary(300, 5, (17, 290) if folded else ())
+    alone_V = ~torch.isin(torch.arange(300, device=device), torch.tensor(events.stop_ids, device=device))
+    rows = Rows.of(events.log_probs(logits_CV), events.log_probs(taught_CV))
     loss_C, gradient_CV, _ = reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, k)
     found_CV, token_C = torch.empty_like(logits_CV), torch.zeros(3, dtype=torch.long, device=device)
-    options: dict[str, Any] = {"k": k, "temperature": 1.0, "size": 300, "stop_ids": (0,), "gradient_CV": found_CV}
+    options: dict[str, Any] = {"k": k, "temperature": 1.0, "size": 300, "stop_ids": events.stop_ids, "block": block}
+    weight_C = torch.full((3,), 2.0, device=device)
     try:
-        found_C, _ = reverse_kl_chunk(logits_CV, taught_CV, token_C, **options)
-        right = torch.allclose(found_C, loss_C, rtol=1e-3) and torch.allclose(
-            found_CV.float(), gradient_CV, rtol=2 * torch.finfo(dtype).eps, atol=1e-4
+        found_C, _ = reverse_kl_chunk(logits_CV, taught_CV, token_C, **options, weight_C=weight_C, gradient_CV=found_CV)
+        right = torch.allclose(found_C, 2 * loss_C, rtol=1e-3) and torch.allclose(
+            found_CV[:, alone_V].float(), 2 * gradient_CV[:, alone_V], rtol=2 * torch.finfo(dtype).eps, atol=1e-4
         )
         reason = "its losses are others"
     except Exception as error:  # whatever compilers and drivers do: torch does the same
@@ -133,7 +144,7 @@ def reverse_kl_chunk(
     logits_CV, taught_CV = (x_CV if x_CV.stride(1) == 1 else x_CV.contiguous() for x_CV in (logits_CV, taught_CV))
     rows, support = len(token_C), k if k < size else 0
     padded_support = max(2, triton.next_power_of_2(support))
-    block = max(block or min(_LARGEST_BLOCK, triton.next_power_of_2(size)), padded_support // 2)
+    block = max(block or _block(size), padded_support // 2)
     number_MC = torch.empty(1 + _METRICS, rows, dtype=torch.float32, device=logits_CV.device)
     if rows:
         with torch.cuda.device_of(logits_CV):

@@ -4,17 +4,19 @@ A causal model's keys and values at a prompt are the same whatever follows, grad
 send back adds up. G completions of T tokens after a prompt of P cost P + GT tokens a pass instead of G(P + T). Where
 that saves too little, or cannot be done exactly, rows are read whole (`trb.models.modeling.completion_hidden_states`).
 
-Left out: models that keep states instead of keys (their caches are written in place), dropout (rows would share its
-draws), gradient checkpointing (which has no cache), sharded models (every process must run one equally often), and on
-accelerators whatever takes more passes than whole rows do: what a launch costs there has not been weighed.
+Left out: models that keep states instead of keys (their caches are written in place), dropout and jitter (rows would
+share their draws), gradient checkpointing (which has no cache), compiled layers (which would be compiled for every
+length), sharded models (every process must run one equally often), and on accelerators whatever takes more passes than
+whole rows do: what a launch costs there has not been weighed.
 
 Shape suffixes: B sequences, L padded length, U prompts of one length, R rows of one group, T tokens of completions, N
 completion tokens, H hidden size.
 """
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -42,12 +44,18 @@ from trb.models.modeling import (
 
 __all__ = ["keeps_states", "shared_hidden_states"]
 
+logger = logging.getLogger(__name__)
+
 # Layers whose cache is something else than keys and values.
 _STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "hybrid", "rwkv", "moe_mamba")
 
-# Read so if at most this share of the tokens is left, and a pass has so many of them: short ones wait for the weights.
+# Read so if at most this share of the work is left, and a pass has so many tokens: short ones wait for the weights.
 _WORTHWHILE = 0.9
 _TOKENS_PER_PASS = 64
+# Products with weights of a token and layer, in multiples of what attention to one other token takes: 12 H^2 to 2 H.
+_TOKEN_OVER_PAIR = 6
+# Queries times keys of one pass at most: completions after a prompt are read with a mask, of that size.
+_MOST_PAIRS = 1 << 27
 
 
 def shared_hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, completion_BL: Tensor) -> Tensor:
@@ -56,7 +64,8 @@ def shared_hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, comp
     if _may_share(inner):
         rows = _rows(ids_BL, mask_BL, completion_BL)
         groups = list(_groups(rows, math.ceil(len(ids_BL) / length_groups(len(ids_BL)))))
-        if rows and _pays(rows, groups, ids_BL.device.type) and _agrees(inner):
+        width = getattr(inner.config.get_text_config(), "hidden_size", 1)
+        if rows and _pays(rows, groups, width, ids_BL.device.type) and _agrees(inner):
             found_NH = torch.cat([states for group in groups for states in _read(inner, group, ids_BL.device)])
             emitted = [row.place for group in groups for part in group.parts for row in part]
             rest = sorted(set(range(len(ids_BL))) - set(emitted))
@@ -113,13 +122,29 @@ def _groups(rows: list[_Row], at_once: int) -> Iterator[_Group]:
         yield _Group(prompts, [sorted(part, key=lambda row: prompts[row.prompt]) for part in parts])
 
 
-def _pays(rows: list[_Row], groups: list[_Group], device: str) -> bool:
-    whole = sum(len(row.prompt) + len(row.rest) + 1 for row in rows)
-    prompts = sum(len(prompt) for group in groups for prompt in group.prompts)
-    rest = sum(len(part) * max(len(row.rest) for row in part) for group in groups for part in group.parts)
+def _pays(rows: list[_Row], groups: list[_Group], width: int, device: str) -> bool:
+    """Whether it saves enough. Attention in whole rows is causal; after a prompt the masked half is computed too."""
+    lengths = [len(row.prompt) + len(row.rest) + 1 for row in rows]
+    whole = _work(sum(lengths), sum(length**2 for length in lengths) / 2, width)
+    prompts = [len(prompt) for group in groups for prompt in group.prompts]
+    rest = [_rectangle(part) for group in groups for part in group.parts]
+    tokens = sum(prompts) + sum(count for count, _ in rest)
+    pairs = sum(length**2 for length in prompts) / 2 + sum(pairs for _, pairs in rest)
     passes = sum(1 + len(group.parts) for group in groups)
-    few = passes * _TOKENS_PER_PASS <= prompts + rest if device == "cpu" else passes <= length_groups(len(rows))
-    return few and prompts + rest <= _WORTHWHILE * whole
+    few = passes * _TOKENS_PER_PASS <= tokens if device == "cpu" else passes <= length_groups(len(rows))
+    small = max(pairs for _, pairs in rest) <= _MOST_PAIRS
+    return few and small and _work(tokens, pairs, width) <= _WORTHWHILE * whole
+
+
+def _work(tokens: int, pairs: float, width: int) -> float:
+    return _TOKEN_OVER_PAIR * width * tokens + pairs
+
+
+def _rectangle(part: list[_Row]) -> tuple[int, int]:
+    """Tokens of a pass over the completions of rows, and queries times keys in it."""
+    longest = max(len(row.rest) for row in part)
+    tokens = len(part) * longest
+    return tokens, tokens * (len(part[0].prompt) + longest)
 
 
 def _read(model: PreTrainedModel, group: _Group, device: torch.device) -> Iterator[Tensor]:
@@ -175,19 +200,36 @@ def _may_share(model: PreTrainedModel) -> bool:
         return False
     if keeps_states(model) or rope_switch(model) is not None:
         return False
-    return not model.training or not (_checkpoints(base) or _draws_dropout(model))
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        return False
+    return not model.training or not (_checkpoints(base) or _draws(model))
 
 
 def _checkpoints(base: PreTrainedModel) -> bool:
+    if any(type(module).__name__ == "CheckpointWrapper" for module in base.modules()):
+        return True
     # transformers 5.24 renamed it.
     name = "is_activation_checkpointing" if hasattr(type(base), "is_activation_checkpointing") else None
     return bool(getattr(base, name or "is_gradient_checkpointing"))
 
 
-def _draws_dropout(model: PreTrainedModel) -> bool:
-    config = vars(model.config.get_text_config())
-    named = any("drop" in name and isinstance(value, float) and value > 0 for name, value in config.items())
-    return named or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+def _draws(model: PreTrainedModel) -> bool:
+    """Whether a pass in training mode draws at random: by the model's options, its layers or an adapter's."""
+    options = vars(model.config.get_text_config()).items()
+    if any(_positive(value) for name, value in options if any(word in name for word in ("drop", "jitter", "noise"))):
+        return True
+    names = ("p", "rank_dropout", "module_dropout")  # dropout layers, and what PEFT keeps for each adapter
+    return any(
+        _positive(value) for module in model.modules() for name in names for value in _values(getattr(module, name, 0))
+    )
+
+
+def _values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else [value]
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 _AGREES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -196,8 +238,12 @@ _AGREES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def _agrees(model: PreTrainedModel) -> bool:
     """Whether a few short rows get the states that they have when they are read whole; once per model and process."""
     if model not in _AGREES:
-        with torch.no_grad(), evaluation_mode(model):
-            _AGREES[model] = _compare(model)
+        try:
+            with torch.no_grad(), evaluation_mode(model):
+                _AGREES[model] = _compare(model)
+        except Exception as error:  # some families cannot go on from a cache that the library makes unasked
+            logger.info("reading prompts once per completion: %s: %s", type(error).__name__, error)
+            _AGREES[model] = False
     return _AGREES[model]
 
 
