@@ -2,10 +2,13 @@
 
     python benchmarks/vllm_rows.py                       all sections, into benchmarks/results/vllm.json
     python benchmarks/vllm_rows.py --sections law        one section; the others of an existing file are kept
+    python benchmarks/vllm_rows.py --sections throughput --contenders blended "plain student"
+                                                         the cells of some contenders; those of others are kept
 
 Needs vLLM's environment (`make test-vllm` makes it). Every contender runs in a process of its own, one after another,
 as a process holds one engine. Speeds are given by the clock and by processor time, which other work on the machine
-hardly touches; its load is recorded. Sections: law, throughput.
+hardly touches; its load is recorded. Sections: law, stock_law, throughput. vLLM's own speculation, which samples from
+the teacher, is in `vllm_stock.py`.
 """
 
 import argparse
@@ -18,8 +21,9 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +33,22 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
+from conftest import TinyPair
 from pair import STOP, prompts, smollm2_pair
 from scipy.stats import chi2_contingency
-from vllm_helpers import make_pair, start
+from vllm_helpers import TEACHER_ROWS, make_pair, save_pair, start, vllm_student, vllm_teacher
+from vllm_stock import StockEngine
 
-from trb.policies import TrustRegionPolicy
+from trb.policies import StudentPolicy, TrustRegionPolicy
 from trb.sampling import Rollout, sample
 from trb.studies.provenance import describe
 
 OUTPUT = Path(__file__).parent / "results" / "vllm.json"
 BUDGET = 0.02
 BATCHES = (8, 64)
-CONTENDERS = ("in-process", "blended", "blended, solver in torch", "plain student")
+DRAFTED = 4
+STOCK = "stock speculation"
+CONTENDERS = ("in-process", "blended", "blended, solver in torch", STOCK, "plain student")
 # A cell of the table of completions holds at least so many of both samples together.
 _SMALLEST_CELL = 20
 
@@ -107,17 +115,76 @@ def homogeneity(one: Rollout, other: Rollout) -> dict[str, float]:
     return {"p_value": float(chi2_contingency(table).pvalue), "cells": len(table[0])}
 
 
+def stock_law(options: argparse.Namespace) -> dict[str, Any]:
+    """Completions of vLLM's own speculation against the teacher's own, as the build is and with what is lost mended.
+
+    Two architectures with heads of one size, which vLLM wants, and one stop id. The reference is the teacher sampled
+    by itself in this process, token after token.
+    """
+    student, teacher = vllm_student(rows=TEACHER_ROWS), vllm_teacher()
+    rows = [[1], [2, 3, 1], [3, 5, 2, 2, 1]]
+    prompts = [rows[index % len(rows)] for index in range(options.completions)]
+    tokens, stop = 5, 0
+    exact = sample(
+        teacher, None, prompts, StudentPolicy(), max_new_tokens=tokens, eos_token_id=stop, seed=3, max_rows=512
+    )
+    found: dict[str, Any] = {"completions_each": options.completions, "max_new_tokens": tokens}
+    shape = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 256, "kv_cache_memory_bytes": 32 << 20}
+    with tempfile.TemporaryDirectory() as directory:
+        pair = TinyPair(student, teacher, stop, stop, TEACHER_ROWS)
+        with StockEngine(save_pair(pair, Path(directory)), drafted=3, stop=stop, **shape) as engine:
+            for name, mended in (("as_built", False), ("mended", True)):
+                rollout = engine.sample(prompts, tokens, mended=mended)
+                found[name] = homogeneity(rollout, exact) | {"accepted": mean_accepted(rollout)}
+                print(json.dumps(found), flush=True)
+    return found
+
+
+def mean_accepted(rollout: Rollout) -> float:
+    return statistics.fmean(kept for row in rollout.stats.accepted for kept in row)
+
+
 # ---- throughput ----
 
 
 def throughput(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second on the SmolLM2 pair in bfloat16, with acceptance, and where a blended engine's time goes."""
-    cells = []
+    """Tokens per second on the SmolLM2 pair in bfloat16, with acceptance, and where a blended engine's time goes.
+
+    Cells of contenders that are not asked for are kept from the file, each with its own origin.
+    """
+    head = {"pair": "smollm2", "kl_budget": BUDGET, "num_speculative_tokens": DRAFTED, "max_new_tokens": options.tokens}
+    before = read(options.output).get("throughput", {})
+    cells = {(cell["batch"], cell["contender"]): cell for cell in before.get("cells", [])}
+    if {key: before.get(key) for key in head} != head:
+        cells = {}
+    origin = origin_here()
     for batch in BATCHES:
-        for contender in CONTENDERS:
-            cells.append(in_own_process(contender, batch, options))
-            print(json.dumps(cells[-1]), flush=True)
-    return {"pair": "smollm2", "kl_budget": BUDGET, "max_new_tokens": options.tokens, "cells": cells}
+        for contender in options.contenders:
+            cells[batch, contender] = in_own_process(contender, batch, options) | {"origin": origin}
+            print(json.dumps(cells[batch, contender]), flush=True)
+    ordered = [cells[key] for batch in BATCHES for key in ((batch, name) for name in CONTENDERS) if key in cells]
+    return head | {"acceptance": [floor(cells, batch) for batch in BATCHES], "cells": ordered}
+
+
+def floor(cells: dict[tuple[int, str], dict[str, Any]], batch: int) -> dict[str, Any]:
+    """Acceptance of drafts held to the teacher beside those held to μ, which at every prefix is at least as high.
+
+    At a prefix a draft is kept with one minus the total variation from the student, and that grows along the path from
+    the student to the teacher. Prefixes differ between the two, so the means could cross by chance: the difference
+    is also given in standard errors of decisions taken as independent.
+    """
+    ours, stock = (cells.get((batch, name), {}) for name in ("blended", STOCK))
+    if "decided" not in ours or "decided" not in stock:
+        return {"batch": batch, "floor_holds": None}
+    variance = sum(cell["accepted"] * (1 - cell["accepted"]) / cell["decided"] for cell in (ours, stock))
+    difference = ours["accepted"] - stock["accepted"]
+    return {
+        "batch": batch,
+        "stock": stock["accepted"],
+        "blended": ours["accepted"],
+        "standard_errors_apart": difference / variance**0.5 if variance else None,
+        "floor_holds": difference >= 0,
+    }
 
 
 def in_own_process(contender: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -153,7 +220,16 @@ def measure(contender: str, batch: int, options: argparse.Namespace) -> dict[str
             plain(cell, options, paths[0], rows, shape)
             return cell
         shares: Counter[str] = Counter()
-        with start(paths, **shape, num_speculative_tokens=4, kv_cache_memory_bytes=1 << 30) as engine, parts(shares):
+        if contender == STOCK:
+            with StockEngine(paths, DRAFTED, STOP, **shape, kv_cache_memory_bytes=1 << 30) as stock, parts(shares):
+                speed(cell, options, lambda _: stock.sample(rows, options.tokens), started=shares.clear)
+                cell |= {"mended": stock.needs_mending, "metrics": stock.metrics()}
+            cell["cpu_seconds_in"] = {name: round(seconds, 3) for name, seconds in shares.items()}
+            return cell
+        with (
+            start(paths, **shape, num_speculative_tokens=DRAFTED, kv_cache_memory_bytes=1 << 30) as engine,
+            parts(shares),
+        ):
             speed(
                 cell,
                 options,
@@ -190,7 +266,7 @@ def speed(
     for name, values in speeds.items():
         cell[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     if kept:
-        cell["accepted"] = statistics.fmean(kept)
+        cell |= {"accepted": statistics.fmean(kept), "decided": len(kept)}
 
 
 def plain(
@@ -249,9 +325,17 @@ def parts(seconds: Counter[str]) -> Iterator[None]:
             setattr(owner, name, original)
 
 
+SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "law": law,
+    "stock_law": stock_law,
+    "throughput": throughput,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=("law", "throughput"), default=["law", "throughput"])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="throughput: which")
     parser.add_argument("--completions", type=int, default=50_000, help="law: from each sampler")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32, help="throughput: longest completion")
@@ -262,15 +346,23 @@ def main() -> None:
     if options.contender:
         print(json.dumps(measure(options.contender, options.batch, options)))
         return
-    from importlib.metadata import version
-
-    results = json.loads(options.output.read_text()) if options.output.exists() else {}
     for section in options.sections:
-        found = {"law": law, "throughput": throughput}[section](options)
-        origin = describe()
-        origin["versions"]["vllm-cpu"] = version("vllm-cpu")
-        results[section] = found | {"origin": origin}
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        found = SECTIONS[section](options)
+        if section != "throughput":  # whose cells have origins of their own
+            found["origin"] = origin_here()
+        options.output.write_text(json.dumps(read(options.output) | {section: found}, indent=2) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def origin_here() -> dict[str, Any]:
+    origin = describe()
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            origin["versions"][name] = version(name)
+    return origin
 
 
 if __name__ == "__main__":

@@ -287,6 +287,49 @@ def test_no_measured_number_of_the_page_of_speed_is_written_by_hand() -> None:
     assert re.findall(r"\d+\.\d+|\d+ ?%|\d ?(?:ms|s|[KMGT]i?B|GFLOP|times|tokens per second)\b", page) == []
 
 
+def test_the_speeds_inside_vllm_are_those_of_their_file() -> None:
+    page, found = text(ROOT / "docs" / "vllm.md"), result("vllm")
+    cells = {(str(cell["batch"]), cell["contender"]): cell for cell in found["throughput"]["cells"]}
+    columns = "in process | blended in vLLM | stock speculation in vLLM | plain student in vLLM | accepted, blended | "
+    header = f"| batch | {columns}accepted, stock | deciding, of a blended call's time | the same, solver in torch |"
+    rows = table_rows(page, header)
+    assert [row[0] for row in rows] == ["8", "64"]
+    for batch, *shown in rows:
+        of = {name: cell for (size, name), cell in cells.items() if size == batch}
+        speeds = [of[name] for name in ("in-process", "blended", "stock speculation", "plain student")]
+        deciding = [of[name] for name in ("blended", "blended, solver in torch")]
+        assert shown == [
+            *(f"{cell['tokens_per_cpu_second']['median']:.0f}" for cell in speeds),
+            *(f"{of[name]['accepted']:.2f}" for name in ("blended", "stock speculation")),
+            *(f"{cell['cpu_seconds_in']['deciding'] / cell['cpu_seconds']:.1%}" for cell in deciding),
+        ]
+    words, law = " ".join(page.split()), found["stock_law"]
+    blended = [cells[batch, "blended"] for batch in ("8", "64")]
+    shares = {
+        part: " and ".join(f"{cell['cpu_seconds_in'][part] / cell['cpu_seconds']:.0%}" for cell in blended)
+        for part in ("teacher pass", "drafting", "first drafts")
+    }
+    for phrase in (
+        f"the teacher's pass ({shares['teacher pass']} of the time at batches 8 and 64)",
+        f"the student's ({shares['drafting']}, its head",
+        f"first drafts costs {shares['first drafts']}",
+        f"{law['completions_each']:,} completions: p = {law['mended']['p_value']:.2f}",
+        f"kept {law['as_built']['accepted']:.0%} of its drafts there instead of {law['mended']['accepted']:.0%}",
+    ):
+        assert phrase in words, phrase
+    assert law["as_built"]["p_value"] < 1e-70 < 0.01 < law["mended"]["p_value"]
+
+
+def test_drafts_held_to_the_blend_are_kept_at_least_as_often_as_those_held_to_the_teacher() -> None:
+    record = result("vllm")["throughput"]
+    accepted = {(cell["batch"], cell["contender"]): cell.get("accepted") for cell in record["cells"]}
+    assert [entry["batch"] for entry in record["acceptance"]] == [8, 64]
+    for entry in record["acceptance"]:
+        ours, stock = (accepted[entry["batch"], name] for name in ("blended", "stock speculation"))
+        assert (entry["blended"], entry["stock"]) == (ours, stock)
+        assert entry["floor_holds"] and ours >= stock
+
+
 def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -> None:
     log = text(ROOT / "docs" / "experiments.md").partition("self-setting warm-ups, all twenty seeds of three methods")[
         2

@@ -4,10 +4,13 @@ A failure here says which internal has changed, before a sampler goes wrong in s
 """
 
 import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
@@ -17,10 +20,13 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import reload
+from vllm.platforms import current_platform
+from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -28,6 +34,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 
 from trb.sampling.vllm import plugin as vllm_plugin
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from vllm_stock import expanded
 
 vllm_plugin.register()
 
@@ -137,3 +146,24 @@ def test_shutting_down_takes_the_process_group_along() -> None:
 
     assert "cleanup_dist_env_and_memory()" in source(EngineCore.shutdown)
     assert "torch.distributed.destroy_process_group()" in source(parallel_state.destroy_distributed_environment)
+
+
+def test_the_build_for_cpus_drops_the_temperatures_of_drafts() -> None:
+    """If this ever fails, the mend in benchmarks/vllm_stock.py and what docs/vllm.md says of it can go."""
+    if not current_platform.is_cpu():
+        pytest.skip("a build for CPUs is meant")
+    before = torch.full((3,), 7.0)
+    _expand_kernel_impl(before, torch.tensor([1.0, 2.0]), torch.tensor([2, 3], dtype=torch.int32), 0, 1)
+    assert before.tolist() == [7.0, 7.0, 7.0]
+
+
+def test_what_the_benchmark_watches_and_mends_of_vllm_s_own_speculation() -> None:
+    assert [*inspect.signature(rejection_sampler.expand_batch_to_tokens).parameters] == [
+        *inspect.signature(expanded).parameters
+    ]
+    assert [*inspect.signature(rejection_sampler.rejection_sample).parameters][:2] == [
+        "draft_token_ids",
+        "num_draft_tokens",
+    ]
+    assert "output_token_ids = rejection_sample(" in source(rejection_sampler.RejectionSampler.forward)
+    assert "expand_batch_to_tokens(" in source(rejection_sampler.apply_sampling_constraints)
