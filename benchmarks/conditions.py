@@ -1,7 +1,8 @@
 """Whole optimizer steps beside TRL's trainers, under every condition that changes what limits them.
 
     python benchmarks/conditions.py                       all sixteen, into benchmarks/results/conditions.json
-    python benchmarks/conditions.py --quick               two of them: where least can be saved, and the usual one
+    python benchmarks/conditions.py --quick               two of them, where least is saved, in some minutes, into
+                                                          build/conditions-quick.json
     python benchmarks/conditions.py --only float32 fixed  those whose names have all of these words
     python benchmarks/conditions.py --smoke               tiny sizes: does it run? (the numbers mean nothing)
 
@@ -45,6 +46,7 @@ from trb.sampling.speculative import _Sampler
 from trb.studies.provenance import describe
 
 OUTPUT = Path(__file__).parent / "results" / "conditions.json"
+QUICK_OUTPUT = Path(__file__).parents[1] / "build" / "conditions-quick.json"
 ROLLOUTS = 4
 NEVER = "<|im_start|>"  # as a stop token it is next to impossible: every completion has the same length
 FILLER = "The clerk writes down every number that the customer says, and reads it back before going on. "
@@ -87,7 +89,7 @@ class Condition(NamedTuple):
 SHORT = 32  # about what the questions have
 CHOICES = ("float32", "bf16"), ("fixed", "natural"), (SHORT, 512), (64, 256)
 ALL = [Condition(*choice) for choice in itertools.product(*CHOICES)]
-QUICK = [Condition("float32", "fixed", SHORT, 64), Condition("bf16", "natural", SHORT, 64)]
+QUICK = [Condition(dtype, "fixed", SHORT, 64) for dtype in ("float32", "bf16")]
 SMOKE = [Condition("float32", "fixed", SHORT, 8)]
 
 
@@ -179,9 +181,12 @@ def _clocks() -> tuple[float, float]:
 # ---- a condition ----
 
 
-def measure(condition: Condition, repeats: int) -> dict[str, Any]:
-    """Seconds of a step of every contender, where they go, and the ratios."""
-    student, teacher, tokenizer = smollm2_pair(heal=repeats > 1)
+def measure(condition: Condition, repeats: int, *, heal: bool = True) -> dict[str, Any]:
+    """Seconds of a step of every contender, where they go, and the ratios.
+
+    A student that is not healed never stops by itself, which changes nothing where none can.
+    """
+    student, teacher, tokenizer = smollm2_pair(heal=heal)
     teacher = teacher.to(torch.float32 if condition.dtype == "float32" else torch.bfloat16)
     if condition.lengths == "fixed":
         tokenizer.eos_token = NEVER
@@ -285,27 +290,29 @@ def main() -> None:
         description="time whole optimizer steps beside TRL's trainers, under every condition",
         epilog="a condition that is done is kept; --again measures it anew",
     )
-    parser.add_argument("--quick", action="store_true", help="two conditions")
+    parser.add_argument("--quick", action="store_true", help="two conditions, one step of each contender")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose names have all of these")
     parser.add_argument("--again", action="store_true", help="measure what is done already, too")
-    parser.add_argument("--repeats", type=int, default=2, help="steps of every contender that count")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--repeats", type=int, help="steps of every contender that count (2; with --quick 1)")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args()
+    short = options.quick or options.smoke
+    output, repeats = options.output or (QUICK_OUTPUT if short else OUTPUT), options.repeats or (1 if short else 2)
     chosen = SMOKE if options.smoke else QUICK if options.quick else ALL
     chosen = [condition for condition in chosen if all(word in condition.name for word in options.only)]
-    record = json.loads(options.output.read_text()) if options.output.exists() else {"conditions": {}, "provenance": {}}
+    record = json.loads(output.read_text()) if output.exists() else {"conditions": {}, "provenance": {}}
     for number, condition in enumerate(chosen, 1):
         if condition.name in record["conditions"] and not options.again:
             continue
         print(f"{number} of {len(chosen)}: {condition.name}", flush=True)
         start = time.perf_counter()
-        cell = measure(condition, 1 if options.smoke else options.repeats)
+        cell = measure(condition, repeats, heal=not short)
         record["conditions"][condition.name] = cell | {"seconds_taken": round(time.perf_counter() - start)}
         record["provenance"][condition.name] = describe() | {"threads": torch.get_num_threads()} | instructions()
         record["worst"] = worst(record["conditions"])
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     print(json.dumps(record.get("worst", {}), indent=1))
 
 
