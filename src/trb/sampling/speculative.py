@@ -28,6 +28,7 @@ from trb.sampling.attention import attention_through_slots
 from trb.sampling.blocks import CANDIDATES, BlockChooser, MeasuredCosts, PlannedCosts, synchronize
 from trb.sampling.cache import SlotReader
 from trb.sampling.draw import Decision, decide, distinct, inverse_cdf
+from trb.sampling.packing import packed_products
 from trb.sampling.rollout import NonFiniteLogitsError, Rollout, RolloutStats, without_law
 from trb.sampling.states import library_layers
 from trb.sampling.uniforms import as_int64, uniforms
@@ -129,8 +130,10 @@ def sample_speculative(
     )
     with ExitStack() as stack:
         stack.callback(sampler.close)
-        for model, attention in zip([student] if taught is None else [student, taught], attentions, strict=False):
+        models = [student] if taught is None else [student, taught]
+        for model, attention in zip(models, attentions, strict=False):
             stack.enter_context(attention_through_slots(model, attention=attention))
+        stack.enter_context(packed_products(*models, tokens=max(max_new_tokens)))
         sampler.run([prompts, teacher_prompts], rows, slots)
     return sampler.rollout(prompts, rows)
 
