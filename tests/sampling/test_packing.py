@@ -129,7 +129,7 @@ def test_operators_that_do_not_work_are_not_used(
 @needs_packing
 def test_samples_are_those_of_the_layers_themselves(always: None, tiny_pair: TinyPair) -> None:
     """Both models, hidden states kept; and the reference sampler, which packs nothing."""
-    models = tiny_pair.student.float(), tiny_pair.teacher.float()
+    models = [copy.deepcopy(model).float() for model in (tiny_pair.student, tiny_pair.teacher)]
     options = {
         "max_new_tokens": 8,
         "eos_token_id": tiny_pair.student_eos,

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 _STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "hybrid", "rwkv", "moe_mamba")
 
 # Read so if at most this share of the work is left, and a pass has so many tokens: short ones wait for the weights.
-_WORTHWHILE = 0.9
+_WORTHWHILE = 0.95
 _TOKENS_PER_PASS = 64
 # Products with weights of a token and layer, in multiples of what attention to one other token takes: 12 H^2 to 2 H.
 _TOKEN_OVER_PAIR = 6
