@@ -83,7 +83,8 @@ class Condition(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return 16 if self.tokens <= 64 else 8
+        # TRL's GKD holds about a dozen tensors of all logits: 16 rows of long prompts take 22 GB.
+        return 16 if self.prompt + self.tokens <= 128 else 8
 
 
 SHORT = 32  # about what the questions have
