@@ -41,6 +41,7 @@ from pair import questions, smollm2_pair
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from trb.losses.chunked import RowLoss
+from trb.safety.files import write_json
 from trb.sampling.cache import SlotReader
 from trb.sampling.speculative import _Sampler
 from trb.studies.provenance import describe
@@ -313,7 +314,7 @@ def main() -> None:
         record["provenance"][condition.name] = describe() | {"threads": torch.get_num_threads()} | instructions()
         record["worst"] = worst(record["conditions"])
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        write_json(output, record)
     print(json.dumps(record.get("worst", {}), indent=1))
 
 

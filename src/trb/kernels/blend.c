@@ -16,7 +16,7 @@
 
 #include "rows.h"
 
-enum { MAX_EVALUATIONS = 60, FREE_EVALUATIONS = 8 };
+enum { MAX_EVALUATIONS = 60, FREE_EVALUATIONS = 8, FLAGGED = -1 };
 
 /* Accepted shortfall below the budget, relative to it, and the part of it kept free for the rounding of the sums. */
 static const double WINDOW = 8e-4;

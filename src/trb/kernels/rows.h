@@ -21,7 +21,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { CHUNK = 256, FLAGGED = -1 };
+enum { CHUNK = 256 };
 
 /* A token this unlikely for both models is absent: it stems from a mask. */
 static const float ABSENT = -1e30f;
