@@ -34,6 +34,7 @@ from trb import TRBConfig, TRBTrainer, kernels, zoo
 from trb.blend import solve
 from trb.losses import chunked_reverse_kl
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
+from trb.safety.files import write_text
 from trb.sampling import sample
 from trb.sampling.blocks import BlockChooser
 from trb.sampling.cache import SlotReader
@@ -479,7 +480,7 @@ def main() -> None:
         record["results"][name] = found | {"seconds_taken": round(time.perf_counter() - start)}
         record["provenance"][name] = describe() | {"threads": torch.get_num_threads()}
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        write_text(options.output, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

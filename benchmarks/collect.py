@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from trb.safety.files import write_text
+
 FILES = ("metrics.jsonl", "held_out.jsonl", "evals.jsonl")
 
 
@@ -100,10 +102,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="a finished run or comparison")
     parser.add_argument("output", type=Path, help="the JSON file to write")
     arguments = parser.parse_args()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     record = collect(arguments.directory)
     text = json.dumps(record, indent=1, sort_keys="settings" not in record)  # a study's methods have an order
-    arguments.output.write_text(text + "\n", encoding="utf-8")
+    write_text(arguments.output, text + "\n")
     print(f"wrote {arguments.output}")
 
 

@@ -37,7 +37,7 @@ from unittest import mock
 
 import torch
 from bench import clone, gkd_trainer, our_trainer, ratios, spread, step_options, trl_trainer
-from pair import questions, smollm2_pair
+from pair import NEVER, questions, smollm2_pair
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from trb.losses.chunked import RowLoss
@@ -49,7 +49,6 @@ from trb.studies.provenance import describe
 OUTPUT = Path(__file__).parent / "results" / "conditions.json"
 QUICK_OUTPUT = Path(__file__).parents[1] / "build" / "conditions-quick.json"
 ROLLOUTS = 4
-NEVER = "<|im_start|>"  # as a stop token it is next to impossible: every completion has the same length
 FILLER = "The clerk writes down every number that the customer says, and reads it back before going on. "
 BUDGETS = (0.02, 0.005)
 OURS: dict[str, dict[str, Any]] = {

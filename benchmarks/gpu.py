@@ -47,6 +47,7 @@ from trb.blend import triton as blend_triton
 from trb.losses import chunked_reverse_kl
 from trb.models.modeling import OutputHead, completion_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
+from trb.safety.files import write_text
 from trb.sampling import sample
 from trb.sampling.attention import attention_through_slots
 from trb.sampling.cache import SlotReader
@@ -454,8 +455,7 @@ def main() -> int:
         record["sections"][name] = run_section(bench, section, min(limit_s, left_s)) | origin
         record |= {"failures": failures(record), "seconds": time.perf_counter() - start}
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_text(output, json.dumps(record, indent=1) + "\n")
     found = failures(record)
     wrote = f", wrote {output}" if output else ""
     print(f"\n{time.perf_counter() - start:.0f} s, {len(found)} failures{wrote}")

@@ -23,6 +23,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trb import TRBConfig, TRBTrainer
 from trb.losses import ReverseKL, TokenBatch, chunked_reverse_kl, default_chunk_tokens
 from trb.losses import triton as losses_triton
+from trb.losses.terms import Chunk
 from trb.policies import StudentPolicy, TrustRegionPolicy
 from trb.sampling import sample
 from trb.vocab import SharedVocabulary
@@ -80,14 +81,11 @@ def check_rows(
     token = torch.arange(8, 8 + len(student), device=bench.device)
     gradient = torch.full_like(student, torch.nan)
     loss, metrics = losses_triton.reverse_kl_chunk(
-        student,
-        teacher,
-        token,
+        Chunk(student, teacher, token, None, gradient),
         k=k,
         temperature=temperature,
         size=vocabulary.size,
         stop_ids=vocabulary.stop_ids,
-        gradient_CV=gradient,
     )
     used = losses_triton.available(student, teacher, k, vocabulary.size, len(vocabulary.stop_ids))
     bench.expect(used, f"{name}: the fused loss is not used")
@@ -217,8 +215,9 @@ def time_kernel(bench: Bench) -> None:
     for k in (0, 16, 64):
         student, teacher = logits_pair(bench, rows, vocabulary, 0, torch.bfloat16)
         gradient = torch.empty_like(student)
-        options = {"k": k, "temperature": 1.0, "size": vocabulary, "stop_ids": [0], "gradient_CV": gradient}
-        kernel = functools.partial(losses_triton.reverse_kl_chunk, student, teacher, token, **options)
+        options = {"k": k, "temperature": 1.0, "size": vocabulary, "stop_ids": [0]}
+        chunk = Chunk(student, teacher, token, None, gradient)
+        kernel = functools.partial(losses_triton.reverse_kl_chunk, chunk, **options)
         moved = (4 if k else 5) * student.nbytes  # both models, the student again (and the teacher), the gradient
         name = f"kernel, {rows} rows, top {k or 'all'}"
         seconds = bench.seconds(kernel)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from pair import prompts, smollm2_pair
+from pair import NEVER_ID, prompts, smollm2_pair
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trb.models.memory import cache_entries
@@ -40,7 +40,6 @@ from trb.studies.provenance import describe
 OUTPUT = Path(__file__).parent / "results" / "growth.json"
 BUDGET = 0.02
 CONTENDERS: dict[str, BehaviorPolicy] = {"student alone": StudentPolicy(), "blend": TrustRegionPolicy(BUDGET)}
-UNLIKELY = 1  # <|im_start|>: as a stop token it is next to impossible, and every completion has the same length
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 ROWS = (1, 4, 16, 64, 256)
 VOCABULARIES = (32_768, 65_536, 131_072, 262_144)
@@ -157,7 +156,7 @@ def moments(point: Point) -> tuple[list[Moment], dict[str, Any]]:
         return finished
 
     policy = CONTENDERS[point.contender]
-    options: dict[str, Any] = {"eos_token_id": UNLIKELY, "seed": 1}
+    options: dict[str, Any] = {"eos_token_id": NEVER_ID, "seed": 1}
     sample(student, teacher, rows[:1], policy, max_new_tokens=2, **options)  # the first call compares ways of reading
     with mock.patch.object(_Sampler, "_round", watched):
         rollout = sample(student, teacher, rows, policy, max_new_tokens=max(point.marks), **options)

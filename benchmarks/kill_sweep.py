@@ -27,6 +27,7 @@ import psutil
 import yaml
 from rich.console import Console
 
+from trb.safety.files import write_json
 from trb.studies import provenance
 
 STUDY: dict[str, Any] = {
@@ -209,7 +210,7 @@ def main() -> int:
         result = run(*how, Path(folder), Console(stderr=True))
     print(json.dumps(result, indent=2))
     if arguments.out:
-        arguments.out.write_text(json.dumps({**result, "provenance": provenance.describe()}, indent=2) + "\n")
+        write_json(arguments.out, {**result, "provenance": provenance.describe()})
     return 1 if result["files_differing"] or result["processes_left_behind"] or result["tracebacks_shown"] else 0
 
 

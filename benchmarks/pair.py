@@ -23,6 +23,7 @@ from trb.vocab import SharedVocabulary, head_rows
 TEACHER = "smollm2-135m"
 LAYERS = 8
 STOP = 2  # <|im_end|>
+NEVER, NEVER_ID = "<|im_start|>", 1  # as a stop token next to impossible: every completion has the same length
 # How the student is trained: teacher completions, passes over them, batch, rate, longest completion, seed.
 HEALING = {"completions": 512, "epochs": 8, "batch": 32, "learning_rate": 1e-3, "tokens": 64, "seed": 1}
 

@@ -21,6 +21,8 @@ from performance_gpu import GPU_TABLES, gpu_row
 from performance_growth import GROWTH_TABLES, write_figure
 from performance_steps import STEP_TABLES, Bar, step_bars, step_row
 
+from trb.safety.files import write_text
+
 LOSS_BAR, LOCKSTEP_BAR = 0.5, 1.0
 
 
@@ -268,7 +270,7 @@ def main() -> int:
         if before != after:
             stale.append(str(path.relative_to(ROOT)))
             if not options.check:
-                path.write_text(after, encoding="utf-8")
+                write_text(path, after)
     if not options.check:
         write_figure()
     print(f"{'out of date' if options.check else 'written'}: {', '.join(stale)}" if stale else "up to date")

@@ -44,6 +44,7 @@ from trb.losses import chunked_reverse_kl
 from trb.models.modeling import OutputHead, completion_hidden_states
 from trb.planning import Figure, Layout, Machine, Pair, Plan, Shape, Work, make_plan
 from trb.policies import TrustRegionPolicy
+from trb.safety.files import write_text
 from trb.sampling import speculative
 from trb.sampling.attention import attention_through_slots
 from trb.sampling.cache import SlotReader
@@ -636,7 +637,7 @@ def main() -> None:
             "headline": headline(results),
             "seconds_taken": round(time.perf_counter() - start),
         }
-        output.write_text(json.dumps(report, indent=1) + "\n")
+        write_text(output, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pages import table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from trb.planning import Layout, Pair, Plan, Work, find_machine, make_plan, run_seconds
+from trb.safety.files import write_text
 from trb.schedule import kl_budget
 from trb.studies.provenance import describe
 from trb.studies.recipe import load_recipe
@@ -321,8 +322,8 @@ def main() -> int:
         stale += [] if filled(page, before) == page else ["docs/scaling.md"]
         print(f"out of date: {', '.join(stale)}; run python benchmarks/plans.py" if stale else "up to date")
         return 1 if stale else 0
-    OUTPUT.write_text(json.dumps(report, indent=1) + "\n")
-    PAGE.write_text(filled(page, report), encoding="utf-8")
+    write_text(OUTPUT, json.dumps(report, indent=1) + "\n")
+    write_text(PAGE, filled(page, report))
     return 0
 
 

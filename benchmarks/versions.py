@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 
 from packaging.requirements import Requirement
 
+from trb.safety.files import write_text
 from trb.studies.provenance import describe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,7 @@ def main() -> int:
     if arguments.again:
         found = amended(record[arguments.end], found, arguments.again)
     record[arguments.end] = found
-    RESULTS.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(RESULTS, json.dumps(record, indent=1, sort_keys=True) + "\n")
     return min(found["failed"], 1)
 
 

@@ -40,6 +40,7 @@ from vllm_helpers import TEACHER_ROWS, make_pair, save_pair, start, vllm_student
 from vllm_stock import StockEngine
 
 from trb.policies import StudentPolicy, TrustRegionPolicy
+from trb.safety.files import write_json
 from trb.sampling import Rollout, sample
 from trb.studies.provenance import describe
 
@@ -350,7 +351,7 @@ def main() -> None:
         found = SECTIONS[section](options)
         if section != "throughput":  # whose cells have origins of their own
             found["origin"] = origin_here()
-        options.output.write_text(json.dumps(read(options.output) | {section: found}, indent=2) + "\n")
+        write_json(options.output, read(options.output) | {section: found})
 
 
 def read(path: Path) -> dict[str, Any]:

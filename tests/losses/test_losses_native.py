@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trb import kernels
 from trb.losses import ReverseKL, TokenBatch, Veto, chunked_reverse_kl
 from trb.losses.native import available, reverse_kl_chunk
+from trb.losses.terms import Chunk
 from trb.vocab import SharedVocabulary
 
 needs_library = pytest.mark.skipif(not kernels.available(), reason="no C compiler, or TRB_NATIVE=0")
@@ -80,8 +81,8 @@ def test_loss_gradient_and_metrics_are_those_of_the_definition(
     gradient = torch.full_like(student, math.nan)
     options: dict[str, Any] = {"k": k, "temperature": temperature, "size": size, "stop_ids": stops}
     token = SharedVocabulary.of([size], stops).events(token)
-    loss, metrics = reverse_kl_chunk(student, teacher, token, **options, weight_C=weight, gradient_CV=gradient)
-    silent, same = reverse_kl_chunk(student, teacher, token, **options, weight_C=weight)
+    loss, metrics = reverse_kl_chunk(Chunk(student, teacher, token, weight, gradient), **options)
+    silent, same = reverse_kl_chunk(Chunk(student, teacher, token, weight), **options)
     assert torch.equal(silent, loss)
     assert all(map(torch.equal, same, metrics))
     assert not gradient[:, size:].any()
@@ -106,8 +107,8 @@ def test_loss_gradient_and_metrics_are_those_of_the_definition(
 def test_models_may_be_in_two_dtypes() -> None:
     (student, _), (_, teacher) = logits(40, torch.float32), logits(40, torch.bfloat16)
     token, options = torch.zeros(ROWS, dtype=torch.long), {"k": 0, "temperature": 1.0, "size": 40, "stop_ids": [2]}
-    mixed = reverse_kl_chunk(student, teacher, token, **options)[0]
-    assert torch.equal(mixed, reverse_kl_chunk(student, teacher.float(), token, **options)[0])
+    mixed = reverse_kl_chunk(Chunk(student, teacher, token), **options)[0]
+    assert torch.equal(mixed, reverse_kl_chunk(Chunk(student, teacher.float(), token), **options)[0])
 
 
 @needs_library
@@ -118,7 +119,8 @@ def test_of_equal_logits_at_the_edge_the_first_are_taken() -> None:
     teacher = logits(600, torch.float32)[1]
     gradient = torch.empty_like(student)
     options: dict[str, Any] = {"k": 4, "temperature": 1.0, "size": 600, "stop_ids": [2]}
-    reverse_kl_chunk(student, teacher, torch.zeros(ROWS, dtype=torch.long), **options, gradient_CV=gradient)
+    token = torch.zeros(ROWS, dtype=torch.long)
+    reverse_kl_chunk(Chunk(student, teacher, token, None, gradient), **options)
     for row in gradient:
         elsewhere = row[10]
         assert (row != elsewhere).nonzero().squeeze(-1).tolist() == [0, 1, 2, 500]
@@ -145,7 +147,7 @@ def test_rows_that_need_tensors_are_done_by_them(kind: str, k: int) -> None:
     student, teacher = logits(300, torch.float32)
     student[2, 280:283], teacher[2, 280:283] = torch.tensor(ours), torch.tensor(theirs)
     token = torch.zeros(ROWS, dtype=torch.long)
-    alone = reverse_kl_chunk(student, teacher, token, k=0, temperature=1.0, size=300, stop_ids=[2])[0]
+    alone = reverse_kl_chunk(Chunk(student, teacher, token), k=0, temperature=1.0, size=300, stop_ids=[2])[0]
     assert alone.isnan().tolist() == [row == 2 and left for row in range(ROWS)]
 
     def found() -> tuple[Tensor, Any, Tensor]:
@@ -174,7 +176,7 @@ def test_rows_do_not_depend_on_threads_neighbours_or_strides(monkeypatch: pytest
         if wide:
             given = [torch.cat([x, x], dim=1)[:, :9_001] for x in given]
         gradient = torch.empty(2 * len(given[0]), 9_050)[::2, 7:9_008]
-        loss, metrics = reverse_kl_chunk(*given, token[rows], **options, gradient_CV=gradient)
+        loss, metrics = reverse_kl_chunk(Chunk(*given, token[rows], None, gradient), **options)
         return torch.cat([torch.stack([loss, *metrics], dim=1), gradient], dim=1)
 
     alone = torch.cat([found(slice(row, row + 1)) for row in range(23)])
@@ -214,18 +216,21 @@ def test_the_losses_that_are_a_reverse_kl_use_it_and_no_others() -> None:
         {"size": 0},
         {"stop_ids": [40]},
         {"stop_ids": [-1]},
-        {"weight_C": torch.ones(ROWS - 1)},
-        {"gradient_CV": torch.zeros(ROWS, 39)},
-        {"gradient_CV": torch.zeros(ROWS, 40, dtype=torch.bfloat16)},
-        {"gradient_CV": torch.zeros(40, ROWS).T},
+        {"weight": torch.ones(ROWS - 1)},
+        {"gradient": torch.zeros(ROWS, 39)},
+        {"gradient": torch.zeros(ROWS, 40, dtype=torch.bfloat16)},
+        {"gradient": torch.zeros(40, ROWS).T},
     ],
     ids=str,
 )
 def test_nothing_outside_the_tensors_is_read_or_written(change: dict[str, Any]) -> None:
     student, teacher = logits(40, torch.float32)
-    options: dict[str, Any] = {"k": 0, "temperature": 1.0, "size": 40, "stop_ids": [2]} | change
+    tensors = Chunk(student, teacher, torch.zeros(ROWS, dtype=torch.long))._asdict()
+    options: dict[str, Any] = {"k": 0, "temperature": 1.0, "size": 40, "stop_ids": [2]}
+    for key, value in change.items():
+        (tensors if key in tensors else options)[key] = value
     with pytest.raises(ValueError, match=r"40|39|4\]"):
-        reverse_kl_chunk(student, teacher, torch.zeros(ROWS, dtype=torch.long), **options)
+        reverse_kl_chunk(Chunk(**tensors), **options)
 
 
 def of_a_machine_without_a_compiler(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from triton_interpreter import close_interpreter, interpreted
 
 from trb.losses import ReverseKL, TokenBatch
 from trb.losses import triton as losses_triton
+from trb.losses.terms import Chunk
 
 pytestmark = pytest.mark.skipif(losses_triton.triton is None, reason="Triton is not installed")
 
@@ -54,26 +55,23 @@ class Case(NamedTuple):
         return self.size or self.student.shape[1]
 
 
-def chunk(case: tuple[Any, ...], in_place: bool, **options: Any) -> tuple[Tensor, ...]:
+def chunk(case: tuple[Any, ...], in_place: bool, weight: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     """Runs in the other process."""
     student, teacher, token, k, temperature, size, stops = case
     gradient = student if in_place else torch.full_like(student, math.nan)
     loss, metrics = losses_triton.reverse_kl_chunk(
-        student,
-        teacher,
-        token,
+        Chunk(student, teacher, token, weight, gradient),
         k=k,
         temperature=temperature,
         size=size,
         stop_ids=stops,
-        gradient_CV=gradient,
         **options,
     )
     return loss, torch.stack(metrics), gradient
 
 
-def run(case: Case, in_place: bool = False, **options: Any) -> Found:
-    return Found(*interpreted(chunk, tuple(case._replace(size=case.shared)), in_place, **options))
+def run(case: Case, in_place: bool = False, weight: Tensor | None = None, **options: Any) -> Found:
+    return Found(*interpreted(chunk, tuple(case._replace(size=case.shared)), in_place, weight, **options))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -257,7 +255,7 @@ def test_in_place_strided_and_weighted(k: int) -> None:
         for one, found in zip(plain, other, strict=True):
             assert torch.equal(one, found)
     weight = torch.tensor([0.0, 2.0, -0.5])
-    weighted = run(packed, weight_C=weight)
+    weighted = run(packed, weight=weight)
     torch.testing.assert_close(weighted.loss, plain.loss * weight, rtol=2**-22, atol=0)
     expected = plain.gradient.float() * weight[:, None]
     torch.testing.assert_close(weighted.gradient.float(), expected, rtol=2**-7, atol=1e-30)
@@ -268,7 +266,7 @@ def without_gradient(case: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Runs in the other process."""
     student, teacher, token, k, temperature, size, stops = case
     options = {"k": k, "temperature": temperature, "size": size, "stop_ids": stops}
-    loss, metrics = losses_triton.reverse_kl_chunk(student, teacher, token, **options)
+    loss, metrics = losses_triton.reverse_kl_chunk(Chunk(student, teacher, token), **options)
     return loss, torch.stack(metrics)
 
 
@@ -306,7 +304,7 @@ def test_importing_without_triton() -> None:
         "import sys, torch\nsys.modules['triton'] = None\n"
         "from trb.losses.triton import available, reverse_kl_chunk\nzeros = torch.zeros(1, 2)\n"
         "assert not available(zeros, zeros, 0, 2, 1)\n"
-        "try:\n    reverse_kl_chunk(zeros, zeros, zeros[:, 0].long(), k=0, temperature=1.0, size=2, stop_ids=[0])\n"
+        "try:\n    reverse_kl_chunk((zeros, zeros, zeros[:, 0].long()), k=0, temperature=1.0, size=2, stop_ids=[0])\n"
         "except RuntimeError as error:\n    assert 'Triton' in str(error)\nelse:\n    raise AssertionError"
     )
 
@@ -351,7 +349,7 @@ def test_agrees_with_the_eager_loss_on_a_gpu(k: int, dtype: torch.dtype) -> None
     assert losses_triton.available(student, teacher, k, 5000, 1)
     gradient = torch.full_like(student, math.nan)
     loss, metrics = losses_triton.reverse_kl_chunk(
-        student, teacher, token, k=k, temperature=1.0, size=5000, stop_ids=[0], gradient_CV=gradient
+        Chunk(student, teacher, token, None, gradient), k=k, temperature=1.0, size=5000, stop_ids=[0]
     )
     hidden = student.double().requires_grad_()
     batch = TokenBatch(hidden, teacher.double(), torch.nn.Identity(), torch.nn.Identity(), token, normaliser=1.0)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from trb.losses import native as losses_native
 from trb.losses import triton as losses_triton
-from trb.losses.terms import Rows, TokenMetrics, token_metrics, wide
+from trb.losses.terms import Chunk, Rows, TokenMetrics, token_metrics, wide
 from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = ["Head", "RowLoss", "TokenBatch", "chunked_cross_entropy", "default_chunk_tokens"]
@@ -164,89 +164,60 @@ class _Chunks:
 
     def terms(self, logits_CV: Tensor, part: slice, gradient_CV: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Summed loss of a chunk and its metrics; fills the gradient by the logits."""
-        taught_CV, token_C = self.teacher_head(self.teacher_NH[part]), self.token_N[part]
         weight_C = None if self.weight_N is None else self.weight_N[part]
-        found = self._compiled(logits_CV, taught_CV, token_C, weight_C, gradient_CV)
+        taught_CV = self.teacher_head(self.teacher_NH[part])
+        chunk = Chunk(logits_CV, taught_CV, self.token_N[part], weight_C, gradient_CV)
+        found = self._compiled(chunk)
         if found is None:
-            return self._eager(logits_CV, taught_CV, token_C, weight_C, gradient_CV)
+            return self._eager(chunk)
         loss_C, metrics = found
         left = loss_C.isnan().nonzero().squeeze(-1)
-        if len(left):
-            part_CV = None if gradient_CV is None else torch.empty_like(gradient_CV[left])
-            weight_L = None if weight_C is None else weight_C[left]
-            again, values = self._eager(logits_CV[left], taught_CV[left], token_C[left], weight_L, part_CV)
-            for metric_C, value_L in zip(metrics, values, strict=True):
-                metric_C[left] = value_L
-            if gradient_CV is not None and part_CV is not None:
-                gradient_CV[left] = part_CV
-            return loss_C.nansum() + again, metrics
-        return loss_C.sum(), metrics
+        if not len(left):
+            return loss_C.sum(), metrics
+        rest = chunk.rows(left)
+        again, values = self._eager(rest)
+        for metric_C, value_L in zip(metrics, values, strict=True):
+            metric_C[left] = value_L
+        if gradient_CV is not None and rest.gradient is not None:
+            gradient_CV[left] = rest.gradient
+        return loss_C.nansum() + again, metrics
 
-    def _compiled(
-        self,
-        logits_CV: Tensor,
-        taught_CV: Tensor,
-        token_C: Tensor,
-        weight_C: Tensor | None,
-        gradient_CV: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor]] | None:
+    def _compiled(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]] | None:
         """`[C]` losses of a compiled kernel, NaN in rows that it leaves to tensors, and metrics; None without one."""
         k, vocabulary = self.loss.reverse_kl_on(), self.vocabulary
-        widths = {logits_CV.shape[1], taught_CV.shape[1]}
+        widths = {chunk.student.shape[1], chunk.teacher.shape[1]}
         size, stop_ids = (min(widths), []) if vocabulary is None else (vocabulary.size, vocabulary.stop_ids)
         # Heads and ids that do not fit are an error, which tensors raise.
         fits = size <= min(widths) and all(0 <= token_id < size for token_id in stop_ids)
         if k is None or not fits or (vocabulary is None and len(widths) > 1):
             return None
-        support = k if 0 < k < size else 0
         for kernel in (losses_native, losses_triton):
-            if kernel.available(logits_CV, taught_CV, support, size, len(stop_ids)):
-                return kernel.reverse_kl_chunk(
-                    logits_CV,
-                    taught_CV,
-                    token_C,
-                    k=support,
-                    temperature=self.temperature,
-                    size=size,
-                    stop_ids=stop_ids,
-                    weight_C=weight_C,
-                    gradient_CV=gradient_CV,
-                )
+            if kernel.available(chunk.student, chunk.teacher, k, size, len(stop_ids)):
+                return kernel.reverse_kl_chunk(chunk, k=k, temperature=self.temperature, size=size, stop_ids=stop_ids)
         return None
 
-    def _eager(
-        self,
-        logits_CV: Tensor,
-        taught_CV: Tensor,
-        token_C: Tensor,
-        weight_C: Tensor | None,
-        gradient_CV: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _eager(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         """`terms` in torch, a few rows at a time: on a CPU their temporaries stay in cache."""
-        step = len(taught_CV)
-        if logits_CV.device.type == "cpu":
-            step = max(1, _ROW_ELEMENTS_CPU // logits_CV.shape[-1])
+        step = len(chunk.token)
+        if chunk.student.device.type == "cpu":
+            step = max(1, _ROW_ELEMENTS_CPU // chunk.student.shape[-1])
         losses, metrics = [], []
-        for rows in _parts(len(taught_CV), step):
-            wanted = gradient_CV is not None
-            loss, gradient, seen = self._row_terms(logits_CV[rows], taught_CV[rows], token_C[rows], wanted)
-            if weight_C is not None:
-                loss, gradient = loss * weight_C[rows], gradient * weight_C[rows, None]
-            losses.append(loss.sum())
+        for part in _parts(len(chunk.token), step):
+            loss, *seen = self._row_terms(chunk.rows(part))
+            losses.append(loss)
             metrics.append(seen)
-            if gradient_CV is not None:
-                gradient_CV[rows] = gradient
         return torch.stack(losses).sum(), [torch.cat(values) for values in zip(*metrics, strict=True)]
 
-    def _row_terms(
-        self, logits_RV: Tensor, taught_RV: Tensor, token_R: Tensor, wanted: bool
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        rows = Rows.of(self._log_probs(logits_RV), self._log_probs(taught_RV), token_R)
-        metrics = token_metrics(rows.log_student, rows.log_teacher, rows.student, rows.teacher, token_R)
+    def _row_terms(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """Summed loss of a few rows, and their metrics; fills the gradient."""
+        rows = Rows.of(self._log_probs(chunk.student), self._log_probs(chunk.teacher), chunk.token)
+        metrics = token_metrics(rows.log_student, rows.log_teacher, rows.student, rows.teacher, chunk.token)
         loss_R, gradient_RV, mass_R = self.loss.terms(rows)
-        if wanted:
-            gradient_RV = self._gradient_by_logits(gradient_RV, logits_RV)
-        return loss_R, gradient_RV, (*metrics, mass_R)
+        if chunk.weight is not None:
+            loss_R, gradient_RV = loss_R * chunk.weight, gradient_RV * chunk.weight[:, None]
+        if chunk.gradient is not None:
+            chunk.gradient.copy_(self._gradient_by_logits(gradient_RV, chunk.student))
+        return loss_R.sum(), *metrics, mass_R
 
     def _log_probs(self, logits_RV: Tensor) -> Tensor:
         """Of the shared events, at the temperature."""

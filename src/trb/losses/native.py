@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trb import kernels
 from trb.errors import InputError
+from trb.losses.terms import Chunk
 
 __all__ = ["available", "reverse_kl_chunk"]
 
@@ -33,29 +34,16 @@ def available(logits_CV: Tensor, taught_CV: Tensor, k: int, size: int, stop_ids:
 
 @torch.no_grad()
 def reverse_kl_chunk(
-    logits_CV: Tensor,
-    taught_CV: Tensor,
-    token_C: Tensor,
-    *,
-    k: int,
-    temperature: float,
-    size: int,
-    stop_ids: Sequence[int],
-    weight_C: Tensor | None = None,
-    gradient_CV: Tensor | None = None,
+    chunk: Chunk, *, k: int, temperature: float, size: int, stop_ids: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
     """Reverse KL on the student's top `k` tokens, as `trb.losses.terms.reverse_kl_terms`, from both models' logits.
 
     Args:
-        logits_CV: `[C, V_student]` of the student.
-        taught_CV: `[C, V_teacher]` of the teacher.
-        token_C: `[C]` events, below `size`.
+        chunk: logits in float32 or bfloat16, events below `size`.
         k: support size, 0 for the whole vocabulary.
         temperature: divides both models' logits.
         size: the first so many head rows are shared.
         stop_ids: ids that are one event, the one that stands for it first.
-        weight_C: `[C]` factors of the losses, and so of the gradient; None for 1.
-        gradient_CV: `[C, V_student]`, where the gradient by the student's logits goes, in their dtype.
 
     Returns:
         `[C]` losses in float32, NaN where a row is left to tensors, and the `[C]` values of
@@ -66,11 +54,12 @@ def reverse_kl_chunk(
         ValueError: a head with fewer rows than `size`, a stop id beyond it, or a gradient unlike the logits.
     """
     library = kernels.library(otherwise="trb.losses.chunked")
-    _check(logits_CV, taught_CV, token_C, size, stop_ids, weight_C, gradient_CV)
-    logits_CV, taught_CV = (x_CV if x_CV.stride(1) == 1 else x_CV.contiguous() for x_CV in (logits_CV, taught_CV))
+    _check(chunk, size, stop_ids)
+    logits_CV, taught_CV = (x_CV if x_CV.stride(1) == 1 else x_CV.contiguous() for x_CV in chunk[:2])
     # Of no stop ids any one token is an event of its own.
-    token_C, stop_S = token_C.long().contiguous(), torch.tensor([*stop_ids] or [0], dtype=torch.int64)
-    weight_C = None if weight_C is None else weight_C.float().contiguous()
+    token_C, stop_S = chunk.token.long().contiguous(), torch.tensor([*stop_ids] or [0], dtype=torch.int64)
+    weight_C = None if chunk.weight is None else chunk.weight.float().contiguous()
+    gradient_CV = chunk.gradient
     number_CM = torch.empty(len(token_C), _NUMBERS)
 
     def sweep(start: int, end: int) -> None:
@@ -102,29 +91,23 @@ def reverse_kl_chunk(
     return loss_C, metrics
 
 
-def _check(
-    logits_CV: Tensor,
-    taught_CV: Tensor,
-    token_C: Tensor,
-    size: int,
-    stop_ids: Sequence[int],
-    weight_C: Tensor | None,
-    gradient_CV: Tensor | None,
-) -> None:
+def _check(chunk: Chunk, size: int, stop_ids: Sequence[int]) -> None:
     """What lies outside would be read and written all the same."""
-    rows = len(token_C)
-    if logits_CV.dim() != 2 or taught_CV.dim() != 2 or not 0 < size <= min(logits_CV.shape[1], taught_CV.shape[1]):
-        raise InputError(f"{size} events of heads with shapes {tuple(logits_CV.shape)} and {tuple(taught_CV.shape)}")
+    shapes = tuple(chunk.student.shape), tuple(chunk.teacher.shape)
+    if any(len(shape) != 2 for shape in shapes) or not 0 < size <= min(width for _, width in shapes):
+        raise InputError(f"{size} events of heads with shapes {shapes[0]} and {shapes[1]}")
     if not all(0 <= token_id < size for token_id in stop_ids):
         raise InputError(f"stop ids {list(stop_ids)} of {size} events")
-    lengths = [len(x) for x in (logits_CV, taught_CV, weight_C) if x is not None]
+    rows = len(chunk.token)
+    lengths = [len(x) for x in (chunk.student, chunk.teacher, chunk.weight) if x is not None]
     if any(length != rows for length in lengths):
         raise InputError(f"{rows} tokens, but {lengths} rows of logits and weights")
-    if gradient_CV is None:
+    gradient = chunk.gradient
+    if gradient is None:
         return
-    alike = gradient_CV.shape == logits_CV.shape and gradient_CV.dtype == logits_CV.dtype
-    if not alike or gradient_CV.stride(1) != 1:
+    alike = gradient.shape == chunk.student.shape and gradient.dtype == chunk.student.dtype
+    if not alike or gradient.stride(1) != 1:
         raise InputError(
-            f"a gradient of shape {tuple(gradient_CV.shape)}, {gradient_CV.dtype} and strides {gradient_CV.stride()} "
-            f"for logits of shape {tuple(logits_CV.shape)} and {logits_CV.dtype}"
+            f"a gradient of shape {tuple(gradient.shape)}, {gradient.dtype} and strides {gradient.stride()} "
+            f"for logits of shape {shapes[0]} and {chunk.student.dtype}"
         )

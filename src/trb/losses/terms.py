@@ -8,11 +8,12 @@ Shape suffixes: R prefixes, C tokens of one chunk, K support, V vocabulary.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "TokenMetrics", "entropy", "forward_kl_terms", "reverse_kl_terms", "token_metrics", "wide"]
+__all__ = ["Chunk", "Rows", "TokenMetrics", "entropy", "forward_kl_terms", "reverse_kl_terms", "token_metrics", "wide"]
 
 # Below any log-probability that matters, above minus infinity.
 _LOWEST_LOG_PROB = -1e30
@@ -52,6 +53,30 @@ class Rows:
     @classmethod
     def of(cls, log_student: Tensor, log_teacher: Tensor, token: Tensor | None = None) -> "Rows":
         return cls(log_student, log_teacher, log_student.exp(), log_teacher.exp(), token)
+
+
+class Chunk(NamedTuple):
+    """Both models' logits at the prefixes of a chunk, and where a loss's gradient goes.
+
+    Attributes:
+        student: `[C, V_student]` logits.
+        teacher: `[C, V_teacher]` logits; may be of another dtype.
+        token: `[C]` events.
+        weight: `[C]` factors of the losses, and so of the gradient; None for 1.
+        gradient: `[C, V_student]`, where the gradient by the student's logits is written, in their dtype; None if
+            nobody wants it.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    token: Tensor
+    weight: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def rows(self, which: slice | Tensor) -> "Chunk":
+        """Some of its rows: views of a slice, copies of rows by number."""
+        weight, gradient = (None if x is None else x[which] for x in (self.weight, self.gradient))
+        return Chunk(self.student[which], self.teacher[which], self.token[which], weight, gradient)
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from trb.errors import OperationError
-from trb.losses.terms import Rows, reverse_kl_terms
+from trb.losses.terms import Chunk, Rows, reverse_kl_terms
 from trb.losses.triton_kernel import reverse_kl_kernel, triton
 from trb.safety.untrusted import printable
 from trb.vocab import SharedVocabulary
@@ -89,7 +89,7 @@ def _works(
     options: dict[str, Any] = {"k": k, "temperature": 1.0, "size": 300, "stop_ids": events.stop_ids, "block": block}
     weight_C = torch.full((3,), 2.0, device=device)
     try:
-        found_C, _ = reverse_kl_chunk(logits_CV, taught_CV, token_C, **options, weight_C=weight_C, gradient_CV=found_CV)
+        found_C, _ = reverse_kl_chunk(Chunk(logits_CV, taught_CV, token_C, weight_C, found_CV), **options)
         right = torch.allclose(found_C, 2 * loss_C, rtol=1e-3) and torch.allclose(
             found_CV[:, alone_V].float(), 2 * gradient_CV[:, alone_V], rtol=2 * torch.finfo(dtype).eps, atol=1e-4
         )
@@ -103,45 +103,37 @@ def _works(
 
 @torch.no_grad()
 def reverse_kl_chunk(
-    logits_CV: Tensor,
-    taught_CV: Tensor,
-    token_C: Tensor,
+    chunk: Chunk,
     *,
     k: int,
     temperature: float,
     size: int,
     stop_ids: Sequence[int],
-    weight_C: Tensor | None = None,
-    gradient_CV: Tensor | None = None,
     block: int | None = None,
     warps: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Reverse KL on the student's top `k` tokens, as `trb.losses.terms.reverse_kl_terms`, from both models' logits.
+    """As `trb.losses.native.reverse_kl_chunk`, on a GPU.
 
     Args:
-        logits_CV: `[C, V_student]` of the student, in float32, bfloat16 or float16; any row stride.
-        taught_CV: `[C, V_teacher]` of the teacher; may be of another of these dtypes.
-        token_C: `[C]` events, below `size`.
+        chunk: logits in float32, bfloat16 or float16, with any row stride; the gradient may be the student's logits
+            themselves.
         k: support size, at most 64, or 0 for the whole vocabulary.
         temperature: divides both models' logits.
         size: the first so many head rows are shared.
         stop_ids: ids that are one event, the one that stands for it first.
-        weight_C: `[C]` factors of the losses, and so of the gradient; None for 1.
-        gradient_CV: `[C, V_student]`, where the gradient by the student's logits goes, in its dtype; may be
-            `logits_CV` itself.
         block: tokens read at once, a power of two; chosen from `size` by default.
         warps: warps of a program; chosen from `block` by default.
 
     Returns:
-        `[C]` losses in float32, NaN where a row is left to tensors, and the `[C]` values of
-        `trb.losses.terms.TokenMetrics` in its order.
+        The losses and metrics.
 
     Raises:
         RuntimeError: Triton is not installed.
     """
     if triton is None:
         raise OperationError("the fused loss needs Triton, which is not installed; use trb.losses.chunked")
-    logits_CV, taught_CV = (x_CV if x_CV.stride(1) == 1 else x_CV.contiguous() for x_CV in (logits_CV, taught_CV))
+    logits_CV, taught_CV = (x_CV if x_CV.stride(1) == 1 else x_CV.contiguous() for x_CV in chunk[:2])
+    token_C, weight_C, gradient_CV = chunk[2:]
     rows, support = len(token_C), k if k < size else 0
     padded_support = max(2, triton.next_power_of_2(support))
     block = max(block or _block(size), padded_support // 2)

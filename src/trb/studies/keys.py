@@ -367,9 +367,10 @@ def put_override(checked: dict[str, Any], key: str, value: Any) -> None:
         inside[path[-1]] = read_value(value) if isinstance(value, _Text) else value
 
 
-def valid_keys() -> list[str]:
+@cache
+def valid_keys() -> tuple[str, ...]:
     """Every key a recipe may have, `RunConfig`'s first."""
-    return [*run_fields(), *(name for name in training_fields() if name not in REPLACED_KEYS)]
+    return *run_fields(), *(name for name in training_fields() if name not in REPLACED_KEYS)
 
 
 @cache
