@@ -41,6 +41,7 @@ from trb.models.modeling import (
     tolerance,
     without_adapters,
 )
+from trb.models.rows import padded
 
 __all__ = ["keeps_states", "shared_hidden_states"]
 
@@ -250,15 +251,10 @@ def _agrees(model: PreTrainedModel) -> bool:
 def _compare(model: PreTrainedModel) -> bool:
     after = 3
     rows = [[*row[:-after], *end] for row in probe_rows(model, after + 1) for end in (row[-after:], row[-after:][::-1])]
-    width = max(map(len, rows))
-    ids_BL, mask_BL, completion_BL = torch.zeros(3, len(rows), width, dtype=torch.long, device=model.device).unbind(0)
-    for index, row in enumerate(rows):
-        ids_BL[index, : len(row)], mask_BL[index, : len(row)] = torch.tensor(row), 1
-        completion_BL[index, len(row) - after : len(row)] = 1
-    groups = list(_groups(_rows(ids_BL, mask_BL, completion_BL), len(rows)))
+    batch = padded([row[:-after] for row in rows], [row[-after:] for row in rows], model.device)
     found: dict[int, Tensor] = {}
-    for group in groups:
-        for part, states_NH in zip(group.parts, _read(model, group, ids_BL.device), strict=True):
+    for group in _groups(_rows(*batch), len(rows)):
+        for part, states_NH in zip(group.parts, _read(model, group, model.device), strict=True):
             found.update(zip((row.place for row in part), states_NH.split(after), strict=True))
-    whole = completion_hidden_states(model, ids_BL, mask_BL, completion_BL).split(after)
+    whole = completion_hidden_states(model, *batch).split(after)
     return disagreement([found[place] for place in range(len(rows))], list(whole)) <= tolerance(whole[0])

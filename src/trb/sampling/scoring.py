@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from trb.errors import InputError
 from trb.losses.chunked import default_chunk_tokens
 from trb.models.modeling import OutputHead, completion_hidden_states, evaluation_mode, without_adapters
+from trb.models.rows import padded
 from trb.policies import BehaviorPolicy, Target
 from trb.vocab import SharedVocabulary, head_rows
 
@@ -173,15 +174,8 @@ class _Scorer:
 
 def _hidden(model: PreTrainedModel, rows: list[Row]) -> Tensor:
     """`[N, H]` hidden states that predict the completion tokens of padded rows."""
-    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
-    ids_BL, mask_BL, completion_BL = torch.zeros(3, len(rows), longest, dtype=torch.long).unbind(0)
-    for row, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        ids_BL[row, :end] = torch.tensor(prompt + completion)
-        mask_BL[row, :end] = 1
-        completion_BL[row, len(prompt) : end] = 1
-    device = model.device
-    return completion_hidden_states(model, ids_BL.to(device), mask_BL.to(device), completion_BL.to(device))
+    prompts, completions = zip(*rows, strict=True)
+    return completion_hidden_states(model, *padded(prompts, completions, model.device))
 
 
 def _numbers(log_student_CV: Tensor, log_teacher_CV: Tensor, target: Target, token_C: Tensor) -> Tensor:

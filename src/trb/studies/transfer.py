@@ -20,6 +20,7 @@ from torch import Tensor
 from trb.losses import chunked_reverse_kl
 from trb.losses.terms import wide
 from trb.models.modeling import OutputHead, completion_hidden_states, evaluation_mode
+from trb.models.rows import padded
 from trb.policies import BehaviorPolicy, TeacherPolicy
 from trb.studies.subject import Subject
 
@@ -96,8 +97,8 @@ def _loss(
 ) -> Tensor:
     problems = [subject.problem_of_row[row] for row in rows]
     prompts = [subject.prompts[problem] for problem in problems]
-    ids, mask, completion = _padded(prompts, completions, subject.student.device)
-    read = _padded(subject.taught(problems) or prompts, completions, subject.teacher.device)
+    ids, mask, completion = padded(prompts, completions, subject.student.device)
+    read = padded(subject.taught(problems) or prompts, completions, subject.teacher.device)
     hidden = completion_hidden_states(subject.student, ids, mask, completion)
     with torch.no_grad():
         taught = completion_hidden_states(subject.teacher, *read)
@@ -111,19 +112,6 @@ def _loss(
         normaliser=tokens,
     )
     return loss
-
-
-def _padded(
-    prompts: Sequence[list[int]], completions: Sequence[list[int]], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, and masks of real and of completion tokens, all [rows, longest]."""
-    lengths = [(len(prompt), len(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
-    ids, mask, completion = torch.zeros(3, len(prompts), max(map(sum, lengths)), dtype=torch.long)
-    for row, (start, length) in enumerate(lengths):
-        ids[row, : start + length] = torch.tensor([*prompts[row], *completions[row]])
-        mask[row, : start + length] = 1
-        completion[row, start : start + length] = 1
-    return ids.to(device), mask.to(device), completion.to(device)
 
 
 def _product(one: Gradient, other: Gradient) -> float:
