@@ -155,7 +155,8 @@ def test_losses_are_not_rounded_to_the_compute_dtype() -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
 def test_the_recipes_for_accelerate_set_up_what_is_tested(name: str) -> None:
-    parsed = launch_command_parser().parse_args(["--config_file", str(LAUNCHES / f"{name}.yaml"), "-m", "trb"])
+    given = ["--config_file", str(LAUNCHES / f"{name}.yaml"), "--main_process_port", "0", "-m", "trb"]  # any free port
+    parsed = launch_command_parser().parse_args(given)
     arguments, *_ = _validate_launch_command(parsed)
     arguments.deepspeed_fields_from_accelerate_config = ""
     variables = prepare_deepspeed_cmd_env(arguments)[1] if name == "zero3" else prepare_multi_gpu_env(arguments)
