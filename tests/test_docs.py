@@ -206,6 +206,13 @@ def points(difference: dict[str, Any]) -> tuple[str, str]:
     return f"{100 * difference['estimate']:+.2f} points", f"{low} to {high})"
 
 
+def with_chance(difference: dict[str, Any]) -> str:
+    """The same with Holm's p, as tables of studies show it."""
+    estimate, interval = points(difference)
+    chance = difference["p_value_holm"]
+    return f"{estimate.removesuffix(' points')} ({interval}, p = {chance:.{2 if chance > 0.01 else 4}f}"
+
+
 def hard_pair(*methods: str) -> tuple[str, ...]:
     """What the README says of the map's pair of eight stages and a start of 30%."""
     record = result("map")
@@ -343,17 +350,40 @@ def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -
         ahead = methods["sequence-linear"]["differences"]["trb"]
         low, high = sorted(-100 * end for end in ahead["interval"])
         cells = [f"{100 * methods['opd']['pass_at_1']:.1f}"]
-        for method in ("trb", "sequence-linear"):
-            difference = methods[method]["difference_to_opd"]
-            estimate, interval = points(difference)
-            chance = difference["p_value_holm"]
-            digits = 2 if chance > 0.01 else 4
-            cells.append(f"{estimate.removesuffix(' points')} ({interval}, p = {chance:.{digits}f}")
+        cells += [with_chance(methods[method]["difference_to_opd"]) for method in ("trb", "sequence-linear")]
         cells.append(f"{-100 * ahead['estimate']:.2f} ({low:.2f} to {high:.2f})")
         behind.append(-ahead["estimate"])
         assert shown[name] == cells, name
         assert methods["trb"]["seeds"] == 20
     assert f"{100 * sum(behind) / len(behind):.2f} points above it" in " ".join(log.split())
+
+
+OTHERS = "self-setting warm-ups, eight seeds of three more methods"
+
+
+def test_the_table_of_three_more_methods_is_that_of_its_file() -> None:
+    log = text(ROOT / "docs" / "experiments.md").partition(OTHERS)[2]
+    columns = "`gap`, minus plain OPD | Veto, minus plain OPD | `gap-veto`, minus plain OPD |"
+    shown = {name: cells for name, *cells in table_rows(log, f"| setting | plain OPD | {columns}")}
+    settings = result("study2-others")["settings"]
+    assert shown.keys() == settings.keys()
+    for name, setting in settings.items():
+        methods = setting["methods"]
+        cells = [f"{100 * methods['opd']['pass_at_1']:.1f}"]
+        cells += [with_chance(methods[method]["difference_to_opd"]) for method in ("gap", "veto", "gap-veto")]
+        assert shown[name] == cells, name
+        assert {method["seeds"] for method in methods.values()} == {8}
+
+
+def test_runs_of_another_day_and_machine_are_those_of_the_first_to_the_last_problem() -> None:
+    """Which is why methods of both files can be compared: one commit, the same weights, the same rollouts."""
+    first, second = result("study2"), result("study2-others")
+    assert first["models"] == second["models"]
+    commits = [study["provenance"]["commits_of_the_runs"] for study in (first, second)]
+    assert commits[0] == commits[1] and len(commits[0]) == 1
+    for setting in first["settings"]:
+        before, again = (study["outcomes"][setting]["opd"] for study in (first, second))
+        assert len(again) == 8 and {seed: before[seed] for seed in again} == again
 
 
 def test_the_numbers_of_the_study_of_dialogue_are_those_of_its_file() -> None:
