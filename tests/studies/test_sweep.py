@@ -69,12 +69,12 @@ def test_a_study_runs_to_its_end(finished):
 
 
 def test_any_pair_of_a_behavior_and_a_loss_is_swept(here: None, tmp_path: Path) -> None:
-    methods = {"iw": {"iw_gamma": [0.25, 1.0]}, "both": [{"method": "trb", "loss": "eopd"}]}
+    methods = {"opd": [{}], "iw": {"iw_gamma": [0.25, 1.0]}, "both": [{"method": "trb", "loss": "eopd"}]}
     diary, recipe = Diary(), {**STUDY["recipe"], "max_steps": 1}
     run_study(study(methods=methods, recipe=recipe), tmp_path, workers=1, listener=diary)
-    assert diary.phases == [("references", 0, 2), ("selection", 0, 3), ("test", 0, 2)]
+    assert diary.phases == [("references", 0, 2), ("selection", 0, 4), ("test", 0, 3)]
     results = json.loads((tmp_path / "study.json").read_text())["settings"]["chains"]
-    assert list(results["methods"]) == ["iw", "both"]
+    assert list(results["methods"]) == ["opd", "iw", "both"]
     assert sorted(row["configuration"]["iw_gamma"] for row in results["sweep"]["iw"]) == [0.25, 1.0]
 
 
