@@ -63,7 +63,7 @@ STUDY = {
         "num_generations": 2,
         "per_device_train_batch_size": 4,
         "max_prompt_length": 64,
-        "max_completion_length": 32,
+        "max_completion_length": 8,
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "logging_steps": 1,
@@ -72,8 +72,8 @@ STUDY = {
     "settings": {
         "chains": {
             "recipe": {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"},
-            "dev": {"data": "zoo:chains", "limit": 8, "seed": 1},
-            "test": {"data": ["zoo:chains?operands=3", "zoo:chains?operands=5"], "limit": 6, "seed": 2},
+            "dev": {"data": "zoo:chains", "limit": 4, "seed": 1},
+            "test": {"data": ["zoo:chains?operands=3", "zoo:chains?operands=5"], "limit": 3, "seed": 2},
         }
     },
     "methods": {"opd": [{}], "trb": {"initial_kl_budget": [0.1, 0.5], "blend_warmup_steps": 2}},

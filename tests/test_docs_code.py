@@ -25,7 +25,7 @@ from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
 # A command is run as it stands but for these: the same code in seconds instead of minutes.
 STEP = ["--max-steps=1", "--prompts-per-step=2", "--num-generations=2", "--per-device-train-batch-size=4"]
-STEP += ["--max-completion-length=8", "--eval-limit=4", "--quiet"]
+STEP += ["--max-completion-length=8", "--train-limit=40", "--eval-limit=4", "--quiet"]
 PROBE = ["--problems=4", "--samples=1", "--excerpts=1", "--budgets", "0", "0.1", "--truncations", "4"]
 PROBE += ["--skd-top-k", "3", "--max-new-tokens=8", "--quiet"]
 CUT = {

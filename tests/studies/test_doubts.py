@@ -33,83 +33,69 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# Options, what is said of them, and options that nothing is said of.
-DOUBTS: dict[str, tuple[str, str, str]] = {
-    "K beyond the end": (
-        "--blend-warmup-steps 3",
+# Options, and what is said of each of them; only by the doctor where the run is refused.
+DOUBTS: dict[str, list[str]] = {
+    "--blend-warmup-steps 3 --train-data {root}/strange.jsonl --learning-rate 4e-3 --initial-kl-budget 1e6": [
         "blend_warmup_steps: 3 steps, and the run has 2",
-        "--blend-warmup-steps 2",
-    ),
-    "another warm-up": (
-        "--method horizon --horizon-steps 3",
-        "horizon_steps: 3 steps, and the run has 2",
-        "--method horizon --horizon-steps 2",
-    ),
-    "swapped": ("--student zoo:teacher --teacher zoo:student", "the student has 0.6", "--blend-warmup-steps 2"),
-    "lengths": (
-        "--max-prompt-length 510 --blend-warmup-steps 1",
-        "do not fit the 512 positions",
-        "--max-prompt-length 504 --blend-warmup-steps 1",
-    ),
-    "unknown characters": (
-        "--train-data {root}/strange.jsonl",
         "1 of 3 have characters that the tokenizer does not know, the first in row 2",
-        "--blend-warmup-steps 2",
-    ),
-    "chats rendered already": (
-        "--train-data {root}/chats.jsonl",
-        "1 of 3 are whole chats, rendered already, the first in row 3",
-        "--blend-warmup-steps 2",
-    ),
-    "two templates": (
-        "--teacher {root}/chatty",
-        "student and teacher write one conversation differently: '<|im_start|>",
-        "--teacher {root}/chatty --chat-template student",
-    ),
-    "two templates, one of them chosen": (
-        "--teacher {root}/chatty",
-        "chat_template: teacher writes the teacher's way, which the student then has to learn; chat_template: student",
-        "--teacher {root}/chatty --chat-template teacher",
-    ),
-    "infinite budget": ("--initial-kl-budget .inf", "initial_kl_budget: infinite", "--initial-kl-budget 5"),
-    "a budget that nothing spends": (
-        "--initial-kl-budget 1e6",
+        "0.004, more than 10 times the 0.0003",
         "initial_kl_budget: 1e+06, as good as infinite",
-        "--initial-kl-budget 50",
-    ),
-    "same weights": (
-        "--student {root}/a --teacher {root}/b",
+    ],
+    "--method horizon --horizon-steps 3 --train-data {root}/chats.jsonl --student {root}/a --teacher {root}/b": [
+        "horizon_steps: 3 steps, and the run has 2",
+        "1 of 3 are whole chats, rendered already, the first in row 3",
         "student and teacher are the same model",
-        "--student {root}/a --teacher {root}/c",
-    ),
-    "learning rate": ("--learning-rate 4e-3", "0.004, more than 10 times the 0.0003", "--learning-rate 2e-3"),
+    ],
+    "--student zoo:teacher --teacher zoo:student --initial-kl-budget .inf --blend-warmup-steps 2": [
+        "the student has 0.6",
+        "initial_kl_budget: infinite",
+    ],
+    "--teacher {root}/chatty --blend-warmup-steps 2": [
+        "student and teacher write one conversation differently: '<|im_start|>",
+        "chat_template: teacher writes the teacher's way, which the student then has to learn; chat_template: student",
+    ],
+    "--max-prompt-length 510 --blend-warmup-steps 1": ["and the student has 512 positions"],
 }
+# Options that nothing is said of, each as far as it may go.
+NO_DOUBTS = [
+    "--blend-warmup-steps 2 --initial-kl-budget 50 --learning-rate 2e-3 --student {root}/a --teacher {root}/c",
+    "--method horizon --horizon-steps 2 --max-prompt-length 504",
+    "--teacher {root}/chatty --chat-template student --blend-warmup-steps 2",
+    "--teacher {root}/chatty --chat-template teacher --blend-warmup-steps 2",
+]
+BASE = ["--config={root}/small.yaml", "--eval-data=[]"]
 
 
-@pytest.mark.parametrize("name", DOUBTS)
-def test_a_doubt_is_said_once_and_by_the_doctor(
-    name: str, material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wrong, text, right = (words.format(root=material) for words in DOUBTS[name])
-    base = ["--config", str(material / "small.yaml")]
-    if "--method" not in wrong:
-        base.append("--blend-warmup-steps=2")
-    run = ["--output-dir", str(tmp_path / "run"), "--eval-data=[]", "--save-final-model=false", "--quiet"]
-    if name != "lengths":
-        assert main(["train", *base, *wrong.split(), *run]) == 0
-        assert [record.message for record in caplog.records if text in record.message] != []
-        assert sum(text in record.message for record in caplog.records) == 1
-        caplog.clear()
-        assert main(["train", *base, *right.split(), *run, "--overwrite"]) == 0
-        assert not [record.message for record in caplog.records if record.name == "trb.training.doubts"]
-        said = "warn"
-    else:
-        said, text = "fail", "and the student has 512 positions"
+def doctor_says(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
-    for words, there in ((wrong, True), (right, False)):
-        main(["doctor", *base, *words.split(), "--eval-data=[]"])
-        lines = capsys.readouterr().out.splitlines()
-        assert any(line.startswith(said) and text in line for line in lines) == there, lines
+    main(["doctor", *words])
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("warn", "fail"))]
+
+
+@pytest.mark.parametrize("options", DOUBTS)
+def test_a_doubt_is_said_once_and_by_the_doctor(
+    options: str, material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(root=material) for word in (*BASE, *options.split())]
+    if "510" not in options:
+        assert main(["train", *words, f"--output-dir={tmp_path}", "--save-final-model=false", "--quiet"]) == 0
+        said = [record.message for record in caplog.records if record.name == "trb.training.doubts"]
+        assert [sum(text in message for message in said) for text in DOUBTS[options]] == [1] * len(DOUBTS[options])
+    lines = doctor_says(words, capsys)
+    start = "fail" if "510" in options else "warn"
+    for text in DOUBTS[options]:
+        assert any(line.startswith(start) and text in line for line in lines), lines
+
+
+@pytest.mark.parametrize("options", NO_DOUBTS)
+def test_nothing_is_said_of_what_is_right(
+    options: str, material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(root=material) for word in (*BASE, *options.split())]
+    assert main(["train", *words, f"--output-dir={tmp_path}", "--save-final-model=false", "--quiet"]) == 0
+    assert not [record.message for record in caplog.records if record.name == "trb.training.doubts"]
+    lines = doctor_says(words, capsys)  # of the machine it may say something
+    assert not [line for line in lines if any(text in line for texts in DOUBTS.values() for text in texts)]
 
 
 def test_prompts_that_fit_though_longer_ones_would_not(

@@ -29,6 +29,7 @@ from trb.report.reading import read
 from trb.studies import disks, material, scores
 from trb.studies import run as run_module
 from trb.studies.comparison import compare
+from trb.studies.directories import is_damaged
 from trb.studies.disks import DiskFullError
 from trb.studies.listener import Listener
 from trb.studies.material import RunDirectoryError, check_seal, model_of_run
@@ -228,7 +229,7 @@ def files_for_folders(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("disturb", [times_anywhere, clock_set_back, leftovers, files_for_folders])
 def test_a_killed_run_that_was_copied_goes_on_whatever_is_about_it(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disturb: Any
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, disturb: Any
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     for folder in ("checkpoint-6", "model"):
@@ -239,6 +240,7 @@ def test_a_killed_run_that_was_copied_goes_on_whatever_is_about_it(
     there = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     train(small(save_strategy="steps", save_steps=2), run)
     assert_same_run(run, finished)
+    assert "is not what it was" not in caplog.text, "its records are"
     assert there == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert {path.relative_to(run) for path in run.rglob("*")} == {path.relative_to(finished) for path in there}
 
@@ -247,13 +249,14 @@ def test_a_killed_run_that_was_copied_goes_on_whatever_is_about_it(
 def test_a_run_killed_in_its_last_evaluation_only_evaluates(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: bool
 ) -> None:
-    length = {"max_steps": -1, "num_train_epochs": 1, "train_limit": 12} if epochs else {}
+    length = {"max_steps": -1, "num_train_epochs": 1, "train_limit": 4} if epochs else {}
+    last = 2 if epochs else 6
     recipe = small(save_strategy="steps", save_steps=2, **length)
     with monkeypatch.context() as patch:
         evaluate = scores.evaluate
 
         def killed_after_training(*args: Any, **kwargs: Any) -> Any:
-            if "step-000006" in str(kwargs["results_path"]):
+            if f"step-{last:06d}" in str(kwargs["results_path"]):
                 raise Killed
             return evaluate(*args, **kwargs)
 
@@ -263,7 +266,7 @@ def test_a_run_killed_in_its_last_evaluation_only_evaluates(
     before = (tmp_path / "metrics.jsonl").read_text()
     train(recipe, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    assert records(tmp_path / "metrics.jsonl")[-1]["step"] == records(tmp_path / "evals.jsonl")[-1]["step"] == 6
+    assert records(tmp_path / "metrics.jsonl")[-1]["step"] == records(tmp_path / "evals.jsonl")[-1]["step"] == last
     if not epochs:
         assert_same_run(tmp_path, finished)
 
@@ -293,20 +296,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_keeps_what_it_has(fin
 def test_a_kill_between_a_save_and_the_removal_of_older_ones_leaves_no_more_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = small(max_steps=4, eval_data=[], save_strategy="steps", save_steps=2, save_total_limit=1)
+    recipe = small(max_steps=2, eval_data=[], save_strategy="steps", save_steps=1, save_total_limit=1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         prune = checkpoints.prune
 
         def killed(directory: Path, newest: int, *rest: Any) -> None:
-            if newest == 4:
+            if newest == 2:
                 raise Killed
             prune(directory, newest, *rest)
 
         patch.setattr(checkpoints, "prune", killed)
         train(recipe, tmp_path)
-    assert checkpoints.numbered(tmp_path).keys() == {2, 4}
+    assert checkpoints.numbered(tmp_path).keys() == {1, 2}
     train(recipe, tmp_path)
-    assert checkpoints.numbered(tmp_path).keys() == {4}
+    assert checkpoints.numbered(tmp_path).keys() == {2}
 
 
 def test_logs_do_not_pile_up_in_memory_and_checkpoints(tmp_path: Path) -> None:
@@ -326,6 +329,9 @@ def test_another_configuration_in_the_same_directory_is_refused(tmp_path: Path) 
         train(small(max_steps=1, eval_every=0, learning_rate=2e-3), tmp_path)
     with pytest.raises(RunDirectoryError, match="max_steps is 1 there and 2 here"):  # no checkpoint to go on from
         train(small(max_steps=2, eval_every=0), tmp_path)
+    with pytest.raises(RunDirectoryError, match="seed is 42 there and 1 here") as caught:  # nor here
+        train(small(max_steps=1, eval_every=0, seed=1), tmp_path, accept_changes=True)
+    assert "--accept-changes" not in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     (tmp_path / "notes.txt").write_text("mine")
     results = train(small(max_steps=2, eval_every=0), tmp_path, overwrite=True)
@@ -347,10 +353,17 @@ def test_a_finished_run_is_made_longer_if_that_is_asked_for(finished: Path, tmp_
 LINEAR: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "eval_data": [], "lr_scheduler_type": "linear"}
 
 
+@pytest.fixture(scope="module")
+def one_linear_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("linear") / "run"
+    train(small(**LINEAR, max_steps=1), directory)
+    return directory
+
+
 def test_a_run_whose_schedule_ends_with_it_is_made_longer_only_if_that_is_accepted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    one_linear_step: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(small(**LINEAR, max_steps=1), tmp_path)
+    shutil.copytree(one_linear_step, tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(RunDirectoryError, match=r"max_steps is 1 there and 2 here.*--accept-changes"):
         train(small(**LINEAR, max_steps=2), tmp_path)
@@ -374,8 +387,10 @@ def test_data_that_changed_under_its_name_is_found(tmp_path: Path) -> None:
     assert train(small(**recipe), run, accept_changes=True)["trb"]["steps"] == 2
 
 
-def test_a_changed_recipe_goes_on_if_that_is_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train(small(**LINEAR, max_steps=1), tmp_path)
+def test_a_changed_recipe_goes_on_if_that_is_accepted(
+    one_linear_step: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(one_linear_step, tmp_path, dirs_exist_ok=True)
     longer = LINEAR | {"max_steps": 2, "method": "opd"}
     with pytest.raises(RunDirectoryError, match=r"method is 'trb' there and 'opd' here.*--accept-changes"):
         train(small(**longer), tmp_path)
@@ -383,13 +398,6 @@ def test_a_changed_recipe_goes_on_if_that_is_accepted(tmp_path: Path, caplog: py
     assert results["opd"]["steps"] == 2
     assert "goes on with changes: max_steps is 1 there and 2 here; method is 'trb' there" in caplog.text
     assert "method: opd" in (tmp_path / "config.yaml").read_text()
-
-
-def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
-    train(small(max_steps=1, eval_data=[]), tmp_path)
-    with pytest.raises(RunDirectoryError, match="seed is 42 there and 1 here") as caught:
-        train(small(max_steps=1, eval_data=[], seed=1), tmp_path, accept_changes=True)
-    assert "--accept-changes" not in str(caught.value)
 
 
 def test_what_a_comparison_shares_stays_though_changes_are_accepted(tmp_path: Path) -> None:
@@ -539,11 +547,11 @@ def test_damaged_results_that_nothing_can_make_again_are_named_and_kept(finished
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"- a", b"{"])
-def test_a_damaged_config_costs_no_checkpoint(
-    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
-) -> None:
+def test_a_damaged_config_costs_no_checkpoint(finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As a loss of power could leave it. The checkpoint says itself which run it is of."""
+    for content in (b"", b"\xff", b"- a", b"{"):
+        (tmp_path / "config.yaml").write_bytes(content)
+        assert is_damaged(tmp_path / "config.yaml")
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     shutil.rmtree(run / "checkpoint-6")
     (run / "results.json").unlink()
@@ -573,8 +581,6 @@ def test_records_that_a_checkpoint_had_and_that_are_gone_are_named(
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     shutil.rmtree(run / "checkpoint-6")
     (run / "results.json").unlink()
-    train(small(save_strategy="steps", save_steps=2), Path(shutil.copytree(run, tmp_path / "whole")))
-    assert "is not what it was" not in caplog.text
     DAMAGES[damage](run / "metrics.jsonl")
     train(small(save_strategy="steps", save_steps=2), run)
     assert f"{run / 'metrics.jsonl'} is not what it was when checkpoint-4 was saved" in caplog.text
@@ -690,6 +696,9 @@ def test_a_disk_that_fills_up_costs_the_step_and_nothing_else(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small(save_strategy="steps", save_steps=2)
+    shutil.copytree(finished, tmp_path, ignore=shutil.ignore_patterns("*-[46]", "model"), dirs_exist_ok=True)
+    for name in ("results.json", "checksums.json"):
+        (tmp_path / name).unlink()
     with monkeypatch.context() as patch:
 
         def fills_up(trainer: TRBTrainer, output_dir: str) -> None:
@@ -743,12 +752,12 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damages", [("emptied", "a folder"), ("changed", "halved")], ids=str)
 def test_damaged_scores_of_a_comparison_are_measured_again(
-    compared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+    compared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damages: tuple[str, str]
 ) -> None:
     directory = Path(shutil.copytree(compared, tmp_path / "runs"))
-    for name in ("student", "teacher"):
+    for name, damage in zip(("student", "teacher"), damages, strict=True):
         DAMAGES[damage](directory / "evaluations" / f"{name}.json")
         DAMAGES["emptied"](directory / "evaluations" / name / "zoo-chains.jsonl")
     DAMAGES["halved"](directory / "results.json")
@@ -847,11 +856,9 @@ def test_a_comparison_run_again_only_does_what_is_missing(tmp_path: Path, monkey
 
 def test_any_pair_of_a_behavior_and_a_loss_is_compared(tmp_path: Path) -> None:
     methods = {
-        "opd": {},
         "eopd": {"eopd_entropy": 0.2, "forward_top_k": 4},
         "blended": {"method": "trb", "loss": "tip", "tip_share": 0.25},
         "reliable": {"method": "opd", "behavior": "skd", "loss": "tropd", "skd_teacher_top_k": 4},
-        "weighted": {"method": "temperature", "loss": "iw", "iw_gamma": 1.0},
     }
     results = compare(small(max_steps=1, eval_every=0, methods=methods), tmp_path)
     assert list(results) == ["student", *methods, "teacher", "provenance"]
@@ -860,7 +867,7 @@ def test_any_pair_of_a_behavior_and_a_loss_is_compared(tmp_path: Path) -> None:
     assert len(set(losses.values())) == len(methods), "each has a loss of its own"
     write_report(str(tmp_path))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert all(shown in page for shown in ("EOPD", "blended", "reliable", "weighted"))
+    assert all(shown in page for shown in ("EOPD", "blended", "reliable"))
     with pytest.raises(ConfigError, match="tip_share must be above 0"):
         compare(small(methods={"tip": {"tip_share": 0.0}}), tmp_path / "refused")
 
@@ -893,10 +900,10 @@ def test_adapters_killed_and_resumed_end_like_those_that_were_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = {"lora_rank": 2, "lora_target_modules": ["q_proj", "v_proj"]}
-    recipe = small(max_steps=4, eval_data=[], save_strategy="steps", save_steps=2, **lora)
+    recipe = small(max_steps=2, eval_data=[], save_strategy="steps", save_steps=1, **lora)
     train(recipe, tmp_path / "straight")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(2, patch)
+        kill_after(1, patch)
         train(recipe, tmp_path / "killed")
     train(recipe, tmp_path / "killed")
     one, other = (tmp_path / name / "model" / "adapter_model.safetensors" for name in ("straight", "killed"))
@@ -914,9 +921,9 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(run_module, "TRBTrainer", Watched)
-    recipe = small(max_steps=4, eval_data=[], held_out_prompts=5, held_out_every=2, save_strategy="steps", save_steps=2)
+    recipe = small(max_steps=2, eval_data=[], held_out_prompts=5, held_out_every=1, save_strategy="steps", save_steps=1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_in_place(patch, Watched, 3)
+        kill_in_place(patch, Watched, 1)
         train(recipe, tmp_path)
     results = train(recipe, tmp_path)
     trained, held_out = (
@@ -924,10 +931,10 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
     )
     assert (len(trained), len(held_out)) == (35, 5)
     assert not trained & held_out
-    assert [row["step"] for row in records(tmp_path / "held_out.jsonl")] == [0, 2, 4]
+    assert [row["step"] for row in records(tmp_path / "held_out.jsonl")] == [0, 1, 2]
     assert all(math.isfinite(row["loss"]) for row in records(tmp_path / "held_out.jsonl"))
     ends = results["trb"]["held_out"]
-    assert (ends["before"]["step"], ends["after"]["step"]) == (0, 4)
+    assert (ends["before"]["step"], ends["after"]["step"]) == (0, 2)
     assert ends["after"]["loss"] == records(tmp_path / "held_out.jsonl")[-1]["loss"]
 
 

@@ -28,7 +28,7 @@ def small(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(driver, "CURVE", {"every": 1, "samples": 4, "seed": 1})
     monkeypatch.setattr(driver, "FINAL", {"samples": 8, "seed": 2})
     monkeypatch.setattr(
-        driver, "ready", lambda knobs, folder: sys.modules["map_pairs"].ready(knobs, folder, scale=0.02)
+        driver, "ready", lambda knobs, folder: sys.modules["map_pairs"].ready(knobs, folder, scale=0.01)
     )
     return driver
 
@@ -70,7 +70,7 @@ def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, c
     with pytest.raises(ValueError, match="taught in another way"):
         pairs.ready(small.Knobs(stages=3), tmp_path / "pairs", scale=0.03)
     assert pairs.ready(
-        small.Knobs(stages=3, teacher="unaware", start=0.3), tmp_path / "pairs", scale=0.02
+        small.Knobs(stages=3, teacher="unaware", start=0.3), tmp_path / "pairs", scale=0.01
     ).teacher.exists()
 
     record = tmp_path / "map.json"

@@ -45,11 +45,11 @@ def numbers(value: Any) -> Any:
 def test_a_comparison_finds_what_it_finds_with_a_teacher_in_memory_of_its_own(adapter: str, tmp_path: Path) -> None:
     """The teacher's score is the adapter's, and the methods learn as much from it, to the last digit."""
     found = [
-        compare(small(teacher=teacher, methods={"trb": None, "opd": None}, max_steps=2), tmp_path / name)
+        compare(small(teacher=teacher, methods={"trb": None}, max_steps=2), tmp_path / name)
         for name, teacher in (("one", f"adapter:{adapter}"), ("two", adapter))
     ]
     assert numbers(found[0]) == numbers(found[1])
-    assert set(found[0]) == {"student", "trb", "opd", "teacher", "provenance"}
+    assert set(found[0]) == {"student", "trb", "teacher", "provenance"}
     card = (tmp_path / "one" / "trb" / "model" / "README.md").read_text()
     assert "with an adapter), on the student's own weights |" in card
     assert f"teacher: adapter:{adapter}\n" in (tmp_path / "one" / "trb" / "config.yaml").read_text()

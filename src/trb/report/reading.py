@@ -327,6 +327,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
     own(path)
     try:
         text = path.read_text(encoding="utf-8")
+        if parts := _two_parts(text):
+            return parts[0] | parts[1], frozenset(map(str, parts[1]))
         value = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -334,14 +336,20 @@ def _read_config(path: Path) -> tuple[dict[str, Any], frozenset[str]]:
         raise ReportError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
     if not isinstance(value, dict | None):
         raise ReportError(f"{path}: expected a mapping of options, found {type(value).__name__}.")
-    value = value or {}
+    return value or {}, frozenset()
+
+
+def _two_parts(text: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What a configuration has chosen, and what is as by default, each read by itself; None if those are not its parts.
+
+    The line between them may stand inside somebody's text: then one of the two is no mapping.
+    """
     try:
-        rest = parse_yaml(text.partition(f"\n{AS_BY_DEFAULT}")[2])
+        chosen, rest = (parse_yaml(part) for part in text.split(f"\n{AS_BY_DEFAULT}", 1))
     except (yaml.YAMLError, ValueError):
-        rest = None
-    # The line may stand inside somebody's text: what follows it must be the end of the same mapping.
-    is_end = isinstance(rest, dict) and rest == {key: value.get(key) for key in rest}
-    return value, frozenset(map(str, rest) if is_end else ())
+        return None
+    parts = isinstance(chosen, dict) and isinstance(rest, dict) and not chosen.keys() & rest.keys()
+    return (chosen, rest) if parts else None
 
 
 def own(path: Path) -> Path:

@@ -10,8 +10,9 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -104,7 +105,7 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
             f"{path} is damaged; restore it (the recipe with its defaults), or use another output directory{remedy}"
         )
     # As it would be read back: through YAML, so that tuples and numbers compare alike.
-    here = yaml.safe_load(recipe.to_yaml())
+    here = _keys_in(recipe.to_yaml()) or {}
     # An option that the version which wrote it did not have yet, and that changes no result, is no difference. Nor is a
     # knob that only methods read which one of the two does not have: which methods those are is compared itself.
     new = {key for key in here if key not in there and key in _MAY_CHANGE}
@@ -112,13 +113,18 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
     return {key: text for key, text in told_apart(there, here).items() if key not in ignore | new | others}
 
 
-def _written_recipe(path: Path) -> dict[str, Any] | None:
+def _written_recipe(path: Path) -> Mapping[str, Any] | None:
     """The keys of a written configuration, or None if it is damaged."""
     try:
-        there = parse_yaml(path.read_bytes().decode("utf-8"))
+        return _keys_in(path.read_bytes().decode("utf-8"))
     except (IsADirectoryError, yaml.YAMLError, ValueError):
         return None
-    return there if isinstance(there, dict) else None
+
+
+@lru_cache(maxsize=8)  # of one run, the same text is read several times; read-only, as all who ask share it
+def _keys_in(text: str) -> Mapping[str, Any] | None:
+    there = parse_yaml(text)
+    return MappingProxyType(there) if isinstance(there, dict) else None
 
 
 def completion_length_of(spec: str) -> tuple[int, Path] | None:
