@@ -124,16 +124,20 @@ def find_case(model_type: str) -> Case:
     raise AssertionError(f"{model_type}: no seed below {_SEEDS} ends rows at once, later and never")
 
 
+@lru_cache(maxsize=1 << 12)
+def _next_logits(model: PreTrainedModel, tokens: tuple[int, ...]) -> Tensor:
+    return plain_logits(model, tokens)[-1]
+
+
 def oracle_row(
     student: PreTrainedModel, teacher: PreTrainedModel | None, policy: BehaviorPolicy, seed: int, key: int
 ) -> Row:
     """A row that nothing stops: for each token one whole pass over all before it."""
     tokens, weights = list(PROMPTS[key]), []
     logits: dict[PreTrainedModel, list[Tensor]] = {model: [] for model in (student, teacher) if model is not None}
-    for position in range(NEW_TOKENS):
-        uniform = uniforms(seed, *(torch.tensor([number]) for number in (key, 0, position)))
+    for uniform in uniforms(seed, torch.tensor([key]), torch.tensor([0]), torch.arange(NEW_TOKENS)).split(1):
         for model, found in logits.items():
-            found.append(plain_logits(model, tokens)[-1])
+            found.append(_next_logits(model, tuple(tokens)))
         log_student, *log_teacher = (torch.log_softmax(found[-1][None].double(), -1) for found in logits.values())
         draft = inverse_cdf(log_student.exp(), uniform[:, 0])
         target = policy.target(log_student, log_teacher[0] if log_teacher else None)
@@ -180,18 +184,17 @@ def _differences(case: Case) -> list[str]:
         for key in range(len(PROMPTS))
     ]
     for method, block_size, max_rows in (
-        ("lockstep", 3, None),
+        ("lockstep", 3, _MANY),
         ("speculative", 3, _MANY),
         ("speculative", 4, None),
-        ("lockstep", 3, _MANY),
     ):
         layout = f"{method} block {block_size} rows {max_rows or 'all'}"
         rollout = sample_case(case, TRUST_REGION, method, block_size, max_rows)
         found += _unequal(layout, rollout.completions, case.completions)
         if rollout.completions == case.completions and not _close(rollout, [row.weights for row in case.rows]):
             found.append(f"{layout}: other teacher weights")
-    for method in ("lockstep", "speculative"):
-        rollout = sample_case(case, StudentPolicy(), method, 3, _MANY)
+    for method, max_rows in (("lockstep", None), ("speculative", _MANY)):
+        rollout = sample_case(case, StudentPolicy(), method, 3, max_rows)
         found += _unequal(f"{method} of the student alone", rollout.completions, pure)
     for role, model in (("student", case.student), ("teacher", case.teacher)):
         own_NV = torch.cat([getattr(row, f"{role}_logits") for row in case.rows])

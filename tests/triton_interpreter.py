@@ -1,4 +1,7 @@
-"""Triton's interpreter in a process of its own: it replaces Triton's language when Triton is first imported."""
+"""Triton's kernels without a GPU: interpreted, and compiled for one.
+
+The interpreter has a process of its own: it replaces Triton's language when Triton is first imported.
+"""
 
 import functools
 import io
@@ -6,13 +9,14 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-__all__ = ["close_interpreter", "interpreted"]
+__all__ = ["close_interpreter", "compiled", "interpreted"]
 
 
 def interpreted(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -25,6 +29,20 @@ def close_interpreter() -> None:
     if _process.cache_info().currsize:
         _process().shutdown()
         _process.cache_clear()
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """What the compiler makes of a kernel for an H100, which need not be there; arguments are int32 but for `types`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, types, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(cache)
+        options = {"num_warps": 32, "enable_fp_fusion": True}
+        return dict(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm)
 
 
 @functools.cache

@@ -57,7 +57,6 @@ STOP = 5
 TOKENS = 9
 POLICY = TrustRegionPolicy(0.3)
 WAYS_OF_SAMPLING: list[dict[str, Any]] = [{"method": "lockstep"}, {"block_size": 3}, {"block_size": 4, "max_rows": 2}]
-each_way = pytest.mark.parametrize("options", WAYS_OF_SAMPLING, ids=["lockstep", "blocks of 3", "refilled slots"])
 
 
 def draw(student: PreTrainedModel, teacher: PreTrainedModel, **options: Any) -> Rollout:
@@ -88,7 +87,7 @@ def way(model: PreTrainedModel) -> str:
 # --- laws that were silently wrong --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["olmo3", "qwen2", "starcoder2", "gemma4_unified"])  # others: test_models
+@pytest.mark.parametrize("model_type", ["olmo3", "gemma4_unified"])  # others: test_models
 def test_windows_hold_in_prompts_and_after_them(model_type: str) -> None:
     """Prompts of up to three windows; these models are read through slots, not by a slower way."""
     student, teacher = build(model_type, seed=0), build(model_type, seed=1)
@@ -129,17 +128,18 @@ def adapted(model: PreTrainedModel, targets: list[str]) -> Any:
     return get_peft_model(model, config).double().eval()
 
 
-@each_way
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_wrapped_models_are_read_at_their_positions(family: str, options: dict[str, Any]) -> None:
+def test_wrapped_models_are_read_at_their_positions(family: str) -> None:
     """PEFT's and torch.compile's wrappers hide the signature: without positions a padded row is another prefix."""
     make, targets = {"llama": (tiny_llama, ["q_proj", "v_proj"]), "gpt2": (tiny_gpt2, ["c_attn"])}[family]
     student, teacher = make(12, seed=1), adapted(make(12, seed=2), targets)
     merged = adapted(make(12, seed=2), targets).merge_and_unload()
     wanted = expected(student, merged)
     assert wanted != expected(student, make(12, seed=2))
-    assert draw(student, teacher, **options).completions == wanted
-    assert draw(torch.compile(student, backend="eager"), teacher, **options).completions == wanted
+    compiled = torch.compile(student, backend="eager")
+    for options in WAYS_OF_SAMPLING:
+        assert draw(student, teacher, **options).completions == wanted
+        assert draw(compiled, teacher, **options).completions == wanted
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "by layer"])
@@ -240,12 +240,13 @@ def test_what_only_the_models_own_attention_knows_is_kept(other_attention: str) 
     assert {model.config._attn_implementation for model in models} == {"stand_in"}
 
 
-@each_way
-def test_eager_attention_in_float64_with_padding_leaves_no_nan(options: dict[str, Any]) -> None:
+def test_eager_attention_in_float64_with_padding_leaves_no_nan() -> None:
     models = [build("gemma2", seed=seed) for seed in (0, 1)]
     for model in models:
         model.set_attn_implementation("eager")
-    assert draw(*models, **options).completions == expected(*models)
+    wanted = expected(*models)
+    for options in WAYS_OF_SAMPLING:
+        assert draw(*models, **options).completions == wanted
 
 
 # --- recurrent and hybrid models ----------------------------------------------------------------

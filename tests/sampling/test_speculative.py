@@ -40,7 +40,6 @@ POLICIES = [
     SKDPolicy(2, 0.6),
     TeacherPolicy(),
 ]
-each_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
 
 
 def draw(pair: TinyPair, policy: BehaviorPolicy, **options: Any) -> Rollout:
@@ -62,8 +61,14 @@ def lockstep(pair: TinyPair, policy: BehaviorPolicy) -> Rollout:
 # --- the same tokens ----------------------------------------------------------------------------
 
 
-@each_policy
-@pytest.mark.parametrize("block_size", [1, 3, 8, 16, "planned", "measured"])
+@pytest.mark.parametrize(
+    ("policy", "block_size"),
+    [
+        *((policy, block_size) for policy in POLICIES for block_size in (3, "planned")),
+        *((policy, size) for policy in (TrustRegionPolicy(0.5), SKDPolicy(2, 0.6)) for size in (1, 8, 16, "measured")),
+    ],
+    ids=repr,
+)
 def test_tokens_are_those_of_the_lockstep_sampler(
     tiny_pair: TinyPair, policy: BehaviorPolicy, block_size: int | str
 ) -> None:
@@ -79,8 +84,9 @@ def test_tokens_are_those_of_the_lockstep_sampler(
     assert max(map(len, ours.completions)) > 8
 
 
-@each_policy
-@pytest.mark.parametrize("max_rows", [1, 5])
+@pytest.mark.parametrize(
+    ("policy", "max_rows"), [*((policy, 5) for policy in POLICIES), (TrustRegionPolicy(0.5), 1)], ids=repr
+)
 def test_refilled_slots_change_nothing(tiny_pair: TinyPair, policy: BehaviorPolicy, max_rows: int) -> None:
     expected = lockstep(tiny_pair, policy)
     assert draw(tiny_pair, policy, block_size=4, max_rows=max_rows).completions == expected.completions

@@ -89,8 +89,7 @@ def test_rows_are_drawn_as_they_are_where_all_have_their_teacher(tmp_path: Path,
 # ---- what is learnt ----
 
 
-@pytest.mark.parametrize("method", ["trb", "opd"])
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("method", "offload"), [("trb", True), ("opd", False)])
 def test_the_loss_is_the_token_mean_over_rows_each_with_its_own_teacher(
     tmp_path: Path, method: str, offload: bool
 ) -> None:

@@ -72,11 +72,9 @@ class PaddedReader:
 
     def read_prompts(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         longest, device = max(map(len, prompts)), self.model.device
-        ids_RP = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask_RP = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids_RP[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask_RP[row, longest - len(prompt) :] = 1
+        missing_R = torch.tensor([longest - len(prompt) for prompt in prompts])
+        ids_RP = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask_RP = (torch.arange(longest) >= missing_R[:, None]).long()
         position_RP = (mask_RP.cumsum(-1) - 1).clamp_min(0).to(device)
         self._position_R = position_RP[:, -1] + 1
         # Without padding no mask is passed: attention kernels are faster without one.
