@@ -101,7 +101,7 @@ test-quantized: $(VENV)/dev.stamp ## quantised teachers, with torchao and bitsan
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.quantized $(BIN)/python -m pytest tests/models/test_quantization.py
 
 test-vllm: $(VLLM_VENV)/run.stamp ## what needs vLLM, in an environment of its own (a download of about 1 GB)
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest $(VLLM_TESTS)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -n 2 --dist loadfile $(VLLM_TESTS)
 
 lint: $(VENV)/dev.stamp ## ruff and mypy
 	$(BIN)/ruff check .
