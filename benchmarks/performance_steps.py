@@ -162,6 +162,33 @@ def _parts(cell: dict[str, Any]) -> str:
     return table(("share of processor time", *contenders), rows)
 
 
+def floors() -> str:
+    """What a warm-up step would take beside a plain one if what makes it dearer were away, one thing after another.
+
+    Of fixed lengths, where both draw the same number of tokens.
+    """
+    rows = []
+    for cell in conditions().values():
+        if cell["lengths"] != "fixed":
+            continue
+        plain, warm = (
+            {part: cell["seconds"][name]["median"] * share for part, share in cell["parts"][name].items()}
+            for name in ("plain", "warm-up 0.02")
+        )
+        step, drafted = sum(plain.values()), warm["draft"] / plain["draft"]
+        as_wide = sum(warm.values()) - warm["teacher"] + drafted * plain["teacher"]
+        decided = step + warm["decide"] - plain["decide"]
+        figures = (sum(warm.values()) / step, drafted, as_wide / step, decided / step)
+        rows.append([*_named(cell), *(f"{figure:.2f}" for figure in figures)])
+    columns = (
+        "warm-up 0.02 / plain",
+        "its drafting / plain's",
+        "if its teacher took as long a token as in a plain step",
+        "if besides it drafted no longer",
+    )
+    return table((*_NAMES, *columns), rows) if rows else f"{NOT_MEASURED}."
+
+
 def limit() -> str:
     """What takes the time of a warm-up step where it is dearest beside a plain one."""
     (bar,) = [bar for bar in step_bars() if bar.label == "warm-up 0.02 / plain"]
@@ -211,5 +238,6 @@ STEP_TABLES: dict[str, Callable[[], str]] = {
     "steps": by_processor,
     "steps by the clock": by_clock,
     "parts of a step": parts,
+    "floors of a step": floors,
     "limit of steps": limit,
 }

@@ -98,6 +98,19 @@ def test_whole_steps_are_shown_condition_by_condition(results: Path) -> None:
     assert "the bars: missed by plain / TRL and annealed / plain;" in row
 
 
+def test_the_floor_of_a_warm_up_step_leaves_out_one_thing_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = {
+        "plain": {"draft": 0.4, "teacher": 0.2, "decide": 0.0, "loss": 0.4},
+        "warm-up 0.02": {"draft": 0.4, "teacher": 0.26, "decide": 0.04, "loss": 0.3},
+    }
+    fixed = {"dtype": "bf16", "lengths": "fixed", "prompt": 32, "tokens": 64, "parts": shares}
+    fixed["seconds"] = {"plain": {"median": 10.0}, "warm-up 0.02": {"median": 13.0}}
+    monkeypatch.setattr(performance_steps, "conditions", lambda: {"one": fixed, "other": {"lengths": "natural"}})
+    (row,) = performance_steps.floors().splitlines()[2:]
+    # Drafting 5.2 s of 4; teacher 3.38 s, and 2 s of plain's for 1.3 times the tokens; deciding 0.52 s.
+    assert row == "| bf16 | fixed | 32 | 64 | 1.30 | 1.30 | 1.22 | 1.05 |"
+
+
 def test_what_was_not_measured_is_said_to_be_so(results: Path) -> None:
     assert {bar.verdict for bar in performance_steps.step_bars()} == {"not measured"}
     tables = performance_steps.STEP_TABLES | performance_growth.GROWTH_TABLES
