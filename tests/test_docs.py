@@ -23,6 +23,7 @@ from trb import blend
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import across
 import performance
 from pages import by_hand, filled
 
@@ -213,6 +214,22 @@ def with_chance(difference: dict[str, Any]) -> str:
     return f"{estimate.removesuffix(' points')} ({interval}, p = {chance:.{2 if chance > 0.01 else 4}f}"
 
 
+def self_setting_with_veto() -> list[str]:
+    """What is said of `gap` and Veto's target together: three differences to plain OPD, and one to swept budgets."""
+    parts = across.read("study2-others"), across.read("study2")
+    found = [setting["methods"]["gap-veto"]["difference_to_opd"] for setting in parts[0]["settings"].values()]
+    mean, error = across.average([across.difference(*parts, name, "gap-veto", "trb") for name in parts[0]["settings"]])
+    ends = [text.removesuffix(" points").removesuffix(")") for difference in found for text in points(difference)]
+    return [*ends, f"{100 * mean:+.2f} (standard error {100 * error:.2f})"]
+
+
+def test_what_is_said_of_a_self_setting_warm_up_with_vetos_target_is_what_was_found() -> None:
+    page = " ".join(text(ROOT / "docs" / "choosing.md").split())
+    (row,) = re.findall(r"\| the same, and it should end higher \|[^\n]*?but see the next line", page)
+    for phrase in self_setting_with_veto()[:-1]:
+        assert phrase in row
+
+
 def hard_pair(*methods: str) -> tuple[str, ...]:
     """What the README says of the map's pair of eight stages and a start of 30%."""
     record = result("map")
@@ -259,6 +276,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             for setting in result("study2")["settings"].values()
             for text in points(setting["methods"]["sequence-linear"]["difference_to_opd"])
         ],
+        "with Veto's target: the same, and more where blending alone adds little": self_setting_with_veto(),
         "dialogue, by closeness to the teacher: no": (
             f"TRB {dialogue['estimate']:+.4f} nats per token",
             f"({dialogue['interval'][0]:.4f} to {dialogue['interval'][1]:.4f})",
@@ -358,27 +376,56 @@ def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -
     assert f"{100 * sum(behind) / len(behind):.2f} points above it" in " ".join(log.split())
 
 
+OTHER_METHODS = "self-setting warm-ups, eight seeds of three more methods"
+OTHER_SEEDS = 8
+
+
 def test_the_table_of_the_studys_other_methods_is_that_of_its_file() -> None:
-    log = text(ROOT / "docs" / "experiments.md").partition("self-setting warm-ups, eight seeds of")[2]
+    log = text(ROOT / "docs" / "experiments.md").partition(OTHER_METHODS)[2]
     settings = result("study2-others")["settings"]
     shown = {name.strip("`"): cells for name, *cells in table_rows(log, f"| method | {' | '.join(settings)} |")}
     tables = [setting["methods"] for setting in settings.values()]
-    assert {entry["seeds"] for table in tables for entry in table.values()} == {8}
+    assert {entry["seeds"] for table in tables for entry in table.values()} == {OTHER_SEEDS}
     expected = {"opd": [f"{100 * table['opd']['pass_at_1']:.1f}" for table in tables]}
     for method in tables[0].keys() - {"opd"}:
         expected[method] = [with_chance(table[method]["difference_to_opd"]) for table in tables]
     assert shown == expected
 
 
-def test_runs_of_another_day_and_machine_are_those_of_the_first_to_the_last_problem() -> None:
-    """Which is why methods of both files can be compared: one commit, the same weights, the same rollouts."""
-    first, second = result("study2"), result("study2-others")
-    assert first["models"] == second["models"]
-    commits = [study["provenance"]["commits_of_the_runs"] for study in (first, second)]
-    assert commits[0] == commits[1] and len(commits[0]) == 1
-    for setting in first["settings"]:
-        before, again = (study["outcomes"][setting]["opd"] for study in (first, second))
-        assert len(again) == 8 and {seed: before[seed] for seed in again} == again
+def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems() -> None:
+    """One commit, the same weights, and plain OPD again, on another day and machine, solved what it had solved."""
+    parts = across.read("study2-others"), across.read("study2")
+    across.check(*parts)
+    settings = list(parts[0]["settings"])
+    assert all(len(parts[0]["outcomes"][setting]["opd"]) == OTHER_SEEDS for setting in settings)
+    log = text(ROOT / "docs" / "experiments.md").partition(OTHER_METHODS)[2]
+    rows = table_rows(log, f"| difference | {' | '.join(settings)} | average |")
+    assert len(rows) == 4
+    for name, *shown in rows:
+        one, other = re.findall(r"`([\w-]+)`", name)
+        found = [across.difference(*parts, setting, one, other) for setting in settings]
+        mean, error = across.average(found)
+        cells = [f"{100 * x.value:+.2f} ({100 * x.interval[0]:.2f} to {100 * x.interval[1]:.2f})" for x in found]
+        assert shown == [*cells, f"{100 * mean:+.2f}, standard error {100 * error:.2f}"]
+
+
+def test_a_part_is_compared_with_itself_as_its_own_study_did() -> None:
+    """The differences that a sweep writes, from the outcomes alone."""
+    study = across.read("study2")
+    entry = study["settings"]["clock"]["methods"]["trb"]["differences"]["sequence-linear"]
+    found = across.difference(study, study, "clock", "trb", "sequence-linear")
+    assert [found.value, *found.interval] == pytest.approx([entry["estimate"], *entry["interval"]], abs=1e-6)
+
+
+def test_parts_that_cannot_be_compared_are_refused() -> None:
+    study, other = across.read("study2"), across.read("study2")
+    other["outcomes"]["clock"]["opd"]["seed-3"] = other["outcomes"]["clock"]["opd"]["seed-4"]
+    with pytest.raises(ValueError, match="clock, seed-3: opd solved other problems"):
+        across.check(study, other)
+    with pytest.raises(ValueError, match="weights are others"):
+        across.check(study, study | {"models": {}})
+    with pytest.raises(ValueError, match="several commits"):
+        across.check(study, study | {"provenance": {"commits_of_the_runs": ["a"]}})
 
 
 def test_the_numbers_of_the_study_of_dialogue_are_those_of_its_file() -> None:

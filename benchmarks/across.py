@@ -1,0 +1,87 @@
+"""Methods of two parts of one study against each other, on the seeds and problems that both have.
+
+    python benchmarks/across.py study2-others study2    each method of the first minus each of the second
+
+The parts are files of benchmarks/results (`collect.py`) whose runs are of one commit, from the same weights: their
+rollouts share their noise, as those of one part do.
+
+Left out: studies without right and wrong answers, and learning curves, which such a file has as means only.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trb.studies.statistics import Estimate, paired_difference
+
+RESULTS = Path(__file__).parent / "results"
+BASELINE = "opd"
+
+
+def read(name: str) -> dict[str, Any]:
+    study: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return study
+
+
+def check(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Raises ValueError unless what both ran is the same to the last problem."""
+    commits = {commit for study in (first, second) for commit in study["provenance"]["commits_of_the_runs"]}
+    if len(commits) != 1:
+        raise ValueError(f"runs of several commits: {', '.join(sorted(commits))}")
+    if first["models"] != second["models"]:
+        raise ValueError("the weights are others")
+    for setting in first["settings"]:
+        one, other = (study["outcomes"][setting][BASELINE] for study in (first, second))
+        for seed in one.keys() & other.keys():
+            if one[seed] != other[seed]:
+                raise ValueError(f"{setting}, {seed}: {BASELINE} solved other problems")
+
+
+def difference(first: dict[str, Any], second: dict[str, Any], setting: str, one: str, other: str) -> Estimate:
+    """Method `one` of the first part minus `other` of the second, in shares of right answers."""
+    sets = first["settings"][setting]["test"]
+    found = first["outcomes"][setting][one], second["outcomes"][setting][other]
+    seeds = sorted(found[0].keys() & found[1].keys(), key=lambda seed: int(seed.removeprefix("seed-")))
+    tables = [np.array([solved(runs[seed], sets) for seed in seeds]) for runs in found]
+    strata_P = np.repeat(np.arange(len(sets)), [suite["problems"] for suite in sets])
+    return paired_difference(*tables, strata_P=strata_P)
+
+
+def solved(run: dict[str, str], sets: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """`[P]` 1 for each problem that was solved, the sets in a row."""
+    bits = "".join(f"{int(run[suite['name']], 16):0{suite['problems']}b}" for suite in sets)
+    return np.array([*bits], dtype=float)
+
+
+def average(estimates: list[Estimate]) -> tuple[float, float]:
+    """Over independent settings: mean and standard error."""
+    errors = [estimate.standard_error for estimate in estimates]
+    return math.fsum(estimate.value for estimate in estimates) / len(estimates), math.hypot(*errors) / len(errors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], epilog="example: python benchmarks/across.py study2-others study2"
+    )
+    parser.add_argument("parts", nargs=2, metavar="NAME", help="a file of benchmarks/results, without its ending")
+    first, second = map(read, parser.parse_args().parts)
+    check(first, second)
+    settings = list(first["settings"])
+    for one in first["settings"][settings[0]]["methods"]:
+        for other in second["settings"][settings[0]]["methods"]:
+            estimates = [difference(first, second, setting, one, other) for setting in settings]
+            shown = [
+                f"{name} {100 * found.value:+.2f} ({100 * found.interval[0]:.2f} to {100 * found.interval[1]:.2f})"
+                for name, found in zip(settings, estimates, strict=True)
+            ]
+            mean, error = average(estimates)
+            print(f"{one} minus {other}: {', '.join(shown)}; average {100 * mean:+.2f} (se {100 * error:.2f})")
+
+
+if __name__ == "__main__":
+    main()
