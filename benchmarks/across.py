@@ -9,23 +9,15 @@ Left out: studies without right and wrong answers, and learning curves, which su
 """
 
 import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from collect import unpacked_outcomes
+from performance_files import read
 
 from trb.studies.statistics import Estimate, paired_difference
-
-RESULTS = Path(__file__).parent / "results"
-BASELINE = "opd"
-
-
-def read(name: str) -> dict[str, Any]:
-    study: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return study
+from trb.studies.study import BASELINE
 
 
 def check(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -47,15 +39,14 @@ def difference(first: dict[str, Any], second: dict[str, Any], setting: str, one:
     sets = first["settings"][setting]["test"]
     found = first["outcomes"][setting][one], second["outcomes"][setting][other]
     seeds = sorted(found[0].keys() & found[1].keys(), key=lambda seed: int(seed.removeprefix("seed-")))
-    tables = [np.array([solved(runs[seed], sets) for seed in seeds]) for runs in found]
+    tables = [[solved(runs[seed], sets) for seed in seeds] for runs in found]
     strata_P = np.repeat(np.arange(len(sets)), [suite["problems"] for suite in sets])
     return paired_difference(*tables, strata_P=strata_P)
 
 
-def solved(run: dict[str, str], sets: list[dict[str, Any]]) -> NDArray[np.float64]:
-    """`[P]` 1 for each problem that was solved, the sets in a row."""
-    bits = "".join(f"{int(run[suite['name']], 16):0{suite['problems']}b}" for suite in sets)
-    return np.array([*bits], dtype=float)
+def solved(run: dict[str, str], sets: list[dict[str, Any]]) -> list[int]:
+    """Of all problems, the sets in a row."""
+    return [bit for suite in sets for bit in unpacked_outcomes(run[suite["name"]], suite["problems"])]
 
 
 def average(estimates: list[Estimate]) -> tuple[float, float]:
@@ -69,7 +60,10 @@ def main() -> None:
         description=(__doc__ or "").splitlines()[0], epilog="example: python benchmarks/across.py study2-others study2"
     )
     parser.add_argument("parts", nargs=2, metavar="NAME", help="a file of benchmarks/results, without its ending")
-    first, second = map(read, parser.parse_args().parts)
+    names = parser.parse_args().parts
+    first, second = map(read, names)
+    if first is None or second is None:
+        parser.error(f"{names[first is not None]}: no such file in benchmarks/results")
     check(first, second)
     settings = list(first["settings"])
     for one in first["settings"][settings[0]]["methods"]:

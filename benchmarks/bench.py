@@ -479,7 +479,6 @@ def main() -> None:
         found = SECTIONS[name](options)
         record["results"][name] = found | {"seconds_taken": round(time.perf_counter() - start)}
         record["provenance"][name] = describe() | {"threads": torch.get_num_threads()}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.output, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 

@@ -77,6 +77,11 @@ def packed_outcomes(suite: dict[str, Any]) -> Any:
     return f"{int(''.join(map(str, suite['correct'])), 2):x}"
 
 
+def unpacked_outcomes(packed: str, problems: int) -> list[int]:
+    """Which problems were solved, in order, of the number that `packed_outcomes` makes of them."""
+    return [int(bit) for bit in f"{int(packed, 16):0{problems}b}"]
+
+
 def read_run(directory: Path) -> dict[str, Any]:
     run: dict[str, Any] = {"config": yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))}
     for name in FILES:

@@ -216,7 +216,7 @@ def with_chance(difference: dict[str, Any]) -> str:
 
 def self_setting_with_veto() -> list[str]:
     """What is said of `gap` and Veto's target together: three differences to plain OPD, and one to swept budgets."""
-    parts = across.read("study2-others"), across.read("study2")
+    parts = result("study2-others"), result("study2")
     found = [setting["methods"]["gap-veto"]["difference_to_opd"] for setting in parts[0]["settings"].values()]
     mean, error = across.average([across.difference(*parts, name, "gap-veto", "trb") for name in parts[0]["settings"]])
     ends = [text.removesuffix(" points").removesuffix(")") for difference in found for text in points(difference)]
@@ -394,7 +394,7 @@ def test_the_table_of_the_studys_other_methods_is_that_of_its_file() -> None:
 
 def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems() -> None:
     """One commit, the same weights, and plain OPD again, on another day and machine, solved what it had solved."""
-    parts = across.read("study2-others"), across.read("study2")
+    parts = result("study2-others"), result("study2")
     across.check(*parts)
     settings = list(parts[0]["settings"])
     assert all(len(parts[0]["outcomes"][setting]["opd"]) == OTHER_SEEDS for setting in settings)
@@ -411,14 +411,14 @@ def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems() -
 
 def test_a_part_is_compared_with_itself_as_its_own_study_did() -> None:
     """The differences that a sweep writes, from the outcomes alone."""
-    study = across.read("study2")
+    study = result("study2")
     entry = study["settings"]["clock"]["methods"]["trb"]["differences"]["sequence-linear"]
     found = across.difference(study, study, "clock", "trb", "sequence-linear")
     assert [found.value, *found.interval] == pytest.approx([entry["estimate"], *entry["interval"]], abs=1e-6)
 
 
 def test_parts_that_cannot_be_compared_are_refused() -> None:
-    study, other = across.read("study2"), across.read("study2")
+    study, other = result("study2"), result("study2")
     other["outcomes"]["clock"]["opd"]["seed-3"] = other["outcomes"]["clock"]["opd"]["seed-4"]
     with pytest.raises(ValueError, match="clock, seed-3: opd solved other problems"):
         across.check(study, other)
