@@ -55,6 +55,14 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # as the process ends, when extensions report what is left of theirs
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """What a power failure would leave no test can see; tests/safety/test_files.py shows what is flushed, and when."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 def run_in_two_processes(script: str, *arguments: object, timeout: float) -> None:
     """Run one of the scripts beside this file by torchrun, on CPUs; it finds the other test files."""
     directory = Path(__file__).parent

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 def describe() -> dict[str, Any]:
     """The origin of a result, ready for JSON.
 
-    Keys: command (secrets redacted); commit and dirty (both None unless this code runs from its git checkout;
-    dirty means that the package's files differ from the commit); versions; python; machine (platform, cpu,
-    cores, memory_gb, gpus); time (ISO 8601, UTC).
+    Keys: command (secrets redacted); commit and dirty, as they were when this process first asked, which is the code
+    that it runs (both None unless that lies in its git checkout; dirty means that the package's files differ from the
+    commit); versions; python; machine (platform, cpu, cores, memory_gb, gpus); time (ISO 8601, UTC).
     """
     commit, dirty = _git_state(Path(trb.__file__).parent)
     return {
@@ -96,6 +97,7 @@ def _redact_value(name: str, value: str) -> str:
     return _URL_LOGIN.sub(f"{_HIDDEN}@", _SECRET_VALUE.sub(_HIDDEN, value))
 
 
+@cache
 def _git_state(package: Path) -> tuple[str | None, bool | None]:
     """Commit and dirty flag of the checkout a package directory belongs to; (None, None) outside one."""
     # An installed copy may lie inside somebody else's repository, which knows nothing about these files.
@@ -122,6 +124,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return result.stdout.strip()
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
