@@ -3,6 +3,7 @@
     python benchmarks/map.py run --panel all --seeds 8 --workers 2
     python benchmarks/map.py run --panel b --list              # what is missing, and how long it should take
     python benchmarks/map.py collect                           # benchmarks/results/map.json and docs/figures/map-*.png
+    python benchmarks/map.py collect --onto benchmarks/results/map.json     # where earlier runs are only there
 
 The setting is `zoo:staged`, with pairs by their knobs (benchmarks/map_pairs.py). Every run is one training by the
 package's own trainer and samplers, scored on problems that no run trains on. A finished run is a file in runs/map/runs
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where a spawned worker im
 import torch
 from map_figures import write_figures
 from map_pairs import Knobs, Pair, ready, stage_rates
+from map_record import as_text, joined
 from map_step0 import InBox, measure_pair
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -82,6 +84,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "trb-sequence": {"method": "trb", "budget_schedule": "sequence"},
     "trb-sequence-linear": {"method": "trb", "budget_schedule": "sequence-linear"},
     "trb-gap": {"method": "trb", "budget_schedule": "gap"},
+    "sequence-linear-veto": {"method": "trb", "budget_schedule": "sequence-linear", "loss": "veto"},
+    "gap-veto": {"method": "trb", "budget_schedule": "gap", "loss": "veto"},
 }
 RIVALS = {"temperature": {"method": "temperature", "initial_temperature": 0.7, "temperature_warmup_steps": 25}}
 """Only in the panel that names it."""
@@ -407,9 +411,7 @@ def show(units: Sequence[Unit], root: Path) -> None:
 # ---- the record ----
 
 
-def collect(
-    root: Path,
-) -> dict[str, Any]:
+def collect(root: Path) -> dict[str, Any]:
     """Everything to keep of the runs there are."""
     runs = [json.loads(path.read_text()) for path in sorted((root / "runs").rglob("*.json"))]
     origins = [entry.pop("provenance") for entry in runs]
@@ -447,13 +449,6 @@ def collect(
     }
 
 
-def as_text(record: Mapping[str, Any]) -> str:
-    """JSON with a run on each line: hundreds of them would be tens of thousands of lines."""
-    rest = json.dumps({**record, "runs": []}, indent=1, allow_nan=False)
-    runs = ",\n".join(json.dumps(run, separators=(",", ":"), allow_nan=False) for run in record["runs"])
-    return rest.replace('"runs": []', f'"runs": [\n{runs}\n]') + "\n"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -474,6 +469,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     collector = commands.add_parser("collect", help="write what there is as one JSON file and figures")
     collector.add_argument("--out", type=Path, default=Path("benchmarks/results/map.json"), metavar="FILE")
     collector.add_argument("--figures", type=Path, default=Path("docs/figures"), metavar="DIR")
+    collector.add_argument(
+        "--onto", type=Path, metavar="FILE", help="a record whose runs stay; what was made again must be the same"
+    )
     for command in (runner, collector):
         command.add_argument(
             "--root", type=Path, default=ROOT, metavar="DIR", help=f"where runs are kept (default {ROOT})"
@@ -481,6 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.command == "collect":
         record = collect(options.root)
+        if options.onto:
+            record = joined(record, json.loads(options.onto.read_text()))
         write_text(options.out, as_text(record))
         for path in write_figures(record, options.figures):
             print(f"wrote {path}")

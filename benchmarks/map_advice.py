@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from map import as_text
+from map_record import as_text
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 

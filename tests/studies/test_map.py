@@ -82,6 +82,25 @@ def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, c
     assert numbers["student"]["accept_rate"] == 1 > numbers["blend"]["accept_rate"]
     assert numbers["blend"]["sequence_kl"] <= 4.0
 
+    # Runs whose files are gone stay in the record that has them, and what was made again must be what it was.
+    files["trb-seed-0.json"].unlink()
+    command(small, tmp_path)
+    onto = ["collect", "--root", str(tmp_path), "--figures", str(tmp_path / "figures"), "--onto", str(record)]
+    small.main([*onto, "--out", str(tmp_path / "joined.json")])
+    both = json.loads((tmp_path / "joined.json").read_text())
+    assert [run["method"] for run in both["runs"]] == ["?", "opd", "trb"]
+    assert {**kept["runs"][0], "method": ""} in [{**run, "method": ""} for run in both["runs"]]
+    (opd,) = (run for run in kept["runs"] if run["method"] == "opd")
+    opd["final"] += 0.5
+    record.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"opd 0 scored"):
+        small.main([*onto, "--out", str(tmp_path / "never.json")])
+    model = next(iter(kept["pairs"]))
+    kept["pairs"][model]["measured"] = {}
+    record.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=f"{model} is not the model of the earlier runs"):
+        small.main([*onto, "--out", str(tmp_path / "never.json")])
+
 
 def test_a_run_that_lost_what_it_had_collapsed(driver):
     curve = [{"step": 0, "pass_at_1": 0.1}, {"step": 10, "pass_at_1": 0.6}]
