@@ -84,8 +84,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "trb-sequence": {"method": "trb", "budget_schedule": "sequence"},
     "trb-sequence-linear": {"method": "trb", "budget_schedule": "sequence-linear"},
     "trb-gap": {"method": "trb", "budget_schedule": "gap"},
-    "sequence-linear-veto": {"method": "trb", "budget_schedule": "sequence-linear", "loss": "veto"},
-    "gap-veto": {"method": "trb", "budget_schedule": "gap", "loss": "veto"},
+    "trb-sequence-linear-veto": {"method": "trb", "budget_schedule": "sequence-linear", "loss": "veto"},
+    "trb-gap-veto": {"method": "trb", "budget_schedule": "gap", "loss": "veto"},
 }
 RIVALS = {"temperature": {"method": "temperature", "initial_temperature": 0.7, "temperature_warmup_steps": 25}}
 """Only in the panel that names it."""

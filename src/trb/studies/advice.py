@@ -1,14 +1,16 @@
 """Whether to blend: numbers of an untrained pair, and what settings with such numbers gained.
 
-The gain is foretold by the transfer of the student's rollouts (`trb.studies.transfer`), by a straight line through the
-pairs of a map of settings on which training was run (docs/experiments.md; benchmarks/map_advice.py writes the table
-beside this module). Those settings were built for the purpose: a line through them says in which direction to look,
+The gain is foretold by the cosine of what the student learns on its own rollouts and on the teacher's
+(`trb.studies.transfer`), by a straight line through the pairs of a map of settings on which training was run
+(docs/experiments.md; benchmarks/map_advice.py, which chose that number among eleven, writes the table beside this
+module). Those settings were built for the purpose: a line through them says in which direction to look,
 and its error on pairs it has not seen is said with every advice.
 
 Left out: measuring anything after the first step.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +62,7 @@ class Advice:
 
     Attributes:
         blend: whether a gain is foretold that is larger than the error of foretelling.
-        gain: foretold, in points of pass@1.
+        gain: foretold, in points of pass@1; NaN where noise is all there is.
         error: mean absolute error of the line on pairs of the map that it had not seen, in the same points.
         sentences: the same in words, with the numbers behind it.
     """
@@ -74,29 +76,48 @@ class Advice:
 def advise(found: Mapping[str, Any], table: Mapping[str, Any] | None = None) -> Advice:
     """The advice for an `outlook`; `table` is by default the one beside this module."""
     table = json.loads(TABLE.read_text(encoding="utf-8")) if table is None else table
-    line, transfer = table["lines"]["transfer"], found["transfer"]["policies"]["student"]["transfer"]
-    gain, error = 100 * (line["intercept"] + line["slope"] * transfer), 100 * line["error"]
-    blend = gain > error
-    sentences = [*_transfer_sentences(found, table, gain, error), *_cost_sentences(found), _verdict(found, blend)]
-    return Advice(blend, gain, error, tuple(sentences))
-
-
-def _transfer_sentences(found: Mapping[str, Any], table: Mapping[str, Any], gain: float, error: float) -> list[str]:
-    transfer = found["transfer"]["policies"]["student"]["transfer"]
-    known = [point["transfer"] for point in table["points"]]
+    line, cosine = table["line"], found["transfer"]["policies"]["student"]["cosine"]
+    error = 100 * line["error"]
+    gain = math.nan if cosine is None else 100 * (line["intercept"] + line["slope"] * cosine)
     sentences = [
-        f"A step on the student's own rollouts lowers the loss on the teacher's prefixes by {transfer:.2f} of what a "
-        f"step on those would (blended: {found['transfer']['policies']['blend']['transfer']:.2f}).",
-        f"On {len(known)} pairs of a setting built to study this, such a transfer went with {gain:+.1f} points of "
-        f"pass@1 for blending (off by {error:.1f} on a pair left out).",
+        *_transfer_sentences(found),
+        *_foretold(found, table, gain, error),
+        *_cost_sentences(found),
+        _verdict(gain, error),
     ]
-    if not min(known) <= transfer <= max(known):
-        sentences.append(f"Those pairs had transfers from {min(known):.2f} to {max(known):.2f}: this is outside.")
+    return Advice(gain > error, gain, error, tuple(sentences))
+
+
+def _transfer_sentences(found: Mapping[str, Any]) -> list[str]:
+    student, blend = (found["transfer"]["policies"][name] for name in ("student", "blend"))
+    sentences = [
+        f"A step on the student's own rollouts lowers the loss on the teacher's prefixes by {student['transfer']:.2f} "
+        f"of what a step on those would (blended: {blend['transfer']:.2f}), and goes in a direction whose cosine with "
+        f"theirs is {_shown(student['cosine'])} (blended: {_shown(blend['cosine'])})."
+    ]
     if found["transfer"]["agreement"] < _NOISY:
         sentences.append(
             f"The teacher's gradients from two halves of the problems agree by {found['transfer']['agreement']:.2f} "
-            "only: the transfer is mostly noise, probe more problems."
+            "only: these numbers are mostly noise, probe more problems."
         )
+    return sentences
+
+
+def _shown(cosine: float | None) -> str:
+    return "not to be told from noise" if cosine is None else f"{cosine:.2f}"
+
+
+def _foretold(found: Mapping[str, Any], table: Mapping[str, Any], gain: float, error: float) -> list[str]:
+    cosine = found["transfer"]["policies"]["student"]["cosine"]
+    if cosine is None:
+        return []
+    known = [point["cosine"] for point in table["points"]]
+    sentences = [
+        f"On {len(known)} pairs of a setting built to study this, such a cosine went with {gain:+.1f} points of pass@1 "
+        f"for blending (off by {error:.1f} on a pair left out)."
+    ]
+    if not min(known) <= cosine <= max(known):
+        sentences.append(f"Those pairs had cosines from {min(known):.2f} to {max(known):.2f}: this is outside.")
     return sentences
 
 
@@ -116,8 +137,10 @@ def _tokens_kept(accept_rate: float) -> str:
     return "whole blocks" if accept_rate >= 1 else f"about {1 / (1 - accept_rate):.0f} tokens"
 
 
-def _verdict(found: Mapping[str, Any], blend: bool) -> str:
-    if blend:
+def _verdict(gain: float, error: float) -> str:
+    if math.isnan(gain):
+        return "Advice: none can be given before more problems are probed."
+    if gain > error:
         return (
             "Advice: try blending beside plain distillation (method: trb, which sets its budget itself unless one is "
             "given)."
