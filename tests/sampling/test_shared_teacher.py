@@ -4,6 +4,7 @@ What is compared with is made from copies that share no tensor: adapters are add
 put on the other. They are read by plain whole passes, and from there numpy blends and Python draws.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,8 @@ def pair(kind: str, teacher: str, directory: Path | None = None) -> tuple[PeftMo
         return student, shared_teacher(student)
     assert directory is not None
     adapted(kind, 2).save_pretrained(directory, save_embedding_layers=False)
-    config = directory / "adapter_config.json"
-    config.write_text(
-        config.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "tiny"')
-    )
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "tiny"}))
     return student, shared_teacher(student, f"adapter:{directory}")
 
 
