@@ -126,7 +126,8 @@ def main() -> None:
     options = parser.parse_args()
     record = json.loads(options.map.read_text())
     points = points_of(record)
-    lines = judge(points)
+    judged = {method: judge(points_of(record, method)) for method in (METHOD, *OTHERS)}
+    lines = judged[METHOD]
     best = next(iter(lines))
     for name, line in lines.items():
         print(
@@ -136,10 +137,7 @@ def main() -> None:
     record["advice"] = {
         "points": len(points),
         "seeds": sorted({len(point["gains"]) for point in points}),
-        "lines": {
-            method: {name: vars(line) for name, line in judge(points_of(record, method)).items()}
-            for method in (METHOD, *OTHERS)
-        },
+        "lines": {method: {name: vars(line) for name, line in found.items()} for method, found in judged.items()},
     }
     write_text(options.map, as_text(record))
     write_json(

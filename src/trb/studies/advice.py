@@ -81,7 +81,7 @@ def advise(found: Mapping[str, Any], table: Mapping[str, Any] | None = None) -> 
     gain = math.nan if cosine is None else 100 * (line["intercept"] + line["slope"] * cosine)
     sentences = [
         *_transfer_sentences(found),
-        *_foretold(found, table, gain, error),
+        *_foretold(cosine, table, gain, error),
         *_cost_sentences(found),
         _verdict(gain, error),
     ]
@@ -107,8 +107,7 @@ def _shown(cosine: float | None) -> str:
     return "not to be told from noise" if cosine is None else f"{cosine:.2f}"
 
 
-def _foretold(found: Mapping[str, Any], table: Mapping[str, Any], gain: float, error: float) -> list[str]:
-    cosine = found["transfer"]["policies"]["student"]["cosine"]
+def _foretold(cosine: float | None, table: Mapping[str, Any], gain: float, error: float) -> list[str]:
     if cosine is None:
         return []
     known = [point["cosine"] for point in table["points"]]
