@@ -495,6 +495,8 @@ def test_sweep_plans_without_running(study: Path, tmp_path: Path, capsys: pytest
     assert main(["sweep", "--config", str(study), "--output-dir", str(directory), "--plan"]) == 0
     shown = capsys.readouterr().out
     assert "selection: 3 runs" in shown and "test: 2 runs (1 paired seeds)" in shown
+    assert main(["sweep", "--config", str(study), "--seeds", "20-22", "--plan"]) == 0
+    assert "test: 6 runs (3 paired seeds)" in capsys.readouterr().out
     assert not directory.exists()
 
 
@@ -513,6 +515,11 @@ def test_sweep_runs_shows_and_reports(
 
 def test_sweep_refuses(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--workers is 0" in refused(capsys, "sweep", "--config", study, "--workers", 0)
+    for seeds in ("two", "3-", "-3", "1.5", "3-2-1"):
+        assert f"--seeds {seeds} is neither" in refused(capsys, "sweep", "--config", study, f"--seeds={seeds}")
+    assert "--seeds 5-4 is an empty range" in refused(capsys, "sweep", "--config", study, "--seeds", "5-4")
+    fresh = refused(capsys, "sweep", "--config", study, "--seeds", "0-9")
+    assert "seed 9 is used for selection and for the test" in fresh
     study.write_text(STUDY.replace("configurations: 2", "configurations: 5"))
     assert "trb has 2 configurations and `configurations` says 5" in refused(capsys, "sweep", "--config", study)
 

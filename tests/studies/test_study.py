@@ -60,13 +60,20 @@ def test_a_part_is_the_study_with_fewer_methods_and_seeds(tmp_path):
     assert whole.part() == whole
 
 
+def test_a_study_is_repeated_on_fresh_seeds(tmp_path):
+    study = load_study(written(tmp_path, seeds={"select": [7], "test": 2}))
+    assert study.part(seeds=range(8, 11)).seeds.test == [8, 9, 10]
+    with pytest.raises(ValueError, match="seed 7 is used for selection and for the test"):
+        study.part(seeds=range(6, 9))
+
+
 @pytest.mark.parametrize(
     ("methods", "seeds", "complaint"),
     [
         (["opd", "tbr"], None, r"small has no method 'tbr'; did you mean 'trb'"),
         (["trb"], None, r"methods lacks opd"),
         (None, 0, r"seeds is 0; small has 2 test seeds"),
-        (None, 3, r"seeds is 3; small has 2 test seeds"),
+        (None, 3, r"seeds is 3; small has 2 test seeds, and a range like 2-9 names others"),
     ],
 )
 def test_a_part_that_is_none(tmp_path, methods, seeds, complaint):

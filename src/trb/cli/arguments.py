@@ -44,6 +44,7 @@ EXAMPLES = {
     trb sweep --config studies/zoo --plan
     trb sweep --config studies/zoo --output-dir runs/study --workers 2
     trb sweep --config studies/self-setting --methods opd trb sequence-linear --seeds 8 --plan
+    trb sweep --config studies/self-setting --seeds 20-27 --plan
     trb sweep --config studies/paper --output-dir /shared/study --ray auto --gpus 1""",
     "probe": """\
     trb probe --config quickstart

@@ -17,7 +17,11 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     add("--config", required=True, metavar="STUDY", help="the name of one of ours (below), or a YAML file")
     add("--output-dir", metavar="DIR", help="default: runs/ and the study's name")
     add("--methods", nargs="+", metavar="METHOD", help="only these of its methods; others may join in a later command")
-    add("--seeds", type=int, metavar="N", help="only its first N test seeds; more may join in a later command")
+    add(
+        "--seeds",
+        metavar="N",
+        help="only its first N test seeds, or these, its own or fresh ones: 20-27; more may join in a later command",
+    )
     add("--plan", action="store_true", help="check the study, print its runs, and stop")
     add("--workers", type=int, metavar="N", help="runs at once (default: one per GPU, or as many as the cores hold)")
     add(
@@ -33,6 +37,18 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(hint="Run the same command again: finished runs are kept.")
 
 
+def _seeds(text: str) -> int | range:
+    """How many test seeds ("8"), or which ("20-27", both ends included)."""
+    first, dash, last = text.partition("-")
+    if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+        raise InputError(f"--seeds {text} is neither a number of seeds (8) nor a range of them (20-27)")
+    if not dash:
+        return int(first)
+    if int(last) < int(first):
+        raise InputError(f"--seeds {text} is an empty range; put the smaller seed first")
+    return range(int(first), int(last) + 1)
+
+
 def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     from trb.models.packaged import quiet_libraries
     from trb.records import STUDY
@@ -41,7 +57,8 @@ def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.workers is not None and arguments.workers < 1:
         raise InputError(f"--workers is {arguments.workers}; give at least 1")
     quiet_libraries()
-    study = load_study(arguments.config).part(arguments.methods, arguments.seeds)
+    seeds = None if arguments.seeds is None else _seeds(arguments.seeds)
+    study = load_study(arguments.config).part(arguments.methods, seeds)
     if arguments.plan:
         print_plan(study)
         return 0

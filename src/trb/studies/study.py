@@ -116,13 +116,16 @@ class Seeds(_Part):
 
     @model_validator(mode="after")
     def _disjoint(self) -> "Seeds":
-        shared = sorted(set(self.select) & set(self.test))
-        if shared:
-            raise InputError(f"seed {shared[0]} is used for selection and for the test; use different ones")
+        self.check_fresh(self.test)
         for name in ("select", "test"):
             if len(set(seeds := getattr(self, name))) < len(seeds):
                 raise InputError(f"{name} names a seed twice")
         return self
+
+    def check_fresh(self, test: Iterable[int]) -> None:
+        """Raises InputError if a test seed also selects."""
+        if shared := sorted(set(self.select) & set(test)):
+            raise InputError(f"seed {shared[0]} is used for selection and for the test; use different ones")
 
 
 class Study(_Part):
@@ -177,10 +180,13 @@ class Study(_Part):
                     raise InputError(f"{where} sets {key}, which the study decides itself; leave it out")
         return self
 
-    def part(self, methods: Iterable[str] | None = None, seeds: int | None = None) -> "Study":
-        """Some of its methods (in its own order) and the first so many test seeds; what is left out may join later.
+    def part(self, methods: Iterable[str] | None = None, seeds: int | range | None = None) -> "Study":
+        """Some of its methods (in its own order) and test seeds; what is left out may join later.
 
-        Raises ValueError for a method that it lacks, for more seeds than it has, and where `opd` is left out.
+        `seeds` is how many of its own, from the first, or a range of any: a finished study is repeated on fresh ones.
+
+        Raises ValueError for a method that it lacks, for more seeds than it has, for one that selects, and where `opd`
+        is left out.
         """
         wanted = list(self.methods if methods is None else methods)
         for name in wanted:
@@ -188,13 +194,18 @@ class Study(_Part):
                 raise InputError(f"{self.name} has no method {name!r}{did_you_mean(name, self.methods)}")
         if BASELINE not in wanted:
             raise InputError(f"methods lacks {BASELINE}, which every method is compared with")
-        every = self.seeds.test
-        if seeds is not None and not 1 <= seeds <= len(every):
-            raise InputError(f"seeds is {seeds}; {self.name} has {len(every)} test seeds")
+        own = self.seeds.test
+        if isinstance(seeds, int) and not 1 <= seeds <= len(own):
+            raise InputError(
+                f"seeds is {seeds}; {self.name} has {len(own)} test seeds, and a range like {len(own)}-{len(own) + 7} "
+                "names others"
+            )
+        test = list(seeds) if isinstance(seeds, range) else own[:seeds]
+        self.seeds.check_fresh(test)
         return self.model_copy(
             update={
                 "methods": _those(wanted, self.methods),
-                "seeds": self.seeds.model_copy(update={"test": every[:seeds]}),
+                "seeds": self.seeds.model_copy(update={"test": test}),
                 "settings": {
                     name: setting.model_copy(update={"methods": _those(wanted, setting.methods)})
                     for name, setting in self.settings.items()
