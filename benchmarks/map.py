@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where a spawned worker im
 import torch
 from map_figures import write_figures
 from map_pairs import Knobs, Pair, ready, stage_rates
-from map_record import as_text, joined
+from map_record import as_text, joined, pair_name
 from map_step0 import InBox, measure_pair
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -329,7 +329,7 @@ def prepare(group: Sequence[Knobs], root: Path) -> None:
 
 
 def step0_path(knobs: Knobs, root: Path) -> Path:
-    return root / "step0" / f"{knobs.stages}-{knobs.start:g}-{knobs.shared:g}-{knobs.teacher}.json"
+    return root / "step0" / f"{pair_name(asdict(knobs))}.json"
 
 
 def work(unit: Unit, root: Path) -> None:

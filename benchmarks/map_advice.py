@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from map_record import as_text
+from map_record import as_text, pair_name
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
@@ -102,8 +102,7 @@ def points_of(record: Mapping[str, Any], method: str = METHOD) -> list[dict[str,
         }
         seeds = sorted(scores["opd"].keys() & scores[method].keys())
         if seeds:
-            knobs = record["points"][name]["knobs"]
-            pair = f"{knobs['stages']}-{knobs['start']:g}-{knobs['shared']:g}-{knobs['teacher']}"
+            pair = pair_name(record["points"][name]["knobs"])
             gains = [scores[method][seed] - scores["opd"][seed] for seed in seeds]
             found.append({"pair": pair, "gains": gains, "step0": record["step0"][pair]})
     return found

@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def pair_name(knobs: Mapping[str, Any]) -> str:
+    """Of the pair that knobs of `map_pairs.Knobs` make, as the record's numbers of step 0 know it."""
+    return f"{knobs['stages']}-{knobs['start']:g}-{knobs['shared']:g}-{knobs['teacher']}"
+
+
 def joined(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
     """A record with the runs, and the numbers of step 0, of an earlier one whose files are gone.
 

@@ -25,6 +25,7 @@ from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import across
 import performance
+from map_record import pair_name
 from pages import by_hand, filled
 
 HEADER = "| | measured | under which conditions |"
@@ -260,7 +261,7 @@ def test_the_default_on_the_map_is_what_was_found() -> None:
     behind = []
     for name, (_, cosine, *shown) in zip(names, rows, strict=True):
         knobs = record["points"][name]["knobs"]
-        step0 = record["step0"][f"{knobs['stages']}-{knobs['start']:g}-{knobs['shared']:g}-{knobs['teacher']}"]
+        step0 = record["step0"][pair_name(knobs)]
         assert cosine == f"{step0['transfer']['policies']['student']['cosine']:.2f}"
         means = {method: on_the_map(record, name, method) for method in (*FOUR_SEEDS, "trb-gap")}
         assert shown == [f"{means[method]:.1f}" for method in FOUR_SEEDS]
