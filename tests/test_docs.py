@@ -408,31 +408,50 @@ def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -
     assert f"{100 * sum(behind) / len(behind):.2f} points above it" in " ".join(log.split())
 
 
-OTHER_METHODS = "self-setting warm-ups, twenty seeds of three more methods"
-OTHER_SEEDS = 20
+# Parts of the study of self-setting warm-ups beside its first: file, seeds, title in the log, comparisons there.
+PARTS = [
+    ("study2-others", 20, "self-setting warm-ups, twenty seeds of three more methods", 4),
+    ("study2-rivals", 8, "self-setting warm-ups, eight seeds of its last four methods", 8),
+]
 
 
-def test_the_table_of_the_studys_other_methods_is_that_of_its_file() -> None:
-    log = text(ROOT / "docs" / "experiments.md").partition(OTHER_METHODS)[2]
-    settings = result("study2-others")["settings"]
+def test_what_is_said_against_sequence_budgets_to_the_end_is_what_was_found() -> None:
+    parts = result("study2-rivals"), result("study2")
+    found = [across.difference(*parts, name, "sequence", "trb") for name in parts[0]["settings"]]
+    first, second, third = (
+        f"{100 * x.value:+.2f}{' points' * (x is found[0])} ({100 * x.interval[0]:.2f} to {100 * x.interval[1]:.2f})"
+        for x in found
+    )
+    assert f"over eight seeds {first}, {second} and {third} beside" in text(ROOT / "docs" / "choosing.md")
+
+
+@pytest.mark.parametrize(("file", "seeds", "title", "comparisons"), PARTS)
+def test_the_table_of_a_part_of_the_study_is_that_of_its_file(
+    file: str, seeds: int, title: str, comparisons: int
+) -> None:
+    log = text(ROOT / "docs" / "experiments.md").partition(title)[2]
+    settings = result(file)["settings"]
     shown = {name.strip("`"): cells for name, *cells in table_rows(log, f"| method | {' | '.join(settings)} |")}
     tables = [setting["methods"] for setting in settings.values()]
-    assert {entry["seeds"] for table in tables for entry in table.values()} == {OTHER_SEEDS}
+    assert {entry["seeds"] for table in tables for entry in table.values()} == {seeds}
     expected = {"opd": [f"{100 * table['opd']['pass_at_1']:.1f}" for table in tables]}
     for method in tables[0].keys() - {"opd"}:
         expected[method] = [with_chance(table[method]["difference_to_opd"]) for table in tables]
     assert shown == expected
 
 
-def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems() -> None:
+@pytest.mark.parametrize(("file", "seeds", "title", "comparisons"), PARTS)
+def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems(
+    file: str, seeds: int, title: str, comparisons: int
+) -> None:
     """One commit, the same weights, and plain OPD again, on another day and machine, solved what it had solved."""
-    parts = result("study2-others"), result("study2")
+    parts = result(file), result("study2")
     across.check(*parts)
     settings = list(parts[0]["settings"])
-    assert all(len(parts[0]["outcomes"][setting]["opd"]) == OTHER_SEEDS for setting in settings)
-    log = text(ROOT / "docs" / "experiments.md").partition(OTHER_METHODS)[2]
+    assert all(len(parts[0]["outcomes"][setting]["opd"]) == seeds for setting in settings)
+    log = text(ROOT / "docs" / "experiments.md").partition(title)[2]
     rows = table_rows(log, f"| difference | {' | '.join(settings)} | average |")
-    assert len(rows) == 4
+    assert len(rows) == comparisons
     for name, *shown in rows:
         one, other = re.findall(r"`([\w-]+)`", name)
         found = [across.difference(*parts, setting, one, other) for setting in settings]
