@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where a spawned worker im
 
 import torch
 from map_figures import write_figures
-from map_pairs import Knobs, Pair, ready, stage_rates
+from map_pairs import Knobs, Pair, lost_lookups, ready, stage_rates
 from map_record import as_text, joined, pair_name
 from map_step0 import InBox, measure_pair
 from rich.console import Console
@@ -87,8 +87,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "trb-sequence-linear-veto": {"method": "trb", "budget_schedule": "sequence-linear", "loss": "veto"},
     "trb-gap-veto": {"method": "trb", "budget_schedule": "gap", "loss": "veto"},
 }
-RIVALS = {"temperature": {"method": "temperature", "initial_temperature": 0.7, "temperature_warmup_steps": 25}}
-"""Only in the panel that names it."""
+RIVALS = {
+    "temperature": {"method": "temperature", "initial_temperature": 0.7, "temperature_warmup_steps": 25},
+    "tropd": {"method": "tropd"},
+}
+"""Only in panels that name them."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,7 @@ def train(unit: Unit, pair: Pair) -> dict[str, Any]:
         "collapsed": collapsed(final, curve.points),
         "curve": curve.points,
         "stage_rates": stage_rates(student.eval(), tokenizer, point.knobs),
+        "lost": lost_lookups(student, teacher.eval(), tokenizer, point.knobs),
         "log": {key: [_brief(row.get(key, row.get(f"trb/{key}"))) for row in log] for key in LOGGED},
         "processor_seconds": {
             "training": round(trained - ready_at - curve.seconds, 2),

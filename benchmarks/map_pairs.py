@@ -299,16 +299,57 @@ def stage_rates(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, knobs: Knobs, rows: int = 256
 ) -> dict[str, list[float]]:
     """Stage by stage, after right steps: the probability of the right result, and that of giving up before it."""
+    tokens, ends = _solutions(tokenizer, knobs, rows)
+    probabilities = model(input_ids=tokens[:, :-1]).logits.softmax(-1)
+    right = [probabilities[:, at + 1].gather(-1, tokens[:, at + 2, None]).mean().item() for at in ends]
+    gives_up = [probabilities[:, at - 1, VOCABULARY[GIVE_UP]].mean().item() for at in ends]
+    return {"right": [round(value, 4) for value in right], "gives_up": [round(value, 4) for value in gives_up]}
+
+
+@torch.no_grad()
+def lost_lookups(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    knobs: Knobs,
+    rows: int = 256,
+) -> list[dict[str, Any]]:
+    """The entries of stages that a student gets wrong more often than not, though all before them is right.
+
+    Of each: how probable the right result is, what is likelier and how probable that is (means over prefixes), and the
+    teacher's mean log-probability of it. What no test problem asks for is left out.
+    """
+    tokens, ends = _solutions(tokenizer, knobs, rows)
+    student_RTV, teacher_RTV = (one(input_ids=tokens[:, :-1]).logits.log_softmax(-1) for one in (model, teacher))
+    lost = []
+    for stage, at in enumerate(ends):
+        for entry in ENTRIES:
+            chosen_R = tokens[:, at + 1] == VOCABULARY[entry]
+            if not chosen_R.any():
+                continue  # few stages have few test problems
+            law_V = student_RTV[chosen_R, at + 1].exp().mean(0)
+            right, likeliest = tokens[chosen_R, at + 2][0], law_V.argmax()
+            if law_V[right] < 0.5:
+                lost.append(
+                    {
+                        "lookup": ascii_lowercase[stage] + entry,
+                        "right": float(f"{law_V[right].item():.3g}"),
+                        "instead": tokenizer.decode([likeliest]),
+                        "probability": round(law_V[likeliest].item(), 4),
+                        "teacher_log_prob": round(teacher_RTV[chosen_R, at + 1, likeliest].mean().item(), 2),
+                    }
+                )
+    return lost
+
+
+def _solutions(tokenizer: PreTrainedTokenizerFast, knobs: Knobs, rows: int) -> tuple[Tensor, range]:
+    """Right solutions of test problems [rows, tokens], and the places where a stage's letter stands in all of them."""
     rng, task, ids = random.Random("stages"), knobs.task, []
     for _ in range(rows):
         problem = task.draw(rng, knobs.stages, "test")
         ids.append(prompt_ids(tokenizer, problem) + tokenizer.encode(task.solution(problem)))
     tokens = torch.tensor(ids)  # all of one length
-    probabilities = model(input_ids=tokens[:, :-1]).logits.softmax(-1)
-    ends = range(tokens.shape[1] - 1 - 3 * knobs.stages, tokens.shape[1] - 1, 3)  # where a stage's letter stands
-    right = [probabilities[:, at + 1].gather(-1, tokens[:, at + 2, None]).mean().item() for at in ends]
-    gives_up = [probabilities[:, at - 1, VOCABULARY[GIVE_UP]].mean().item() for at in ends]
-    return {"right": [round(value, 4) for value in right], "gives_up": [round(value, 4) for value in gives_up]}
+    return tokens, range(tokens.shape[1] - 1 - 3 * knobs.stages, tokens.shape[1] - 1, 3)
 
 
 def main() -> None:

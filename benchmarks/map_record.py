@@ -24,9 +24,10 @@ def joined(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, A
             raise ValueError(f"{name} is not the model of the earlier runs: {pair['measured']}, and {before} before")
     runs = {_key(run): run for run in earlier["runs"]}
     for run in record["runs"]:
-        known = runs.setdefault(_key(run), run)
+        known = runs.get(_key(run), run)
         if (known["final"], known["curve"]) != (run["final"], run["curve"]):
             raise ValueError(f"{' '.join(map(str, _key(run)))} scored {run['final']}, and {known['final']} before")
+        runs[_key(run)] = run | known  # what later code also writes down joins what was known
     commits = {one for part in (record, earlier) for one in part["provenance"]["commits_of_the_runs"]}
     return {
         **record,

@@ -1,11 +1,14 @@
 """The driver of the map, on a pair of a few lessons: runs are made once, resumed and collected."""
 
 import json
+import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -47,6 +50,7 @@ def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, c
     for result in first.values():
         assert [point["step"] for point in result["curve"]] == [0, 1, 2]
         assert 0 <= result["final"] <= 1 and len(result["stage_rates"]["right"]) == 3
+        assert all(entry["right"] < 0.5 and entry["lookup"][0] in "abc" for entry in result["lost"])
         assert len(result["log"]["loss"]) == 2 and result["processor_seconds"]["all"] > 0
     assert first["opd-seed-0.json"]["log"]["kl_budget"] == [0, 0] != first["trb-seed-0.json"]["log"]["kl_budget"]
 
@@ -135,3 +139,32 @@ def test_dead_prefixes_are_told_to_give_up_and_no_others(driver):
         same = [a == b for a, b in zip(written, solution, strict=True)]
         alive = same.index(False) if False in same else len(same)
         assert aim[: alive + 1] == solution[: alive + 1] and set(aim[alive + 1 :]) <= {"?"}
+
+
+def test_a_lookup_that_was_lost_is_named_with_what_stands_in_its_place(driver):
+    """A student and a teacher that are tables: `a2` is lost to giving up, all else is right."""
+    pairs = sys.modules["map_pairs"]
+    knobs, vocabulary = driver.Knobs(stages=5), pairs.VOCABULARY
+    tables = {stage: knobs.task.table(stage) for stage in "abcde"}
+
+    def law(lost: float) -> Any:
+        def forward(input_ids: torch.Tensor) -> SimpleNamespace:
+            # What stands after a letter and an entry is looked up; what stands anywhere else does not matter.
+            probabilities = torch.full((*input_ids.shape, len(vocabulary)), 1e-6)
+            for stage, table in tables.items():
+                for entry, result in zip("0123", table, strict=True):
+                    here = (input_ids == vocabulary[entry]) & (input_ids.roll(1, 1) == vocabulary[stage])
+                    share = lost if stage + entry == "a2" else 0.0
+                    probabilities[here] = torch.full((len(vocabulary),), 1e-6)
+                    probabilities[..., vocabulary[result]] += here * (1 - share)
+                    probabilities[..., vocabulary["?"]] += here * share
+            return SimpleNamespace(logits=probabilities.log())
+
+        return forward
+
+    tokenizer = pairs.character_tokenizer(knobs.task, eos_token=pairs.END_OF_TURN, pad_token=pairs.END_OF_TEXT)
+    assert pairs.lost_lookups(law(0.0), law(0.0), tokenizer, knobs) == []
+    (found,) = pairs.lost_lookups(law(0.75), law(0.125), tokenizer, knobs)
+    assert (found["lookup"], found["instead"]) == ("a2", "?")
+    assert found["right"] == pytest.approx(0.25, rel=1e-3) and found["probability"] == pytest.approx(0.75, abs=1e-4)
+    assert found["teacher_log_prob"] == pytest.approx(math.log(0.125), abs=0.01)
