@@ -32,7 +32,7 @@ def write_figures(record: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def draw(record: Mapping[str, Any], panel: Mapping[str, Any], runs: list[dict[str, Any]]) -> Figure:
     """Scores above, the share of collapsed runs below; a column for each value of the panel's second property."""
-    points = {name: record["points"][name] for name in panel["points"]}
+    points = {name: record["points"][name] for name in panel["points"] if name in record["points"]}
     columns = list(dict.fromkeys(_value(point, panel["by"]) for point in points.values()))
     figure = Figure(figsize=(3.2 * len(columns) + 1.6, 4.4), layout="constrained")
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))

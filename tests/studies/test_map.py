@@ -26,8 +26,8 @@ def driver() -> ModuleType:
 @pytest.fixture
 def small(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """One point of three stages, two methods, two steps, and pairs that were taught next to nothing."""
-    point = driver.Point(knobs=driver.Knobs(stages=3), rollouts=8, steps=2)
-    monkeypatch.setitem(driver.PANELS, "b", driver.Panel("small", "shared", None, (point,), ("opd", "trb")))
+    point, later = (driver.Point(knobs=driver.Knobs(stages=3, shared=at), rollouts=8, steps=2) for at in (0.0, 1.0))
+    monkeypatch.setitem(driver.PANELS, "b", driver.Panel("small", "shared", None, (point, later), ("opd", "trb")))
     monkeypatch.setattr(driver, "CURVE", {"every": 1, "samples": 4, "seed": 1})
     monkeypatch.setattr(driver, "FINAL", {"samples": 8, "seed": 2})
     monkeypatch.setattr(
@@ -37,7 +37,8 @@ def small(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def command(driver: ModuleType, root: Path, *more: str) -> None:
-    driver.main(["run", "--panel", "b", "--seeds", "1", "--root", str(root), *more])
+    """Of the first of the panel's points: a record is drawn before all are there."""
+    driver.main(["run", "--panel", "b", "--values", "0.0", "--seeds", "1", "--root", str(root), *more])
 
 
 def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, capsys, monkeypatch):
