@@ -277,6 +277,35 @@ def test_the_default_on_the_map_is_what_was_found() -> None:
     assert said in " ".join(log.split())
 
 
+def test_a_run_in_the_middle_has_lost_one_lookup_and_the_table_of_tropd_is_that_of_its_file() -> None:
+    record, again = result("map"), result("lost-lookups")
+    places = {name for panel in "abe" for name in record["panels"][panel]["points"]}
+    known = {(run["point"], run["method"], run["seed"]): run for run in record["runs"] if run["point"] in places}
+    middle = {key for key, run in known.items() if 0.3 <= run["final"] <= 0.75}
+    assert len(middle) == 21
+    for key in middle:
+        assert sum(right < 0.95 for right in known[key]["stage_rates"]["right"]) == 1
+    runs = {(run["point"], run["method"], run["seed"]): run for run in again["runs"] if run["method"] != "tropd"}
+    assert middle < runs.keys() and len(runs) == 22
+    for key, run in runs.items():
+        assert len(run["lost"]) == (key in middle), key
+        for lookup in run["lost"]:
+            assert lookup["right"] <= 0.05 and lookup["probability"] >= 0.91
+            assert -26.5 < lookup["teacher_log_prob"] < -7
+    changed = [key for key, run in runs.items() if any(run[of] != known[key][of] for of in ("final", "curve"))]
+    assert len(changed) == 4 and all(abs(runs[key]["final"] - known[key]["final"]) < 0.0015 for key in changed)
+
+    log = text(ROOT / "docs" / "experiments.md").partition("a target that was to bring them back")[2]
+    columns = "plain OPD | `tropd` | `sequence-linear` | lookups that `tropd` lost, by seed |"
+    rows = table_rows(log, f"| pair | {columns}")
+    for name, (_, *shown) in zip(record["panels"]["a"]["points"], rows, strict=True):
+        found = [run for run in again["runs"] if (run["point"], run["method"]) == (name, "tropd")]
+        means = [on_the_map(*of) for of in ((record, name, "opd"), (again, name, "tropd"))]
+        means.append(on_the_map(record, name, "trb-sequence-linear"))
+        lost = ", ".join(str(len(run["lost"])) for run in sorted(found, key=lambda run: run["seed"]))
+        assert shown == [*(f"{mean:.1f}" for mean in means), lost]
+
+
 def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
     study, smollm2 = result("study"), result("smollm2-study")["settings"]["smollm2-clock"]["methods"]["trb"]
     code = result("code-study")["settings"]["programs"]["methods"]
