@@ -20,6 +20,7 @@ from trl import DistillationConfig
 import trb
 import trb.training
 from trb import blend
+from trb.studies.statistics import holm
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -215,11 +216,11 @@ def with_chance(difference: dict[str, Any]) -> str:
     return f"{estimate.removesuffix(' points')} ({interval}, p = {chance:.{2 if chance > 0.01 else 4}f}"
 
 
-def self_setting_with_veto() -> list[str]:
-    """What is said of `gap` and Veto's target together: three differences to plain OPD, and one to swept budgets."""
-    parts = result("study2-others"), result("study2")
-    found = [setting["methods"]["gap-veto"]["difference_to_opd"] for setting in parts[0]["settings"].values()]
-    mean, error = across.average([across.difference(*parts, name, "gap-veto", "trb") for name in parts[0]["settings"]])
+def with_vetos_target(method: str, file: str, beside: str) -> list[str]:
+    """What is said of a warm-up and Veto's target: three differences to plain OPD, and one to swept budgets."""
+    parts = result(file), result(beside)
+    found = [setting["methods"][method]["difference_to_opd"] for setting in parts[0]["settings"].values()]
+    mean, error = across.average([across.difference(*parts, name, method, "trb") for name in parts[0]["settings"]])
     ends = [text.removesuffix(" points").removesuffix(")") for difference in found for text in points(difference)]
     return [*ends, f"{100 * mean:+.2f} (standard error {100 * error:.2f})"]
 
@@ -227,8 +228,26 @@ def self_setting_with_veto() -> list[str]:
 def test_what_is_said_of_a_self_setting_warm_up_with_vetos_target_is_what_was_found() -> None:
     page = " ".join(text(ROOT / "docs" / "choosing.md").split())
     (row,) = re.findall(r"\| not `gap`, though it ends by itself \|[^\n]*?on the map", page)
-    for phrase in self_setting_with_veto()[:-1]:
+    for phrase in with_vetos_target("gap-veto", "study2-others", "study2")[:-1]:
         assert phrase in row
+    (row,) = re.findall(r"\| `method: trb`, `loss: veto` \|[^\n]*?map.json", page)
+    for phrase in fresh_seeds():
+        assert phrase in row
+
+
+def fresh_seeds() -> list[str]:
+    return with_vetos_target("sequence-linear-veto", "study2-fresh", "study2-fresh")
+
+
+def test_the_correction_over_settings_is_that_of_the_file() -> None:
+    settings = result("study2-fresh")["settings"]
+    p_values = {
+        name: setting["methods"]["sequence-linear-veto"]["differences"]["sequence-linear"]["p_value"]
+        for name, setting in settings.items()
+    }
+    corrected = holm(p_values)
+    log = " ".join(text(ROOT / "docs" / "experiments.md").split())
+    assert "(p = {:.2f}, {:.4f} and {:.4f})".format(*(corrected[name] for name in settings)) in log
 
 
 FOUR_SEEDS = ("opd", "trb-wide", "trb-sequence-linear", "trb-sequence-linear-veto", "trb-gap-veto")
@@ -337,7 +356,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             for setting in result("study2")["settings"].values()
             for text in points(setting["methods"]["sequence-linear"]["difference_to_opd"])
         ],
-        "a warm-up that sets itself, with Veto's target": self_setting_with_veto(),
+        "and ends higher, with Veto's target": fresh_seeds(),
         "dialogue, by closeness to the teacher: no": (
             f"TRB {dialogue['estimate']:+.4f} nats per token",
             f"({dialogue['interval'][0]:.4f} to {dialogue['interval'][1]:.4f})",
@@ -437,10 +456,12 @@ def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -
     assert f"{100 * sum(behind) / len(behind):.2f} points above it" in " ".join(log.split())
 
 
-# Parts of the study of self-setting warm-ups beside its first: file, seeds, title in the log, comparisons there.
+# Parts of the study of self-setting warm-ups after its first: file, the part that it is compared with, seeds, title in
+# the log, comparisons there.
 PARTS = [
-    ("study2-others", 20, "self-setting warm-ups, twenty seeds of three more methods", 4),
-    ("study2-rivals", 8, "self-setting warm-ups, eight seeds of its last four methods", 8),
+    ("study2-others", "study2", 20, "self-setting warm-ups, twenty seeds of three more methods", 4),
+    ("study2-rivals", "study2", 8, "self-setting warm-ups, eight seeds of its last four methods", 8),
+    ("study2-fresh", "study2-fresh", 20, "the default with Veto's target in the study, on twenty fresh seeds", 3),
 ]
 
 
@@ -454,9 +475,9 @@ def test_what_is_said_against_sequence_budgets_to_the_end_is_what_was_found() ->
     assert f"over eight seeds {first}, {second} and {third} beside" in text(ROOT / "docs" / "choosing.md")
 
 
-@pytest.mark.parametrize(("file", "seeds", "title", "comparisons"), PARTS)
+@pytest.mark.parametrize(("file", "beside", "seeds", "title", "comparisons"), PARTS)
 def test_the_table_of_a_part_of_the_study_is_that_of_its_file(
-    file: str, seeds: int, title: str, comparisons: int
+    file: str, beside: str, seeds: int, title: str, comparisons: int
 ) -> None:
     log = text(ROOT / "docs" / "experiments.md").partition(title)[2]
     settings = result(file)["settings"]
@@ -469,12 +490,12 @@ def test_the_table_of_a_part_of_the_study_is_that_of_its_file(
     assert shown == expected
 
 
-@pytest.mark.parametrize(("file", "seeds", "title", "comparisons"), PARTS)
+@pytest.mark.parametrize(("file", "beside", "seeds", "title", "comparisons"), PARTS)
 def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems(
-    file: str, seeds: int, title: str, comparisons: int
+    file: str, beside: str, seeds: int, title: str, comparisons: int
 ) -> None:
     """One commit, the same weights, and plain OPD again, on another day and machine, solved what it had solved."""
-    parts = result(file), result("study2")
+    parts = result(file), result(beside)
     across.check(*parts)
     settings = list(parts[0]["settings"])
     assert all(len(parts[0]["outcomes"][setting]["opd"]) == seeds for setting in settings)

@@ -20,10 +20,11 @@ from trb.studies.keys import RunConfig
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.shipped import RECIPES
 from trb.studies.study import load_study
+from trb.studies.yaml_files import ConfigError
 from trb.tasks.evaluation import EvalResult
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.training.config import TRBConfig
-from trb.training.methods import METHODS
+from trb.training.methods import BUDGET_SCHEDULES, METHODS, every_knob
 
 # accelerate/ holds launcher settings and studies/ studies, which are no recipes.
 FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "studies"))
@@ -389,3 +390,16 @@ def test_every_key_of_training_reaches_the_trainer_as_given() -> None:
     args = recipe.training_config("somewhere")
     assert {key: getattr(args, key) for key in given} == given
     assert args.output_dir == "somewhere"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not load_recipe(path).run.methods], ids=named)
+def test_another_method_takes_away_what_the_file_sets_for_its_own(path: Path) -> None:
+    for method in METHODS:
+        recipe = load_recipe(path, {"method": method})
+        assert recipe.training["method"] == method and isinstance(recipe.training_config("unused"), TRBConfig)
+        gone = load_recipe(path).training.keys() - recipe.training.keys()
+        assert gone <= every_knob()
+    for schedule in BUDGET_SCHEDULES:
+        assert load_recipe(path, {"method": "trb", "budget_schedule": schedule}).training["budget_schedule"] == schedule
+    with pytest.raises(ConfigError, match="initial_kl_budget would do nothing"):
+        load_recipe(path, {"method": "opd", "initial_kl_budget": 0.5})

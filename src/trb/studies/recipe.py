@@ -123,8 +123,9 @@ class Recipe:
 def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read, merge and check a recipe, a file or one of the package's by its name (`trb.studies.shipped`).
 
-    `overrides` win over the file and may be dotted (`methods.trb.max_steps`). Paths in the file are relative to it, or
-    to the current directory where nothing of that name lies beside it (`trb.studies.places`).
+    `overrides` win over the file and may be dotted (`methods.trb.max_steps`); another method, behavior, loss or
+    schedule also takes away what the file sets for its own alone. Paths in the file are relative to it, or to the
+    current directory where nothing of that name lies beside it (`trb.studies.places`).
 
     Raises:
         ConfigError: the file is missing or is not a YAML mapping, a key is unknown, given twice or of the wrong type,
@@ -165,6 +166,11 @@ def make_recipe(
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
     recipe = Recipe(run, {key: value for key, value in checked.items() if key not in run_keys}, source)
+    if any(key in CHOICES for key in overrides or {}):
+        # The file set these for the choice that an option has replaced.
+        left = every_knob() - knobs_of(recipe.choices()) - set(overrides or {})
+        training = {key: value for key, value in recipe.training.items() if key not in left}
+        recipe = dataclasses.replace(recipe, training=training)
     for variant in [recipe, *(recipe.for_method(name) for name in run.methods)]:
         _check_teachers(run, variant.training_config("unused"), source)
     _check_knobs(recipe.training, recipe.choices(), source)
