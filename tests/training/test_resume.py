@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny_runs import NEWER_OPTIONS, build, config, weights
+from tiny_runs import NEWER_OPTIONS, build, config, logged, losses, weights
 from transformers import get_scheduler
 
 from trb import TRBConfig, zoo
@@ -379,3 +379,62 @@ def test_the_longest_prompt_that_fits_is_trained_on(tmp_path: Path) -> None:
     teacher.config.max_position_embeddings = longest + 3
     with pytest.raises(ValueError, match=rf"the {longest + 3} positions of the teacher"):
         build(tmp_path, **TINY, student=student, teacher=teacher, max_steps=1).train()
+
+
+class Amid:
+    """Interrupts before a micro-batch."""
+
+    def __init__(self, trainer: TRBTrainer, number: int) -> None:
+        self.left, self.step = number, trainer.training_step
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.step(*args, **options)
+
+
+def test_a_trainer_interrupted_amid_a_step_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """In a notebook the same object goes on, with half of a step's batches read and summed."""
+    options = SAVED | {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    options |= {"initial_kl_budget": None, "blend_warmup_steps": None}  # the default, which remembers
+    whole = build(tmp_path / "whole", **options)
+    whole.train()
+    cut = build(tmp_path / "cut", **options)
+    as_it_was = cut.training_step
+    cut.training_step = Amid(cut, 5)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    assert cut.state.global_step == 2
+    cut.training_step = as_it_was  # type: ignore[method-assign]
+    cut.train(resume_from_checkpoint=True)
+    assert losses(cut) == losses(whole)
+    assert all(
+        ours.equal(theirs) for ours, theirs in zip(cut.model.parameters(), whole.model.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("schedule", ["sequence", "sequence-linear", "gap"])
+def test_a_second_training_begins_with_the_budget_of_the_first(schedule: str, tmp_path: Path) -> None:
+    unset = {"initial_kl_budget": None, "blend_warmup_steps": None}
+    trainer = build(tmp_path, **TINY | unset, max_steps=4, budget_schedule=schedule, learning_rate=0.0)
+    budgets = []
+    for _ in range(2):
+        trainer.train()
+        budgets.append(logged(trainer, "kl_budget"))
+    assert budgets[0] == budgets[1] and budgets[0][0] > 0
+
+
+def test_data_that_knows_rows_by_number_alone_is_trained_on(tmp_path: Path) -> None:
+    """What transformers takes: a list, or any map-style data set of torch."""
+    (student, tokenizer), (teacher, teacher_tokenizer) = zoo.load("student"), zoo.load("teacher")
+    trainer = TRBTrainer(
+        student,
+        teacher,
+        config(tmp_path, **TINY, max_steps=1),
+        train_dataset=ROWS,  # type: ignore[arg-type]
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1

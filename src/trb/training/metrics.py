@@ -50,7 +50,12 @@ class Observers:
 
     def __init__(self, schedules: Mapping[str, Schedule]) -> None:
         self._schedules = {name: schedule for name, schedule in schedules.items() if schedule.remembers}
+        self._sums, self._first = Sums(), self.state_dict()
+
+    def reset(self) -> None:
+        """To before the first step."""
         self._sums = Sums()
+        self.load_state_dict(self._first)
 
     def add(self, name: str, total: float | Tensor, count: int) -> None:
         if self._schedules:
@@ -72,6 +77,7 @@ class Observers:
             if name not in states:
                 raise InputError(
                     f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}: it was written under "
-                    "another schedule or method; set it as it was, such as budget_schedule=linear, or begin anew"
+                    "another schedule or method (set it as it was, such as budget_schedule=linear) or with "
+                    "save_only_model, which keeps none; else begin anew"
                 )
             schedule.load_state_dict(states[name])

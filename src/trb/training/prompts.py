@@ -109,7 +109,9 @@ class PromptsInOrder(DistillationTrainer):
             yield from doubts.of_rate(args, without_adapters(self.model), adapters=doubts.trains_adapters(self.model))
 
     def _chat_doubts(self) -> Iterator[doubts.Doubt]:
-        some = [prompt for prompt in cast(Any, self.train_dataset)[:3]["prompt"] if not isinstance(prompt, str)]
+        rows = cast(Any, self.train_dataset)  # by number, which all map-style data knows
+        some = [rows[row]["prompt"] for row in range(min(3, len(rows)))]
+        some = [prompt for prompt in some if not isinstance(prompt, str)]
         options = cast(dict, self.chat_template_kwargs)
         for teacher in self.teachers:
             if teacher.tokenizer is not None:

@@ -4,6 +4,7 @@ Seams of transformers and TRL:
 - `_save_checkpoint` writes into `_get_output_dir()`/checkpoint-N and rotates there; `_push_from_checkpoint` uploads it;
 - `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
   latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
+- `_step` counts micro-batches and `_buffered_inputs` holds those of a step; a new call of `train` keeps both;
 - `train` reads weights with `_load_from_checkpoint`, calls `_load_callback_state` once the trainer's state was read,
   and `_load_best_model` at the end;
 - `save_model` gathers sharded weights and calls `_save` where it should.
@@ -76,7 +77,7 @@ class ResumableTrainer(PromptsInOrder):
         if not self._teacher_is_sharded:  # options may have changed since, and both models are whole
             self._description = None
         self._describe_run()
-        self._guard.reset()
+        self._forget_earlier_call()
         if resume_from_checkpoint is True:
             # Never handed on as it is: transformers would choose by itself, and does not verify.
             resume_from_checkpoint = str(self._ranks.from_first(self._latest_checkpoint))
@@ -94,6 +95,14 @@ class ResumableTrainer(PromptsInOrder):
             ):
                 checkpoints.check_reach(saved)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _forget_earlier_call(self) -> None:
+        """`train` may be called again, also after an interrupt amid a step: what that left belongs to no later one."""
+        self._guard.reset()
+        self._step, self._buffered_inputs = 0, None
+        self._metrics["train"].clear()
+        self._sums["train"] = Sums()
+        self._observers.reset()
 
     def _latest_checkpoint(self) -> Path:
         directory = Path(str(self.args.output_dir))
