@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from docs_blocks import PAGES, ROOT
@@ -225,6 +225,10 @@ def with_vetos_target(method: str, file: str, beside: str) -> list[str]:
     return [*ends, f"{100 * mean:+.2f} (standard error {100 * error:.2f})"]
 
 
+def fresh_seeds() -> list[str]:
+    return with_vetos_target("sequence-linear-veto", "study2-fresh", "study2-fresh")
+
+
 def test_what_is_said_of_a_self_setting_warm_up_with_vetos_target_is_what_was_found() -> None:
     page = " ".join(text(ROOT / "docs" / "choosing.md").split())
     (row,) = re.findall(r"\| not `gap`, though it ends by itself \|[^\n]*?on the map", page)
@@ -233,10 +237,6 @@ def test_what_is_said_of_a_self_setting_warm_up_with_vetos_target_is_what_was_fo
     (row,) = re.findall(r"\| `method: trb`, `loss: veto` \|[^\n]*?map.json", page)
     for phrase in fresh_seeds():
         assert phrase in row
-
-
-def fresh_seeds() -> list[str]:
-    return with_vetos_target("sequence-linear-veto", "study2-fresh", "study2-fresh")
 
 
 def test_the_correction_over_settings_is_that_of_the_file() -> None:
@@ -456,12 +456,22 @@ def test_the_table_of_the_study_of_self_setting_warm_ups_is_that_of_its_file() -
     assert f"{100 * sum(behind) / len(behind):.2f} points above it" in " ".join(log.split())
 
 
-# Parts of the study of self-setting warm-ups after its first: file, the part that it is compared with, seeds, title in
-# the log, comparisons there.
+class Part(NamedTuple):
+    """A part of the study of self-setting warm-ups, after its first."""
+
+    file: str
+    beside: str
+    """The part whose methods its own are compared with."""
+    seeds: int
+    title: str
+    """In the log."""
+    comparisons: int
+
+
 PARTS = [
-    ("study2-others", "study2", 20, "self-setting warm-ups, twenty seeds of three more methods", 4),
-    ("study2-rivals", "study2", 8, "self-setting warm-ups, eight seeds of its last four methods", 8),
-    ("study2-fresh", "study2-fresh", 20, "the default with Veto's target in the study, on twenty fresh seeds", 3),
+    Part("study2-others", "study2", 20, "self-setting warm-ups, twenty seeds of three more methods", 4),
+    Part("study2-rivals", "study2", 8, "self-setting warm-ups, eight seeds of its last four methods", 8),
+    Part("study2-fresh", "study2-fresh", 20, "the default with Veto's target in the study, on twenty fresh seeds", 3),
 ]
 
 
@@ -475,33 +485,29 @@ def test_what_is_said_against_sequence_budgets_to_the_end_is_what_was_found() ->
     assert f"over eight seeds {first}, {second} and {third} beside" in text(ROOT / "docs" / "choosing.md")
 
 
-@pytest.mark.parametrize(("file", "beside", "seeds", "title", "comparisons"), PARTS)
-def test_the_table_of_a_part_of_the_study_is_that_of_its_file(
-    file: str, beside: str, seeds: int, title: str, comparisons: int
-) -> None:
-    log = text(ROOT / "docs" / "experiments.md").partition(title)[2]
-    settings = result(file)["settings"]
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.file)
+def test_the_table_of_a_part_of_the_study_is_that_of_its_file(part: Part) -> None:
+    log = text(ROOT / "docs" / "experiments.md").partition(part.title)[2]
+    settings = result(part.file)["settings"]
     shown = {name.strip("`"): cells for name, *cells in table_rows(log, f"| method | {' | '.join(settings)} |")}
     tables = [setting["methods"] for setting in settings.values()]
-    assert {entry["seeds"] for table in tables for entry in table.values()} == {seeds}
+    assert {entry["seeds"] for table in tables for entry in table.values()} == {part.seeds}
     expected = {"opd": [f"{100 * table['opd']['pass_at_1']:.1f}" for table in tables]}
     for method in tables[0].keys() - {"opd"}:
         expected[method] = [with_chance(table[method]["difference_to_opd"]) for table in tables]
     assert shown == expected
 
 
-@pytest.mark.parametrize(("file", "beside", "seeds", "title", "comparisons"), PARTS)
-def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems(
-    file: str, beside: str, seeds: int, title: str, comparisons: int
-) -> None:
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.file)
+def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems(part: Part) -> None:
     """One commit, the same weights, and plain OPD again, on another day and machine, solved what it had solved."""
-    parts = result(file), result(beside)
+    parts = result(part.file), result(part.beside)
     across.check(*parts)
     settings = list(parts[0]["settings"])
-    assert all(len(parts[0]["outcomes"][setting]["opd"]) == seeds for setting in settings)
-    log = text(ROOT / "docs" / "experiments.md").partition(title)[2]
+    assert all(len(parts[0]["outcomes"][setting]["opd"]) == part.seeds for setting in settings)
+    log = text(ROOT / "docs" / "experiments.md").partition(part.title)[2]
     rows = table_rows(log, f"| difference | {' | '.join(settings)} | average |")
-    assert len(rows) == comparisons
+    assert len(rows) == part.comparisons
     for name, *shown in rows:
         one, other = re.findall(r"`([\w-]+)`", name)
         found = [across.difference(*parts, setting, one, other) for setting in settings]

@@ -39,13 +39,14 @@ def config(directory: Path, **changes: Any) -> TRBConfig:
 def build(directory: Path, *, student: Any = None, teacher: Any = None, **changes: Any) -> TRBTrainer:
     passed_on = {name: changes.pop(name) for name in PASSED_ON if name in changes}
     rows = changes.pop("train_rows", None) or zoo.problems(64, seed=0, split="train")
+    dataset = changes.pop("train_dataset", None) or Dataset.from_list(rows)
     own_student, tokenizer = zoo.load("student")
     own_teacher, teacher_tokenizer = zoo.load("teacher")
     trainer = TRBTrainer(
         own_student if student is None else student,
         own_teacher if teacher is None else teacher,
         config(directory, **changes),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset,
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
         **passed_on,
@@ -110,11 +111,15 @@ class Snapshots(TrainerCallback):
 
 
 class Kill(TrainerCallback):
-    """Stops a training after a step, as Ctrl-C would."""
+    """Stops a training after a step, or amid the one after it, as Ctrl-C would."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, *, amid_next: bool = False) -> None:
+        self.step, self.amid_next = step, amid_next
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
+        if state.global_step == self.step and not self.amid_next:
+            raise KeyboardInterrupt
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and self.amid_next:
             raise KeyboardInterrupt

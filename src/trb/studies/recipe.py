@@ -105,8 +105,8 @@ class Recipe:
         Left out are the knobs of behaviors and losses that are not in use.
         """
         run = {key: value for key, value in dataclasses.asdict(self.run).items() if key not in _ALTERNATIVES or value}
-        unread = every_knob() - knobs_of(self.choices())
-        training = {name: self._value(name) for name in training_fields() if name not in {*REPLACED_KEYS, *unread}}
+        left_out = {*REPLACED_KEYS, *_unread(self.choices())}
+        training = {name: self._value(name) for name in training_fields() if name not in left_out}
         if self.run.prompts_per_step is not None:
             del training["gradient_accumulation_steps"]
         return {key: plain(value) for key, value in {**run, **training}.items()}
@@ -168,8 +168,8 @@ def make_recipe(
     recipe = Recipe(run, {key: value for key, value in checked.items() if key not in run_keys}, source)
     if any(key in CHOICES for key in overrides or {}):
         # The file set these for the choice that an option has replaced.
-        left = every_knob() - knobs_of(recipe.choices()) - set(overrides or {})
-        training = {key: value for key, value in recipe.training.items() if key not in left}
+        leftover = _unread(recipe.choices()) - set(overrides or {})
+        training = {key: value for key, value in recipe.training.items() if key not in leftover}
         recipe = dataclasses.replace(recipe, training=training)
     for variant in [recipe, *(recipe.for_method(name) for name in run.methods)]:
         _check_teachers(run, variant.training_config("unused"), source)
@@ -196,13 +196,19 @@ def _check_teachers(run: RunConfig, args: TRBConfig, source: str) -> None:
 
 def _check_knobs(given: Iterable[str], choices: Sequence[SimpleNamespace], source: str) -> None:
     """Refuse knobs that no behavior or loss in use reads."""
+    unread = _unread(choices)
     for key in given:
-        if key in every_knob() - knobs_of(choices):
+        if key in unread:
             used = " and ".join(dict.fromkeys(map(_in_words, choices)))
             raise ConfigError(
                 f"{source}: {key} would do nothing: it belongs to {'; '.join(owners_of(key))}, and this is {used}; "
                 "leave it out, or choose another method, behavior or loss"
             )
+
+
+def _unread(choices: Sequence[SimpleNamespace]) -> set[str]:
+    """The knobs of behaviors and losses that are not in use."""
+    return every_knob() - knobs_of(choices)
 
 
 def _in_words(choice: SimpleNamespace) -> str:
