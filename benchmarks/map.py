@@ -3,6 +3,7 @@
     python benchmarks/map.py run --panel all --seeds 8 --workers 2
     python benchmarks/map.py run --panel b --list              # what is missing, and how long it should take
     python benchmarks/map.py collect                           # benchmarks/results/map.json and docs/figures/map-*.png
+    python benchmarks/map.py run --panel a --seeds 8 --onto benchmarks/results/map.json     # what is not in it
     python benchmarks/map.py collect --onto benchmarks/results/map.json     # where earlier runs are only there
 
 The setting is `zoo:staged`, with pairs by their knobs (benchmarks/map_pairs.py). Every run is one training by the
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where a spawned worker im
 import torch
 from map_figures import write_figures
 from map_pairs import Knobs, Pair, lost_lookups, ready, stage_rates
-from map_record import as_text, joined, pair_name
+from map_record import as_text, joined, keys, pair_name
 from map_step0 import InBox, measure_pair
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -321,6 +322,17 @@ def units_of(panels: Sequence[Panel], seeds: Sequence[int], methods: Sequence[st
     )
 
 
+def _unknown(units: Sequence[Unit], record: Mapping[str, Any]) -> list[Unit]:
+    """The runs that a record lacks, or has of a method with other settings."""
+    known = keys(record)
+    return [
+        unit
+        for unit in units
+        if (unit.point.name, unit.method, unit.seed) not in known
+        or record["methods"][unit.method] != (METHODS | RIVALS)[unit.method]
+    ]
+
+
 def prepare(group: Sequence[Knobs], root: Path) -> None:
     """Make pairs that share models, and measure them."""
     torch.set_num_threads(1)
@@ -469,6 +481,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     runner.add_argument("--values", nargs="+", metavar="V", help="some values only of what the panel goes along")
     runner.add_argument("--workers", type=int, default=1, metavar="N", help="runs at once (default 1)")
+    runner.add_argument("--onto", type=Path, metavar="FILE", help="a record whose runs need not be made again")
     runner.add_argument("--list", action="store_true", help="say what would be run, and stop")
     collector = commands.add_parser("collect", help="write what there is as one JSON file and figures")
     collector.add_argument("--out", type=Path, default=Path("benchmarks/results/map.json"), metavar="FILE")
@@ -493,6 +506,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.values:
         panels = [replace(panel, points=_among(panel, options.values)) for panel in panels]
     units = units_of(panels, range(options.seeds), options.methods)
+    if options.onto:
+        units = _unknown(units, json.loads(options.onto.read_text()))
     if options.list:
         show(units, options.root)
     else:

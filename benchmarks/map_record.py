@@ -37,6 +37,11 @@ def joined(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def keys(record: Mapping[str, Any]) -> set[tuple[str, str, int]]:
+    """Point, method and seed of each run of a record."""
+    return {_key(run) for run in record["runs"]}
+
+
 def _key(run: Mapping[str, Any]) -> tuple[str, str, int]:
     return run["point"], run["method"], run["seed"]
 

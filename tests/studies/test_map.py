@@ -87,6 +87,17 @@ def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, c
     assert numbers["student"]["accept_rate"] == 1 > numbers["blend"]["accept_rate"]
     assert numbers["blend"]["sequence_kl"] <= 4.0
 
+    # Of what is still to be run, a record's runs are none: here that of `opd`.
+    capsys.readouterr()
+    command(small, tmp_path / "elsewhere", "--onto", str(record), "--list")
+    listed = capsys.readouterr().out
+    assert "1 of 1 runs are missing" in listed and " trb 0" in listed
+    kept["methods"]["opd"] = {"method": "opd", "learning_rate": 1.0}
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(kept))
+    command(small, tmp_path / "elsewhere", "--onto", str(changed), "--list")
+    assert "2 of 2 runs are missing" in capsys.readouterr().out
+
     # Runs whose files are gone stay in the record that has them, and what was made again must be what it was.
     files["trb-seed-0.json"].unlink()
     command(small, tmp_path)
