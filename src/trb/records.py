@@ -361,6 +361,7 @@ class Progress(Schema):
     metrics: dict[str, list[Any]]
     sums: dict[str, list[Known]]
     schedules: Options = None
+    memories: dict[str, str] | None = None
     guard: Guarded
 
 

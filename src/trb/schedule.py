@@ -56,6 +56,11 @@ class Schedule(ABC):
     def observe(self, step: int, statistics: Mapping[str, float]) -> None:  # noqa: B027 (most have no memory)
         """Step `step` is done; its averages over all processes, under the names of the log without `trb/`."""
 
+    @property
+    def memory(self) -> str:
+        """What `state_dict` is a state of: only a schedule of which this is the same can go on from it."""
+        return type(self).__name__
+
     def state_dict(self) -> dict[str, Any]:
         """What must be kept with a checkpoint, as JSON types."""
         return {}
@@ -192,12 +197,16 @@ class SequenceBudget(Schedule):
         if self._value == self.highest:
             self._owed = min(self._owed, self.target)
 
+    @property
+    def memory(self) -> str:
+        return f"{super().memory} of degree {self.power}"
+
     def state_dict(self) -> dict[str, Any]:
         cost = None if math.isnan(self._cost) else self._cost
         return {"value": self._value, "cost": cost, "owed": self._owed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._value, self._owed = state["value"], state["owed"]
+        self._value, self._owed = min(state["value"], self.highest), state["owed"]  # which may be lower by now
         self._cost = math.nan if state["cost"] is None else state["cost"]
 
 
@@ -284,6 +293,10 @@ class GapBudget(Schedule):
     def _no_better(self) -> bool:
         known = [advantage for advantage in self._advantages.values() if advantage.steps >= _COMPARED_STEPS]
         return bool(known) and not any(advantage.is_there for advantage in known)
+
+    @property
+    def memory(self) -> str:
+        return f"{super().memory} over {self._base.memory}"
 
     def state_dict(self) -> dict[str, Any]:
         advantages = {name: dict(vars(advantage)) for name, advantage in self._advantages.items()}

@@ -363,6 +363,17 @@ def test_torn_last_line_is_left_out_and_noted(tmp_path: Path, name: str) -> None
     assert sum(f"run/{name}: line" in text and "cut off" in text for text in page.text_of["li"]) == 1
 
 
+def test_of_several_held_out_sets_the_first_is_drawn_and_the_others_are_named(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", "trb")
+    rows = [{"step": step, "set": name, "loss": loss} for step in (1, 2) for name, loss in (("a", 0.5), ("b", 0.25))]
+    write_jsonl(directory / "held_out.jsonl", rows)
+    page = page_of(directory)
+    (chart,) = (chart for chart in page.data["charts"] if chart["id"] == "held-out-loss")
+    assert [series["y"] for series in chart["series"]] == [[0.5, 0.5]]
+    text = " ".join(page.text_of["li"])
+    assert "held_out.jsonl: shown is the set a; there are also b." in text and "recorded twice" not in text
+
+
 def test_repeated_steps_of_a_resumed_run_show_the_later_record(tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "metrics.jsonl",

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import re
@@ -397,6 +398,76 @@ def test_a_trainer_interrupted_amid_a_step_resumes_to_the_same_bits(tmp_path: Pa
     assert losses(cut) == losses(whole)
     both = zip(weights(cut).values(), weights(whole).values(), strict=True)
     assert all(torch.equal(one, other) for one, other in both)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"num_train_epochs": 1}], ids=["amid an epoch", "at its end"])
+def test_a_run_whose_steps_are_all_taken_takes_no_other(length: dict[str, Any], tmp_path: Path) -> None:
+    """Killed after the last checkpoint was saved, and resumed by hand: transformers would take a third step."""
+    options = SAVED | {"max_steps": -1, **length}
+    prompts = ROWS[: 4 if "num_train_epochs" in length else 64]
+    done = build(tmp_path, train_rows=prompts, **options)
+    found = done.train()
+    again = build(tmp_path, train_rows=prompts, **options)
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == again.state.global_step == done.state.global_step == 2
+    both = zip(weights(again).values(), weights(done).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in both)
+    assert output.training_loss == pytest.approx(found.training_loss, rel=1e-12)
+    recorded = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert recorded == [1, 2]
+
+
+def test_the_loss_of_a_whole_training_is_that_of_all_its_steps(tmp_path: Path) -> None:
+    """Also of one that was resumed, for which transformers divides by the steps since."""
+    options = SAVED | {"max_steps": 4, "logging_steps": 3}
+    straight = build(tmp_path / "straight", **options)
+    found = straight.train()
+    cut = build(tmp_path / "cut", callbacks=[Kill(3)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = build(tmp_path / "cut", **options)
+    assert resumed.train(resume_from_checkpoint=True).training_loss == pytest.approx(found.training_loss, rel=1e-12)
+
+
+UNSET: dict[str, Any] = {"initial_kl_budget": None, "blend_warmup_steps": None}
+MEMORIES: dict[str, dict[str, Any]] = {
+    "sequence": UNSET | {"budget_schedule": "sequence"},
+    "the default": UNSET,
+    "gap": UNSET | {"budget_schedule": "gap"},
+    "gap of a budget": UNSET | {"budget_schedule": "gap", "initial_kl_budget": 0.3},
+    "geometric": UNSET | {"method": "geometric"},
+    "none": {},
+}
+# What one has learnt, the other may go on with.
+ALIKE = {"sequence", "the default"}
+
+
+@pytest.mark.parametrize(("before", "now"), [*itertools.permutations(MEMORIES, 2)], ids=" to ".join)
+def test_a_schedule_begins_anew_after_another_ones_checkpoint(
+    before: str, now: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If changes are accepted; a budget per token, say, is no teacher weight."""
+    options = TINY | {"save_strategy": "steps", "save_steps": 1}
+    build(tmp_path, **options | MEMORIES[before], max_steps=1).train()
+    fresh = build(tmp_path / "fresh", **options | MEMORIES[now], max_steps=2)
+    first = fresh.behavior.schedule.state_dict()
+    trainer = build(tmp_path, **options | MEMORIES[now], max_steps=2)
+    states = []
+    observe = trainer.behavior.schedule.observe
+    if trainer.behavior.schedule.remembers:
+        trainer.behavior.schedule.observe = lambda *seen: (  # type: ignore[method-assign]
+            states.append(trainer.behavior.schedule.state_dict()),
+            observe(*seen),
+        )
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=True, accept_changes=True)
+    assert trainer.state.global_step == 2
+    begins_anew = trainer.behavior.schedule.remembers and {before, now} != ALIKE
+    assert ("begins anew" in caplog.text) == begins_anew
+    if begins_anew:
+        assert states == [first]
+    elif states:
+        assert states != [first]
 
 
 @pytest.mark.parametrize("schedule", ["sequence", "sequence-linear", "gap"])

@@ -4,12 +4,15 @@ import dataclasses
 import inspect
 import json
 import logging
+import math
 import os
+import re
 import runpy
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -28,7 +31,7 @@ from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePol
 from trb.sampling import sample
 from trb.training import config as config_module
 from trb.training import taught
-from trb.training.methods import target_of
+from trb.training.methods import every_knob, target_of
 from trb.training.ranks import Ranks
 from trb.vocab import align
 
@@ -51,6 +54,12 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_set_signature_columns_if_needed": ["self"],
         "training_step": ["self", "model", "inputs", "num_items_in_batch"],
         "_get_grad_norm": ["self", "model", "grad_norm"],
+        "_run_epoch": [
+            *("self", "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+            *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+            "steps_trained_in_current_epoch",
+        ],
+        "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
         "_get_output_dir": ["self", "trial"],
         "_save_checkpoint": ["self", "model", "trial"],
         "_save_rng_state": ["self", "output_dir"],
@@ -633,6 +642,23 @@ def test_evaluation_reports_the_loss_on_student_rollouts(tmp_path: Path) -> None
     assert json.loads(line)["trb/teacher_log_prob"] < 0
 
 
+def test_several_evaluation_sets_are_recorded_by_name(tmp_path: Path) -> None:
+    """As transformers takes them, a dict; each is logged by itself, with numbers of the same names."""
+    sets = {name: Dataset.from_list(zoo.problems(4, seed=seed, split="test")) for name, seed in (("a", 1), ("b_c", 2))}
+    options: dict[str, Any] = {"eval_dataset": sets, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = build(tmp_path, per_device_eval_batch_size=4, **options)
+    trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["set"]) for row in records] == [(1, "a"), (1, "b_c"), (2, "a"), (2, "b_c")]
+    for row in records:
+        (theirs,) = (
+            entry[f"eval_{row['set']}_loss"]
+            for entry in trainer.state.log_history
+            if entry["step"] == row["step"] and f"eval_{row['set']}_loss" in entry
+        )
+        assert row["loss"] == pytest.approx(theirs) and row["trb/teacher_log_prob"] < 0
+
+
 # ---- bad input ----
 
 
@@ -650,12 +676,34 @@ def test_evaluation_reports_the_loss_on_student_rollouts(tmp_path: Path) -> None
         ({"num_generations": 0}, "num_generations"),
         ({"loss_top_k": -1}, "loss_top_k"),
         ({"skd_teacher_top_k": 0}, "teacher_top_k"),
-        ({"initial_temperature": 0.0}, "temperature"),
+        ({"initial_temperature": 0.0}, "initial_temperature must be positive and finite, got 0.0"),
+        (
+            {"initial_kl_budget": -0.5, "budget_schedule": "gap"},
+            "initial_kl_budget must be a non-negative number of nats, got -0.5",
+        ),
+        ({"veto_steps": -3}, "veto_steps must be at least 0, got -3"),
     ],
 )
 def test_a_bad_option_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+KNOBS = sorted(every_knob() - {"budget_schedule"})
+
+
+@pytest.mark.parametrize("value", [-1, -0.5, 0, math.nan, math.inf])
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_knob_that_is_refused_is_called_by_its_name(tmp_path: Path, name: str, value: float) -> None:
+    """Whatever the parts that read it call it; and nothing that is no number of its kind passes."""
+    options: dict[str, Any] = {"budget_schedule": "gap"} if name == "initial_kl_budget" else {}
+    fits = value >= 0 and not (name.endswith(("_steps", "_top_k", "_horizon")) and value == math.inf)
+    try:
+        config(tmp_path, **options, **{name: value})
+    except ValueError as error:
+        assert re.search(rf"\b{name}\b.* got {re.escape(str(value))}\b", str(error)), error
+    else:
+        assert fits
 
 
 # Every option of the installed TRL and transformers, by what it does to the sampled law and to the loss.
@@ -819,6 +867,44 @@ def test_a_grader_that_fails_costs_its_rewards_once_it_has_worked(
 
     with pytest.raises(RuntimeError, match="misspelt"):
         build(tmp_path / "at once", reward_fn=broken, max_steps=1, max_completion_length=4).train()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, tuple], ids=["array", "tensor", "tuple"])
+def test_rewards_may_be_what_functions_of_arrays_give(tmp_path: Path, kind: Any) -> None:
+    rewards = kind([1.0, 0.0, 0.5, 0.5])
+    trainer = build(tmp_path, reward_fn=lambda texts, rows: rewards, per_device_train_batch_size=4, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "reward") == [0.5]
+    first, *_ = (tmp_path / "rollouts.jsonl").read_text().splitlines()
+    assert json.loads(first)["reward"] == 1.0
+
+
+def test_a_completion_that_no_reward_is_known_of_may_have_none(tmp_path: Path) -> None:
+    trainer = build(tmp_path, reward_fn=lambda texts, rows: [1.0, *[None] * 7], max_steps=1)  # type: ignore[list-item]
+    trainer.train()
+    assert logged(trainer, "reward") == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1.0], "1 rewards for 8 completions"),
+        (None, "reward_fn gave None"),
+        (0.5, "reward_fn gave 0.5"),
+        (["good"] * 8, "reward_fn gave .*'good'"),
+    ],
+)
+def test_rewards_that_are_none_are_the_functions_fault(
+    tmp_path: Path, given: Any, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At first they end the run; of a function that has worked they cost its numbers."""
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "at once", reward_fn=lambda texts, rows: given, max_steps=1).train()
+    answers = iter([[0.25] * 8, given])
+    trainer = build(tmp_path / "later", reward_fn=lambda texts, rows: next(answers), max_steps=2)
+    trainer.train()
+    assert [row.get("trb/reward") for row in trainer.state.log_history if "loss" in row] == [0.25, None]
+    assert re.search(f"no rewards, as their function failed: .*{message}", caplog.text)
 
 
 class DeadService(TensorBoardCallback):

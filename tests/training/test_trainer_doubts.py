@@ -43,9 +43,14 @@ def adapted(role: str, *, trained: bool = False) -> Any:
 
 DOUBTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "a budget of another schedule": (
-        {"budget_schedule": "sequence", "initial_kl_budget": 0.3},
+        {"budget_schedule": "sequence", "initial_kl_budget": 0.3, "blend_warmup_steps": None},
         "initial_kl_budget: 0.3, which budget_schedule=sequence does not read",
-        {"budget_schedule": "sequence", "initial_kl_budget": None},
+        {"budget_schedule": "sequence", "initial_kl_budget": None, "blend_warmup_steps": None},
+    ),
+    "K of another schedule": (
+        {"budget_schedule": "gap", "initial_kl_budget": 0.3, "blend_warmup_steps": 1},
+        "blend_warmup_steps: 1, which budget_schedule=gap does not read",
+        {"budget_schedule": "gap", "initial_kl_budget": 0.3, "blend_warmup_steps": None},
     ),
     "K beyond the end": ({"blend_warmup_steps": 2}, "blend_warmup_steps: 2 steps, and the run has 1", {}),
     "K beyond the epochs": (

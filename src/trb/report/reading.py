@@ -241,9 +241,12 @@ def _read_metrics(file: LinesFile, path: Path, notes: list[str]) -> tuple[Step, 
     if not path.is_file():
         return ()
     by_step: dict[int, Step] = {}
-    repeated = 0
+    repeated, sets = 0, dict[str, None]()
     for where, record in records(file, path, notes):
         step = checked(file, record, where).step
+        sets[name := f"{record.get('set', '')!s:.40}"] = None
+        if name != next(iter(sets)):
+            continue  # of another set of prompts, which is not for this line
         repeated += step in by_step
         by_step[step] = Step(step, where, record)
     if repeated:
@@ -251,6 +254,9 @@ def _read_metrics(file: LinesFile, path: Path, notes: list[str]) -> tuple[Step, 
             f"{path.parent.name}/{path.name}: {repeated} steps were recorded twice (a resumed run); "
             "the later record is shown."
         )
+    if len(sets) > 1:
+        first, *others = sets
+        notes.append(f"{path.parent.name}/{path.name}: shown is the set {first}; there are also {', '.join(others)}.")
     return tuple(by_step[step] for step in sorted(by_step))
 
 

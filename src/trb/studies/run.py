@@ -272,15 +272,11 @@ def _take_steps(trainer: TRBTrainer, checkpoint: Path | None, accept_changes: bo
     if checkpoint is None:
         trainer.args.eval_on_start = trainer.eval_dataset is not None
         trainer.train()
-    elif is_last(checkpoint, trainer.args):
-        # transformers would take one more step than asked for.
-        if checkpoint.parent == Path(str(trainer.args.output_dir)):
-            Ranks.of_launch().from_first(partial(checkpoints.check_reach, checkpoint))
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = state_of(checkpoint)
     else:
-        # Verified it was, before anything was loaded.
-        trainer.train(resume_from_checkpoint=str(checkpoint), verify=False, accept_changes=accept_changes)
+        # Verified it was, before anything was loaded. What is left of a run with no step to take is told by neither
+        # settings nor data.
+        accepted = accept_changes or is_last(checkpoint, trainer.args)
+        trainer.train(resume_from_checkpoint=str(checkpoint), verify=False, accept_changes=accepted)
 
 
 class _Observer(TrainerCallback):

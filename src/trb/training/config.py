@@ -5,7 +5,7 @@ may change when a run is resumed, in `trb.training.resume`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,15 +62,34 @@ _UNSUPPORTED_IN_ACCELERATE: dict[str, tuple[tuple, str]] = {
     "use_seedable_sampler": ((True,), "the order of prompts follows seed"),
 }
 
-_AT_LEAST_ONE = (
-    "num_generations",
-    "initial_horizon",
-    "max_completion_length",
-    "loss_chunk_tokens",
-    "block_size",
-    "max_skipped_steps",
-    "max_tool_calling_iterations",
-    "tool_max_characters",
+# What numbers must be, in words and as a test, where they are not None.
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "be at least 1",
+        lambda value: 1 <= value < math.inf,
+        (
+            *("num_generations", "initial_horizon", "max_completion_length", "loss_chunk_tokens", "block_size"),
+            *("max_skipped_steps", "max_tool_calling_iterations", "tool_max_characters", "skd_teacher_top_k"),
+        ),
+    ),
+    (
+        "be at least 0",
+        lambda value: 0 <= value < math.inf,
+        (
+            *("loss_top_k", "forward_top_k", "recorded_rollouts", "recorded_alternatives", "recorded_scores_every"),
+            *("blend_warmup_steps", "temperature_warmup_steps", "sft_warmup_steps", "horizon_steps", "prefix_steps"),
+            "veto_steps",
+        ),
+    ),
+    ("be a non-negative number of nats", lambda value: value >= 0, ("initial_kl_budget", "eopd_entropy")),
+    ("be at least 0", lambda value: value >= 0, ("veto_strength", "iw_gamma")),
+    (
+        "be positive and finite",
+        lambda value: 0 < value < math.inf,
+        ("temperature", "initial_temperature", "skd_teacher_temperature", "sequence_kl_budget"),
+    ),
+    ("lie in [0, 1]", lambda value: 0 <= value <= 1, ("behavior_share", "initial_prefix_share", "teacher_weight")),
+    ("be above 0 and at most 1", lambda value: 0 < value <= 1, ("tip_share",)),
 )
 
 # What parts call what is an option of another name here.
@@ -366,29 +385,23 @@ class TRBConfig(DistillationConfig):
             )
         if self.max_completion_length is None:
             raise InputError("max_completion_length=None is not supported; set the longest completion in tokens")
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        recorded = ("recorded_rollouts", "recorded_alternatives", "recorded_scores_every")
-        steps = ("sft_warmup_steps", "horizon_steps", "prefix_steps")
-        for name in ("loss_top_k", "forward_top_k", *steps, "veto_strength", "eopd_entropy", "iw_gamma", *recorded):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        self._check_numbers()
         for half in halves():
             if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
                 with calls(_KNOBS):
                     half.build(self, lambda: 0).at(0)
-        for name in ("behavior_share", "initial_prefix_share"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(f"{name} must lie in [0, 1], got {value}")
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be positive, got {self.temperature}")
         self._check_teachers()
         self._check_tools()
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
+
+    def _check_numbers(self) -> None:
+        """Each by its own name: the parts that read them have names of their own, or read some of them later."""
+        for words, fits, names in _NUMBERS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise InputError(f"{name} must {words}, got {value}")
 
     def _refuse_unsupported(self) -> None:
         for name, (supported, why) in _UNSUPPORTED.items():

@@ -14,6 +14,7 @@ import torch
 from trb.errors import named
 from trb.models.chats import Messages, first_difference, rendered_text
 from trb.models.modeling import position_limit
+from trb.training.behaviors import BLEND_WARMUP_STEPS
 from trb.training.config import TRBConfig
 from trb.training.methods import knobs_of, pair_of
 
@@ -97,13 +98,14 @@ def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
                 "never plain distillation's",
                 f"Lower {name}, or train longer",
             )
-    for name in ("initial_kl_budget", "sequence_kl_budget"):
-        if "budget_schedule" in read and getattr(args, name) is not None and name not in read:
+    defaults = {"initial_kl_budget": None, "sequence_kl_budget": None, "blend_warmup_steps": BLEND_WARMUP_STEPS}
+    for name, default in defaults.items():
+        if "budget_schedule" in read and getattr(args, name) != default and name not in read:
             yield Doubt(
                 name,
                 f"{getattr(args, name):g}, which budget_schedule={args.budget_schedule} does not read",
-                "Leave it out, or name the schedule that is meant: linear reads initial_kl_budget, sequence-linear "
-                "sequence_kl_budget",
+                "Leave it out, or name the schedule that is meant: linear reads initial_kl_budget and "
+                "blend_warmup_steps, sequence-linear sequence_kl_budget",
             )
     budget = args.initial_kl_budget
     if "initial_kl_budget" in read and budget is not None and budget >= _NO_BUDGET:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.utils import logging
 
+from trb.errors import InputError
 from trb.losses.terms import TokenMetrics
 from trb.policies import BehaviorPolicy, StudentPolicy
 from trb.sampling import Rollout, prompt_key
@@ -38,7 +39,7 @@ __all__ = ["MeasuredTrainer", "RewardFunction", "ShowSteps"]
 
 logger = logging.get_logger(__name__)
 
-RewardFunction = Callable[[list[str], Sequence[Mapping[str, Any]]], list[float]]
+RewardFunction = Callable[[list[str], Sequence[Mapping[str, Any]]], Sequence[float | None]]
 
 # Of the rollouts of a step, by whether they are drawn from its policy.
 _KINDS = (("blended", True), ("student", False))
@@ -183,7 +184,7 @@ class MeasuredTrainer(CallingTrainer):
         if self.reward_fn is None:
             return None
         try:
-            rewards = self.reward_fn(texts, rows)
+            rewards = _numbers(self.reward_fn(texts, rows), len(texts))
         except Exception as error:
             if not self._rewards_work:
                 raise
@@ -274,6 +275,19 @@ class MeasuredTrainer(CallingTrainer):
                 )
             found |= {row: (scores, place) for place, row in enumerate(rows)}
         return [found[row] for row in range(len(prompts))]
+
+
+def _numbers(rewards: Any, count: int) -> list[float]:
+    """What a function of others gave as rewards, NaN where it gave None."""
+    try:
+        numbers = [math.nan if reward is None else float(reward) for reward in rewards]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"reward_fn gave {rewards!r:.80}; it must give one number per completion, or None where there is none"
+        ) from error
+    if len(numbers) != count:
+        raise InputError(f"reward_fn gave {len(numbers)} rewards for {count} completions; it must give one for each")
+    return numbers
 
 
 class ShowSteps(TrainerCallback):

@@ -4,6 +4,7 @@ Left out: what is measured (the trainer's affair), and where it is written (`trb
 loggers).
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from trb.errors import InputError
 from trb.schedule import Schedule
 from trb.training.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Observers", "Sums"]
 
@@ -71,13 +74,25 @@ class Observers:
     def state_dict(self) -> dict[str, Any]:
         return {name: schedule.state_dict() for name, schedule in self._schedules.items()}
 
-    def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Raises ValueError for a schedule with a memory of which the checkpoint holds none."""
+    def memories(self) -> dict[str, str]:
+        """Of what kind each state is."""
+        return {name: schedule.memory for name, schedule in self._schedules.items()}
+
+    def load_state_dict(
+        self, states: Mapping[str, Any], memories: Mapping[str, str] | None = None, *, accept_changes: bool = False
+    ) -> None:
+        """Go on from states, of the kinds `memories`; one that is not named there is taken for the schedule's own.
+
+        Raises ValueError for a schedule of which there is no state; `accept_changes` lets it begin anew.
+        """
         for name, schedule in self._schedules.items():
-            if name not in states:
+            if name in states and (memories or {}).get(name, schedule.memory) == schedule.memory:
+                schedule.load_state_dict(states[name])
+                continue
+            missing = f"the checkpoint holds no state of the {name}'s {schedule.memory}"
+            if not accept_changes:
                 raise InputError(
-                    f"the checkpoint holds no state of the {name}'s {type(schedule).__name__}: it was written under "
-                    "another schedule or method (set it as it was, such as budget_schedule=linear) or with "
-                    "save_only_model, which keeps none; else begin anew"
+                    f"{missing}: it was written under another schedule or method (set it as it was, such as "
+                    "budget_schedule=linear) or with save_only_model, which keeps none; else begin anew"
                 )
-            schedule.load_state_dict(states[name])
+            logger.warning(f"{missing}, which begins anew")

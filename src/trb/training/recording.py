@@ -9,6 +9,7 @@ with `transformers`.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ __all__ = [
 _PATIENCE = 3
 
 logger = logging.get_logger(__name__)
+
+_LOSS_OF_A_SET = re.compile("eval_(?P<name>.+)_loss")
 
 
 class RunRecorder(TrainerCallback):
@@ -74,13 +77,23 @@ class RunRecorder(TrainerCallback):
             return
         if "loss" in logs:
             METRICS.append(self.directory / METRICS, [{"step": state.global_step, **logs}])
-        if "eval_loss" in logs:
-            held_out = {name.removeprefix("eval_"): value for name, value in logs.items()}
-            HELD_OUT.append(self.directory / HELD_OUT, [{"step": state.global_step, **held_out}])
+        if (evaluated := _evaluated(logs)) is not None:
+            HELD_OUT.append(self.directory / HELD_OUT, [{"step": state.global_step, **evaluated}])
 
     def write_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollout records; call on the main process only."""
         ROLLOUTS.append(self.directory / ROLLOUTS, rows)
+
+
+def _evaluated(logs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an evaluation has logged, without the prefixes: eval_, or eval_NAME_ for transformers' numbers of one of
+    several sets, whose name is kept beside them. None for other logs."""
+    numbers = {key.removeprefix("eval_"): value for key, value in logs.items()}
+    if "eval_loss" in logs:
+        return numbers
+    for name in (match["name"] for match in map(_LOSS_OF_A_SET.fullmatch, logs) if match):
+        return {"set": name} | {key.removeprefix(f"{name}_"): value for key, value in numbers.items()}
+    return None
 
 
 def survive_failures(callbacks: Iterable[TrainerCallback]) -> None:

@@ -4,6 +4,7 @@ Seams of transformers and TRL:
 - `_save_checkpoint` writes into `_get_output_dir()`/checkpoint-N and rotates there; `_push_from_checkpoint` uploads it;
 - `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
   latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
+- `_run_epoch` takes a step before it asks whether any is left, and `_finalize_training` divides by the steps since;
 - `_step` counts micro-batches and `_buffered_inputs` holds those of a step; a new call of `train` keeps both;
 - `train` reads weights with `_load_from_checkpoint`, calls `_load_callback_state` once the trainer's state was read,
   and `_load_best_model` at the end;
@@ -52,6 +53,8 @@ class ResumableTrainer(PromptsInOrder):
     _unfinished: Path | None = None
     _resumed_from: Path | None = None
     _description: dict[str, Any] | None = None
+    _accept_changes: bool = False
+    _goes_on: bool = False
 
     def train(
         self,
@@ -85,6 +88,7 @@ class ResumableTrainer(PromptsInOrder):
             named = Path(resume_from_checkpoint)
             self._ranks.from_first(lambda: checkpoints.verify(named))
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._accept_changes, self._goes_on = accept_changes, False
         if resume_from_checkpoint:
             saved = Path(resume_from_checkpoint)
             check_checkpoint(saved)  # here too: DeepSpeed's files are not read as others are
@@ -160,6 +164,23 @@ class ResumableTrainer(PromptsInOrder):
             saved = TrainerState.load_from_json(str(self._resumed_from / TRAINER_STATE))
             self.state.best_model_checkpoint = checkpoints.best_beside(self._resumed_from, saved.best_model_checkpoint)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Called also for what is left of the last epoch when all steps are taken; takes one before it looks."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The mean loss is of all steps. transformers divides the sum by those of this call, or by a thousandth where
+        there was none; before 5.24 by all."""
+        if self._resumed_from is not None and not self._goes_on:
+            self._load_rng_state(str(self._resumed_from))  # for which no step has asked
+        before = self._initial_global_step if hasattr(self, "_initial_global_step") else 0
+        share = max(self.state.global_step - before, 0.001) / max(self.state.global_step, 0.001)
+        self._total_loss_scalar, self._tr_loss = share * self._total_loss_scalar, share * self._tr_loss
+        return super()._finalize_training(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
@@ -213,12 +234,16 @@ class ResumableTrainer(PromptsInOrder):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
+        self._goes_on = True
         path, progress = self._progress_file(checkpoint), None
         if path.exists():  # another trainer writes none, and fewer processes fewer
             progress = PROGRESS.read(path)
             self._go_on_from(progress)
         # The same on every process, of which there may be more now.
-        self._observers.load_state_dict(self._ranks.from_first(lambda: (progress or {}).get("schedules", {})))
+        states, memories = self._ranks.from_first(
+            lambda: [(progress or {}).get(name) or {} for name in ("schedules", "memories")]
+        )
+        self._observers.load_state_dict(states, memories, accept_changes=self._accept_changes)
 
     def _progress_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / progress_name(self.accelerator.process_index)
@@ -232,6 +257,7 @@ class ResumableTrainer(PromptsInOrder):
             "metrics": dict(self._metrics["train"]),
             "sums": self._sums["train"].state_dict(),
             "schedules": self._observers.state_dict(),
+            "memories": self._observers.memories(),
             "guard": self._guard.state(),
         }
 
