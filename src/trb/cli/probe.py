@@ -27,7 +27,10 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--budgets", type=float, nargs="*", metavar="E", help="KL budgets per token, inf for the teacher itself")
     add("--truncations", type=int, nargs="*", metavar="T", help="prefix lengths that are continued, in tokens")
     add(
-        "--kl-budget", type=float, metavar="E", help="budget of the prefixes that are continued (default: the recipe's)"
+        "--kl-budget",
+        type=float,
+        metavar="E",
+        help="budget of the prefixes that are continued (default: the recipe's first, or trb's where it has none)",
     )
     add("--skd-top-k", type=int, nargs="*", metavar="K", help="teacher's top-k of SKD, to count replaced tokens")
     add("--excerpts", type=int, default=4, metavar="N", help="problems shown token by token (default: 4)")
