@@ -382,6 +382,37 @@ def test_eval(
     assert sampled == [True, False], "results of another model would be taken for this one's without --resume"
 
 
+def test_eval_goes_on_with_the_same_model_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not with another one, nor with another at the same path, in another precision, or read by another teacher."""
+    student, tokenizer = zoo.load("student")
+    student.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = ["--data", "zoo:dialogue", "--assistant-turns=last", "--limit=2", "--max-new-tokens=8", "--quiet"]
+    command = ["eval", *data, "--output-dir", str(tmp_path / "out"), "--resume"]
+    mine = ["--model", str(tmp_path / "model"), "--teacher", "zoo:teacher"]
+    assert main([*command, *mine]) == 0
+    assert main([*command, *mine]) == 0
+    other = refused(capsys, *command, "--model", "zoo:student", "--teacher", "zoo:teacher")
+    assert f"--model is '{tmp_path}/model' there and 'zoo:student' here" in other and "another --output-dir" in other
+    assert "--dtype is 'float32' there and 'bfloat16' here" in refused(capsys, *command, *mine, "--dtype", "bfloat16")
+    assert "--keep-layers is None there and 2 here" in refused(capsys, *command, *mine, "--keep-layers", 2)
+    assert "--samples is 1 there and 2 here" in refused(capsys, *command, *mine, "--samples", 2)
+    assert "--teacher (files) is" in refused(capsys, *command, *mine[:2], "--teacher", tmp_path / "model")
+    with torch.no_grad():
+        student.get_output_embeddings().weight.mul_(1.3)
+    student.save_pretrained(tmp_path / "model")
+    changed = refused(capsys, *command, *mine)
+    assert "--model (files) is" in changed and "--model is" not in changed
+
+
+def test_eval_refuses_options_that_would_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit=2", "--max-new-tokens=8", "--quiet"]
+    assert "--resume goes on with what lies in --output-dir" in refused(capsys, *command, "--resume")
+    said = refused(capsys, *command, "--teacher", "zoo:teacher", "--output-dir", tmp_path / "out")
+    assert "--teacher zoo:teacher would do nothing" in said and "zoo:chains can be scored" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_eval_reads_runs_and_averages_suites(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "two.jsonl").write_text('{"prompt": "1+1+1+1", "answer": "4"}\n{"prompt": "2+2+2+2", "answer": "8"}\n')
     run = tmp_path / "run"
@@ -501,7 +532,11 @@ def test_sweep_plans_without_running(study: Path, tmp_path: Path, capsys: pytest
 
 
 def test_sweep_runs_shows_and_reports(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(sweep, "open_pool", pool_of_this_process)
     directory = tmp_path / "out"
@@ -511,6 +546,15 @@ def test_sweep_runs_shows_and_reports(
     assert "test 2 of 2: chains/test/trb/seed-0" in captured.err
     page = (directory / "report.html").read_text()
     assert "chains" in page and str(directory / "study.json") in captured.out.replace("\n", "")
+    command = ["sweep", "--config", str(study), "--output-dir", str(directory), "--keep-models"]
+    assert main(command) == 0
+    (late,) = [record.getMessage() for record in caplog.records if "--keep-models" in record.getMessage()]
+    assert "too late for 2 of 2 runs" in late
+    shutil.rmtree(directory / "chains" / "test" / "opd" / "seed-0")
+    assert str(directory / "chains" / "test" / "opd" / "seed-0") in late
+    assert main(command) == 0
+    assert (directory / "chains" / "test" / "opd" / "seed-0" / "model").is_dir()
+    assert "too late for 1 of 2 runs" in caplog.records[-1].getMessage()
 
 
 def test_sweep_refuses(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
