@@ -426,6 +426,22 @@ def test_eval_reads_runs_and_averages_suites(recipe: Path, tmp_path: Path, capsy
     assert results["mean"]["n_problems"] == 4
 
 
+def test_eval_keeps_apart_what_differs_in_few_letters_only(tmp_path: Path) -> None:
+    """Of names that are not ASCII, or that are long, a file name has only a part; other files keep theirs."""
+    (tmp_path / "a").mkdir()
+    names = ["a/数.jsonl", "a/字.jsonl", "a-.jsonl", f"{'long' * 40}1.jsonl", f"{'long' * 40}2.jsonl", "plain.jsonl"]
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.write_text('{"prompt": "1+1+1+1", "answer": "4"}\n')
+    command = ["eval", "--model", "zoo:student", "--max-new-tokens=4", "--quiet", "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--data", *map(str, paths)]) == 0
+    assert main([*command, "--data", *map(str, paths), "--resume"]) == 0
+    files = sorted((tmp_path / "out" / "evaluations").iterdir())
+    said = [json.loads(file.read_text().splitlines()[0])["settings"]["name"] for file in files]
+    assert sorted(said) == sorted(map(str, paths))
+    assert any(file.name.endswith("-plain.jsonl.jsonl") for file in files)
+
+
 @pytest.mark.parametrize("lora", [[], ["--lora-rank=2", "--lora-target-modules=[q_proj]"]], ids=["whole", "adapter"])
 def test_eval_of_a_run_agrees_with_its_training(recipe: Path, tmp_path: Path, lora: list[str]) -> None:
     """The saved student stops as it did in training: with the teacher's id too, which here it prefers to its own."""

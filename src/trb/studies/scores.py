@@ -112,7 +112,7 @@ def evaluate_suites(
                 temperature=run.eval_temperature,
                 seed=run.eval_seed,
                 max_rows=run.eval_max_rows or rows_in_flight(model, run.max_prompt_length + longest, args.device),
-                results_path=folder / records.problems_name(name) if folder else None,
+                results_path=folder / records.problems_name(name, run.eval_data) if folder else None,
                 ranks=Ranks.of_launch(),
                 verifier=verifier,
                 name=name,
