@@ -51,6 +51,39 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return message
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_loaded(
+    seed: int, recipe: Path, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--output-dir", tmp_path / "out", "--quiet"]
+    beyond = "it must lie in [0, 2**32)"
+    for command in ("train", "probe"):
+        text = SMALL_FILE.replace("student: zoo:student", f"seed: {seed}\nstudent: zoo:student")
+        (tmp_path / "seeded.yaml").write_text(text)
+        said = refused(capsys, command, "--config", tmp_path / "seeded.yaml", *out)
+        assert f"seeded.yaml: seed is {seed}; {beyond}" in said
+    for key in ("seed", "train-seed", "eval-seed"):
+        said = refused(capsys, "train", "--config", recipe, f"--{key}={seed}", *out)
+        assert f"{key.replace('-', '_')} is {seed}; {beyond}" in said
+    said = refused(capsys, "probe", "--config", recipe, f"--seed={seed}", *out)
+    assert f"--seed must lie in [0, 2**32), got {seed}" in said
+    said = refused(capsys, "eval", "--model=zoo:student", "--data=zoo:chains", f"--seed={seed}", *out)
+    assert f"--seed is {seed}; {beyond}" in said
+    for old, new in (("select: [9]", f"select: [{seed}]"), ("limit: 5, seed: 2", f"limit: 5, seed: {seed}")):
+        (tmp_path / "seeded.yaml").write_text(STUDY.replace(old, new))
+        assert f"a seed is {seed}; {beyond}" in refused(capsys, "sweep", "--config", tmp_path / "seeded.yaml", "--plan")
+    assert not (tmp_path / "out").exists()
+
+
+def test_so_many_seeds_are_meant_as_one(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study.write_text(STUDY.replace("test: 1", "test: 123456789012"))
+    assert "a seed that is meant is a list, [123456789012]" in refused(capsys, "sweep", "--config", study, "--plan")
+    study.write_text(STUDY)
+    command = ["sweep", "--config", study, "--plan", "--seeds"]
+    assert "100000000001 seeds are more than" in refused(capsys, *command, "0-100000000000")
+    assert "seeds ends with 5000000000; a seed must lie in" in refused(capsys, *command, "4999999999-5000000000")
+
+
 # ---- help ----
 
 
@@ -469,6 +502,7 @@ def test_eval_of_a_run_agrees_with_its_training(recipe: Path, tmp_path: Path, lo
         (["--model", "zoo:student", "--data", "zoo:chains", "--samples", "0"], "--samples is 0"),
         (["--model", "zoo:student", "--data", "zoo:chains", "--dtype", "bf16"], "--dtype is 'bf16'"),
         (["--model", "zoo:student", "--data", "zoo:chains", "--max-new-tokens", "0"], "at least 1"),
+        (["--model", "zoo:student", "--data", "zoo:chains", "zoo:chains"], "--data names zoo:chains twice"),
     ],
 )
 def test_eval_refuses(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trb.errors import InputError
+from trb.errors import InputError, named
 from trb.models.adapters import adapter_base
 from trb.models.identity import fingerprint
 from trb.models.sharing import is_shared
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.safety.files import finite
+from trb.sampling.uniforms import SEEDS
 from trb.studies import provenance
 from trb.studies.advice import advise, outlook
 from trb.studies.claims import left_as_found
@@ -249,10 +250,12 @@ class _Settings:
     def __post_init__(self) -> None:
         for name, smallest in (("problems", 2), ("samples", 1), ("excerpts", 0), ("alternatives", 0)):
             if getattr(self, name) < smallest:
-                raise InputError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+                raise InputError(f"{named(name)} must be at least {smallest}, got {getattr(self, name)}")
         for name in ("max_new_tokens", "max_rows"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"{named(name)} must be at least 1, got {getattr(self, name)}")
+        if self.seed not in SEEDS:
+            raise InputError(f"{named('seed')} must lie in [0, 2**32), got {self.seed}")
         check_truncations(self.truncations, self.max_new_tokens)
         for budget in (*self.budgets, self.kl_budget):
             TrustRegionPolicy(budget)
