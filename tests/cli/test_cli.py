@@ -638,6 +638,11 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     assert "not a directory" in refused(capsys, "report", tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    for unwritable in ("/proc/x", tmp_path / "file", tmp_path / ("long" * 100)):
+        said = refused(capsys, "report", tmp_path, "--export", unwritable)
+        assert f"cannot write to {unwritable}: " in said and "choose another folder to --export to" in said
+    assert "cannot write to /proc/x: " in refused(capsys, "init", "/proc/x/mine.yaml")
 
 
 # ---- doctor ----

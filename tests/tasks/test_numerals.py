@@ -81,6 +81,7 @@ def test_random_mixed_numbers() -> None:
         ("1.5\\pi", "1\\frac{1}{2}\\pi", True),
         ("\\frac{2x}{3}", "2\\frac{x}{3}", True),
         ("2^1\\frac{1}{2}", "1", True),
+        ("0", "0 0/2", True),
         ("12", "1 2", False),
         ("3", "1 2", False),
         ("1 2", "3", False),

@@ -76,7 +76,7 @@ def _unsigned(text: str) -> Numeral | None:
         return Numeral(Fraction(top, bottom)) if bottom else None
     if mixed := _MIXED.fullmatch(text):
         value = _mixed(mixed)
-        return value and Numeral(value)
+        return None if value is None else Numeral(value)
     if scientific := _SCIENTIFIC.fullmatch(text):
         number = _unsigned(scientific[1])
         return number and Numeral(number.value * Fraction(10) ** int(scientific[2] or scientific[3]))
