@@ -9,8 +9,9 @@ Left out on purpose: the options in config.yaml, recipe.yaml and study.yaml (`tr
 what transformers writes into checkpoints and models, and what the numbers mean (the modules that compute them).
 """
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Self
 
@@ -436,9 +437,15 @@ def role_name(role: str) -> str:
     return f"{role}.json"
 
 
-def problems_name(suite: str) -> str:
-    """`PROBLEMS` of a problem set, which may have any name."""
-    return f"{_slug(suite, r'A-Za-z0-9._-').strip('-.')[:100] or 'eval'}.jsonl"
+def problems_name(suite: str, suites: Iterable[str] = ()) -> str:
+    """`PROBLEMS` of a problem set, which may have any name; apart from the files of `suites`, which are beside it."""
+    shared = any(suite != other and _suite(suite).casefold() == _suite(other).casefold() for other in suites)
+    apart = f"-{hashlib.sha256(suite.encode()).hexdigest()[:8]}" if shared else ""
+    return f"{_suite(suite)}{apart}.jsonl"
+
+
+def _suite(name: str) -> str:
+    return _slug(name, r"A-Za-z0-9._-").strip("-.")[:100] or "eval"
 
 
 def part_name(name: str) -> str:

@@ -51,6 +51,39 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return message
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_loaded(
+    seed: int, recipe: Path, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--output-dir", tmp_path / "out", "--quiet"]
+    beyond = "it must lie in [0, 2**32)"
+    for command in ("train", "probe"):
+        text = SMALL_FILE.replace("student: zoo:student", f"seed: {seed}\nstudent: zoo:student")
+        (tmp_path / "seeded.yaml").write_text(text)
+        said = refused(capsys, command, "--config", tmp_path / "seeded.yaml", *out)
+        assert f"seeded.yaml: seed is {seed}; {beyond}" in said
+    for key in ("seed", "train-seed", "eval-seed"):
+        said = refused(capsys, "train", "--config", recipe, f"--{key}={seed}", *out)
+        assert f"{key.replace('-', '_')} is {seed}; {beyond}" in said
+    said = refused(capsys, "probe", "--config", recipe, f"--seed={seed}", *out)
+    assert f"--seed must lie in [0, 2**32), got {seed}" in said
+    said = refused(capsys, "eval", "--model=zoo:student", "--data=zoo:chains", f"--seed={seed}", *out)
+    assert f"--seed is {seed}; {beyond}" in said
+    for old, new in (("select: [9]", f"select: [{seed}]"), ("limit: 5, seed: 2", f"limit: 5, seed: {seed}")):
+        (tmp_path / "seeded.yaml").write_text(STUDY.replace(old, new))
+        assert f"a seed is {seed}; {beyond}" in refused(capsys, "sweep", "--config", tmp_path / "seeded.yaml", "--plan")
+    assert not (tmp_path / "out").exists()
+
+
+def test_so_many_seeds_are_meant_as_one(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study.write_text(STUDY.replace("test: 1", "test: 123456789012"))
+    assert "a seed that is meant is a list, [123456789012]" in refused(capsys, "sweep", "--config", study, "--plan")
+    study.write_text(STUDY)
+    command = ["sweep", "--config", study, "--plan", "--seeds"]
+    assert "100000000001 seeds are more than" in refused(capsys, *command, "0-100000000000")
+    assert "seeds ends with 5000000000; a seed must lie in" in refused(capsys, *command, "4999999999-5000000000")
+
+
 # ---- help ----
 
 
@@ -382,6 +415,37 @@ def test_eval(
     assert sampled == [True, False], "results of another model would be taken for this one's without --resume"
 
 
+def test_eval_goes_on_with_the_same_model_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not with another one, nor with another at the same path, in another precision, or read by another teacher."""
+    student, tokenizer = zoo.load("student")
+    student.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = ["--data", "zoo:dialogue", "--assistant-turns=last", "--limit=2", "--max-new-tokens=8", "--quiet"]
+    command = ["eval", *data, "--output-dir", str(tmp_path / "out"), "--resume"]
+    mine = ["--model", str(tmp_path / "model"), "--teacher", "zoo:teacher"]
+    assert main([*command, *mine]) == 0
+    assert main([*command, *mine]) == 0
+    other = refused(capsys, *command, "--model", "zoo:student", "--teacher", "zoo:teacher")
+    assert f"--model is '{tmp_path}/model' there and 'zoo:student' here" in other and "another --output-dir" in other
+    assert "--dtype is 'float32' there and 'bfloat16' here" in refused(capsys, *command, *mine, "--dtype", "bfloat16")
+    assert "--keep-layers is None there and 2 here" in refused(capsys, *command, *mine, "--keep-layers", 2)
+    assert "--samples is 1 there and 2 here" in refused(capsys, *command, *mine, "--samples", 2)
+    assert "--teacher (files) is" in refused(capsys, *command, *mine[:2], "--teacher", tmp_path / "model")
+    with torch.no_grad():
+        student.get_output_embeddings().weight.mul_(1.3)
+    student.save_pretrained(tmp_path / "model")
+    changed = refused(capsys, *command, *mine)
+    assert "--model (files) is" in changed and "--model is" not in changed
+
+
+def test_eval_refuses_options_that_would_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit=2", "--max-new-tokens=8", "--quiet"]
+    assert "--resume goes on with what lies in --output-dir" in refused(capsys, *command, "--resume")
+    said = refused(capsys, *command, "--teacher", "zoo:teacher", "--output-dir", tmp_path / "out")
+    assert "--teacher zoo:teacher would do nothing" in said and "zoo:chains can be scored" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_eval_reads_runs_and_averages_suites(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "two.jsonl").write_text('{"prompt": "1+1+1+1", "answer": "4"}\n{"prompt": "2+2+2+2", "answer": "8"}\n')
     run = tmp_path / "run"
@@ -393,6 +457,22 @@ def test_eval_reads_runs_and_averages_suites(recipe: Path, tmp_path: Path, capsy
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["model"] == str(run / "model")
     assert results["mean"]["n_problems"] == 4
+
+
+def test_eval_keeps_apart_what_differs_in_few_letters_only(tmp_path: Path) -> None:
+    """Of names that are not ASCII, or that are long, a file name has only a part; other files keep theirs."""
+    (tmp_path / "a").mkdir()
+    names = ["a/数.jsonl", "a/字.jsonl", "a-.jsonl", f"{'long' * 40}1.jsonl", f"{'long' * 40}2.jsonl", "plain.jsonl"]
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.write_text('{"prompt": "1+1+1+1", "answer": "4"}\n')
+    command = ["eval", "--model", "zoo:student", "--max-new-tokens=4", "--quiet", "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--data", *map(str, paths)]) == 0
+    assert main([*command, "--data", *map(str, paths), "--resume"]) == 0
+    files = sorted((tmp_path / "out" / "evaluations").iterdir())
+    said = [json.loads(file.read_text().splitlines()[0])["settings"]["name"] for file in files]
+    assert sorted(said) == sorted(map(str, paths))
+    assert any(file.name.endswith("-plain.jsonl.jsonl") for file in files)
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank=2", "--lora-target-modules=[q_proj]"]], ids=["whole", "adapter"])
@@ -422,6 +502,7 @@ def test_eval_of_a_run_agrees_with_its_training(recipe: Path, tmp_path: Path, lo
         (["--model", "zoo:student", "--data", "zoo:chains", "--samples", "0"], "--samples is 0"),
         (["--model", "zoo:student", "--data", "zoo:chains", "--dtype", "bf16"], "--dtype is 'bf16'"),
         (["--model", "zoo:student", "--data", "zoo:chains", "--max-new-tokens", "0"], "at least 1"),
+        (["--model", "zoo:student", "--data", "zoo:chains", "zoo:chains"], "--data names zoo:chains twice"),
     ],
 )
 def test_eval_refuses(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -501,7 +582,11 @@ def test_sweep_plans_without_running(study: Path, tmp_path: Path, capsys: pytest
 
 
 def test_sweep_runs_shows_and_reports(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(sweep, "open_pool", pool_of_this_process)
     directory = tmp_path / "out"
@@ -511,6 +596,15 @@ def test_sweep_runs_shows_and_reports(
     assert "test 2 of 2: chains/test/trb/seed-0" in captured.err
     page = (directory / "report.html").read_text()
     assert "chains" in page and str(directory / "study.json") in captured.out.replace("\n", "")
+    command = ["sweep", "--config", str(study), "--output-dir", str(directory), "--keep-models"]
+    assert main(command) == 0
+    (late,) = [record.getMessage() for record in caplog.records if "--keep-models" in record.getMessage()]
+    assert "too late for 2 of 2 runs" in late
+    shutil.rmtree(directory / "chains" / "test" / "opd" / "seed-0")
+    assert str(directory / "chains" / "test" / "opd" / "seed-0") in late
+    assert main(command) == 0
+    assert (directory / "chains" / "test" / "opd" / "seed-0" / "model").is_dir()
+    assert "too late for 1 of 2 runs" in caplog.records[-1].getMessage()
 
 
 def test_sweep_refuses(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -544,6 +638,11 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     assert "not a directory" in refused(capsys, "report", tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    for unwritable in ("/proc/x", tmp_path / "file", tmp_path / ("long" * 100)):
+        said = refused(capsys, "report", tmp_path, "--export", unwritable)
+        assert f"cannot write to {unwritable}: " in said and "choose another folder to --export to" in said
+    assert "cannot write to /proc/x: " in refused(capsys, "init", "/proc/x/mine.yaml")
 
 
 # ---- doctor ----

@@ -24,6 +24,7 @@ from reference.policies import Law
 
 from trb import zoo
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
+from trb.report import write_report
 from trb.sampling.scoring import score_completions
 from trb.studies import diagnostics
 from trb.studies import probe as probe_module
@@ -654,3 +655,65 @@ def test_default_truncations_are_shares_of_the_longest_completion() -> None:
     assert default_truncations(7168) == (448, 896, 1792, 3584)
     assert default_truncations(4) == (1, 2)
     assert default_truncations(1) == ()
+
+
+def test_an_infinite_budget_goes_through_every_file_of_a_probe(tmp_path: Path) -> None:
+    options = {**OPTIONS, "budgets": [0.0, math.inf], "kl_budget": math.inf, "truncations": [], "excerpts": 0}
+    written = probe(small(), tmp_path, advice=False, **options)
+    assert [point["kl_budget"] for point in written["budgets"]] == [0.0, None] and written["kl_budget"] is None
+    assert json.loads((tmp_path / "parts" / "settings.json").read_text())["budgets"] == [0.0, "Infinity"]
+    (tmp_path / "probe.json").unlink()
+    stages = Stages()
+    again = probe(small(), tmp_path, advice=False, listener=stages, **options)
+    assert numbers(again) == numbers(written) and stages.heard == ["loading models and problems"]
+    with pytest.raises(RunDirectoryError, match=r"kl_budget is 'Infinity' there and 0.5 here"):
+        probe(small(), tmp_path, advice=False, **{**options, "kl_budget": 0.5})
+    assert "trust region of ε = ∞" in write_report(tmp_path).read_text()
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
+    found = probe(small(teacher="zoo:student"), tmp_path, **{**OPTIONS, "truncations": [], "excerpts": 0})
+    assert found["outlook"]["transfer"]["agreement"] is None
+    assert not found["advice"]["blend"] and "nothing to distil" in found["advice"]["sentences"][-1]
+    assert write_report(tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    ("training", "budget"),
+    [
+        ({"method": "opd"}, 16 / 12),  # what trb begins with by itself: 16 nats a completion, 12 tokens at most
+        ({"method": "skd", "skd_teacher_top_k": 3}, 16 / 12),
+        ({"method": "fixed", "initial_kl_budget": 0.3}, 0.3),
+        ({"methods": {"opd": {}, "sft": {}}}, 16 / 12),
+    ],
+)
+def test_a_recipe_without_a_budget_is_probed_at_the_first_of_trb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: dict[str, Any], budget: float
+) -> None:
+    monkeypatch.setattr(probe_module, "_measure", lambda settings, *rest: {"kl_budget": settings.kl_budget})
+    recipe = make_recipe({**{key: value for key, value in SMALL.items() if key != "methods"}, **training})
+    assert probe(recipe, tmp_path, **OPTIONS)["kl_budget"] == pytest.approx(budget)
+
+
+def test_another_model_at_the_same_path_is_another_probe(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("student")
+
+    def save() -> None:
+        student.save_pretrained(tmp_path / "student")
+        tokenizer.save_pretrained(tmp_path / "student")
+
+    save()
+    directory = tmp_path / "probe"
+    options = {**OPTIONS, "budgets": [0.0], "truncations": [], "skd_top_k": [], "excerpts": 0, "advice": False}
+    recipe = small(student=str(tmp_path / "student"))
+    first = probe(recipe, directory, **options)
+    save()
+    assert probe(recipe, directory, **options) == first  # the same weights, written anew
+    settings = json.loads((directory / "parts" / "settings.json").read_text())
+    with torch.no_grad():
+        student.get_output_embeddings().weight.mul_(1.3)
+    save()
+    with pytest.raises(RunDirectoryError, match=f"student_files is '{settings['student_files']}' there and"):
+        probe(recipe, directory, **options)
+    shutil.rmtree(tmp_path / "student")  # as a study removes what it has scored
+    assert probe(recipe, directory, **options) == first

@@ -552,3 +552,25 @@ def test_importing_data_is_light() -> None:
     script = f"import sys, trb.tasks.prompts, trb.tasks.grading; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_column_that_is_there_twice_is_refused_by_name_where_it_is_read(tmp_path: Path) -> None:
+    names = ["prompt", "answer", "answer", "note", "note"]
+    table = pa.table([pa.array([text]) for text in ("1+1", "2", "3", "a", "b")], names=names)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for source in (tmp_path / "rows.parquet", tmp_path):
+        with pytest.raises(ValueError, match=r"rows.parquet has 2 columns 'answer', and only one can be meant"):
+            load_prompts(source)
+    pq.write_table(table.select([0, 1, 3, 4]), tmp_path / "rows.parquet")
+    assert load_prompts(tmp_path / "rows.parquet")["answer"] == ["2"]
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_numbers_of_few_bits_are_read_as_they_were_written(tmp_path: Path, kind: pa.DataType) -> None:
+    written = [0.1, 8.0, 2.75, None, -0.3]
+    answers = pa.array([None if value is None else kind.to_pandas_dtype()(value) for value in written], kind)
+    table = pa.table({"prompt": ["a"] * 5, "answer": answers})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / "rows.parquet", tmp_path / "saved"):
+        assert load_prompts(source)["answer"] == ["0.1", "8", "2.75", "", "-0.3"]

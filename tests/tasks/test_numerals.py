@@ -5,7 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-from trb.tasks.numerals import numeral, repeating_decimals, same_in_bases, same_value
+from trb.tasks.equality import math_equal, plain_verdict
+from trb.tasks.numerals import mixed_numbers, numeral, repeating_decimals, same_in_bases, same_value
 
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -46,6 +47,52 @@ def test_random_numbers_in_every_spelling() -> None:
 )
 def test_what_is_no_plain_number(text: str) -> None:
     assert numeral(text) is None
+
+
+def test_random_mixed_numbers() -> None:
+    rng = random.Random(6)
+    for _ in range(300):
+        whole, bottom, sign = rng.randrange(1000), rng.randint(2, 99), rng.choice(["", "-", "−"])
+        top, space = rng.randint(1, bottom - 1), rng.choice([" ", "~", "\\,", "\\ "])
+        value = (whole + Fraction(top, bottom)) * (1 if sign == "" else -1)
+        tex = [f"{whole}{rng.choice(['', space])}\\{kind}frac{{{top}}}{{{bottom}}}" for kind in ("", "d", "t")]
+        for text in (f"{whole}{space}{top}/{bottom}", *tex):
+            found = numeral(sign + text)
+            assert found is not None and found.value == value, sign + text
+            assert mixed_numbers(f"x={text}") == f"x=\\frac{{{abs(value).numerator}}}{{{value.denominator}}}"
+            assert plain_verdict(f"{value.numerator}/{value.denominator}", sign + text)
+            assert plain_verdict(f"{whole}{top}/{bottom}", text) is (
+                Fraction(int(f"{whole}{top}"), bottom) == abs(value)
+            )
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        ("1.5", "1 1/2", True),
+        ("11/2", "1 1/2", False),
+        ("-2.75", "-2 3/4", True),
+        ("1.5", "1 \\dfrac12", True),
+        ("2.5", "1 3/2", True),
+        ("3500", "10 500/3", True),  # a whole number in groups: nothing that is mixed has so large a numerator
+        ("1.5", "1 1/2 cups", True),
+        ("x = 1.5", "1\\frac{1}{2}", True),
+        ("(1.5, 3)", "(1 1/2, 3)", True),
+        ("1.5\\pi", "1\\frac{1}{2}\\pi", True),
+        ("\\frac{2x}{3}", "2\\frac{x}{3}", True),
+        ("2^1\\frac{1}{2}", "1", True),
+        ("0", "0 0/2", True),
+        ("12", "1 2", False),
+        ("3", "1 2", False),
+        ("1 2", "3", False),
+        ("235", "2 3 5", False),
+        ("2 3 5", "2\\ 3 5", True),
+        ("1000", "1 000", True),
+        ("12 PM", "12PM", True),
+    ],
+)
+def test_numbers_side_by_side_are_neither_more_digits_nor_a_sum(gold: str, answer: str, verdict: bool) -> None:
+    assert math_equal(gold, answer) is verdict
 
 
 def test_random_repeating_decimals() -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trb.cli.display import listening, new_console, score_table
+from trb.errors import InputError
 
 if TYPE_CHECKING:
+    from trb.studies.keys import RunConfig
     from trb.studies.listener import Listener
 
 __all__ = ["add_eval", "run_eval"]
@@ -37,6 +39,8 @@ OPTIONS = {
     **{key: _option(key) for key in ("chat_template", "system_prompt")},
     "student": "--model",
     "teacher": "--teacher",
+    "student_files": "--model (files)",
+    "teacher_files": "--teacher (files)",
     "chat_template: plain": "--chat-template plain",
     "output directory": "--output-dir",
 }
@@ -107,6 +111,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trb.training.ranks import Ranks
     from trb.vocab import SharedVocabulary
 
+    if arguments.resume and not arguments.output_dir:
+        raise InputError(
+            "--resume goes on with what lies in --output-dir, and none is given: name it, or leave both out"
+        )
     quiet_libraries()
     model_spec = model_of_run(arguments.model)
     folder = Path(arguments.output_dir) if arguments.output_dir else None
@@ -118,6 +126,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
             listener.stage("loading the model and problems")
             problems = problem_sets(run)
+            _check_teacher(arguments.teacher, problems)
             tokenizer, teacher_tokenizer = load_tokenizers(run)
             model = load_student(run)
             judge = None
@@ -140,10 +149,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                     label=model_spec,
                     listener=listener,
                     judge=judge,
+                    about=_models_of(run, judge is not None),
                 )
         if is_first:
             _keep_evaluation(scores, model_spec, folder)
     return 0
+
+
+def _models_of(run: "RunConfig", judged: bool) -> dict[str, Any]:
+    """What an evaluation that goes on must have in common with the one it goes on from, apart from problems."""
+    from trb.models.identity import fingerprint
+
+    keys = ("student", "student_revision", "student_dtype", "student_keep_layers")
+    teacher = {"teacher_files": fingerprint(run.teacher, run.teacher_revision)} if judged else {}
+    files = {"student_files": fingerprint(run.student, run.student_revision), **teacher}
+    return {key: getattr(run, key) for key in keys} | files
 
 
 @contextmanager
@@ -170,6 +190,17 @@ def _check_folder(folder: Path | None) -> None:
     held = [name for name in (CONFIG, METRICS, RECIPE, STUDY_PLAN) if folder and (folder / name).exists()]
     if held:
         raise RunDirectoryError(f"{folder} holds {held[0]} of a training run; give the evaluation its own --output-dir")
+
+
+def _check_teacher(teacher: str | None, problems: Mapping[str, Any]) -> None:
+    """Refuse a teacher that has nothing to read, which would be loaded and make no difference."""
+    from trb.tasks.reward_free import is_reward_free
+
+    if teacher and not any(map(is_reward_free, problems.values())):
+        raise InputError(
+            f"--teacher {teacher} would do nothing: it reads completions of data without answers, and "
+            f"{', '.join(problems)} can be scored against answers; leave it out"
+        )
 
 
 def _completion_length(

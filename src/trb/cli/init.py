@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trb.errors import InputError
+from trb.safety.files import make_folder
 from trb.safety.untrusted import printable
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def run_init(arguments: argparse.Namespace, rest: list[str]) -> int:
     spec = given or EMBEDDED
     paragraphs = draft(spec["student"], spec["teacher"], spec["data"])
     text = _text(path, [[_seen_from(path.parent, line) for line in lines] for lines in paragraphs if lines])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "choose another FILE")
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

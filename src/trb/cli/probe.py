@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trb.cli.display import listening, print_lines, print_paths
+from trb.errors import calls
 
 if TYPE_CHECKING:
     from trb.studies.recipe import Recipe
 
-__all__ = ["add_probe", "run_probe"]
+__all__ = ["OPTIONS", "add_probe", "run_probe"]
+
+# What the arguments of `trb.studies.probe` are called here, where messages name them.
+OPTIONS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("problems", "samples", "excerpts", "alternatives", "max_new_tokens", "max_rows", "seed")
+}
 
 
 def add_probe(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +34,10 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--budgets", type=float, nargs="*", metavar="E", help="KL budgets per token, inf for the teacher itself")
     add("--truncations", type=int, nargs="*", metavar="T", help="prefix lengths that are continued, in tokens")
     add(
-        "--kl-budget", type=float, metavar="E", help="budget of the prefixes that are continued (default: the recipe's)"
+        "--kl-budget",
+        type=float,
+        metavar="E",
+        help="budget of the prefixes that are continued (default: the recipe's first, or trb's where it has none)",
     )
     add("--skd-top-k", type=int, nargs="*", metavar="K", help="teacher's top-k of SKD, to count replaced tokens")
     add("--excerpts", type=int, default=4, metavar="N", help="problems shown token by token (default: 4)")
@@ -56,7 +66,7 @@ def run_probe(arguments: argparse.Namespace, rest: list[str]) -> int:
     for name in ("budgets", "truncations", "kl_budget", "skd_top_k", "max_new_tokens", "max_rows", "seed"):
         if (value := getattr(arguments, name)) is not None:  # else the probe's own default
             options[name] = value
-    with recipe.places.told(), listening(arguments.quiet) as listener:
+    with recipe.places.told(), calls(OPTIONS), listening(arguments.quiet) as listener:
         found = probe(recipe, directory, **options, listener=listener)
     if found.get("advice"):
         print_lines(found["advice"]["sentences"])

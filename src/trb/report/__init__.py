@@ -15,7 +15,7 @@ from trb.report.page import render
 from trb.report.probe import read_probe
 from trb.report.reading import ReportError, read
 from trb.report.study import read_study
-from trb.safety.files import write_bytes
+from trb.safety.files import make_folder, write_bytes
 
 __all__ = ["ReportError", "export", "write_report"]
 
@@ -39,11 +39,12 @@ def export(directory: str | Path, out: str | Path) -> list[Path]:
     """Write the figures of a run, comparison, study or probe to OUT/figures/ (PNG and SVG) and its tables to
     OUT/tables/ (Markdown, CSV and LaTeX); returns the paths written.
 
-    A probe has no tables. Raises ReportError as `write_report` does.
+    A probe has no tables. Raises ReportError as `write_report` does, and OSError where nothing can be written.
     """
     from trb.report.figures import write_figures  # matplotlib takes a second to import
 
     directory, out = Path(directory), Path(out)
+    make_folder(out, "choose another folder to --export to")
     paths = write_figures(directory, folder=out / "figures")
     if not (directory / PROBE).is_file() or (directory / STUDY).is_file():
         paths += tables.write_tables(directory, out / "tables")

@@ -105,8 +105,8 @@ def facts(found: records.Probe) -> str:
     parts = [f"{show(sum(filter(None, counts)), 'count')} problems"] if counts else []
     if found.samples is not None:
         parts.append(f"{show(found.samples, 'count')} rollouts of each")
-    if found.kl_budget is not None:
-        parts.append(f"trust region of ε = {show(found.kl_budget)}")
+    if "kl_budget" in found.model_fields_set:
+        parts.append(f"trust region of ε = {_budget(found.kl_budget)}")
     models = [f"{model} as the {role}" for role in CONTINUERS if (model := getattr(found, role))]
     return "; ".join([*models, ", ".join(parts)] if parts else models)
 
@@ -175,7 +175,7 @@ class _Drawing:
         """What rollouts are like, by KL budget."""
         points = self.found.budgets or []
         values = [_value(point.get("kl_budget")) for point in points]
-        axis = Axis("ε =", tuple("∞" if value is None else show(value) for value in values), f"{self.prefix}-budget")
+        axis = Axis("ε =", tuple(map(_budget, values)), f"{self.prefix}-budget")
         style = style_indices(["trb"])["trb"]
         found = []
         for quantity in _BUDGETS:
@@ -196,6 +196,11 @@ class _Drawing:
 
 def _cuts(found: records.Probe) -> list[Truncation]:
     return (found.continuation and found.continuation.truncations) or []
+
+
+def _budget(value: float | None) -> str:
+    """A KL budget, infinite where the file has null."""
+    return "∞" if value is None else show(value)
 
 
 def _value(estimate: Estimate | None) -> float | None:

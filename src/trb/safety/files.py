@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trb.errors import MissingFileError
+from trb.errors import FileError, MissingFileError
 
 __all__ = [
     "HOLDS_RUNS",
@@ -25,6 +25,7 @@ __all__ = [
     "exclusive",
     "finite",
     "flush",
+    "make_folder",
     "remove",
     "remove_unfinished",
     "write_bytes",
@@ -52,6 +53,14 @@ def write_bytes(path: Path, content: bytes) -> None:
         flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, remedy: str) -> None:
+    """Make a folder that somebody has named. Raises FileError with the remedy where the system does not let it be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot write to {path}: {error.strerror}; {remedy}") from error
 
 
 def flush(path: Path) -> None:

@@ -73,9 +73,17 @@ class Advice:
     sentences: tuple[str, ...]
 
 
+_NOTHING_TO_LEARN = (
+    "On the teacher's rollouts the loss has no gradient: student and teacher agree there.",
+    "Advice: there is nothing to distil, blended or not; probe another teacher.",
+)
+
+
 def advise(found: Mapping[str, Any], table: Mapping[str, Any] | None = None) -> Advice:
     """The advice for an `outlook`; `table` is by default the one beside this module."""
     table = json.loads(TABLE.read_text(encoding="utf-8")) if table is None else table
+    if found["transfer"]["agreement"] is None:
+        return Advice(False, 0.0, 100 * table["line"]["error"], _NOTHING_TO_LEARN)
     line, cosine = table["line"], found["transfer"]["policies"]["student"]["cosine"]
     error = 100 * line["error"]
     gain = math.nan if cosine is None else 100 * (line["intercept"] + line["slope"] * cosine)

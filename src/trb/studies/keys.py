@@ -22,6 +22,7 @@ from trb.models.memory import DTYPES
 from trb.models.quantization import QUANTIZATIONS
 from trb.models.sharing import is_shared
 from trb.records import EVALS, EVALUATIONS
+from trb.sampling.uniforms import SEEDS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.training.routes import named_in_errors
@@ -194,9 +195,14 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not value >= smallest:
                 raise ConfigError(f"{named(name)} is {value}; it must be at least {smallest}")
+        for name in ("train_seed", "eval_seed"):
+            if getattr(self, name) not in SEEDS:
+                raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must lie in [0, 2**32)")
         for name in ("reward_timeout_s", "eval_temperature", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must be positive")
+        if twice := [name for at, name in enumerate(self.eval_data) if name in self.eval_data[:at]]:
+            raise ConfigError(f"{named('eval_data')} names {twice[0]} twice; leave one of the two out")
         self._check_teachers()
         self._check_samples()
         for name in self.methods:

@@ -85,8 +85,7 @@ TRAINING_NAMES = {
 EVALUATION_NAMES = {
     **_TEMPLATE,
     **{name: f"eval_{name}" for name in (*_COLUMNS, "limit", "seed", "max_new_tokens")},
-    "results_path": "output directory",
-    "judge": "teacher",
+    **{"n": "eval_samples", "temperature": "eval_temperature", "results_path": "output directory", "judge": "teacher"},
 }
 
 

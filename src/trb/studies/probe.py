@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trb.errors import InputError
+from trb.errors import InputError, named
 from trb.models.adapters import adapter_base
+from trb.models.identity import fingerprint
 from trb.models.sharing import is_shared
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.safety.files import finite
+from trb.sampling.uniforms import SEEDS
 from trb.studies import provenance
 from trb.studies.advice import advise, outlook
 from trb.studies.claims import left_as_found
@@ -50,7 +52,8 @@ from trb.studies.subject import ROWS, Remember, Subject
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.grading import Verifier
 from trb.training.behaviors import sequence_budget_of
-from trb.training.methods import behavior_of, kl_budget_of
+from trb.training.config import TRBConfig
+from trb.training.methods import CHOICES, behavior_of, kl_budget_of
 
 __all__ = ["probe"]
 
@@ -63,6 +66,7 @@ _READ_OF_RECIPE = (
 )
 
 _NOT_KEPT = ("recipe", "max_rows", "device")
+_FILES = ("student_files", "teacher_files")
 
 
 def probe(
@@ -96,7 +100,8 @@ def probe(
         model: another student than the recipe's: a run directory (its model/ is read), or a model spec.
         budgets: of `budget_curve`; empty to leave it out.
         truncations: of `continuation_probe`, in tokens; by default `default_truncations`, empty to leave it out.
-        kl_budget: of the trust region in the continuation probe and the excerpts; by default the recipe's.
+        kl_budget: of the trust region in the continuation probe and the excerpts; by default the recipe's first, or
+            that of the method trb where the recipe's rollouts have none.
         skd_top_k: of `replacement_curve`, at the recipe's `skd_teacher_temperature`; empty to leave it out.
         problems: at most so many of every problem set.
         samples: rollouts per problem and policy.
@@ -225,7 +230,7 @@ class _Settings:
             recipe=recipe,
             student=recipe.run.student if model is None else model_of_run(model),
             truncations=default_truncations(longest) if truncations is None else tuple(truncations),
-            kl_budget=kl_budget_of(behavior_of(trb).at(0)) if kl_budget is None else kl_budget,
+            kl_budget=_first_budget(recipe, trb) if kl_budget is None else kl_budget,
             skd_default_top_k=skd.skd_teacher_top_k,
             skd_temperature=skd.skd_teacher_temperature,
             sequence_kl_budget=sequence_budget_of(args),
@@ -245,10 +250,12 @@ class _Settings:
     def __post_init__(self) -> None:
         for name, smallest in (("problems", 2), ("samples", 1), ("excerpts", 0), ("alternatives", 0)):
             if getattr(self, name) < smallest:
-                raise InputError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+                raise InputError(f"{named(name)} must be at least {smallest}, got {getattr(self, name)}")
         for name in ("max_new_tokens", "max_rows"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"{named(name)} must be at least 1, got {getattr(self, name)}")
+        if self.seed not in SEEDS:
+            raise InputError(f"{named('seed')} must lie in [0, 2**32), got {self.seed}")
         check_truncations(self.truncations, self.max_new_tokens)
         for budget in (*self.budgets, self.kl_budget):
             TrustRegionPolicy(budget)
@@ -259,7 +266,11 @@ class _Settings:
         """What another probe must agree on to go on from this one's parts, as JSON types."""
         run = replace(self.recipe.run, eval_limit=self._limit)
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in _NOT_KEPT}
-        return json.loads(json.dumps({name: getattr(run, name) for name in _READ_OF_RECIPE} | own))
+        revision = run.student_revision if self.student == run.student else None
+        models = (self.student, revision), (run.teacher, run.teacher_revision)
+        own |= dict(zip(_FILES, (fingerprint(*model) for model in models), strict=True))
+        text = json.dumps({name: getattr(run, name) for name in _READ_OF_RECIPE} | own)
+        return json.loads(text, parse_constant=str)  # infinite budgets as text, for which JSON has no numbers
 
     @property
     def _limit(self) -> int:
@@ -305,6 +316,17 @@ def _variant(recipe: Recipe, method: str) -> Recipe:
         if (entry or {}).get("method", name) == method:
             return recipe.for_method(name)
     return recipe
+
+
+def _first_budget(recipe: Recipe, args: TRBConfig) -> float:
+    """ε of the first step of a configuration, or, where its rollouts have none, of the method trb in its place."""
+    policy = behavior_of(args).at(0)
+    if not hasattr(policy, "kl_budget"):
+        training = {key: value for key, value in recipe.training.items() if key not in CHOICES}
+        run = replace(recipe.run, methods={})
+        args = replace(recipe, run=run, training={**training, "method": "trb"}).training_config(str(args.output_dir))
+        policy = behavior_of(args).at(0)
+    return kl_budget_of(policy)
 
 
 def _measure(
@@ -380,7 +402,9 @@ class _Parts:
         if runs:
             raise RunDirectoryError(f"{directory} holds {runs[0]} of a training run; give the probe its own directory")
         if self.begun() and path.exists() and not overwrite:
-            different = told_apart(PROBE_SETTINGS.read(path), settings)
+            there = PROBE_SETTINGS.read(path)
+            unknown = {key: settings[key] for key in _FILES if None in (there.get(key), settings[key])}
+            different = told_apart({**there, **unknown}, settings)
             if different:
                 raise RunDirectoryError(
                     f"{directory} holds another probe: {'; '.join(different.values())}. Use another output directory, "

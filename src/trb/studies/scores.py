@@ -88,13 +88,14 @@ def evaluate_suites(
     vocabulary: SharedVocabulary | None = None,
     save_completions: int = 0,
     judge: Judge | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The score of `model` on every problem set, as the lines of evals.jsonl without their step.
 
     Sampling runs in the precision of training. The processes of a launch share the problems, so `model` must be whole
     on each; the main one writes results per problem into `folder`, from where an interrupted evaluation goes on.
-    `outcomes` is filled with what each score is the mean of, by problem set. `vocabulary`, `save_completions` and
-    `judge` are as in `trb.tasks.evaluation.evaluate`.
+    `outcomes` is filled with what each score is the mean of, by problem set. `vocabulary`, `save_completions`,
+    `judge` and `about` are as in `trb.tasks.evaluation.evaluate`.
     """
     longest, sampler = _longest_completion(run, args), _sampler(model, tokenizer, args, vocabulary)
     reads = partial(nullcontext) if judge is None else partial(present, judge.teacher, args.device)
@@ -111,7 +112,7 @@ def evaluate_suites(
                 temperature=run.eval_temperature,
                 seed=run.eval_seed,
                 max_rows=run.eval_max_rows or rows_in_flight(model, run.max_prompt_length + longest, args.device),
-                results_path=folder / records.problems_name(name) if folder else None,
+                results_path=folder / records.problems_name(name, run.eval_data) if folder else None,
                 ranks=Ranks.of_launch(),
                 verifier=verifier,
                 name=name,
@@ -120,6 +121,7 @@ def evaluate_suites(
                 vocabulary=vocabulary,
                 sampler=sampler,
                 judge=judge,
+                about=about,
             )
         if outcomes is not None:
             outcomes[name] = result.outcomes

@@ -17,10 +17,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from trb.errors import InputError, did_you_mean
 from trb.records import REFERENCE, role_name
+from trb.sampling.uniforms import SEEDS
 from trb.studies.places import Places
 from trb.studies.recipe import Recipe, make_recipe
 from trb.studies.shipped import recipe_file
@@ -32,6 +42,7 @@ __all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", 
 BASELINE = "opd"  # what every method is compared with
 ROLES = ("student", "teacher")
 Phase = Literal["select", "test"]
+_MOST_SEEDS = 100_000
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _OWN_KEYS = (
     "seed",
@@ -59,8 +70,25 @@ def _those(wanted: Iterable[str], methods: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seeds(value: Any) -> Any:
-    return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    return list(range(_few(value)))
 
+
+def _few(count: int) -> int:
+    """A number of seeds, refused where it is a seed by mistake, before a list of so many is made."""
+    if count > _MOST_SEEDS:
+        raise InputError(f"{count} seeds are more than a study can run; a seed that is meant is a list, [{count}]")
+    return count
+
+
+def _seed(value: int) -> int:
+    if value not in SEEDS:
+        raise InputError(f"a seed is {value}; it must lie in [0, 2**32)")
+    return value
+
+
+Seed = Annotated[int, AfterValidator(_seed)]
 
 Configurations = dict[
     Annotated[str, Field(pattern=_NAME)],
@@ -81,7 +109,7 @@ class ProblemSets(_Part):
     """Problems of each."""
     samples: int | dict[str, int] = 1
     """Completions per problem: one number, or one per entry of `data`."""
-    seed: int = 0
+    seed: Seed = 0
     """Which problems, and the noise of sampling; not that of training."""
     split: str = "test"
 
@@ -111,8 +139,8 @@ class Setting(_Part):
 class Seeds(_Part):
     """Which seeds: a list, or how many (from 0)."""
 
-    select: Annotated[list[int], BeforeValidator(_seeds), Field(min_length=1)]
-    test: Annotated[list[int], BeforeValidator(_seeds), Field(min_length=1)]
+    select: Annotated[list[Seed], BeforeValidator(_seeds), Field(min_length=1)]
+    test: Annotated[list[Seed], BeforeValidator(_seeds), Field(min_length=1)]
 
     @model_validator(mode="after")
     def _disjoint(self) -> "Seeds":
@@ -200,6 +228,10 @@ class Study(_Part):
                 f"seeds is {seeds}; {self.name} has {len(own)} test seeds, and a range like {len(own)}-{len(own) + 7} "
                 "names others"
             )
+        if isinstance(seeds, range):
+            _few(len(seeds))
+            if seeds[-1] not in SEEDS:
+                raise InputError(f"seeds ends with {seeds[-1]}; a seed must lie in [0, 2**32)")
         test = list(seeds) if isinstance(seeds, range) else own[:seeds]
         self.seeds.check_fresh(test)
         return self.model_copy(

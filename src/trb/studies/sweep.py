@@ -13,6 +13,7 @@ Left out on purpose: judging the results (`trb.studies.findings`), and what one 
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ import yaml
 
 from trb import records
 from trb.errors import InputError
-from trb.records import CONFIG, SELECTION, STUDY, STUDY_PLAN
+from trb.records import CONFIG, MODEL, SELECTION, STUDY, STUDY_PLAN
 from trb.safety.files import LOCK, remove, write_text
 from trb.safety.untrusted import parse_yaml
 from trb.studies import findings, provenance
@@ -37,6 +38,8 @@ from trb.tasks.conversations import conversation_of
 from trb.tasks.reward_free import is_reward_free
 
 __all__ = ["StudyListener", "run_study"]
+
+logger = logging.getLogger(__name__)
 
 
 class StudyListener:
@@ -98,7 +101,9 @@ def run_study(
             do("references", [Reference(name, role) for name in study.settings for role in ROLES])
             do("selection", study.units("select"))
             chosen = {name: _select(study, directory, name) for name in study.settings}
-            do("test", study.units("test", chosen))
+            do("test", tested := study.units("test", chosen))
+    if keep_models:
+        _warn_of_removed([directory / unit.path for unit in tested])
     listener.stage("comparing" if finished else "already finished, nothing done but comparing again")
     results = findings.assemble(study, directory)
     STUDY.write(directory / STUDY, results)
@@ -133,6 +138,17 @@ def _run(
     for job, seconds in pool.map(missing) if missing else ():
         finished.append(job)
         listener.finished(str(job), seconds)
+
+
+def _warn_of_removed(runs: Sequence[Path]) -> None:
+    """Say which models cannot be kept any more: those that an earlier start has removed."""
+    gone = [run for run in runs if not (run / MODEL).is_dir()]
+    if gone:
+        logger.warning(
+            "--keep-models came too late for %d of %d runs, whose models were removed once they were scored; remove "
+            "%s to have that one trained again",
+            *(len(gone), len(runs), gone[0]),
+        )
 
 
 # ---- the directory ----

@@ -46,7 +46,8 @@ def gradient_transfer(
     Returns:
         `agreement`: cosine of the teacher's two gradients, from half of the problems each; with less than one half
         more problems are needed. `policies`: name -> `transfer`, `cosine` (of the gradients, freed of noise; null where
-        noise is all there is) and `loss`, the reverse KL in nats per token.
+        noise is all there is) and `loss`, the reverse KL in nats per token. Where the teacher's gradients are zero,
+        `agreement` and every `transfer` are null too.
     """
     name = f"transfer of {policies!r} with top {loss_top_k}"
     return dict(subject.remember(name, lambda: _measure(subject, policies, loss_top_k)))
@@ -61,12 +62,12 @@ def _measure(subject: Subject, policies: Mapping[str, BehaviorPolicy], loss_top_
         shared = (_product(own, second) + _product(other, first)) / 2
         squares = _product(own, other) * length
         found[name] = {
-            "transfer": shared / length,
+            "transfer": shared / length if length else None,
             "cosine": shared / math.sqrt(squares) if squares > 0 else None,
             "loss": (loss + other_loss) / 2,
         }
-    agreement = length / math.sqrt(_product(first, first) * _product(second, second))
-    return {"agreement": agreement, "policies": found}
+    norms = math.sqrt(_product(first, first) * _product(second, second))
+    return {"agreement": length / norms if length else None, "policies": found}
 
 
 def _gradient(subject: Subject, policy: BehaviorPolicy, half: int, loss_top_k: int) -> tuple[Gradient, float]:

@@ -12,7 +12,15 @@ from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
-from trb.tasks.numerals import Numeral, numeral, repeating_decimals, rounds_to, same_in_bases, same_value
+from trb.tasks.numerals import (
+    Numeral,
+    mixed_numbers,
+    numeral,
+    repeating_decimals,
+    rounds_to,
+    same_in_bases,
+    same_value,
+)
 
 __all__ = ["compare_exactly", "math_equal", "plain_verdict", "unwrapped"]
 
@@ -20,6 +28,9 @@ __all__ = ["compare_exactly", "math_equal", "plain_verdict", "unwrapped"]
 
 _TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|underline)\s*\{([^{}]*)\}")
 _BLANK = re.compile(r"\\[ ,;:!]|[\s~$]+")
+_BETWEEN_NUMBERS = re.compile(
+    r"(?<=\d)(?:\\[ ,;:!]|[\s~$])+(?=\d)(?!\d{3}(?![\d/]))"
+)  # and not between groups of digits
 _WORDS = re.compile(r"[A-Za-z]{2}[A-Za-z .'-]*|[A-Ja-j]")  # of a single letter, a choice has no case and a variable has
 
 
@@ -41,7 +52,8 @@ def plain_verdict(gold: str, answer: str) -> bool | None:
 
 def _spelling(text: str) -> str:
     text = unwrapped(text).rstrip(".")
-    return _BLANK.sub("", text.casefold() if _WORDS.fullmatch(text) else text)
+    text = text.casefold() if _WORDS.fullmatch(text) else text
+    return " ".join(_BLANK.sub("", part) for part in _BETWEEN_NUMBERS.split(text))
 
 
 @lru_cache(maxsize=4096)  # n samples of one problem repeat the same few answers
@@ -77,7 +89,7 @@ _CURRENCY = re.compile(
 )
 _AMOUNT = r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+"
 _SCALE = "dozen|hundred|thousand|million|billion|trillion"
-_COUNTED = re.compile(rf"((?:{_AMOUNT}|-?\d+/\d+)(?:\s+(?:{_SCALE})(?=\s))?)\s+([A-Za-z]{{3,}})[A-Za-z /]*")
+_COUNTED = re.compile(rf"((?:{_AMOUNT}|-?(?:\d+\s+)?\d+/\d+)(?:\s+(?:{_SCALE})(?=\s))?)\s+([A-Za-z]{{3,}})[A-Za-z /]*")
 _OPERATIONS = "and mod sin cos tan log exp sqrt choose over times plus minus divided squared cubed factorial"
 _COMPARISONS = "percent more less fewer out base"
 _MONTHS = "january february march april may june july august september october november december"
@@ -152,10 +164,13 @@ def _unit(text: str) -> str | None:
 _BRACES = re.compile(r"\\\{[^:|<>=(\[]*\\\}")  # a list of numbers: no condition, no points
 _BRACKETS = re.compile(r"[(\[].*[)\]]", re.DOTALL)
 _TERM = re.compile(r"[^A-Za-z\\]*\d([A-Za-z])")
+_NUMBERS = re.compile(r"[-+]?\d[\d.]*(?:(?:\\[ ,;:!]|[\s~])+\d[\d.]*)+")
 
 
 def _incomparable(gold: str, answer: str) -> bool:
-    """What math-verify would call equal: a finite set and an interval or a point, 3t and 3s."""
+    """What math-verify would call equal: a finite set and an interval or a point, 3t and 3s, 2 3 and 5."""
+    if _NUMBERS.fullmatch(gold) or _NUMBERS.fullmatch(answer):  # side by side, which it adds up
+        return True
     if term := _TERM.fullmatch(gold):  # it takes a letter behind a number for a unit
         other = _TERM.fullmatch(answer)
         return other[1] != term[1] if other else not re.search("[A-Za-z]", answer)
@@ -197,7 +212,7 @@ def _tidy(text: str) -> str:
         text = pattern.sub(replacement, text)
     if text.count("\\pm") == 1 and "\\mp" not in text and not text.startswith(("(", "[", "\\{")):
         text = ", ".join(text.replace("\\pm", sign) for sign in "+-")  # also inside of a fraction
-    text = _braced(_braced(repeating_decimals(text), "sqrt(", r"\sqrt{"), "^(", "^{")
+    text = _braced(_braced(repeating_decimals(mixed_numbers(text)), "sqrt(", r"\sqrt{"), "^(", "^{")
     words = unwrapped(text)
     number = numeral(words) if re.search("[A-Za-z]", words) and "\\" not in words else None
     return str(number.value) if number else text  # "5 million", "three", "1e3"

@@ -161,14 +161,15 @@ def evaluate(
     ranks: Ranks | None = None,
     vocabulary: SharedVocabulary | None = None,
     judge: Judge | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> EvalResult:
     """Sample `n` completions of every problem, score them and return pass@1 with its 95% interval.
 
     `problems` are rows of `trb.tasks.prompts.load_prompts`, each with something to score against; or none of them, and
     a `judge`, whose teacher reads the completions: the score is then the reverse KL to it. `max_rows` bounds the
     completions in flight. With `results_path`, finished problems are appended there in order (one JSON object
-    per line under a header of settings), and a later call with the same settings continues the file; the model
-    is not among the settings, so use one file per model and step. `save_completions` keeps that many
+    per line under a header of settings), and a later call with the same settings continues the file. Of the models
+    they have what `about` says: without it, use one file per model and step. `save_completions` keeps that many
     completions per problem in the file as text, and the question, of the first 2,000 problems. `sampler` has the
     signature of `trb.sampling.sample`; its `settings`, if it has any, join those of the file. With `ranks`, every
     process of a launch calls this with the same arguments and a whole model: they share the problems, the first one
@@ -200,6 +201,7 @@ def evaluate(
         "stop_ids": stop_ids,
         **({} if judge is None else {"teacher": judge.teacher.name_or_path, "taught": _fingerprint(taught, rows)}),
         **getattr(sampler, "settings", {}),
+        **(about or {}),
     }
     draw = partial(
         sampler,
@@ -359,11 +361,7 @@ def _rollout(draw: Callable[..., Rollout], prompts: list[list[int]], part: slice
 
 
 def _records(
-    start: int,
-    prompts: list[list[int]],
-    n: int,
-    rollout: Rollout,
-    scores: Sequence[float],
+    start: int, prompts: list[list[int]], n: int, rollout: Rollout, scores: Sequence[float]
 ) -> list[dict[str, Any]]:
     """What is kept of each problem of a chunk that begins with problem `start`."""
     records = []
@@ -490,7 +488,7 @@ def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path
     if not isinstance(written, dict):
         raise InputError(f"{path} is not a results file of an evaluation; use {_elsewhere()}")
     differences = [
-        f"{key} is {written.get(key)!r} there and {value!r} here"
+        f"{named(key)} is {written.get(key)!r} there and {value!r} here"
         for key, value in settings.items()
         if written.get(key) != value
     ]

@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-__all__ = ["Numeral", "numeral", "repeating_decimals", "rounds_to", "same_in_bases", "same_value"]
+__all__ = ["Numeral", "mixed_numbers", "numeral", "repeating_decimals", "rounds_to", "same_in_bases", "same_value"]
 
 MAX_CHARS = 200
 TRUSTED_PLACES = 6  # a decimal of as many places, and as many digits, also stands for what is rounded or cut to it
@@ -22,12 +22,18 @@ class Numeral(NamedTuple):
 
 
 # Without the sign. A space, real or of LaTeX, separates groups of three digits as a comma does.
-_GROUPED = r"\d{1,3}(?:(?:,|\{,\}|(?:\\[,;:! ]|[~\s])+)\d{3})+"
+_SPACE = r"(?:\\[,;:! ]|[~\s])"
+_GROUPED = rf"\d{{1,3}}(?:(?:,|\{{,\}}|{_SPACE}+)\d{{3}})+"
 _DECIMAL = re.compile(rf"({_GROUPED}|\d+)?(?:\.(\d*))?")
 _SCIENTIFIC = re.compile(
     r"([\d.]+)(?:[eE]|\s*(?:\\times|\\cdot|\*|×)\s*10\s*(?:\^|\*\*)\s*)(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3}))"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}|(\d)\s*(\d))|(\d+)\s*/\s*(-?\d+)")
+# A whole number and a fraction behind it: one number, and neither a product nor more digits.
+_MIXED = re.compile(
+    rf"(?<![\w.,^/\\}}])(\d+)(?:{_SPACE}*\\[dtc]?frac\s*(?:\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|(\d)\s*(\d))"
+    rf"|{_SPACE}+(\d+)\s*/\s*(\d+)(?![\d/]))"
+)
 _REPEATING = re.compile(
     r"(?<![\d.])(\d*)\.(?:(\d*)\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))(?!\d*\\dot)"
     r"|(\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?"
@@ -68,12 +74,33 @@ def _unsigned(text: str) -> Numeral | None:
     if fraction := _FRACTION.fullmatch(text):
         top, bottom = (int(part) for part in fraction.groups() if part is not None)
         return Numeral(Fraction(top, bottom)) if bottom else None
+    if mixed := _MIXED.fullmatch(text):
+        value = _mixed(mixed)
+        return None if value is None else Numeral(value)
     if scientific := _SCIENTIFIC.fullmatch(text):
         number = _unsigned(scientific[1])
         return number and Numeral(number.value * Fraction(10) ** int(scientific[2] or scientific[3]))
     if repeating := _REPEATING.fullmatch(text):
         return Numeral(_repeated(repeating))
     return None
+
+
+def _mixed(match: re.Match[str]) -> Fraction | None:
+    """None without a value, and where what stands before / is the end of a whole number in groups (10 500/3)."""
+    whole, top, bottom = (int(part) for part in match.groups() if part is not None)
+    if not bottom or (match[6] and len(match[6]) == 3 and top >= bottom):
+        return None
+    return whole + Fraction(top, bottom)
+
+
+def mixed_numbers(text: str) -> str:
+    """`text` with every mixed number (`1 1/2`, `1\\frac{1}{2}`) as one fraction."""
+
+    def fraction(match: re.Match[str]) -> str:
+        value = _mixed(match)
+        return match[0] if value is None else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+    return _MIXED.sub(fraction, text) if len(text) <= MAX_CHARS else text
 
 
 def _repeated(match: re.Match[str]) -> Fraction:

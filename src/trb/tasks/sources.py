@@ -182,6 +182,8 @@ def _readable(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:  # text that is no UTF-8 shows when it is taken
         raise InputError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from error
 
@@ -192,11 +194,12 @@ def _read_parquet(path: Path) -> _Table:
     def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
         # Given a file and not its path, which could be taken for an address or for a part of a larger data set.
         with _readable(path), path.open("rb") as file:
-            return _rows_of(pq.ParquetFile(file).read(columns=columns), indices, columns)
+            return _rows_of(pq.ParquetFile(file).read(columns=_once(path, names, columns)), indices, columns)
 
     with _readable(path), path.open("rb") as file:
         parquet = pq.ParquetFile(file)
-        return _Table(parquet.schema_arrow.names, parquet.metadata.num_rows, take)
+        names = parquet.schema_arrow.names
+        return _Table(names, parquet.metadata.num_rows, take)
 
 
 def _read_arrow(path: Path) -> _Table:
@@ -207,16 +210,38 @@ def _read_arrow(path: Path) -> _Table:
 
     def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
         with _readable(path):
-            chosen = table.select([name for name in columns if name in table.column_names])
+            chosen = table.select(_once(path, table.column_names, columns))
             chosen.validate(full=True)  # what is in such a file is used as it lies there: offsets that lead elsewhere
             return _rows_of(chosen, indices, columns)
 
     return _Table(table.column_names, table.num_rows, take)
 
 
+def _once(path: Path, names: list[str], wanted: list[str]) -> list[str]:
+    """Those of the wanted columns that a file has. Raises InputError for one that it has twice."""
+    for name in wanted:
+        if (count := names.count(name)) > 1:
+            raise InputError(
+                f"{path} has {count} columns {name!r}, and only one can be meant: rename or remove the others"
+            )
+    return [name for name in wanted if name in names]
+
+
 def _rows_of(table: Any, indices: Sequence[int], columns: list[str]) -> list[Row]:
     """Rows of an Arrow table as they are stored: pictures and recordings stay what is written there, unopened."""
-    return table.select([name for name in columns if name in table.column_names]).take(list(indices)).to_pylist()
+    return _plain(table.select([name for name in columns if name in table.column_names]).take(list(indices)))
+
+
+def _plain(table: Any) -> list[Row]:
+    """The rows in types of Python's own. A number of few bits is what it is written as: 0.1, and not 0.10000000149."""
+    import pyarrow as pa
+
+    for place, column in enumerate(table.columns):
+        if column.type in (pa.float16(), pa.float32()):
+            few = column.type.to_pandas_dtype()
+            exact = [None if value is None else float(str(few(value))) for value in column.to_pylist()]
+            table = table.set_column(place, table.column_names[place], pa.array(exact, pa.float64()))
+    return table.to_pylist()
 
 
 def _joined(tables: list[_Table]) -> _Table:
@@ -398,7 +423,7 @@ def _from_dataset(dataset: "Dataset") -> _Table:
         used = [name for name in columns if name in dataset.column_names]
         # As Arrow holds them: decoding opens the files and addresses that pictures and recordings name.
         table: Any = dataset.select_columns(used).select(indices).with_format("arrow")[:]
-        return table.to_pylist()
+        return _plain(table)
 
     return _Table(dataset.column_names, len(dataset), take)
 

@@ -18,6 +18,7 @@ from trl import DistillationConfig
 from trb.errors import InputError, calls, did_you_mean
 from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
+from trb.sampling.uniforms import SEEDS
 from trb.tools import TOOLS
 from trb.training import privileged
 from trb.training.behaviors import BLEND_WARMUP_STEPS, budget_schedule_of
@@ -378,6 +379,8 @@ class TRBConfig(DistillationConfig):
         for name in self.report_to:
             _check_choice("report_to", name, INTEGRATION_TO_CALLBACK)
         self._check_scheduler()
+        if self.seed not in SEEDS:
+            raise InputError(f"seed is {self.seed}; it must lie in [0, 2**32)")
         if "chat_template" in (self.chat_template_kwargs or {}):
             raise InputError(
                 "chat_template_kwargs sets chat_template; set the tokenizer's chat_template instead (in recipes, "

@@ -260,6 +260,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.steps_scale <= 0:
         parser.error(f"--steps-scale must be positive, got {arguments.steps_scale}")
+    if not 0 <= arguments.seed < 1 << 32:
+        parser.error(f"--seed must lie in [0, 2**32), got {arguments.seed}")
     for option in ("eval_problems", "threads"):
         if (value := getattr(arguments, option)) < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")

@@ -1,0 +1,60 @@
+"""What tells a model from another one that lies at the same place: a hash of its files, or its commit on the hub.
+
+Left out: models in memory, whose weights a checkpoint compares (`trb.training.resume`).
+"""
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from trb import zoo
+from trb.models.adapters import adapter_base
+from trb.models.directories import TOKENIZER_FILES
+from trb.models.packaged import SMOLLM2
+from trb.models.sharing import adapter_directory, is_shared
+
+__all__ = ["fingerprint"]
+
+_READ = (*TOKENIZER_FILES, "*.safetensors", "*.json", "*.jinja")
+_BLOCK, _BLOCKS = 1 << 12, 1 << 8  # bytes, and how many of them are read of a large file
+
+
+def fingerprint(spec: str, revision: str | None = None) -> str | None:
+    """What changes with the model that a spec names; None where that is not known here.
+
+    Of files above 1 MiB, 256 evenly spaced blocks are read: a change of single numbers between them is missed. A model
+    that is gone, or not downloaded yet, is not known, nor is one that changes with the version of its package. Raises
+    ValueError for an adapter that cannot be used.
+    """
+    if is_shared(spec):
+        directory = adapter_directory(spec)
+        return None if directory is None else fingerprint(str(directory))
+    path = zoo.path(spec.removeprefix("zoo:")) if spec.startswith("zoo:") else Path(spec).expanduser()
+    if spec == SMOLLM2 or not path.is_dir():
+        return _commit(spec, revision)
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _READ for file in path.glob(pattern) if file.is_file()}):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        _add(digest, file)
+    base = adapter_base(spec)
+    return digest.hexdigest()[:16] if base is None else f"{digest.hexdigest()[:16]} on {fingerprint(*base)}"
+
+
+def _add(digest: "hashlib._Hash", path: Path) -> None:
+    size = path.stat().st_size
+    step = max(_BLOCK, (size - _BLOCK) // (_BLOCKS - 1))  # so that the last block is read
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+
+
+def _commit(spec: str, revision: str | None) -> str | None:
+    """The commit of a hub id, as far as the cache has it."""
+    try:
+        found = try_to_load_from_cache(spec, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
