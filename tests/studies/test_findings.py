@@ -1,6 +1,7 @@
 """From run directories to study.json: every number from files written by hand, checked by arithmetic done here."""
 
 import json
+import math
 import random
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from trb.records import SELECTION, STUDY
+from trb.report.tables import configuration_text
 from trb.studies import findings
 from trb.studies.study import Study, Unit
 
@@ -96,7 +99,7 @@ def directory(tmp_path: Path) -> Path:
 
 def choose(directory: Path, judged: Study) -> None:
     for setting in judged.settings:
-        write_json(directory / setting / "selection.json", {"methods": findings.selection(judged, directory, setting)})
+        SELECTION.write(directory / setting / SELECTION, {"methods": findings.selection(judged, directory, setting)})
 
 
 def per_seed(directory: Path, method: str) -> list[float]:
@@ -123,6 +126,19 @@ def test_the_earlier_configuration_wins_a_tie(directory):
     for seed in (100, 101):
         write_run(directory / "one" / "select" / "trb" / "0" / f"seed-{seed}", [0.1, 0.5, 0.8])
     assert [row["selected"] for row in findings.selection(study(), directory, "one")["trb"]] == [True, False]
+
+
+def test_configurations_are_told_as_they_ran(directory):
+    """JSON has no number for infinity, and null would be the default; nor is a small number rounded away."""
+    fixed = [{"initial_kl_budget": 0.1, "learning_rate": 1e-9}, {"initial_kl_budget": math.inf, "learning_rate": 1e-9}]
+    judged = study(methods={**METHODS, "fixed": fixed})
+    choose(directory, judged)
+    STUDY.write(directory / STUDY, findings.assemble(judged, directory))
+    told = {"initial_kl_budget": "Infinity", "learning_rate": 1e-9}
+    found = STUDY.read(directory / STUDY)["settings"]["one"]
+    assert found["sweep"]["fixed"][1]["configuration"] == told
+    assert found["methods"]["fixed"]["configuration"] == told
+    assert configuration_text(told) == "initial_kl_budget = Infinity, learning_rate = 1e-09"
 
 
 def test_estimates_are_the_means_of_the_files(directory):

@@ -1,5 +1,6 @@
 """Studies: what their files may say, which runs they ask for, and that the runs of a seed differ in nothing else."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -99,8 +100,11 @@ def test_a_seed_decides_prompts_order_and_noise_but_not_the_problems(tmp_path):
     assert (first["eval_data"], first["eval_limit"], first["eval_seed"]) == (["zoo:chains"], 32, 1)
 
 
-def test_a_written_study_reads_back_the_same(tmp_path):
-    study = load_study(written(tmp_path))
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e-05, "1e5", "no"])
+def test_a_written_study_reads_back_the_same(tmp_path, value):
+    """Infinite numbers stay what they are, as does text that looks like something else to one version of YAML."""
+    own = {"options": {"value": value}}
+    study = Study.model_validate({**STUDY, "recipe": {**STUDY["recipe"], "chat_template_kwargs": own}})
     again = tmp_path / "again.yaml"
     again.write_text(study.to_yaml())
     assert load_study(again) == study

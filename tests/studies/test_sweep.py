@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from conftest import held_by_another, student_stopping_as_the_teacher
 from small_recipes import STUDY, pool_of_this_process
 
 from trb import zoo
+from trb.report.tables import configuration_text
 from trb.studies import jobs, provenance, sweep, workers
 from trb.studies.material import RunDirectoryError
-from trb.studies.study import ROLES, Reference, Study
+from trb.studies.recipe import load_recipe
+from trb.studies.study import ROLES, Reference, Study, Unit
 from trb.studies.sweep import StudyListener, run_study
 from trb.studies.workers import StudyError, default_workers
 from trb.studies.yaml_files import ConfigError
@@ -69,13 +72,19 @@ def test_a_study_runs_to_its_end(finished):
 
 
 def test_any_pair_of_a_behavior_and_a_loss_is_swept(here: None, tmp_path: Path) -> None:
-    methods = {"opd": [{}], "iw": {"iw_gamma": [0.25, 1.0]}, "both": [{"method": "trb", "loss": "eopd"}]}
+    both = {"method": "trb", "loss": "eopd", "initial_kl_budget": math.inf}
+    methods = {"opd": [{}], "iw": {"iw_gamma": [0.25, 1.0]}, "both": [both]}
     diary, recipe = Diary(), {**STUDY["recipe"], "max_steps": 1}
     run_study(study(methods=methods, recipe=recipe), tmp_path, workers=1, listener=diary)
     assert diary.phases == [("references", 0, 2), ("selection", 0, 4), ("test", 0, 3)]
     results = json.loads((tmp_path / "study.json").read_text())["settings"]["chains"]
     assert list(results["methods"]) == ["opd", "iw", "both"]
     assert sorted(row["configuration"]["iw_gamma"] for row in results["sweep"]["iw"]) == [0.25, 1.0]
+    # Infinity is trained, and no default in its place.
+    run = Unit("chains", "test", "both", 0, 0)
+    assert load_recipe(tmp_path / run.path / "config.yaml").training["initial_kl_budget"] == math.inf
+    assert configuration_text(results["methods"]["both"]["configuration"]).endswith("initial_kl_budget = Infinity")
+    assert run_study(study(methods=methods, recipe=recipe), tmp_path, listener=(again := Diary())) and not again.runs
 
 
 def test_outcomes_are_kept_per_problem_and_models_are_not(finished):

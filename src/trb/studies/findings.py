@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trb.measures import MEASURES, PASS_AT_1, PER_TOKEN, Measure, measure_of
 from trb.records import EVALS, METRICS, PROBE, PROBE_FOLDER, PROVENANCE, REFERENCE_SCORES, SELECTION, TEST
+from trb.safety.files import json_types
 from trb.studies.scores import mean_of_suites
 from trb.studies.statistics import (
     Estimate,
@@ -100,7 +101,7 @@ def selection(study: Study, directory: str | Path, setting: str) -> dict[str, li
             last = [scores[-1] for _, scores in curves]
             rows.append(
                 {
-                    "configuration": configuration,
+                    "configuration": json_types(configuration),
                     "score": math.fsum(ranked) / len(ranked),
                     measure.key: math.fsum(last) / len(last),
                     "per_seed": last,
@@ -186,7 +187,7 @@ def _methods(
         means = _suite_means(tables[method], strata)
         selected = next((i for i, row in enumerate(sweep.get(method, ())) if row["selected"]), 0)
         found[method] = {
-            "configuration": configurations[selected],
+            "configuration": json_types(configurations[selected]),
             "seeds": len(seeds),
             "problems": tables[method].shape[1],
             measure.key: estimate.value,
@@ -421,9 +422,10 @@ def _ranked(study: Study, steps: Sequence[int], scores: Sequence[float]) -> floa
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to six digits after the point: more would be noise, and a file to read is smaller."""
+    """Numbers to six digits after the point: more would be noise, and a file to read is smaller. What was chosen stays
+    as it was chosen: a learning rate may be smaller than that."""
     if isinstance(value, float):
         return round(value, _DIGITS)
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: item if key == "configuration" else _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -5,7 +5,6 @@ is a single process. Left out: what is measured (`trb.studies.diagnostics`) and 
 """
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from trb.models.adapters import adapter_base
 from trb.models.sharing import is_shared
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
-from trb.safety.files import finite
+from trb.safety.files import finite, json_types
 from trb.studies import provenance
 from trb.studies.advice import advise, outlook
 from trb.studies.claims import left_as_found
@@ -259,7 +258,7 @@ class _Settings:
         """What another probe must agree on to go on from this one's parts, as JSON types."""
         run = replace(self.recipe.run, eval_limit=self._limit)
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in _NOT_KEPT}
-        return json.loads(json.dumps({name: getattr(run, name) for name in _READ_OF_RECIPE} | own))
+        return json_types({name: getattr(run, name) for name in _READ_OF_RECIPE} | own)
 
     @property
     def _limit(self) -> int:

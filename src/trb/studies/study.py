@@ -24,8 +24,9 @@ from trb.records import REFERENCE, role_name
 from trb.studies.places import Places
 from trb.studies.recipe import Recipe, make_recipe
 from trb.studies.shipped import recipe_file
-from trb.studies.yaml_files import ConfigError, read_yaml
+from trb.studies.yaml_files import ConfigError, Dumper, read_yaml
 from trb.training.methods import METHODS
+from trb.training.resume import plain
 
 __all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", "Study", "Unit", "load_study"]
 
@@ -276,7 +277,7 @@ class Study(_Part):
 
     def to_yaml(self) -> str:
         """The study with its defaults filled in, as `load_study` reads it."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(plain(self.model_dump()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
