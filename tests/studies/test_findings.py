@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from trb.records import SELECTION, STUDY
-from trb.report.tables import configuration_text
+from trb.report.study import parse_study
+from trb.report.tables import configuration_text, learning_table
 from trb.studies import findings
 from trb.studies.study import Study, Unit
 
@@ -65,10 +66,12 @@ def scores(rng: random.Random, rate: float) -> dict[str, Any]:
     return {"suites": suites}
 
 
-def write_run(run: Path, curve: list[float]) -> None:
+def write_run(run: Path, curve: list[float], last: int | None = None) -> None:
+    steps = [5 * i for i in range(len(curve))]
+    steps[-1] = steps[-1] if last is None else last
     write_lines(
         run / "evals.jsonl",
-        [{"step": 5 * i, "name": name, "pass_at_1": value} for i, value in enumerate(curve) for name in PROBLEMS],
+        [{"step": i, "name": name, "pass_at_1": y} for i, y in zip(steps, curve, strict=True) for name in PROBLEMS],
     )
     write_lines(
         run / "metrics.jsonl",
@@ -188,6 +191,47 @@ def test_curves_area_and_steps_to_target(directory):
         "reached": 6,
         "seeds": 6,
     }
+
+
+@pytest.mark.parametrize("longer", [([0.1, 0.2, 0.3, 0.5], None), ([0.1, 0.2, 0.5], 11)])
+def test_seeds_of_unequal_length_are_laid_over_the_steps_that_all_have(directory, longer):
+    """Epochs of seeds whose prompts were dropped: one more evaluation, or the last one at another step."""
+    choose(directory, study())
+    for method in METHODS:
+        for seed in SEEDS:
+            curve, last = longer if seed == 2 else ([0.1, 0.2, 0.4], None)
+            write_run(directory / Unit("one", "test", method, 0, seed).path, curve, last)
+    results = findings.assemble(study(target=0.6), directory)
+    setting = results["settings"]["one"]
+    found, shared = setting["methods"]["opd"], [0, 5, 10] if longer[1] is None else [0, 5]
+    assert found["curve"]["steps"] == shared
+    assert found["curve"]["mean"][:2] == pytest.approx([0.1, 0.2])
+    area = (0.1 + 2 * 0.2 + mean([0.4] * 5 + [0.3])) / 4 if longer[1] is None else 0.15
+    assert found["area"]["estimate"] == pytest.approx(area, abs=1e-6)
+    # Each seed's own last score decides the target, and its own curve when it was reached.
+    assert found["steps_to_target"]["target"] == pytest.approx(0.6 * mean([0.4] * 5 + [0.5]))
+    assert found["steps_to_target"]["reached"] == 6
+    assert found["steps_per_seed"] == [10, 10, 15 if longer[1] is None else 11, 10, 10, 10]
+    assert setting["steps"] == max(found["steps_per_seed"])
+    assert "steps_per_seed" not in results["settings"]["two"]["methods"]["opd"]
+    sentence = f"Seeds took 10 to {setting['steps']} steps; curves and areas cover those that all seeds have."
+    assert sentence in learning_caption(results)
+
+
+def test_curves_with_one_step_in_common_have_no_area(directory):
+    choose(directory, study())
+    for method in METHODS:
+        for seed in SEEDS:
+            write_run(directory / Unit("one", "test", method, 0, seed).path, [0.1, 0.4], 5 + seed)
+    found = findings.assemble(study(), directory)["settings"]["one"]["methods"]["trb"]
+    assert found["curve"]["steps"] == [0]
+    assert found["area"] is None and found["area_difference_to_opd"] is None
+    assert found["steps_to_target"]["reached"] == 6
+
+
+def learning_caption(results: dict[str, Any]) -> str:
+    shown = parse_study(results, Path("nowhere"), "study.json")
+    return learning_table(shown, shown.settings[0]).caption
 
 
 def test_bands_of_scores_stay_between_0_and_1(directory):

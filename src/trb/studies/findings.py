@@ -9,6 +9,7 @@ Left out on purpose: drawing (`trb.report`), and the statistics themselves (`trb
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -145,7 +146,8 @@ def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
         shown["sweep"] = SELECTION.read(chosen)["methods"]
     if seeds:
         shown["methods"] = _methods(study, directory, name, seeds, shown["sweep"], measure)
-        shown["steps"] = shown["methods"][BASELINE]["curve"]["steps"][-1]
+        found = shown["methods"][BASELINE]
+        shown["steps"] = max(found.get("steps_per_seed", found["curve"]["steps"]))
     return shown
 
 
@@ -173,14 +175,14 @@ def _methods(
     study: Study, directory: Path, setting: str, seeds: Sequence[int], sweep: Mapping[str, Any], measure: Measure
 ) -> dict[str, Any]:
     tables, strata, suites = _outcomes(study, directory, setting, seeds)
-    curves = {method: _curves(directory, setting, method, seeds, measure) for method in study.methods}
+    curves = {method: _Curves.read(directory, setting, method, seeds, measure) for method in study.methods}
     # Where less is better, the target is as far above the end as it would be below it.
-    target = study.target**measure.sign * float(curves[BASELINE][1][:, -1].mean())
+    target = study.target**measure.sign * curves[BASELINE].mean_of_ends
     # A problem's share in a mean over tokens may lie outside of what the mean can be.
     bounds = measure.bounds if measure is PASS_AT_1 else None
     differences = _differences(study, tables, strata)
-    areas = {method: area_under_curve(*curves[method])[:, None] for method in study.methods}
     options: dict[str, Any] = {"resamples": study.resamples, "level": study.level}
+    areas = _areas(curves, options)
     found = {}
     for method, configurations in study.choices(setting).items():
         estimate = mean_estimate(tables[method], strata_P=strata, bounds=bounds, **options)
@@ -196,14 +198,10 @@ def _methods(
             "suites": dict(zip(suites, means.mean(axis=0).tolist(), strict=True)),
             "difference_to_opd": None if method == BASELINE else differences[method][BASELINE],
             "differences": differences[method],
-            "curve": _band(*curves[method], study.level, bounds=measure.bounds),
-            "area": _shown(mean_estimate(areas[method], **options)) if len(seeds) > 1 else None,
-            "area_difference_to_opd": (
-                _shown(paired_difference(areas[method], areas[BASELINE], **options))
-                if method != BASELINE and len(seeds) > 1
-                else None
-            ),
-            "steps_to_target": _to_target(*curves[method], target, measure),
+            "curve": _band(curves[method].steps, curves[method].scores, study.level, bounds=measure.bounds),
+            **areas[method],
+            "steps_to_target": _to_target(curves[method].each, target, measure),
+            **({} if curves[method].even else {"steps_per_seed": curves[method].ends}),
             "metrics": _metrics(directory, setting, method, seeds, study.level),
             **_described(directory, setting, method, seeds, measure),
         }
@@ -292,9 +290,9 @@ def _suite_means(table: Floats, strata: NDArray[np.intp]) -> Floats:
     return np.stack([table[:, strata == suite].mean(axis=1) for suite in range(int(strata.max()) + 1)], axis=1)
 
 
-def _to_target(steps: Floats, scores: Floats, target: float, measure: Measure) -> dict[str, Any]:
+def _to_target(each: Sequence[tuple[list[int], list[float]]], target: float, measure: Measure) -> dict[str, Any]:
     """When the development curve of each seed first crosses the target; the median counts the others as never."""
-    crossed = [steps_to_target(steps, measure.sign * curve, measure.sign * target) for curve in scores]
+    crossed = [steps_to_target(steps, measure.sign * np.array(scores), measure.sign * target) for steps, scores in each]
     middle = median(math.inf if step is None else step for step in crossed)
     return {
         "target": target,
@@ -304,12 +302,54 @@ def _to_target(steps: Floats, scores: Floats, target: float, measure: Measure) -
     }
 
 
-def _curves(
-    directory: Path, setting: str, method: str, seeds: Sequence[int], measure: Measure
-) -> tuple[Floats, Floats]:
-    """Steps [K] and development scores [seeds, K]."""
-    curves = [_dev_curve(directory / _test_run(setting, method, seed), measure) for seed in seeds]
-    return np.array(curves[0][0], dtype=float), np.array([scores for _, scores in curves])
+@dataclass(frozen=True)
+class _Curves:
+    """Development scores of a method: `each` seed's steps and scores, and `scores` [seeds, K] at the `steps` [K] that
+    all seeds have. Seeds whose prompts were dropped have shorter epochs than others."""
+
+    each: list[tuple[list[int], list[float]]]
+    steps: Floats
+    scores: Floats
+
+    @classmethod
+    def read(cls, directory: Path, setting: str, method: str, seeds: Sequence[int], measure: Measure) -> "_Curves":
+        each = [_dev_curve(directory / _test_run(setting, method, seed), measure) for seed in seeds]
+        shared = set(each[0][0]).intersection(*(steps for steps, _ in each))
+        scores = [[score for step, score in zip(*curve, strict=True) if step in shared] for curve in each]
+        return cls(each, np.array(sorted(shared), dtype=float), np.array(scores))
+
+    @property
+    def ends(self) -> list[int]:
+        """How many steps each seed took."""
+        return [steps[-1] for steps, _ in self.each]
+
+    @property
+    def even(self) -> bool:
+        return len(set(self.ends)) == 1
+
+    @property
+    def mean_of_ends(self) -> float:
+        return float(np.mean([scores[-1] for _, scores in self.each]))
+
+
+def _areas(curves: Mapping[str, _Curves], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Per method the area under its curve and the difference to plain distillation's; one seed shows no spread, and one
+    step has no area."""
+    areas = {
+        method: area_under_curve(found.steps, found.scores)[:, None]
+        for method, found in curves.items()
+        if min(found.scores.shape) > 1
+    }
+    table: dict[str, dict[str, Any]] = {}
+    for method in curves:
+        alone = method == BASELINE or not {method, BASELINE} <= areas.keys()
+        table[method] = {
+            "area": _shown(mean_estimate(areas[method], **options)) if method in areas else None,
+            "area_difference_to_opd": (
+                None if alone else _shown(paired_difference(areas[method], areas[BASELINE], **options))
+            ),
+        }
+    return table
 
 
 def _band(
