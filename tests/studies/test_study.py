@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from trb.errors import InputError
+from trb.studies.shipped import recipe_names
 from trb.studies.study import Study, Unit, load_study
 from trb.studies.yaml_files import ConfigError
 
@@ -123,13 +124,57 @@ def test_a_written_study_reads_back_the_same(tmp_path, value):
         ({"seeds": {"select": [0], "test": 2}}, "seed 0 is used for selection and for the test"),
         ({"seeds": {"select": [7], "test": [1, 1]}}, "test names a seed twice"),
         ({"seeds": {"select": [7], "test": 0}}, "seeds.test"),
-        ({"recipe": {**STUDY["recipe"], "seed": 3}}, "recipe sets seed"),
+        ({"recipe": {**STUDY["recipe"], "seed": 3}}, "recipe sets seed, .*: write it under seeds"),
+        (
+            {"recipe": {**STUDY["recipe"], "eval_split": "train"}},
+            "recipe sets eval_split, .*: write split under dev and test",
+        ),
+        ({"methods": {"opd": [{"seed": 77}]}}, "methods: opd sets seed, .*: write it under seeds"),
+        ({"methods": {"opd": [{"train_seed": 77}]}}, "methods: opd sets train_seed, .*: write it under seeds"),
+        ({"methods": {"opd": [{"eval_limit": 9}]}}, "methods: opd sets eval_limit, .*: write limit under dev and test"),
+        ({"methods": {"opd": {"save_final_model": [False]}}}, "methods: opd sets save_final_model, .*: leave it out"),
+        (
+            {"methods": {"opd": [{"methods": {"trb": {}}}]}},
+            "methods: opd sets methods, .*: write it under methods, beside",
+        ),
+        (
+            {"methods": {"opd": [{}], "trb": [{"student": "zoo:teacher"}]}},
+            "methods: trb sets student, which all methods of a setting share: set it in its recipe",
+        ),
+        *(
+            ({"methods": {"opd": [{key: value}]}}, f"methods: opd sets {key}, which all methods of a setting share")
+            for key, value in {
+                "teacher": "zoo:student",
+                "teachers": {"a": "zoo:teacher"},
+                "train_data": "zoo:clock",
+                "train_limit": 8,
+                "overlong_prompts": "drop",
+                "eval_temperature": 0.5,
+                "shuffle_dataset": False,
+            }.items()
+        ),
+        (
+            {"settings": {"chains": {**STUDY["settings"]["chains"], "methods": {"trb": [{"eval_seed": 3}]}}}},
+            "chains: methods: trb sets eval_seed, .*: write seed under dev and test",
+        ),
         ({"select_by": "luck"}, "select_by"),
     ],
 )
 def test_what_a_study_cannot_say_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_study(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("studies/")])
+def test_the_studies_of_the_package_say_nothing_in_vain(name):
+    assert load_study(name).name
+
+
+def test_what_a_method_may_have_of_its_own(tmp_path):
+    own = {"lora_rank": 2, "prompts_per_step": 8, "eval_every": 2, "temperature": 0.9}
+    study = load_study(written(tmp_path, methods={"opd": [own]}))
+    recipe = study.recipe_of(Unit("chains", "test", "opd", 0, 0))
+    assert (recipe.run.lora_rank, recipe.training["temperature"]) == (2, 0.9)
 
 
 def test_unequal_families_need_the_study_to_say_so(tmp_path):

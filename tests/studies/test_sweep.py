@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from conftest import held_by_another, student_stopping_as_the_teacher
 from small_recipes import STUDY, pool_of_this_process
 
@@ -134,6 +135,20 @@ def test_another_study_in_the_directory_is_refused(finished):
         run_study(study(recipe={**STUDY["recipe"], "max_steps": 3}), directory)
     with pytest.raises(RunDirectoryError, match="other seeds"):
         run_study(study(seeds={"select": [100], "test": [5]}), directory)
+
+
+def test_what_an_older_version_took_in_vain_keeps_no_study_from_going_on(finished, here, tmp_path):
+    directory, diary = Path(shutil.copytree(finished[0], tmp_path / "study")), Diary()
+    there = yaml.safe_load((directory / "study.yaml").read_text())
+    there["recipe"]["eval_split"] = "train"
+    there["methods"]["opd"][0] |= {"seed": 77, "train_seed": 77, "eval_limit": 1, "save_final_model": True}
+    (directory / "study.yaml").write_text(yaml.safe_dump(there))
+    run_study(study(), directory, workers=1, listener=diary)
+    assert diary.runs == []
+    there["recipe"]["max_steps"] = 3
+    (directory / "study.yaml").write_text(yaml.safe_dump(there))
+    with pytest.raises(RunDirectoryError, match=r"other recipe: max_steps is 3 there and 2 here"):
+        run_study(study(), directory)
 
 
 def test_damaged_results_of_a_study_are_made_again(finished, here, tmp_path, caplog):

@@ -12,6 +12,7 @@ The test split is scored after the choice is on disk, once per chosen run, from 
 Left out on purpose: judging the results (`trb.studies.findings`), and what one run does (`trb.studies.run`).
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from trb.studies.claims import has_step, left_as_found
 from trb.studies.directories import sole_run
 from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
 from trb.studies.material import RunDirectoryError, problem_sets, routes_of, unrouted
-from trb.studies.study import ROLES, Phase, Reference, Study
+from trb.studies.study import AS_WRITTEN, IN_VAIN, ROLES, Phase, Reference, Study
 from trb.studies.workers import Pool, open_pool
 from trb.tasks.conversations import conversation_of
 from trb.tasks.reward_free import is_reward_free
@@ -177,15 +178,28 @@ def _begin(directory: Path, study: Study, goes_on: bool) -> None:
 def _written_settings(path: Path) -> set[str]:
     """The settings of the study that a file describes, as far as they can be read and name folders."""
     try:
-        return set(Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).settings)
+        return set(_written(path)["settings"])
     except (OSError, ValueError, yaml.YAMLError):
         return set()
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What a file says of a study, without the keys that older versions took in vain.
+
+    Raises OSError, ValueError and YAMLError for a file that holds none.
+    """
+    study = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8")), context=AS_WRITTEN).model_dump()
+    for part in (study, *study["settings"].values()):
+        for options in (part["recipe"], *itertools.chain(*part["methods"].values())):
+            for key in IN_VAIN.keys() & options.keys():
+                del options[key]
+    return study
 
 
 def _check_same(path: Path, study: Study) -> None:
     """Refuse to go on with a study whose finished runs would not belong to it."""
     try:
-        there = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).model_dump()
+        there = _written(path)
     except (ValueError, yaml.YAMLError) as error:
         raise RunDirectoryError(f"{path} is damaged ({error!s:.200}); use another output directory") from error
     here = study.model_dump()
