@@ -67,6 +67,11 @@ def test_a_study_is_repeated_on_fresh_seeds(tmp_path):
     assert study.part(seeds=range(8, 11)).seeds.test == [8, 9, 10]
     with pytest.raises(ValueError, match="seed 7 is used for selection and for the test"):
         study.part(seeds=range(6, 9))
+    # What the refusal of more seeds than there are suggests is free, also of seeds that select.
+    many = load_study(written(tmp_path, seeds={"select": [12], "test": [3, 5]}))
+    with pytest.raises(ValueError, match=r"a range like 13-20 names others"):
+        many.part(seeds=3)
+    assert many.part(seeds=range(13, 21)).seeds.test == [*range(13, 21)]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ def test_a_study_is_repeated_on_fresh_seeds(tmp_path):
         (["opd", "tbr"], None, r"small has no method 'tbr'; did you mean 'trb'"),
         (["trb"], None, r"methods lacks opd"),
         (None, 0, r"seeds is 0; small has 2 test seeds"),
-        (None, 3, r"seeds is 3; small has 2 test seeds, and a range like 2-9 names others"),
+        (None, 3, r"seeds is 3; small has 2 test seeds, and a range like 8-15 names others"),
     ],
 )
 def test_a_part_that_is_none(tmp_path, methods, seeds, complaint):
@@ -127,15 +132,15 @@ def test_a_written_study_reads_back_the_same(tmp_path, value):
         ({"recipe": {**STUDY["recipe"], "seed": 3}}, "recipe sets seed, .*: write it under seeds"),
         (
             {"recipe": {**STUDY["recipe"], "eval_split": "train"}},
-            "recipe sets eval_split, .*: write split under dev and test",
+            "recipe sets eval_split, .*: write split under dev",
         ),
         ({"methods": {"opd": [{"seed": 77}]}}, "methods: opd sets seed, .*: write it under seeds"),
         ({"methods": {"opd": [{"train_seed": 77}]}}, "methods: opd sets train_seed, .*: write it under seeds"),
-        ({"methods": {"opd": [{"eval_limit": 9}]}}, "methods: opd sets eval_limit, .*: write limit under dev and test"),
+        ({"methods": {"opd": [{"eval_limit": 9}]}}, "methods: opd sets eval_limit, .*: write limit under dev"),
         ({"methods": {"opd": {"save_final_model": [False]}}}, "methods: opd sets save_final_model, .*: leave it out"),
         (
             {"methods": {"opd": [{"methods": {"trb": {}}}]}},
-            "methods: opd sets methods, .*: write it under methods, beside",
+            "methods: opd sets methods, .*: write it under methods",
         ),
         (
             {"methods": {"opd": [{}], "trb": [{"student": "zoo:teacher"}]}},

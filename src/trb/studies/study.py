@@ -224,9 +224,10 @@ class Study(_Part):
             raise InputError(f"methods lacks {BASELINE}, which every method is compared with")
         own = self.seeds.test
         if isinstance(seeds, int) and not 1 <= seeds <= len(own):
+            free = max(*own, *self.seeds.select) + 1
             raise InputError(
-                f"seeds is {seeds}; {self.name} has {len(own)} test seeds, and a range like {len(own)}-{len(own) + 7} "
-                "names others"
+                f"seeds is {seeds}; {self.name} has {len(own)} test seeds, and a range like {free}-{free + 7} names "
+                "others"
             )
         test = list(seeds) if isinstance(seeds, range) else own[:seeds]
         self.seeds.check_fresh(test)
