@@ -31,6 +31,7 @@ __all__ = [
     "Scored",
     "Scores",
     "WholeScore",
+    "decimals",
     "measure_of",
     "token_mean_shares",
     "totals_by_unit",
@@ -119,6 +120,12 @@ REVERSE_KL = Measure(
     lost="Farther",
 )
 MEASURES = {measure.key: measure for measure in (PASS_AT_1, REVERSE_KL)}
+
+
+def decimals(value: float, digits: int, sign: str = "") -> str:
+    """A number with so many decimals, for `sign` "+" with a plus; what rounds to zero has no sign."""
+    text = f"{value:{sign}z,.{digits}f}"
+    return text if text.strip("+0.") else text.lstrip("+")
 
 
 def measure_of(score: Mapping[str, Any]) -> Measure:
