@@ -234,6 +234,65 @@ def learning_caption(results: dict[str, Any]) -> str:
     return learning_table(shown, shown.settings[0]).caption
 
 
+def with_copies(directory: Path, copies: dict[str, list[int]]) -> None:
+    """Every test score of setting one, with the problems at these places of each problem set."""
+    for run in (directory / "one" / "test").glob("*/seed-*"):
+        found = json.loads((run / "test.json").read_text())
+        for name, suite in found["suites"].items():
+            places = copies[name]
+            suite["correct"] = [suite["correct"][place] for place in places]
+            suite["n_problems"] = suite["n_samples"] = len(places)
+            suite["pass_at_1"] = mean(suite["correct"])
+            suite["same_as"] = [places.index(place) for place in places]
+        write_json(run / "test.json", found)
+
+
+def test_problems_that_all_occur_three_times_count_once(directory):
+    choose(directory, study())
+    before = findings.assemble(study(), directory)["settings"]["one"]["methods"]["trb"]
+    with_copies(directory, {name: [*range(count)] * 3 for name, count in PROBLEMS.items()})
+    after = findings.assemble(study(), directory)["settings"]["one"]["methods"]["trb"]
+    assert after["problems"] == before["problems"]
+    assert after["pass_at_1"] == pytest.approx(before["pass_at_1"], abs=2e-6)
+    for one, other in [(before, after), (before["difference_to_opd"], after["difference_to_opd"])]:
+        assert one["interval"] == pytest.approx(other["interval"], abs=2e-6)
+
+
+def test_the_error_over_copies_is_the_jackknife_over_distinct_problems(directory):
+    """Of one seed, and within each problem set: leaving out a problem leaves out all of its copies."""
+    rng = random.Random(8)
+    copies = {name: sorted(rng.choices(range(count), k=2 * count)) for name, count in PROBLEMS.items()}
+    with_copies(directory, copies)
+    choose(directory, study())
+    one = study(seeds={"select": [100, 101], "test": [2]})
+    found = findings.assemble(one, directory)["settings"]["one"]["methods"]["trb"]["difference_to_opd"]
+    variance, means = 0.0, []
+    for name, places in copies.items():
+        scores = [
+            json.loads((directory / "one" / "test" / method / "seed-2" / "test.json").read_text())["suites"][name]
+            for method in ("trb", "opd")
+        ]
+        pairs = [a - b for a, b in zip(*(score["correct"] for score in scores), strict=True)]
+        left = [mean(pair for pair, other in zip(pairs, places, strict=True) if other != place) for place in {*places}]
+        variance += (len(left) - 1) / len(left) * sum((value - mean(left)) ** 2 for value in left)
+        means.append(mean(pairs))
+    assert found["estimate"] == pytest.approx(mean(means), abs=1e-6)
+    # The jackknife and the linearised ratio differ by terms of the order 1 / problems.
+    assert found["standard_error"] == pytest.approx(variance**0.5 / 2, rel=0.06)
+
+
+def test_a_study_that_an_older_version_began_is_told_its_copies_by_a_newer_seed(directory):
+    choose(directory, study())
+    with_copies(directory, {name: [*range(count)] * 2 for name, count in PROBLEMS.items()})
+    whole = findings.assemble(study(), directory)["settings"]
+    older = directory / Unit("one", "test", "opd", 0, 0).path / "test.json"
+    scores = json.loads(older.read_text())
+    for suite in scores["suites"].values():
+        del suite["same_as"]
+    write_json(older, scores)
+    assert findings.assemble(study(), directory)["settings"] == whole
+
+
 def test_bands_of_scores_stay_between_0_and_1(directory):
     choose(directory, study())
     for seed in SEEDS:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trb.measures import MEASURES, PASS_AT_1, PER_TOKEN, Measure, measure_of
+from trb.measures import MEASURES, PASS_AT_1, PER_TOKEN, Measure, measure_of, shares_by_unit
 from trb.records import EVALS, METRICS, PROBE, PROBE_FOLDER, PROVENANCE, REFERENCE_SCORES, SELECTION, TEST
 from trb.safety.files import json_types
 from trb.studies.scores import mean_of_suites
@@ -178,14 +178,12 @@ def _methods(
     curves = {method: _Curves.read(directory, setting, method, seeds, measure) for method in study.methods}
     # Where less is better, the target is as far above the end as it would be below it.
     target = study.target**measure.sign * curves[BASELINE].mean_of_ends
-    # A problem's share in a mean over tokens may lie outside of what the mean can be.
-    bounds = measure.bounds if measure is PASS_AT_1 else None
     differences = _differences(study, tables, strata)
     options: dict[str, Any] = {"resamples": study.resamples, "level": study.level}
     areas = _areas(curves, options)
     found = {}
     for method, configurations in study.choices(setting).items():
-        estimate = mean_estimate(tables[method], strata_P=strata, bounds=bounds, **options)
+        estimate = mean_estimate(tables[method], strata_P=strata, **options)
         means = _suite_means(tables[method], strata)
         selected = next((i for i, row in enumerate(sweep.get(method, ())) if row["selected"]), 0)
         found[method] = {
@@ -220,23 +218,26 @@ def _described(directory: Path, setting: str, method: str, seeds: Sequence[int],
 def _outcomes(
     study: Study, directory: Path, setting: str, seeds: Sequence[int]
 ) -> tuple[dict[str, Floats], NDArray[np.intp], list[str]]:
-    """Per method [seeds, problems] shares of right answers, or in the mean over tokens, problems of all suites in a
-    row; each problem's suite; and the suites' names."""
-    tables = {}
-    for method in study.methods:
-        rows = []
-        for seed in seeds:
-            suites = _test_scores(directory, setting, method, seed)
-            rows.append(np.concatenate([_per_problem(suite) for suite in suites.values()]))
-        tables[method] = np.stack(rows)
-    strata = np.repeat(np.arange(len(suites)), [len(_per_problem(suite)) for suite in suites.values()])
-    return tables, strata, list(suites)
+    """Per method [seeds, problems] shares of right answers, or in the mean over tokens, distinct problems of all suites
+    in a row; each problem's suite; and the suites' names."""
+    scored = {m: [_test_scores(directory, setting, m, seed) for seed in seeds] for m in study.methods}
+    every = [item for rows in scored.values() for suites in rows for item in suites.items()]
+    # The problems are the same for all, and older versions did not say which occur several times.
+    same_as = {name: suite["same_as"] for name, suite in every if suite.get("same_as")}
+    tables = {
+        method: np.stack([np.concatenate([_per_problem(*item, same_as) for item in row.items()]) for row in rows])
+        for method, rows in scored.items()
+    }
+    suites = scored[BASELINE][0]
+    sizes = [len(_per_problem(*item, same_as)) for item in suites.items()]
+    return tables, np.repeat(np.arange(len(suites)), sizes), list(suites)
 
 
-def _per_problem(suite: Mapping[str, Any]) -> Floats:
-    if measure_of(suite) is PASS_AT_1:
-        return np.array(suite["correct"]) / (suite["n_samples"] // suite["n_problems"])
-    return np.array(suite["values"])
+def _per_problem(name: str, suite: Mapping[str, Any], same_as: Mapping[str, Sequence[int]]) -> Floats:
+    if measure_of(suite) is not PASS_AT_1:
+        return np.array(suite["values"])
+    rates = np.array(suite["correct"]) / (suite["n_samples"] // suite["n_problems"])
+    return shares_by_unit(rates, same_as.get(name, range(len(rates))))
 
 
 def _differences(

@@ -11,7 +11,7 @@ resamples rows and columns together and counts the residual about three times, w
 `expected_standard_error` and `trb.studies.power` plan a study (docs/studies.md): they are for whoever designs one,
 and nothing here calls them.
 
-Left out on purpose: the interval of a single evaluation with few problems (`trb.tasks.evaluation.pass_at_1_interval`),
+Left out on purpose: the interval of a single evaluation with few problems (`trb.measures.pass_at_1_interval`),
 sequential testing, and models of the scores (the estimates below assume none beyond the sum above).
 """
 
