@@ -278,5 +278,5 @@ class Outcomes(WholeScore):
         if name not in self.model_fields_set:
             raise PydanticCustomError("kind", "expected {name} beside the score", {"name": name})
         if self.same_as and len(self.same_as) != len(self.correct):
-            raise PydanticCustomError("kind", "expected as many entries in same_as as in correct")
+            raise PydanticCustomError("kind", "expected the first copy of each problem, or of none")
         return self

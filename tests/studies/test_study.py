@@ -163,6 +163,10 @@ def test_a_written_study_reads_back_the_same(tmp_path, value):
             "chains: methods: trb sets eval_seed, .*: write seed under dev and test",
         ),
         ({"select_by": "luck"}, "select_by"),
+        (
+            {"settings": {"chains": {**STUDY["settings"]["chains"], "test": {"data": []}}}},
+            "settings.chains.test.data: .* at least 1",
+        ),
     ],
 )
 def test_what_a_study_cannot_say_is_refused_by_name(tmp_path, changes, message):

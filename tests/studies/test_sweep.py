@@ -18,6 +18,7 @@ from conftest import held_by_another, student_stopping_as_the_teacher
 from small_recipes import STUDY, pool_of_this_process
 
 from trb import zoo
+from trb.errors import InputError
 from trb.report.tables import configuration_text
 from trb.studies import jobs, provenance, sweep, workers
 from trb.studies.material import RunDirectoryError
@@ -195,6 +196,40 @@ def test_a_file_inside_a_study_that_is_refused_is_named_itself(tmp_path, monkeyp
     with pytest.raises(error) as caught:
         run_study(Study.model_validate(STUDY), tmp_path)
     assert caught.value.filename == refused
+
+
+@pytest.mark.parametrize(
+    ("test", "seeds", "message"),
+    [
+        ({"data": "zoo:chains", "limit": 1, "seed": 2}, 1, "test: zoo:chains has one problem.*limit.*test seeds"),
+        ({"data": "zoo:chains", "limit": 1, "seed": 2}, 2, None),
+        (
+            {"data": ["zoo:chains?operands=3", "zoo:chains?operands=5"], "limit": 1, "seed": 2},
+            2,
+            r"chains: test: zoo:chains\?operands=3 has one problem",
+        ),
+        ({"data": "COPIES"}, 1, "has one problem, 3 times"),
+    ],
+)
+def test_too_few_test_problems_for_an_interval_are_refused_before_training(here, tmp_path, test, seeds, message):
+    copies = tmp_path / "copies.jsonl"
+    copies.write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 3)
+    if test["data"] == "COPIES":
+        test = {**test, "data": str(copies)}
+    asked = study(
+        settings={"chains": {**STUDY["settings"]["chains"], "test": test}},
+        seeds={"select": [100], "test": seeds},
+        methods={"opd": [{}]},
+        recipe={**STUDY["recipe"], "max_steps": 1},
+    )
+    directory = tmp_path / "study"
+    if message is None:
+        run_study(asked, directory, workers=1)
+        assert (directory / "study.json").exists()
+        return
+    with pytest.raises(InputError, match=message):
+        run_study(asked, directory, workers=1)
+    assert not directory.exists()
 
 
 def test_development_problems_among_the_test_problems_are_refused(tmp_path):

@@ -87,7 +87,9 @@ class _Part(BaseModel):
 class ProblemSets(_Part):
     """Problems to score a model on."""
 
-    data: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    data: Annotated[
+        list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
+    ]
     """Specs as in `eval_data`; the score is the unweighted mean of theirs."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Problems of each."""

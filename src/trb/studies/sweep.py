@@ -15,7 +15,7 @@ Left out on purpose: judging the results (`trb.studies.findings`), and what one 
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -231,7 +231,8 @@ def _difference(there: Any, here: Any, where: str = "") -> str:
 
 
 def _check_problems(study: Study, setting: str) -> None:
-    """Raises ValueError if a development problem is also a test problem, or if they are measured differently."""
+    """Raises ValueError if a development problem is also a test problem, if they are measured differently, or if the
+    test problems are too few for an interval."""
     # A conversation is known by the whole of its text, and the last of its turns by what comes before the reply.
     prompts: dict[str, dict[str, str]] = {}
     kinds: dict[bool, str] = {}
@@ -242,6 +243,8 @@ def _check_problems(study: Study, setting: str) -> None:
         for doubt in [] if routes is None else unrouted(routes, sets):
             raise InputError(f"{setting}: {doubt.text}, and a study scores the teachers, too: add the column")
         kinds |= {is_reward_free(rows): f"{data} ({name})" for data, rows in sets.items()}
+        if name == "test":
+            _check_spread(setting, sets, len(study.seeds.test))
         found = [(conversation_of(row), json.dumps(row["prompt"])) for rows in sets.values() for row in rows]
         prompts[name] = {whole or prompt: prompt for whole, prompt in found}
     if len(kinds) > 1:
@@ -255,3 +258,16 @@ def _check_problems(study: Study, setting: str) -> None:
         raise InputError(
             f"{setting}: {shared} development problems are test problems too; choose another seed or split for one"
         )
+
+
+def _check_spread(setting: str, sets: Mapping[str, Any], seeds: int) -> None:
+    """Raises ValueError for a problem set without two problems; one set alone needs none where seeds show a spread."""
+    if len(sets) == 1 and seeds > 1:
+        return
+    for data, rows in sets.items():
+        if len({json.dumps(row["prompt"]) for row in rows}) < 2:
+            times = f", {len(rows)} times" if len(rows) > 1 else ""
+            remedy = "raise limit or take it out of data" if len(sets) > 1 else "raise limit, or give more test seeds"
+            raise InputError(
+                f"{setting}: test: {data} has one problem{times}, and an interval over problems needs two: {remedy}"
+            )
