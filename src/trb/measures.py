@@ -22,6 +22,7 @@ from trb.safety.typed_files import Schema
 
 __all__ = [
     "MEASURES",
+    "OUTCOMES",
     "PASS_AT_1",
     "PER_TOKEN",
     "REVERSE_KL",
@@ -39,6 +40,9 @@ __all__ = [
     "token_mean_shares",
     "totals_by_unit",
 ]
+
+OUTCOMES = ("correct", "same_as", "values")
+"""What a score has beside it where it is kept by problem (`Outcomes`)."""
 
 _Z_95 = 1.959963984540054  # two-sided 95% quantile of the standard normal
 

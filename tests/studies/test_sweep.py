@@ -19,6 +19,7 @@ from small_recipes import STUDY, pool_of_this_process
 
 from trb import zoo
 from trb.errors import InputError
+from trb.records import REFERENCE_SCORES
 from trb.report.tables import configuration_text
 from trb.studies import jobs, provenance, sweep, workers
 from trb.studies.material import RunDirectoryError
@@ -100,6 +101,16 @@ def test_outcomes_are_kept_per_problem_and_models_are_not(finished):
         }
         assert all(suite["pass_at_1"] == sum(suite["correct"]) / 3 for suite in suites.values())
         assert not (run / "model").exists() and not (run / "scoring").exists()
+
+
+def test_a_run_begins_with_the_students_scores_and_not_what_is_kept_of_each_problem(finished, tmp_path):
+    path = Reference("chains", "student").path
+    whole = json.loads((finished[0] / path).read_text())
+    for split in whole.values():
+        for suite in split["suites"].values():
+            suite["same_as"] = [0] * len(suite["correct"])
+    REFERENCE_SCORES.write(tmp_path / path, whole)
+    assert jobs._initial_scores(tmp_path, "chains") == jobs._initial_scores(finished[0], "chains")
 
 
 def test_the_test_split_is_scored_after_the_choice_is_on_disk(finished):

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trb.errors import InputError, named
-from trb.measures import PER_TOKEN, pass_at_1_interval
+from trb.measures import OUTCOMES, PER_TOKEN, pass_at_1_interval
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
@@ -96,8 +96,7 @@ class EvalResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON types, one line of evals.jsonl without its step."""
-        lists = ("correct", "same_as", "values")
-        summary = {name: value for name, value in vars(self).items() if name not in lists and value is not None}
+        summary = {name: value for name, value in vars(self).items() if name not in OUTCOMES and value is not None}
         return {**summary, "interval": list(self.interval)}
 
 
