@@ -140,12 +140,14 @@ class Average(Scored):
 
 
 class Method(Scored):
-    """`student_entropy` and what follows it: of models that nothing can score, means over seeds."""
+    """`student_entropy` and what follows it: of models that nothing can score, means over seeds. `steps_per_seed` is
+    there where they differ; curve and area then cover the steps that all seeds have."""
 
     label: Text = ""
     configuration: Options = None
     seeds: Whole = None
     problems: Number = None
+    steps_per_seed: list[Count] | None = None
     per_seed: Numbers = None
     suites: dict[str, Number] | None = None
     difference_to_opd: Difference | None = None

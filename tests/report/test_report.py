@@ -215,6 +215,14 @@ def test_options_that_only_sound_secret_are_shown() -> None:
         (0.0, "number", "0"),
         (0.00001234, "number", "1.23e-5"),
         (12800, "count", "12,800"),
+        # What rounds to zero has no sign, from either side.
+        *((sign * 1e-5, "percent", "0.0%") for sign in (1, -1)),
+        *((sign * 1e-5, "points", "0.0") for sign in (1, -1)),
+        *((sign * 1e-3, "effect", "0.00") for sign in (1, -1)),
+        *((-0.0, kind, "0") for kind in ("number", "count", "change")),
+        (-0.4, "count", "0"),
+        (-0.006, "effect", "\N{MINUS SIGN}0.01"),
+        (0.006, "points", "+0.6"),
     ],
 )
 def test_shown_numbers(value: float | None, kind: Any, text: str) -> None:

@@ -118,6 +118,24 @@ def test_a_run_is_compared_with_its_own_beginning(tmp_path: Path) -> None:
     assert "the difference is not resolved: +0.5 points on the same 400 problems" in said(page_of(run))
 
 
+def test_copies_of_a_problem_are_one_problem() -> None:
+    """In the difference, its interval and the number of changes; a copy that came out otherwise is averaged with it."""
+    rng = random.Random(6)
+    rates = {name: [int(rng.random() < rate) for _ in range(40)] for name, rate in (("a", 0.7), ("b", 0.4))}
+
+    def pair(copies: int) -> outcomes.Paired:
+        names, ones = tuple(map(str, range(40))) * copies, (1,) * 40 * copies
+        suites = {
+            name: (outcomes.Suite("s", Path(), names, ones, tuple(right) * copies),) for name, right in rates.items()
+        }
+        return outcomes.paired(suites, [("a", "b")])[0]
+
+    once, thrice = pair(1), pair(3)
+    assert (thrice.gained, thrice.lost, thrice.problems) == (once.gained, once.lost, 40)
+    assert (thrice.estimate, *thrice.interval) == pytest.approx((once.estimate, *once.interval))
+    assert thrice.p_value == once.p_value
+
+
 def test_a_handful_of_changes_resolves_nothing(tmp_path: Path) -> None:
     """Five changes that all go one way have p = 0.06, though no resample of them falls below zero."""
     directory = comparison(tmp_path / "few", {"student": BEFORE, "trb": changed(BEFORE, up=5), "opd": BEFORE})
@@ -132,10 +150,10 @@ def test_a_handful_of_changes_resolves_nothing(tmp_path: Path) -> None:
 
 def test_equal_models_are_not_told_apart_more_often_than_one_says() -> None:
     """Two models that are equally good, on many draws of 40 problems: the share that is called a difference."""
-    rng, found = random.Random(5), 0
+    rng, found, names = random.Random(5), 0, tuple(map(str, range(40)))
     for _ in range(300):
         suites = [
-            outcomes.Suite("s", Path(), ("x",) * 40, (1,) * 40, tuple(int(rng.random() < 0.3) for _ in range(40)))
+            outcomes.Suite("s", Path(), names, (1,) * 40, tuple(int(rng.random() < 0.3) for _ in range(40)))
             for _ in range(2)
         ]
         (pair,) = outcomes.paired({"a": (suites[0],), "b": (suites[1],)}, [("a", "b")])

@@ -600,6 +600,13 @@ def test_another_probe_in_the_directory_is_refused_or_overwritten(probed: Path, 
     assert not (copy / "rollouts.jsonl").exists()
 
 
+def test_an_infinite_budget_is_part_of_a_probes_settings(tmp_path: Path) -> None:
+    options = {**OPTIONS, "budgets": [], "skd_top_k": [], "truncations": [], "excerpts": 0}
+    probe(small(), tmp_path, kl_budget=math.inf, **options)
+    settings = json.loads((tmp_path / "parts" / "settings.json").read_text())
+    assert settings["kl_budget"] == "Infinity"
+
+
 def test_a_run_directory_is_left_alone(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         (tmp_path / name).write_text("{}\n")

@@ -1,6 +1,7 @@
 """From run directories to study.json: every number from files written by hand, checked by arithmetic done here."""
 
 import json
+import math
 import random
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from trb.records import SELECTION, STUDY
+from trb.report.study import parse_study
+from trb.report.tables import configuration_text, learning_table
 from trb.studies import findings
 from trb.studies.study import Study, Unit
 
@@ -62,10 +66,12 @@ def scores(rng: random.Random, rate: float) -> dict[str, Any]:
     return {"suites": suites}
 
 
-def write_run(run: Path, curve: list[float]) -> None:
+def write_run(run: Path, curve: list[float], last: int | None = None) -> None:
+    steps = [5 * i for i in range(len(curve))]
+    steps[-1] = steps[-1] if last is None else last
     write_lines(
         run / "evals.jsonl",
-        [{"step": 5 * i, "name": name, "pass_at_1": value} for i, value in enumerate(curve) for name in PROBLEMS],
+        [{"step": i, "name": name, "pass_at_1": y} for i, y in zip(steps, curve, strict=True) for name in PROBLEMS],
     )
     write_lines(
         run / "metrics.jsonl",
@@ -96,7 +102,7 @@ def directory(tmp_path: Path) -> Path:
 
 def choose(directory: Path, judged: Study) -> None:
     for setting in judged.settings:
-        write_json(directory / setting / "selection.json", {"methods": findings.selection(judged, directory, setting)})
+        SELECTION.write(directory / setting / SELECTION, {"methods": findings.selection(judged, directory, setting)})
 
 
 def per_seed(directory: Path, method: str) -> list[float]:
@@ -123,6 +129,19 @@ def test_the_earlier_configuration_wins_a_tie(directory):
     for seed in (100, 101):
         write_run(directory / "one" / "select" / "trb" / "0" / f"seed-{seed}", [0.1, 0.5, 0.8])
     assert [row["selected"] for row in findings.selection(study(), directory, "one")["trb"]] == [True, False]
+
+
+def test_configurations_are_told_as_they_ran(directory):
+    """JSON has no number for infinity, and null would be the default; nor is a small number rounded away."""
+    fixed = [{"initial_kl_budget": 0.1, "learning_rate": 1e-9}, {"initial_kl_budget": math.inf, "learning_rate": 1e-9}]
+    judged = study(methods={**METHODS, "fixed": fixed})
+    choose(directory, judged)
+    STUDY.write(directory / STUDY, findings.assemble(judged, directory))
+    told = {"initial_kl_budget": "Infinity", "learning_rate": 1e-9}
+    found = STUDY.read(directory / STUDY)["settings"]["one"]
+    assert found["sweep"]["fixed"][1]["configuration"] == told
+    assert found["methods"]["fixed"]["configuration"] == told
+    assert configuration_text(told) == "initial_kl_budget = Infinity, learning_rate = 1e-09"
 
 
 def test_estimates_are_the_means_of_the_files(directory):
@@ -172,6 +191,106 @@ def test_curves_area_and_steps_to_target(directory):
         "reached": 6,
         "seeds": 6,
     }
+
+
+@pytest.mark.parametrize("longer", [([0.1, 0.2, 0.3, 0.5], None), ([0.1, 0.2, 0.5], 11)])
+def test_seeds_of_unequal_length_are_laid_over_the_steps_that_all_have(directory, longer):
+    """Epochs of seeds whose prompts were dropped: one more evaluation, or the last one at another step."""
+    choose(directory, study())
+    for method in METHODS:
+        for seed in SEEDS:
+            curve, last = longer if seed == 2 else ([0.1, 0.2, 0.4], None)
+            write_run(directory / Unit("one", "test", method, 0, seed).path, curve, last)
+    results = findings.assemble(study(target=0.6), directory)
+    setting = results["settings"]["one"]
+    found, shared = setting["methods"]["opd"], [0, 5, 10] if longer[1] is None else [0, 5]
+    assert found["curve"]["steps"] == shared
+    assert found["curve"]["mean"][:2] == pytest.approx([0.1, 0.2])
+    area = (0.1 + 2 * 0.2 + mean([0.4] * 5 + [0.3])) / 4 if longer[1] is None else 0.15
+    assert found["area"]["estimate"] == pytest.approx(area, abs=1e-6)
+    # Each seed's own last score decides the target, and its own curve when it was reached.
+    assert found["steps_to_target"]["target"] == pytest.approx(0.6 * mean([0.4] * 5 + [0.5]))
+    assert found["steps_to_target"]["reached"] == 6
+    assert found["steps_per_seed"] == [10, 10, 15 if longer[1] is None else 11, 10, 10, 10]
+    assert setting["steps"] == max(found["steps_per_seed"])
+    assert "steps_per_seed" not in results["settings"]["two"]["methods"]["opd"]
+    sentence = f"Seeds took 10 to {setting['steps']} steps; curves and areas cover those that all seeds have."
+    assert sentence in learning_caption(results)
+
+
+def test_curves_with_one_step_in_common_have_no_area(directory):
+    choose(directory, study())
+    for method in METHODS:
+        for seed in SEEDS:
+            write_run(directory / Unit("one", "test", method, 0, seed).path, [0.1, 0.4], 5 + seed)
+    found = findings.assemble(study(), directory)["settings"]["one"]["methods"]["trb"]
+    assert found["curve"]["steps"] == [0]
+    assert found["area"] is None and found["area_difference_to_opd"] is None
+    assert found["steps_to_target"]["reached"] == 6
+
+
+def learning_caption(results: dict[str, Any]) -> str:
+    shown = parse_study(results, Path("nowhere"), "study.json")
+    return learning_table(shown, shown.settings[0]).caption
+
+
+def with_copies(directory: Path, copies: dict[str, list[int]]) -> None:
+    """Every test score of setting one, with the problems at these places of each problem set."""
+    for run in (directory / "one" / "test").glob("*/seed-*"):
+        found = json.loads((run / "test.json").read_text())
+        for name, suite in found["suites"].items():
+            places = copies[name]
+            suite["correct"] = [suite["correct"][place] for place in places]
+            suite["n_problems"] = suite["n_samples"] = len(places)
+            suite["pass_at_1"] = mean(suite["correct"])
+            suite["same_as"] = [places.index(place) for place in places]
+        write_json(run / "test.json", found)
+
+
+def test_problems_that_all_occur_three_times_count_once(directory):
+    choose(directory, study())
+    before = findings.assemble(study(), directory)["settings"]["one"]["methods"]["trb"]
+    with_copies(directory, {name: [*range(count)] * 3 for name, count in PROBLEMS.items()})
+    after = findings.assemble(study(), directory)["settings"]["one"]["methods"]["trb"]
+    assert after["problems"] == before["problems"]
+    assert after["pass_at_1"] == pytest.approx(before["pass_at_1"], abs=2e-6)
+    for one, other in [(before, after), (before["difference_to_opd"], after["difference_to_opd"])]:
+        assert one["interval"] == pytest.approx(other["interval"], abs=2e-6)
+
+
+def test_the_error_over_copies_is_the_jackknife_over_distinct_problems(directory):
+    """Of one seed, and within each problem set: leaving out a problem leaves out all of its copies."""
+    rng = random.Random(8)
+    copies = {name: sorted(rng.choices(range(count), k=2 * count)) for name, count in PROBLEMS.items()}
+    with_copies(directory, copies)
+    choose(directory, study())
+    one = study(seeds={"select": [100, 101], "test": [2]})
+    found = findings.assemble(one, directory)["settings"]["one"]["methods"]["trb"]["difference_to_opd"]
+    variance, means = 0.0, []
+    for name, places in copies.items():
+        scores = [
+            json.loads((directory / "one" / "test" / method / "seed-2" / "test.json").read_text())["suites"][name]
+            for method in ("trb", "opd")
+        ]
+        pairs = [a - b for a, b in zip(*(score["correct"] for score in scores), strict=True)]
+        left = [mean(pair for pair, other in zip(pairs, places, strict=True) if other != place) for place in {*places}]
+        variance += (len(left) - 1) / len(left) * sum((value - mean(left)) ** 2 for value in left)
+        means.append(mean(pairs))
+    assert found["estimate"] == pytest.approx(mean(means), abs=1e-6)
+    # The jackknife and the linearised ratio differ by terms of the order 1 / problems.
+    assert found["standard_error"] == pytest.approx(variance**0.5 / 2, rel=0.06)
+
+
+def test_a_study_that_an_older_version_began_is_told_its_copies_by_a_newer_seed(directory):
+    choose(directory, study())
+    with_copies(directory, {name: [*range(count)] * 2 for name, count in PROBLEMS.items()})
+    whole = findings.assemble(study(), directory)["settings"]
+    older = directory / Unit("one", "test", "opd", 0, 0).path / "test.json"
+    scores = json.loads(older.read_text())
+    for suite in scores["suites"].values():
+        del suite["same_as"]
+    write_json(older, scores)
+    assert findings.assemble(study(), directory)["settings"] == whole
 
 
 def test_bands_of_scores_stay_between_0_and_1(directory):

@@ -191,6 +191,26 @@ def test_p_value_is_never_zero_and_one_without_any_difference() -> None:
     assert paired_difference(ones, ones).p_value == 1.0
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 7, 10]), st.integers(-1, 1), st.sampled_from([1, 40]))
+def test_rounding_errors_are_no_difference(seed: int, parts: int, shift: int, most: int) -> None:
+    """Scores in thirds and the like, summed in another order: in fractions every seed has the very same difference."""
+    rng = np.random.default_rng(seed)
+    seeds, problems = int(rng.integers(3, 6)), int(rng.integers(3, 12))
+    counts = rng.integers(0, most + 1, problems)
+    first = np.stack([rng.permutation(counts) + shift for _ in range(seeds)]) / parts
+    second = np.stack([rng.permutation(counts) for _ in range(seeds)]) / parts
+    # As a score over all problems, and as the area under a curve: one number for each seed.
+    for a, b in ((first, second), (first.mean(axis=1)[:, None], second.mean(axis=1)[:, None])):
+        found = paired_difference(a, b, resamples=200)
+        assert found.effect_size is None
+        assert math.isclose(found.value, shift / parts, rel_tol=1e-12)
+        if shift == 0:
+            assert found.value == 0 and found.p_value == 1.0
+        elif b.shape[1] == 1:
+            assert found.interval == (found.value, found.value) and found.standard_error == 0
+
+
 def test_interval_and_p_value_agree() -> None:
     """Zero is inside the interval of level 1 - p, just: slightly wider includes it, slightly narrower does not.
 

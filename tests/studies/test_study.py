@@ -1,11 +1,13 @@
 """Studies: what their files may say, which runs they ask for, and that the runs of a seed differ in nothing else."""
 
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
 from trb.errors import InputError
+from trb.studies.shipped import recipe_names
 from trb.studies.study import Study, Unit, load_study
 from trb.studies.yaml_files import ConfigError
 
@@ -65,6 +67,11 @@ def test_a_study_is_repeated_on_fresh_seeds(tmp_path):
     assert study.part(seeds=range(8, 11)).seeds.test == [8, 9, 10]
     with pytest.raises(ValueError, match="seed 7 is used for selection and for the test"):
         study.part(seeds=range(6, 9))
+    # What the refusal of more seeds than there are suggests is free, also of seeds that select.
+    many = load_study(written(tmp_path, seeds={"select": [12], "test": [3, 5]}))
+    with pytest.raises(ValueError, match=r"a range like 13-20 names others"):
+        many.part(seeds=3)
+    assert many.part(seeds=range(13, 21)).seeds.test == [*range(13, 21)]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,7 @@ def test_a_study_is_repeated_on_fresh_seeds(tmp_path):
         (["opd", "tbr"], None, r"small has no method 'tbr'; did you mean 'trb'"),
         (["trb"], None, r"methods lacks opd"),
         (None, 0, r"seeds is 0; small has 2 test seeds"),
-        (None, 3, r"seeds is 3; small has 2 test seeds, and a range like 2-9 names others"),
+        (None, 3, r"seeds is 3; small has 2 test seeds, and a range like 8-15 names others"),
     ],
 )
 def test_a_part_that_is_none(tmp_path, methods, seeds, complaint):
@@ -99,8 +106,11 @@ def test_a_seed_decides_prompts_order_and_noise_but_not_the_problems(tmp_path):
     assert (first["eval_data"], first["eval_limit"], first["eval_seed"]) == (["zoo:chains"], 32, 1)
 
 
-def test_a_written_study_reads_back_the_same(tmp_path):
-    study = load_study(written(tmp_path))
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e-05, "1e5", "no"])
+def test_a_written_study_reads_back_the_same(tmp_path, value):
+    """Infinite numbers stay what they are, as does text that looks like something else to one version of YAML."""
+    own = {"options": {"value": value}}
+    study = Study.model_validate({**STUDY, "recipe": {**STUDY["recipe"], "chat_template_kwargs": own}})
     again = tmp_path / "again.yaml"
     again.write_text(study.to_yaml())
     assert load_study(again) == study
@@ -119,13 +129,61 @@ def test_a_written_study_reads_back_the_same(tmp_path):
         ({"seeds": {"select": [0], "test": 2}}, "seed 0 is used for selection and for the test"),
         ({"seeds": {"select": [7], "test": [1, 1]}}, "test names a seed twice"),
         ({"seeds": {"select": [7], "test": 0}}, "seeds.test"),
-        ({"recipe": {**STUDY["recipe"], "seed": 3}}, "recipe sets seed"),
+        ({"recipe": {**STUDY["recipe"], "seed": 3}}, "recipe sets seed, .*: write it under seeds"),
+        (
+            {"recipe": {**STUDY["recipe"], "eval_split": "train"}},
+            "recipe sets eval_split, .*: write split under dev",
+        ),
+        ({"methods": {"opd": [{"seed": 77}]}}, "methods: opd sets seed, .*: write it under seeds"),
+        ({"methods": {"opd": [{"train_seed": 77}]}}, "methods: opd sets train_seed, .*: write it under seeds"),
+        ({"methods": {"opd": [{"eval_limit": 9}]}}, "methods: opd sets eval_limit, .*: write limit under dev"),
+        ({"methods": {"opd": {"save_final_model": [False]}}}, "methods: opd sets save_final_model, .*: leave it out"),
+        (
+            {"methods": {"opd": [{"methods": {"trb": {}}}]}},
+            "methods: opd sets methods, .*: write it under methods",
+        ),
+        (
+            {"methods": {"opd": [{}], "trb": [{"student": "zoo:teacher"}]}},
+            "methods: trb sets student, which all methods of a setting share: set it in its recipe",
+        ),
+        *(
+            ({"methods": {"opd": [{key: value}]}}, f"methods: opd sets {key}, which all methods of a setting share")
+            for key, value in {
+                "teacher": "zoo:student",
+                "teachers": {"a": "zoo:teacher"},
+                "train_data": "zoo:clock",
+                "train_limit": 8,
+                "overlong_prompts": "drop",
+                "eval_temperature": 0.5,
+                "shuffle_dataset": False,
+            }.items()
+        ),
+        (
+            {"settings": {"chains": {**STUDY["settings"]["chains"], "methods": {"trb": [{"eval_seed": 3}]}}}},
+            "chains: methods: trb sets eval_seed, .*: write seed under dev and test",
+        ),
         ({"select_by": "luck"}, "select_by"),
+        (
+            {"settings": {"chains": {**STUDY["settings"]["chains"], "test": {"data": []}}}},
+            "settings.chains.test.data: .* at least 1",
+        ),
     ],
 )
 def test_what_a_study_cannot_say_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_study(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("studies/")])
+def test_the_studies_of_the_package_say_nothing_in_vain(name):
+    assert load_study(name).name
+
+
+def test_what_a_method_may_have_of_its_own(tmp_path):
+    own = {"lora_rank": 2, "prompts_per_step": 8, "eval_every": 2, "temperature": 0.9}
+    study = load_study(written(tmp_path, methods={"opd": [own]}))
+    recipe = study.recipe_of(Unit("chains", "test", "opd", 0, 0))
+    assert (recipe.run.lora_rank, recipe.training["temperature"]) == (2, 0.9)
 
 
 def test_unequal_families_need_the_study_to_say_so(tmp_path):

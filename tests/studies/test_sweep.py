@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from conftest import held_by_another, student_stopping_as_the_teacher
 from small_recipes import STUDY, pool_of_this_process
 
 from trb import zoo
+from trb.errors import InputError
+from trb.records import REFERENCE_SCORES
+from trb.report.tables import configuration_text
 from trb.studies import jobs, provenance, sweep, workers
 from trb.studies.material import RunDirectoryError
-from trb.studies.study import ROLES, Reference, Study
+from trb.studies.recipe import load_recipe
+from trb.studies.study import ROLES, Reference, Study, Unit
 from trb.studies.sweep import StudyListener, run_study
 from trb.studies.workers import StudyError, default_workers
 from trb.studies.yaml_files import ConfigError
@@ -69,13 +75,19 @@ def test_a_study_runs_to_its_end(finished):
 
 
 def test_any_pair_of_a_behavior_and_a_loss_is_swept(here: None, tmp_path: Path) -> None:
-    methods = {"opd": [{}], "iw": {"iw_gamma": [0.25, 1.0]}, "both": [{"method": "trb", "loss": "eopd"}]}
+    both = {"method": "trb", "loss": "eopd", "initial_kl_budget": math.inf}
+    methods = {"opd": [{}], "iw": {"iw_gamma": [0.25, 1.0]}, "both": [both]}
     diary, recipe = Diary(), {**STUDY["recipe"], "max_steps": 1}
     run_study(study(methods=methods, recipe=recipe), tmp_path, workers=1, listener=diary)
     assert diary.phases == [("references", 0, 2), ("selection", 0, 4), ("test", 0, 3)]
     results = json.loads((tmp_path / "study.json").read_text())["settings"]["chains"]
     assert list(results["methods"]) == ["opd", "iw", "both"]
     assert sorted(row["configuration"]["iw_gamma"] for row in results["sweep"]["iw"]) == [0.25, 1.0]
+    # Infinity is trained, and no default in its place.
+    run = Unit("chains", "test", "both", 0, 0)
+    assert load_recipe(tmp_path / run.path / "config.yaml").training["initial_kl_budget"] == math.inf
+    assert configuration_text(results["methods"]["both"]["configuration"]).endswith("initial_kl_budget = Infinity")
+    assert run_study(study(methods=methods, recipe=recipe), tmp_path, listener=(again := Diary())) and not again.runs
 
 
 def test_outcomes_are_kept_per_problem_and_models_are_not(finished):
@@ -89,6 +101,16 @@ def test_outcomes_are_kept_per_problem_and_models_are_not(finished):
         }
         assert all(suite["pass_at_1"] == sum(suite["correct"]) / 3 for suite in suites.values())
         assert not (run / "model").exists() and not (run / "scoring").exists()
+
+
+def test_a_run_begins_with_the_students_scores_and_not_what_is_kept_of_each_problem(finished, tmp_path):
+    path = Reference("chains", "student").path
+    whole = json.loads((finished[0] / path).read_text())
+    for split in whole.values():
+        for suite in split["suites"].values():
+            suite["same_as"] = [0] * len(suite["correct"])
+    REFERENCE_SCORES.write(tmp_path / path, whole)
+    assert jobs._initial_scores(tmp_path, "chains") == jobs._initial_scores(finished[0], "chains")
 
 
 def test_the_test_split_is_scored_after_the_choice_is_on_disk(finished):
@@ -125,6 +147,20 @@ def test_another_study_in_the_directory_is_refused(finished):
         run_study(study(recipe={**STUDY["recipe"], "max_steps": 3}), directory)
     with pytest.raises(RunDirectoryError, match="other seeds"):
         run_study(study(seeds={"select": [100], "test": [5]}), directory)
+
+
+def test_what_an_older_version_took_in_vain_keeps_no_study_from_going_on(finished, here, tmp_path):
+    directory, diary = Path(shutil.copytree(finished[0], tmp_path / "study")), Diary()
+    there = yaml.safe_load((directory / "study.yaml").read_text())
+    there["recipe"]["eval_split"] = "train"
+    there["methods"]["opd"][0] |= {"seed": 77, "train_seed": 77, "eval_limit": 1, "save_final_model": True}
+    (directory / "study.yaml").write_text(yaml.safe_dump(there))
+    run_study(study(), directory, workers=1, listener=diary)
+    assert diary.runs == []
+    there["recipe"]["max_steps"] = 3
+    (directory / "study.yaml").write_text(yaml.safe_dump(there))
+    with pytest.raises(RunDirectoryError, match=r"other recipe: max_steps is 3 there and 2 here"):
+        run_study(study(), directory)
 
 
 def test_damaged_results_of_a_study_are_made_again(finished, here, tmp_path, caplog):
@@ -171,6 +207,40 @@ def test_a_file_inside_a_study_that_is_refused_is_named_itself(tmp_path, monkeyp
     with pytest.raises(error) as caught:
         run_study(Study.model_validate(STUDY), tmp_path)
     assert caught.value.filename == refused
+
+
+@pytest.mark.parametrize(
+    ("test", "seeds", "message"),
+    [
+        ({"data": "zoo:chains", "limit": 1, "seed": 2}, 1, "test: zoo:chains has one problem.*limit.*test seeds"),
+        ({"data": "zoo:chains", "limit": 1, "seed": 2}, 2, None),
+        (
+            {"data": ["zoo:chains?operands=3", "zoo:chains?operands=5"], "limit": 1, "seed": 2},
+            2,
+            r"chains: test: zoo:chains\?operands=3 has one problem",
+        ),
+        ({"data": "COPIES"}, 1, "has one problem, 3 times"),
+    ],
+)
+def test_too_few_test_problems_for_an_interval_are_refused_before_training(here, tmp_path, test, seeds, message):
+    copies = tmp_path / "copies.jsonl"
+    copies.write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 3)
+    if test["data"] == "COPIES":
+        test = {**test, "data": str(copies)}
+    asked = study(
+        settings={"chains": {**STUDY["settings"]["chains"], "test": test}},
+        seeds={"select": [100], "test": seeds},
+        methods={"opd": [{}]},
+        recipe={**STUDY["recipe"], "max_steps": 1},
+    )
+    directory = tmp_path / "study"
+    if message is None:
+        run_study(asked, directory, workers=1)
+        assert (directory / "study.json").exists()
+        return
+    with pytest.raises(InputError, match=message):
+        run_study(asked, directory, workers=1)
+    assert not directory.exists()
 
 
 def test_development_problems_among_the_test_problems_are_refused(tmp_path):

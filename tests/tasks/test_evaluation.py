@@ -21,9 +21,10 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trb import zoo
+from trb.measures import pass_at_1_interval
 from trb.policies import StudentPolicy
 from trb.sampling import Rollout, prompt_key, stream_seed
-from trb.tasks.evaluation import BENCHMARKS, EvalResult, evaluate, load_benchmark, pass_at_1_interval
+from trb.tasks.evaluation import BENCHMARKS, EvalResult, evaluate, load_benchmark
 from trb.tasks.grading import VERIFIERS, Verifier
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT, load_prompts, render
 from trb.vocab import SharedVocabulary
@@ -261,6 +262,42 @@ def test_interval_coverage(size: int, n: int, a: float, b: float) -> None:
         naive += abs(rate - truth) <= 1.96 * math.sqrt(rate * (1 - rate) / (n * size))
     assert abs(covered / 1500 - 0.95) < 0.025
     assert (abs(naive / 1500 - 0.95) < 0.025) == (n == 1)
+
+
+def test_interval_over_copies_of_problems_is_over_the_distinct_ones() -> None:
+    counts = [0, 3, 8, 8, 1, 5, 0, 2, 7, 8, 4, 6]
+    twice = pass_at_1_interval(counts * 2, 8, [*range(12)] * 2)
+    assert twice == pytest.approx(pass_at_1_interval(counts, 8))
+    assert pass_at_1_interval(counts, 8, range(12)) == pass_at_1_interval(counts, 8)
+    assert pass_at_1_interval([8] * 9, 8, [0, 0, 0, 0, 1, 2, 3, 3, 4])[1] == 1.0
+
+
+def test_interval_coverage_with_copies() -> None:
+    """60 distinct problems, a fifth of them five times; copies get the same answers, as the same noise draws them.
+
+    Coverage is within 2.5 points of 95%, and counting copies as problems must fail that.
+    """
+    rng = np.random.default_rng(12)
+    which = np.repeat(np.arange(60), np.where(np.arange(60) < 12, 5, 1))
+    covered = naive = 0
+    for _ in range(1500):
+        counts = rng.binomial(8, rng.beta(1, 1, 60))[which].tolist()
+        for units in (which.tolist(), None):
+            low, high = pass_at_1_interval(counts, 8, units)
+            covered += (units is not None) * (low <= 0.5 <= high)
+            naive += (units is None) * (low <= 0.5 <= high)
+    assert abs(covered / 1500 - 0.95) < 0.025 < abs(naive / 1500 - 0.95)
+
+
+def test_copies_of_a_problem_are_told_and_count_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    plain = run(tokenizer)
+    assert plain.same_as == [] and plain.outcomes == {"correct": plain.correct}
+    twice = run(tokenizer, problems=problems(7) * 2, results_path=tmp_path / "results.jsonl")
+    assert twice.interval == pytest.approx(plain.interval)
+    assert (twice.pass_at_1, twice.n_problems) == (plain.pass_at_1, 14)
+    assert twice.outcomes == {"correct": plain.correct * 2, "same_as": [*range(7)] * 2}
+    assert "same_as" not in twice.to_dict()
+    assert run(tokenizer, problems=problems(7) * 2, results_path=tmp_path / "results.jsonl") == twice
 
 
 # --- results files ---------------------------------------------------------------------------------------

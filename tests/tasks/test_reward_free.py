@@ -108,6 +108,20 @@ def test_shares_average_to_the_ratio_and_turns_of_one_conversation_count_once() 
         token_mean(turns[::2])
 
 
+def test_a_prompt_that_occurs_several_times_counts_once() -> None:
+    def record(place: int, prompt: str, kl: float) -> dict:
+        return {"problem": place, "prompt_hash": prompt, "conversation": "", "lengths": [2, 3], "reverse_kl": kl}
+
+    own = [record(place, str(place), kl) for place, kl in enumerate((0.5, 1.5, 4.0))]
+    copied = [record(place, str(place % 3), own[place % 3]["reverse_kl"]) for place in range(6)]
+    value, interval, shares = token_mean(copied)
+    assert value == token_mean(own)[0] and interval == pytest.approx(token_mean(own)[1]) and len(shares) == 3
+    with pytest.raises(ValueError, match=r"eval has .* one prompt several times"):
+        check_problems(
+            STUDENT, TOKENIZER, [{**ROWS[0], "metadata": "{}"}] * 3, n=1, max_new_tokens=8, judge=Judge(TEACHER, PAIR)
+        )
+
+
 def test_one_conversation_is_refused_before_anything_is_sampled() -> None:
     rows = [{**row, "metadata": json.dumps({"conversation": "a"})} for row in ROWS[:3]]
     with pytest.raises(ValueError, match=r"eval has problems of one conversation alone.* raise limit"):

@@ -80,7 +80,7 @@ def score_table(results: Mapping[str, Any], *, gain: bool = True) -> Any:
             _number(value, measure),
             "" if interval is None else " to ".join(_number(end, measure) for end in interval),
             *([_number(value - start, measure, "+") if is_method else ""] if gain else []),
-            *("" if score.get(key) is None else f"{score[key]:.3f}" for key in more),
+            *("" if score.get(key) is None else f"{score[key]:z.3f}" for key in more),
             f"{score['mean_length']:.0f}" if "mean_length" in score else "",
             _percent(score.get("stop_rate")),
         ]
@@ -182,12 +182,14 @@ def _caption(measure: "Measure") -> str | None:
 
 def _number(value: float | None, measure: "Measure", sign: str = "", more: int = 0) -> str:
     """A score as a column of its measure has it, or with more digits."""
+    from trb.measures import decimals
+
     digits = (1 if measure.format == "percent" else 3) + more
-    return "" if value is None else f"{measure.scale * value:{sign}.{digits}f}"
+    return "" if value is None else decimals(measure.scale * value, digits, sign)
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+    return "" if value is None else f"{100 * value:z.1f}"
 
 
 def print_keys() -> None:
@@ -266,7 +268,7 @@ def _columns() -> list[Any]:
 
 def _numbers(logs: Mapping[str, Any]) -> str:
     """Loss, reward and budget, as far as they are known."""
-    shown = (("loss", "loss", ".3f"), ("reward", "trb/reward", ".2f"), ("budget", "trb/kl_budget", ".3g"))
+    shown = (("loss", "loss", "z.3f"), ("reward", "trb/reward", "z.2f"), ("budget", "trb/kl_budget", ".3g"))
     return "  ".join(f"{label} {logs[key]:{form}}" for label, key, form in shown if logs.get(key) is not None)
 
 

@@ -21,6 +21,7 @@ from trb.measures import (
     Measure,
     RunScore,
     Score,
+    shares_by_unit,
     token_mean_shares,
     totals_by_unit,
 )
@@ -161,15 +162,19 @@ def same_problems(first: Outcomes, second: Outcomes) -> bool:
 
 def _difference(outcomes: Mapping[str, Outcomes], first: str, second: str) -> Paired | None:
     a, b = outcomes.get(first), outcomes.get(second)
-    if a is None or b is None or not same_problems(a, b) or min(len(suite.problems) for suite in a) < 2:
+    if a is None or b is None or not same_problems(a, b) or min(len({*suite.problems}) for suite in a) < 2:
         return None
-    rates, others = ([rate for suite in suites for rate in suite.rates] for suites in (a, b))
-    strata = [place for place, suite in enumerate(a) for _ in suite.problems]
+    rates, others = (
+        [rate for suite in suites for rate in shares_by_unit(suite.rates, suite.problems)] for suites in (a, b)
+    )
+    strata = [place for place, suite in enumerate(a) for _ in {*suite.problems}]
     resamples = max(_FEWEST_RESAMPLES, min(_MOST_RESAMPLES, _DRAWS // len(rates)))
     found = paired_difference([rates], [others], strata_P=strata, resamples=resamples)
     measure = a[0].measure
-    own, theirs = ([value for suite in suites for value in suite.own] for suites in (a, b))
-    changes = [measure.sign * (x - y) for x, y in zip(own, theirs, strict=True)]
+    changes: dict[tuple[str, str], float] = {}
+    for mine, other in zip(a, b, strict=True):
+        for problem, x, y in zip(mine.problems, mine.own, other.own, strict=True):
+            changes[mine.name, problem] = changes.get((mine.name, problem), 0.0) + measure.sign * (x - y)
     return Paired(
         first,
         second,
@@ -177,8 +182,8 @@ def _difference(outcomes: Mapping[str, Outcomes], first: str, second: str) -> Pa
         found.interval,
         1.0 if found.p_value is None else found.p_value,
         len(rates),
-        gained=sum(change > 0 for change in changes),
-        lost=sum(change < 0 for change in changes),
+        gained=sum(change > 0 for change in changes.values()),
+        lost=sum(change < 0 for change in changes.values()),
         measure=measure,
     )
 
@@ -229,7 +234,8 @@ def _read_suite(path: Path, notes: list[str]) -> Suite | None:
             found.append(problem)
     if not found or len(found) != size:
         return None
-    hashes, samples = tuple(one.prompt_hash for one in found), tuple(one.n for one in found)
+    hashes = tuple(one.prompt_hash or f"#{one.problem}" for one in found)
+    samples = tuple(one.n for one in found)
     if all(one.reverse_kl is None for one in found):
         return Suite(name, path, hashes, samples, tuple(one.correct for one in found))
     known = [one.model_dump() for one in found if one.reverse_kl is not None and one.lengths]
@@ -238,10 +244,8 @@ def _read_suite(path: Path, notes: list[str]) -> Suite | None:
     units, totals, tokens = totals_by_unit(known, REVERSE_KL.key)
     if not all(tokens):
         return None
-    names = dict(zip((f"#{one.problem}" for one in found), hashes, strict=False))
-    problems = tuple(names.get(unit, unit) for unit in units)
     means = tuple(total / count for total, count in zip(totals, tokens, strict=True))
-    return Suite(name, path, problems, samples, (), tuple(token_mean_shares(totals, tokens).tolist()), means)
+    return Suite(name, path, tuple(units), samples, (), tuple(token_mean_shares(totals, tokens).tolist()), means)
 
 
 def read_problems(path: Path, notes: list[str]) -> Iterable[Problem]:

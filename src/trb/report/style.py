@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from trb.measures import decimals
 from trb.safety.untrusted import printable
 from trb.training.methods import METHODS
 
@@ -60,22 +61,21 @@ def show(value: float | None, kind: Format = "number") -> str:
     if value is None:
         return "–"
     if kind == "percent":
-        return f"{100 * value:.1f}%".replace("-", MINUS)
+        return f"{decimals(100 * value, 1)}%".replace("-", MINUS)
     if kind == "points":
-        text = f"{100 * value:+.1f}"
-        return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+        return decimals(100 * value, 1, "+").replace("-", MINUS)
     if kind == "change":
         return "0" if value == 0 else f"{'+' if value > 0 else MINUS}{show(float(f'{abs(value):.3g}'))}"
     if kind == "p":
         return "< 0.001" if value < 0.001 else f"{value:.3f}"
     if kind == "effect":
-        return f"{value:.2f}".replace("-", MINUS)
+        return decimals(value, 2).replace("-", MINUS)
     if kind == "count":
-        return f"{value:,.0f}"
+        return decimals(value, 0)
     if value != 0 and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    return f"{float(f'{value:.4g}'):,.10g}"
+    return f"{float(f'{value:.4g}'):z,.10g}"
 
 
 def show_range(interval: tuple[float, float] | None, kind: Format = "number") -> str:

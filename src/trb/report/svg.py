@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trb.measures import PASS_AT_1, Measure, Scored
+from trb.measures import PASS_AT_1, Measure, Scored, decimals
 from trb.report.panels import Axis, Panel, Series, Values, smoothed, thinned
 from trb.report.style import DASHES, MARKERS, MINUS, Format, show
 
@@ -310,11 +310,11 @@ def _labelled(low: float, high: float, least: int, kind: Format) -> list[tuple[f
     gap = values[1] - values[0]
     share = kind in ("percent", "points")
     if not share and gap < 1e-4:
-        return [(v, f"{v:g}".replace("e-0", "e-")) for v in values]
+        return [(v, f"{v:zg}".replace("e-0", "e-")) for v in values]
     unit, sign = 100 if share else 1, "%" if kind == "percent" else ""
     digits = max(0, -math.floor(math.log10(gap * unit) + 1e-9))
     plus = "+" if kind in ("points", "change") else ""
-    texts = [f"{v * unit:{plus if v else ''},.{digits}f}{sign}".replace("-", MINUS) for v in values]
+    texts = [f"{decimals(v * unit, digits, plus)}{sign}".replace("-", MINUS) for v in values]
     return list(zip(values, texts, strict=True))
 
 

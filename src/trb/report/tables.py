@@ -244,6 +244,7 @@ def learning_table(study: Study, setting: Setting) -> Table:
     caption = (
         f"{setting.title}: mean {setting.measure.title} over training (area under the development curve) with "
         f"{study.interval_name}s, and the median step at which {goal} was first reached; {seeds_of(methods.values())}."
+        f"{uneven_steps(methods.values())}"
     )
     header = ("Method", "Area", "Difference to OPD", f"Steps to {goal}", "Seeds that reached it")
     return Table(f"learning-{slug(setting.name)}", caption, header, rows)
@@ -297,6 +298,14 @@ def configuration_text(configuration: Mapping[str, Any] | None) -> str:
 def seeds_of(methods: Iterable[Method]) -> str:
     """ "20 seeds", or "3 to 20 seeds" where methods differ."""
     return spanned(method.seeds for method in methods)
+
+
+def uneven_steps(methods: Iterable[Method]) -> str:
+    """A sentence, after a space, where the seeds of a method took different numbers of steps; else empty."""
+    steps = sorted({step for method in methods for step in method.steps_per_seed or ()})
+    if not steps:
+        return ""
+    return f" Seeds took {_span(steps)} steps; curves and areas cover those that all seeds have."
 
 
 def spanned(seeds: Iterable[int | None]) -> str:

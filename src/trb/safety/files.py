@@ -25,6 +25,7 @@ __all__ = [
     "exclusive",
     "finite",
     "flush",
+    "json_types",
     "make_folder",
     "remove",
     "remove_unfinished",
@@ -105,6 +106,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def json_types(value: Any) -> Any:
+    """`value` as it is read from JSON, with text for every infinity and NaN inside it: null would be another value."""
+    return json.loads(json.dumps(value), parse_constant=str)
 
 
 # What `write_bytes` writes beside a file before it takes its place.

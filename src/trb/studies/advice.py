@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trb.measures import decimals
 from trb.policies import BehaviorPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
 from trb.studies.diagnostics import budget_curve
 from trb.studies.subject import Subject
@@ -99,20 +100,20 @@ def advise(found: Mapping[str, Any], table: Mapping[str, Any] | None = None) -> 
 def _transfer_sentences(found: Mapping[str, Any]) -> list[str]:
     student, blend = (found["transfer"]["policies"][name] for name in ("student", "blend"))
     sentences = [
-        f"A step on the student's own rollouts lowers the loss on the teacher's prefixes by {student['transfer']:.2f} "
-        f"of what a step on those would (blended: {blend['transfer']:.2f}), and goes in a direction whose cosine with "
+        f"A step on the student's own rollouts lowers the loss on the teacher's prefixes by {student['transfer']:z.2f} "
+        f"of what a step on those would (blended: {blend['transfer']:z.2f}), and goes in a direction whose cosine with "
         f"theirs is {_shown(student['cosine'])} (blended: {_shown(blend['cosine'])})."
     ]
     if found["transfer"]["agreement"] < _NOISY:
         sentences.append(
-            f"The teacher's gradients from two halves of the problems agree by {found['transfer']['agreement']:.2f} "
+            f"The teacher's gradients from two halves of the problems agree by {found['transfer']['agreement']:z.2f} "
             "only: these numbers are mostly noise, probe more problems."
         )
     return sentences
 
 
 def _shown(cosine: float | None) -> str:
-    return "not to be told from noise" if cosine is None else f"{cosine:.2f}"
+    return "not to be told from noise" if cosine is None else f"{cosine:z.2f}"
 
 
 def _foretold(cosine: float | None, table: Mapping[str, Any], gain: float, error: float) -> list[str]:
@@ -120,11 +121,11 @@ def _foretold(cosine: float | None, table: Mapping[str, Any], gain: float, error
         return []
     known = [point["cosine"] for point in table["points"]]
     sentences = [
-        f"On {len(known)} pairs of a setting built to study this, such a cosine went with {gain:+.1f} points of pass@1 "
-        f"for blending (off by {error:.1f} on a pair left out)."
+        f"On {len(known)} pairs of a setting built to study this, such a cosine went with {decimals(gain, 1, '+')} "
+        f"points of pass@1 for blending (off by {error:.1f} on a pair left out)."
     ]
     if not min(known) <= cosine <= max(known):
-        sentences.append(f"Those pairs had cosines from {min(known):.2f} to {max(known):.2f}: this is outside.")
+        sentences.append(f"Those pairs had cosines from {min(known):z.2f} to {max(known):z.2f}: this is outside.")
     return sentences
 
 
@@ -134,8 +135,8 @@ def _cost_sentences(found: Mapping[str, Any]) -> list[str]:
     return [
         f"At {found['sequence_kl_budget']:g} nats a completion ({found['kl_budget']:.2g} a token) "
         f"{100 * kept:.0f}% of the student's drafts are kept, so the teacher reads {_tokens_kept(kept)} at a time.",
-        f"Blended rollouts there: teacher's log-probability {student['teacher_log_prob']['value']:.2f} -> "
-        f"{blend['teacher_log_prob']['value']:.2f} nats a token, solved {100 * student['reward']['value']:.1f}% -> "
+        f"Blended rollouts there: teacher's log-probability {student['teacher_log_prob']['value']:z.2f} -> "
+        f"{blend['teacher_log_prob']['value']:z.2f} nats a token, solved {100 * student['reward']['value']:.1f}% -> "
         f"{100 * blend['reward']['value']:.1f}% (teacher {100 * found['teacher_reward']:.1f}%).",
     ]
 

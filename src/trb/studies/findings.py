@@ -9,6 +9,7 @@ Left out on purpose: drawing (`trb.report`), and the statistics themselves (`trb
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trb.measures import MEASURES, PASS_AT_1, PER_TOKEN, Measure, measure_of
+from trb.measures import MEASURES, PASS_AT_1, PER_TOKEN, Measure, measure_of, shares_by_unit
 from trb.records import EVALS, METRICS, PROBE, PROBE_FOLDER, PROVENANCE, REFERENCE_SCORES, SELECTION, TEST
+from trb.safety.files import json_types
 from trb.studies.scores import mean_of_suites
 from trb.studies.statistics import (
     Estimate,
@@ -100,7 +102,7 @@ def selection(study: Study, directory: str | Path, setting: str) -> dict[str, li
             last = [scores[-1] for _, scores in curves]
             rows.append(
                 {
-                    "configuration": configuration,
+                    "configuration": json_types(configuration),
                     "score": math.fsum(ranked) / len(ranked),
                     measure.key: math.fsum(last) / len(last),
                     "per_seed": last,
@@ -144,7 +146,8 @@ def _setting(study: Study, directory: Path, name: str) -> dict[str, Any]:
         shown["sweep"] = SELECTION.read(chosen)["methods"]
     if seeds:
         shown["methods"] = _methods(study, directory, name, seeds, shown["sweep"], measure)
-        shown["steps"] = shown["methods"][BASELINE]["curve"]["steps"][-1]
+        found = shown["methods"][BASELINE]
+        shown["steps"] = max(found.get("steps_per_seed", found["curve"]["steps"]))
     return shown
 
 
@@ -172,21 +175,19 @@ def _methods(
     study: Study, directory: Path, setting: str, seeds: Sequence[int], sweep: Mapping[str, Any], measure: Measure
 ) -> dict[str, Any]:
     tables, strata, suites = _outcomes(study, directory, setting, seeds)
-    curves = {method: _curves(directory, setting, method, seeds, measure) for method in study.methods}
+    curves = {method: _Curves.read(directory, setting, method, seeds, measure) for method in study.methods}
     # Where less is better, the target is as far above the end as it would be below it.
-    target = study.target**measure.sign * float(curves[BASELINE][1][:, -1].mean())
-    # A problem's share in a mean over tokens may lie outside of what the mean can be.
-    bounds = measure.bounds if measure is PASS_AT_1 else None
+    target = study.target**measure.sign * curves[BASELINE].mean_of_ends
     differences = _differences(study, tables, strata)
-    areas = {method: area_under_curve(*curves[method])[:, None] for method in study.methods}
     options: dict[str, Any] = {"resamples": study.resamples, "level": study.level}
+    areas = _areas(curves, options)
     found = {}
     for method, configurations in study.choices(setting).items():
-        estimate = mean_estimate(tables[method], strata_P=strata, bounds=bounds, **options)
+        estimate = mean_estimate(tables[method], strata_P=strata, **options)
         means = _suite_means(tables[method], strata)
         selected = next((i for i, row in enumerate(sweep.get(method, ())) if row["selected"]), 0)
         found[method] = {
-            "configuration": configurations[selected],
+            "configuration": json_types(configurations[selected]),
             "seeds": len(seeds),
             "problems": tables[method].shape[1],
             measure.key: estimate.value,
@@ -195,14 +196,10 @@ def _methods(
             "suites": dict(zip(suites, means.mean(axis=0).tolist(), strict=True)),
             "difference_to_opd": None if method == BASELINE else differences[method][BASELINE],
             "differences": differences[method],
-            "curve": _band(*curves[method], study.level, bounds=measure.bounds),
-            "area": _shown(mean_estimate(areas[method], **options)) if len(seeds) > 1 else None,
-            "area_difference_to_opd": (
-                _shown(paired_difference(areas[method], areas[BASELINE], **options))
-                if method != BASELINE and len(seeds) > 1
-                else None
-            ),
-            "steps_to_target": _to_target(*curves[method], target, measure),
+            "curve": _band(curves[method].steps, curves[method].scores, study.level, bounds=measure.bounds),
+            **areas[method],
+            "steps_to_target": _to_target(curves[method].each, target, measure),
+            **({} if curves[method].even else {"steps_per_seed": curves[method].ends}),
             "metrics": _metrics(directory, setting, method, seeds, study.level),
             **_described(directory, setting, method, seeds, measure),
         }
@@ -221,23 +218,26 @@ def _described(directory: Path, setting: str, method: str, seeds: Sequence[int],
 def _outcomes(
     study: Study, directory: Path, setting: str, seeds: Sequence[int]
 ) -> tuple[dict[str, Floats], NDArray[np.intp], list[str]]:
-    """Per method [seeds, problems] shares of right answers, or in the mean over tokens, problems of all suites in a
-    row; each problem's suite; and the suites' names."""
-    tables = {}
-    for method in study.methods:
-        rows = []
-        for seed in seeds:
-            suites = _test_scores(directory, setting, method, seed)
-            rows.append(np.concatenate([_per_problem(suite) for suite in suites.values()]))
-        tables[method] = np.stack(rows)
-    strata = np.repeat(np.arange(len(suites)), [len(_per_problem(suite)) for suite in suites.values()])
-    return tables, strata, list(suites)
+    """Per method [seeds, problems] shares of right answers, or in the mean over tokens, distinct problems of all suites
+    in a row; each problem's suite; and the suites' names."""
+    scored = {m: [_test_scores(directory, setting, m, seed) for seed in seeds] for m in study.methods}
+    every = [item for rows in scored.values() for suites in rows for item in suites.items()]
+    # The problems are the same for all, and older versions did not say which occur several times.
+    same_as = {name: suite["same_as"] for name, suite in every if suite.get("same_as")}
+    tables = {
+        method: np.stack([np.concatenate([_per_problem(*item, same_as) for item in row.items()]) for row in rows])
+        for method, rows in scored.items()
+    }
+    suites = scored[BASELINE][0]
+    sizes = [len(_per_problem(*item, same_as)) for item in suites.items()]
+    return tables, np.repeat(np.arange(len(suites)), sizes), list(suites)
 
 
-def _per_problem(suite: Mapping[str, Any]) -> Floats:
-    if measure_of(suite) is PASS_AT_1:
-        return np.array(suite["correct"]) / (suite["n_samples"] // suite["n_problems"])
-    return np.array(suite["values"])
+def _per_problem(name: str, suite: Mapping[str, Any], same_as: Mapping[str, Sequence[int]]) -> Floats:
+    if measure_of(suite) is not PASS_AT_1:
+        return np.array(suite["values"])
+    rates = np.array(suite["correct"]) / (suite["n_samples"] // suite["n_problems"])
+    return shares_by_unit(rates, same_as.get(name, range(len(rates))))
 
 
 def _differences(
@@ -291,9 +291,9 @@ def _suite_means(table: Floats, strata: NDArray[np.intp]) -> Floats:
     return np.stack([table[:, strata == suite].mean(axis=1) for suite in range(int(strata.max()) + 1)], axis=1)
 
 
-def _to_target(steps: Floats, scores: Floats, target: float, measure: Measure) -> dict[str, Any]:
+def _to_target(each: Sequence[tuple[list[int], list[float]]], target: float, measure: Measure) -> dict[str, Any]:
     """When the development curve of each seed first crosses the target; the median counts the others as never."""
-    crossed = [steps_to_target(steps, measure.sign * curve, measure.sign * target) for curve in scores]
+    crossed = [steps_to_target(steps, measure.sign * np.array(scores), measure.sign * target) for steps, scores in each]
     middle = median(math.inf if step is None else step for step in crossed)
     return {
         "target": target,
@@ -303,12 +303,54 @@ def _to_target(steps: Floats, scores: Floats, target: float, measure: Measure) -
     }
 
 
-def _curves(
-    directory: Path, setting: str, method: str, seeds: Sequence[int], measure: Measure
-) -> tuple[Floats, Floats]:
-    """Steps [K] and development scores [seeds, K]."""
-    curves = [_dev_curve(directory / _test_run(setting, method, seed), measure) for seed in seeds]
-    return np.array(curves[0][0], dtype=float), np.array([scores for _, scores in curves])
+@dataclass(frozen=True)
+class _Curves:
+    """Development scores of a method: `each` seed's steps and scores, and `scores` [seeds, K] at the `steps` [K] that
+    all seeds have. Seeds whose prompts were dropped have shorter epochs than others."""
+
+    each: list[tuple[list[int], list[float]]]
+    steps: Floats
+    scores: Floats
+
+    @classmethod
+    def read(cls, directory: Path, setting: str, method: str, seeds: Sequence[int], measure: Measure) -> "_Curves":
+        each = [_dev_curve(directory / _test_run(setting, method, seed), measure) for seed in seeds]
+        shared = set(each[0][0]).intersection(*(steps for steps, _ in each))
+        scores = [[score for step, score in zip(*curve, strict=True) if step in shared] for curve in each]
+        return cls(each, np.array(sorted(shared), dtype=float), np.array(scores))
+
+    @property
+    def ends(self) -> list[int]:
+        """How many steps each seed took."""
+        return [steps[-1] for steps, _ in self.each]
+
+    @property
+    def even(self) -> bool:
+        return len(set(self.ends)) == 1
+
+    @property
+    def mean_of_ends(self) -> float:
+        return float(np.mean([scores[-1] for _, scores in self.each]))
+
+
+def _areas(curves: Mapping[str, _Curves], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Per method the area under its curve and the difference to plain distillation's; one seed shows no spread, and one
+    step has no area."""
+    areas = {
+        method: area_under_curve(found.steps, found.scores)[:, None]
+        for method, found in curves.items()
+        if min(found.scores.shape) > 1
+    }
+    table: dict[str, dict[str, Any]] = {}
+    for method in curves:
+        alone = method == BASELINE or not {method, BASELINE} <= areas.keys()
+        table[method] = {
+            "area": _shown(mean_estimate(areas[method], **options)) if method in areas else None,
+            "area_difference_to_opd": (
+                None if alone else _shown(paired_difference(areas[method], areas[BASELINE], **options))
+            ),
+        }
+    return table
 
 
 def _band(
@@ -421,9 +463,10 @@ def _ranked(study: Study, steps: Sequence[int], scores: Sequence[float]) -> floa
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to six digits after the point: more would be noise, and a file to read is smaller."""
+    """Numbers to six digits after the point: more would be noise, and a file to read is smaller. What was chosen stays
+    as it was chosen: a learning rate may be smaller than that."""
     if isinstance(value, float):
         return round(value, _DIGITS)
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: item if key == "configuration" else _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trb import records
+from trb.measures import OUTCOMES
 from trb.models.loading import load_model
 from trb.records import MODEL, REFERENCE_SCORES, RESULTS, SCORING, STUDY_PLAN, TEST, JsonFile
 from trb.safety.files import exclusive
@@ -96,7 +97,7 @@ def _initial_scores(directory: Path, setting: str) -> list[dict[str, Any]]:
     """The untrained student on the development split: every run of a setting starts there."""
     path = directory / Reference(setting, "student").path
     suites = REFERENCE_SCORES.read(path)["dev"]["suites"].values()
-    return [{key: value for key, value in suite.items() if key not in ("correct", "values")} for suite in suites]
+    return [{key: value for key, value in suite.items() if key not in OUTCOMES} for suite in suites]
 
 
 def _score_trained(study: Study, job: Unit, run: Path) -> None:

@@ -5,7 +5,6 @@ is a single process. Left out: what is measured (`trb.studies.diagnostics`) and 
 """
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from trb.models.identity import fingerprint
 from trb.models.sharing import is_shared
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
-from trb.safety.files import finite
+from trb.safety.files import finite, json_types
 from trb.sampling.uniforms import SEEDS
 from trb.studies import provenance
 from trb.studies.advice import advise, outlook
@@ -269,8 +268,7 @@ class _Settings:
         revision = run.student_revision if self.student == run.student else None
         models = (self.student, revision), (run.teacher, run.teacher_revision)
         own |= dict(zip(_FILES, (fingerprint(*model) for model in models), strict=True))
-        text = json.dumps({name: getattr(run, name) for name in _READ_OF_RECIPE} | own)
-        return json.loads(text, parse_constant=str)  # infinite budgets as text, for which JSON has no numbers
+        return json_types({name: getattr(run, name) for name in _READ_OF_RECIPE} | own)
 
     @property
     def _limit(self) -> int:

@@ -32,6 +32,10 @@ Floats = NDArray[np.float64]
 
 MIN_RESAMPLES = 100
 
+# Of the largest score: a mean of so little is what rounding leaves of zero, and so is a spread. One answer in a million
+# problems is far more.
+_ROUNDING = 1e-12
+
 # Numbers held at once while resampling: 32 MB per array of int64 or float64.
 _CHUNK = 2**22
 
@@ -66,26 +70,34 @@ class _Summary:
     value: float
     interval: tuple[float, float]
     standard_error: float
-    means_S: Floats
+    spread: float
+    """Standard deviation over seeds; 0 for one."""
     deviations_R: Floats
 
 
-def summarise(table: Floats, columns: list[NDArray[np.intp]], resamples: int, seed: int, level: float) -> _Summary:
-    """The crossed estimate of one table; `columns` holds the problems of each suite."""
+def summarise(
+    table: Floats, columns: list[NDArray[np.intp]], resamples: int, seed: int, level: float, largest: float
+) -> _Summary:
+    """The crossed estimate of one table; `columns` holds the problems of each suite, `largest` the size of the scores
+    that it was computed from."""
     check_resampling(resamples, level)
     if table.size == 1:
         raise InputError("one seed and one problem show no spread; an interval needs at least 2 of either")
     rng = np.random.default_rng(seed)
     means_S = np.mean([table[:, members].mean(axis=1) for members in columns], axis=0)
+    noise = _ROUNDING * largest
     effects = [means_S, *(_problem_effects(table[:, members]) / len(columns) for members in columns)]
+    effects = [np.zeros_like(part) if np.ptp(part) <= noise else part for part in effects]
     variance, deviations = 0.0, np.zeros(resamples)
     for part in effects:
         if part.size > 1:
             variance += float(part.var(ddof=1)) / part.size
             deviations += _resampled_means(part, resamples, rng)
     value = float(means_S.mean())
+    value = 0.0 if abs(value) <= noise else value
     low, high = quantiles_of(deviations, level)
-    return _Summary(value, (value + low, value + high), math.sqrt(variance), means_S, deviations)
+    spread = float(effects[0].std(ddof=1)) if means_S.size > 1 else 0.0
+    return _Summary(value, (value + low, value + high), math.sqrt(variance), spread, deviations)
 
 
 def _problem_effects(table: Floats) -> Floats:

@@ -3,6 +3,7 @@
 Left out: how one set is scored (`trb.tasks.evaluation`), and intervals over seeds (`trb.studies.statistics`).
 """
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trb import records
 from trb.errors import calls
-from trb.measures import PER_TOKEN, measure_of
+from trb.measures import PER_TOKEN, measure_of, pass_at_1_interval
 from trb.models.memory import bytes_of, cache_entries
 from trb.models.residence import present
 from trb.records import EVALUATIONS, RECIPE, SCORES
@@ -37,7 +38,7 @@ from trb.studies.material import (
 from trb.studies.recipe import Recipe
 from trb.studies.statistics import combined_interval
 from trb.studies.yaml_files import ConfigError
-from trb.tasks.evaluation import check_problems, evaluate, pass_at_1_interval
+from trb.tasks.evaluation import check_problems, evaluate
 from trb.tasks.grading import Verifier
 from trb.tasks.reward_free import Judge, is_reward_free
 from trb.tools import TOOLS
@@ -189,7 +190,7 @@ def evaluate_teachers(
             {
                 "name": name,
                 "pass_at_1": sum(correct) / samples,
-                "interval": list(pass_at_1_interval(correct, n)),
+                "interval": list(pass_at_1_interval(correct, n, [json.dumps(row["prompt"]) for row in problems[name]])),
                 "n_problems": len(correct),
                 "n_samples": samples,
                 **{key: sum(each[key] * each["n_samples"] for each in found) / samples for key in _MEANS},

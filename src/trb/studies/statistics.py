@@ -11,7 +11,7 @@ resamples rows and columns together and counts the residual about three times, w
 `expected_standard_error` and `trb.studies.power` plan a study (docs/studies.md): they are for whoever designs one,
 and nothing here calls them.
 
-Left out on purpose: the interval of a single evaluation with few problems (`trb.tasks.evaluation.pass_at_1_interval`),
+Left out on purpose: the interval of a single evaluation with few problems (`trb.measures.pass_at_1_interval`),
 sequential testing, and models of the scores (the estimates below assume none beyond the sum above).
 """
 
@@ -103,7 +103,8 @@ def mean_estimate(
             f"scores_SP has values from {scores.min()} to {scores.max()}, outside bounds {bounds}; "
             "pass the range that one score can have"
         )
-    summary = summarise(scores, columns_of(strata_P, scores.shape[1]), resamples, seed, level)
+    largest = float(np.abs(scores).max())
+    summary = summarise(scores, columns_of(strata_P, scores.shape[1]), resamples, seed, level, largest)
     low, high = summary.interval
     if bounds is not None:
         low, high = max(low, float(bounds[0])), min(high, float(bounds[1]))
@@ -148,7 +149,8 @@ def paired_difference(
         An `Estimate`. `standard_error` comes from the variance components, not from the resamples. `p_value` is the
         share of resamples, recentred on zero, at least as far from zero as the value; (1 + count) / (resamples + 1), so
         never zero. `effect_size` is Cohen's d_z over seeds with Hedges' (1981) exact correction; None below three
-        seeds, where no correction exists, or if all seeds agree.
+        seeds, where no correction exists, or if all seeds agree. What rounding leaves of zero, 1e-12 of the largest
+        score, is zero.
 
     Raises:
         ValueError: shapes that differ or are not [seeds, problems], no or non-finite values, one seed and one problem,
@@ -160,14 +162,15 @@ def paired_difference(
             f"first_SP has shape {first.shape} and second_SP {second.shape}; keep the seeds and problems that both have"
         )
     differences = first - second
-    summary = summarise(differences, columns_of(strata_P, differences.shape[1]), resamples, seed, level)
+    largest = float(max(np.abs(first).max(), np.abs(second).max()))
+    summary = summarise(differences, columns_of(strata_P, differences.shape[1]), resamples, seed, level, largest)
     exceedances = int(np.count_nonzero(np.abs(summary.deviations_R) >= abs(summary.value)))
     return Estimate(
         value=summary.value,
         interval=summary.interval,
         standard_error=summary.standard_error,
         p_value=(1 + exceedances) / (resamples + 1),
-        effect_size=_effect_size(summary.means_S),
+        effect_size=_effect_size(summary.value, summary.spread, differences.shape[0]),
         seeds=differences.shape[0],
         problems=differences.shape[1],
     )
@@ -383,16 +386,13 @@ def combined_p_value(parts: Sequence[tuple[float, float, int]]) -> float:
     return float(2 * special.stdtr(variance**2 / doubt if doubt else math.inf, ratio))
 
 
-def _effect_size(means_S: Floats) -> float | None:
+def _effect_size(value: float, spread: float, seeds: int) -> float | None:
     """Cohen's d_z times Hedges' correction Gamma(m/2) / (sqrt(m/2) Gamma((m-1)/2)), m = S - 1."""
-    degrees = means_S.size - 1
-    if degrees < 2:
-        return None
-    spread = float(means_S.std(ddof=1))
-    if spread == 0:
+    degrees = seeds - 1
+    if degrees < 2 or spread == 0:
         return None
     log_correction = math.lgamma(degrees / 2) - math.lgamma((degrees - 1) / 2) - math.log(degrees / 2) / 2
-    return float(means_S.mean()) / spread * math.exp(log_correction)
+    return value / spread * math.exp(log_correction)
 
 
 def _weighted_auroc(scores_N: Floats, labels_N: NDArray[np.bool_], weights_RN: NDArray[Any]) -> Floats:

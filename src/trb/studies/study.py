@@ -25,17 +25,20 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
 from trb.errors import InputError, did_you_mean
 from trb.records import REFERENCE, role_name
 from trb.sampling.uniforms import SEEDS
+from trb.studies.keys import run_fields
 from trb.studies.places import Places
 from trb.studies.recipe import Recipe, make_recipe
 from trb.studies.shipped import recipe_file
-from trb.studies.yaml_files import ConfigError, read_yaml
+from trb.studies.yaml_files import ConfigError, Dumper, read_yaml
 from trb.training.methods import METHODS
+from trb.training.resume import plain
 
 __all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", "Study", "Unit", "load_study"]
 
@@ -43,18 +46,13 @@ BASELINE = "opd"  # what every method is compared with
 ROLES = ("student", "teacher")
 Phase = Literal["select", "test"]
 _MOST_SEEDS = 100_000
+AS_WRITTEN = {"as": "written"}  # of validation: by whatever version, which may have taken keys in vain
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_OWN_KEYS = (
-    "seed",
-    "train_seed",
-    "eval_data",
-    "eval_limit",
-    "eval_samples",
-    "eval_seed",
-    "method",
-    "methods",
-    "save_final_model",
-)
+# Of the keys of a run that are no option of its training, those that a method may have of its own.
+_OF_A_METHOD = {
+    *("lora_rank", "lora_alpha", "lora_target_modules", "prompts_per_step"),
+    *("held_out_every", "eval_every", "eval_max_rows"),
+}
 
 
 def _configurations(value: Any) -> Any:
@@ -63,6 +61,12 @@ def _configurations(value: Any) -> Any:
         return value
     axes = [entry if isinstance(entry, list) else [entry] for entry in value.values()]
     return [dict(zip(value, point, strict=True)) for point in itertools.product(*axes)]
+
+
+def _refuse(where: str, options: Mapping[str, Any], decided: Mapping[str, str]) -> None:
+    for key in options:
+        if key in decided:
+            raise InputError(f"{where} sets {key}, which the study decides itself: {decided[key]}")
 
 
 def _those(wanted: Iterable[str], methods: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +107,9 @@ class _Part(BaseModel):
 class ProblemSets(_Part):
     """Problems to score a model on."""
 
-    data: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    data: Annotated[
+        list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
+    ]
     """Specs as in `eval_data`; the score is the unweighted mean of theirs."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Problems of each."""
@@ -115,13 +121,16 @@ class ProblemSets(_Part):
 
     def keys(self) -> dict[str, Any]:
         """As the keys of a recipe."""
-        return {
-            "eval_data": self.data,
-            "eval_limit": self.limit,
-            "eval_samples": self.samples,
-            "eval_seed": self.seed,
-            "eval_split": self.split,
-        }
+        return {f"eval_{name}": value for name, value in self}
+
+
+# What a study decides itself, and where that is written. In the configuration of a method it never decided anything.
+IN_VAIN = {
+    **dict.fromkeys(("seed", "train_seed"), "write it under seeds"),
+    **{f"eval_{name}": f"write {name} under dev and test of a setting" for name in ProblemSets.model_fields},
+    "save_final_model": "leave it out, and pass --keep-models to keep what was tested",
+}
+_METHODS_OUTSIDE = dict.fromkeys(("method", "methods"), "write it under methods, beside settings")
 
 
 class Setting(_Part):
@@ -185,7 +194,7 @@ class Study(_Part):
         return self._places
 
     @model_validator(mode="after")
-    def _fair(self) -> "Study":
+    def _fair(self, info: ValidationInfo) -> "Study":
         if BASELINE not in self.methods:
             raise InputError(f"methods lacks {BASELINE}, which every method is compared with")
         for where, setting in self.settings.items():
@@ -202,11 +211,24 @@ class Study(_Part):
                     f"{name} has {len(configurations)} configurations and `configurations` says {self.configurations}: "
                     "every family gets the same number (or one, with nothing to choose)"
                 )
-        for where, recipe in [("recipe", self.recipe), *((f"{n}: recipe", s.recipe) for n, s in self.settings.items())]:
-            for key in _OWN_KEYS:
-                if key in recipe:
-                    raise InputError(f"{where} sets {key}, which the study decides itself; leave it out")
+        if info.context != AS_WRITTEN:
+            self._check_keys()
         return self
+
+    def _check_keys(self) -> None:
+        """Raises InputError for keys that would decide nothing, or by which methods would differ in more than how they
+        train."""
+        parts: list[tuple[str, Study | Setting]] = [("", self)]
+        for where, part in parts + [(f"{name}: ", setting) for name, setting in self.settings.items()]:
+            _refuse(f"{where}recipe", part.recipe, IN_VAIN | _METHODS_OUTSIDE)
+            for name, options in ((name, each) for name, several in part.methods.items() for each in several):
+                _refuse(f"{where}methods: {name}", options, IN_VAIN | {"methods": _METHODS_OUTSIDE["methods"]})
+                for key in options:
+                    if key in run_fields().keys() - _OF_A_METHOD or key == "shuffle_dataset":
+                        raise InputError(
+                            f"{where}methods: {name} sets {key}, which all methods of a setting share: set it in its "
+                            "recipe"
+                        )
 
     def part(self, methods: Iterable[str] | None = None, seeds: int | range | None = None) -> "Study":
         """Some of its methods (in its own order) and test seeds; what is left out may join later.
@@ -224,9 +246,10 @@ class Study(_Part):
             raise InputError(f"methods lacks {BASELINE}, which every method is compared with")
         own = self.seeds.test
         if isinstance(seeds, int) and not 1 <= seeds <= len(own):
+            free = max(*own, *self.seeds.select) + 1
             raise InputError(
-                f"seeds is {seeds}; {self.name} has {len(own)} test seeds, and a range like {len(own)}-{len(own) + 7} "
-                "names others"
+                f"seeds is {seeds}; {self.name} has {len(own)} test seeds, and a range like {free}-{free + 7} names "
+                "others"
             )
         if isinstance(seeds, range):
             _few(len(seeds))
@@ -308,7 +331,7 @@ class Study(_Part):
 
     def to_yaml(self) -> str:
         """The study with its defaults filled in, as `load_study` reads it."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(plain(self.model_dump()), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)

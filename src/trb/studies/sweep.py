@@ -12,10 +12,11 @@ The test split is scored after the choice is on disk, once per chosen run, from 
 Left out on purpose: judging the results (`trb.studies.findings`), and what one run does (`trb.studies.run`).
 """
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +33,7 @@ from trb.studies.claims import has_step, left_as_found
 from trb.studies.directories import sole_run
 from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
 from trb.studies.material import RunDirectoryError, problem_sets, routes_of, unrouted
-from trb.studies.study import ROLES, Phase, Reference, Study
+from trb.studies.study import AS_WRITTEN, IN_VAIN, ROLES, Phase, Reference, Study
 from trb.studies.workers import Pool, open_pool
 from trb.tasks.conversations import conversation_of
 from trb.tasks.reward_free import is_reward_free
@@ -193,15 +194,28 @@ def _begin(directory: Path, study: Study, goes_on: bool) -> None:
 def _written_settings(path: Path) -> set[str]:
     """The settings of the study that a file describes, as far as they can be read and name folders."""
     try:
-        return set(Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).settings)
+        return set(_written(path)["settings"])
     except (OSError, ValueError, yaml.YAMLError):
         return set()
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What a file says of a study, without the keys that older versions took in vain.
+
+    Raises OSError, ValueError and YAMLError for a file that holds none.
+    """
+    study = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8")), context=AS_WRITTEN).model_dump()
+    for part in (study, *study["settings"].values()):
+        for options in (part["recipe"], *itertools.chain(*part["methods"].values())):
+            for key in IN_VAIN.keys() & options.keys():
+                del options[key]
+    return study
 
 
 def _check_same(path: Path, study: Study) -> None:
     """Refuse to go on with a study whose finished runs would not belong to it."""
     try:
-        there = Study.model_validate(parse_yaml(path.read_text(encoding="utf-8"))).model_dump()
+        there = _written(path)
     except (ValueError, yaml.YAMLError) as error:
         raise RunDirectoryError(f"{path} is damaged ({error!s:.200}); use another output directory") from error
     here = study.model_dump()
@@ -233,7 +247,8 @@ def _difference(there: Any, here: Any, where: str = "") -> str:
 
 
 def _check_problems(study: Study, setting: str) -> None:
-    """Raises ValueError if a development problem is also a test problem, or if they are measured differently."""
+    """Raises ValueError if a development problem is also a test problem, if they are measured differently, or if the
+    test problems are too few for an interval."""
     # A conversation is known by the whole of its text, and the last of its turns by what comes before the reply.
     prompts: dict[str, dict[str, str]] = {}
     kinds: dict[bool, str] = {}
@@ -244,6 +259,8 @@ def _check_problems(study: Study, setting: str) -> None:
         for doubt in [] if routes is None else unrouted(routes, sets):
             raise InputError(f"{setting}: {doubt.text}, and a study scores the teachers, too: add the column")
         kinds |= {is_reward_free(rows): f"{data} ({name})" for data, rows in sets.items()}
+        if name == "test":
+            _check_spread(setting, sets, len(study.seeds.test))
         found = [(conversation_of(row), json.dumps(row["prompt"])) for rows in sets.values() for row in rows]
         prompts[name] = {whole or prompt: prompt for whole, prompt in found}
     if len(kinds) > 1:
@@ -257,3 +274,16 @@ def _check_problems(study: Study, setting: str) -> None:
         raise InputError(
             f"{setting}: {shared} development problems are test problems too; choose another seed or split for one"
         )
+
+
+def _check_spread(setting: str, sets: Mapping[str, Any], seeds: int) -> None:
+    """Raises ValueError for a problem set without two problems; one set alone needs none where seeds show a spread."""
+    if len(sets) == 1 and seeds > 1:
+        return
+    for data, rows in sets.items():
+        if len({json.dumps(row["prompt"]) for row in rows}) < 2:
+            times = f", {len(rows)} times" if len(rows) > 1 else ""
+            remedy = "raise limit or take it out of data" if len(sets) > 1 else "raise limit, or give more test seeds"
+            raise InputError(
+                f"{setting}: test: {data} has one problem{times}, and an interval over problems needs two: {remedy}"
+            )

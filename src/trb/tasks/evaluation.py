@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trb.errors import InputError, named
-from trb.measures import PER_TOKEN
+from trb.measures import OUTCOMES, PER_TOKEN, pass_at_1_interval
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
@@ -51,13 +51,11 @@ __all__ = [
     "evaluate",
     "load_benchmark",
     "longest_prompt",
-    "pass_at_1_interval",
 ]
 
 CHUNK_ROWS = 256  # completions sampled between two saves when max_rows does not say
 # Texts of more would fill a disk and no reader's day; the numbers are kept of all.
 PROBLEMS_WITH_TEXTS = 2_000
-Z_95 = 1.959963984540054  # two-sided 95% quantile of the standard normal
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ class EvalResult:
     """Share of completions that ended with a stop token rather than at max_new_tokens."""
     correct: list[int] = field(default_factory=list, repr=False)
     """How many completions of each problem were right."""
+    same_as: list[int] = field(default_factory=list, repr=False)
+    """Of each problem, the first one with the same prompt; empty where all prompts differ."""
     reverse_kl: float | None = None
     """In place of pass@1: KL(model || teacher), mean over the tokens of all completions, in nats."""
     student_entropy: float | None = None
@@ -90,12 +90,13 @@ class EvalResult:
     @property
     def outcomes(self) -> dict[str, list[Any]]:
         """What the score is the mean of."""
-        return {"correct": self.correct} if self.reverse_kl is None else {"values": self.values}
+        if self.reverse_kl is not None:
+            return {"values": self.values}
+        return {"correct": self.correct, **({"same_as": self.same_as} if self.same_as else {})}
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON types, one line of evals.jsonl without its step."""
-        lists = ("correct", "values")
-        summary = {name: value for name, value in vars(self).items() if name not in lists and value is not None}
+        summary = {name: value for name, value in vars(self).items() if name not in OUTCOMES and value is not None}
         return {**summary, "interval": list(self.interval)}
 
 
@@ -276,30 +277,6 @@ def longest_prompt(tokenizer: "PreTrainedTokenizerBase", problems: Iterable[Mapp
     return max(map(len, render(tokenizer, problems)), default=0)
 
 
-def pass_at_1_interval(correct: Sequence[int], n: int) -> tuple[float, float]:
-    """95% interval of pass@1 from the number of correct completions, of `n`, of each problem.
-
-    The n completions of one problem are not independent trials, so the unit is the problem. With
-    p = mean(c_i / n) over N problems and SE^2 = sum((c_i / n - p)^2) / (N (N - 1)), the effective sample size
-    n* = p (1 - p) / SE^2 is what makes a binomial as uncertain as p is; the interval is Wilson's (1927) for
-    n* trials: (p + z^2/2n* -+ z sqrt(p (1 - p) / n* + z^2 / 4n*^2)) / (1 + z^2/n*). Where all problems have
-    the same rate SE says nothing and n* = N; and n* never exceeds the N n completions. The method is that of
-    clustered surveys (Korn and Graubard, 1998; Dean and Pagano, 2015).
-
-    It speaks about problems like these, not about these problems only. Its coverage is close to 95% from about
-    30 problems on, and falls short (to about 90%) with 30 problems of which very few are ever solved.
-    """
-    size, p = len(correct), math.fsum(correct) / (len(correct) * n)
-    squares = math.fsum((count / n - p) ** 2 for count in correct)
-    effective = float(size)
-    if squares > 0:
-        effective = min(p * (1 - p) * size * (size - 1) / squares, float(size * n))
-    shrink = 1 + Z_95**2 / effective
-    centre = (p + Z_95**2 / (2 * effective)) / shrink
-    half_width = Z_95 * math.sqrt(p * (1 - p) / effective + (Z_95 / (2 * effective)) ** 2) / shrink
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
-
-
 def _checked_rows(
     problems: "Dataset | Sequence[Mapping[str, Any]]", n: int, judge: Judge | None
 ) -> list[dict[str, Any]]:
@@ -411,8 +388,13 @@ def _summary(name: str, records: list[dict[str, Any]], n: int, has_scores: bool)
     samples = len(records) * n
     what: dict[str, Any]
     if has_scores:
-        correct = [record["correct"] for record in records]
-        what = {"pass_at_1": sum(correct) / samples, "interval": pass_at_1_interval(correct, n), "correct": correct}
+        correct, prompts = ([record[key] for record in records] for key in ("correct", "prompt_hash"))
+        what = {
+            "pass_at_1": sum(correct) / samples,
+            "interval": pass_at_1_interval(correct, n, prompts),
+            "correct": correct,
+            "same_as": [] if len({*prompts}) == len(prompts) else [*map(prompts.index, prompts)],
+        }
     else:
         value, interval, values = token_mean(records)
         means = {key: token_mean(records, key)[0] for key in PER_TOKEN}

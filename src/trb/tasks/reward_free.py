@@ -5,6 +5,7 @@ entropy and the teacher's log-probability. Intervals are over prompts, or over c
 turns of one, which are not independent. Left out: sampling, and keeping results (`trb.tasks.evaluation`).
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,11 +75,11 @@ def token_totals(
 
 
 def check_units(rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Raises ValueError for problems without answers that are all of one conversation."""
-    if len({conversation_of(row) or place for place, row in enumerate(rows)}) < 2:
+    """Raises ValueError for problems without answers that are all of one conversation, or the same."""
+    if len({conversation_of(row) or json.dumps(row["prompt"]) for row in rows}) < 2:
         raise InputError(
-            f"{name} has problems of one conversation alone, and without answers a report needs two for its interval; "
-            f"raise {named('limit')}, or add another"
+            f"{name} has problems of one conversation alone, or one prompt several times, and without answers a report "
+            f"needs two for its interval; raise {named('limit')}, or add another"
         )
 
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from trb.errors import InputError
 from trb.models.modeling import without_adapters
 from trb.records import RUN
+from trb.safety.files import json_types
 from trb.training.methods import behavior_of, every_knob, knobs_of, target_of
 from trb.training.privileged import CONTEXT, WHOLE
 from trb.training.routes import Routes
@@ -294,12 +295,7 @@ def plain(value: Any) -> Any:
 
 def write(checkpoint: Path, run: Mapping[str, Any]) -> None:
     """Put a run's description into a checkpoint that is being written."""
-    RUN.write(checkpoint / RUN, _finite(run))
-
-
-def _finite(value: Any) -> Any:
-    """Infinite budgets and the like as text, for which JSON has no numbers."""
-    return json.loads(json.dumps(value), parse_constant=str)
+    RUN.write(checkpoint / RUN, json_types(run))
 
 
 def read(checkpoint: Path) -> dict[str, Any] | None:
@@ -330,7 +326,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, length: boo
         now: of the run that would go on from it (`describe`).
         length: whether its schedule depends on the length of training (`length_matters`).
     """
-    now = _finite(now)
+    now = json_types(now)
     ignored = {*FREE, *(() if length else LENGTH)}
     if length and now["max_steps"] > 0:
         ignored.add("num_train_epochs")  # max_steps wins

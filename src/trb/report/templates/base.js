@@ -28,9 +28,9 @@ function shape(tag, attributes = {}) {
 
 function show(value, format, digits = 4) {
   if (value === null || value === undefined) return "–";
-  if (format === "percent") return `${(100 * value).toFixed(1)}%`;
+  if (format === "percent") return `${(100 * value).toFixed(1).replace(/^-0\.0$/, "0.0")}%`;
   if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(2);
-  return Number(value.toPrecision(digits)).toLocaleString("en-US", { maximumFractionDigits: 10 });
+  return (Number(value.toPrecision(digits)) + 0).toLocaleString("en-US", { maximumFractionDigits: 10 });
 }
 
 // Control, zero-width and direction-changing characters and lone surrogates are named instead of being obeyed.
