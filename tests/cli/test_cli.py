@@ -18,6 +18,7 @@ import torch
 from conftest import student_stopping_as_the_teacher
 from rich.console import Console
 from small_recipes import SMALL_FILE, pool_of_this_process
+from toy_method import ENTRIES
 from transformers import BertConfig, BertLMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from trb import cli, zoo
@@ -379,10 +380,25 @@ def test_compare_shows_every_score_and_writes_the_report(
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"opd", "trb", "evaluations"}
 
 
+def test_a_method_from_outside_is_trained_by_its_name(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/extending.md says: a script that makes the entries, and calls `main`."""
+    for table, name, entry in ENTRIES:
+        monkeypatch.setitem(table, name, entry)
+    options = ["--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    assert main(["train", "--config", str(recipe), "--method", "imitation", *options]) == 0
+    assert "│ imitation " in capsys.readouterr().out
+    assert "method: imitation\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_a_recipe_of_methods_trains_the_one_that_is_chosen(
     comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "compares opd, trb: use `trb compare`, or choose one" in refused(capsys, "train", "--config", comparison)
+    assert "compares opd, trb, and veto is none of them: use" in refused(
+        capsys, "train", "--config", comparison, "--method", "veto"
+    )
     assert "method means nothing" in refused(capsys, "compare", "--config", comparison, "--method", "opd")
     options = ["--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--quiet"]
     assert main(["train", "--config", str(comparison), "--method", "trb", *options]) == 0

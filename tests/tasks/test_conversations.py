@@ -165,7 +165,7 @@ def test_a_study_refuses_equal_problems_with_different_replies(tmp_path: Path) -
     setting = Setting(
         recipe={**recipe, "eval_assistant_turns": "last"},
         dev=ProblemSets(data=[str(write(tmp_path / "talk.jsonl", TALK))]),
-        test=ProblemSets(data=[str(write(tmp_path / "again.jsonl", other))]),
+        test=ProblemSets(data=[str(write(tmp_path / "again.jsonl", other, OTHER))]),
     )
     with pytest.raises(ValueError, match="1 development problems are test problems too"):
         _check_problems(study_of(setting), "s")
