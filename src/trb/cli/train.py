@@ -57,8 +57,8 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> int:
         if name not in methods:
             none = "" if name is None else f", and {name} is none of them"
             raise ConfigError(
-                f"{arguments.config} compares {', '.join(methods)}{none}: use `trb compare`, or choose one of them with "
-                "--method"
+                f"{arguments.config} compares {', '.join(methods)}{none}: use `trb compare`, or choose one of them "
+                "with --method"
             )
         recipe = recipe.for_method(name)
         directory = directory if arguments.output_dir else directory / name
