@@ -95,7 +95,7 @@ def test_whole_steps_are_shown_condition_by_condition(results: Path) -> None:
     row = performance_steps.step_row()
     assert "a plain step takes 0.50 to 0.71 of TRL's" in row and "0.55 to 0.89 of it and 1.10 to 1.25 of a plain" in row
     assert f"worst for a plain step: {dearest}; for a warm-up step beside it: {usual};" in row
-    assert "the bars: missed by plain / TRL and annealed / plain;" in row
+    assert "that we set ourselves are missed by plain / TRL and annealed / plain (ε in nats);" in row
 
 
 def test_the_floor_of_a_warm_up_step_leaves_out_one_thing_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
