@@ -389,11 +389,12 @@ def _summary(name: str, records: list[dict[str, Any]], n: int, has_scores: bool)
     what: dict[str, Any]
     if has_scores:
         correct, prompts = ([record[key] for record in records] for key in ("correct", "prompt_hash"))
+        first = {prompt: place for place, prompt in reversed([*enumerate(prompts)])}
         what = {
             "pass_at_1": sum(correct) / samples,
             "interval": pass_at_1_interval(correct, n, prompts),
             "correct": correct,
-            "same_as": [] if len({*prompts}) == len(prompts) else [*map(prompts.index, prompts)],
+            "same_as": [] if len(first) == len(prompts) else [first[prompt] for prompt in prompts],
         }
     else:
         value, interval, values = token_mean(records)
