@@ -83,6 +83,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_a_finished_run_of_a_model_that_has_changed_since_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its results stay; that they are not of what lies there now must not go unsaid."""
+    student = tmp_path / "student"
+    shutil.copytree(zoo.path("student"), student)
+    recipe = small(student=str(student), max_steps=1)
+    found = train(recipe, tmp_path / "run")
+    assert train(recipe, tmp_path / "run") == found and "another model" not in caplog.text
+    weights = student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    assert train(recipe, tmp_path / "run") == found
+    assert f"{tmp_path / 'run'} is of another model {student}: its files have changed since" in caplog.text
+    caplog.clear()
+    shutil.rmtree(student)
+    assert train(recipe, tmp_path / "run") == found and "another model" not in caplog.text
+
+
 # ---- what a run leaves ----
 
 

@@ -141,6 +141,20 @@ def test_a_finished_study_is_not_run_again(finished):
     assert (directory / "study.json").read_bytes() == before
 
 
+def test_a_study_of_models_that_have_changed_since_says_so(finished, here, tmp_path, caplog):
+    directory = tmp_path / "study"
+    shutil.copytree(finished[0], directory)
+    described = json.loads((directory / "provenance.json").read_text())
+    models = described["models"]
+    assert {*models} == {"zoo:student", "zoo:teacher"}
+    run_study(study(), directory)
+    assert "another model" not in caplog.text
+    described["models"]["zoo:teacher"] = "0" * 16
+    (directory / "provenance.json").write_text(json.dumps(described))
+    run_study(study(), directory)
+    assert "is of another model zoo:teacher: its files have changed since" in caplog.text
+
+
 def test_another_study_in_the_directory_is_refused(finished):
     directory, _ = finished
     with pytest.raises(RunDirectoryError, match=r"other recipe: max_steps is 2 there and 3 here"):
@@ -200,7 +214,7 @@ def test_a_file_inside_a_study_that_is_refused_is_named_itself(tmp_path, monkeyp
     """And is neither the study's directory nor another sweep."""
     refused = str(tmp_path / "chains" / "selection.json")
 
-    def begin(directory):
+    def begin(directory, models):
         raise error(errno.EACCES, "not for you", refused)
 
     monkeypatch.setattr(provenance, "write", begin)

@@ -4,6 +4,8 @@ Left out: models in memory, whose weights a checkpoint compares (`trb.training.r
 """
 
 import hashlib
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -15,7 +17,7 @@ from trb.models.directories import TOKENIZER_FILES
 from trb.models.packaged import SMOLLM2
 from trb.models.sharing import adapter_directory, is_shared
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "fingerprints"]
 
 _READ = (*TOKENIZER_FILES, "*.safetensors", "*.json", "*.jinja")
 _BLOCK, _BLOCKS = 1 << 12, 1 << 8  # bytes, and how many of them are read of a large file
@@ -40,6 +42,16 @@ def fingerprint(spec: str, revision: str | None = None) -> str | None:
         _add(digest, file)
     base = adapter_base(spec)
     return digest.hexdigest()[:16] if base is None else f"{digest.hexdigest()[:16]} on {fingerprint(*base)}"
+
+
+def fingerprints(models: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """`fingerprint` of models that are known here, given by spec and revision, by spec."""
+    found: dict[str, str] = {}
+    for spec, revision in models:
+        with suppress(ValueError):  # whoever loads it says what is wrong with it
+            if (own := fingerprint(spec, revision)) is not None:
+                found[spec] = own
+    return found
 
 
 def _add(digest: "hashlib._Hash", path: Path) -> None:

@@ -20,13 +20,14 @@ from transformers import TrainerState
 
 from trb import records
 from trb.errors import MissingFileError
+from trb.models.identity import fingerprints
 from trb.records import CHECKSUMS, CONFIG, EVALUATIONS, MODEL, RECIPE, RESULTS, SCORES, SKIPPED
 from trb.safety.files import LOCK, UNFINISHED, exclusive, remove, remove_unfinished, write_text
 from trb.safety.untrusted import parse_yaml
 from trb.studies import provenance
 from trb.studies.claims import has_step, without_what_is_made
 from trb.studies.disks import require_writable
-from trb.studies.keys import is_method_name
+from trb.studies.keys import RunConfig, is_method_name
 from trb.studies.material import RunDirectoryError
 from trb.studies.recipe import Recipe
 from trb.training import checkpoints, resume
@@ -55,6 +56,7 @@ __all__ = [
     "is_last",
     "listed_methods",
     "make_again",
+    "models_of",
     "named_checkpoint",
     "read_results",
     "seal_run",
@@ -63,6 +65,7 @@ __all__ = [
     "sole_run",
     "state_of",
     "told_apart",
+    "warn_of_other_models",
     "written_by_run",
 ]
 
@@ -253,6 +256,27 @@ def finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
     return results
 
 
+def models_of(run: RunConfig) -> dict[str, str]:
+    """What tells the models of a run from others at their places, by spec."""
+    teachers = run.teachers.values() if run.teachers else [run.teacher]
+    return fingerprints([(run.student, run.student_revision), *((spec, run.teacher_revision) for spec in teachers)])
+
+
+def warn_of_other_models(directory: Path, now: Mapping[str, str]) -> None:
+    """Say so where a model is not the one any more that what a directory keeps was made with, as far as is known."""
+    try:
+        there = records.PROVENANCE.read(directory / records.PROVENANCE).get("models")
+    except (OSError, ValueError):
+        return
+    known = there if isinstance(there, dict) else {}
+    for spec in [spec for spec, found in now.items() if known.get(spec, found) != found]:
+        logger.warning(
+            "%s is of another model %s: its files have changed since. What is finished stays as it was; for the model "
+            "that is there now, use another output directory",
+            *(directory, spec),
+        )
+
+
 def finish_ending(directory: Path, args: TRBConfig) -> None:
     """Do what a finished run was killed before it had done: seal it, and remove what was half written."""
     left = [directory / LOCK, *directory.rglob(UNFINISHED)]
@@ -330,7 +354,7 @@ def begin(directory: Path, recipe: Recipe, *, afresh: bool, overwrite: bool) -> 
     remove_unfinished(directory)
     for file in records.MEASUREMENTS:
         drop_after_step(directory / file, sys.maxsize)  # a kill may have cut the last line off
-    described = provenance.write(directory)  # first: it shows whose the configuration is
+    described = provenance.write(directory, models_of(recipe.run))  # first: it shows whose the configuration is
     write_text(directory / CONFIG, recipe.to_yaml())
     checkpoints.seal(directory, files_of=[directory / CONFIG, described])
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -59,11 +60,14 @@ def describe() -> dict[str, Any]:
     }
 
 
-def write(directory: str | Path) -> Path:
-    """Write `describe()` to provenance.json in a directory, made if missing, atomically; returns the file."""
+def write(directory: str | Path, models: Mapping[str, str] | None = None) -> Path:
+    """Write `describe()` to provenance.json in a directory, made if missing, atomically; returns the file.
+
+    `models` says what tells each model from another at its place (`trb.models.identity`), by its spec.
+    """
     directory = Path(directory)
     target = directory / PROVENANCE
-    PROVENANCE.write(target, describe())
+    PROVENANCE.write(target, describe() | ({"models": dict(models)} if models else {}))
     return target
 
 

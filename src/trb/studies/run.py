@@ -32,11 +32,13 @@ from trb.studies.directories import (
     finished_results,
     is_damaged,
     is_last,
+    models_of,
     named_checkpoint,
     seal_run,
     size_of_run,
     sole_run,
     state_of,
+    warn_of_other_models,
     written_by_run,
 )
 from trb.studies.disks import explained_disk_errors, require_space
@@ -113,6 +115,7 @@ def train_in(
     if finished is not None:
         if args.process_index == 0:
             finish_ending(directory, args)
+            warn_of_other_models(directory, models_of(recipe.run))
         listener.kept(name)
         return finished
     with sole_run(directory, first=args.process_index == 0):

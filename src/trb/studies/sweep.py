@@ -30,7 +30,7 @@ from trb.safety.files import LOCK, remove, write_text
 from trb.safety.untrusted import parse_yaml
 from trb.studies import findings, provenance
 from trb.studies.claims import has_step, left_as_found
-from trb.studies.directories import sole_run
+from trb.studies.directories import models_of, sole_run, warn_of_other_models
 from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
 from trb.studies.material import RunDirectoryError, problem_sets, routes_of, unrouted
 from trb.studies.study import AS_WRITTEN, IN_VAIN, ROLES, Phase, Reference, Study
@@ -186,8 +186,12 @@ def _begin(directory: Path, study: Study, goes_on: bool) -> None:
         for setting in _written_settings(path) | set(study.settings):
             for name in (records.REFERENCE, *get_args(Phase), SELECTION.name):
                 remove(directory / setting / name)
-    if not (directory / records.PROVENANCE).exists():
-        provenance.write(directory)
+    settings = [study.scoring_recipe(name, setting.test).run for name, setting in study.settings.items()]
+    models = {spec: found for run in settings for spec, found in models_of(run).items()}
+    if goes_on and (directory / records.PROVENANCE).exists():
+        warn_of_other_models(directory, models)
+    else:
+        provenance.write(directory, models)
     write_text(path, study.to_yaml())
 
 
