@@ -645,8 +645,10 @@ def test_probe_of_a_recipe_and_of_a_setting(study: Path, tmp_path: Path, capsys:
     assert "choose one of its settings with --setting, chains" in refused(capsys, "probe", "--config", study)
 
 
-def test_probe_of_a_recipe_has_no_settings(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probe_of_a_recipe_has_no_settings(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "leave it out" in refused(capsys, "probe", "--config", recipe, "--setting", "chains")
+    few = refused(capsys, "probe", "--config", recipe, "--skd-top-k", "0", "--output-dir", tmp_path / "none")
+    assert "--skd-top-k must be at least 1, got 0" in few
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from trb.cli import evaluate, main, plan, probe
 from trb.errors import calls, named
 from trb.studies import material
 from trb.studies.keys import valid_keys
-from trb.training import config
 
 SOURCES = Path(trb.__file__).parent
 
@@ -102,7 +101,6 @@ def test_no_exception_is_kept_for_nothing() -> None:
 TABLES = {
     "training data": material.TRAINING_NAMES,
     "evaluation": material.EVALUATION_NAMES,
-    "knobs": config._KNOBS,
     "trb eval": evaluate.OPTIONS,
     "trb doctor --plan": plan.OPTIONS,
     "trb probe": probe.OPTIONS,

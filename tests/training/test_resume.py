@@ -417,6 +417,20 @@ def test_a_run_whose_steps_are_all_taken_takes_no_other(length: dict[str, Any], 
     assert recorded == [1, 2]
 
 
+def test_a_checkpoint_without_sums_counts_from_where_it_is(tmp_path: Path) -> None:
+    """As another trainer's: of the steps before it nothing is known."""
+    options = SAVED | {"max_steps": 4}
+    cut = build(tmp_path, callbacks=[Kill(3)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    for path in tmp_path.glob("checkpoint-*/trb_state_*.json"):
+        path.unlink()
+    resumed = build(tmp_path, **options)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    found = resumed.train(resume_from_checkpoint=checkpoint, verify=False).training_loss
+    assert found == pytest.approx(sum(losses(resumed)[-2:]) / 2, rel=1e-6)
+
+
 def test_the_loss_of_a_whole_training_is_that_of_all_its_steps(tmp_path: Path) -> None:
     """Also of one that was resumed, for which transformers divides by the steps since."""
     options = SAVED | {"max_steps": 4, "logging_steps": 3}

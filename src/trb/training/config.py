@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 from trl import DistillationConfig
 
-from trb.errors import InputError, calls, did_you_mean
+from trb.errors import InputError, did_you_mean
 from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
 from trb.sampling.uniforms import SEEDS
@@ -92,9 +92,6 @@ _NUMBERS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("lie in [0, 1]", lambda value: 0 <= value <= 1, ("behavior_share", "initial_prefix_share", "teacher_weight")),
     ("be above 0 and at most 1", lambda value: 0 < value <= 1, ("tip_share",)),
 )
-
-# What parts call what is an option of another name here.
-_KNOBS = {"teacher_top_k": "skd_teacher_top_k"}
 
 # The dtype of what is sampled from under sharding; None is decided by the precision of training.
 REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -391,8 +388,7 @@ class TRBConfig(DistillationConfig):
         self._check_numbers()
         for half in halves():
             if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
-                with calls(_KNOBS):
-                    half.build(self, lambda: 0).at(0)
+                half.build(self, lambda: 0).at(0)
         self._check_teachers()
         self._check_tools()
         if isinstance(self.num_generations, _Preferred):

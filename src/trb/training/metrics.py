@@ -15,9 +15,9 @@ from trb.errors import InputError
 from trb.schedule import Schedule
 from trb.training.ranks import Ranks
 
-logger = logging.getLogger(__name__)
-
 __all__ = ["Observers", "Sums"]
+
+logger = logging.getLogger(__name__)
 
 
 class Sums:

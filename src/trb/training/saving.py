@@ -174,11 +174,13 @@ class ResumableTrainer(PromptsInOrder):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """The mean loss is of all steps. transformers divides the sum by those of this call, or by a thousandth where
         there was none; before 5.24 by all."""
-        if self._resumed_from is not None and not self._goes_on:
-            self._load_rng_state(str(self._resumed_from))  # for which no step has asked
-        before = self._initial_global_step if hasattr(self, "_initial_global_step") else 0
-        share = max(self.state.global_step - before, 0.001) / max(self.state.global_step, 0.001)
-        self._total_loss_scalar, self._tr_loss = share * self._total_loss_scalar, share * self._tr_loss
+        path = None if self._resumed_from is None else self._progress_file(str(self._resumed_from))
+        if path is not None and path.exists() and not self._goes_on:  # no step has asked for it
+            self._go_on_from(PROGRESS.read(path))
+        if self._goes_on and hasattr(self, "_initial_global_step"):
+            steps = self.state.global_step
+            share = max(steps - self._initial_global_step, 0.001) / steps
+            self._total_loss_scalar, self._tr_loss = share * self._total_loss_scalar, share * self._tr_loss
         return super()._finalize_training(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -234,7 +236,6 @@ class ResumableTrainer(PromptsInOrder):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        self._goes_on = True
         path, progress = self._progress_file(checkpoint), None
         if path.exists():  # another trainer writes none, and fewer processes fewer
             progress = PROGRESS.read(path)
@@ -262,6 +263,7 @@ class ResumableTrainer(PromptsInOrder):
         }
 
     def _go_on_from(self, progress: Mapping[str, Any]) -> None:
+        self._goes_on = True
         self._tr_loss.fill_(progress["loss"])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
