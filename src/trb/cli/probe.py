@@ -17,13 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["OPTIONS", "add_probe", "run_probe"]
 
 # What the arguments of `trb.studies.probe` are called here, where messages name them.
-OPTIONS = {
-    **{
-        name: f"--{name.replace('_', '-')}"
-        for name in ("problems", "samples", "excerpts", "alternatives", "max_new_tokens", "max_rows", "seed")
-    },
-    "teacher_top_k": "--skd-top-k",
-}
+_SAME = ("problems", "samples", "excerpts", "alternatives", "max_new_tokens", "max_rows", "seed")
+OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME} | {"teacher_top_k": "--skd-top-k"}
 
 
 def add_probe(parser: argparse.ArgumentParser) -> None:

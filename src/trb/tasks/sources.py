@@ -182,8 +182,6 @@ def _readable(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except InputError:
-        raise
     except (pa.ArrowException, OSError, ValueError) as error:  # text that is no UTF-8 shows when it is taken
         raise InputError(f"{path} is not a readable {path.suffix[1:]} file: {error}") from error
 
@@ -192,9 +190,11 @@ def _read_parquet(path: Path) -> _Table:
     import pyarrow.parquet as pq
 
     def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        wanted = _once(path, names, columns)
         # Given a file and not its path, which could be taken for an address or for a part of a larger data set.
         with _readable(path), path.open("rb") as file:
-            return _rows_of(pq.ParquetFile(file).read(columns=_once(path, names, columns)), indices, columns)
+            # What is read may be more: a name stands for all that begins with it and a dot.
+            return _plain(pq.ParquetFile(file).read(columns=wanted).select(wanted).take(list(indices)))
 
     with _readable(path), path.open("rb") as file:
         parquet = pq.ParquetFile(file)
@@ -209,10 +209,10 @@ def _read_arrow(path: Path) -> _Table:
         table = pa.ipc.open_stream(file).read_all()
 
     def take(indices: Sequence[int], columns: list[str]) -> list[Row]:
+        chosen = table.select(_once(path, table.column_names, columns))
         with _readable(path):
-            chosen = table.select(_once(path, table.column_names, columns))
             chosen.validate(full=True)  # what is in such a file is used as it lies there: offsets that lead elsewhere
-            return _rows_of(chosen, indices, columns)
+            return _plain(chosen.take(list(indices)))
 
     return _Table(table.column_names, table.num_rows, take)
 
@@ -227,13 +227,11 @@ def _once(path: Path, names: list[str], wanted: list[str]) -> list[str]:
     return [name for name in wanted if name in names]
 
 
-def _rows_of(table: Any, indices: Sequence[int], columns: list[str]) -> list[Row]:
-    """Rows of an Arrow table as they are stored: pictures and recordings stay what is written there, unopened."""
-    return _plain(table.select([name for name in columns if name in table.column_names]).take(list(indices)))
-
-
 def _plain(table: Any) -> list[Row]:
-    """The rows in types of Python's own. A number of few bits is what it is written as: 0.1, and not 0.10000000149."""
+    """The rows of an Arrow table in Python's own types; pictures and recordings stay what is written there, unopened.
+
+    A number of few bits is what it is written as: 0.1, and not 0.10000000149.
+    """
     import pyarrow as pa
 
     for place, column in enumerate(table.columns):
