@@ -156,7 +156,14 @@ def test_a_written_study_reads_back_the_same(tmp_path, value):
                 "overlong_prompts": "drop",
                 "eval_temperature": 0.5,
                 "shuffle_dataset": False,
+                "chat_template_kwargs": {"enable_thinking": True},
+                "tools": ["calculator"],
+                "max_tool_calling_iterations": 3,
             }.items()
+        ),
+        (
+            {"methods": {"opd": [{}], "trb": {"max_completion_length": [8, 16]}}},
+            "chains: methods: trb sets max_completion_length, .* as eval_max_new_tokens",
         ),
         (
             {"settings": {"chains": {**STUDY["settings"]["chains"], "methods": {"trb": [{"eval_seed": 3}]}}}},
@@ -184,6 +191,15 @@ def test_what_a_method_may_have_of_its_own(tmp_path):
     study = load_study(written(tmp_path, methods={"opd": [own]}))
     recipe = study.recipe_of(Unit("chains", "test", "opd", 0, 0))
     assert (recipe.run.lora_rank, recipe.training["temperature"]) == (2, 0.9)
+
+
+def test_rollouts_of_a_method_may_be_shorter_where_the_setting_says_what_is_scored(tmp_path):
+    recipe = {**STUDY["recipe"], "eval_max_new_tokens": 32}
+    study = load_study(written(tmp_path, recipe=recipe, methods={"opd": [{}], "trb": [{"max_completion_length": 8}]}))
+    trained = study.recipe_of(Unit("chains", "test", "trb", 0, 0))
+    scored = study.scoring_recipe("chains", study.settings["chains"].test)
+    assert (trained.training["max_completion_length"], trained.run.eval_max_new_tokens) == (8, 32)
+    assert scored.run.eval_max_new_tokens == 32
 
 
 def test_unequal_families_need_the_study_to_say_so(tmp_path):

@@ -27,7 +27,7 @@ from trb.safety.untrusted import parse_yaml
 from trb.studies import provenance
 from trb.studies.claims import has_step, without_what_is_made
 from trb.studies.disks import require_writable
-from trb.studies.keys import RunConfig, is_method_name
+from trb.studies.keys import TOOL_KEYS, RunConfig, is_method_name
 from trb.studies.material import RunDirectoryError
 from trb.studies.recipe import Recipe
 from trb.training import checkpoints, resume
@@ -37,11 +37,7 @@ from trb.training.methods import every_knob
 from trb.training.ranks import Ranks
 from trb.training.recording import drop_after_step
 
-TOOL_KEYS = ("tools", "max_tool_calling_iterations", "tool_timeout", "tool_max_characters")
-"""Of a recipe: what completions with tools depend on."""
-
 __all__ = [
-    "TOOL_KEYS",
     "begin",
     "check_claim",
     "check_shared_recipe",

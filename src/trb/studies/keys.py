@@ -30,6 +30,7 @@ from trb.training.trainer import TRBConfig
 
 __all__ = [
     "REPLACED_KEYS",
+    "TOOL_KEYS",
     "RunConfig",
     "checked_value",
     "default_of",
@@ -64,6 +65,9 @@ REPLACED_KEYS = {
     "hub_token": "keep secrets out of files: set HF_TOKEN, or run `hf auth login`",
     "local_rank": "leave it out: it comes from the launcher",
 }
+
+TOOL_KEYS = ("tools", "max_tool_calling_iterations", "tool_timeout", "tool_max_characters")
+"""What completions with tools depend on."""
 
 _RESERVED_NAMES = ("student", "teacher", "provenance", EVALUATIONS)
 

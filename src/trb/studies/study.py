@@ -32,7 +32,7 @@ from pydantic import (
 from trb.errors import InputError, did_you_mean
 from trb.records import REFERENCE, role_name
 from trb.sampling.uniforms import SEEDS
-from trb.studies.keys import run_fields
+from trb.studies.keys import TOOL_KEYS, run_fields
 from trb.studies.places import Places
 from trb.studies.recipe import Recipe, make_recipe
 from trb.studies.shipped import recipe_file
@@ -53,6 +53,8 @@ _OF_A_METHOD = {
     *("lora_rank", "lora_alpha", "lora_target_modules", "prompts_per_step"),
     *("held_out_every", "eval_every", "eval_max_rows"),
 }
+# Options of training that are shared nevertheless: which prompts are seen, and what a model is asked when it is scored.
+_SHARED_OPTIONS = {"shuffle_dataset", "chat_template_kwargs", *TOOL_KEYS}
 
 
 def _configurations(value: Any) -> Any:
@@ -224,7 +226,7 @@ class Study(_Part):
             for name, options in ((name, each) for name, several in part.methods.items() for each in several):
                 _refuse(f"{where}methods: {name}", options, IN_VAIN | {"methods": _METHODS_OUTSIDE["methods"]})
                 for key in options:
-                    if key in run_fields().keys() - _OF_A_METHOD or key == "shuffle_dataset":
+                    if key in (run_fields().keys() - _OF_A_METHOD) | _SHARED_OPTIONS:
                         raise InputError(
                             f"{where}methods: {name} sets {key}, which all methods of a setting share: set it in its "
                             "recipe"
@@ -323,8 +325,13 @@ class Study(_Part):
         """
         for name in self.settings:
             for method, configurations in self.choices(name).items():
-                for index in range(len(configurations)):
-                    self.recipe_of(Unit(name, "select", method, index, self.seeds.select[0]))
+                for index, options in enumerate(configurations):
+                    recipe = self.recipe_of(Unit(name, "select", method, index, self.seeds.select[0]))
+                    if "max_completion_length" in options and not recipe.run.eval_max_new_tokens:
+                        raise ConfigError(
+                            f"{name}: methods: {method} sets max_completion_length, and completions are scored at that "
+                            "of the setting; say in its recipe at which, as eval_max_new_tokens"
+                        )
         for name, setting in self.settings.items():
             for problems in (setting.dev, setting.test):
                 self.scoring_recipe(name, problems)

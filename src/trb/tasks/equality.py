@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any
+from unicodedata import numeric
 
 from trb.tasks.numerals import (
     Numeral,
@@ -180,7 +181,11 @@ def _incomparable(gold: str, answer: str) -> bool:
 
 # ---- notation ----
 
-_SYMBOLS = str.maketrans({"−": "-", "°": "^\\circ", "²": "^2", "³": "^3", "∞": "\\infty"})
+_VULGAR = {
+    character: "\\frac{{{}}}{{{}}}".format(*Fraction(numeric(character)).limit_denominator(10).as_integer_ratio())
+    for character in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+}
+_SYMBOLS = str.maketrans(_VULGAR | {"−": "-", "°": "^\\circ", "²": "^2", "³": "^3", "∞": "\\infty"})
 _FUNCTIONS = r"arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|ln|log|exp|pi|(?:min|max|gcd|lcm|sec|csc)(?=\s*\()"
 _REWRITES = [
     (re.compile(r"\A\*\*(.*)\*\*\Z", re.DOTALL), r"\1"),  # Markdown bold
@@ -252,15 +257,27 @@ def _logarithms(text: str) -> list[str]:
 # ---- mathematics ----
 
 
+_PERCENT = re.compile(r"(.*(?:/|frac).*?)\s*\\?%", re.DOTALL)  # of a fraction: decimals math-verify reads itself
+
+
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> list[Any]:
     """What math-verify makes of `text`: an expression, where it can, and the text as it was normalized."""
     from math_verify import LatexExtractionConfig, parse
 
+    if (percent := _PERCENT.fullmatch(text)) and (number := numeral(percent[1])):
+        return [_hundredths(number.value), text]
     # The limit on time is the caller's, so math-verify's own, which are signals, stay off.
     boxed = [LatexExtractionConfig(try_extract_without_anchor=False)]
     found = parse(f"\\boxed{{{text}}}", extraction_config=boxed, parsing_timeout=None)
     return [_imaginary(value) for value in found]
+
+
+def _hundredths(value: Fraction) -> Any:
+    """So many percent, in math-verify's own form: one that it can read back, and count as 10% counts as 10."""
+    from sympy import Mul, Rational, UnevaluatedExpr
+
+    return Mul(Rational(value), UnevaluatedExpr(Rational(1, 100)), evaluate=False)
 
 
 def _imaginary(value: Any) -> Any:
