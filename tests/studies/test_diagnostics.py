@@ -8,7 +8,7 @@ such comparisons at 6e-7 each, and one coverage count outside 3.3 standard devia
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -361,7 +361,8 @@ def test_teacher_entropy_and_weight_are_token_means(tiny_pair: TinyPair, subject
 def test_token_means_have_the_standard_error_of_the_jackknife(tiny_pair: TinyPair) -> None:
     """Leave one problem out at a time: another estimate of the same error, here within a tenth of it."""
     rng = np.random.default_rng(3)
-    texts = ["".join(rng.choice(list("bcdf"), size=rng.integers(1, 7))) for _ in range(40)]
+    drawn = ("".join(rng.choice(list("bcdf"), size=rng.integers(1, 7))) for _ in range(80))
+    texts = list(dict.fromkeys(drawn))[:40]
     problems = [{"prompt": [{"role": "user", "content": text}], "answer": "odd"} for text in texts]
     many = subject_of(tiny_pair, problems=problems, samples=2)
     (point,) = budget_curve(many, budgets=[BUDGET])
@@ -375,6 +376,34 @@ def test_token_means_have_the_standard_error_of_the_jackknife(tiny_pair: TinyPai
         assert point[name]["standard_error"] == pytest.approx(error, rel=0.1)
         low, high = point[name]["interval"]
         assert high - low == pytest.approx(2 * scipy.stats.t.ppf(0.975, 39) * error, rel=0.15)
+
+
+def test_copies_of_a_problem_do_not_narrow_an_interval(tiny_pair: TinyPair) -> None:
+    """Each problem three times is what each is once, in every number of every diagnostic."""
+    row = [{"prompt": [{"role": "user", "content": text}], "answer": "odd"} for text in PROBLEMS]
+    once, thrice = (subject_of(tiny_pair, problems=row * copies, samples=8) for copies in (1, 3))
+    policies = {"student": StudentPolicy(), "trb": TrustRegionPolicy(BUDGET)}
+
+    def measured(subject: Subject) -> list[Any]:
+        return [
+            continuation_probe(subject, policies=policies, truncations=[1, 2]),
+            budget_curve(subject, budgets=[0.0, BUDGET]),
+            replacement_curve(subject, top_ks=[1], teacher_temperature=1.0),
+        ]
+
+    one, other = (list(numbers_in(measured(subject))) for subject in (once, thrice))
+    assert len(one) > 50
+    assert other == pytest.approx(one, rel=1e-9, abs=1e-12)
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from numbers_in(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield float(value)
 
 
 def test_differences_are_to_the_first_budget_and_paired(subject: Subject) -> None:
@@ -449,6 +478,8 @@ def test_a_subject_says_what_is_wrong_with_it(tiny_pair: TinyPair) -> None:
         subject_of(tiny_pair, samples=0)
     with pytest.raises(ValueError, match="problem 2 of 2 has no answer"):
         subject_of(tiny_pair, problems=[row, row | {"answer": ""}])
+    with pytest.raises(ValueError, match="the 3 problems are one, copied"):
+        subject_of(tiny_pair, problems=[row] * 3)
     with pytest.raises(ValueError, match="budgets is empty"):
         budget_curve(subject_of(tiny_pair), budgets=[])
     with pytest.raises(ValueError, match="non-negative"):

@@ -81,6 +81,16 @@ def test_transfer_is_the_product_of_plain_gradients_of_different_problems(tiny_p
     assert found["policies"]["student"]["transfer"] != pytest.approx(1, rel=0.01)
 
 
+def test_copies_of_a_problem_are_never_taken_for_another_problem(tiny_pair, subject):
+    """Its two halves have no problem in common, whatever place the copies stand at: the numbers are those of one each."""
+    rows = list(subject.problems)
+    copied = replace(subject, problems=[row for row in rows for _ in range(3)])
+    one, other = (gradient_transfer(each, policies=POLICIES) for each in (subject, copied))
+    assert other["agreement"] == pytest.approx(one["agreement"], rel=1e-9)
+    for name, numbers in one["policies"].items():
+        assert other["policies"][name] == pytest.approx(numbers, rel=1e-9)
+
+
 def test_transfer_foretells_a_small_step(tiny_pair, subject):
     """A step on the student's rollouts lowers the loss on the teacher's by `transfer` of what a step on those does."""
     found = gradient_transfer(subject, policies={"student": StudentPolicy()})

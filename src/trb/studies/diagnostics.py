@@ -264,7 +264,8 @@ def _auroc(subject: Subject, rollouts: Sampled) -> dict[str, Any] | None:
         return None
     ratios = np.subtract(rollouts.totals["teacher_log_prob"], rollouts.totals["student_log_prob"])
     scores = ratios / np.asarray(rollouts.lengths)
-    return _dict(auroc_estimate(scores, rollouts.rewards, subject.problem_of_row, level=LEVEL))
+    groups = [subject.problem_numbers[problem] for problem in subject.problem_of_row]
+    return _dict(auroc_estimate(scores, rollouts.rewards, groups, level=LEVEL))
 
 
 def replacement_curve(

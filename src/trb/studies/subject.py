@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trb.errors import InputError
+from trb.measures import shares_by_unit
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.scoring import TokenScores, score_completions
@@ -95,7 +96,7 @@ class Subject:
         remember: keeps finished parts; by default in memory. Parts are JSON values.
 
     Raises:
-        ValueError: fewer than two problems, no samples, a problem without an answer, or a head that does not cover the
+        ValueError: fewer than two different problems, no samples, a problem without an answer, or a head that does not cover the
             tokenizer.
     """
 
@@ -126,6 +127,8 @@ class Subject:
                     f"problem {index + 1} of {len(self.rows)} has no answer to score against; leave it out"
                 )
         check_heads(head_rows(self.student), head_rows(self.teacher), max(self.tokenizer.get_vocab().values()) + 1)
+        if not any(self.problem_numbers):
+            raise InputError(f"the {len(self.rows)} problems are one, copied; an interval needs two different ones")
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -151,6 +154,13 @@ class Subject:
     def vocabulary(self) -> SharedVocabulary:
         """The events of the pair."""
         return SharedVocabulary.of_pair(self.student, self.teacher, self.tokenizer, self.teacher_tokenizer)
+
+    @cached_property
+    def problem_numbers(self) -> list[int]:
+        """The number of each problem among the distinct ones: copies have one number, and the same rollouts."""
+        prompts = list(map(tuple, self.prompts))
+        number = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        return [number[prompt] for prompt in prompts]
 
     @property
     def problem_of_row(self) -> list[int]:
@@ -250,8 +260,9 @@ class Subject:
         return self.verifier.score(texts, [self.rows[problem] for problem in problems])
 
     def problem_means(self, values: ArrayLike) -> NDArray[np.float64]:
-        """`[P]` means over each problem's rollouts of `[N]` values."""
-        return np.asarray(values, dtype=np.float64).reshape(len(self.rows), self.samples).mean(axis=1)
+        """`[P]` means over each problem's rollouts of `[N]` values; copies of a problem are one (`shares_by_unit`)."""
+        means = np.asarray(values, dtype=np.float64).reshape(len(self.rows), self.samples).mean(axis=1)
+        return shares_by_unit(means, self.problem_numbers)
 
 
 def canonical(policy: BehaviorPolicy) -> BehaviorPolicy:

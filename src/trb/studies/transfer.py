@@ -73,7 +73,8 @@ def _measure(subject: Subject, policies: Mapping[str, BehaviorPolicy], loss_top_
 def _gradient(subject: Subject, policy: BehaviorPolicy, half: int, loss_top_k: int) -> tuple[Gradient, float]:
     """Gradient of the loss on rollouts of every other problem, and the loss."""
     rollouts = subject.rollouts(policy)
-    rows = [row for row, problem in enumerate(subject.problem_of_row) if problem % 2 == half]
+    numbers = subject.problem_numbers
+    rows = [row for row, problem in enumerate(subject.problem_of_row) if numbers[problem] % 2 == half]
     tokens = sum(len(rollouts.completions[row]) for row in rows)
     learnt = [parameter for parameter in subject.student.parameters() if parameter.requires_grad]
     before = [parameter.grad for parameter in learnt]
