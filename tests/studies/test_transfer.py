@@ -82,7 +82,7 @@ def test_transfer_is_the_product_of_plain_gradients_of_different_problems(tiny_p
 
 
 def test_copies_of_a_problem_are_never_taken_for_another_problem(tiny_pair, subject):
-    """Its two halves have no problem in common, whatever place the copies stand at: the numbers are those of one each."""
+    """Its two halves have no problem in common, wherever copies stand: the numbers are those of one each."""
     rows = list(subject.problems)
     copied = replace(subject, problems=[row for row in rows for _ in range(3)])
     one, other = (gradient_transfer(each, policies=POLICIES) for each in (subject, copied))

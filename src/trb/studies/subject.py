@@ -96,8 +96,8 @@ class Subject:
         remember: keeps finished parts; by default in memory. Parts are JSON values.
 
     Raises:
-        ValueError: fewer than two different problems, no samples, a problem without an answer, or a head that does not cover the
-            tokenizer.
+        ValueError: fewer than two different problems, no samples, a problem without an answer, or a head that does not
+            cover the tokenizer.
     """
 
     student: "PreTrainedModel"

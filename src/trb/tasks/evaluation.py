@@ -13,7 +13,6 @@ serving engines; sampling goes through whatever `sampler` is given.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -30,11 +29,11 @@ from trb.measures import OUTCOMES, PER_TOKEN, pass_at_1_interval
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
-from trb.records import PROBLEMS
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.tasks.conversations import conversation_of
 from trb.tasks.grading import Verifier, can_be_scored
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT, load_prompts, render
+from trb.tasks.results import Results
 from trb.tasks.reward_free import TOTALS, Judge, check_units, is_reward_free, token_mean, token_totals
 from trb.training.ranks import Ranks
 from trb.vocab import SharedVocabulary, stop_token_ids
@@ -215,32 +214,19 @@ def evaluate(
         max_rows=max_rows,
         **({} if judge is None else {"vocab_size": judge.vocabulary.size}),
     )
+    totals = None if judge is None else partial(token_totals, model, judge, temperature=temperature, max_rows=max_rows)
     ranks = ranks or Ranks()
     # Between two saves every process samples `chunk` problems, the batches that one process would sample in turn.
     chunk = max(1, (max_rows or CHUNK_ROWS) // n)
     path = None if results_path is None or not ranks.is_first else Path(results_path)
-    results = _Results(path, settings, chunk * ranks.count, ranks)
+    results = Results(path, settings, chunk * ranks.count, ranks)
     with ExitStack() as stack:
         scorer = stack.enter_context(Verifier()) if verifier is None else verifier
         bar = stack.enter_context(Progress(console=Console(stderr=True), disable=not (progress and ranks.is_first)))
         task = bar.add_task(name, total=len(rows), completed=len(results.records))
+        sampling = _Sampling(name, rows, prompts, taught, n, draw, tokenizer, scorer, totals, save_completions)
         for start in range(len(results.records), len(rows), chunk * ranks.count):
-            part = _share(start, len(rows), chunk, ranks)
-            found: list[dict[str, Any]] = []
-            if prompts[part]:
-                rollout = _rollout(draw, prompts, part, n, name)
-                texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-                scores = scorer.score(texts, [row for row in rows[part] for _ in range(n)])
-                found = _records(part.start, prompts[part], n, rollout, scores)
-                if judge is not None:
-                    totals = token_totals(
-                        *(model, judge, _repeated(prompts[part], n), _repeated(taught[part], n), rollout.completions),
-                        temperature=temperature,
-                        max_rows=max_rows,
-                    )
-                    _add_totals(found, rows[part], totals, n)
-                if save_completions:
-                    _add_texts(found, rows[part], texts, scores, save_completions)
+            found = sampling.records(_share(start, len(rows), chunk, ranks))
             results.append(list(chain.from_iterable(ranks.gather(found))))
             bar.update(task, completed=len(results.records))
     return _summary(name, results.records, n, judge is None)
@@ -301,8 +287,8 @@ def _taught(judge: Judge | None, tokenizer: Any, name: str, prompts: list[list[i
     return render(tokenizer, judge.problems[name])
 
 
-def _repeated(prompts: list[list[int]], n: int) -> list[list[int]]:
-    return [prompt for prompt in prompts for _ in range(n)]
+def _repeated(items: Sequence[Any], n: int) -> list[Any]:
+    return [item for item in items for _ in range(n)]
 
 
 def _fingerprint(prompts: list[list[int]], rows: list[dict[str, Any]]) -> str:
@@ -322,19 +308,52 @@ def _share(start: int, stop: int, chunk: int, ranks: Ranks) -> slice:
     return slice(first, min(stop, first + size))
 
 
-def _rollout(draw: Callable[..., Rollout], prompts: list[list[int]], part: slice, n: int, name: str) -> Rollout:
-    """`n` completions of every prompt of a part; rows of one prompt stand together."""
-    chosen = prompts[part]
-    try:
-        return draw(
-            prompts=[prompt for prompt in chosen for _ in range(n)],
-            policy=StudentPolicy(),
-            prompt_keys=[prompt_key(prompt) for prompt in chosen for _ in range(n)],
-            rollout_index=[index for _ in chosen for index in range(n)],
-        )
-    except NonFiniteLogitsError as error:
-        place = f"problem {part.start + error.row // n + 1} of {len(prompts)} of {name}"
-        raise NonFiniteLogitsError("model", error.row, error.position, place) from error
+@dataclass(frozen=True)
+class _Sampling:
+    """Problems, and how any part of them is sampled and scored."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    prompts: list[list[int]]
+    taught: list[list[int]]
+    """The prompts as a judge reads them."""
+    n: int
+    draw: Callable[..., Rollout]
+    tokenizer: "PreTrainedTokenizerBase"
+    scorer: Verifier
+    totals: Callable[..., list[dict[str, float]]] | None
+    """Of prompts, prompts as a judge reads them and completions: sums over tokens; None without a judge."""
+    save_completions: int
+
+    def records(self, part: slice) -> list[dict[str, Any]]:
+        """What is kept of each problem of a part."""
+        rows, prompts, n = self.rows[part], self.prompts[part], self.n
+        if not prompts:
+            return []
+        rollout = self._rollout(part)
+        texts = self.tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+        scores = self.scorer.score(texts, _repeated(rows, n))
+        found = _records(part.start, prompts, n, rollout, scores)
+        if self.totals is not None:
+            read = _repeated(self.taught[part], n)
+            _add_totals(found, rows, self.totals(_repeated(prompts, n), read, rollout.completions), n)
+        if self.save_completions:
+            _add_texts(found, rows, texts, scores, self.save_completions)
+        return found
+
+    def _rollout(self, part: slice) -> Rollout:
+        """`n` completions of every prompt of a part; rows of one prompt stand together."""
+        prompts = _repeated(self.prompts[part], self.n)
+        try:
+            return self.draw(
+                prompts=prompts,
+                policy=StudentPolicy(),
+                prompt_keys=list(map(prompt_key, prompts)),
+                rollout_index=[row % self.n for row in range(len(prompts))],
+            )
+        except NonFiniteLogitsError as error:
+            place = f"problem {part.start + error.row // self.n + 1} of {len(self.prompts)} of {self.name}"
+            raise NonFiniteLogitsError("model", error.row, error.position, place) from error
 
 
 def _records(
@@ -408,74 +427,3 @@ def _summary(name: str, records: list[dict[str, Any]], n: int, has_scores: bool)
         stop_rate=sum(sum(record["stopped"]) for record in records) / samples,
         **what,
     )
-
-
-class _Results:
-    """The finished problems, in order, and their file if there is one.
-
-    The file is a header line with the settings, then one line per problem. A last line without its newline was
-    torn by a kill and is dropped. So are the finished problems of an unfinished round: a batch of another
-    composition rounds differently, and a resumed run must repeat the interrupted one exactly. The first process reads
-    the file for all, which therefore agree on what is left to do.
-    """
-
-    def __init__(self, path: Path | None, settings: dict[str, Any], round_size: int, ranks: Ranks) -> None:
-        self._path = path
-        self.records: list[dict[str, Any]] = ranks.from_first(lambda: _resumed(path, settings, round_size))
-
-    def append(self, records: list[dict[str, Any]]) -> None:
-        self.records += records
-        if self._path is not None:
-            with self._path.open("ab") as file:
-                file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def _resumed(path: Path | None, settings: dict[str, Any], round_size: int) -> list[dict[str, Any]]:
-    """The records of the finished rounds in a results file, which is cut to them, or begun."""
-    if path is None:
-        return []
-    header = json.dumps({"settings": settings}).encode() + b"\n"
-    content = path.read_bytes() if path.exists() else b""
-    if header.startswith(content):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(header)
-        return []
-    lines = [line for line in PROBLEMS.lines(path) if line.raw.endswith(b"\n")]
-    for place, line in enumerate(lines, start=1):
-        if line.error or line.number != place:
-            raise InputError(
-                f"line {place} of {path} is not a result ({line.error or 'it is empty'}); use {_elsewhere()}, or "
-                "delete the file if it is a damaged one"
-            )
-    parsed = [line.record for line in lines]
-    _check_settings(parsed[0] if parsed else {}, settings, path)
-    for number, record in enumerate(parsed[1:]):
-        if record.get("problem") != number:
-            raise InputError(f"line {number + 2} of {path} is not problem {number} as it should be; delete the file")
-    kept = len(parsed) - 1
-    if kept < settings["n_problems"]:
-        kept -= kept % round_size
-    os.truncate(path, sum(len(line.raw) for line in lines[: kept + 1]))
-    return parsed[1 : kept + 1]
-
-
-def _elsewhere() -> str:
-    return f"another {named('results_path')}"
-
-
-def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a file that was written with other settings, or is something else altogether."""
-    written = header.get("settings")
-    if not isinstance(written, dict):
-        raise InputError(f"{path} is not a results file of an evaluation; use {_elsewhere()}")
-    differences = [
-        f"{named(key)} is {written.get(key)!r} there and {value!r} here"
-        for key, value in settings.items()
-        if written.get(key) != value
-    ]
-    if differences:
-        raise InputError(
-            f"{path} holds results of another evaluation ({'; '.join(differences)}); delete it or use {_elsewhere()}"
-        )
