@@ -16,7 +16,7 @@ from trb.studies.keys import RunConfig, default_of, parse_overrides, run_fields,
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
-from trb.training.methods import pair_of
+from trb.training.methods import CHOICES, pair_of
 from trb.training.resume import plain
 
 PAIR = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
@@ -281,6 +281,18 @@ def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> N
 def test_a_knob_that_the_pair_does_not_read_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_a_choice_that_there_is_not_is_refused_alike_wherever_it_is_given(tmp_path: Path, option: str) -> None:
+    """Also as an option, where what a file sets for another choice is taken away: no KeyError of a table."""
+    expected = f"{option}='trust_regoin' is unknown; choose one of "
+    flag = option.replace("_", "-")
+    assert expected in refusal(tmp_path, f"{option}: trust_regoin")
+    for text in ("", "method: veto\nveto_strength: 0.3\n"):
+        assert expected in refusal(tmp_path, text, f"--{flag}", "trust_regoin")
+    assert expected in refusal(tmp_path, "methods: {opd: , trb: }", f"--methods.trb.{flag}", "trust_regoin")
+    assert "; did you mean 'trust_region'?" in refusal(tmp_path, "", "--behavior", "trust_regoin")
 
 
 def test_halves_of_methods_combine_and_bring_their_knobs(tmp_path: Path) -> None:

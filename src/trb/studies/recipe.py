@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from trb.errors import InputError
 from trb.records import AS_BY_DEFAULT
 from trb.studies.keys import (
     REPLACED_KEYS,
@@ -32,7 +33,7 @@ from trb.studies.shipped import recipe_file
 from trb.studies.yaml_files import ConfigError, Dumper, nearest_key, read_yaml
 from trb.training.behaviors import budget_schedule_of
 from trb.training.config import TRBConfig
-from trb.training.methods import CHOICES, METHODS, every_knob, knobs_of, owners_of, pair_of
+from trb.training.methods import CHOICES, METHODS, check_choices, every_knob, knobs_of, owners_of, pair_of
 from trb.training.resume import plain
 
 __all__ = ["Recipe", "load_recipe", "make_recipe"]
@@ -89,9 +90,19 @@ class Recipe:
         return self.training.get(name, default_of(training_fields()[name]))
 
     def choices(self) -> list[SimpleNamespace]:
-        """What decides which knobs are read: of the run, or of every method of a comparison."""
+        """What decides which knobs are read: of the run, or of every method of a comparison.
+
+        Raises ConfigError for a choice that there is not.
+        """
         variants = [self.for_method(name) for name in self.run.methods] or [self]
-        return [SimpleNamespace(**{key: each._value(key) for key in CHOICES}) for each in variants]
+        found = []
+        for variant in variants:
+            found.append(SimpleNamespace(**{key: variant._value(key) for key in CHOICES}))
+            try:
+                check_choices(found[-1])
+            except InputError as error:
+                raise ConfigError(f"{variant.source}: {error}") from error
+        return found
 
     def for_method(self, name: str) -> "Recipe":
         """The recipe of one entry of `methods`: the same run, with that entry's overrides."""

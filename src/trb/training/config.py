@@ -5,7 +5,7 @@ may change when a run is resumed, in `trb.training.resume`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from trb.sampling.uniforms import SEEDS
 from trb.tools import TOOLS
 from trb.training import privileged
 from trb.training.behaviors import BLEND_WARMUP_STEPS, budget_schedule_of
-from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, halves
+from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, check_choice, check_choices, halves
 
 __all__ = ["REPLICA_DTYPES", "TRBConfig"]
 
@@ -362,19 +362,15 @@ class TRBConfig(DistillationConfig):
         if getattr(self, "activation_checkpointing_kwargs", False) is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         super().__post_init__()
-        _check_choice("method", self.method, METHODS)
-        for name, table in (("behavior", BEHAVIORS), ("loss", TARGETS)):
-            if getattr(self, name) is not None:
-                _check_choice(name, getattr(self, name), table)
+        check_choices(self)
         self.budget_schedule = budget_schedule_of(self)
-        _check_choice("budget_schedule", self.budget_schedule, BUDGET_SCHEDULES)
         if self.blend_warmup_steps is None:
             self.blend_warmup_steps = BLEND_WARMUP_STEPS
-        _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
         self._refuse_unsupported()
         for name in self.report_to:
-            _check_choice("report_to", name, INTEGRATION_TO_CALLBACK)
+            check_choice("report_to", name, INTEGRATION_TO_CALLBACK)
         self._check_scheduler()
         if self.seed not in SEEDS:
             raise InputError(f"seed is {self.seed}; it must lie in [0, 2**32)")
@@ -460,8 +456,3 @@ class TRBConfig(DistillationConfig):
                 "optimizer step (per_device_train_batch_size x processes x gradient_accumulation_steps)"
             )
         return fitting
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str] | Mapping[str, Any]) -> None:
-    if value not in choices:
-        raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

@@ -11,10 +11,11 @@ or target is built, so that the report's labels cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trb.errors import InputError, did_you_mean
 from trb.training.behaviors import BEHAVIORS, BUDGET_SCHEDULES
 from trb.training.halves import Behavior, BudgetSchedule, Half, Scheduled, Target
 from trb.training.targets import TARGETS
@@ -35,6 +36,8 @@ __all__ = [
     "Scheduled",
     "Target",
     "behavior_of",
+    "check_choice",
+    "check_choices",
     "every_knob",
     "halves",
     "kl_budget_of",
@@ -148,6 +151,21 @@ def kl_budget_of(policy: BehaviorPolicy) -> float:
 
 CHOICES = ("method", "behavior", "loss", "budget_schedule")
 """The options that decide which knobs are read."""
+
+
+def check_choices(args: Any) -> None:
+    """Raises InputError for a method, behavior, loss or schedule that there is not."""
+    tables: tuple[Mapping[str, Any], ...] = (METHODS, BEHAVIORS, TARGETS, BUDGET_SCHEDULES)
+    for name, table in zip(CHOICES, tables, strict=True):
+        if name == "method" or getattr(args, name) is not None:
+            check_choice(name, getattr(args, name), table)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raises InputError unless `value` of the option `name` is one of `choices`."""
+    if value not in choices:
+        close = did_you_mean(str(value), choices)
+        raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}{close}")
 
 
 def knobs_of(configurations: Iterable[Any]) -> set[str]:
