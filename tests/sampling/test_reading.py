@@ -37,14 +37,13 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 import trb.sampling.attention
 import trb.sampling.cache
 from trb import zoo
+from trb.models.comparison import disagreement, tolerance
 from trb.models.modeling import (
     OutputHead,
     UnsupportedModelError,
     completion_hidden_states,
-    disagreement,
     probe_rows,
     rope_switch,
-    tolerance,
 )
 from trb.policies import StudentPolicy, TrustRegionPolicy
 from trb.sampling import SAMPLERS, Rollout, sample

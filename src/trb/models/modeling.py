@@ -13,7 +13,7 @@ size, V head rows.
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakSet
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trb.errors import InputError
+from trb.models.comparison import Trial, trials_of
 from trb.models.quantization import mixes_rows
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "check_causal",
     "completion_hidden_states",
     "decoder",
-    "disagreement",
     "evaluation_mode",
     "has_adapters",
     "length_groups",
@@ -44,7 +44,6 @@ __all__ = [
     "rope_switch",
     "row_order",
     "switched_off",
-    "tolerance",
     "windows",
     "without_adapters",
 ]
@@ -67,6 +66,9 @@ def length_groups(rows: int) -> int:
 _LONGEST_PROBE = 1100
 # A model that looks ahead does so at any length.
 _CAUSAL_PROBE = 32
+
+
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # the last two of MPT, of Whisper
 
 
 class UnsupportedModelError(InputError):
@@ -144,12 +146,16 @@ def switched_off(model: nn.Module, *names: str) -> dict[str, bool]:
 
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Dropout off (and gradient checkpointing, which would drop a cache) within the block; restored after."""
-    with ExitStack() as stack:
-        for model in models:
-            stack.callback(model.train, model.training)
-            model.eval()
+    """Dropout off (and gradient checkpointing, which would drop a cache) within the block; restored after, each part as
+    it was: some may be kept in evaluation mode while the rest is trained."""
+    before = [(part, part.training) for model in models for part in model.modules()]
+    for model in models:
+        model.eval()
+    try:
         yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -187,8 +193,9 @@ def _output_dtypes(head: nn.Module | None) -> Iterator[list[torch.dtype]]:
 
 def position_limit(model: nn.Module) -> int | None:
     """How many positions the model has, or None: families without a limit name none, or one below 1."""
-    limit = getattr(without_adapters(model).config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else None
+    config = without_adapters(model).config.get_text_config()
+    limits = [getattr(config, name, None) for name in _POSITIONS]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def rope_switch(model: PreTrainedModel) -> int | None:
@@ -231,42 +238,6 @@ def windows(model: PreTrainedModel) -> list[int]:
     names = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "sliding_window_size")
     values = [getattr(config, name, None) for name in names]
     return [size for size in values if isinstance(size, int) and size > 0]
-
-
-def disagreement(ours: Sequence[Tensor], own: Sequence[Tensor]) -> float:
-    """How far `[T, V]` logits of several rows are from the model's own, relative to the spread of these.
-
-    Where the model's own are float32 or float64 the largest difference at any token. In less, rounding alone may send a
-    token to another expert: the median over the tokens of a row of the mean square, and the worst row. Logits that are
-    not finite where the model's own are count as infinitely far.
-    """
-    worst = 0.0
-    for one, other in zip(ours, own, strict=True):
-        coarse = other.dtype not in (torch.float32, torch.float64)
-        possible = other.isfinite()
-        if not one[possible].isfinite().all():
-            return math.inf
-        gap, size = (x.double().masked_fill(~possible, 0.0) for x in (one - other, other - _centre(other, possible)))
-        if coarse:
-            worst = max(worst, (gap.pow(2).mean(-1) / size.pow(2).mean(-1).clamp_min(1e-12)).sqrt().median().item())
-        else:
-            worst = max(worst, (gap.abs().max() / size.abs().max().clamp_min(1e-3)).item())
-    return worst
-
-
-def _centre(logits: Tensor, possible: Tensor) -> Tensor:
-    total = logits.masked_fill(~possible, 0.0).sum(-1, keepdim=True)
-    return total / possible.sum(-1, keepdim=True).clamp_min(1)
-
-
-def tolerance(logits: Tensor) -> float:
-    """Of `disagreement`, for two ways to compute the same logits: rounding adds up over layers and keys, and attention
-    in float64 may still take its softmax in float32. A wrong mask or position is off by a share of order one."""
-    if logits.dtype == torch.float32 and logits.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return 2e-2  # ten bits of each factor
-    if logits.dtype in (torch.float32, torch.float64):
-        return 1e-5 if logits.dtype == torch.float64 else 3e-4
-    return 0.25
 
 
 def completion_hidden_states(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, completion_BL: Tensor) -> Tensor:
@@ -403,24 +374,31 @@ class OutputHead:
             UnsupportedModelError: the model is no causal LM, or computes its logits in a way that is not known here.
         """
         check_causal(model)
-        with _probing(model, "hidden states and output head cannot be read apart") as inner:
-            head, rows = cls.of(model), probe_rows(inner, 3)
-            own = [plain_logits(inner, row)[:-1] for row in rows]
-            # Twice as many rows, half of them a token shorter: groups of more than one, and of unequal lengths.
-            rows, own = [*rows, *(row[:-1] for row in rows)], [*own, *(logits[:-1] for logits in own)]
-            ours = head(_probe_hidden_states(model, rows)).split([len(row) - 1 for row in rows])
-        gap = disagreement(ours, own)
-        if not gap <= tolerance(own[0]):
-            raise UnsupportedModelError(
-                model,
-                f"hidden states and output head, as the loss reads them, give other logits than the model itself "
-                f"(off by {gap:.2g} of their spread)",
-            )
+        with _probing(model, "hidden states and output head cannot be read apart") as inner, trials_of(inner) as trials:
+            gaps = [_head_gap(trial) for trial in trials]
+        for gap in gaps:
+            if gap is not None:
+                raise UnsupportedModelError(
+                    model,
+                    f"hidden states and output head, as the loss reads them, give other logits than the model itself "
+                    f"(off by {gap:.2g} of their spread)",
+                )
         _KNOWN.add(inner)
-        return head
+        return cls.of(model)
 
 
 _KNOWN: WeakSet[nn.Module] = WeakSet()
+
+
+def _head_gap(trial: Trial) -> float | None:
+    """How far logits by hidden states and head are from the model's own; None where it is rounding."""
+    rows = probe_rows(trial.model, 3)
+    with trial.precision():
+        own = [plain_logits(trial.model, row)[:-1] for row in rows]
+        # Twice as many rows, half of them a token shorter: groups of more than one, and of unequal lengths.
+        rows, own = [*rows, *(row[:-1] for row in rows)], [*own, *(logits[:-1] for logits in own)]
+        ours = OutputHead.of(trial.model)(_probe_hidden_states(trial.model, rows))
+    return trial.gap(ours.split([len(row) - 1 for row in rows]), own)
 
 
 def _probe_hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -465,22 +443,31 @@ def check_causal(model: nn.Module) -> None:
         raise UnsupportedModelError(model, reason)
     if getattr(inner.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(model, "it is an encoder-decoder; student and teacher must be decoder-only")
-    with _probing(model, "a plain pass over token ids fails"):
-        row = probe_rows(inner, 6)[0][:_CAUSAL_PROBE]
-        whole = plain_logits(inner, row)
-        parts = [plain_logits(inner, row[:length])[-1:] for length in (len(row) - 4, len(row) - 1)]
+    with _probing(model, "a plain pass over token ids fails"), trials_of(inner) as trials:
+        whole = plain_logits(inner, probe_rows(inner, 6)[0][:_CAUSAL_PROBE])
+        gaps = [_look_ahead(trial) for trial in trials]
     if not torch.isfinite(whole.logsumexp(-1)).all():
         if broken := [name for name, weight in inner.named_parameters() if not weight.isfinite().all()]:
             more = f" and {len(broken) - 1} other weights" if len(broken) > 1 else ""
             name = inner.name_or_path or f"a {type(inner).__name__}"
             raise InputError(f"{name} is damaged: NaN or infinity in {broken[0]}{more}, and so in its logits")
         raise UnsupportedModelError(model, "its own logits are not finite, for ordinary tokens")
-    gap = disagreement(parts, [whole[len(row) - 5 : len(row) - 4], whole[len(row) - 2 : len(row) - 1]])
-    if not gap <= tolerance(whole):
-        raise UnsupportedModelError(
-            model, f"its logits at a token change with the tokens after it (by {gap:.2g} of their spread): not causal"
-        )
+    for gap in gaps:
+        if gap is not None:
+            raise UnsupportedModelError(
+                model,
+                f"its logits at a token change with the tokens after it (by {gap:.2g} of their spread): not causal",
+            )
     _CAUSAL.add(inner)
+
+
+def _look_ahead(trial: Trial) -> float | None:
+    """How far logits change with the tokens after them; None where it is rounding."""
+    row = probe_rows(trial.model, 6)[0][:_CAUSAL_PROBE]
+    with trial.precision():
+        whole = plain_logits(trial.model, row)
+        parts = [plain_logits(trial.model, row[:length])[-1:] for length in (len(row) - 4, len(row) - 1)]
+    return trial.gap(parts, [whole[len(row) - 5 : len(row) - 4], whole[len(row) - 2 : len(row) - 1]])
 
 
 def _soft_cap(config: object) -> float | None:

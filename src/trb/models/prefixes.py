@@ -27,18 +27,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from trb.models.comparison import Trial, trials_of
 from trb.models.modeling import (
     accepts,
     cache_name,
     completion_hidden_states,
     decoder,
-    disagreement,
     evaluation_mode,
     length_groups,
     probe_rows,
     rope_switch,
     row_order,
-    tolerance,
     without_adapters,
 )
 from trb.models.rows import padded
@@ -240,21 +239,22 @@ def _agrees(model: PreTrainedModel) -> bool:
     """Whether a few short rows get the states that they have when they are read whole; once per model and process."""
     if model not in _AGREES:
         try:
-            with torch.no_grad(), evaluation_mode(model):
-                _AGREES[model] = _compare(model)
+            with torch.no_grad(), evaluation_mode(model), trials_of(model) as trials:
+                _AGREES[model] = all(map(_compare, trials))
         except Exception as error:  # some families cannot go on from a cache that the library makes unasked
             logger.info("reading prompts once per completion: %s: %s", type(error).__name__, error)
             _AGREES[model] = False
     return _AGREES[model]
 
 
-def _compare(model: PreTrainedModel) -> bool:
-    after = 3
+def _compare(trial: Trial) -> bool:
+    after, model = 3, trial.model
     rows = [[*row[:-after], *end] for row in probe_rows(model, after + 1) for end in (row[-after:], row[-after:][::-1])]
     batch = padded([row[:-after] for row in rows], [row[-after:] for row in rows], model.device)
     found: dict[int, Tensor] = {}
-    for group in _groups(_rows(*batch), len(rows)):
-        for part, states_NH in zip(group.parts, _read(model, group, model.device), strict=True):
-            found.update(zip((row.place for row in part), states_NH.split(after), strict=True))
-    whole = completion_hidden_states(model, *batch).split(after)
-    return disagreement([found[place] for place in range(len(rows))], list(whole)) <= tolerance(whole[0])
+    with trial.precision():
+        for group in _groups(_rows(*batch), len(rows)):
+            for part, states_NH in zip(group.parts, _read(model, group, model.device), strict=True):
+                found.update(zip((row.place for row in part), states_NH.split(after), strict=True))
+        whole = completion_hidden_states(model, *batch).split(after)
+    return trial.gap([found[place] for place in range(len(rows))], list(whole)) is None

@@ -144,12 +144,27 @@ def _attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     # Set back directly: asking for an implementation again may look for its kernels on the network again.
     before = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
-    model.set_attn_implementation(implementation)
     try:
+        model.set_attn_implementation(_of_what_is_read(model, implementation))
         yield
     finally:
         for config, name in before.values():
             config._attn_implementation_internal = name
+
+
+def _of_what_is_read(model: PreTrainedModel, implementation: str) -> dict[str, str]:
+    """The implementation for the model and its text part, as the library takes it: towers for images and sounds, which
+    may not have it, keep their own."""
+    text = model.config.get_text_config()
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    return {"": implementation} | {name: implementation for name, part in parts.items() if _holds(part, text)}
+
+
+def _holds(config: Any, wanted: Any) -> bool:
+    """Whether a configuration is the one that is wanted, or has it among its parts."""
+    return config is wanted or any(
+        _holds(getattr(config, name, None), wanted) for name in getattr(config, "sub_configs", ())
+    )
 
 
 @contextmanager

@@ -28,15 +28,14 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from trb.models.comparison import Trial, trials_of
 from trb.models.modeling import (
     UnsupportedModelError,
     check_causal,
-    disagreement,
     evaluation_mode,
     plain_logits,
     position_limit,
     probe_rows,
-    tolerance,
     windows,
 )
 from trb.sampling.attention import attention_through_slots, exact_masks, masks_by, slot_attentions
@@ -118,19 +117,18 @@ def _first_exact(model: PreTrainedModel, slots: bool) -> Way:
     if os.environ.get("TRB_CHECK_READING") == "0":
         return candidates[0]
     check_causal(model)
-    rows = probe_rows(model, _TOKENS)
-    own = [plain_logits(model, row)[-_TOKENS - 1 : -1] for row in rows]
-    allowed = tolerance(own[0])
-    reasons: list[str] = []
-    for way in candidates:
-        reason = _fault(model, way, rows, own, allowed)
-        if reason is None:
-            if slots and not way.in_slots and not reasons:
-                reasons = ["it keeps a state in a way of its own, or counts places in its cache"]
-            if reasons:
-                _warn(model, way, reasons)
-            return replace(way, because="; ".join(reasons))
-        reasons.append(f"{way.name}: {reason}")
+    rows, reasons = probe_rows(model, _TOKENS), list[str]()
+    with trials_of(model) as trials:
+        own = [_own(trial, rows) for trial in trials]
+        for way in candidates:
+            reason = next(filter(None, (_fault(*tried, way, rows) for tried in zip(trials, own, strict=True))), None)
+            if reason is None:
+                if slots and not way.in_slots and not reasons:
+                    reasons = ["it keeps a state in a way of its own, or counts places in its cache"]
+                if reasons:
+                    _warn(model, way, reasons)
+                return replace(way, because="; ".join(reasons))
+            reasons.append(f"{way.name}: {reason}")
     raise UnsupportedModelError(
         model, f"no way of reading it token by token gives its own logits ({'; '.join(reasons)})"
     )
@@ -145,23 +143,30 @@ def _warn(model: PreTrainedModel, way: Way, reasons: Sequence[str]) -> None:
     )
 
 
-def _fault(model: PreTrainedModel, way: Way, rows: list[list[int]], own: list[Tensor], allowed: float) -> str | None:
+def _own(trial: Trial, rows: list[list[int]]) -> list[Tensor]:
+    with trial.precision():
+        return [plain_logits(trial.model, row)[-_TOKENS - 1 : -1] for row in rows]
+
+
+def _fault(trial: Trial, own: list[Tensor], way: Way, rows: list[list[int]]) -> str | None:
     """What is wrong with a way of reading; None if nothing is."""
+    model = trial.model
     try:
-        if way.reader is None:
-            with attention_through_slots(model, attention=way.attention):
-                ours, fault = _through_slots(model, rows), _mask_fault(model, rows)
-            if fault is not None:
-                return fault
-        else:
-            ours = _by_reader(way.reader(model), rows)
+        with trial.precision():
+            if way.reader is None:
+                with attention_through_slots(model, attention=way.attention):
+                    ours, fault = _through_slots(model, rows), _mask_fault(model, rows)
+                if fault is not None:
+                    return fault
+            else:
+                ours = _by_reader(way.reader(model), rows)
     except UnsupportedModelError:
         raise
     # Whatever a family's code may raise when it is read in a way that it was not written for.
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120] or 'no message'}"
-    gap = disagreement(ours, [logits[: len(each)] for each, logits in zip(ours, own, strict=False)])
-    return None if gap <= allowed else f"logits are off by {gap:.2g} of their spread"
+    gap = trial.gap(ours, [logits[: len(each)] for each, logits in zip(ours, own, strict=False)])
+    return None if gap is None else f"logits are off by {gap:.2g} of their spread"
 
 
 def _by_reader(reader: Reader, rows: list[list[int]]) -> list[Tensor]:
