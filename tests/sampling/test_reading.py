@@ -83,6 +83,35 @@ def way(model: PreTrainedModel) -> str:
     return found_way(model).name
 
 
+def attention_of(model: PreTrainedModel) -> dict[str, str]:
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return {type(part).__name__: part.config._attn_implementation for part in parts}
+
+
+def test_towers_keep_their_attention_and_the_first_sample_is_drawn_as_the_next() -> None:
+    """A tower for sounds without SDPA refused ours when the rest had it already, which then stayed."""
+    model = build("gemma4", seed=1)
+    before = attention_of(model)
+    for _ in range(2):
+        assert way(model) == "slots"
+        draw(model, model)
+        assert attention_of(model) == before
+    assert len(set(before.values())) > 1
+
+
+def test_attention_comes_back_where_it_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gemma3_text")
+    before = attention_of(model)
+
+    def refusing(self: PreTrainedModel, *asked: Any) -> None:
+        self.config._attn_implementation_internal = "half-way"
+        raise ValueError("not for this part")
+
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", refusing)
+    assert way(model) != "slots"
+    assert attention_of(model) == before
+
+
 # --- laws that were silently wrong --------------------------------------------------------------
 
 
