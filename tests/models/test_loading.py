@@ -19,10 +19,13 @@ from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DiffLlamaConfig,
     DynamicCache,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
+    MiniCPM3Config,
+    OlmoHybridConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -32,6 +35,7 @@ from transformers import (
 )
 
 from trb import zoo
+from trb.errors import InputError
 from trb.models import loading, packaged
 from trb.models.loading import load_model, load_tokenizer
 from trb.models.memory import DTYPES, activation_entries, bytes_of, cache_entries
@@ -527,6 +531,39 @@ def test_a_pruned_model_survives_saving(name: str, tmp_path: Path) -> None:
     tied = name in ("llama-tied", "gpt2")
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) is tied
     assert (pruned.get_output_embeddings().weight is pruned.get_input_embeddings().weight) is tied
+
+
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+DEPENDING_ON_DEPTH = {
+    "a scale by the layer's place": lambda: GPT2Config(
+        **CONFIGS["gpt2"].to_dict() | {"scale_attn_by_inverse_layer_idx": True}
+    ),
+    "a constant by the layer's place": lambda: DiffLlamaConfig(**SIZES),
+    "a scale by the number of layers": lambda: MiniCPM3Config(**SIZES | LATENT),
+}
+
+
+@pytest.mark.parametrize("kind", DEPENDING_ON_DEPTH)
+def test_layers_that_would_be_others_in_a_saved_copy_are_refused(kind: str) -> None:
+    """Same weights, another law: a student would be evaluated as what it was not trained as."""
+    model = AutoModelForCausalLM.from_config(DEPENDING_ON_DEPTH[kind]())
+    with pytest.raises(InputError, match=r"differ by position.*\(saved and loaded again, the same"):
+        prune_depth(model, 3)
+
+
+def test_what_stays_must_be_a_model_of_its_kind() -> None:
+    """Only linear layers are left of a hybrid, which its configuration refuses, and the first checkpoint with it."""
+    types = ["linear_attention"] * 3 + ["full_attention", "linear_attention"]
+    config = OlmoHybridConfig(**SIZES, layer_types=types)
+    with pytest.raises(InputError, match="OlmoHybridForCausalLM: what stays is no model of its kind"):
+        prune_depth(AutoModelForCausalLM.from_config(config), 3)
 
 
 def test_layer_types_follow_their_layers() -> None:

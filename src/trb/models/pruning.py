@@ -8,10 +8,13 @@ import copy
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
 from trb.errors import InputError
+from trb.models.modeling import evaluation_mode, plain_logits, probe_rows
 
 __all__ = ["kept_layers", "prune_depth"]
 
@@ -81,13 +84,39 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, Any]:
     return outermost[0], stacks[outermost[0]]
 
 
+_INSTEAD = "use a smaller student instead of keep_layers"
+
+
 def _check_rebuildable(pruned: PreTrainedModel) -> None:
-    """Refuse architectures whose layers depend on their position: a saved copy would not load again."""
-    with torch.device("meta"):
+    """Refuse architectures whose layers depend on their position or on the depth: what is saved would not load again,
+    or load as another model than the one that was trained."""
+    kind = type(pruned).__name__
+    try:
+        type(pruned.config).from_dict(pruned.config.to_dict())
+    except (ValueError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"cannot prune {kind}: what stays is no model of its kind ({why}); {_INSTEAD}") from error
+    with init_empty_weights(include_buffers=False):
         rebuilt = type(pruned)(copy.deepcopy(pruned.config))
-    shapes = {name: weight.shape for name, weight in pruned.state_dict().items()}
-    if shapes != {name: weight.shape for name, weight in rebuilt.state_dict().items()}:
+    weights, theirs = pruned.state_dict(), rebuilt.state_dict()
+    if {name: weight.shape for name, weight in weights.items()} != {n: weight.shape for n, weight in theirs.items()}:
         raise InputError(
-            f"cannot prune {type(pruned).__name__}: its layers differ by position, so they are not "
-            "interchangeable; use a smaller student instead of keep_layers"
+            f"cannot prune {kind}: its layers differ by position, so they are not interchangeable; {_INSTEAD}"
         )
+    rebuilt.load_state_dict(weights, assign=True)  # no second copy of them
+    nn.Module.to(rebuilt, pruned.device)  # buffers
+    try:
+        with torch.no_grad(), evaluation_mode(pruned, rebuilt):
+            tokens = probe_rows(pruned, 3)[0]  # past a window
+            own, other = (plain_logits(model, tokens).double() for model in (pruned, rebuilt))
+    except Exception as error:  # whatever a family says where a layer is missed that it counts on
+        raise InputError(f"cannot prune {kind}: what stays cannot be read ({error}); {_INSTEAD}") from error
+    finite = own.isfinite()
+    if not (own - other)[finite].abs().max() <= _SAME * own[finite].std():
+        raise InputError(
+            f"cannot prune {kind}: its layers differ by position, so they are not interchangeable (saved and loaded "
+            f"again, the same weights would be another model); {_INSTEAD}"
+        )
+
+
+_SAME = 1e-3  # of their spread: the same operations on the same weights
