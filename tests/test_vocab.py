@@ -1,6 +1,7 @@
 """Shared events: stop probability is moved, never lost or split; different tokenizers are refused."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,3 +292,8 @@ def test_the_laws_of_policies_sum_to_one_over_a_long_tail() -> None:
     for policy in (TemperaturePolicy(0.9), SKDPolicy(25, 0.6)):
         total = policy.target(student, teacher).log_probs.double().exp().sum(-1).log()
         assert float(total) == pytest.approx(0.0, abs=torch.finfo(torch.float32).eps / 2 * (4 * 18 + 256 / 4))
+
+
+@pytest.mark.parametrize("stops", [2, np.int64(2), torch.tensor(2), [2], np.array([2]), (torch.tensor(2),)], ids=repr)
+def test_stop_ids_may_be_integers_of_any_kind(stops: Any) -> None:
+    assert SharedVocabulary.of([5, 4], stops, stops).stop_ids == [2]

@@ -247,7 +247,8 @@ def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
 def _as_ids(eos: int | Sequence[int] | None) -> list[int]:
     if eos is None:
         return []
-    return [eos] if isinstance(eos, int) else [int(token_id) for token_id in eos]
+    plain = eos.tolist() if hasattr(eos, "tolist") else eos  # numpy's and torch's integers
+    return [plain] if isinstance(plain, int) else list(map(int, plain))
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:

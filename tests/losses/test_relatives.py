@@ -77,6 +77,21 @@ def plus(one: Callable[[np.ndarray], float], other: Callable[[np.ndarray], float
     return lambda x: one(x) + other(x)
 
 
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("teacher", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", [*LOSSES.values(), ReverseKL(4), ReverseKL(0), EntropyAware(0, 0.5, 0)], ids=repr)
+def test_a_teacher_may_be_wider_or_narrower_than_its_student(
+    loss: Loss, student: torch.dtype, teacher: torch.dtype
+) -> None:
+    """Against both in float64, from the rounded logits; the gradient comes back in the student's precision."""
+    one, other = logits(1, N, V).to(student), logits(2, N, V).to(teacher)
+    value, gradient = found(loss, batch_of(one, other))
+    exact, slope = found(loss, batch_of(one.double(), other.double()))
+    assert value == pytest.approx(exact, rel=1e-5)
+    step = torch.finfo(student).eps * np.abs(slope).max() + 1e-6
+    assert np.abs(gradient - slope).max() <= step
+
+
 def per_sequence(values: Sequence[float]) -> list[list[float]]:
     ends = np.cumsum(LENGTHS)
     return [list(values[end - length : end]) for end, length in zip(ends, LENGTHS, strict=True)]

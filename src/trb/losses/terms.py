@@ -52,6 +52,9 @@ class Rows:
 
     @classmethod
     def of(cls, log_student: Tensor, log_teacher: Tensor, token: Tensor | None = None) -> "Rows":
+        # A teacher may be wider than its student, and what is gathered from both meets again.
+        dtype = torch.promote_types(log_student.dtype, log_teacher.dtype)
+        log_student, log_teacher = log_student.to(dtype), log_teacher.to(dtype)
         return cls(log_student, log_teacher, log_student.exp(), log_teacher.exp(), token)
 
 

@@ -329,10 +329,12 @@ def _check_options(
         hint = did_you_mean(str(method), [*SAMPLERS])
         raise InputError(f"unknown sampling method {method!r}; choose one of {', '.join(SAMPLERS)}{hint}")
     for name, value in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
+        if value is not None and not hasattr(value, "__index__"):
+            raise InputError(f"{name} must be a whole number, got {value!r}")
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    if not temperature > 0:
-        raise InputError(f"temperature must be positive, got {temperature}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise InputError(f"temperature must be positive and finite, got {temperature}")
     if isinstance(block_size, str):
         if block_size not in BLOCK_SIZES:
             hint = did_you_mean(block_size, BLOCK_SIZES)
