@@ -8,6 +8,7 @@ Shape suffixes: B rows, L padded length, N completion tokens of a group of rows,
 V shared vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -225,8 +226,8 @@ def _check(
     top: int,
     max_rows: int | None,
 ) -> None:
-    if not temperature > 0:
-        raise InputError(f"temperature must be positive, got {temperature}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise InputError(f"temperature must be positive and finite, got {temperature}")
     if top < 0:
         raise InputError(f"top must be at least 0, got {top}")
     if max_rows is not None and max_rows < 1:
