@@ -366,6 +366,12 @@ MESSAGE = {"role": "user", "content": "1+1"}
         ([[MESSAGE], []], r"train_dataset\[1\] has \[\] for a prompt"),
         ([[MESSAGE], [{"rolle": "user", "content": "1+1"}]], r"train_dataset\[1\] has \[{'content': '1\+1'"),
         ([[MESSAGE], [{**MESSAGE, "content": None}]], r"train_dataset\[1\] has"),
+        ([[MESSAGE], [{**MESSAGE, "role": "usr"}]], r"message 1 of train_dataset\[1\] has the role 'usr'; .* 'user'"),
+        (
+            [[MESSAGE], [MESSAGE, {**MESSAGE, "content": [{"type": "text", "text": "1+1"}]}]],
+            r"message 2 of train_dataset\[1\] has a list for its content .*give one text",
+        ),
+        ([[{**MESSAGE, "content": 2}]] * 2, r"message 1 of train_dataset\[0\] has content of the wrong type: .* text"),
         ([[MESSAGE], "1+1"], r"train_dataset\[1\] is text, and the rows before it are a list of messages"),
     ],
 )
