@@ -122,6 +122,11 @@ def renamed(name: str) -> Dataset:
     return PROMPTS.rename_column("prompt", name)
 
 
+def conversations(column: str, *roles: str, keys: tuple[str, str] = ("role", "content")) -> Dataset:
+    row = [dict(zip(keys, (role, "1+2"), strict=True)) for role in roles]
+    return Dataset.from_list([{column: row}] * 8)
+
+
 def with_images(column: str) -> Dataset:
     return Dataset.from_list([{"prompt": "1+2", column: "picture.png"}] * 8)
 
@@ -147,7 +152,24 @@ SHOWN = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"typ
         ({"peft_config": PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING are not supported"),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS))}, "needs a map-style dataset"),
         ({"train_dataset": DatasetDict({"train": PROMPTS, "test": PROMPTS})}, "has the splits train, test: pass one"),
-        ({"train_dataset": renamed("messages")}, 'train_dataset has no column "prompt" .*leave the last answer out'),
+        (
+            {"train_dataset": conversations("messages", "user", "assistant")},
+            'train_dataset has no column "prompt" .*leave the last answer out, as with .*map.*"messages"..:-1.',
+        ),
+        (
+            {"train_dataset": [*conversations("conversations", "user", "assistant")]},
+            'leave the last answer out, as with .row . ."prompt": row."conversations"..:-1.. for row in train_dataset.',
+        ),
+        (
+            {"train_dataset": renamed("messages")},
+            'messages end with the user, as prompts do: .*train_dataset.rename_column."messages", "prompt".$',
+        ),
+        ({"train_dataset": [*renamed("messages")]}, 'with the user.* as with .row . ."prompt": row."messages".. for'),
+        (
+            {"train_dataset": conversations("conversations", "human", "gpt", keys=("from", "value"))},
+            "its conversations have from and value in place of role and content: load the data with .*load_prompts",
+        ),
+        ({"train_dataset": [{"messages": "1+2"}] * 8}, "make it of messages, without the answer where there is one"),
         ({"train_dataset": renamed("question")}, 'train_dataset has no column "prompt" .it has question, .*rename'),
         ({"train_dataset": [{"text": "1+2"}] * 8}, 'train_dataset has no column "prompt" .it has text.'),
         ({"eval_dataset": renamed("messages")}, 'eval_dataset has no column "prompt"'),

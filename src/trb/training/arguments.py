@@ -5,7 +5,7 @@ themselves tell (`trb.training.pair`).
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -39,6 +39,7 @@ __all__ = [
 # Arguments of TRL's constructor that are not TRBTrainer's own.
 _PASSED_ON = {"callbacks", "optimizers", "quantization_config", "peft_config", "tools"}
 _IMAGES = ("image", "images")
+_CONVERSATIONS = ("messages", "conversations")  # columns of whole ones, as others call them
 
 
 def complete_config(args: Any, model: str | PreTrainedModel) -> TRBConfig:
@@ -318,13 +319,8 @@ def _check_columns(name: str, rows: Any) -> None:
     if columns is None:
         return
     if "prompt" not in columns:
-        remedy = f"rename one with {name}.rename_column"
-        if "messages" in columns:
-            remedy = (
-                f'leave the last answer out, as with {name}.map(lambda row: {{"prompt": row["messages"][:-1]}}), or '
-                "load the data with trb.tasks.prompts.load_prompts"
-            )
-        raise InputError(f'{name} has no column "prompt" (it has {", ".join(columns) or "none"}): {remedy}')
+        there = ", ".join(map(str, columns)) or "none"
+        raise InputError(f'{name} has no column "prompt" (it has {there}): {_prompts_from(name, rows, columns)}')
     found = [f"column {column!r}" for column in _IMAGES if column in columns]
     if not found and _shows_an_image(rows):
         found = ["in the messages of its first row"]
@@ -332,6 +328,30 @@ def _check_columns(name: str, rows: Any) -> None:
         raise InputError(
             f"{name} has images ({found[0]}), and TRBTrainer reads text alone: remove them to train on the text"
         )
+
+
+def _prompts_from(name: str, rows: Any, columns: Sequence[str]) -> str:
+    """What makes prompts of rows that have none: of conversations, as the first one ends."""
+    column = next((known for known in _CONVERSATIONS if known in columns), None)
+    is_dataset = hasattr(rows, "rename_column")
+    if column is None:
+        return f"rename one with {name}.rename_column" if is_dataset else "give one of them that name in every row"
+    load = "load the data with trb.tasks.prompts.load_prompts"
+    first = None if isinstance(rows, IterableDataset) or not len(rows) else rows[0][column]
+    last = first[-1] if isinstance(first, list) and first else None
+    if not isinstance(last, Mapping):
+        return f"make it of {column}, without the answer where there is one, or {load}"
+    if "role" not in last:
+        return (
+            f"its {column} have {' and '.join(map(str, last))} in place of role and content: {load}, which reads both"
+        )
+    if last["role"] == "assistant":
+        without = f'{{"prompt": row["{column}"][:-1]}}'
+        how = f"{name}.map(lambda row: {without})" if is_dataset else f"[row | {without} for row in {name}]"
+        return f"leave the last answer out, as with {how}, or {load}"
+    how = f'{name}.rename_column("{column}", "prompt")'
+    how = how if is_dataset else f'[row | {{"prompt": row["{column}"]}} for row in {name}]'
+    return f"its {column} end with the {last['role']}, as prompts do: rename them, as with {how}"
 
 
 def _shows_an_image(rows: Any) -> bool:
