@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -78,7 +79,8 @@ def test_a_batch_of_three_trains_with_nothing_set(tmp_path: Path) -> None:
 
 def test_a_number_that_was_chosen_is_checked(tmp_path: Path, nothing_loads: None) -> None:
     args = config(tmp_path, per_device_train_batch_size=6, num_generations=4)
-    with pytest.raises(ValueError, match=r"6 completions .* num_generations=4 does not divide"):
+    message = r"6 completions .* num_generations=4 does not divide; set num_generations to 3, or make .* multiple of 4$"
+    with pytest.raises(ValueError, match=message):
         plain_trainer(tmp_path, args=args)
 
 
@@ -171,6 +173,16 @@ SHOWN = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"typ
         ),
         ({"train_dataset": [{"messages": "1+2"}] * 8}, "make it of messages, without the answer where there is one"),
         ({"train_dataset": renamed("question")}, 'train_dataset has no column "prompt" .it has question, .*rename'),
+        ({"train_dataset": "owner/name"}, "train_dataset is the text 'owner/name', .*load_prompts.'owner/name'.$"),
+        ({"eval_dataset": {"hard": Path("a.jsonl")}}, "eval_dataset\\['hard'\\] is the text 'a.jsonl'"),
+        ({"train_dataset": ["1+2"] * 8}, "train_dataset.0. is '1.2': make each row a mapping, as with"),
+        ({"train_dataset": {"prompt": ["1+2"] * 8}}, "train_dataset is a dict of columns: .*Dataset.from_dict"),
+        ({"train_dataset": (row for row in ROWS)}, "needs a map-style dataset"),
+        ({"train_dataset": pandas.DataFrame({"prompt": ["1+2"] * 8})}, "is a DataFrame .*Dataset.from_pandas"),
+        ({"callbacks": TrainerCallback()}, "callbacks is a TrainerCallback: pass it in a list"),
+        ({"callbacks": (TrainerCallback(),)}, "callbacks is a tuple: pass a list"),
+        ({"callbacks": [print]}, "callbacks has a builtin_function_or_method, which is no TrainerCallback"),
+        ({"optimizers": "adamw"}, "optimizers is a str .'adamw'.: pass an optimizer and its schedule"),
         ({"train_dataset": [{"text": "1+2"}] * 8}, 'train_dataset has no column "prompt" .it has text.'),
         ({"eval_dataset": renamed("messages")}, 'eval_dataset has no column "prompt"'),
         ({"eval_dataset": {"hard": renamed("messages")}}, "eval_dataset\\['hard'\\] has no column \"prompt\""),
@@ -186,6 +198,13 @@ def test_an_argument_that_cannot_be_used_is_refused_by_name_before_a_model_is_lo
     with pytest.raises(ValueError, match=message) as refused:
         plain_trainer(tmp_path, **changes)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("below", ["", "run/of"])
+def test_a_file_in_the_place_of_the_output_directory_is_named(tmp_path: Path, nothing_loads: None, below: str) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(InputError, match=r"output_dir is '.*taken.*', and .*taken is a file: name another directory"):
+        plain_trainer(tmp_path / "taken" / below)
 
 
 def test_trls_order_of_arguments_is_refused_where_ours_is_another(tmp_path: Path, nothing_loads: None) -> None:
