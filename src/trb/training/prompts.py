@@ -97,6 +97,7 @@ class PromptsInOrder(DistillationTrainer):
     def _doubts(self, rows: int) -> Iterator[doubts.Doubt]:
         args = self.args
         yield from doubts.of_settings(args, doubts.steps_of(args, rows))
+        yield from doubts.of_unread(args)
         same = None if self._teacher_prompts_of is None else False  # one model after two prompts is two laws
         for teacher in self.teachers:
             bare = without_adapters(self.accelerator.unwrap_model(teacher.model))
