@@ -423,11 +423,21 @@ def test_prompts_per_step_keeps_the_batch_of_a_step(monkeypatch: pytest.MonkeyPa
     assert "gradient_accumulation_steps" not in make_recipe(values).resolved()
     with pytest.raises(ConfigError, match="give one of the two"):
         make_recipe({**values, "gradient_accumulation_steps": 8})
-    with pytest.raises(ConfigError, match="64 completions, which 24 at once"):
-        make_recipe({**values, "per_device_train_batch_size": 24})
+    for rows, fits in ((24, 16), (128, 64), (3, 2)):
+        message = (
+            f"64 completions, which {rows} at once .* set per_device_train_batch_size to {fits}, or another divisor"
+        )
+        with pytest.raises(ConfigError, match=message):
+            make_recipe({**values, "per_device_train_batch_size": rows})
+        assert make_recipe({**values, "per_device_train_batch_size": fits}).accumulation_steps() == 64 // fits
     recipe = make_recipe(values)
+    small = make_recipe({**values, "prompts_per_step": 3, "per_device_train_batch_size": 2})
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert recipe.accumulation_steps() == 2
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ConfigError, match=r"make prompts_per_step a multiple of 3$"):
+        recipe.accumulation_steps()
+    assert small.accumulation_steps() == 1
 
 
 def test_short_names() -> None:

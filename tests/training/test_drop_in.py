@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -78,7 +79,8 @@ def test_a_batch_of_three_trains_with_nothing_set(tmp_path: Path) -> None:
 
 def test_a_number_that_was_chosen_is_checked(tmp_path: Path, nothing_loads: None) -> None:
     args = config(tmp_path, per_device_train_batch_size=6, num_generations=4)
-    with pytest.raises(ValueError, match=r"6 completions .* num_generations=4 does not divide"):
+    message = r"6 completions .* num_generations=4 does not divide; set num_generations to 3, or make .* multiple of 4$"
+    with pytest.raises(ValueError, match=message):
         plain_trainer(tmp_path, args=args)
 
 
@@ -122,6 +124,11 @@ def renamed(name: str) -> Dataset:
     return PROMPTS.rename_column("prompt", name)
 
 
+def conversations(column: str, *roles: str, keys: tuple[str, str] = ("role", "content")) -> Dataset:
+    row = [dict(zip(keys, (role, "1+2"), strict=True)) for role in roles]
+    return Dataset.from_list([{column: row}] * 8)
+
+
 def with_images(column: str) -> Dataset:
     return Dataset.from_list([{"prompt": "1+2", column: "picture.png"}] * 8)
 
@@ -147,8 +154,35 @@ SHOWN = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"typ
         ({"peft_config": PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING are not supported"),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS))}, "needs a map-style dataset"),
         ({"train_dataset": DatasetDict({"train": PROMPTS, "test": PROMPTS})}, "has the splits train, test: pass one"),
-        ({"train_dataset": renamed("messages")}, 'train_dataset has no column "prompt" .*leave the last answer out'),
+        (
+            {"train_dataset": conversations("messages", "user", "assistant")},
+            'train_dataset has no column "prompt" .*leave the last answer out, as with .*map.*"messages"..:-1.',
+        ),
+        (
+            {"train_dataset": [*conversations("conversations", "user", "assistant")]},
+            'leave the last answer out, as with .row . ."prompt": row."conversations"..:-1.. for row in train_dataset.',
+        ),
+        (
+            {"train_dataset": renamed("messages")},
+            'messages end with the user, as prompts do: .*train_dataset.rename_column."messages", "prompt".$',
+        ),
+        ({"train_dataset": [*renamed("messages")]}, 'with the user.* as with .row . ."prompt": row."messages".. for'),
+        (
+            {"train_dataset": conversations("conversations", "human", "gpt", keys=("from", "value"))},
+            "its conversations have from and value in place of role and content: load the data with .*load_prompts",
+        ),
+        ({"train_dataset": [{"messages": "1+2"}] * 8}, "make it of messages, without the answer where there is one"),
         ({"train_dataset": renamed("question")}, 'train_dataset has no column "prompt" .it has question, .*rename'),
+        ({"train_dataset": "owner/name"}, "train_dataset is the text 'owner/name', .*load_prompts.'owner/name'.$"),
+        ({"eval_dataset": {"hard": Path("a.jsonl")}}, "eval_dataset\\['hard'\\] is the text 'a.jsonl'"),
+        ({"train_dataset": ["1+2"] * 8}, "train_dataset.0. is '1.2': make each row a mapping, as with"),
+        ({"train_dataset": {"prompt": ["1+2"] * 8}}, "train_dataset is a dict of columns: .*Dataset.from_dict"),
+        ({"train_dataset": (row for row in ROWS)}, "needs a map-style dataset"),
+        ({"train_dataset": pandas.DataFrame({"prompt": ["1+2"] * 8})}, "is a DataFrame .*Dataset.from_pandas"),
+        ({"callbacks": TrainerCallback()}, "callbacks is a TrainerCallback: pass it in a list"),
+        ({"callbacks": (TrainerCallback(),)}, "callbacks is a tuple: pass a list"),
+        ({"callbacks": [print]}, "callbacks has a builtin_function_or_method, which is no TrainerCallback"),
+        ({"optimizers": "adamw"}, "optimizers is a str .'adamw'.: pass an optimizer and its schedule"),
         ({"train_dataset": [{"text": "1+2"}] * 8}, 'train_dataset has no column "prompt" .it has text.'),
         ({"eval_dataset": renamed("messages")}, 'eval_dataset has no column "prompt"'),
         ({"eval_dataset": {"hard": renamed("messages")}}, "eval_dataset\\['hard'\\] has no column \"prompt\""),
@@ -164,6 +198,13 @@ def test_an_argument_that_cannot_be_used_is_refused_by_name_before_a_model_is_lo
     with pytest.raises(ValueError, match=message) as refused:
         plain_trainer(tmp_path, **changes)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("below", ["", "run/of"])
+def test_a_file_in_the_place_of_the_output_directory_is_named(tmp_path: Path, nothing_loads: None, below: str) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(InputError, match=r"output_dir is '.*taken.*', and .*taken is a file: name another directory"):
+        plain_trainer(tmp_path / "taken" / below)
 
 
 def test_trls_order_of_arguments_is_refused_where_ours_is_another(tmp_path: Path, nothing_loads: None) -> None:
@@ -366,6 +407,12 @@ MESSAGE = {"role": "user", "content": "1+1"}
         ([[MESSAGE], []], r"train_dataset\[1\] has \[\] for a prompt"),
         ([[MESSAGE], [{"rolle": "user", "content": "1+1"}]], r"train_dataset\[1\] has \[{'content': '1\+1'"),
         ([[MESSAGE], [{**MESSAGE, "content": None}]], r"train_dataset\[1\] has"),
+        ([[MESSAGE], [{**MESSAGE, "role": "usr"}]], r"message 1 of train_dataset\[1\] has the role 'usr'; .* 'user'"),
+        (
+            [[MESSAGE], [MESSAGE, {**MESSAGE, "content": [{"type": "text", "text": "1+1"}]}]],
+            r"message 2 of train_dataset\[1\] has a list for its content .*give one text",
+        ),
+        ([[{**MESSAGE, "content": 2}]] * 2, r"message 1 of train_dataset\[0\] has content of the wrong type: .* text"),
         ([[MESSAGE], "1+1"], r"train_dataset\[1\] is text, and the rows before it are a list of messages"),
     ],
 )

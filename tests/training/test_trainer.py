@@ -66,6 +66,9 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_load_rng_state": ["self", "checkpoint"],
         "_push_from_checkpoint": ["self", "checkpoint_folder"],
         "log": ["self", "logs", "start_time"],
+        "evaluation_loop": [
+            *("self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
+        ],
         "save_model": ["self", "output_dir", "_internal_call"],
         "_save": ["self", "output_dir", "state_dict"],
         "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],

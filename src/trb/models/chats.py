@@ -1,25 +1,48 @@
-"""What a chat template makes of conversations: chats that are rendered already, and where two templates part.
+"""What a chat template makes of conversations: what it can render, chats that are rendered already, and where two part.
 
 A base student and an instruct teacher often come with different templates, and data is often rendered before it is
 saved. Neither raises an error; both cost points. Left out: rendering itself (the tokenizer's work), trying templates of
 others (`trb.safety.templates`), and what is said to people (`trb.training.doubts`).
 """
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trb.errors import InputError
+from trb.errors import InputError, did_you_mean
 from trb.models.tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Difference", "Messages", "first_difference", "rendered_ids", "rendered_text"]
+__all__ = ["ROLES", "Difference", "Messages", "fault_of", "first_difference", "rendered_ids", "rendered_text"]
 
 Messages = Sequence[Mapping[str, Any]]
 
+ROLES = ("system", "user", "assistant", "tool")
+
 _PLACE = "where the question stands"
+
+
+def fault_of(message: Mapping[str, Any]) -> str | None:
+    """Why a message must not be given to a chat template, in words that follow its place; None where it may be.
+
+    Templates raise no error for these: they leave out what they do not know, or write the list as Python shows it.
+    """
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        known = f"known roles are {', '.join(ROLES)}{did_you_mean(str(role), ROLES)}"
+        return f"has the role {reprlib.repr(role)}; {known}"
+    if isinstance(content, list):
+        return (
+            f"has a list for its content ({reprlib.repr(content)}), which templates of text models write wrongly or "
+            "leave out: give one text, such as that of its parts joined"
+        )
+    if not isinstance(content, str):
+        what = "missing (null)" if content is None else f"a {type(content).__name__} ({reprlib.repr(content)})"
+        return f"has content of the wrong type: it is {what}, not text"
+    return None
 
 
 def rendered_text(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str | None:

@@ -9,6 +9,7 @@ Left out on purpose: several files that include each other, and variables. A rec
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from trb.studies.places import Places
 from trb.studies.shipped import recipe_file
 from trb.studies.yaml_files import ConfigError, Dumper, nearest_key, read_yaml
 from trb.training.behaviors import budget_schedule_of
-from trb.training.config import TRBConfig
+from trb.training.config import TRBConfig, largest_divisor
 from trb.training.methods import CHOICES, METHODS, check_choices, every_knob, knobs_of, owners_of, pair_of
 from trb.training.resume import plain
 
@@ -72,13 +73,19 @@ class Recipe:
         """What makes `prompts_per_step` of the batches and processes there are. Raises ConfigError if nothing does."""
         if "gradient_accumulation_steps" in self.training:
             raise ConfigError("prompts_per_step sets gradient_accumulation_steps; give one of the two")
-        rollouts = (self.run.prompts_per_step or 0) * self._value("num_generations")
-        at_once = self._value("per_device_train_batch_size") * int(os.environ.get("WORLD_SIZE", "1"))
+        each, rows = self._value("num_generations"), self._value("per_device_train_batch_size")
+        rollouts, processes = (self.run.prompts_per_step or 0) * each, int(os.environ.get("WORLD_SIZE", "1"))
+        at_once = rows * processes
         if at_once < 1 or rollouts % at_once:
+            if rollouts % processes:
+                remedy = f"make prompts_per_step a multiple of {processes // math.gcd(processes, each)}"
+            else:
+                own = rollouts // processes
+                fitting = largest_divisor(own, min(rows, own))
+                remedy = f"set per_device_train_batch_size to {fitting}, or another divisor of {own}"
             raise ConfigError(
-                f"prompts_per_step={self.run.prompts_per_step} with num_generations={self._value('num_generations')} "
-                f"is {rollouts} completions, which {at_once} at once (per_device_train_batch_size x processes) do "
-                "not divide; change per_device_train_batch_size"
+                f"prompts_per_step={self.run.prompts_per_step} with num_generations={each} is {rollouts} completions, "
+                f"which {at_once} at once (per_device_train_batch_size x processes) do not divide; {remedy}"
             )
         return rollouts // at_once
 

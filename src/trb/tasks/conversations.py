@@ -9,9 +9,10 @@ Left out: which column holds them (`trb.tasks.prompts`), and templates (`trb.mod
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from trb.errors import InputError, did_you_mean, named
+from trb.models.chats import fault_of
 from trb.tasks.sources import kind
 
 __all__ = [
@@ -29,9 +30,7 @@ Message = dict[str, str]
 
 ASSISTANT_TURNS = ("all", "last")
 
-_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-
-_ROLES |= {"human": "user", "gpt": "assistant"}
+_OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # of roles, with from/value
 
 
 class Turn(NamedTuple):
@@ -143,8 +142,7 @@ def _message(item: Any, place: str) -> Message:
         raise InputError(f"{place} is {kind(item)}; it must be an object with 'role' and 'content'")
     keys = ("role", "content") if "role" in item else ("from", "value")
     role, content = (item.get(key) for key in keys)
-    if role not in _ROLES:
-        raise InputError(f"{place} has the role {role!r}; known roles are {sorted(_ROLES)}")
-    if not isinstance(content, str):
-        raise InputError(f"{place} has content of the wrong type: {kind(content)}, not text")
-    return {"role": _ROLES[role], "content": content}
+    message = {"role": _OTHER_NAMES.get(role, role) if isinstance(role, str) else role, "content": content}
+    if (fault := fault_of(message)) is not None:
+        raise InputError(f"{place} {fault}")
+    return cast(Message, message)

@@ -5,13 +5,14 @@ themselves tell (`trb.training.pair`).
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from datasets import IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import get_json_schema
 from trl.trainer.utils import get_config_model_id
 
@@ -20,7 +21,7 @@ from trb.models.modeling import check_adapter, has_adapters
 from trb.models.sharing import is_shared, shares_weights
 from trb.schedule import Constant
 from trb.tools import TOOLS
-from trb.training.config import TRBConfig
+from trb.training.config import TRBConfig, largest_divisor
 from trb.training.methods import behavior_of, needs_teacher, pair_of
 from trb.training.privileged import COLUMNS, TeacherPrompts
 from trb.training.routes import TEACHER_ID, Routes, by_name, named_in_errors
@@ -39,6 +40,7 @@ __all__ = [
 # Arguments of TRL's constructor that are not TRBTrainer's own.
 _PASSED_ON = {"callbacks", "optimizers", "quantization_config", "peft_config", "tools"}
 _IMAGES = ("image", "images")
+_CONVERSATIONS = ("messages", "conversations")  # columns of whole ones, as others call them
 
 
 def complete_config(args: Any, model: str | PreTrainedModel) -> TRBConfig:
@@ -124,6 +126,11 @@ def check_arguments(
             f"TRBTrainer takes no argument {unknown[0]!r}{did_you_mean(unknown[0], _PASSED_ON)} (by name it passes on "
             f"{', '.join(sorted(_PASSED_ON))})"
         )
+    _check_passed_on(others)
+    _check_directory(args)
+    datasets = [*named_datasets(train_dataset, eval_dataset)]
+    for data, rows in datasets:
+        _check_rows(data, rows)
     if chosen_tools(others.get("tools"), args):
         _check_tools(args, train_dataset, eval_dataset)
     if others.get("peft_config") is not None:
@@ -136,12 +143,34 @@ def check_arguments(
             _check_loading("teacher_model", teacher, {name: getattr(args, name) for name in names})
             _check_shared(args, model, teacher, adapters=others.get("peft_config") is not None)
     _check_batch(args)
-    if isinstance(train_dataset, IterableDataset):
-        raise InputError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
-    if isinstance(train_dataset, dict):
-        raise InputError(f"train_dataset has the splits {', '.join(train_dataset)}: pass one of them")
-    for name, rows in named_datasets(train_dataset, eval_dataset):
-        _check_columns(name, rows)
+    for data, rows in datasets:
+        _check_columns(data, rows)
+
+
+def _check_passed_on(others: Mapping[str, Any]) -> None:
+    """Refuse what TRL's constructor would add up or take apart, and fail at."""
+    callbacks, optimizers = others.get("callbacks"), others.get("optimizers", (None, None))
+    if callbacks is not None and not isinstance(callbacks, list):
+        one = isinstance(callbacks, TrainerCallback)
+        remedy = "pass it in a list, callbacks=[...]" if one else "pass a list of callbacks"
+        raise InputError(f"callbacks is a {type(callbacks).__name__}: {remedy}")
+    for callback in callbacks or ():
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise InputError(f"callbacks has a {kind.__name__}, which is no TrainerCallback of transformers")
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        raise InputError(
+            f"optimizers is a {type(optimizers).__name__} ({reprlib.repr(optimizers)}): pass an optimizer and its "
+            "schedule, optimizers=(optimizer, schedule), with None for a schedule that the options are to make"
+        )
+
+
+def _check_directory(args: TRBConfig) -> None:
+    """Refuse an output directory that cannot be made, as a file is in its place or above it."""
+    directory = Path(str(args.output_dir))
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output_dir is {str(directory)!r}, and {path} is a file: name another directory")
 
 
 def chosen_tools(tools: Any, args: TRBConfig) -> list[Callable[..., Any]] | None:
@@ -304,11 +333,40 @@ def _check_shared(
 
 
 def _check_batch(args: TRBConfig) -> None:
-    if args.completions_per_step % args.num_generations:
+    batch, each = args.completions_per_step, args.num_generations
+    if batch % each:
         raise InputError(
-            f"the batch of one optimizer step is {args.completions_per_step} completions (per_device_train_batch_size "
-            f"x processes x gradient_accumulation_steps), which num_generations={args.num_generations} does not "
-            "divide; change one of them"
+            f"the batch of one optimizer step is {batch} completions (per_device_train_batch_size x processes x "
+            f"gradient_accumulation_steps), which num_generations={each} does not divide; set num_generations to "
+            f"{largest_divisor(batch, each)}, or make the batch a multiple of {each}"
+        )
+
+
+def _check_rows(name: str, rows: Any) -> None:
+    """Refuse data that cannot be read row by row; of data for training, each row also by its number."""
+    if isinstance(rows, str | Path):
+        load = f"trb.tasks.prompts.load_prompts({str(rows)!r})"
+        raise InputError(f"{name} is the text {str(rows)!r}, and no data: load it, as with {load}")
+    if isinstance(rows, dict):
+        if rows and not any(isinstance(value, list) for value in rows.values()):
+            raise InputError(f"{name} has the splits {', '.join(map(str, rows))}: pass one of them")
+        raise InputError(f"{name} is a dict of columns: pass rows, as with datasets.Dataset.from_dict({name})")
+    by_number = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+    if name == "train_dataset" and not by_number:
+        raise InputError("TRBTrainer repeats each prompt num_generations times and needs a map-style dataset")
+    if not by_number or isinstance(rows, IterableDataset) or hasattr(rows, "column_names") or not len(rows):
+        return
+    try:
+        first = rows[0]
+    except LookupError as error:
+        raise InputError(
+            f"{name} is a {type(rows).__name__} whose rows cannot be had by their numbers ({error!r}): pass a "
+            "datasets.Dataset (a table of pandas becomes one by Dataset.from_pandas), or a list of rows"
+        ) from error
+    if not isinstance(first, Mapping):
+        raise InputError(
+            f'{name}[0] is {reprlib.repr(first)}: make each row a mapping, as with [{{"prompt": text}} for text in '
+            f"{name}]"
         )
 
 
@@ -318,13 +376,8 @@ def _check_columns(name: str, rows: Any) -> None:
     if columns is None:
         return
     if "prompt" not in columns:
-        remedy = f"rename one with {name}.rename_column"
-        if "messages" in columns:
-            remedy = (
-                f'leave the last answer out, as with {name}.map(lambda row: {{"prompt": row["messages"][:-1]}}), or '
-                "load the data with trb.tasks.prompts.load_prompts"
-            )
-        raise InputError(f'{name} has no column "prompt" (it has {", ".join(columns) or "none"}): {remedy}')
+        there = ", ".join(map(str, columns)) or "none"
+        raise InputError(f'{name} has no column "prompt" (it has {there}): {_prompts_from(name, rows, columns)}')
     found = [f"column {column!r}" for column in _IMAGES if column in columns]
     if not found and _shows_an_image(rows):
         found = ["in the messages of its first row"]
@@ -332,6 +385,30 @@ def _check_columns(name: str, rows: Any) -> None:
         raise InputError(
             f"{name} has images ({found[0]}), and TRBTrainer reads text alone: remove them to train on the text"
         )
+
+
+def _prompts_from(name: str, rows: Any, columns: Sequence[str]) -> str:
+    """What makes prompts of rows that have none: of conversations, as the first one ends."""
+    column = next((known for known in _CONVERSATIONS if known in columns), None)
+    is_dataset = hasattr(rows, "rename_column")
+    if column is None:
+        return f"rename one with {name}.rename_column" if is_dataset else "give one of them that name in every row"
+    load = "load the data with trb.tasks.prompts.load_prompts"
+    first = None if isinstance(rows, IterableDataset) or not len(rows) else rows[0][column]
+    last = first[-1] if isinstance(first, list) and first else None
+    if not isinstance(last, Mapping):
+        return f"make it of {column}, without the answer where there is one, or {load}"
+    if "role" not in last:
+        return (
+            f"its {column} have {' and '.join(map(str, last))} in place of role and content: {load}, which reads both"
+        )
+    if last["role"] == "assistant":
+        without = f'{{"prompt": row["{column}"][:-1]}}'
+        how = f"{name}.map(lambda row: {without})" if is_dataset else f"[row | {without} for row in {name}]"
+        return f"leave the last answer out, as with {how}, or {load}"
+    how = f'{name}.rename_column("{column}", "prompt")'
+    how = how if is_dataset else f'[row | {{"prompt": row["{column}"]}} for row in {name}]'
+    return f"its {column} end with the {last['role']}, as prompts do: rename them, as with {how}"
 
 
 def _shows_an_image(rows: Any) -> bool:

@@ -24,7 +24,7 @@ from trb.training import privileged
 from trb.training.behaviors import BLEND_WARMUP_STEPS, budget_schedule_of
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, check_choice, check_choices, halves
 
-__all__ = ["REPLICA_DTYPES", "TRBConfig"]
+__all__ = ["REPLICA_DTYPES", "TRBConfig", "largest_divisor"]
 
 logger = logging.get_logger(__name__)
 
@@ -449,10 +449,15 @@ class TRBConfig(DistillationConfig):
 
     def _fitting_generations(self, preferred: int) -> int:
         batch = self.completions_per_step
-        fitting = max((count for count in range(1, preferred + 1) if batch % count == 0), default=1)
+        fitting = largest_divisor(batch, preferred)
         if fitting != preferred and self.process_index == 0:
             logger.warning(
                 f"num_generations={fitting}: the default of {preferred} does not divide the {batch} completions of one "
                 "optimizer step (per_device_train_batch_size x processes x gradient_accumulation_steps)"
             )
         return fitting
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`, and 1 at least."""
+    return max((count for count in range(1, most + 1) if number % count == 0), default=1)

@@ -4,6 +4,7 @@ Nothing here is refused. Left out: what cannot work at all (`trb.training.argume
 memory.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,9 +15,9 @@ import torch
 from trb.errors import named
 from trb.models.chats import Messages, first_difference, rendered_text
 from trb.models.modeling import position_limit
-from trb.training.behaviors import BLEND_WARMUP_STEPS
+from trb.training.behaviors import BEHAVIORS, BLEND_WARMUP_STEPS
 from trb.training.config import TRBConfig
-from trb.training.methods import knobs_of, pair_of
+from trb.training.methods import every_knob, knobs_of, owners_of, pair_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ __all__ = [
     "of_rendered",
     "of_settings",
     "of_unknown",
+    "of_unread",
     "of_unused",
     "safe_rate",
     "steps_of",
@@ -58,6 +60,12 @@ _LARGER_TIMES = 1.1
 
 # Nats a token that no two models differ by: as good as infinite.
 _NO_BUDGET = 100.0
+
+# What a configuration has in place of None.
+_FILLED_IN: dict[str, tuple[Any, ...]] = {
+    "blend_warmup_steps": (BLEND_WARMUP_STEPS,),
+    "budget_schedule": ("linear", "sequence-linear"),
+}
 
 _ADAPTER = "lora_"  # in the names of PEFT's weights
 
@@ -98,15 +106,6 @@ def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
                 "never plain distillation's",
                 f"Lower {name}, or train longer",
             )
-    defaults = {"initial_kl_budget": None, "sequence_kl_budget": None, "blend_warmup_steps": BLEND_WARMUP_STEPS}
-    for name, default in defaults.items():
-        if "budget_schedule" in read and getattr(args, name) != default and name not in read:
-            yield Doubt(
-                name,
-                f"{getattr(args, name):g}, which budget_schedule={args.budget_schedule} does not read",
-                "Leave it out, or name the schedule that is meant: linear reads initial_kl_budget and "
-                "blend_warmup_steps, sequence-linear sequence_kl_budget",
-            )
     budget = args.initial_kl_budget
     if "initial_kl_budget" in read and budget is not None and budget >= _NO_BUDGET:
         size = "infinite" if budget == math.inf else f"{budget:g}, as good as infinite"
@@ -114,6 +113,26 @@ def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
             "initial_kl_budget",
             f"{size}, so every rollout of the warm-up is the teacher's own, and not the student's",
             f"Set a budget in nats per token, such as 0.01 (behavior: {pair_of(args)[0]})",
+        )
+
+
+def of_unread(args: TRBConfig) -> Iterator[Doubt]:
+    """Of knobs that were set and are read by nothing in use. Recipes refuse these, and methods of a comparison share
+    what some of them read."""
+    read, (behavior, loss) = knobs_of([args]), pair_of(args)
+    for field in dataclasses.fields(args):
+        if field.name not in every_knob() - read:
+            continue
+        value = getattr(args, field.name)
+        if value == field.default or value in _FILLED_IN.get(field.name, ()):
+            continue
+        chosen = f"behavior={behavior} with loss={loss}"
+        if field.name in BEHAVIORS[behavior].may_read():
+            chosen = f"budget_schedule={args.budget_schedule}"
+        yield Doubt(
+            field.name,
+            f"{format(value, 'g') if isinstance(value, int | float) else value}, which {chosen} does not read",
+            f"Leave it out, or choose what does: {'; '.join(owners_of(field.name))}",
         )
 
 

@@ -1,7 +1,10 @@
 """What a step is measured by: metrics of rollouts and tokens, rewards, and the few rollouts that are written down.
 
-Seams of TRL: `log` averages `_metrics`; Accelerate fills the last batch of an evaluation up and says so in
-`gradient_state`.
+Seams of TRL and transformers:
+- `log` averages `_metrics` of the mode that the model is in, and puts eval_ before those of an evaluation, whatever its
+  prefix;
+- `evaluation_loop` returns the metrics of one evaluation: `evaluate` logs them, and `predict` does not;
+- Accelerate fills the last batch of an evaluation up and says so in `gradient_state`.
 
 Left out: sums over micro-batches and processes (`trb.training.metrics`), files (`trb.training.recording`), and logging
 services.
@@ -79,10 +82,36 @@ class MeasuredTrainer(CallingTrainer):
         """The student to sample from."""
         raise NotImplementedError
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As in transformers; what was measured meanwhile is of this evaluation alone, and has its prefix."""
+        self._metrics["eval"].clear()
+        self._sums["eval"] = Sums()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._average("eval")
+        metrics = cast(dict[str, float | None], output.metrics)
+        for name, values in self._metrics["eval"].items():
+            known = [value for value in values if not math.isnan(value)]
+            metrics[f"{metric_key_prefix}_{name}"] = sum(known) / len(known) if known else None
+        self._metrics["eval"].clear()  # or `log` would add them again, as eval_
+        return output
+
+    def _average(self, mode: str) -> None:
+        """Our numbers to those that `log` averages; collective."""
         for name, value in self._sums[mode].take(self._ranks).items():
             self._metrics[mode][f"trb/{name}"] = [value]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training step's, also where a callback has evaluated since
+            self.model.train()
+        mode = "train" if self.model.training else "eval"
+        self._average(mode)
         if "loss" in logs:
             self._metrics[mode]["trb/skipped_steps"] = [self._guard.skipped]
             logs["loss"] = self._guard.mean_loss(logs["loss"])

@@ -24,7 +24,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from trb.errors import InputError
-from trb.models.chats import rendered_ids, rendered_text
+from trb.models.chats import fault_of, rendered_ids, rendered_text
 from trb.models.modeling import position_limit, without_adapters
 from trb.models.tokens import check_room, token_ids
 from trb.training import doubts
@@ -97,6 +97,7 @@ class PromptsInOrder(DistillationTrainer):
     def _doubts(self, rows: int) -> Iterator[doubts.Doubt]:
         args = self.args
         yield from doubts.of_settings(args, doubts.steps_of(args, rows))
+        yield from doubts.of_unread(args)
         same = None if self._teacher_prompts_of is None else False  # one model after two prompts is two laws
         for teacher in self.teachers:
             bare = without_adapters(self.accelerator.unwrap_model(teacher.model))
@@ -213,8 +214,8 @@ def _positions(role: str, model: Any) -> dict[str, int | None]:
 
 
 def _check_kinds(name: str, prompts: Sequence[Any], like: Sequence[Any] = ()) -> None:
-    """Refuse rows that are neither text nor messages, and rows of both kinds, which are tokenised together; and of
-    another kind than those that they go with."""
+    """Refuse rows that are neither text nor messages, messages that a template would write wrongly, and rows of both
+    kinds, which are tokenised together; and of another kind than those that they go with."""
     for row, prompt in enumerate(prompts):
         if _kind(prompt) is None:
             raise InputError(
@@ -225,6 +226,9 @@ def _check_kinds(name: str, prompts: Sequence[Any], like: Sequence[Any] = ()) ->
             raise InputError(
                 f"{name}[{row}] is {_kind(prompt)}, and the rows before it are {_kind(prompts[0])}; make all alike"
             )
+        for number, message in enumerate(() if isinstance(prompt, str) else prompt, start=1):
+            if (fault := fault_of(message)) is not None:
+                raise InputError(f"message {number} of {name}[{row}] {fault}")
     if [*map(_kind, like)] != [*map(_kind, prompts[: len(like)])]:
         raise InputError(f"{name}[0] is {_kind(prompts[0])}, and the student's is {_kind(like[0])}; make both alike")
 
