@@ -1,5 +1,6 @@
 """Grading: right answers are right, wrong ones wrong, and no answer can hang, kill or exhaust the run."""
 
+import json
 import math
 import random
 import subprocess
@@ -104,6 +105,25 @@ def test_a_verifier_from_outside_may_ask_the_worker(verifier: Verifier, monkeypa
     assert verifier.score(completions, rows) == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="timeout_s is 0"):
         Verifier(timeout_s=0)
+
+
+def test_references_behind_four_marks(tmp_path: Path, verifier: Verifier) -> None:
+    """By way of a file, as they come: a comma is kept, be it of a list or between digits."""
+    cases = [
+        ("#### 1,234", "1234", 1.0),
+        ("#### 1,234", "1,234", 1.0),
+        ("#### 1,234", "234", 0.0),
+        ("#### $1,234.50", "1234.5", 1.0),
+        ("#### 2,3", "2, 3", 1.0),
+        ("#### 2,3", "23", 0.0),
+        (r"#### \{1,2,3\}", r"\{3,2,1\}", 1.0),
+        (r"#### \{1,2,3\}", r"\{123\}", 0.0),
+        ("#### Final Answer\n\\boxed{(1, 2)}", "(1, 2)", 1.0),
+    ]
+    path = tmp_path / "solutions.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "?", "solution": solution}) + "\n" for solution, _, _ in cases))
+    completions = [f"\\boxed{{{answer}}}" for _, answer, _ in cases]
+    assert verifier.score(completions, load_prompts(path).to_list()) == [score for _, _, score in cases]
 
 
 # --- reasoning-gym ---------------------------------------------------------------------------------------
