@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from trb.tasks.answers import encode_metadata
 from trb.tasks.grading import VERIFIERS, Verifier, _prepare
 from trb.tasks.prompts import load_prompts
 
@@ -172,6 +173,20 @@ def test_reasoning_gym_unusable_metadata_is_an_error(verifier: Verifier) -> None
     with pytest.raises(ValueError, match=r"reasoning-gym:chain_sum.*unusable metadata"):
         verifier.score([r"\boxed{1}", r"\boxed{2}"], [row, row])
     assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]  # no stale reply is read
+
+
+@pytest.mark.parametrize(("task", "nonsense"), [("game_of_life_halting", "zzzz"), ("complex_arithmetic", "nan")])
+def test_reasoning_gym_scorers_that_are_content_with_anything_are_refused(
+    verifier: Verifier, task: str, nonsense: str
+) -> None:
+    """Of rows in a file too, which `load_prompts` did not make."""
+    gym = pytest.importorskip("reasoning_gym")
+    entry = gym.create_dataset(task, seed=1, size=1)[0]
+    metadata = encode_metadata({"task": task, "settings": {}, "entry": entry})
+    row = {"answer": entry["answer"], "verifier": f"reasoning-gym:{task}", "metadata": metadata}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"scorer of '{task}' gives full marks to the answer '{nonsense}'"):
+            verifier.score([f"<answer>{nonsense}</answer>"], [row])
 
 
 # --- hostile answers -------------------------------------------------------------------------------------
