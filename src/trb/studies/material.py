@@ -357,17 +357,36 @@ def training_prompts(
         )
     if not run.held_out_prompts:
         return prompts, None
-    held_out = set(random.Random(run.train_seed).sample(range(len(prompts)), run.held_out_prompts))
+    kept, held_out = _set_aside(prompts, run)
+    if len(kept) < needed:
+        raise ConfigError(
+            f"{run.held_out_prompts} prompts are held out of {run.train_data}, with their copies and with all turns of "
+            f"their conversations: {len(kept)} prompts are left for the {needed} of one optimizer step; add some, or "
+            "lower held_out_prompts"
+        )
+    return prompts.select(kept), prompts.select(held_out)
+
+
+def _set_aside(prompts: "Dataset", run: RunConfig) -> tuple[list[int], list[int]]:
+    """The rows to train on, and those of `held_out_prompts` different prompts that none of the former shares."""
+    texts = [tuple((message["role"], message["content"]) for message in prompt) for prompt in prompts["prompt"]]
+    firsts: dict[Any, int] = {}
+    for index, text in enumerate(texts):
+        firsts.setdefault(text, index)
+    if run.held_out_prompts > len(firsts):
+        raise ConfigError(
+            f"{run.train_data} has {len(firsts)} different prompts, and held_out_prompts is {run.held_out_prompts}; "
+            "add prompts, or lower it"
+        )
+    different = list(firsts.values())  # of data without copies: all rows, of which those are drawn that always were
+    drawn = random.Random(run.train_seed).sample(range(len(different)), run.held_out_prompts)
+    held_out = sorted(different[place] for place in drawn)
     # Turns of one conversation share most of their text: what is held out of one is not trained on in another.
     conversations = [conversation_of(row) for row in prompts]
     seen = {conversations[index] for index in held_out} - {""}
-    kept = [index for index in range(len(prompts)) if index not in held_out and conversations[index] not in seen]
-    if len(kept) < needed:
-        raise ConfigError(
-            f"{run.held_out_prompts} prompts are held out of {run.train_data}, with all turns of their conversations: "
-            f"{len(kept)} prompts are left for the {needed} of one optimizer step; add some, or lower held_out_prompts"
-        )
-    return prompts.select(kept), prompts.select(sorted(held_out))
+    known = {texts[index] for index in held_out}
+    kept = [index for index, text in enumerate(texts) if text not in known and conversations[index] not in seen]
+    return kept, held_out
 
 
 def problem_sets(run: RunConfig, args: Any = None) -> dict[str, "Dataset"]:

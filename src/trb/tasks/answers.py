@@ -118,14 +118,6 @@ def last_boxed(text: str) -> str | None:
     return boxes[-1].content if boxes else None
 
 
-def reference_answer(text: str) -> str:
-    """The final answer of a solution: what follows '####' (GSM8K), else its last \\boxed{}, else all."""
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip().replace(",", "")
-    boxed = last_boxed(text)
-    return text.strip() if boxed is None else boxed
-
-
 # ---- what decides where a completion has no box ----
 
 _THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
@@ -143,10 +135,12 @@ ANNOUNCED_CHARS = 2_000  # of the end of a completion, where announcements are l
 ANNOUNCEMENTS = 10  # the last ones, of which the first from the end that says something counts
 CLAUSE_CHARS = 500
 _MARKS = r"(?:\*\*|__)"
+# GSM8K's own mark; before anything else than a number or a command of LaTeX, it may be the heading of a section.
+_FORMULA = r"[ \t]*[-+$€£¥₹\\(\[{*]{0,4}(?:\d|(?<=\\)[a-z{])"
 _ANNOUNCEMENT = re.compile(
     r"\b(?:answers?|correct\s+(?:option|choice))\b"
     rf"(?:[^.\n:=!?]{{0,60}}?(?:\b(?:is|are|equals)\b|[:=])(?:{_MARKS}(?=\s))?:?|\s*{_MARKS}?[ \t]*\n)"
-    r"|^[ \t]*####(?=[ \t]*[-+$€£¥₹\\(*]{0,4}\d)",  # GSM8K's own mark, not a heading
+    rf"|^[ \t]*####(?={_FORMULA})",
     re.IGNORECASE | re.MULTILINE,
 )
 _FILLERS = re.compile(
@@ -212,3 +206,28 @@ def _formulas(text: str, first: re.Match[str]) -> str:
         joint = _JOINED.match(text, found.end())
         found = _MATH.match(text, joint.end()) if joint else None
     return ", ".join(contents)
+
+
+# ---- what a worked solution comes to ----
+
+_BEGINS_AS_FORMULA = re.compile(_FORMULA, re.IGNORECASE)  # as an announcement in a completion
+
+
+def reference_answer(text: str) -> str:
+    """The final answer of a solution: what it ends with behind '####' (GSM8K), its last \\boxed{}, what it announces.
+
+    Text that has none of them is an answer itself.
+    """
+    _, mark, behind = text.rpartition("####")
+    # With more than a line below it, it is the heading of a section.
+    marked = behind.strip() if mark and "\n" not in behind.strip() else ""
+    if _BEGINS_AS_FORMULA.match(marked):
+        boxed = last_boxed(marked)
+        return marked if boxed is None else boxed
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    if marked:
+        return announced_answer(marked) or marked
+    # A line that announces something may be meant as it stands; of a whole solution that can hardly be.
+    return ("\n" in text.strip() and announced_answer(text)) or text.strip()

@@ -66,7 +66,7 @@ def math_equal(gold: str, answer: str) -> bool:
     if one[0] != other[0] and one[1] and other[1]:
         return False  # the same value under another letter contradicts itself
     gold, answer = one[1] or gold, other[1] or answer
-    if _units_differ(gold, answer):
+    if _units_differ(gold, answer) or _contradicts_itself(answer) or (_denies(answer) and not _denies(gold)):
         return False
     return any(_same(_tidy(one), _tidy(other)) for one, other in product(_counted(gold), _counted(answer)))
 
@@ -106,6 +106,20 @@ def _choice(text: str) -> tuple[str, str]:
     return (choice[1] or choice[2], choice[3]) if choice else ("", "")
 
 
+_DENIAL = re.compile(r"\\text[a-z]*\s*\{[^{}]*\b(?:not|wrong|incorrect|false)\b[^{}]*\}")
+
+
+def _denies(text: str) -> bool:
+    """Whether words beside mathematics take it back, which math-verify reads as a unit: `8\\text{ is wrong}`."""
+    return _DENIAL.search(text) is not None and re.search(r"\d", text) is not None
+
+
+def _contradicts_itself(text: str) -> bool:
+    """Whether two different whole numbers are said to be equal; of `7=8` math-verify reads the end alone."""
+    numbers = [number.value for part in text.split("=") if (number := numeral(part))]
+    return len({value for value in numbers if value.denominator == 1}) > 1
+
+
 def _counted(text: str) -> Iterator[str]:
     yield text
     amount = _CURRENCY.sub(" ", unwrapped(text)).strip()
@@ -140,10 +154,24 @@ _UNITS = {
         "cent": "cent",
         "l": "l liter litre",
         "ml": "ml milliliter millilitre",
+        "euro": "euro eur",
+        "pound": "pound gbp",
+        "yen": "yen jpy",
+        "rupee": "rupee inr",
     }.items()
     for name in names.split()
 }
 _WITH_UNIT = re.compile(r"[^A-Za-z]*(?:\\[a-z]*frac[^A-Za-z]*)?\s*([A-Za-z]+)\.?(?:\s*\^\s*\{?\d\}?)?")
+
+
+# Signs and codes of currencies, beside an amount; other dollars than those of the US count as left out.
+_CURRENCIES = {
+    "dollar": re.compile(r"(?<![CA])\\\$|\A[^$]*(?<![CA\\])\$\s*[\d.][^$]*\Z|\bUSD\b"),  # of $5$ they are none
+    "euro": re.compile(r"€|\\euro\b|\bEUR\b"),
+    "pound": re.compile(r"£|\\pounds\b|\bGBP\b"),
+    "yen": re.compile(r"¥|\bJPY\b"),
+    "rupee": re.compile(r"₹|\bINR\b|\bRs\b"),
+}
 
 
 def _units_differ(gold: str, answer: str) -> bool:
@@ -152,8 +180,9 @@ def _units_differ(gold: str, answer: str) -> bool:
 
 
 def _unit(text: str) -> str | None:
-    if text.startswith("\\$"):
-        return "dollar"
+    for currency, written in _CURRENCIES.items():
+        if written.search(text):
+            return currency
     found = _WITH_UNIT.fullmatch(_BLANK.sub(" ", _TEXT_COMMAND.sub(r" \1", text)).strip())
     name = found[1].lower() if found else ""
     # A bare letter behind a number is a variable, unless it is set as text.
@@ -168,8 +197,14 @@ _TERM = re.compile(r"[^A-Za-z\\]*\d([A-Za-z])")
 _NUMBERS = re.compile(r"[-+]?\d[\d.]*(?:(?:\\[ ,;:!]|[\s~])+\d[\d.]*)+")
 
 
+_DATE = re.compile(r"\d{4}-(?:0\d|1[0-2])-[0-3]\d")
+
+
 def _incomparable(gold: str, answer: str) -> bool:
-    """What math-verify would call equal: a finite set and an interval or a point, 3t and 3s, 2 3 and 5."""
+    """What math-verify would call equal: a finite set and an interval or a point, 3t and 3s, 2 3 and 5, a date and the
+    difference that it looks like."""
+    if _DATE.fullmatch(gold) or _DATE.fullmatch(answer):
+        return True
     if _NUMBERS.fullmatch(gold) or _NUMBERS.fullmatch(answer):  # side by side, which it adds up
         return True
     if term := _TERM.fullmatch(gold):  # it takes a letter behind a number for a unit

@@ -33,11 +33,12 @@ from typing import IO, Any, Self
 
 from trb.errors import InputError, OperationError, PackageError
 from trb.safety import confinement
-from trb.tasks.answers import Box, after_thinking, announced_answer, decode_metadata, final_boxes, last_boxed
+from trb.tasks.answers import Box, Row, after_thinking, announced_answer, decode_metadata, final_boxes, last_boxed
 from trb.tasks.coding import PYTHON, program_job
 from trb.tasks.equality import compare_exactly, math_equal, plain_verdict, unwrapped
+from trb.tasks.gym import WorthlessScorerError, check_scorer, full_marks, import_reasoning_gym
 from trb.tasks.programs import Programs, require_confinement
-from trb.tasks.sources import REASONING_GYM, import_reasoning_gym
+from trb.tasks.sources import REASONING_GYM
 
 __all__ = ["VERIFIERS", "Verifier", "can_be_scored", "check_verifier"]
 
@@ -418,11 +419,15 @@ def _answer_task(verifier: str, metadata: str, answer: str) -> dict[str, Any]:
         return {"error": str(error), "kind": "ImportError"}
     try:
         state = decode_metadata(metadata)
-        scorer, entry = _task_scorer(state["task"], json.dumps(state["settings"])), state["entry"]
+        entry = state["entry"]
+        scorer = _task_scorer(state["task"], json.dumps(state["settings"]))
+        _check_once(state["task"], scorer, entry)
+    except WorthlessScorerError as error:
+        return {"error": str(error), "kind": "ValueError"}
     except Exception as error:  # from a file of somebody else, and the generators check settings in their own ways
         return {"error": f"a row of {verifier!r} has unusable metadata: {error!r}", "kind": "ValueError"}
     try:
-        return {"score": float(scorer(answer, entry) >= 1.0)}
+        return {"score": float(full_marks(scorer(answer, entry)))}
     except Exception:  # task scorers parse the answer, and some raise on nonsense
         return {"score": 0.0}
 
@@ -438,3 +443,13 @@ def _confined_reasoning_gym() -> ModuleType:
 @lru_cache(maxsize=64)
 def _task_scorer(task: str, settings: str) -> Any:
     return _confined_reasoning_gym().create_dataset(task, **json.loads(settings)).score_answer
+
+
+_checked: set[str] = set()
+
+
+def _check_once(task: str, scorer: Any, entry: Row) -> None:
+    """`check_scorer` on the first entry of a task: rows may come from a file, and were checked by nobody."""
+    if task not in _checked:
+        check_scorer(task, scorer, entry)
+        _checked.add(task)

@@ -25,16 +25,8 @@ from trb.tasks.answers import Row, last_boxed, reference_answer
 from trb.tasks.coding import PYTHON, program_row, test_columns
 from trb.tasks.conversations import Message, check_choice, read_messages, turns_of, with_system
 from trb.tasks.grading import check_verifier
-from trb.tasks.sources import (
-    GENERATED_ROWS,
-    GENERATORS,
-    kind,
-    nearest,
-    open_table,
-    reasoning_gym_rows,
-    refuse,
-    zoo_rows,
-)
+from trb.tasks.gym import reasoning_gym_rows
+from trb.tasks.sources import GENERATED_ROWS, GENERATORS, kind, nearest, open_table, refuse, zoo_rows
 from trb.training.privileged import CONTEXT as PRIVILEGED_CONTEXT
 from trb.training.privileged import WHOLE as TEACHER_PROMPT
 from trb.training.routes import Routes
@@ -81,10 +73,11 @@ def load_prompts(
     - an existing local folder (parquet or JSONL files, or one written by `Dataset.save_to_disk`);
     - anything else: a hub name, `owner/name` or `owner/name:config` (the only case that uses the network).
 
-    `split` selects a split of a folder or hub dataset, and other problems of a generated source; a single file
-    is one split, and read whole. `limit` keeps that many rows: a random subset drawn with `seed`, in
-    source order (hub datasets are often sorted by topic); of a generated source, the number generated (1000
-    by default). `system_prompt` replaces the row's own. Columns are guessed from common names unless given.
+    `split` selects a split of a folder or hub dataset; those of a generated source are "train" and "test", which share
+    no problem, whatever their seeds; a single file is one split, and read whole. `limit` keeps that many rows: a
+    random subset drawn with `seed`, in source order (hub datasets are often sorted by topic); of a generated source,
+    the number generated (1000 by default). `system_prompt` replaces the row's own. Columns are guessed from common
+    names unless given.
     `assistant_turns` says that rows are whole conversations, and makes prompts of their turns (`all` of the
     assistant's, or the `last`), each with its conversation in `metadata`; `limit` counts conversations then.
     An assistant turn at the end is not part of the prompt; where there is no answer column, the answer is the

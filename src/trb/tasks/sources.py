@@ -1,27 +1,24 @@
-"""Where rows come from: the zoo, reasoning-gym, files, folders and the hub, none of them trusted.
+"""Where rows come from: the zoo, files, folders and the hub, none of them trusted; reasoning-gym is `trb.tasks.gym`.
 
 A folder is read without leaving it, whatever its card, its links or its columns say; nothing touches the network unless
 a hub name was given. `datasets` is imported inside functions: the process that grades answers does without it.
 """
 
-import hashlib
 import json
 import re
 import reprlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from trb.errors import InputError, MissingFileError, PackageError, did_you_mean, named
+from trb.errors import InputError, MissingFileError, did_you_mean, named
 from trb.safety.untrusted import foreign_directory, parse_json, parse_yaml, printable, read_object, require_inside
-from trb.tasks.answers import Row, encode_metadata
+from trb.tasks.answers import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,8 +30,8 @@ __all__ = [
     "kind",
     "nearest",
     "open_table",
-    "reasoning_gym_rows",
     "refuse",
+    "task_settings",
     "zoo_rows",
 ]
 
@@ -56,7 +53,7 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     if name not in TASKS:
         raise InputError(f"unknown task {spec!r}; the zoo has {', '.join(f'zoo:{task}' for task in TASKS)}")
     task = TASKS[name]
-    settings = _task_settings(spec, query, {task.unit, *task.settings})
+    settings = task_settings(spec, query, {task.unit, *task.settings})
     size = settings.pop(task.unit, None)
     if not isinstance(size, int | None):
         raise InputError(f"{spec!r}: {task.unit} is {size!r}; give a whole number")
@@ -70,39 +67,8 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     ]
 
 
-def reasoning_gym_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
-    task, _, query = spec.removeprefix(REASONING_GYM).partition("?")
-    gym = import_reasoning_gym()
-    registry = gym.factory.DATASETS
-    if task not in registry:
-        raise InputError(f"unknown reasoning-gym task {task!r}{nearest(task, registry)}")
-    settings = _task_settings(spec, query, {field.name for field in fields(registry[task][1])})
-    try:
-        dataset = gym.create_dataset(task, seed=_generator_seed(seed, split), size=n, **settings)
-        entries = [dataset[index] for index in range(n)]
-    except (AssertionError, TypeError, ValueError) as error:
-        raise InputError(f"reasoning-gym refuses {spec!r}: {error}") from error
-    return [
-        {
-            "prompt": [{"role": "user", "content": entry["question"]}],
-            "answer": "" if entry["answer"] is None else str(entry["answer"]),
-            "verifier": REASONING_GYM + task,
-            "metadata": encode_metadata({"task": task, "settings": settings, "entry": entry}),
-        }
-        for entry in entries
-    ]
-
-
-def import_reasoning_gym() -> ModuleType:
-    """The `reasoning_gym` module; ImportError names the extra that installs it."""
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise PackageError(f"reasoning-gym tasks need the extra package ({error}): pip install 'trb[tasks]'") from error
-    return reasoning_gym
-
-
-def _task_settings(spec: str, query: str, valid: set[str]) -> dict[str, Any]:
+def task_settings(spec: str, query: str, valid: set[str]) -> dict[str, Any]:
+    """What a generated source is asked to be, `key=value&key=value`. Raises ValueError for a setting it has not."""
     if not query:
         return {}
     try:
@@ -126,12 +92,6 @@ def _literal(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _generator_seed(seed: int, split: str) -> int:
-    """A 31-bit generator seed. Hashed because the generator adds the row index to it: neighbouring seeds, and
-    the splits of one seed, would otherwise share all but a few of their problems."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:4], "big") >> 1
 
 
 class _Table(NamedTuple):
