@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 def test_trl_still_has_the_seams_that_are_overridden() -> None:
     expected = {
         "_tokenize_prompts": ["self", "prompts"],
+        "_generate": ["self", "prompts"],
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
