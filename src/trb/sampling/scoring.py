@@ -20,7 +20,7 @@ from trb.losses.chunked import default_chunk_tokens
 from trb.models.modeling import OutputHead, completion_hidden_states, evaluation_mode, without_adapters
 from trb.models.rows import padded
 from trb.policies import BehaviorPolicy, Target
-from trb.vocab import SharedVocabulary, head_rows
+from trb.vocab import SharedVocabulary, checked_temperature, head_rows
 
 __all__ = ["Alternatives", "TokenScores", "score_completions"]
 
@@ -225,8 +225,7 @@ def _check(
     top: int,
     max_rows: int | None,
 ) -> None:
-    if not temperature > 0:
-        raise InputError(f"temperature must be positive, got {temperature}")
+    checked_temperature(temperature)
     if top < 0:
         raise InputError(f"top must be at least 0, got {top}")
     if max_rows is not None and max_rows < 1:

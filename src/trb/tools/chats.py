@@ -74,9 +74,9 @@ def unfailing_reader(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
         try:
             found = parse(*args, **kwargs)
         except Exception as error:
-            raise ValueError(f"no call can be read: {type(error).__name__}") from error
+            raise InputError(f"no call can be read: {type(error).__name__}") from error
         if not isinstance(found, dict):
-            raise ValueError("no message is read")
+            raise InputError("no message is read")
         return found
 
     reader.parse_response = parsed  # type: ignore[method-assign]
