@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -249,8 +250,27 @@ def test_policies_are_values() -> None:
         (lambda: SKDPolicy(5, 0.0), r"0\.0"),
         (lambda: SKDPolicy(5, -0.6), r"-0\.6"),
         (lambda: SKDPolicy(5, math.nan), "nan"),
+        (lambda: TemperaturePolicy(1e-40), r"temperature must .*1e-40"),
+        (lambda: TemperaturePolicy(10**5000), r"temperature must .*an integer of 16,610 bits"),
+        (lambda: TrustRegionPolicy(10**400), r"kl_budget must .*an integer of 1,329 bits"),
+        (lambda: TrustRegionPolicy("1"), r"kl_budget must .*'1'"),  # type: ignore[arg-type]
+        (lambda: GeometricPolicy(-(10**400)), r"teacher_weight must .*an integer of 1,329 bits"),
+        (lambda: SKDPolicy(10**400, 1.0), r"teacher_top_k must .*an integer of 1,329 bits"),
+        (lambda: SKDPolicy(5, 10**400), r"teacher_temperature must .*an integer of 1,329 bits"),
+        (lambda: SKDPolicy(5, 10**300), r"teacher_temperature must .*1e\+300"),
     ],
 )
-def test_bad_parameters_are_named(make: type, named: str) -> None:
+def test_bad_parameters_are_named(make: Callable[[], object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make()
+
+
+def test_numbers_are_floats_that_torch_takes() -> None:
+    """An integer beyond 64 bits is a number to Python alone."""
+    student, teacher = log_probs(0, torch.float32), log_probs(1, torch.float32)
+    for policy in (TrustRegionPolicy(10**300), TemperaturePolicy(10**30), SKDPolicy(10**300, 10**30)):
+        target = policy.target(student, teacher)
+        assert target.log_probs.isfinite().all() and target.kl_student.isfinite().all()
+    student[:, 3] = -math.inf  # as a stop id that is folded into another
+    assert not TemperaturePolicy(1e30).target(student).log_probs.isnan().any()
+    assert solve(student, teacher, 10**300).teacher_weight.isfinite().all()

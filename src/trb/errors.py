@@ -26,6 +26,8 @@ __all__ = [
     "did_you_mean",
     "is_for_people",
     "named",
+    "real",
+    "shown",
 ]
 
 # What a machine refuses, whichever library asked it: the error of the system names the file, and no line of code.
@@ -86,6 +88,28 @@ def is_for_people(error: BaseException) -> bool:
     others = () if torch is None else (torch.OutOfMemoryError,)
     others += () if hub is None else (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, hub.LocalTokenNotFoundError)
     return isinstance(error, (TrbError, *others))
+
+
+def real(argument: str, value: Any) -> float:
+    """An argument's value as a float.
+
+    Raises:
+        ValueError: names the argument; the value is no number, or an integer that no float holds, with which one
+            function goes on (comparisons do) and the next one fails.
+    """
+    if not isinstance(value, str | bytes):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise InputError(f"{named(argument)} must be a number below 1e308, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message, at no great length; Python itself writes no integer of more than 4300 digits."""
+    if isinstance(value, int) and value.bit_length() > 1023:
+        return f"an integer of {value.bit_length():,} bits"
+    return f"{value!r:.100}"
 
 
 def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:

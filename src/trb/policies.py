@@ -21,7 +21,8 @@ from torch import Tensor
 
 from trb.blend import weigh
 from trb.blend.laws import DenseLaw, Law, log_softmax
-from trb.errors import InputError, named
+from trb.errors import InputError, named, real
+from trb.vocab import checked_temperature
 
 __all__ = [
     "POLICIES",
@@ -97,7 +98,7 @@ class TemperaturePolicy:
     needs_teacher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_temperature(self.temperature)
+        object.__setattr__(self, "temperature", checked_temperature(self.temperature))
 
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None = None) -> Target:
         if self.temperature == 1:
@@ -115,6 +116,7 @@ class TrustRegionPolicy:
     kl_budget: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kl_budget", real("kl_budget", self.kl_budget))
         if not self.kl_budget >= 0:
             raise InputError(f"kl_budget must be a non-negative number of nats, got {self.kl_budget}")
 
@@ -142,6 +144,7 @@ class GeometricPolicy:
     teacher_weight: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "teacher_weight", real("teacher_weight", self.teacher_weight))
         if not 0 <= self.teacher_weight <= 1:
             raise InputError(f"teacher_weight must lie in [0, 1], got {self.teacher_weight}")
 
@@ -177,9 +180,10 @@ class SKDPolicy:
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.teacher_top_k < 1:
+        if not real("teacher_top_k", self.teacher_top_k) >= 1:
             raise InputError(f"{named('teacher_top_k')} must be at least 1, got {self.teacher_top_k}")
-        _check_temperature(self.teacher_temperature)
+        tempered = checked_temperature(self.teacher_temperature, "teacher_temperature")
+        object.__setattr__(self, "teacher_temperature", tempered)
 
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
         teacher_NV = _present(teacher_log_probs, self)
@@ -211,11 +215,6 @@ def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     p_NV = log_p_NV.exp()
     terms_NV = p_NV * (log_p_NV - log_q_NV)
     return terms_NV.masked_fill_(p_NV == 0, 0.0).sum(-1).clamp_min(0)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise InputError(f"temperature must be positive and finite, got {temperature}")
 
 
 def _present(teacher_log_probs: Tensor | None, policy: object) -> Tensor:

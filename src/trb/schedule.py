@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from trb.errors import InputError, did_you_mean
+from trb.errors import InputError, did_you_mean, real
 
 __all__ = [
     "KINDS",
@@ -88,7 +88,7 @@ class Budget(Schedule):
     kind: str = "linear"
 
     def __post_init__(self) -> None:
-        if not self.initial_kl_budget >= 0:
+        if not real("initial_kl_budget", self.initial_kl_budget) >= 0:
             raise InputError(f"initial_kl_budget must be a non-negative number of nats, got {self.initial_kl_budget}")
         if self.blend_warmup_steps < 0:
             raise InputError(f"blend_warmup_steps must be at least 0, got {self.blend_warmup_steps}")
@@ -167,7 +167,7 @@ class SequenceBudget(Schedule):
     remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (self.target > 0 and math.isfinite(self.target)):
+        if not 0 < real("sequence_kl_budget", self.target) < math.inf:
             raise InputError(f"sequence_kl_budget must be positive and finite, in nats, got {self.target}")
         self._value, self._cost, self._owed = min(self.start, self.highest), math.nan, 0.0
 

@@ -16,20 +16,35 @@ import torch
 from torch import Tensor
 
 from trb.blend.laws import log_softmax
-from trb.errors import InputError
+from trb.errors import InputError, named, real
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "TEMPERATURES",
     "SharedVocabulary",
     "align",
     "check_heads",
     "check_same_tokenizer",
+    "checked_temperature",
     "head_rows",
     "log_probs",
     "stop_token_ids",
 ]
+
+
+# Divided by such a temperature, logits and log-probabilities stay finite in float32, and -inf stays what it is.
+TEMPERATURES = (1e-30, 1e30)
+
+
+def checked_temperature(temperature: float, argument: str = "temperature") -> float:
+    """A temperature as a float within `TEMPERATURES`. Raises ValueError naming the argument for anything else."""
+    low, high = TEMPERATURES
+    found = real(argument, temperature)
+    if not low <= found <= high:
+        raise InputError(f"{named(argument)} must be positive and finite ({low:g} to {high:g}), got {found}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,7 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    return logits.to(_wide(logits)) / temperature
+    return logits.to(_wide(logits)) / float(temperature)  # torch takes no integer beyond 64 bits
 
 
 def _wide(logits: Tensor) -> torch.dtype:

@@ -327,7 +327,7 @@ def test_adapters_take_part(tiny_pair: TinyPair) -> None:
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"completions": [[1], [2, 6]]}, "row 1 contains token id 6"),
         ({"prompts": [[-1], [2]]}, "row 0 contains token id -1"),
-        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite .*, got 0.0"),
         ({"top": -1}, "top must be at least 0, got -1"),
         ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
         ({"vocabulary": SharedVocabulary(7, 0, (4,))}, "the student's head has 6 rows, fewer than the 7"),

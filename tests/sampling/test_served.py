@@ -333,10 +333,28 @@ def test_a_server_of_ours_listens_to_this_machine_alone() -> None:
         {"vocabulary": {"size": 9, "stop_id": 2, "folded_ids": [-1]}},
         {"vocabulary": {"size": 9, "stop_id": 2, "folded_ids": ["5"]}},
         {"vocabulary": {"size": "9", "stop_id": 2, "folded_ids": []}},
+        {"vocabulary": {"size": 9, "stop_id": 2, "folded_ids": [2]}},
+        {"vocabulary": {"size": 9, "stop_id": 2, "folded_ids": [3, 3]}},
+        {"vocabulary": {"size": 10**400, "stop_id": 2, "folded_ids": []}},
         {"vocabulary": 3},
         {"extra": 1},
+        {"max_new_tokens": 10**400},
+        {"temperature": "1"},
+        {"temperature": 1e-320},
+        *({"temperature": number} for number in (10**400, 10**300, -(10**400))),
+        *(
+            {"policy": {"name": name, **dict.fromkeys(("teacher_top_k",) * (name == "SKDPolicy"), 1), option: number}}
+            for number in (10**400, 10**300, -(10**400))
+            for name, option in (
+                ("TrustRegionPolicy", "kl_budget"),
+                ("TemperaturePolicy", "temperature"),
+                ("GeometricPolicy", "teacher_weight"),
+                ("SKDPolicy", "teacher_temperature"),
+                ("SKDPolicy", "teacher_top_k"),
+            )
+        ),
     ],
-    ids=str,
+    ids=lambda change: f"{change}"[:60],
 )
 def test_a_hostile_request_is_refused_before_it_reaches_a_worker(change: dict[str, Any]) -> None:
     honest = BlendRequest("row", StudentPolicy(), PAIR, 1.0, 7, 0, 0, 0).to_text()

@@ -102,14 +102,14 @@ def test_a_value_that_cannot_be_written_is_an_error() -> None:
     assert box(Value).answer(called()).text == "{'error': 'no text'}"
 
 
-def test_a_megabyte_is_cut_and_the_log_says_so(caplog: pytest.LogCaptureFixture, warned: list[str]) -> None:
+def test_a_megabyte_is_cut_and_the_log_says_so(warned: list[str]) -> None:
     assert box(lambda: "x" * 2**20, characters=10).answer(called()) == Answer("tool", "x" * 10)
 
     def raises() -> None:
         raise ValueError("y" * 2**20)
 
     assert len(box(raises, characters=10).answer(called()).text) == 10
-    assert "1,048,576 characters, of which the model reads the first 10 (tool_max_characters)" in warned[0]
+    assert "longer than the 10 characters that the model reads of one (tool_max_characters" in warned[0]
 
 
 @pytest.fixture
@@ -257,12 +257,14 @@ def test_what_the_template_writes_as_plain_text_is_broken_as_well(tokenizer: Pre
     assert chat(tokenizer).harmless("1</tool_call>2 <b>") == "1< /tool_call>2 <b>"
 
 
-def test_an_error_is_logged_once(warned: list[str]) -> None:
+def test_a_kind_of_error_is_logged_once_whatever_it_says(warned: list[str]) -> None:
+    numbers = iter(range(3))
+
     def tool() -> str:
-        raise ValueError("signal only works in main thread")
+        raise ValueError(f"not {next(numbers)}")
 
     held = box(tool)
-    assert held.answer(called()).failed and held.answer(called()).failed
+    assert [held.answer(called()).text for _ in range(3)] == [f"{{'error': 'not {number}'}}" for number in range(3)]
     assert {text for text in warned if "failed" in text} == {
-        "the tool tool failed (said once for each error): signal only works in main thread"
+        "the tool tool failed with ValueError (said once for each kind of error); what the model reads says why"
     }

@@ -146,6 +146,17 @@ def test_damaged_ones_are_passed_over_with_a_message(tmp_path: Path) -> None:
     assert checkpoints.latest(tmp_path / "nowhere") is None
 
 
+def test_names_in_checksums_are_logged_as_plain_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Anybody can seal a checkpoint."""
+    folder = write(tmp_path, 2)
+    (folder / "\x1b[2Jowned").write_text("more")
+    checkpoints.seal(folder)
+    (folder / "\x1b[2Jowned").unlink()
+    assert checkpoints.latest(tmp_path) is None
+    (message,) = caplog.messages
+    assert "?[2Jowned cannot be read" in message and message.isprintable()
+
+
 def test_a_save_that_was_cut_off_is_no_checkpoint_and_goes_with_the_next(tmp_path: Path) -> None:
     write(tmp_path, 2)
     torn = tmp_path / checkpoints.PARTIAL / "checkpoint-4"

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
+from transformers import TrainerCallback
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb.records import METRICS
 from trb.sampling import prompt_key
 from trb.sampling.scoring import TokenScores
-from trb.training.recording import drop_after_step, logged_metrics, read_records, score_record
+from trb.training.logged import MeasuredTrainer
+from trb.training.recording import _Shield, drop_after_step, logged_metrics, read_records, score_record
 
 
 def read(path: Path) -> list[dict]:
@@ -26,6 +29,33 @@ def test_numbers_json_cannot_hold_become_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     METRICS.append(path, [{"step": 1, "loss": float("nan"), "nested": [float("inf"), {"x": 1.5}]}])
     assert read(path) == [{"step": 1, "loss": None, "nested": [None, {"x": 1.5}]}]
+
+
+class LoudError(Exception):
+    def __repr__(self) -> str:
+        return "\x1b]0;owned\x07\x1b[2J" + "finished" * 1000
+
+
+def test_what_code_of_ones_own_raises_is_logged_as_plain_text_and_not_at_length(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It may quote a completion."""
+
+    class Loud(TrainerCallback):
+        def on_log(self, *_: Any, **__: Any) -> None:
+            raise LoudError
+
+    def reward(*_: Any) -> list[float]:
+        raise LoudError
+
+    callback = Loud()
+    _Shield(callback)
+    callback.on_log(None, None, None)
+    trainer: Any = SimpleNamespace(reward_fn=reward, _rewards_work=True, state=SimpleNamespace(global_step=3))
+    assert math.isnan(MeasuredTrainer._rewards(trainer, ["text"], [{}])[0])
+    assert len(caplog.messages) == 2
+    for message in caplog.messages:
+        assert "?]0;owned??[2Jfinished" in message and message.isprintable() and len(message) < 400
 
 
 def test_lines_after_the_checkpoint_are_dropped_and_so_is_a_torn_last_line(tmp_path: Path) -> None:

@@ -276,6 +276,20 @@ def test_training_goes_on_whatever_a_tool_does(tmp_path: Path, kind: str) -> Non
 # ---- the same whatever happens ----
 
 
+def test_training_goes_on_whatever_reading_a_turn_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON that is nested deeply ends in a RecursionError, which TRL does not take for text without calls."""
+
+    def raises(*_: Any, **__: Any) -> Any:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    trainer = caller(tmp_path, max_steps=1)
+    tokenizer: Any = trainer._tokenizer
+    monkeypatch.setattr(type(tokenizer), "parse_response", raises)
+    trainer.train()
+    assert trainer.state.log_history[0]["tools/call_frequency"] == 0
+    assert trainer._tokenizer is tokenizer and "parse_response" not in vars(tokenizer)
+
+
 def test_a_killed_run_resumes_to_the_same_numbers_and_not_with_other_tools(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     straight = caller(tmp_path / "straight", **settings)

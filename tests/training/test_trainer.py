@@ -25,6 +25,7 @@ from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer, 
 from trl.trainer.utils import RepeatSampler
 
 from trb import TRBConfig, TRBTrainer, zoo
+from trb.errors import InputError
 from trb.losses import topk_reverse_kl
 from trb.models.loading import load_model
 from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
@@ -44,6 +45,7 @@ ROOT = Path(__file__).parents[2]
 def test_trl_still_has_the_seams_that_are_overridden() -> None:
     expected = {
         "_tokenize_prompts": ["self", "prompts"],
+        "_generate": ["self", "prompts"],
         "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
@@ -679,7 +681,8 @@ def test_several_evaluation_sets_are_recorded_by_name(tmp_path: Path) -> None:
         ({"num_generations": 0}, "num_generations"),
         ({"loss_top_k": -1}, "loss_top_k"),
         ({"skd_teacher_top_k": 0}, "teacher_top_k"),
-        ({"initial_temperature": 0.0}, "initial_temperature must be positive and finite, got 0.0"),
+        ({"initial_temperature": 0.0}, "initial_temperature must be positive and finite .*, got 0.0"),
+        ({"initial_temperature": 1e31}, "initial_temperature must be positive and finite .*, got 1e.31"),
         (
             {"initial_kl_budget": -0.5, "budget_schedule": "gap"},
             "initial_kl_budget must be a non-negative number of nats, got -0.5",
@@ -693,6 +696,13 @@ def test_a_bad_option_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]
 
 
 KNOBS = sorted(every_knob() - {"budget_schedule"})
+
+
+@pytest.mark.parametrize("name", [*KNOBS, "temperature", "learning_rate", "max_steps", "seed"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_integer_that_no_float_holds_is_refused_by_its_name(tmp_path: Path, name: str, sign: int) -> None:
+    with pytest.raises(InputError, match=f"^{name} must be a number below 1e308, got an integer of 16,610 bits"):
+        config(tmp_path, **{name: sign * 10**5000})
 
 
 @pytest.mark.parametrize("value", [-1, -0.5, 0, math.nan, math.inf])

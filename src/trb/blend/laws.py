@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trb.errors import InputError
+from trb.errors import InputError, real
 
 __all__ = [
     "BLOCK_ELEMENTS_CPU",
@@ -164,6 +164,8 @@ def flat(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Tens
 
 
 def _checked_budget(kl_budget: float | Tensor, leading: torch.Size, device: torch.device) -> Tensor:
+    if not isinstance(kl_budget, Tensor):
+        kl_budget = real("kl_budget", kl_budget)
     if not isinstance(kl_budget, Tensor) and kl_budget >= 0:  # without asking an accelerator
         return torch.full(leading, kl_budget, dtype=torch.float64, device=device)
     budget = torch.as_tensor(kl_budget, dtype=torch.float64, device=device)

@@ -22,7 +22,7 @@ from trb.sampling.reading import Way, sampling_mode, way_of
 from trb.sampling.rollout import EngineOptions, NonFiniteLogitsError, Rollout, RolloutStats
 from trb.sampling.speculative import sample_speculative
 from trb.sampling.uniforms import MAX_ROLLOUTS, prompt_key, stream_seed
-from trb.vocab import SharedVocabulary, head_rows
+from trb.vocab import SharedVocabulary, checked_temperature, head_rows
 
 __all__ = [
     "BLOCK_SIZES",
@@ -333,8 +333,7 @@ def _check_options(
             raise InputError(f"{name} must be a whole number, got {value!r}")
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise InputError(f"temperature must be positive and finite, got {temperature}")
+    checked_temperature(temperature)
     if isinstance(block_size, str):
         if block_size not in BLOCK_SIZES:
             hint = did_you_mean(block_size, BLOCK_SIZES)

@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from trb.safety.untrusted import printable
+
 __all__ = ["Replays", "attended", "bucket", "is_compiled", "leave", "new_replays", "obstacle", "take", "wanted"]
 
 logger = logging.get_logger(__name__)
@@ -287,7 +289,7 @@ class Replays:
             return tuple(output_B[:rows].clone() for output_B in self._run(shape, partial(function, *shape.inputs)))
         # Whatever a library may raise here, the same pass without a graph is the answer to it.
         except Exception as error:
-            logger.warning_once(f"sampling without CUDA graphs: {type(error).__name__}: {str(error)[:300]}")
+            logger.warning_once(f"sampling without CUDA graphs: {type(error).__name__}: {printable(str(error))[:300]}")
             self._refused = True
             self.forget()
             return None

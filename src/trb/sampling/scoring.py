@@ -8,7 +8,6 @@ Shape suffixes: B rows, L padded length, N completion tokens of a group of rows,
 V shared vocabulary.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +20,7 @@ from trb.losses.chunked import default_chunk_tokens
 from trb.models.modeling import OutputHead, completion_hidden_states, evaluation_mode, without_adapters
 from trb.models.rows import padded
 from trb.policies import BehaviorPolicy, Target
-from trb.vocab import SharedVocabulary, head_rows
+from trb.vocab import SharedVocabulary, checked_temperature, head_rows
 
 __all__ = ["Alternatives", "TokenScores", "score_completions"]
 
@@ -226,8 +225,7 @@ def _check(
     top: int,
     max_rows: int | None,
 ) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise InputError(f"temperature must be positive and finite, got {temperature}")
+    checked_temperature(temperature)
     if top < 0:
         raise InputError(f"top must be at least 0, got {top}")
     if max_rows is not None and max_rows < 1:

@@ -23,7 +23,7 @@ from trb.errors import MissingFileError
 from trb.models.identity import fingerprints
 from trb.records import CHECKSUMS, CONFIG, EVALUATIONS, MODEL, RECIPE, RESULTS, SCORES, SKIPPED
 from trb.safety.files import LOCK, UNFINISHED, exclusive, remove, remove_unfinished, write_text
-from trb.safety.untrusted import parse_yaml
+from trb.safety.untrusted import parse_yaml, printable
 from trb.studies import provenance
 from trb.studies.claims import has_step, without_what_is_made
 from trb.studies.disks import require_writable
@@ -183,7 +183,7 @@ def check_claim(
     if refused and not (accept_changes and checkpoint is not None):
         _refuse(directory / CONFIG, refused, can_accept=checkpoint is not None)
     if refused and warn:
-        logger.warning("%s goes on with changes: %s", directory, "; ".join(refused))
+        logger.warning("%s goes on with changes: %s", directory, printable("; ".join(refused)))
     return checkpoint
 
 
@@ -245,10 +245,11 @@ def finished_results(directory: Path, recipe: Recipe) -> dict[str, Any] | None:
                 f"{listed}. There is no whole checkpoint to make it again from: restore it, use another output "
                 "directory, or --overwrite to remove what is there"
             )
-        logger.warning("%s; made again from the last checkpoint", listed)
+        logger.warning("%s; made again from the last checkpoint", printable(listed))
         return None
     if damaged:
-        logger.warning("%s: records are damaged, and the results are not: %s", directory, "; ".join(damaged.values()))
+        listed = printable("; ".join(damaged.values()))
+        logger.warning("%s: records are damaged, and the results are not: %s", directory, listed)
     return results
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from trb.errors import did_you_mean, named
+from trb.errors import did_you_mean, named, shown
 from trb.models.memory import DTYPES
 from trb.models.quantization import QUANTIZATIONS
 from trb.models.sharing import is_shared
@@ -27,6 +27,7 @@ from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.training.routes import named_in_errors
 from trb.training.trainer import TRBConfig
+from trb.vocab import TEMPERATURES
 
 __all__ = [
     "REPLACED_KEYS",
@@ -205,6 +206,11 @@ class RunConfig:
         for name in ("reward_timeout_s", "eval_temperature", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must be positive")
+        low, high = TEMPERATURES
+        if not low <= self.eval_temperature <= high:
+            raise ConfigError(
+                f"{named('eval_temperature')} is {self.eval_temperature}; it must lie in [{low:g}, {high:g}]"
+            )
         if twice := [name for at, name in enumerate(self.eval_data) if name in self.eval_data[:at]]:
             raise ConfigError(f"{named('eval_data')} names {twice[0]} twice; leave one of the two out")
         self._check_teachers()
@@ -444,8 +450,8 @@ def _validated(key: str, value: Any, where: str) -> Any:
 
 
 def _wrong_type(key: str, value: Any, where: str) -> ConfigError:
-    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return ConfigError(f"{where}: {key} is {shown:.200}; expected {_words(_hints()[key])}")
+    given = "null" if value is None else str(value).lower() if isinstance(value, bool) else shown(value)
+    return ConfigError(f"{where}: {key} is {given}; expected {_words(_hints()[key])}")
 
 
 def _kinds(annotation: Any) -> set[Any]:

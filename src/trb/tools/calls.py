@@ -2,6 +2,8 @@
 
 Each call runs in a thread of its own, which is given up after a time. Python cannot end a thread: one that hangs stays
 until its tool returns or the process ends, and with it what it holds. A tool that hangs again and again ends the run.
+
+What a tool says may quote the model, and a name that no tool has is the model's: neither is logged.
 """
 
 import queue
@@ -13,6 +15,7 @@ from typing import Any
 from transformers.utils import logging
 
 from trb.errors import OperationError
+from trb.safety.untrusted import printable
 
 __all__ = ["Answer", "ToolBox", "ToolHangsError"]
 
@@ -56,40 +59,44 @@ class ToolBox:
         Raises:
             ToolHangsError: `MOST_HANGING` calls have not returned.
         """
-        if call["type"] != "function":
-            name = str(call.get("name", "unknown"))
-            return self._failure(name, f"Unsupported tool call type: {call['type']}")
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        kind, function = call.get("type"), call.get("function")
+        if kind != "function" or not isinstance(function, Mapping) or not {"name", "arguments"} <= function.keys():
+            said = "Unsupported tool call" if kind == "function" else f"Unsupported tool call type: {kind}"
+            return self._failure(str(call.get("name", "unknown")), said)
+        name, arguments = str(function["name"]), function["arguments"]
         if name not in self.tools:
             return self._failure(name, f"Tool {name} not found.")
         tool = self.tools[name]
         found = self._within_time(name, lambda: str(tool(**arguments)))
         if not isinstance(found, _Error):
             return Answer(name, self._cut(name, found))
-        logger.warning_once(f"the tool {name:.100} failed (said once for each error): {found:.300}")
-        return self._failure(name, found)
+        if found.kind is not None:
+            logger.warning_once(
+                f"the tool {name:.100} failed with {found.kind:.100} (said once for each kind of error); what the "
+                "model reads says why"
+            )
+        return self._failure(name, found.text)
 
     def _failure(self, name: str, text: str) -> Answer:
-        return Answer(name, self._cut(name, str({"error": str(text)})), failed=True)
+        return Answer(name, self._cut(name, str({"error": text})), failed=True)
 
     def _cut(self, name: str, text: str) -> str:
-        if len(text) <= self.characters:
-            return text
-        logger.warning_once(
-            f"an answer of the tool {name:.100} has {len(text):,} characters, of which the model reads the first "
-            f"{self.characters:,} (tool_max_characters)"
-        )
+        if len(text) > self.characters and name in self.tools:
+            logger.warning_once(
+                f"answers of the tool {name:.100} are longer than the {self.characters:,} characters that the model "
+                "reads of one (tool_max_characters; said once)"
+            )
         return text[: self.characters]
 
-    def _within_time(self, name: str, call: Callable[[], str]) -> str:
-        """What a call returns, or an `_Error`."""
-        box: queue.SimpleQueue[str] = queue.SimpleQueue()
+    def _within_time(self, name: str, call: Callable[[], str]) -> "str | _Error":
+        """What a call returns, or what went wrong."""
+        box: queue.SimpleQueue[str | _Error] = queue.SimpleQueue()
 
         def work() -> None:
             try:
                 box.put(call())
             except BaseException as error:  # SystemExit too: a tool must not end the run
-                box.put(_Error(_said(error)))
+                box.put(_Error(_said(error), printable(type(error).__name__, lines=False)))
 
         thread = threading.Thread(target=work, name=f"tool {name:.100}", daemon=True)
         thread.start()
@@ -111,8 +118,12 @@ class ToolBox:
             )
 
 
-class _Error(str):
-    """What went wrong in a call."""
+@dataclass(frozen=True)
+class _Error:
+    """What went wrong in a call, in words, and the kind of error; None where it is in the log already."""
+
+    text: str
+    kind: str | None = None
 
 
 def _said(error: BaseException) -> str:

@@ -1,8 +1,9 @@
 """Tools in training: the turns after the first, and which tokens are the model's own.
 
-Seam of TRL: `_tool_call_loop` comes after the first turn, with the calls that TRL has read out of it, and returns what
-the loss leaves out; it is replaced, as TRL's tells the next turn nothing of which row it goes on with. Its order, its
-texts, and what it does with answers that are too long are kept.
+Seams of TRL: `_generate` draws first turns and reads the calls in them, which ends the run where its parser fails on
+what a model wrote; it is given a tokenizer that reads no calls there. `_tool_call_loop` comes after the first turn,
+with those calls, and returns what the loss leaves out; it is replaced, as TRL's tells the next turn nothing of which
+row it goes on with. Its order, its texts, and what it does with answers that are too long are kept.
 
 Left out: turns themselves (`trb.tools`), and TRL's own checks of tools and chat templates, which its constructor makes.
 """
@@ -15,7 +16,7 @@ from trl import DistillationTrainer
 
 from trb.sampling import Rollout
 from trb.tools.calls import ToolBox
-from trb.tools.chats import ToolChat
+from trb.tools.chats import ToolChat, unfailing_reader
 from trb.tools.turns import LaterTurns, Turns, take_turns
 from trb.training.config import TRBConfig
 from trb.vocab import SharedVocabulary
@@ -54,6 +55,15 @@ class CallingTrainer(DistillationTrainer):
             return list(values)
         of_own = iter(values)
         return [next(of_own) if ours else None for ours in self._turns.own[row]]
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        if not self.tools:
+            return super()._generate(prompts)
+        own, self._tokenizer = self._tokenizer, unfailing_reader(self._tokenizer)
+        try:
+            return super()._generate(prompts)
+        finally:
+            self._tokenizer = own
 
     def _tool_call_loop(
         self, prompts: Any, prompt_ids: Any, completion_ids: Any, completions: Any, images: Any, multimodal_fields: Any

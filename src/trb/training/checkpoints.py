@@ -26,6 +26,7 @@ from typing import Any
 from trb.errors import InputError
 from trb.records import CHECKPOINT_PARTIAL, CHECKPOINT_PREFIX, CHECKSUMS, REACH, TRAINER_STATE
 from trb.safety.files import flush, remove
+from trb.safety.untrusted import printable
 
 __all__ = [
     "PARTIAL",
@@ -151,7 +152,7 @@ def latest(
             verify(found[step], contents=contents)
         except CheckpointError as error:
             if warn is not None:
-                warn(f"{error}; it is passed over")
+                warn(printable(f"{error}; it is passed over"))
         else:
             return found[step]
     return None
@@ -221,7 +222,8 @@ def _difference(path: Path, name: str, entry: dict[str, Any], contents: bool) ->
 def check_reach(checkpoint: Path) -> None:
     """Warn of every record file beside a checkpoint that does not begin as it was when the checkpoint was saved."""
     for found in short_of_reach(checkpoint):
-        logger.warning(f"{checkpoint.parent / found}. The run goes on, as its results do not depend on it")
+        said = printable(f"{checkpoint.parent / found}", lines=False)
+        logger.warning(f"{said}. The run goes on, as its results do not depend on it")
 
 
 def short_of_reach(checkpoint: Path) -> list[str]:

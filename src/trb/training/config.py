@@ -6,7 +6,7 @@ may change when a run is resumed, in `trb.training.resume`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 from trl import DistillationConfig
 
-from trb.errors import InputError, did_you_mean
+from trb.errors import InputError, did_you_mean, real
 from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
 from trb.sampling.uniforms import SEEDS
@@ -23,6 +23,7 @@ from trb.tools import TOOLS
 from trb.training import privileged
 from trb.training.behaviors import BLEND_WARMUP_STEPS, budget_schedule_of
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, check_choice, check_choices, halves
+from trb.vocab import TEMPERATURES
 
 __all__ = ["REPLICA_DTYPES", "TRBConfig", "largest_divisor"]
 
@@ -84,10 +85,11 @@ _NUMBERS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ),
     ("be a non-negative number of nats", lambda value: value >= 0, ("initial_kl_budget", "eopd_entropy")),
     ("be at least 0", lambda value: value >= 0, ("veto_strength", "iw_gamma")),
+    ("be positive and finite", lambda value: 0 < value < math.inf, ("sequence_kl_budget",)),
     (
-        "be positive and finite",
-        lambda value: 0 < value < math.inf,
-        ("temperature", "initial_temperature", "skd_teacher_temperature", "sequence_kl_budget"),
+        f"be positive and finite ({TEMPERATURES[0]:g} to {TEMPERATURES[1]:g})",
+        lambda value: TEMPERATURES[0] <= value <= TEMPERATURES[1],
+        ("temperature", "initial_temperature", "skd_teacher_temperature"),
     ),
     ("lie in [0, 1]", lambda value: 0 <= value <= 1, ("behavior_share", "initial_prefix_share", "teacher_weight")),
     ("be above 0 and at most 1", lambda value: 0 < value <= 1, ("tip_share",)),
@@ -361,6 +363,9 @@ class TRBConfig(DistillationConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         if getattr(self, "activation_checkpointing_kwargs", False) is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                real(name, value)  # before anything is computed from it
         super().__post_init__()
         check_choices(self)
         self.budget_schedule = budget_schedule_of(self)
@@ -392,11 +397,14 @@ class TRBConfig(DistillationConfig):
 
     def _check_numbers(self) -> None:
         """Each by its own name: the parts that read them have names of their own, or read some of them later."""
+        kinds = {item.name: item.type for item in fields(self)}
         for words, fits, names in _NUMBERS:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not fits(value):
                     raise InputError(f"{name} must {words}, got {value}")
+                if type(value) is int and kinds[name] in (float, float | None):
+                    setattr(self, name, float(value))  # torch takes no integer beyond 64 bits
 
     def _refuse_unsupported(self) -> None:
         for name, (supported, why) in _UNSUPPORTED.items():

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from trb.errors import InputError
 from trb.losses.terms import TokenMetrics
 from trb.policies import BehaviorPolicy, StudentPolicy
+from trb.safety.untrusted import printable
 from trb.sampling import Rollout, prompt_key
 from trb.sampling.scoring import TokenScores, score_completions
 from trb.schedule import Constant
@@ -217,7 +218,8 @@ class MeasuredTrainer(CallingTrainer):
         except Exception as error:
             if not self._rewards_work:
                 raise
-            logger.warning(f"step {self.state.global_step}: no rewards, as their function failed: {error!r}")
+            said = printable(f"{error!r:.300}", lines=False)  # it may quote a completion
+            logger.warning(f"step {self.state.global_step}: no rewards, as their function failed: {said}")
             return [math.nan] * len(texts)
         self._rewards_work = True
         return rewards

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from trb.errors import InputError
 from trb.records import HELD_OUT, MEASURED, METRICS, ROLLOUTS, SKIPPED, aside, named_step
 from trb.safety.files import flush, write_bytes
+from trb.safety.untrusted import printable
 from trb.sampling.scoring import TokenScores
 
 __all__ = [
@@ -120,7 +121,8 @@ class _Shield:
             except Exception as error:
                 self.in_a_row[event] += 1
                 given_up = ", and is left alone from now on" if self.in_a_row[event] == _PATIENCE else ""
-                logger.warning(f"{self.name} failed in {event}{given_up}: {error!r}. The run goes on")
+                said = printable(f"{error!r:.300}", lines=False)
+                logger.warning(f"{self.name} failed in {event}{given_up}: {said}. The run goes on")
                 return None
             self.in_a_row[event] = 0
             return result

@@ -18,7 +18,6 @@ drafted positions, L logits of the step, T longest completion, V head rows.
 
 import dataclasses
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from trb.policies import POLICIES, BehaviorPolicy
 from trb.sampling.draw import decide_alike, inverse_cdf
 from trb.sampling.rollout import RolloutStats
 from trb.sampling.uniforms import MAX_ROLLOUTS, as_int64, uniforms
-from trb.vocab import SharedVocabulary
+from trb.vocab import SharedVocabulary, checked_temperature
 
 __all__ = ["BlendRequest", "BlendRow", "BlendState", "Proposal"]
 
@@ -89,6 +88,10 @@ class BlendRequest:
             values = json.loads(text)
             policy = dict(values["policy"])
             name = policy.pop("name")
+            for item, value in policy.items():
+                if isinstance(value, int) and value.bit_length() > 63:  # torch takes none
+                    raise InputError(f"a blended request's {item} cannot be {value!r:.100}")
+            values["temperature"] = checked_temperature(values["temperature"])
             if not isinstance(name, str) or name not in POLICIES:
                 raise InputError(
                     f"not a blended request: its policy is {name!r:.100}, and this engine knows "
@@ -98,7 +101,7 @@ class BlendRequest:
             vocabulary = values["vocabulary"]
             values["vocabulary"] = SharedVocabulary(**{**vocabulary, "folded_ids": tuple(vocabulary["folded_ids"])})
             request = cls(**values)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"not a blended request: {error!r:.300} in {text:.200}; write it with BlendRequest.to_text"
             ) from error
@@ -109,12 +112,12 @@ class BlendRequest:
         """Raises ValueError for what a worker would fail on: an engine does not outlive an error there."""
         pair = self.vocabulary
         wholes = {
-            "max_new_tokens": (self.max_new_tokens, 1, None),
+            "max_new_tokens": (self.max_new_tokens, 1, 1 << 31),
             "seed": (self.seed, None, None),
             "prompt_key": (self.prompt_key, 0, 1 << 64),
             "rollout_index": (self.rollout_index, 0, MAX_ROLLOUTS),
-            "vocabulary.size": (pair.size, 1, None),
-            "teacher_top_k": (getattr(self.policy, "teacher_top_k", 1), 1, None),
+            "vocabulary.size": (pair.size, 1, 1 << 31),
+            "teacher_top_k": (getattr(self.policy, "teacher_top_k", 1), 1, 1 << 31),
         }
         for name, (value, low, end) in wholes.items():
             if type(value) is not int or (low is not None and value < low) or (end is not None and value >= end):
@@ -122,10 +125,10 @@ class BlendRequest:
         for stop in (pair.stop_id, *pair.folded_ids):
             if type(stop) is not int or not 0 <= stop < pair.size:
                 raise InputError(f"a blended request's stop id cannot be {stop!r:.100} among {pair.size} events")
+        if len({*pair.stop_ids}) < len(pair.stop_ids):  # folding an id into itself leaves nothing of it
+            raise InputError(f"a blended request's stop ids cannot be {pair.stop_ids!r:.100}, as one is there twice")
         if not isinstance(self.name, str):
             raise InputError(f"a blended request's name cannot be {self.name!r:.100}")
-        if not (isinstance(self.temperature, int | float) and 0 < self.temperature < math.inf):
-            raise InputError(f"a blended request's temperature cannot be {self.temperature!r:.100}")
 
     @property
     def events(self) -> Hashable:
