@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_runs import build, config, losses
 from transformers import (
     Gemma3Config,
@@ -23,6 +24,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb.errors import InputError
+from trb.models.loading import load_model
 from trb.studies.recipe import make_recipe
 from trb.tasks.prompts import load_prompts
 from trb.training import arguments, pair
@@ -262,6 +264,66 @@ def test_how_to_load_a_model_that_is_loaded_is_refused(
     models = {"model": zoo.load("student")[0], "teacher_model": zoo.load("teacher")[0]}
     with pytest.raises(ValueError, match=f"{name}=.* does nothing for a (teacher_)?model that is loaded already"):
         plain_trainer(tmp_path, **models, args=config(tmp_path, **options), **arguments)
+
+
+# ---- a student of which nothing would be trained ----
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("adapter")
+    student = get_peft_model(zoo.load("student")[0], lora())
+    student.peft_config["default"].base_model_name_or_path = "zoo:student"
+    student.save_pretrained(directory, save_embedding_layers=False)
+    return str(directory)
+
+
+FROZEN: dict[str, tuple[Callable[[str], Any], str]] = {
+    "as PEFT loads it": (lambda path: PeftModel.from_pretrained(zoo.load("student")[0], path), "is_trainable=True"),
+    "as we load it": (load_model, r"student\.set_adapter\(student\.active_adapter\)"),
+    "whole": (lambda path: zoo.load("student")[0].requires_grad_(False), r"student\.requires_grad_\(True\)$"),
+}
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_a_student_of_which_nothing_would_be_trained_is_refused(tmp_path: Path, adapter: str, kind: str) -> None:
+    load, remedy = FROZEN[kind]
+    with pytest.raises(InputError, match=f"none of the student's [0-9]+ parameters is trained .*{remedy}") as refused:
+        build(tmp_path, student=load(adapter))
+    assert ("PeftModel" in str(refused.value)) == (kind != "whole")
+
+
+def trained_on(path: str) -> Any:
+    student: Any = load_model(path)
+    student.set_adapter(student.active_adapter)
+    return student
+
+
+@pytest.mark.parametrize(
+    ("load", "options"),
+    [
+        (lambda path: PeftModel.from_pretrained(zoo.load("student")[0], path, is_trainable=True), {}),
+        (trained_on, {}),
+        (lambda path: load_model(path, merge_adapter=True), {}),
+        (lambda path: zoo.load("student")[0].requires_grad_(False), {"peft_config": lora()}),
+    ],
+)
+def test_each_remedy_for_a_frozen_student_trains(
+    tmp_path: Path, adapter: str, load: Callable[[str], Any], options: dict[str, Any]
+) -> None:
+    build(tmp_path, student=load(adapter), max_completion_length=4, **options)
+
+
+def test_a_student_that_is_the_path_of_an_adapter_is_refused_with_both_ways_to_go_on(
+    tmp_path: Path, adapter: str, nothing_loads: None
+) -> None:
+    ways = r"is an adapter: .*merge_adapter=True.*PeftModel.*is_trainable=True"
+    with pytest.raises(InputError, match=f"'{adapter}' {ways}"):
+        plain_trainer(tmp_path, model=adapter)
 
 
 def test_two_teachers_are_refused(tmp_path: Path, nothing_loads: None) -> None:

@@ -292,9 +292,9 @@ def test_what_a_user_sets_is_what_is_built(tmp_path: Path) -> None:
     assert falling.at(0) == TrustRegionPolicy(16 / 50)
     assert behavior_of(config(tmp_path, budget_schedule="gap")).share.value(0) == 0.75
     assert behavior_of(config(tmp_path, method="opd")).at(0) == StudentPolicy()
-    with pytest.raises(ValueError, match=r"behavior_share must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"behavior_share must be in \[0, 1\], got 1.5"):
         config(tmp_path, behavior_share=1.5)
-    with pytest.raises(ValueError, match=r"teacher_weight must lie in \[0, 1\], got -0.1"):
+    with pytest.raises(ValueError, match=r"teacher_weight must be in \[0, 1\], got -0.1"):
         config(tmp_path, method="geometric", teacher_weight=-0.1)
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import typing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from trb.sampling import sample
 from trb.training import config as config_module
 from trb.training import taught
 from trb.training.methods import every_knob, target_of
+from trb.training.numbers import checked_numbers
 from trb.training.ranks import Ranks
 from trb.vocab import align
 
@@ -717,6 +719,77 @@ def test_a_knob_that_is_refused_is_called_by_its_name(tmp_path: Path, name: str,
         assert re.search(rf"\b{name}\b.* got {re.escape(str(value))}\b", str(error)), error
     else:
         assert fits
+
+
+def numeric() -> list[str]:
+    """Every option that is a number, of whichever library, but for those that are refused whatever they are."""
+    hints = typing.get_type_hints(TRBConfig)
+    kinds = {name: {*typing.get_args(hint)} or {hint} for name, hint in hints.items()}
+    found = [item.name for item in dataclasses.fields(TRBConfig) if kinds[item.name] & {int, float}]
+    return sorted(set(found) - set(REFUSED) - {"local_rank"})  # which nothing reads
+
+
+def test_every_number_is_looked_at() -> None:
+    assert set(checked_numbers()) - NEWER_OPTIONS == set(numeric())
+
+
+@pytest.mark.parametrize("value", [-1, 0, 2.5, math.nan, math.inf, "x", True, None, [1]], ids=str)
+def test_no_number_of_any_library_passes_that_is_none_of_its_kind(tmp_path: Path, value: Any) -> None:
+    """All options are tried with each value, and are refused by name or are what they can be."""
+    hints = typing.get_type_hints(TRBConfig)
+    for name in numeric():
+        kinds = {*typing.get_args(hints[name])} or {hints[name]}
+        try:
+            config(tmp_path, **{name: value})
+        except InputError as error:
+            assert re.search(rf"\b{name}\b.*{re.escape(str(value))}", str(error)), error
+        else:
+            whole = float not in kinds
+            assert isinstance(value, int | float) or value is None, (name, value)
+            assert not isinstance(value, bool) and not (whole and isinstance(value, float)), (name, value)
+            assert value is None or not math.isnan(value), name
+            assert value is not None or type(None) in kinds or name == "max_grad_norm", name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0 and finite, got -1.0"),
+        ({"adam_beta1": 2.0}, "adam_beta1 must be at least 0 and below 1, got 2.0"),
+        (
+            {"initial_kl_budget": "0.1"},
+            "initial_kl_budget must be a number, and a non-negative number of nats, got '0.1'",
+        ),
+        ({"blend_warmup_steps": 2.5}, "blend_warmup_steps must be a whole number, and at least 0, got 2.5"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
+        (
+            {"logging_steps": 2.5},
+            "logging_steps must be a positive number of steps, or a share of all below 1, got 2.5",
+        ),
+        ({"pad_to_multiple_of": "x"}, "pad_to_multiple_of must be a whole number, and at least 1, got 'x'"),
+    ],
+)
+def test_a_number_that_a_library_would_refuse_late_or_namelessly_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"save_steps": 0.5, "logging_steps": 0.1, "eval_steps": 2.0, "warmup_steps": 0.1},
+        {"max_grad_norm": None, "save_total_limit": -1, "max_steps": -1, "save_steps": 0},
+        {"pad_to_multiple_of": "8"},
+        {"pad_to_multiple_of": "none"},
+        {"learning_rate": np.float32(1e-3), "seed": np.int64(3), "max_steps": np.int64(4)},
+        {"initial_kl_budget": math.inf, "max_grad_norm": math.inf},
+    ],
+)
+def test_numbers_that_the_libraries_take_are_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config(tmp_path, **changes)
 
 
 # Every option of the installed TRL and transformers, by what it does to the sampled law and to the loss.

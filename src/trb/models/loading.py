@@ -132,7 +132,9 @@ def check_model(spec: str, *, trust_remote_code: bool = False, revision: str | N
     source = resolve(spec, revision)
     if isinstance(source, Path) and is_adapter(source):
         raise InputError(
-            f"{spec!r} is an adapter: pass the model of trb.models.loading.load_model({spec!r}, merge_adapter=True)"
+            f"{spec!r} is an adapter: pass the model of trb.models.loading.load_model({spec!r}, merge_adapter=True) to "
+            f"train all weights, or of peft.PeftModel.from_pretrained(base, {spec!r}, is_trainable=True) to train the "
+            "adapter on"
         )
     check_config(source, trust_remote_code=trust_remote_code, revision=revision)
     _check_no_adapter(source, revision)

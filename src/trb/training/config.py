@@ -4,9 +4,7 @@ Defaults live here and nowhere else. Which behavior or loss reads a knob is said
 may change when a run is resumed, in `trb.training.resume`.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 from trl import DistillationConfig
 
-from trb.errors import InputError, did_you_mean, real
+from trb.errors import InputError, did_you_mean
 from trb.records import ROLLOUTS
 from trb.sampling import SAMPLERS
 from trb.sampling.uniforms import SEEDS
@@ -23,7 +21,7 @@ from trb.tools import TOOLS
 from trb.training import privileged
 from trb.training.behaviors import BLEND_WARMUP_STEPS, budget_schedule_of
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, check_choice, check_choices, halves
-from trb.vocab import TEMPERATURES
+from trb.training.numbers import check_numbers
 
 __all__ = ["REPLICA_DTYPES", "TRBConfig", "largest_divisor"]
 
@@ -63,37 +61,6 @@ _UNSUPPORTED_IN_ACCELERATE: dict[str, tuple[tuple, str]] = {
     "dispatch_batches": ((None, False), "every process reads its own prompts"),
     "use_seedable_sampler": ((True,), "the order of prompts follows seed"),
 }
-
-# What numbers must be, in words and as a test, where they are not None.
-_NUMBERS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    (
-        "be at least 1",
-        lambda value: 1 <= value < math.inf,
-        (
-            *("num_generations", "initial_horizon", "max_completion_length", "loss_chunk_tokens", "block_size"),
-            *("max_skipped_steps", "max_tool_calling_iterations", "tool_max_characters", "skd_teacher_top_k"),
-        ),
-    ),
-    (
-        "be at least 0",
-        lambda value: 0 <= value < math.inf,
-        (
-            *("loss_top_k", "forward_top_k", "recorded_rollouts", "recorded_alternatives", "recorded_scores_every"),
-            *("blend_warmup_steps", "temperature_warmup_steps", "sft_warmup_steps", "horizon_steps", "prefix_steps"),
-            "veto_steps",
-        ),
-    ),
-    ("be a non-negative number of nats", lambda value: value >= 0, ("initial_kl_budget", "eopd_entropy")),
-    ("be at least 0", lambda value: value >= 0, ("veto_strength", "iw_gamma")),
-    ("be positive and finite", lambda value: 0 < value < math.inf, ("sequence_kl_budget",)),
-    (
-        f"be positive and finite ({TEMPERATURES[0]:g} to {TEMPERATURES[1]:g})",
-        lambda value: TEMPERATURES[0] <= value <= TEMPERATURES[1],
-        ("temperature", "initial_temperature", "skd_teacher_temperature"),
-    ),
-    ("lie in [0, 1]", lambda value: 0 <= value <= 1, ("behavior_share", "initial_prefix_share", "teacher_weight")),
-    ("be above 0 and at most 1", lambda value: 0 < value <= 1, ("tip_share",)),
-)
 
 # The dtype of what is sampled from under sharding; None is decided by the precision of training.
 REPLICA_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -363,9 +330,7 @@ class TRBConfig(DistillationConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         if getattr(self, "activation_checkpointing_kwargs", False) is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-        for name, value in vars(self).items():
-            if isinstance(value, int):
-                real(name, value)  # before anything is computed from it
+        check_numbers(self)
         super().__post_init__()
         check_choices(self)
         self.budget_schedule = budget_schedule_of(self)
@@ -377,7 +342,7 @@ class TRBConfig(DistillationConfig):
         for name in self.report_to:
             check_choice("report_to", name, INTEGRATION_TO_CALLBACK)
         self._check_scheduler()
-        if self.seed not in SEEDS:
+        if int(self.seed) not in SEEDS:  # of other kinds of integers Python would try them one by one
             raise InputError(f"seed is {self.seed}; it must lie in [0, 2**32)")
         if "chat_template" in (self.chat_template_kwargs or {}):
             raise InputError(
@@ -386,7 +351,6 @@ class TRBConfig(DistillationConfig):
             )
         if self.max_completion_length is None:
             raise InputError("max_completion_length=None is not supported; set the longest completion in tokens")
-        self._check_numbers()
         for half in halves():
             if all(hasattr(self, knob) for knob in half.knobs):  # those from outside may want another configuration
                 half.build(self, lambda: 0).at(0)
@@ -394,17 +358,6 @@ class TRBConfig(DistillationConfig):
         self._check_tools()
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
-
-    def _check_numbers(self) -> None:
-        """Each by its own name: the parts that read them have names of their own, or read some of them later."""
-        kinds = {item.name: item.type for item in fields(self)}
-        for words, fits, names in _NUMBERS:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not fits(value):
-                    raise InputError(f"{name} must {words}, got {value}")
-                if type(value) is int and kinds[name] in (float, float | None):
-                    setattr(self, name, float(value))  # torch takes no integer beyond 64 bits
 
     def _refuse_unsupported(self) -> None:
         for name, (supported, why) in _UNSUPPORTED.items():
@@ -437,8 +390,6 @@ class TRBConfig(DistillationConfig):
                     f"tools has {name!r}, which is none of {', '.join(TOOLS)}{did_you_mean(name, TOOLS)}; functions of "
                     "your own are passed in Python, TRBTrainer(tools=[...])"
                 )
-        if not 0 < self.tool_timeout < math.inf:
-            raise InputError(f"tool_timeout must be a positive number of seconds, got {self.tool_timeout}")
 
     def _check_scheduler(self) -> None:
         """Make the schedule once: transformers would when everything is loaded."""

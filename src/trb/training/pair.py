@@ -31,7 +31,7 @@ from trb.training.config import TRBConfig
 from trb.training.routes import Named, by_name, named_in_errors, value_for
 from trb.vocab import check_same_tokenizer
 
-__all__ = ["check_router_loss", "checked_student", "loaded_teachers", "teacher_tokenizers"]
+__all__ = ["check_router_loss", "check_trained", "checked_student", "loaded_teachers", "teacher_tokenizers"]
 
 
 def load_teacher(name: str, args: TRBConfig, revision: str | None) -> PreTrainedModel:
@@ -174,3 +174,17 @@ def check_router_loss(student: nn.Module) -> None:
             f"{config.model_type}: output_router_logits=True asks for a router loss (router_aux_loss_coef="
             f"{coefficient}), which TRBTrainer does not train on; set model.config.output_router_logits=False"
         )
+
+
+def check_trained(student: nn.Module) -> None:
+    """Refuse a student of which no weight is trained: every step would be taken, and would change nothing."""
+    weights = list(student.parameters())
+    if any(weight.requires_grad for weight in weights):
+        return
+    remedy = "call student.requires_grad_(True)"
+    if has_adapters(student):  # whose weights PEFT freezes unless asked, and so do we
+        remedy = (
+            "load its adapter with peft.PeftModel.from_pretrained(base, directory, is_trainable=True), or call "
+            "student.set_adapter(student.active_adapter)"
+        )
+    raise InputError(f"none of the student's {len(weights)} parameters is trained (requires_grad is False): {remedy}")

@@ -78,7 +78,7 @@ from trb.training.methods import (
     target_of,
 )
 from trb.training.metrics import Observers, Sums
-from trb.training.pair import check_router_loss, checked_student, loaded_teachers, teacher_tokenizers
+from trb.training.pair import check_router_loss, check_trained, checked_student, loaded_teachers, teacher_tokenizers
 from trb.training.ranks import Ranks
 from trb.training.recording import RunRecorder, survive_failures
 from trb.training.saving import ResumableTrainer
@@ -135,9 +135,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
 
     Raises:
         ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
-            a student with a router loss, a teacher on weights that are trained, a batch that `num_generations` does not
-            divide, prompts without the column, or an argument that would be ignored. Arguments, prompts and tokenizers
-            are checked before a model is loaded.
+            a student with a router loss or with nothing to train, a teacher on weights that are trained, a batch that
+            `num_generations` does not divide, prompts without the column, or an argument that would be ignored.
+            Arguments, prompts and tokenizers are checked before a model is loaded.
     """
 
     _tag_names = ["trl", "trb"]  # noqa: RUF012
@@ -194,6 +194,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
                 **kwargs,
             )
         check_router_loss(self.model)
+        check_trained(self.model)
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
