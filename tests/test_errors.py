@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib
 import inspect
+import os
 import pickle
 import typing
 from collections.abc import Iterator
@@ -157,6 +158,9 @@ def test_the_check_sees_every_way_to_raise(tmp_path: Path, source: str, complain
 def test_errors_for_people() -> None:
     assert is_for_people(TrbError("x"))
     assert is_for_people(PermissionError(errno.EACCES, "Permission denied", "file"))
+    for name in ("ENAMETOOLONG", "EFBIG", "EMFILE", "ENFILE", "ESTALE", "ENOSPC"):
+        number = getattr(errno, name)
+        assert is_for_people(OSError(number, os.strerror(number), "file")), name
     assert is_for_people(torch.OutOfMemoryError("tried to allocate 2 TiB"))
     assert not is_for_people(FileNotFoundError(errno.ENOENT, "No such file or directory", "file"))
     assert not any(map(is_for_people, (ValueError("x"), RuntimeError("x"), OSError("x"), ImportError("x"))))

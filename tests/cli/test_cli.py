@@ -121,6 +121,36 @@ def test_python_m_trb_is_the_command() -> None:
     assert (result.returncode, result.stdout) == (0, "trb 0.1.0\n")
 
 
+def test_a_name_that_the_terminal_cannot_write_ends_no_command() -> None:
+    code = (
+        "import sys\nimport trb.report\nfrom trb import cli\n"
+        "trb.report.write_report = lambda directory: directory\n"
+        "sys.argv = ['trb', 'report', 'a b \\xe9']\nsys.exit(cli.main())"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "a b \\xe9\n", "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "report",
+        "eval --data zoo:chains --model",
+        "train --config baselines/trb --output-dir",
+        "train --config baselines/trb --output-dir x --train-data",
+    ],
+)
+def test_a_name_that_is_too_long_is_said_without_a_traceback(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "n" * 300 + ".jsonl"
+    assert main([*command.split(), name]) == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and "too long" in said and name in said and "Traceback" not in said
+
+
 def test_help_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help-keys"]) == 0
     text = capsys.readouterr().out

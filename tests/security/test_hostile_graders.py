@@ -131,3 +131,16 @@ def test_secrets_in_the_environment(folder: Path) -> None:
         "SSH_AUTH_SOCK": "1",
     }
     assert not permitted_environment({**os.environ, **secrets}).keys() & secrets.keys()
+
+
+@pytest.mark.parametrize("name", ["PYTHONIOENCODING", "PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONSTARTUP"])
+def test_settings_of_the_interpreter_stay_outside(folder: Path, name: str) -> None:
+    """What Python reads beside its paths changes what a confined process reads, checks, or leaves running."""
+    assert name not in permitted_environment({name: "1"})
+
+
+def test_the_encoding_of_the_terminal_is_not_that_of_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-16")
+    with Verifier(timeout_s=60.0) as verifier:
+        assert verifier.score([r"\boxed{pi/2}", r"\boxed{2}"], [{"answer": r"\frac{\pi}{2}"}] * 2) == [1.0, 0.0]
+        assert (verifier.timeouts, verifier.crashes) == (0, 0)

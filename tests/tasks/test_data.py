@@ -263,6 +263,14 @@ def test_system_prompt_is_added_or_replaces(tmp_path: Path) -> None:
     assert "\\boxed{}" in MATH_SYSTEM_PROMPT
 
 
+def test_a_system_prompt_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """As YAML and JSON may write one."""
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "one"}])
+    for spec in (path, "zoo:chains"):
+        with pytest.raises(ValueError, match=r"system_prompt holds half a surrogate pair, '.ud83d' at character 4"):
+            load_prompts(spec, limit=1, system_prompt="Be \ud83d brief")
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

@@ -323,6 +323,8 @@ def test_options_and_datasets_that_do_not_go_together_are_refused(tmp_path: Path
         ),
         ({"train_rows": rows(8, privileged_context="3")}, "two prompts for the teacher"),
         ({"teacher_system_prompt": ""}, "teacher_system_prompt is empty"),
+        ({"teacher_system_prompt": "\ud83d"}, "teacher_system_prompt holds half a surrogate pair"),
+        ({"chat_template_kwargs": {"who": "\ud83d"}}, "chat_template_kwargs holds half a surrogate pair"),
         ({"teacher_prompt_template": "{prompt}"}, r"has no \{privileged_context\}"),
         ({"use_vllm": True, "vllm_mode": "colocate"}, "set vllm_blended=False"),
     ]

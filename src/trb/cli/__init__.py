@@ -8,6 +8,7 @@ Nothing a model wrote is ever printed: a completion can hold terminal escape seq
 """
 
 import argparse
+import io
 import logging
 import os
 import select
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _run(argv)
     # This process is the command, and nobody else's.
+    _write_any_name()
     _shield_terminal()
     _end_with_launcher()
     try:
@@ -57,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in unread:  # or Python would try once more at its end, and say so
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141  # as a shell says of what SIGPIPE ended
+
+
+def _write_any_name() -> None:
+    """Let the name of a file that a terminal of few characters lacks be written by its number, and end no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # and not None, or what somebody has put there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _flush() -> None:

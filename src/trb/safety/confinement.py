@@ -190,9 +190,11 @@ def limit_resources(memory_limit_mb: int, *, seconds: int | None = None) -> bool
 
 
 # What Python and the libraries below need to start. Anything else may be a secret (HF_TOKEN, ...), and so may what only
-# begins like one of these (LANGCHAIN_API_KEY, TEMPORAL_API_KEY, ...).
+# begins like one of these (LANGCHAIN_API_KEY, TEMPORAL_API_KEY, ...). Of Python's own those that say where modules are,
+# and how sets are ordered: others change what is read (PYTHONIOENCODING), checked (PYTHONOPTIMIZE) or left running.
 _ENVIRONMENT = re.compile(
-    "PATH|PATHEXT|HOME|LANG|LANGUAGE|LC_[A-Z]+|TEMP|TMP|TMPDIR|SYSTEMROOT|TZ|TZDIR|VIRTUAL_ENV|PYTHON[A-Z0-9]+"
+    "PATH|PATHEXT|HOME|LANG|LANGUAGE|LC_[A-Z]+|TEMP|TMP|TMPDIR|SYSTEMROOT|TZ|TZDIR|VIRTUAL_ENV"
+    "|PYTHON(PATH|HOME|PLATLIBDIR|USERBASE|NOUSERSITE|SAFEPATH|HASHSEED|DONTWRITEBYTECODE|PYCACHEPREFIX)"
     "|(DY)?LD_([A-Z_]+_PATH|PRELOAD|INSERT_LIBRARIES)"
 )
 
@@ -200,4 +202,5 @@ _ENVIRONMENT = re.compile(
 def permitted_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that a confined process gets to see."""
     kept = {name: value for name, value in environment.items() if _ENVIRONMENT.fullmatch(name.upper())}
-    return kept | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # it takes no cores from the run
+    # It speaks UTF-8 whatever the locale, and takes no cores from the run.
+    return kept | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_YAML_NODES",
     "check_checkpoint",
+    "check_text",
     "check_weight_index",
     "foreign_directory",
     "lora_options",
@@ -46,6 +47,17 @@ def printable(text: str, *, lines: bool = True) -> str:
     lone surrogates. Line ends stay unless `lines` is false.
     """
     return "".join(c if c.isprintable() or (lines and c == "\n") else "?" for c in text)
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuse what JSON and YAML can write and no encoding holds; raises InputError, which begins with `what`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} holds half a surrogate pair, {text[error.start]!r} at character {error.start + 1}, which is no "
+            "text; remove it, or write the character itself"
+        ) from error
 
 
 # ---- parsers ----

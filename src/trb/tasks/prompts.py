@@ -21,6 +21,7 @@ from trb.errors import InputError, named
 from trb.models.chats import rendered_ids
 from trb.models.tokens import token_ids
 from trb.safety.templates import check_chat_template
+from trb.safety.untrusted import check_text
 from trb.tasks.answers import Row, last_boxed, reference_answer
 from trb.tasks.coding import PYTHON, program_row, test_columns
 from trb.tasks.conversations import Message, check_choice, read_messages, turns_of, with_system
@@ -96,6 +97,7 @@ def load_prompts(
     if limit is not None and limit < 1:
         raise InputError(f"{named('limit')} is {limit}; give a positive number of rows, or None for all")
     check_choice(assistant_turns)
+    check_text(system_prompt or "", named("system_prompt"))
     name = str(spec)
     if name.startswith(GENERATORS):
         refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
@@ -321,10 +323,8 @@ def _as_text(row: Row, place: str) -> Row:
     """The row. Raises ValueError for one whose texts are none."""
     chats = [value for value in row.values() if isinstance(value, list)]
     texts = [value for value in row.values() if isinstance(value, str)]
-    try:
-        "".join([*(message["content"] for chat in chats for message in chat), *texts]).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{place} holds half a surrogate pair, which is no text: {error.reason}; remove it") from error
+    for text in [*(message["content"] for chat in chats for message in chat), *texts]:
+        check_text(text, place)
     return row
 
 

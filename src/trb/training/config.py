@@ -4,6 +4,12 @@ Defaults live here and nowhere else. Which behavior or loss reads a knob is said
 may change when a run is resumed, in `trb.training.resume`.
 """
 
+<<<<<<< HEAD
+=======
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+>>>>>>> w-g
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +21,7 @@ from trl import DistillationConfig
 
 from trb.errors import InputError, did_you_mean
 from trb.records import ROLLOUTS
+from trb.safety.untrusted import check_text
 from trb.sampling import SAMPLERS
 from trb.sampling.uniforms import SEEDS
 from trb.tools import TOOLS
@@ -379,6 +386,9 @@ class TRBConfig(DistillationConfig):
             raise InputError("teacher_column is empty; name a column of the data")
         if self.teacher_system_prompt == "":
             raise InputError("teacher_system_prompt is empty; leave it out for none")
+        for name in ("teacher_system_prompt", "teacher_prompt_template"):
+            check_text(getattr(self, name) or "", name)
+        check_text(json.dumps(self.chat_template_kwargs, ensure_ascii=False, default=str), "chat_template_kwargs")
         if missing := [place for place in privileged.PLACES if place not in self.teacher_prompt_template]:
             raise InputError(f"teacher_prompt_template={self.teacher_prompt_template!r} has no {missing[0]}; put it in")
 
