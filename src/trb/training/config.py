@@ -4,12 +4,7 @@ Defaults live here and nowhere else. Which behavior or loss reads a knob is said
 may change when a run is resumed, in `trb.training.resume`.
 """
 
-<<<<<<< HEAD
-=======
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
->>>>>>> w-g
 from dataclasses import dataclass, field
 from typing import Any
 
