@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tiny_runs import build
+from tiny_runs import build, config
 from trl import DistillationTrainer
 
 from trb import zoo
@@ -100,7 +100,7 @@ def replace_by_folder(path: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors cannot be read \(No such file"),
         (lambda folder: shutil.rmtree(folder / "shards"), "shards/0.bin cannot be read"),
         (lambda folder: replace_by_folder(folder / "model.safetensors"), r"model\.safetensors is not a file"),
-        (lambda folder: (folder / "checksums.json").unlink(), r"no complete checkpoint: it has no checksums\.json"),
+        (lambda folder: (folder / "checksums.json").unlink(), r"another trainer \(it has neither checksums\.json nor"),
         (lambda folder: (folder / "checksums.json").write_text("[]"), r"checksums\.json cannot be read"),
         (lambda folder: replace_by_folder(folder / "checksums.json"), r"checksums\.json cannot be read"),
     ],
@@ -263,6 +263,72 @@ def test_a_checkpoint_that_is_passed_over_is_not_resumed_from_after_all(
     assert all(torch.equal(before[name], weight) for name, weight in resumed.model.state_dict().items())
     resumed.train()  # told to start anew
     assert resumed.state.global_step == 2
+
+
+def of_another_trainer(checkpoint: Path) -> Path:
+    """As TRL's own trainer leaves one."""
+    for name in ("checksums.json", "trb_run.json", "trb_state_0.json", "trb_records.json"):
+        (checkpoint / name).unlink(missing_ok=True)
+    return checkpoint
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_named_and_is_no_checkpoint_is_said_as_it_is(tmp_path: Path, verify: bool) -> None:
+    run, empty = tmp_path / "run", tmp_path / "empty"
+    trained(run, max_steps=1).train()
+    empty.mkdir()
+    (run / "file").touch()
+    named = {
+        run / "checkpoint-7": rf"checkpoint-7 does not exist, .* beside it is {run}/checkpoint-1$",
+        tmp_path
+        / "nowhere": r"nowhere does not exist, .*: name a checkpoint of a run, one of its folders checkpoint-N$",
+        run: rf"run is the directory of a run, .*: name one of its checkpoints, such as {run}/checkpoint-1$",
+        run / "file": rf"file is a file, .* beside it is {run}/checkpoint-1$",
+    }
+    resumed = trained(tmp_path / "other", max_steps=1)
+    for path, message in named.items():
+        with pytest.raises(CheckpointError, match=message):
+            resumed.train(resume_from_checkpoint=str(path), verify=verify)
+    of_another_trainer(run / "checkpoint-1")
+    message = (
+        r"directory of a run, .* \(of another trainer, whose weights alone can be used, as the model: checkpoint-1\)$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        resumed.train(resume_from_checkpoint=str(run), verify=verify)
+    assert resumed.state.global_step == 0
+
+
+def test_of_another_trainers_checkpoint_the_weights_alone_are_used(tmp_path: Path) -> None:
+    trained(tmp_path, max_steps=1).train()
+    theirs = of_another_trainer(tmp_path / "checkpoint-1")
+    resumed = trained(tmp_path, max_steps=2)
+    with pytest.raises(
+        CheckpointError, match=r"written by another trainer .*: start from its weights, with this path as"
+    ):
+        resumed.train(resume_from_checkpoint=str(theirs))
+    with pytest.raises(CheckpointError, match=r"no whole .*of another trainer.*: checkpoint-1\); to start anew"):
+        resumed.train(resume_from_checkpoint=True)
+    rows = Dataset.from_list(zoo.problems(8, seed=0))
+    args = config(tmp_path / "next", max_steps=1, max_completion_length=4)
+    trainer = TRBTrainer(str(theirs), "zoo:teacher", args, train_dataset=rows)
+    assert all(torch.equal(trainer.model.state_dict()[name], found) for name, found in weights_of(theirs).items())
+    trainer.train()
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_the_configuration_may_name_the_checkpoint(tmp_path: Path) -> None:
+    trained(tmp_path, max_steps=1).train()
+    named = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
+    resumed = trained(tmp_path / "next", max_steps=2, **named)
+    assert resumed.train().global_step == 2
+    assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2]
+    assert len((tmp_path / "next" / "metrics.jsonl").read_text().splitlines()) == 1
+    anew = trained(tmp_path / "anew", max_steps=2, **named)
+    anew.train(resume_from_checkpoint=False)
+    assert len((tmp_path / "anew" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_best_checkpoint_is_verified_before_it_is_loaded(tmp_path: Path) -> None:

@@ -388,7 +388,7 @@ def named_checkpoint(name: str | None) -> Path | None:
     if not path.is_dir():
         raise MissingFileError(f"resume_from_checkpoint is {name!r}, and there is no such directory")
     try:
-        Ranks.of_launch().from_first(partial(checkpoints.verify, path))
+        Ranks.of_launch().from_first(partial(checkpoints.check_named, path))
     except CheckpointError as error:
         raise RunDirectoryError(f"resume_from_checkpoint is {name!r}: {error}") from error
     return path

@@ -24,7 +24,7 @@ from stat import S_ISREG
 from typing import Any
 
 from trb.errors import InputError
-from trb.records import CHECKPOINT_PARTIAL, CHECKPOINT_PREFIX, CHECKSUMS, REACH, TRAINER_STATE
+from trb.records import CHECKPOINT_PARTIAL, CHECKPOINT_PREFIX, CHECKSUMS, REACH, RUN, TRAINER_STATE
 from trb.safety.files import flush, remove
 from trb.safety.untrusted import printable
 
@@ -32,6 +32,7 @@ __all__ = [
     "PARTIAL",
     "CheckpointError",
     "best_beside",
+    "check_named",
     "check_reach",
     "clear_partial",
     "differing",
@@ -160,8 +161,44 @@ def latest(
 
 def none_whole(directory: Path) -> str:
     """Why there is nothing to resume from, where `latest` has found nothing."""
-    damaged = ", ".join(path.name for _, path in sorted(numbered(directory).items()))
-    return f"{directory} has no whole checkpoint to resume from" + (f" (not whole: {damaged})" if damaged else "")
+    found = [path for _, path in sorted(numbered(directory).items())]
+    kinds = {
+        "not whole": [path.name for path in found if not _is_anothers(path)],
+        "of another trainer, whose weights alone can be used, as the model": [
+            path.name for path in found if _is_anothers(path)
+        ],
+    }
+    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+    return f"{directory} has no whole checkpoint to resume from" + (f" ({listed})" if listed else "")
+
+
+def check_named(checkpoint: Path, *, whole: bool = True) -> None:
+    """Refuse a path that somebody has named and that is no checkpoint; `whole` also one that `verify` refuses.
+
+    Raises:
+        CheckpointError: says what is there instead, and which checkpoints are near.
+    """
+    is_there = checkpoint.is_dir()
+    if not is_there or (not (checkpoint / TRAINER_STATE).exists() and numbered(checkpoint)):
+        directory = checkpoint if is_there else checkpoint.parent
+        near = latest(directory, contents=False, warn=None)
+        what = "is the directory of a run" if is_there else "is a file" if checkpoint.exists() else "does not exist"
+        if near is not None:
+            remedy = (
+                f"name one of its checkpoints, such as {near}" if is_there else f"the latest one beside it is {near}"
+            )
+        elif numbered(directory):
+            remedy = none_whole(directory)
+        else:
+            remedy = f"name a checkpoint of a run, one of its folders {CHECKPOINT_PREFIX}N"
+        raise CheckpointError(f"{checkpoint} {what}, and no checkpoint: {remedy}")
+    if whole:
+        verify(checkpoint)
+
+
+def _is_anothers(checkpoint: Path) -> bool:
+    """Whether another trainer than ours has written a checkpoint; TRL's, for instance."""
+    return (checkpoint / TRAINER_STATE).exists() and not any((checkpoint / file).exists() for file in (CHECKSUMS, RUN))
 
 
 def verify(checkpoint: Path, *, contents: bool = True) -> None:
@@ -264,6 +301,11 @@ def _sealed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise InputError(f"{name} is not inside")
     except FileNotFoundError as error:
+        if _is_anothers(checkpoint):
+            raise CheckpointError(
+                f"{checkpoint} was written by another trainer (it has neither {CHECKSUMS} nor {RUN}), and this one "
+                "cannot go on from it: start from its weights, with this path as the model (in recipes, student)"
+            ) from error
         raise CheckpointError(f"{checkpoint} is no complete checkpoint: it has no {CHECKSUMS}") from error
     except (OSError, ValueError) as error:
         cause = f"{type(error).__name__}: {error}"

@@ -92,7 +92,8 @@ class Observers:
             missing = f"the checkpoint holds no state of the {name}'s {schedule.memory}"
             if not accept_changes:
                 raise InputError(
-                    f"{missing}: it was written under another schedule or method (set it as it was, such as "
-                    "budget_schedule=linear) or with save_only_model, which keeps none; else begin anew"
+                    f"{missing}: it was written by another trainer, under another schedule or method (set it as it "
+                    "was, such as budget_schedule=linear) or with save_only_model, which keeps none; else go on with "
+                    "accept_changes=True (trb train --accept-changes), which begins it anew, or start over"
                 )
             logger.warning(f"{missing}, which begins anew")

@@ -66,9 +66,10 @@ class ResumableTrainer(PromptsInOrder):
     ) -> Any:
         """Train, as transformers' `Trainer.train`.
 
-        `resume_from_checkpoint=True` takes the latest checkpoint of the output directory that is whole. `verify=False`
-        trusts one that is named. A checkpoint of a run that differs in what changes results (`trb.training.resume` says
-        what does: options, prompts, models) is refused; `accept_changes=True` warns and goes on.
+        `resume_from_checkpoint=True` takes the latest checkpoint of the output directory that is whole, None the one
+        that the configuration names, if any, and False none. `verify=False` trusts one that is named. A checkpoint of a
+        run that differs in what changes results (`trb.training.resume` says what does: options, prompts, models) is
+        refused; `accept_changes=True` warns and goes on.
 
         Raises:
             ValueError: prompts that cannot be trained on (`check_prompts`); a checkpoint that could run code.
@@ -81,12 +82,13 @@ class ResumableTrainer(PromptsInOrder):
             self._description = None
         self._describe_run()
         self._forget_earlier_call()
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         if resume_from_checkpoint is True:
             # Never handed on as it is: transformers would choose by itself, and does not verify.
             resume_from_checkpoint = str(self._ranks.from_first(self._latest_checkpoint))
-        elif resume_from_checkpoint and verify:
-            named = Path(resume_from_checkpoint)
-            self._ranks.from_first(lambda: checkpoints.verify(named))
+        elif resume_from_checkpoint:
+            self._ranks.from_first(partial(checkpoints.check_named, Path(resume_from_checkpoint), whole=verify))
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._accept_changes, self._goes_on = accept_changes, False
         if resume_from_checkpoint:
