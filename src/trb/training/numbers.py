@@ -105,7 +105,7 @@ def check_numbers(args: Any) -> None:
     optional = {item.name for item in fields(args) if "None" in str(item.type)} | _OFF
     for kind in _KINDS:
         for name in kind.names.split():
-            value = getattr(args, name, None)
+            value: Any = getattr(args, name, None)
             if value is None and (name in optional or not hasattr(args, name)):
                 continue
             if isinstance(value, str) and name in _TEXTS:
