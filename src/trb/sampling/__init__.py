@@ -140,6 +140,8 @@ def sample(
         UnsupportedModelError: a model that cannot be sampled exactly; names the model type and the reason.
         NonFiniteLogitsError: a model's logits at a prefix make no law; names the model, the row and the position.
     """
+    if any(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("prompts are text, and sampling reads token ids: give each as a tokenizer encodes it")
     rows = [list(map(int, prompt)) for prompt in prompts]
     there = _begun(begun, len(rows), max_new_tokens, engine)
     keys = list(range(len(rows))) if prompt_keys is None else list(prompt_keys)

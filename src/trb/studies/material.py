@@ -7,6 +7,7 @@ training.
 import gc
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.errors import InputError, calls
+from trb.errors import InputError, calls, did_you_mean
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.models.modeling import has_adapters
 from trb.models.sharing import adapter_directory, is_shared, shared_teacher
@@ -93,11 +94,13 @@ class RunDirectoryError(InputError):
     """An output directory that cannot be used for this run; the message says why and what to do."""
 
 
-def lora(run: RunConfig) -> Any:
+def lora(run: RunConfig, student: PreTrainedModel) -> Any:
+    """The adapter to train on a student, or None. Raises ConfigError for modules that the student does not have."""
     if not run.lora_rank:
         return None
     from peft import LoraConfig
 
+    _check_targets(run.lora_target_modules, student)
     return LoraConfig(
         r=run.lora_rank,
         lora_alpha=run.lora_alpha,
@@ -105,6 +108,23 @@ def lora(run: RunConfig) -> Any:
         target_modules=run.lora_target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_targets(targets: str | list[str], student: PreTrainedModel) -> None:
+    """PEFT takes a list of the ends of names, of which it leaves out what there is not, or a pattern for whole ones."""
+    if targets == "all-linear":
+        return
+    there = [name for name, _ in student.named_modules()]
+    for target in [targets] if isinstance(targets, str) else targets:
+        found = (
+            re.fullmatch(target, name) if targets is target else f".{name}".endswith(f".{target}") for name in there
+        )
+        if not any(found):
+            names = {name.rpartition(".")[2] for name, module in student.named_modules() if hasattr(module, "weight")}
+            raise ConfigError(
+                f"lora_target_modules has {target!r}, and the student has no such module{did_you_mean(target, names)}; "
+                f"it has {', '.join(sorted(names))} (all-linear is every linear one)"
+            )
 
 
 def free_memory() -> None:
