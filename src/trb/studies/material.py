@@ -51,6 +51,7 @@ __all__ = [
     "RunDirectoryError",
     "as_teacher_reads",
     "chat_doubts",
+    "data_doubts",
     "free_memory",
     "is_local",
     "load_material",
@@ -286,6 +287,7 @@ def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> 
             doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, its))
             doubts.warn(chat_doubts(run, args, tokenizer, value_for(name, teacher_tokenizer), prompts))
         doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank) or trains_own_adapter(run)))
+        doubts.warn(data_doubts(run))
         doubts.warn(prompt_doubts(prompts, tokenizer, args))
         doubts.warn(route_doubts(run, args, prompts, problems))
     return Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
@@ -305,6 +307,19 @@ def chat_doubts(
         )
         with calls(_TEMPLATES):
             yield from doubts.of_chats(tokenizer, teacher_tokenizer, some, template_options(args))
+
+
+def data_doubts(run: RunConfig) -> Iterator[doubts.Doubt]:
+    """What is to be said of a file that is trained on and scored on; generated tasks draw from splits of their own."""
+    trained = Path(run.train_data).expanduser()
+    for name in run.eval_data:
+        scored = Path(name).expanduser()
+        if trained.is_file() and scored.is_file() and trained.samefile(scored):
+            yield doubts.Doubt(
+                "eval_data",
+                f"{name} is also what is trained on (train_data): its scores say nothing of problems that are new",
+                "Set some of its rows aside, in a file of their own",
+            )
 
 
 def prompt_doubts(prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: TRBConfig) -> Iterator[doubts.Doubt]:
