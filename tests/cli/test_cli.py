@@ -1021,3 +1021,41 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, capsys: pytest
     (tmp_path / "recipe.yaml").mkdir()
     assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
     assert "recipe.yaml" in capsys.readouterr().err
+
+
+# ---- what a newcomer types ----
+
+
+def test_a_module_that_adapters_cannot_stand_on_is_refused_with_those_there_are(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--output-dir", tmp_path / "out", "--quiet", "--lora-rank", "2"]
+    said = refused(capsys, "train", "--config", recipe, *out, "--lora-target-modules", "[q_proj, v_prj]")
+    assert "lora_target_modules has 'v_prj', and the student has no such module; did you mean 'v_proj'" in said
+
+
+def test_refusals_name_what_was_meant(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for run in ("opd", "trb"):
+        (tmp_path / run / "model").mkdir(parents=True)
+        (tmp_path / run / "model" / "config.json").write_text("{}")
+    said = refused(capsys, "eval", "--model", tmp_path, "--data", "zoo:chains")
+    assert f"holds no model itself: name one in it, {tmp_path / 'opd' / 'model'}, {tmp_path / 'trb' / 'model'}" in said
+    said = refused(capsys, "probe", "--config", "studies/zoo", "--setting", "clok")
+    assert "studies/zoo is a study, and has no setting 'clok'; did you mean 'clock'?: choose one" in said
+    said = refused(capsys, "compare", "--config", "quickstart", "--methods", "opd", "trb")
+    assert "unexpected argument 'trb'" in said and "--methods.NAME.KEY" in said
+    with pytest.raises(SystemExit):
+        main(["sweep", "--config", "studies/zoo", "--max-steps", "2"])
+    assert "the keys of a study are set in its file" in capsys.readouterr().err
+
+
+def test_a_file_named_without_its_ending_is_what_is_meant(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("long.yaml").write_text(SMALL_FILE)
+    for name in ("long", "./long"):
+        said = refused(capsys, "train", "--config", name)
+        assert f"there is no recipe '{name}', and a file long.yaml: write its ending, long.yaml" in said
+    Path("long.yaml").unlink()
+    assert "did you mean" not in refused(capsys, "train", "--config", "long")

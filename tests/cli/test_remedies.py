@@ -24,7 +24,7 @@ OTHERS = {
     "files, and what is in them": """adapter_config adapter_model generation_config base_model_name_or_path eos_token_id
         output_router_logits router_aux_loss_coef entry_point""",
     "of Python, in messages that only its callers can meet": """for_method head_rows merge_adapter
-        is_trainable requires_grad save_pretrained
+        is_trainable requires_grad torch_dtype save_pretrained
         merge_and_unload unmerge_adapter peft_config p_values variance_components teacher_model
         teacher_model_name_or_path update_student train_dataset processing_class reward_fn teacher_prompts
         environment_factory teacher_processing_class""",

@@ -336,3 +336,11 @@ def test_layers_with_a_state_are_told_apart_beforehand(tiny_pair: TinyPair, monk
     assert not supports_slots(tiny_pair.student)
     monkeypatch.setattr(type(tiny_pair.teacher), "_is_stateful", True)
     assert not supports_slots(tiny_pair.teacher)
+
+
+def test_text_for_prompts_is_refused_with_what_is_read() -> None:
+    from trb.errors import InputError
+
+    student, teacher = zoo.load("student")[0], zoo.load("teacher")[0]
+    with pytest.raises(InputError, match="prompts are text, and sampling reads token ids"):
+        sample(student, teacher, ["1 + 1"], TrustRegionPolicy(0.1), max_new_tokens=2, eos_token_id=0)  # type: ignore[list-item]

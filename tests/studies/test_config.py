@@ -273,7 +273,7 @@ def test_the_resolved_recipe_is_a_recipe_that_says_the_same(tmp_path: Path) -> N
         ("method: trb\nbehavior: student\ninitial_kl_budget: 1", "initial_kl_budget would do nothing"),
         ("budget_schedule: gap\nblend_warmup_steps: 9", r"blend_warmup_steps would do nothing.*budget_schedule: gap"),
         ("budget_schedule: sequence\ninitial_kl_budget: 9", "initial_kl_budget would do nothing"),
-        ("method: trb\nveto_strength: 0.1", r"veto_strength would do nothing: it belongs to loss: veto"),
+        ("method: trb\nveto_strength: 0.1", r"veto_strength would do nothing: it belongs to method: veto; loss: veto"),
         ("methods: {opd: {initial_kl_budget: 1}}", r"methods: opd: initial_kl_budget would do nothing"),
         ("initial_kl_budget: 1\nmethods: {opd: , veto: }", "initial_kl_budget would do nothing"),
         ("method: opd\nbehavior: trusted", r"behavior='trusted' is unknown; choose one of student, trust_region"),

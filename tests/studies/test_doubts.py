@@ -126,3 +126,17 @@ def test_a_comparison_doubts_its_pair_once(material: Path, tmp_path: Path, caplo
     assert main([*words, "--output-dir", str(tmp_path / "run")]) == 0
     said = [record.message.split(":")[0] for record in caplog.records if record.name == "trb.training.doubts"]
     assert said == ["learning_rate", "blend_warmup_steps"]
+
+
+def test_a_file_that_is_trained_and_scored_on(material: Path) -> None:
+    from trb.studies.material import data_doubts
+    from trb.studies.recipe import make_recipe
+
+    def doubted(data: str, *scored: str) -> list[str]:
+        values = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": data, "eval_data": [*scored]}
+        return [doubt.text for doubt in data_doubts(make_recipe(values).run)]
+
+    file, other = str(material / "strange.jsonl"), str(material / "chats.jsonl")
+    (said,) = doubted(file, other, str(material / "a" / ".." / "strange.jsonl"))
+    assert "strange.jsonl is also what is trained on" in said
+    assert doubted(file, other) == doubted("zoo:chains", "zoo:chains") == []

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from trb.errors import InputError
 from trb.tasks.answers import encode_metadata
 from trb.tasks.grading import VERIFIERS, Verifier, _prepare
 from trb.tasks.prompts import load_prompts
@@ -369,3 +370,34 @@ def test_a_killed_caller_does_not_leave_a_busy_worker() -> None:
     while not gone(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert gone(pid)
+
+
+# --- rows and verifiers of one's own ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["math", "exact"])
+def test_a_row_without_an_answer_has_no_score_and_a_number_is_an_answer(verifier: Verifier, name: str) -> None:
+    rows: list[dict[str, Any]] = [{}, {"answer": None}, {"answer": 8}, {"answer": 8.0}, {"answer": 0}]
+    scores = verifier.score([r"\boxed{8}"] * 4 + [r"\boxed{0}"], [{"verifier": name, **row} for row in rows])
+    assert [math.isnan(score) for score in scores[:2]] == [True, True]
+    assert verifier.score([r"\boxed{8}"], [{"answer": 8, "verifier": None}]) == [1.0]
+    assert scores[2:] == [1.0, 1.0, 1.0]
+
+
+async def later(completion: str, row: Mapping[str, Any]) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [(lambda *_: "yes", "'yes'"), (lambda *_: None, "None"), (lambda *_: 0.5, "0.5"), (later, "<cor")],
+)
+def test_a_verifier_that_gives_no_score_is_named_with_the_row(
+    verifier: Verifier, monkeypatch: pytest.MonkeyPatch, given: Any, shown: str
+) -> None:
+    monkeypatch.setitem(VERIFIERS, "mine", given)
+    rows = [{"answer": "1"}, {"answer": "1", "verifier": "mine"}]
+    with pytest.raises(InputError, match=f"verifier 'mine' gave {shown}.* for row 1; it must give 1.0, 0.0 or nan"):
+        verifier.score([r"\boxed{1}"] * 2, rows)
+    monkeypatch.setitem(VERIFIERS, "mine", lambda *_: True)
+    assert verifier.score([r"\boxed{1}"] * 2, rows) == [1.0, 1.0]

@@ -451,8 +451,49 @@ def test_an_argument_that_does_not_exist_is_refused_at_once(tmp_path: Path, noth
         plain_trainer(tmp_path, **{name: None})
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("reward_funcs", r": reward_fn takes one function of \(completions, rows\), whose rewards are logged"),
+        ("compute_metrics", ": reward_fn takes one function"),
+        ("tokenizer", ": pass it as processing_class"),
+        ("eval_data", "; did you mean 'eval_dataset'"),
+        ("callback", "; did you mean 'callbacks'"),
+    ],
+)
+def test_an_argument_that_is_called_otherwise_here_is_refused_with_its_name(
+    tmp_path: Path, nothing_loads: None, name: str, hint: str
+) -> None:
+    with pytest.raises(InputError, match=f"takes no argument '{name}'{hint}"):
+        plain_trainer(tmp_path, **{name: None})
+
+
+def test_an_asynchronous_reward_is_refused_with_what_to_do(tmp_path: Path, nothing_loads: None) -> None:
+    async def reward(completions: Any, rows: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    with pytest.raises(InputError, match="reward_fn is asynchronous: wrap it in a function"):
+        plain_trainer(tmp_path, reward_fn=reward)
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
+def test_the_dtype_of_older_scripts_is_the_dtype(tmp_path: Path, name: str) -> None:
+    options = {"torch_dtype": "bfloat16"}
+    args = config(tmp_path, **{name: options})
+    assert getattr(args, name) == {"dtype": "bfloat16"} and options == {"torch_dtype": "bfloat16"}
+    assert getattr(config(tmp_path, **{name: '{"torch_dtype": "bfloat16"}'}), name) == {"dtype": "bfloat16"}
+    with pytest.raises(InputError, match=f"{name} has dtype='float32' and torch_dtype='bfloat16'"):
+        config(tmp_path, **{name: {"dtype": "float32", **options}})
+
+
+def test_a_student_is_loaded_in_the_dtype_of_older_scripts(tmp_path: Path) -> None:
+    args = config(tmp_path, max_completion_length=4, model_init_kwargs={"torch_dtype": "bfloat16"})
+    assert plain_trainer(tmp_path, args=args).model.dtype == torch.bfloat16
+
+
 def test_the_arguments_that_are_passed_on_are_those_of_trl() -> None:
     own = set(inspect.signature(TRBTrainer.__init__).parameters)
+    assert own - {"self", "kwargs"} == set(arguments._OWN)
     assert set(inspect.signature(DistillationTrainer.__init__).parameters) - own == arguments._PASSED_ON
 
 

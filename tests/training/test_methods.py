@@ -168,14 +168,15 @@ def test_every_knob_has_an_owner_and_is_an_option() -> None:
     assert found[0] == found[1] == found[2] | {"blend_warmup_steps"}
     assert {"initial_kl_budget", "budget_schedule", "behavior_share", "loss_top_k"} == found[2]
     assert owners_of("sequence_kl_budget") == [
+        "method: geometric",
         *(
             "behavior: geometric",
             "budget_schedule: sequence",
             "budget_schedule: sequence-linear",
             "budget_schedule: gap",
-        )
+        ),
     ]
-    assert owners_of("veto_strength") == ["loss: veto"]
+    assert owners_of("veto_strength") == ["method: veto", "loss: veto"]
     assert owners_of("seed") == []
 
 

@@ -89,7 +89,7 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and not arguments.takes_overrides:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{arguments.no_overrides}")
     try:
         with _interruptible(alone=argv is None):
             return arguments.command(arguments, rest)

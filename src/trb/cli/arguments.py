@@ -82,7 +82,9 @@ def add_command(
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
-    parser.set_defaults(command=function, takes_overrides=overrides, hint="Run the same command again.")
+    parser.set_defaults(
+        command=function, takes_overrides=overrides, no_overrides="", hint="Run the same command again."
+    )
     return parser
 
 

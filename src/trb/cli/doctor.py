@@ -335,19 +335,20 @@ def _fingerprint(path: Path) -> tuple[int, bytes, bytes]:
 
 def _check_prompts(run: "RunConfig", args: "TRBConfig") -> Iterator[Check]:
     """Training prompts, where reading them takes no download; and settings that depend on how many there are."""
-    from trb.studies.material import is_local, load_tokenizers, prompt_doubts, route_doubts, training_prompts
+    from trb.studies import material
     from trb.training.doubts import of_settings, steps_of
 
     steps = int(args.max_steps) if args.max_steps > 0 else None
-    if is_local(run.train_data):
+    if material.is_local(run.train_data):
         try:
-            tokenizer, _ = load_tokenizers(run)
-            prompts, _ = training_prompts(run, args, tokenizer)
+            tokenizer, _ = material.load_tokenizers(run)
+            prompts, _ = material.training_prompts(run, args, tokenizer)
         except (ValueError, OSError, ImportError) as error:
             yield Check("fail", "prompts", message(error))
         else:
             steps = steps_of(args, len(prompts))
-            found = [*prompt_doubts(prompts, tokenizer, args), *route_doubts(run, args, prompts, {})]
+            found = [*material.data_doubts(run), *material.prompt_doubts(prompts, tokenizer, args)]
+            found += material.route_doubts(run, args, prompts, {})
             yield from (Check("warn", *doubt) for doubt in found)
             if not found:
                 yield Check("ok", "prompts", f"{len(prompts)} to train on, {steps} steps")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trb.cli.display import listening, print_lines, print_paths
-from trb.errors import calls
+from trb.errors import calls, did_you_mean
 
 if TYPE_CHECKING:
     from trb.studies.recipe import Recipe
@@ -86,7 +86,11 @@ def _probed_recipe(arguments: argparse.Namespace) -> "Recipe":
         return load_recipe(path)
     study = load_study(path)
     if arguments.setting not in study.settings:
-        raise ConfigError(f"{path} is a study: choose one of its settings with --setting, {', '.join(study.settings)}")
+        asked = arguments.setting
+        wrong = "" if asked is None else f", and has no setting {asked!r}{did_you_mean(asked, study.settings)}"
+        raise ConfigError(
+            f"{path} is a study{wrong}: choose one of its settings with --setting, {', '.join(study.settings)}"
+        )
     method = "trb" if "trb" in study.methods else next(iter(study.methods))
     recipe = study.recipe_of(Unit(arguments.setting, "select", method, 0, study.seeds.select[0]))
     return replace(recipe, places=study.places)

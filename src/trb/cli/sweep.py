@@ -34,7 +34,10 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=float, default=0, metavar="N", help="with --ray: GPUs per run (default: 0)")
     add("--keep-models", action="store_true", help="keep the trained models; they are removed once scored otherwise")
     add("--quiet", action="store_true", help="no progress, only the result")
-    parser.set_defaults(hint="Run the same command again: finished runs are kept.")
+    parser.set_defaults(
+        hint="Run the same command again: finished runs are kept.",
+        no_overrides=" (the keys of a study are set in its file, and are no options)",
+    )
 
 
 def _seeds(text: str) -> int | range:

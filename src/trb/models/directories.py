@@ -70,6 +70,11 @@ def check_directory(path: Path) -> None:
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
         if checkpoints:
             raise MissingFileError(f"{path} holds checkpoints, not a model: name one, such as {checkpoints[-1]}")
+        files = (file for deep in ("*", "*/*") for file in path.glob(f"{deep}/*config.json"))
+        there = {str(file.parent) for file in files if file.name in ("config.json", "adapter_config.json")}
+        models = sorted(place for place in there if "checkpoint-" not in place)
+        if models:  # a run has its model in a folder, and a comparison has several runs
+            raise MissingFileError(f"{path} holds no model itself: name one in it, {', '.join(models[:4])}")
         raise MissingFileError(f"{path} holds no model: it has neither config.json nor adapter_config.json")
     if not any(path.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
@@ -124,7 +129,8 @@ def _unavailable(source: Path | str, what: str, error: Exception) -> FileError:
     if is_offline_mode():
         remedy = hint or "; download it once with `hf download`, or unset HF_HUB_OFFLINE"
         return FileError(
-            f"the {what} of {source!r} is not in the hub cache and HF_HUB_OFFLINE is set{remedy} ({cause})"
+            f"the {what} of {source!r} is not in the hub cache and HF_HUB_OFFLINE is set, and there is no directory "
+            f"{source!r} here{remedy} ({cause})"
         )
     return FileError(f"no directory {source!r} here, and the hub did not provide its {what}{hint} ({cause})")
 

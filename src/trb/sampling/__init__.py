@@ -140,7 +140,7 @@ def sample(
         UnsupportedModelError: a model that cannot be sampled exactly; names the model type and the reason.
         NonFiniteLogitsError: a model's logits at a prefix make no law; names the model, the row and the position.
     """
-    rows = [list(map(int, prompt)) for prompt in prompts]
+    rows = _token_ids(prompts)
     there = _begun(begun, len(rows), max_new_tokens, engine)
     keys = list(range(len(rows))) if prompt_keys is None else list(prompt_keys)
     index = [0] * len(rows) if rollout_index is None else list(rollout_index)
@@ -277,6 +277,12 @@ def _across(switches: Sequence[int | None], sampling: _Sampling, prompts: _Rows,
     return whole
 
 
+def _token_ids(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    if any(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("prompts are text, and sampling reads token ids: give each as a tokenizer encodes it")
+    return [list(map(int, prompt)) for prompt in prompts]
+
+
 def _prompts_of(
     prompts: list[list[int]],
     teacher_prompts: Sequence[Sequence[int]] | None,
@@ -294,7 +300,7 @@ def _prompts_of(
         raise InputError("teacher_prompts are given and no teacher reads them, got teacher=None")
     if len(teacher_prompts) != len(prompts):
         raise InputError(f"teacher_prompts has {len(teacher_prompts)} entries for {len(prompts)} prompts")
-    return [prompts, [list(map(int, prompt)) for prompt in teacher_prompts]]
+    return [prompts, _token_ids(teacher_prompts)]
 
 
 def _begun(

@@ -339,7 +339,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--") or argument == "--":
-            raise ConfigError(f"unexpected argument {argument!r}; options are written --key value")
+            raise ConfigError(
+                f"unexpected argument {argument!r}; options are written --key value, and a list '[a, b]'. Methods are "
+                "those of the recipe, with options such as --methods.NAME.KEY value"
+            )
         name, equals, value = argument[2:].partition("=")
         key = name.replace("-", "_")
         negated = key.removeprefix("no_")

@@ -7,6 +7,7 @@ training.
 import gc
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.errors import InputError, calls
+from trb.errors import InputError, calls, did_you_mean
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.models.modeling import has_adapters
 from trb.models.sharing import adapter_directory, is_shared, shared_teacher
@@ -50,6 +51,7 @@ __all__ = [
     "RunDirectoryError",
     "as_teacher_reads",
     "chat_doubts",
+    "data_doubts",
     "free_memory",
     "is_local",
     "load_material",
@@ -93,11 +95,13 @@ class RunDirectoryError(InputError):
     """An output directory that cannot be used for this run; the message says why and what to do."""
 
 
-def lora(run: RunConfig) -> Any:
+def lora(run: RunConfig, student: PreTrainedModel) -> Any:
+    """The adapter to train on a student, or None. Raises ConfigError for modules that the student does not have."""
     if not run.lora_rank:
         return None
     from peft import LoraConfig
 
+    _check_targets(run.lora_target_modules, student)
     return LoraConfig(
         r=run.lora_rank,
         lora_alpha=run.lora_alpha,
@@ -105,6 +109,23 @@ def lora(run: RunConfig) -> Any:
         target_modules=run.lora_target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_targets(targets: str | list[str], student: PreTrainedModel) -> None:
+    """PEFT takes a list of the ends of names, of which it leaves out what there is not, or a pattern for whole ones."""
+    if targets == "all-linear":
+        return
+    there = [name for name, _ in student.named_modules()]
+    for target in [targets] if isinstance(targets, str) else targets:
+        found = (
+            re.fullmatch(target, name) if targets is target else f".{name}".endswith(f".{target}") for name in there
+        )
+        if not any(found):
+            names = {name.rpartition(".")[2] for name, module in student.named_modules() if hasattr(module, "weight")}
+            raise ConfigError(
+                f"lora_target_modules has {target!r}, and the student has no such module{did_you_mean(target, names)}; "
+                f"it has {', '.join(sorted(names))} (all-linear is every linear one)"
+            )
 
 
 def free_memory() -> None:
@@ -266,6 +287,7 @@ def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> 
             doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, its))
             doubts.warn(chat_doubts(run, args, tokenizer, value_for(name, teacher_tokenizer), prompts))
         doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank) or trains_own_adapter(run)))
+        doubts.warn(data_doubts(run))
         doubts.warn(prompt_doubts(prompts, tokenizer, args))
         doubts.warn(route_doubts(run, args, prompts, problems))
     return Material(tokenizer, teacher_tokenizer, prompts, held_out, problems, student, teacher, vocabulary)
@@ -285,6 +307,19 @@ def chat_doubts(
         )
         with calls(_TEMPLATES):
             yield from doubts.of_chats(tokenizer, teacher_tokenizer, some, template_options(args))
+
+
+def data_doubts(run: RunConfig) -> Iterator[doubts.Doubt]:
+    """What is to be said of a file that is trained on and scored on; generated tasks draw from splits of their own."""
+    trained = Path(run.train_data).expanduser()
+    for name in run.eval_data:
+        scored = Path(name).expanduser()
+        if trained.is_file() and scored.is_file() and trained.samefile(scored):
+            yield doubts.Doubt(
+                "eval_data",
+                f"{name} is also what is trained on (train_data): its scores say nothing of problems that are new",
+                "Set some of its rows aside, in a file of their own",
+            )
 
 
 def prompt_doubts(prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: TRBConfig) -> Iterator[doubts.Doubt]:

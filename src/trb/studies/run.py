@@ -90,6 +90,8 @@ def train(
         DiskFullError: the disk filled up while saving. Earlier checkpoints and metrics are intact.
         ValueError, OSError: models or data cannot be loaded, or do not go together.
     """
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe is {recipe!r:.80}: load it, as with trb.studies.recipe.load_recipe")
     if recipe.run.methods:
         raise ConfigError(f"{recipe.source} has methods: choose one with for_method, or use compare")
     listener, args = listener or Listener(), recipe.training_config(output_dir)
@@ -261,7 +263,7 @@ def _trainer(
         processing_class=material.tokenizer,
         teacher_processing_class=material.teacher_tokenizer,
         reward_fn=verifier.score,
-        peft_config=lora(run),
+        peft_config=lora(run, material.student),
         callbacks=[observer],
     )
     trainer.doubts_said = True  # here, before anything is evaluated

@@ -44,9 +44,12 @@ def recipe_file(spec: str | os.PathLike[str], *, launches: bool = False) -> Path
     name = text.removeprefix("recipes/").removesuffix(path.suffix if path.suffix in _ENDINGS else "")
     if name in names:
         raise ConfigError(f"there is no file {text}; the recipe of that name comes with the package: write {name}")
+    own = next((file for ending in _ENDINGS if (file := Path(f"{text}{ending}")).is_file()), None)
+    if own is not None:
+        raise ConfigError(f"there is no recipe {text!r}, and a file {own}: write its ending, {own}")
     if path.suffix in _ENDINGS or path.is_absolute() or text.startswith((".", "~")):
         return path
-    near = did_you_mean(text, names, cutoff=0.5)
+    near = did_you_mean(text, names)
     raise ConfigError(
         f"there is no recipe {text!r}{near}; the package has {', '.join(names)}, and a file of your own is named with "
         f"its ending, as in {text}.yaml"

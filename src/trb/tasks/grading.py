@@ -14,6 +14,7 @@ What it still gets wrong is listed in docs/grading.md.
 """
 
 import contextlib
+import inspect
 import json
 import logging
 import math
@@ -57,8 +58,8 @@ Job = list[Any]
 class Verifier:
     """Scores completions against reference answers: 1.0 right, 0.0 wrong, nan where the row has no answer.
 
-    `score(completions, rows)` needs of each row `answer`, `verifier` ("math" by default, or another of VERIFIERS) and,
-    for reasoning-gym, `metadata`, as `trb.tasks.prompts.load_prompts` gives them.
+    `score(completions, rows)` reads of each row `answer` (text or a number), `verifier` ("math" by default, or
+    another of VERIFIERS) and, for reasoning-gym, `metadata`, as `trb.tasks.prompts.load_prompts` gives them.
 
     - "exact": the last \\boxed{} equals the answer, after collapsing white space.
     - "math": the last \\boxed{} (or a run of boxes such as `\\boxed{1}, \\boxed{2}`) is the same value, by math-verify
@@ -99,11 +100,11 @@ class Verifier:
         jobs: list[tuple[int, Job]] = []
         programs: list[tuple[int, Job]] = []
         for index, (completion, row) in enumerate(zip(completions, rows, strict=True)):
-            verdict = _prepare(completion, row)
+            verdict = _prepare(completion, row, f" for row {index}")
             if isinstance(verdict, list):
                 (programs if verdict[0] == PYTHON else jobs).append((index, verdict))
                 verdict = 0.0
-            scores.append(float(verdict))
+            scores.append(verdict)
         self._run(programs, scores)
         for start in range(0, len(jobs), BATCH):
             self._work(jobs[start : start + BATCH], scores)
@@ -237,9 +238,34 @@ def check_verifier(verifier: Any, what: str = "unknown verifier") -> str:
     return name + colon
 
 
-def _prepare(completion: str, row: Mapping[str, Any]) -> float | Job:
-    """The score where it is plain to see, else what to ask the worker."""
-    return VERIFIERS[check_verifier(row.get("verifier", "math"))](completion, row)
+def _prepare(completion: str, row: Mapping[str, Any], place: str = "") -> float | Job:
+    """The score where it is plain to see, else what to ask the worker; `place` is the row's, in messages.
+
+    Rows may be of the caller's own making: without an answer, or with a number.
+    """
+    name = row.get("verifier") or "math"
+    read = VERIFIERS[check_verifier(name)]
+    verdict: Any = read(completion, {**row, "verifier": name, "answer": _as_text(row.get("answer"))})
+    if isinstance(verdict, list):
+        return verdict
+    try:
+        score = float("" if isinstance(verdict, str) else verdict)
+    except (TypeError, ValueError):
+        score = math.inf
+    if not (score in (0.0, 1.0) or math.isnan(score)):
+        if inspect.iscoroutine(verdict):
+            verdict.close()  # or Python would warn that nobody waited for it
+        raise InputError(f"verifier {name!r} gave {verdict!r:.80}{place}; it must give 1.0, 0.0 or nan")
+    return score
+
+
+def _as_text(answer: Any) -> str:
+    """A reference answer as `trb.tasks.prompts.load_prompts` would have it."""
+    if isinstance(answer, float) and answer.is_integer():
+        return str(int(answer))
+    if isinstance(answer, list):
+        return ", ".join(map(str, answer))
+    return "" if answer is None else str(answer)
 
 
 def can_be_scored(row: Mapping[str, Any]) -> bool:

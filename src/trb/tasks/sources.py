@@ -370,8 +370,11 @@ def _from_hub(spec: str, split: str, revision: str | None) -> _Table:
     try:
         loaded = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except (OSError, ValueError) as error:
+        # The names of benchmarks look like data sets: they are those of test problems, which evaluations read.
+        hint = "; the benchmark of that name is for evaluations alone, and its training set is openai/gsm8k:main"
         raise InputError(
             f"{spec!r} is not a local file or folder{local}, and loading it from the hub failed: {error}"
+            f"{hint if spec == 'gsm8k' else ''}"
         ) from error
     return _from_dataset(loaded)
 

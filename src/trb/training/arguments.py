@@ -39,6 +39,20 @@ __all__ = [
 
 # Arguments of TRL's constructor that are not TRBTrainer's own.
 _PASSED_ON = {"callbacks", "optimizers", "quantization_config", "peft_config", "tools"}
+# TRBTrainer's own, and what they are called elsewhere.
+_OWN = (
+    *("model", "teacher_model", "args", "train_dataset", "eval_dataset", "processing_class"),
+    *("teacher_processing_class", "reward_fn"),
+)
+_REWARDS = "reward_fn takes one function of (completions, rows), whose rewards are logged and never trained on"
+_ELSEWHERE = {
+    "reward_funcs": _REWARDS,
+    "compute_metrics": _REWARDS,
+    "tokenizer": "pass it as processing_class",
+    "teacher_tokenizer": "pass it as teacher_processing_class",
+    "teacher": "pass it as teacher_model",
+    "student": "pass it as model",
+}
 _IMAGES = ("image", "images")
 _CONVERSATIONS = ("messages", "conversations")  # columns of whole ones, as others call them
 
@@ -116,15 +130,18 @@ def check_arguments(
         raise InputError(
             f"reward_fn is a {type(reward_fn).__name__} and no function; pass optimizers by name, optimizers=(...)"
         )
+    if inspect.iscoroutinefunction(reward_fn):
+        raise InputError("reward_fn is asynchronous: wrap it in a function that waits for it")
     if "environment_factory" in others:
         raise InputError(
             "TRBTrainer takes no environment_factory, as TRL's DistillationTrainer takes none: pass functions, or the "
             "methods of one environment, as tools"
         )
     if unknown := sorted(others.keys() - _PASSED_ON):
+        first = unknown[0]
+        hint = f": {_ELSEWHERE[first]}" if first in _ELSEWHERE else did_you_mean(first, {*_OWN, *_PASSED_ON})
         raise InputError(
-            f"TRBTrainer takes no argument {unknown[0]!r}{did_you_mean(unknown[0], _PASSED_ON)} (by name it passes on "
-            f"{', '.join(sorted(_PASSED_ON))})"
+            f"TRBTrainer takes no argument {first!r}{hint} (by name it passes on {', '.join(sorted(_PASSED_ON))})"
         )
     _check_passed_on(others)
     _check_directory(args)

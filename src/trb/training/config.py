@@ -334,6 +334,7 @@ class TRBConfig(DistillationConfig):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         check_numbers(self)
         super().__post_init__()
+        self._rename_dtype()
         check_choices(self)
         self.budget_schedule = budget_schedule_of(self)
         if self.blend_warmup_steps is None:
@@ -360,6 +361,20 @@ class TRBConfig(DistillationConfig):
         self._check_tools()
         if isinstance(self.num_generations, _Preferred):
             self.num_generations = self._fitting_generations(int(self.num_generations))
+
+    def _rename_dtype(self) -> None:
+        """What scripts for transformers 4 call it: TRL would load in float32 beside it, without a word."""
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            options: Any = getattr(self, name)
+            if not options or "torch_dtype" not in options:
+                continue
+            options = dict(options)
+            dtype = options.pop("torch_dtype")
+            if options.setdefault("dtype", dtype) != dtype:
+                raise InputError(
+                    f"{name} has dtype={options['dtype']!r} and torch_dtype={dtype!r}: give one of the two"
+                )
+            setattr(self, name, options)
 
     def _refuse_unsupported(self) -> None:
         for name, (supported, why) in _UNSUPPORTED.items():

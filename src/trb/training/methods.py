@@ -190,7 +190,12 @@ def every_knob() -> set[str]:
 def owners_of(knob: str) -> list[str]:
     """Whose knob it is, in words; nobody's if it is no knob."""
     kinds: tuple[tuple[str, Mapping[str, Half]], ...] = (("behavior", BEHAVIORS), ("loss", TARGETS))
-    owners = [
+    halves_of = {
+        name for table in (BEHAVIORS, TARGETS) for name, half in table.items() if knob in (*half.knobs, half.choice)
+    }
+    methods = [name for name, method in METHODS.items() if {method.behavior, method.loss} & halves_of]
+    owners = [f"method: {', '.join(methods)}"] if methods else []
+    owners += [
         f"{kind}: {name}" for kind, table in kinds for name, half in table.items() if knob in (*half.knobs, half.choice)
     ]
     return owners + [f"budget_schedule: {name}" for name, kind in BUDGET_SCHEDULES.items() if knob in kind.knobs]
