@@ -405,15 +405,13 @@ def training_prompts(
 def _set_aside(prompts: "Dataset", run: RunConfig) -> tuple[list[int], list[int]]:
     """The rows to train on, and those of `held_out_prompts` different prompts that none of the former shares."""
     texts = [tuple((message["role"], message["content"]) for message in prompt) for prompt in prompts["prompt"]]
-    firsts: dict[Any, int] = {}
-    for index, text in enumerate(texts):
-        firsts.setdefault(text, index)
-    if run.held_out_prompts > len(firsts):
+    # Without copies these are all rows, of which those are drawn that always were.
+    different = sorted({text: index for index, text in reversed([*enumerate(texts)])}.values())
+    if run.held_out_prompts > len(different):
         raise ConfigError(
-            f"{run.train_data} has {len(firsts)} different prompts, and held_out_prompts is {run.held_out_prompts}; "
+            f"{run.train_data} has {len(different)} different prompts, and held_out_prompts is {run.held_out_prompts}; "
             "add prompts, or lower it"
         )
-    different = list(firsts.values())  # of data without copies: all rows, of which those are drawn that always were
     drawn = random.Random(run.train_seed).sample(range(len(different)), run.held_out_prompts)
     held_out = sorted(different[place] for place in drawn)
     # Turns of one conversation share most of their text: what is held out of one is not trained on in another.
