@@ -412,8 +412,7 @@ def _set_aside(prompts: "Dataset", run: RunConfig) -> tuple[list[int], list[int]
             f"{run.train_data} has {len(different)} different prompts, and held_out_prompts is {run.held_out_prompts}; "
             "add prompts, or lower it"
         )
-    drawn = random.Random(run.train_seed).sample(range(len(different)), run.held_out_prompts)
-    held_out = sorted(different[place] for place in drawn)
+    held_out = sorted(random.Random(run.train_seed).sample(different, run.held_out_prompts))
     # Turns of one conversation share most of their text: what is held out of one is not trained on in another.
     conversations = [conversation_of(row) for row in prompts]
     seen = {conversations[index] for index in held_out} - {""}
