@@ -253,7 +253,7 @@ class _Settings:
         for name in ("max_new_tokens", "max_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{named(name)} must be at least 1, got {getattr(self, name)}")
-        if self.seed not in SEEDS:
+        if not (isinstance(self.seed, int) and self.seed in SEEDS):  # of floats Python tries one by one
             raise InputError(f"{named('seed')} must lie in [0, 2**32), got {self.seed}")
         check_truncations(self.truncations, self.max_new_tokens)
         for budget in (*self.budgets, self.kl_budget):
