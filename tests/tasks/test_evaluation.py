@@ -436,7 +436,7 @@ def test_with_the_real_sampler_resumed_equals_uninterrupted(tokenizer: PreTraine
 # --- benchmarks ------------------------------------------------------------------------------------------
 
 EXPECTED = {
-    "gsm8k": ["39", "1050"],
+    "gsm8k": ["39", "1,050"],
     "math500": ["\\frac{3}{4}", "(-2,2)"],
     "amc": ["6", "142"],
     "olympiadbench": ["3, -3", "\\frac{\\sqrt{2}}{2}"],
@@ -444,7 +444,7 @@ EXPECTED = {
     "aime25": ["10"],
 }
 RIGHT = {
-    "gsm8k": ["39", "1,050"],
+    "gsm8k": ["39", "1050"],
     "math500": ["0.75", "-2 < x < 2"],
     "amc": ["6", "142.0"],
     "olympiadbench": ["-3, 3", "\\frac{1}{\\sqrt 2}"],

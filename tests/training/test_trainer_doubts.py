@@ -55,19 +55,19 @@ DOUBTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "a knob of another loss": (
         {"veto_strength": 0.9},
         "veto_strength: 0.9, which behavior=trust_region with loss=reverse_kl does not read. Leave it out, or choose "
-        "what does: loss: veto",
+        "what does: method: veto; loss: veto",
         {"veto_strength": 0.9, "loss": "veto", "veto_steps": 1},
     ),
     "a budget without blending": (
         {"method": "opd", "blend_warmup_steps": None},
         "initial_kl_budget: 0.5, which behavior=student with loss=reverse_kl does not read. Leave it out, or choose "
-        "what does: behavior: fixed_budget; behavior: annealed_share; budget_schedule: linear",
+        "what does: method: fixed, share; behavior: fixed_budget; behavior: annealed_share; budget_schedule: linear",
         {"method": "opd", "initial_kl_budget": None, "blend_warmup_steps": None},
     ),
     "a schedule without a budget": (
         {"method": "opd", "initial_kl_budget": None, "blend_warmup_steps": None, "budget_schedule": "gap"},
         "budget_schedule: gap, which behavior=student with loss=reverse_kl does not read. Leave it out, or choose "
-        "what does: behavior: trust_region",
+        "what does: method: trb; behavior: trust_region",
         {"method": "opd", "initial_kl_budget": None, "blend_warmup_steps": None, "budget_schedule": "linear"},
     ),
     "K beyond the end": ({"blend_warmup_steps": 2}, "blend_warmup_steps: 2 steps, and the run has 1", {}),

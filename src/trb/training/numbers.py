@@ -7,7 +7,6 @@ leave the rest for whatever meets them first. Left out: numbers of which only on
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -103,13 +102,21 @@ def checked_numbers() -> Iterator[str]:
         yield from kind.names.split()
 
 
+def _may_be_none(kind: type) -> set[str]:
+    """Asked of the annotations: parsers of command lines take None out of the types of fields."""
+    written: dict[str, Any] = {}
+    for part in reversed(kind.__mro__):
+        written |= vars(part).get("__annotations__", {})
+    return {name for name, what in written.items() if any(word in str(what) for word in ("None", "Optional"))}
+
+
 def check_numbers(args: Any) -> None:
     """Refuse what is no number, or none that its option can have.
 
     Raises:
         InputError: names the option, what it must be, and what it is.
     """
-    optional = {item.name for item in fields(args) if "None" in str(item.type)} | _OFF
+    optional = _may_be_none(type(args)) | _OFF
     for kind in _KINDS:
         for name in kind.names.split():
             value: Any = getattr(args, name, None)
@@ -121,6 +128,8 @@ def check_numbers(args: Any) -> None:
                 value = int(value) if value.isdecimal() else value
             # Python counts booleans as numbers, and whoever gives one for a number meant something else.
             number = isinstance(value, Integral if kind.whole else Real) and not isinstance(value, bool)
+            if number:
+                real(name, value)  # no integer that is compared here, and that whatever reads it chokes on
             if not number or not kind.fits(value):
                 what = "" if number else "a whole number, and " if kind.whole else "a number, and "
                 raise InputError(f"{name} must be {what}{kind.words}, got {shown(value)}")
