@@ -38,8 +38,8 @@ def test_a_reader_that_leaves_is_no_error(
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     command = [sys.executable, "-m", "trb", *words.split()]
     result = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, text=True, timeout=120)
-    kept_to_itself = unbuffered and words in LIGHT  # argparse tells nobody
-    assert (result.returncode, result.stderr) == (0 if kept_to_itself else 141, "")
+    may_keep_it = unbuffered and words in LIGHT  # argparse tells nobody, from some patch of Python 3.11 on
+    assert (result.returncode, result.stderr) in {(141, ""), *([(0, "")] if may_keep_it else [])}
 
 
 def test_more_than_a_buffer_of_text_is_cut_short() -> None:

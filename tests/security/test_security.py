@@ -33,6 +33,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from small_recipes import STUDY
 from tiny_runs import build
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from trb import zoo
 from trb.models import directories, loading
@@ -205,6 +206,40 @@ def test_a_sharded_checkpoint_of_torch_passes(tmp_path: Path) -> None:
     sharded.save({"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path / "shards")
     assert (tmp_path / "shards" / ".metadata").is_file()
     check_checkpoint(tmp_path)
+
+
+class AttributeOf:
+    """Pickled as Python 3.11.2, Debian 12's, pickles a member of an enumeration."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "complaint"),
+    [
+        (_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT", None),
+        (_MEM_FORMAT_ENCODING, "__init__", "damaged"),
+        (_MEM_FORMAT_ENCODING, "mro", "damaged"),
+        (Metadata, "__init__", "would call builtins.getattr"),
+        (torch.Size, "count", "would call builtins.getattr"),
+        (AttributeOf(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"), "value", "would call builtins.getattr"),
+    ],
+    ids=["a member", "a method of members", "a method", "of a record", "of a size", "of a member"],
+)
+def test_of_an_enumeration_a_member_may_be_named(tmp_path: Path, owner: Any, name: str, complaint: str | None) -> None:
+    """However a version of Python spells it; no other attribute, and none of anything else."""
+    metadata = Metadata(state_dict_metadata={}, storage_data={})
+    metadata.planner_data = AttributeOf(owner, name)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    if complaint is None:
+        check_checkpoint(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=complaint):
+            check_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_is_looked_into_before_any_library_sees_it(

@@ -320,6 +320,11 @@ def _unsafe_in_torch_file(path: Path) -> list[str]:
         raise InputError(f"{path} is no file of torch.save that can be looked into ({error}): not read") from error
 
 
+# Python before 3.11.4 writes a member of an enumeration as getattr of its class: of these, and by a member's name.
+_GETATTR = "builtins.getattr"
+_ENUMERATIONS = {"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"}
+
+
 class _Named(type):
     @property
     def __setstate__(cls) -> None:
@@ -346,8 +351,16 @@ class _NameReader(pickle.Unpickler):
         self.names: set[str] = set()
 
     def find_class(self, module: str, name: str) -> Any:
-        self.names.add(f"{module}.{name}")
-        return type(name, (_Inert,), {})
+        whole = f"{module}.{name}"
+        if whole == _GETATTR:
+            return self._member
+        self.names.add(whole)
+        return type(whole, (_Inert,), {})
+
+    def _member(self, kind: Any, name: Any, *_: Any) -> Any:
+        if getattr(kind, "__name__", None) not in _ENUMERATIONS or type(name) is not str:
+            self.names.add(_GETATTR)
+        return _Inert()
 
     def persistent_load(self, _: Any) -> None:
         return None
@@ -365,6 +378,8 @@ def _named_in_pickle(path: Path) -> list[str]:
 
 class _ShardingReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" == _GETATTR:
+            return lambda kind, member: kind[member]  # of an enumeration; any other attribute is none of its members
         if not _is_sharding(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
