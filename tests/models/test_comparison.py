@@ -1,8 +1,10 @@
 """What half precision hides: a way of reading that is wrong at half of the tokens, and the copy that shows it."""
 
+import gc
 from collections.abc import Iterator
 from functools import wraps
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -107,6 +109,13 @@ def test_the_copy_is_the_model_in_float32_and_leaves_it_alone(tied: bool) -> Non
                 weight.zero_()
     assert model.dtype == torch.bfloat16
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_the_copy_is_gone_after_the_block_whoever_still_holds_the_list() -> None:
+    with trials_of(made(LlamaForCausalLM, torch.bfloat16)) as trials:
+        copied = ref(trials[1].model)
+    gc.collect()
+    assert copied() is None and trials == []
 
 
 def test_full_precision_needs_no_copy_but_under_autocast() -> None:

@@ -69,10 +69,12 @@ def trials_of(model: PreTrainedModel) -> Iterator[list[Trial]]:
     if precise is None:
         yield [Trial(model, share=_MOST)]
         return
+    trials = [Trial(model), Trial(precise, _STRUCTURE, plain=True)]
+    del precise
     try:
-        yield [Trial(model), Trial(precise, _STRUCTURE, plain=True)]
+        yield trials
     finally:
-        del precise
+        trials.clear()  # the caller's list, which would keep the copy for as long as its function runs
         if kind == "cuda":
             torch.cuda.empty_cache()  # an engine beside us measures what is free
 
@@ -104,7 +106,7 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel | None:
             config.dtype = torch.float32  # some families cast to it
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(max(buffer.dtype, torch.float32, key=_precision))
+                module._buffers[name] = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
     return precise
 
 
@@ -115,10 +117,6 @@ def _is_elsewhere(tensor: Tensor) -> bool:
 
 def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-def _precision(dtype: torch.dtype) -> float:
-    return -torch.finfo(dtype).eps
 
 
 def disagreement(ours: Sequence[Tensor], own: Sequence[Tensor], share: float = _HALF) -> float:

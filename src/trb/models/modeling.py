@@ -375,14 +375,13 @@ class OutputHead:
         """
         check_causal(model)
         with _probing(model, "hidden states and output head cannot be read apart") as inner, trials_of(inner) as trials:
-            gaps = [_head_gap(trial) for trial in trials]
-        for gap in gaps:
-            if gap is not None:
-                raise UnsupportedModelError(
-                    model,
-                    f"hidden states and output head, as the loss reads them, give other logits than the model itself "
-                    f"(off by {gap:.2g} of their spread)",
-                )
+            gap = next((gap for trial in trials if (gap := _head_gap(trial)) is not None), None)
+        if gap is not None:
+            raise UnsupportedModelError(
+                model,
+                f"hidden states and output head, as the loss reads them, give other logits than the model itself "
+                f"(off by {gap:.2g} of their spread)",
+            )
         _KNOWN.add(inner)
         return cls.of(model)
 
@@ -444,30 +443,28 @@ def check_causal(model: nn.Module) -> None:
     if getattr(inner.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(model, "it is an encoder-decoder; student and teacher must be decoder-only")
     with _probing(model, "a plain pass over token ids fails"), trials_of(inner) as trials:
-        whole = plain_logits(inner, probe_rows(inner, 6)[0][:_CAUSAL_PROBE])
-        gaps = [_look_ahead(trial) for trial in trials]
+        (whole, gap), *others = map(_look_ahead, trials)
     if not torch.isfinite(whole.logsumexp(-1)).all():
         if broken := [name for name, weight in inner.named_parameters() if not weight.isfinite().all()]:
             more = f" and {len(broken) - 1} other weights" if len(broken) > 1 else ""
             name = inner.name_or_path or f"a {type(inner).__name__}"
             raise InputError(f"{name} is damaged: NaN or infinity in {broken[0]}{more}, and so in its logits")
         raise UnsupportedModelError(model, "its own logits are not finite, for ordinary tokens")
-    for gap in gaps:
-        if gap is not None:
-            raise UnsupportedModelError(
-                model,
-                f"its logits at a token change with the tokens after it (by {gap:.2g} of their spread): not causal",
-            )
+    gap = next((gap for gap in (gap, *(other for _, other in others)) if gap is not None), None)
+    if gap is not None:
+        raise UnsupportedModelError(
+            model, f"its logits at a token change with the tokens after it (by {gap:.2g} of their spread): not causal"
+        )
     _CAUSAL.add(inner)
 
 
-def _look_ahead(trial: Trial) -> float | None:
-    """How far logits change with the tokens after them; None where it is rounding."""
+def _look_ahead(trial: Trial) -> tuple[Tensor, float | None]:
+    """`[T, V]` logits of a row, and how far they change with the tokens after them; None where it is rounding."""
     row = probe_rows(trial.model, 6)[0][:_CAUSAL_PROBE]
     with trial.precision():
         whole = plain_logits(trial.model, row)
         parts = [plain_logits(trial.model, row[:length])[-1:] for length in (len(row) - 4, len(row) - 1)]
-    return trial.gap(parts, [whole[len(row) - 5 : len(row) - 4], whole[len(row) - 2 : len(row) - 1]])
+    return whole, trial.gap(parts, [whole[len(row) - 5 : len(row) - 4], whole[len(row) - 2 : len(row) - 1]])
 
 
 def _soft_cap(config: object) -> float | None:

@@ -253,9 +253,12 @@ def lora_options(path: Path) -> dict[str, Any]:
 _TRUST = "TRB_TRUST_CHECKPOINTS"
 # Whole names: a pickle's name may have dots, and "torch.distributed.checkpoint.metadata.os.system" is one.
 _RECORDS = ("ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata", "Metadata", "MetadataIndex")
+# Python before 3.11.4 writes a member of an enumeration as getattr of its class: of these, and by a member's name.
+_GETATTR = "builtins.getattr"
+_ENUMERATIONS = {"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"}
 _SHARDING = {
+    *_ENUMERATIONS,
     *(f"torch.distributed.checkpoint.metadata.{name}" for name in (*_RECORDS, "TensorProperties", "StorageMeta")),
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.serialization._get_layout",
     "torch.Size",
@@ -318,11 +321,6 @@ def _unsafe_in_torch_file(path: Path) -> list[str]:
             return sorted(get_unsafe_globals_in_checkpoint(path))
     except Exception as error:  # its parser was not written for hostile files, and raises whatever happens
         raise InputError(f"{path} is no file of torch.save that can be looked into ({error}): not read") from error
-
-
-# Python before 3.11.4 writes a member of an enumeration as getattr of its class: of these, and by a member's name.
-_GETATTR = "builtins.getattr"
-_ENUMERATIONS = {"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"}
 
 
 class _Named(type):

@@ -104,11 +104,12 @@ class Recipe:
         variants = [self.for_method(name) for name in self.run.methods] or [self]
         found = []
         for variant in variants:
-            found.append(SimpleNamespace(**{key: variant._value(key) for key in CHOICES}))
+            choice = SimpleNamespace(**{key: variant._value(key) for key in CHOICES})
             try:
-                check_choices(found[-1])
+                check_choices(choice)
             except InputError as error:
                 raise ConfigError(f"{variant.source}: {error}") from error
+            found.append(choice)
         return found
 
     def for_method(self, name: str) -> "Recipe":

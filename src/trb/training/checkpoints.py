@@ -159,15 +159,14 @@ def latest(
     return None
 
 
+_ANOTHERS = "of another trainer, whose weights alone can be used, as the model"
+
+
 def none_whole(directory: Path) -> str:
     """Why there is nothing to resume from, where `latest` has found nothing."""
-    found = [path for _, path in sorted(numbered(directory).items())]
-    kinds = {
-        "not whole": [path.name for path in found if not _is_anothers(path)],
-        "of another trainer, whose weights alone can be used, as the model": [
-            path.name for path in found if _is_anothers(path)
-        ],
-    }
+    kinds: dict[str, list[str]] = {"not whole": [], _ANOTHERS: []}
+    for _, path in sorted(numbered(directory).items()):
+        kinds[_ANOTHERS if _is_anothers(path) else "not whole"].append(path.name)
     listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     return f"{directory} has no whole checkpoint to resume from" + (f" ({listed})" if listed else "")
 

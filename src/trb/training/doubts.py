@@ -119,9 +119,9 @@ def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
 def of_unread(args: TRBConfig) -> Iterator[Doubt]:
     """Of knobs that were set and are read by nothing in use. Recipes refuse these, and methods of a comparison share
     what some of them read."""
-    read, (behavior, loss) = knobs_of([args]), pair_of(args)
+    unread, (behavior, loss) = every_knob() - knobs_of([args]), pair_of(args)
     for field in dataclasses.fields(args):
-        if field.name not in every_knob() - read:
+        if field.name not in unread:
             continue
         value = getattr(args, field.name)
         if value == field.default or value in _FILLED_IN.get(field.name, ()):
