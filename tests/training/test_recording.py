@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from tiny_runs import build
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -266,6 +268,23 @@ def test_adapters_and_half_precision_are_scored_too(tmp_path: Path) -> None:
         assert len(record["alternatives"]) == len(record["tokens"]) == len(record["student_log_prob"])
         assert all(value is not None and value <= 0 for value in record["teacher_log_prob"])
     assert trainer.model.training
+
+
+def test_completions_that_are_printed_are_plain_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = build(tmp_path, log_completions=True, max_steps=1)
+    hostile = "4\x1b]0;owned\x1b\\\n\u202e5\x9b2J"
+    decode = trainer.processing_class.batch_decode
+    monkeypatch.setattr(
+        type(trainer.processing_class), "batch_decode", lambda self, ids, **options: [hostile for _ in decode(ids)]
+    )
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "4?]0;owned?" in printed and "?5?2J" in printed
+    assert [c for c in printed if not c.isprintable() and c != "\n"] == []
+    kept = pandas.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert set(kept["completion"]) == {"4?]0;owned?\\\n?5?2J"}
 
 
 @pytest.mark.parametrize("name", ["recorded_rollouts", "recorded_alternatives", "recorded_scores_every"])

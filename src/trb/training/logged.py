@@ -2,7 +2,7 @@
 
 Seams of TRL and transformers:
 - `log` averages `_metrics` of the mode that the model is in, and puts eval_ before those of an evaluation, whatever its
-  prefix;
+  prefix; with `log_completions` it prints and stores the texts in `_logs`;
 - `evaluation_loop` returns the metrics of one evaluation: `evaluate` logs them, and `predict` does not;
 - Accelerate fills the last batch of an evaluation up and says so in `gradient_state`.
 
@@ -116,6 +116,10 @@ class MeasuredTrainer(CallingTrainer):
         if "loss" in logs:
             self._metrics[mode]["trb/skipped_steps"] = [self._guard.skipped]
             logs["loss"] = self._guard.mean_loss(logs["loss"])
+        for texts in self._logs.values():  # which `log_completions` prints as they are
+            plain = [printable(text) for text in texts]
+            texts.clear()
+            texts.extend(plain)
         super().log(logs, start_time)
 
     def _add(self, mode: str, name: str, total: float | Tensor, count: int) -> None:
