@@ -91,6 +91,8 @@ METHODS: dict[str, dict[str, Any]] = {
 RIVALS = {
     "temperature": {"method": "temperature", "initial_temperature": 0.7, "temperature_warmup_steps": 25},
     "tropd": {"method": "tropd"},
+    # As long as the default's warm-up, all of it from the teacher: what is left of a gain is not a budget's.
+    "teacher-first": {"method": "opd", "behavior": "teacher_first", "sft_warmup_steps": 12},
 }
 """Only in panels that name them."""
 
