@@ -4,8 +4,9 @@ import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import Completions, Kill, build, config, logged, losses, weights
@@ -134,6 +135,54 @@ def test_what_is_spent_falls_along_the_line(target: float, steps: int) -> None:
         seen = range(window, min(window + steps // 8, steps))
         wanted = sum(min(most(step), target * (1 - step / steps)) for step in seen)
         assert sum(spent[step] for step in seen) == pytest.approx(wanted, abs=0.06 * target * len(seen))
+
+
+class Pair(NamedTuple):
+    """Of each token how far the teacher is away, nats: few are far, as in a language model."""
+
+    gaps: list[float]
+
+    @staticmethod
+    def of(total: float, tokens: int) -> "Pair":
+        drawn = np.random.default_rng(0).gamma(0.3, size=tokens)
+        return Pair((drawn * total / drawn.sum()).tolist())
+
+    def statistics(self, budget: float) -> dict[str, float]:
+        """A token within its budget is the teacher's; of another the weight is the root of its share, about."""
+        weights = [min(1.0, math.sqrt(budget / gap)) for gap in self.gaps]
+        return {
+            "sequence_kl": sum(min(budget, gap) for gap in self.gaps),
+            "teacher_weight": sum(weights) / len(weights),
+        }
+
+
+@pytest.mark.parametrize(("steps", "lag"), [(10, 1.8), (30, 1.15), (200, 1.01)])
+@pytest.mark.parametrize(("total", "tokens"), [(3, 25), (8, 25), (14, 50), (30, 50), (100, 400)])
+def test_a_line_below_all_there_is_is_followed(total: float, tokens: int, steps: int, lag: float) -> None:
+    """16 nats of a completion at first: most pairs have less between them, and come under the line on its way down."""
+    schedule, pair = SequenceBudget(16.0, 8 / tokens, 16.0, left=Ramp(1.0, 0.0, steps)), Pair.of(total, tokens)
+    spent = []
+    for step in range(steps):
+        found = pair.statistics(schedule.value(step))
+        schedule.observe(step, found)
+        spent.append(found["sequence_kl"])
+    line = [min(total, 16 * (1 - step / steps)) for step in range(steps)]
+    assert sum(spent[steps // 2 :]) < lag * sum(line[steps // 2 :])
+    assert sum(spent) > 0.9 * sum(line)
+
+
+def test_a_training_made_longer_goes_on_with_the_longer_line() -> None:
+    steps = 10
+    schedule = SequenceBudget(16.0, 0.2, 16.0, left=Ramp(1.0, 0.0, None, lambda: steps))
+    spent = []
+    for step in range(22):
+        if step == 12:
+            assert schedule.value(step) == 0.0
+            steps = 20
+        spent.append(40 * schedule.value(step))
+        schedule.observe(step, {"sequence_kl": spent[step]})
+    assert sum(spent[12:20]) == pytest.approx(sum(16 * (1 - step / 20) for step in range(12, 20)), rel=0.25)
+    assert spent[10:12] == spent[20:] == [0.0, 0.0]
 
 
 def test_a_training_whose_length_is_not_known_yet_begins_with_all_of_it(tmp_path: Path) -> None:
