@@ -253,6 +253,31 @@ def test_the_correction_over_settings_is_that_of_the_file() -> None:
 FIVE = ("opd", "trb-wide", "trb-sequence-linear", "trb-sequence-linear-veto", "trb-gap-veto")
 
 
+def logged_means(file: str, setting: str, metric: str) -> dict[int, float]:
+    """Of the default's blended steps, the k-th of a training under k."""
+    found = result(file)["settings"][setting]["methods"]["sequence-linear"]["metrics"][metric]
+    return {step: mean for step, mean in zip(found["steps"], found["mean"], strict=True) if mean}
+
+
+def test_that_the_default_draws_the_teacher_is_what_the_studies_logged() -> None:
+    studies = {
+        "long-chains": "study2",
+        "clock": "study2",
+        "staged": "study2",
+        "programs": "code-study",
+        "dialogue": "dialogue-study",
+    }
+    weights = {name: logged_means(file, name, "trb/teacher_weight") for name, file in studies.items()}
+    spent = {name: logged_means(file, name, "trb/sequence_kl") for name, file in studies.items()}
+    far = {name: max(step for step, mean in means.items() if mean < 0.9985) for name, means in weights.items()}
+    assert far == {"long-chains": 4, "clock": 1, "staged": 1, "programs": 1, "dialogue": 1}
+    log = " ".join(text(ROOT / "docs" / "experiments.md").partition("what the default draws is the teacher")[2].split())
+    assert "from the second step of the warm-up in `clock`, `staged`, code and dialogue, and the fifth in" in log
+    every = [mean for means in spent.values() for mean in means.values()]
+    assert f"completions spend {min(every):.1f} to {max(every):.1f} nats" in log
+    assert f"spent {spent['long-chains'][10]:.1f} nats in `long-chains`" in log
+
+
 def on_the_map(record: dict[str, Any], point: str, method: str, seeds: Sequence[int] = range(8)) -> float:
     """Mean pass@1 in percent of a method at a point of the map."""
     runs = {run["seed"]: run["final"] for run in record["runs"] if (run["point"], run["method"]) == (point, method)}
