@@ -11,7 +11,6 @@ serving engines; sampling goes through whatever `sampler` is given.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from trb.measures import OUTCOMES, PER_TOKEN, pass_at_1_interval
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
+from trb.safety.files import stable_json
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.tasks.conversations import conversation_of
 from trb.tasks.grading import Verifier, can_be_scored
@@ -295,8 +295,8 @@ def _fingerprint(prompts: list[list[int]], rows: list[dict[str, Any]]) -> str:
     """A hash of everything about the problems that a score depends on."""
     digest = hashlib.sha256()
     for prompt, row in zip(prompts, rows, strict=True):
-        scoring = [row["answer"], row.get("verifier"), row.get("metadata")]
-        digest.update(json.dumps([prompt, *scoring]).encode())
+        scoring = [row.get("answer"), row.get("verifier"), row.get("metadata")]
+        digest.update(stable_json([prompt, *scoring]).encode())
     return digest.hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@ Left out: which there are (`trb.training.behaviors`, `trb.training.targets`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -38,6 +38,10 @@ class Scheduled(Generic[T]):
     def at(self, step: int) -> T:
         return self.make(self.schedule.value(step))
 
+    def schedules(self) -> Iterator[Schedule]:
+        """All of them."""
+        return (value for value in vars(self).values() if isinstance(value, Schedule))
+
 
 Behavior: TypeAlias = "Scheduled[BehaviorPolicy]"
 Target: TypeAlias = "Scheduled[Loss]"
@@ -68,7 +72,8 @@ class Half(Generic[T]):
     Attributes:
         text: what it does, in a few words, for `--help`.
         build: from a `TRBConfig`, and a function that gives the number of training steps once training has begun.
-        knobs: fields of the configuration that `build` reads, and nothing else does.
+        knobs: fields of the configuration that are of no use where no half with them is chosen. `build` reads them, and
+            may read what every run has besides (`max_completion_length`); of `loss_top_k`, the log speaks as well.
         choice: one more, whose value decides which others are read; None for none.
         kinds: what that one may be.
     """

@@ -243,8 +243,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
                 f"teacher_sharded=True saves nothing with behavior {pair_of(self.args)[0]}, whose sampler needs the "
                 "whole teacher at every step; leave it at False"
             )
-        mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        dtype = REPLICA_DTYPES[self.args.replica_dtype] or mixed
+        dtype = REPLICA_DTYPES[self.args.replica_dtype] or REPLICA_DTYPES[self.args.autocast_dtype or "auto"]
         replica = Replica(self.model, device=self.accelerator.device, dtype=dtype)
         self.add_callback(ExpireOnUpdate(replica))
         return replica
