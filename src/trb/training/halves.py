@@ -72,8 +72,8 @@ class Half(Generic[T]):
     Attributes:
         text: what it does, in a few words, for `--help`.
         build: from a `TRBConfig`, and a function that gives the number of training steps once training has begun.
-        knobs: fields of the configuration that are of no use where no half with them is chosen. `build` reads them, and
-            may read what every run has besides (`max_completion_length`); of `loss_top_k`, the log speaks as well.
+        knobs: fields of the configuration that do something only where such a half is chosen. `build` may also read
+            what every run has (`max_completion_length`).
         choice: one more, whose value decides which others are read; None for none.
         kinds: what that one may be.
     """
