@@ -90,7 +90,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class RunConfig:
-    """Everything a run needs beside `TRBConfig`: models, data, evaluation. Raises ConfigError for invalid values."""
+    """Everything a run needs beside `TRBConfig`: models, data, evaluation. Raises InputError for invalid values."""
 
     student: str = field(
         metadata={"help": "Model to train: zoo:student, zoo:told, smollm2-135m, a directory or a hub id (owner/name)."}
