@@ -291,6 +291,12 @@ def test_the_mathematics_needs_neither_trl_nor_transformers(module: str) -> None
     run_isolated(f"import sys, {module}\nloaded = {heavy}\nassert not loaded, loaded")
 
 
+def test_a_configuration_needs_no_trainer() -> None:
+    run_isolated(
+        "import sys, trb.studies.keys\nfrom trb import TRBConfig\nassert 'trb.training.trainer' not in sys.modules"
+    )
+
+
 def test_the_package_root_offers_the_trainer_and_nothing_unknown() -> None:
     assert {"TRBConfig", "TRBTrainer", "__version__"} == set(dir(trb))
     with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):

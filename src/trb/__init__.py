@@ -4,6 +4,7 @@ The package root re-exports the trainer lazily: importing `trb.blend` or `trb.lo
 pay for TRL, and importing anything here must not touch the network.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
     from trb.training.trainer import TRBTrainer
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("TRBConfig", "TRBTrainer"):
-        from trb.training import config, trainer
+_HOMES = {"TRBConfig": "trb.training.config", "TRBTrainer": "trb.training.trainer"}
 
-        return config.TRBConfig if name == "TRBConfig" else trainer.TRBTrainer
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

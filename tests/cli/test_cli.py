@@ -62,8 +62,11 @@ def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_loaded(
         text = SMALL_FILE.replace("student: zoo:student", f"seed: {seed}\nstudent: zoo:student")
         (tmp_path / "seeded.yaml").write_text(text)
         said = refused(capsys, command, "--config", tmp_path / "seeded.yaml", *out)
-        assert f"seeded.yaml: seed is {seed}; {beyond}" in said
-    for key in ("seed", "train-seed", "eval-seed"):
+        assert f"seeded.yaml: seed must be in [0, 2**32), got {seed}" in said
+    assert f"seed must be in [0, 2**32), got {seed}" in refused(
+        capsys, "train", "--config", recipe, f"--seed={seed}", *out
+    )
+    for key in ("train-seed", "eval-seed"):
         said = refused(capsys, "train", "--config", recipe, f"--{key}={seed}", *out)
         assert f"{key.replace('-', '_')} is {seed}; {beyond}" in said
     said = refused(capsys, "probe", "--config", recipe, f"--seed={seed}", *out)
@@ -732,7 +735,11 @@ def test_doctor_on_the_zoo_pair(recipe: Path, capsys: pytest.CaptureFixture[str]
     code, checks = doctor(capsys, "--config", recipe, "--max-completion-length", "500")
     assert code == 1
     assert checks["lengths"][0] == "fail"
-    assert "532 tokens, and the student has 512 positions. Lower max_prompt_length" in checks["lengths"][1]
+    fits = "prompts of up to 32 tokens and completions of up to {} do not fit the 512 positions of the student. Lower"
+    assert fits.format(500) in checks["lengths"][1]
+    code, checks = doctor(capsys, "--config", recipe, "--eval-max-new-tokens", "490")
+    assert (code, checks["lengths"][0]) == (1, "fail")
+    assert fits.format(490) in checks["lengths"][1]
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from conftest import TinyPair
 from reference import policies as laws
 from reference.statistics import goodness_of_fit
 from test_sampling_exactness import HORIZON, LEVEL, exact_law
 
 from trb.policies import StudentPolicy, TrustRegionPolicy
-from trb.sampling import sample
+from trb.sampling import Rollout, RolloutStats, sample
 from trb.training.shares import from_teacher_prefixes
+from trb.vocab import SharedVocabulary
 
 
 @pytest.mark.parametrize("method", ["speculative", "lockstep"])
@@ -40,6 +42,38 @@ def test_a_completion_goes_on_from_where_it_was(tiny_pair: TinyPair, method: str
         assert rest.completions[place] == whole.completions[row][row % 4 :]
         assert rest.stopped[place] == whole.stopped[row]
         assert rest.stats.kl_student[place] == pytest.approx(whole.stats.kl_student[row][row % 4 :], rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["speculative", "lockstep"])
+def test_what_is_begun_is_read_as_a_prompt_is(tiny_pair: TinyPair, method: str) -> None:
+    """Also where it ends with a stop id, as an earlier turn of a chat does."""
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": tiny_pair.student_eos, "seed": 5, "method": method}
+    stop = SharedVocabulary.of([8], tiny_pair.student_eos).stop_id
+    found = sample(tiny_pair.student, None, [[1], [2, 3]], StudentPolicy(), begun=[[3, stop], []], **options)
+    assert found.completions[0] and len(found.completions[0]) <= 4
+    assert found.prompts == [[1, 3, stop], [2, 3]]
+
+
+def test_rollouts_put_together_keep_what_the_teacher_read_where_both_have_it() -> None:
+    def rollout(*lengths: int, hidden: bool = True) -> Rollout:
+        states = [torch.full((length, 2), float(length)) for length in lengths]
+        stats = RolloutStats.empty(len(lengths))
+        columns = [[1]] * len(lengths), [[2] * length for length in lengths], [True] * len(lengths)
+        return Rollout(*map(list, columns), stats, 1, 1, states if hidden else None)
+
+    for parts, kept in (
+        ([rollout(1, 2), rollout(3)], [1, 2, 3]),
+        ([Rollout(), rollout(3)], [3]),
+        ([rollout(3), Rollout()], [3]),
+        ([rollout(1), rollout(3, hidden=False)], None),
+        ([rollout(1, hidden=False), rollout(3)], None),
+        ([Rollout(), Rollout()], None),
+    ):
+        whole, other = parts
+        whole.extend(other)
+        found = whole.teacher_hidden
+        assert (None if found is None else [len(states) for states in found]) == kept
+        assert kept is None or [len(ids) for ids in whole.completions] == kept
 
 
 def test_what_cannot_be_gone_on_from_is_named(tiny_pair: TinyPair) -> None:

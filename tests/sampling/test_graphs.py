@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,6 +90,22 @@ class Recorder:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.recorded.append(Played(function))
         return self.recorded[-1]
+
+
+def test_what_cannot_be_captured_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the numbers in the error, and however many readers there are."""
+
+    class Full(Recorder):
+        def rehearse(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+            raise MemoryError(f"{next(free)} bytes are free")
+
+    free, said = count(), list[str]()
+    monkeypatch.setattr(graphs, "_SAID", set())
+    monkeypatch.setattr(graphs.logger, "warning", said.append)
+    for _ in range(3):
+        replays = graphs.Replays(Full(), 8)
+        assert replays.run(lambda x: (x,), "key", [torch.ones(2, 1)], [0.0]) is None
+    assert said == ["sampling without CUDA graphs: MemoryError: 0 bytes are free"]
 
 
 class Bench:

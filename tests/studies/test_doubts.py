@@ -54,7 +54,9 @@ DOUBTS: dict[str, list[str]] = {
         "student and teacher write one conversation differently: '<|im_start|>",
         "chat_template: teacher writes the teacher's way, which the student then has to learn; chat_template: student",
     ],
-    "--max-prompt-length 510 --blend-warmup-steps 1": ["and the student has 512 positions"],
+    "--max-prompt-length 510 --blend-warmup-steps 1": [
+        "completions of up to 8 do not fit the 512 positions of the student"
+    ],
 }
 # Options that nothing is said of, each as far as it may go.
 NO_DOUBTS = [
@@ -106,7 +108,7 @@ def test_prompts_that_fit_though_longer_ones_would_not(
     [said] = [record.message for record in caplog.records if record.name == "trb.training.doubts"]
     assert said == (
         "lengths: prompts of up to 510 tokens and completions of up to 8 do not fit the 512 positions of the student. "
-        "Lower max_prompt_length or max_completion_length"
+        "Lower max_prompt_length, max_completion_length or eval_max_new_tokens"
     )
 
 

@@ -387,6 +387,31 @@ def test_a_file_of_other_settings_is_refused(
     assert path.read_bytes() == content
 
 
+def test_a_file_of_a_model_that_the_call_does_not_name_is_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.jsonl"
+    expected = run(tokenizer, results_path=path, about={"model": "A", "revision": None})
+    with pytest.raises(ValueError, match="model is 'A' there and None here"):
+        run(tokenizer, results_path=path)
+    # A setting that is None is one that is not there.
+    assert run(tokenizer, results_path=path, about={"model": "A"}) == expected
+
+
+def test_rows_of_ones_own_verifier_need_no_answer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VERIFIERS, "short", lambda completion, row: float(len(completion) < 10))
+    own = [{"prompt": row["prompt"], "verifier": "short"} for row in problems(2)]
+    path = tmp_path / "results.jsonl"
+    whole = run(tokenizer, problems=own, results_path=path)
+    assert whole.pass_at_1 is not None
+    assert run(tokenizer, problems=[row | {"answer": None} for row in own], results_path=path) == whole
+    for answer in (b"1", {1}, 1):  # and whatever it is, it may be what the verifier reads
+        with pytest.raises(ValueError, match="problems is"):
+            run(tokenizer, problems=[row | {"answer": answer} for row in own], results_path=path)
+
+
 @pytest.mark.parametrize("content", ["my notes\n", "my notes", '{"step": 1}\n', "[1]\n", "\n\n"])
 def test_a_foreign_file_is_left_alone(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, content: str) -> None:
     path = tmp_path / "results.jsonl"

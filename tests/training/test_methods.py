@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,13 @@ from trb.report.style import label, style_indices
 from trb.sampling import SAMPLERS, Sampler
 from trb.sampling.vllm.verification import BlendRequest
 from trb.schedule import KINDS, Constant, FirstSteps
+from trb.training import behaviors
 from trb.training.methods import (
     BEHAVIORS,
     BUDGET_SCHEDULES,
     METHODS,
     TARGETS,
+    Method,
     behavior_of,
     every_knob,
     knobs_of,
@@ -178,6 +181,17 @@ def test_every_knob_has_an_owner_and_is_an_option() -> None:
     ]
     assert owners_of("veto_strength") == ["method: veto", "loss: veto"]
     assert owners_of("seed") == []
+
+
+def test_a_loss_that_is_called_like_a_behavior_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "skd", dataclasses.replace(TARGETS["reverse_kl"], knobs=()))
+    monkeypatch.setitem(METHODS, "namesake", Method("student", "skd", "Namesake", "a loss with a behavior's name"))
+    assert owners_of("skd_teacher_top_k") == ["method: skd", "behavior: skd"]
+
+
+def test_help_says_which_part_of_the_training_the_default_budget_lasts() -> None:
+    assert "after a fifth of the training" in BUDGET_SCHEDULES["sequence-linear"].text
+    assert behaviors._FALLING_PARTS == 5
 
 
 def test_an_option_is_read_by_its_owner_alone(tmp_path: Path) -> None:

@@ -26,8 +26,6 @@ SCHEDULES = {
     "gap": {"budget_schedule": "gap"},
     "gap from a budget": {"budget_schedule": "gap", "initial_kl_budget": 0.3, "behavior_share": 0.5},
     "geometric": {"method": "geometric", "sequence_kl_budget": 0.7},
-    "share": {"method": "share", "initial_kl_budget": 0.3},
-    "prefix": {"method": "prefix", "prefix_steps": 4},
 }
 EMBEDDED = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
 

@@ -27,14 +27,14 @@ from trl.trainer.utils import RepeatSampler
 
 from trb import TRBConfig, TRBTrainer, zoo
 from trb.errors import InputError
-from trb.losses import topk_reverse_kl
+from trb.losses import TokenMetrics, topk_reverse_kl
 from trb.models.loading import load_model
 from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
 from trb.sampling import sample
 from trb.training import config as config_module
-from trb.training import taught
+from trb.training import logged as logged_module
+from trb.training import numbers, taught
 from trb.training.methods import every_knob, target_of
-from trb.training.numbers import checked_numbers
 from trb.training.ranks import Ranks
 from trb.vocab import align
 
@@ -730,7 +730,8 @@ def numeric() -> list[str]:
 
 
 def test_every_number_is_looked_at() -> None:
-    assert set(checked_numbers()) - NEWER_OPTIONS == set(numeric())
+    looked_at = {name for kind in numbers._KINDS for name in kind.names.split()}
+    assert looked_at - NEWER_OPTIONS == set(numeric())
 
 
 @pytest.mark.parametrize("value", [-1, 0, 2.5, math.nan, math.inf, "x", True, None, [1]], ids=str)
@@ -778,18 +779,33 @@ def test_a_number_that_a_library_would_refuse_late_or_namelessly_is_refused_by_n
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "kept"),
     [
-        {"save_steps": 0.5, "logging_steps": 0.1, "eval_steps": 2.0, "warmup_steps": 0.1},
-        {"max_grad_norm": None, "save_total_limit": -1, "max_steps": -1, "save_steps": 0},
-        {"pad_to_multiple_of": "8"},
-        {"pad_to_multiple_of": "none"},
-        {"learning_rate": np.float32(1e-3), "seed": np.int64(3), "max_steps": np.int64(4)},
-        {"initial_kl_budget": math.inf, "max_grad_norm": math.inf},
+        ({"save_steps": 0.5, "logging_steps": 0.1, "eval_steps": 2.0, "warmup_steps": 0.1}, {}),
+        ({"max_grad_norm": None, "save_total_limit": -1, "max_steps": -1, "save_steps": 0}, {}),
+        ({"pad_to_multiple_of": "8"}, {"pad_to_multiple_of": 8}),
+        ({"pad_to_multiple_of": "none"}, {"pad_to_multiple_of": None}),
+        ({"learning_rate": np.float32(1e-3), "seed": np.int64(3), "max_steps": np.int64(4)}, {}),
+        ({"initial_kl_budget": math.inf, "max_grad_norm": math.inf}, {}),
     ],
 )
-def test_numbers_that_the_libraries_take_are_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
-    config(tmp_path, **changes)
+def test_numbers_that_the_libraries_take_are_taken(
+    tmp_path: Path, changes: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    """And kept as they are, unless a library reads them out of text."""
+    args = config(tmp_path, **changes)
+    assert {name: getattr(args, name) for name in changes} == changes | kept
+
+
+def test_a_thin_support_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is measured: `warning_once` goes by the text."""
+    said: list[str] = []
+    monkeypatch.setattr(logged_module.logger, "warning_once", said.append)
+    trainer = build(tmp_path)
+    for share in (0.6, 0.3, 0.31, 0.4):
+        trainer._add_token_metrics(TokenMetrics(*(torch.full((4,), share) for _ in dataclasses.fields(TokenMetrics))))
+    assert len(said) == 3 and len(set(said)) == 1
+    assert "hold less than 50% of its probability" in said[0]
 
 
 # Every option of the installed TRL and transformers, by what it does to the sampled law and to the loss.

@@ -226,7 +226,7 @@ def _check_pair(recipe: "Recipe", args: "TRBConfig", launch: Launch, *, has_leng
         yield from (Check("warn", *doubt) for doubt in of_rate(args, student, adapters=adapters))
         yield from _check_prompts(run, args)
         for name, both in pairs.items():
-            yield from _of(name, iter([_check_lengths(run, args, *both, taught or run.max_prompt_length)]))
+            yield from _of(name, iter([_check_lengths(run, args, *both, taught)]))
         yield _check_memory(run, args, launch, pairs, taught)
 
 
@@ -360,19 +360,15 @@ def _ids(ids: Sequence[int]) -> str:
 
 
 def _check_lengths(
-    run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel", taught: int
+    run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", teacher: "PreTrainedModel", taught: int | None
 ) -> Check:
-    from trb.models.modeling import position_limit
+    from trb.training.doubts import longest_completion, of_lengths
 
-    completion = max(int(args.max_completion_length or 0), run.eval_max_new_tokens or 0)
-    for role, model, prompt in (("student", student, run.max_prompt_length), ("teacher", teacher, taught)):
-        limit = position_limit(model)
-        if limit is not None and prompt + completion > limit:
-            text = f"up to {prompt + completion} tokens, and the {role} has {limit} positions"
-            return Check(
-                "fail", "lengths", text, "Lower max_prompt_length, max_completion_length or eval_max_new_tokens"
-            )
-    return Check("ok", "lengths", f"up to {completion + max(run.max_prompt_length, taught)} tokens fit both models")
+    lengths = run.max_prompt_length, run.eval_max_new_tokens
+    for doubt in of_lengths(args, student, teacher, *lengths, taught):
+        return Check("fail", *doubt)
+    longest = max(run.max_prompt_length, taught or 0) + longest_completion(args, run.eval_max_new_tokens)
+    return Check("ok", "lengths", f"up to {longest} tokens fit both models")
 
 
 def _check_memory(

@@ -94,9 +94,9 @@ def pair_of(run: "RunConfig", args: "TRBConfig", student: "PreTrainedModel", tea
 
     if run.lora_rank:
         student.requires_grad_(False)
-    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    dtypes = run.student_dtype, run.teacher_dtype, args.autocast_dtype
     replica = None if args.replica_dtype == "auto" else args.replica_dtype
-    return Pair(student, teacher, run.student_dtype, run.teacher_dtype, compute, replica, run.teacher_quantization)
+    return Pair(student, teacher, *dtypes, replica, run.teacher_quantization)
 
 
 def pair_of_all(

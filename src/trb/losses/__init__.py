@@ -30,7 +30,7 @@ from trb.errors import InputError
 from trb.losses.chunked import Head, RowLoss, TokenBatch, chunked_cross_entropy, default_chunk_tokens
 from trb.losses.relatives import EntropyAware, PrefixWeighted, ReliableRegion, TokenImportance
 from trb.losses.reverse import ReverseKL, Veto, veto_target
-from trb.losses.terms import Rows, TokenMetrics
+from trb.losses.terms import TOP_K, Rows, TokenMetrics
 from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = [
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 
-def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, k: int = 16) -> Tensor:
+def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, k: int = TOP_K) -> Tensor:
     """Token mean of the reverse KL on the student's top-k (paper, section 5).
 
     Args:
@@ -94,7 +94,7 @@ class Supervised:
     Through the head as it is: neither temperature nor shared events, which are the sampler's, come into it.
     """
 
-    top_k: int = 16
+    top_k: int = TOP_K
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
         with torch.no_grad():
@@ -117,7 +117,7 @@ def chunked_reverse_kl(
     tokens: Tensor,
     mask: Tensor,
     *,
-    k: int = 16,
+    k: int = TOP_K,
     vocabulary: SharedVocabulary | None = None,
     temperature: float = 1.0,
     veto_strength: float = 0.0,

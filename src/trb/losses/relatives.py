@@ -19,7 +19,7 @@ from torch import Tensor
 from trb.errors import InputError
 from trb.losses.chunked import RowLoss, TokenBatch
 from trb.losses.reverse import ReverseKL
-from trb.losses.terms import Rows, TokenMetrics, entropy, forward_kl_terms
+from trb.losses.terms import TOP_K, Rows, TokenMetrics, entropy, forward_kl_terms
 
 __all__ = ["EntropyAware", "PrefixWeighted", "ReliableRegion", "TokenImportance"]
 
@@ -31,9 +31,9 @@ class EntropyAware(RowLoss):
     The forward KL is taken on the teacher's `forward_top_k` tokens (`trb.losses.terms.forward_kl_terms`).
     """
 
-    top_k: int = 16
+    top_k: int = TOP_K
     threshold: float = 0.8
-    forward_top_k: int = 16
+    forward_top_k: int = TOP_K
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         unsure_R = entropy(rows.teacher, rows.log_teacher) > self.threshold
@@ -53,8 +53,8 @@ class ReliableRegion(RowLoss):
     prefixes, the other half of TrOPD, is a behavior and not part of this loss.
     """
 
-    top_k: int = 16
-    forward_top_k: int = 16
+    top_k: int = TOP_K
+    forward_top_k: int = TOP_K
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         reliable_R = self._reliability(rows)
@@ -93,7 +93,7 @@ class TokenImportance:
     metrics are those of all tokens.
     """
 
-    top_k: int = 16
+    top_k: int = TOP_K
     share: float = 0.5
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class PrefixWeighted:
     Totals need whole completions before the first gradient: a sweep without gradients, then one with them.
     """
 
-    top_k: int = 16
+    top_k: int = TOP_K
     gamma: float = 0.5
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trb.errors import InputError
 from trb.losses.chunked import RowLoss
-from trb.losses.terms import Rows, reverse_kl_terms
+from trb.losses.terms import TOP_K, Rows, reverse_kl_terms
 from trb.vocab import log_probs
 
 __all__ = ["ReverseKL", "Veto", "veto_target"]
@@ -21,7 +21,7 @@ __all__ = ["ReverseKL", "Veto", "veto_target"]
 class ReverseKL(RowLoss):
     """Reverse KL to the teacher on the student's `top_k` tokens; 0 for the full vocabulary (paper, section 5)."""
 
-    top_k: int = 16
+    top_k: int = TOP_K
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         return reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, self.top_k)
@@ -34,7 +34,7 @@ class ReverseKL(RowLoss):
 class Veto(RowLoss):
     """The same to Veto's target of strength b ≥ 0 (`veto_target`; paper, section 6)."""
 
-    top_k: int = 16
+    top_k: int = TOP_K
     strength: float = 0.0
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Chunk", "Rows", "TokenMetrics", "entropy", "forward_kl_terms", "reverse_kl_terms", "token_metrics", "wide"]
+__all__ = [
+    "TOP_K",
+    "Chunk",
+    "Rows",
+    "TokenMetrics",
+    "entropy",
+    "forward_kl_terms",
+    "reverse_kl_terms",
+    "token_metrics",
+    "wide",
+]
+
+TOP_K = 16
+"""Tokens in the support of a loss, unless it is told otherwise (paper, section 6)."""
 
 # Below any log-probability that matters, above minus infinity.
 _LOWEST_LOG_PROB = -1e30

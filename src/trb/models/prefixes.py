@@ -47,7 +47,7 @@ __all__ = ["keeps_states", "shared_hidden_states"]
 logger = logging.getLogger(__name__)
 
 # Layers whose cache is something else than keys and values.
-_STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "hybrid", "rwkv", "moe_mamba")
+_STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "hybrid", "rwkv")
 
 # Read so if at most this share of the work is left, and a pass has so many tokens: short ones wait for the weights.
 _WORTHWHILE = 0.95

@@ -11,7 +11,8 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time, timedelta
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "make_folder",
     "remove",
     "remove_unfinished",
+    "stable_json",
     "write_bytes",
     "write_json",
     "write_text",
@@ -111,6 +113,26 @@ def finite(value: Any) -> Any:
 def json_types(value: Any) -> Any:
     """`value` as it is read from JSON, with text for every infinity and NaN inside it: null would be another value."""
     return json.loads(json.dumps(value), parse_constant=str)
+
+
+def stable_json(value: Any) -> str:
+    """`value` as JSON text that is the same in every process, also of what JSON has no words for: numbers, dates, bytes
+    and arrays are what they hold, and any other object is its kind alone."""
+    return json.dumps(value, default=_in_words)
+
+
+def _in_words(value: Any) -> Any:
+    kind = type(value).__qualname__
+    if isinstance(value, bytes | bytearray | memoryview):
+        return [kind, bytes(value).hex()]
+    if isinstance(value, Number | date | time | timedelta):
+        return [kind, str(value)]
+    if isinstance(value, set | frozenset):
+        return sorted(map(stable_json, value))
+    if isinstance(value, Mapping):
+        return dict(value)
+    # The text of other objects may hold their address.
+    return value.tolist() if hasattr(value, "tolist") else kind
 
 
 # What `write_bytes` writes beside a file before it takes its place.

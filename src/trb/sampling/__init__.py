@@ -122,7 +122,8 @@ def sample(
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
         rollout_index: which rollout of its prompt each row is, in [0, 2**24); by default 0.
         begun: the first tokens of each row's completion, where there are some: given, and not drawn. They count among
-            `max_new_tokens`, of which at least one must be left; what is returned is what comes after them.
+            `max_new_tokens`, of which at least one must be left; what is returned is what comes after them. They are
+            read as a prompt is: a stop id among them, with which an earlier turn of a chat ends, ends nothing.
         vocab_size: sample from the first so many head rows only; by default all rows the given models share.
         max_rows: rows in flight at once, to bound memory; by default all. The speculative sampler gives the place of
             a finished row to the next prompt.

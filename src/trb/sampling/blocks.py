@@ -152,8 +152,8 @@ class MeasuredCosts:
     def _cost(self, part: str, tokens: int) -> float:
         if part in self._lines:
             return self._lines[part].at(tokens)
-        known = [(name, line) for name, line in self._lines.items() if name != part]
-        scale = 1.0 if not known else known[0][1].at(1) / getattr(self._planned, known[0][0])(1)
+        known = next(iter(self._lines.items()), None)
+        scale = 1.0 if known is None else known[1].at(1) / getattr(self._planned, known[0])(1)
         return scale * getattr(self._planned, part)(tokens)
 
 

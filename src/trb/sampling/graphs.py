@@ -50,6 +50,7 @@ MOST_GRAPHS = 32
 _RESULT_SHARE = 1 / 32
 _LEFT_SHARE = 1 / 16
 MOST_MODELS = 2
+_SAID: set[type[Exception]] = set()  # errors that were warned of
 
 
 def bucket(rows: int) -> int:
@@ -289,7 +290,9 @@ class Replays:
             return tuple(output_B[:rows].clone() for output_B in self._run(shape, partial(function, *shape.inputs)))
         # Whatever a library may raise here, the same pass without a graph is the answer to it.
         except Exception as error:
-            logger.warning_once(f"sampling without CUDA graphs: {type(error).__name__}: {printable(str(error))[:300]}")
+            if type(error) not in _SAID:  # `warning_once` goes by the text, which may say how much memory is free
+                _SAID.add(type(error))
+                logger.warning(f"sampling without CUDA graphs: {type(error).__name__}: {printable(str(error))[:300]}")
             self._refused = True
             self.forget()
             return None

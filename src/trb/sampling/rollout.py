@@ -92,7 +92,7 @@ class Rollout:
     """Completions of a batch of prompts.
 
     Attributes:
-        prompts: token ids as given.
+        prompts: token ids as the student read them before it drew: of a row that was `begun`, with those.
         completions: token ids per row, the stop token included where one was drawn.
         stopped: whether the row ended with a stop token (rather than at `max_new_tokens`).
         stats: per-token numbers.
@@ -149,7 +149,9 @@ class Rollout:
         )
 
     def extend(self, other: "Rollout") -> None:
-        """Append another call's rows and add its passes."""
+        """Append another call's rows and add its passes. The teacher's states stay if both calls kept them."""
+        own, others = (part.teacher_hidden if part.completions else [] for part in (self, other))
+        self.teacher_hidden = None if own is None or others is None else [*own, *others] or None
         for name in ("prompts", "completions", "stopped"):
             getattr(self, name).extend(getattr(other, name))
         self.stats.extend(other.stats)

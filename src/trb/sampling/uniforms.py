@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["PURPOSES", "SEEDS", "philox4x32", "prompt_key", "stream_seed", "uniforms"]
+__all__ = ["PURPOSES", "SEEDS", "SEED_BOUNDS", "philox4x32", "prompt_key", "stream_seed", "uniforms"]
 
 # The three uniforms of a position, in the order of the last dimension of `uniforms`.
 PURPOSES = ("draft", "accept", "residual")
 
+SEED_BOUNDS = "[0, 2**32)"
 SEEDS = range(1 << 32)
 """The seeds that people may choose: what every generator takes, numpy's among them, each giving draws of its own."""
 

@@ -22,12 +22,12 @@ from trb.models.memory import DTYPES
 from trb.models.quantization import QUANTIZATIONS
 from trb.models.sharing import is_shared
 from trb.records import EVALS, EVALUATIONS
-from trb.sampling.uniforms import SEEDS
+from trb.sampling.uniforms import SEED_BOUNDS, SEEDS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
+from trb.training.config import TRBConfig
 from trb.training.routes import named_in_errors
-from trb.training.trainer import TRBConfig
-from trb.vocab import TEMPERATURES
+from trb.vocab import checked_temperature
 
 __all__ = [
     "REPLACED_KEYS",
@@ -90,7 +90,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class RunConfig:
-    """Everything a run needs beside `TRBConfig`: models, data, evaluation. Raises ConfigError for invalid values."""
+    """Everything a run needs beside `TRBConfig`: models, data, evaluation. Raises InputError for invalid values."""
 
     student: str = field(
         metadata={"help": "Model to train: zoo:student, zoo:told, smollm2-135m, a directory or a hub id (owner/name)."}
@@ -202,15 +202,11 @@ class RunConfig:
                 raise ConfigError(f"{named(name)} is {value}; it must be at least {smallest}")
         for name in ("train_seed", "eval_seed"):
             if getattr(self, name) not in SEEDS:
-                raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must lie in [0, 2**32)")
-        for name in ("reward_timeout_s", "eval_temperature", "lora_alpha"):
+                raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must lie in {SEED_BOUNDS}")
+        for name in ("reward_timeout_s", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{named(name)} is {getattr(self, name)}; it must be positive")
-        low, high = TEMPERATURES
-        if not low <= self.eval_temperature <= high:
-            raise ConfigError(
-                f"{named('eval_temperature')} is {self.eval_temperature}; it must lie in [{low:g}, {high:g}]"
-            )
+        checked_temperature(self.eval_temperature, "eval_temperature")
         if twice := [name for at, name in enumerate(self.eval_data) if name in self.eval_data[:at]]:
             raise ConfigError(f"{named('eval_data')} names {twice[0]} twice; leave one of the two out")
         self._check_teachers()

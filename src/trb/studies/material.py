@@ -284,7 +284,7 @@ def load_material(run: RunConfig, args: TRBConfig, *, doubtful: bool = True) -> 
             its = value_for(name, teacher)
             doubts.warn(doubts.of_pair(student, its, same=same, name=name))
             doubts.warn(doubts_of_base(pair))
-            doubts.warn(doubts.of_lengths(args, run.max_prompt_length, student, its))
+            doubts.warn(doubts.of_lengths(args, student, its, run.max_prompt_length, run.eval_max_new_tokens))
             doubts.warn(chat_doubts(run, args, tokenizer, value_for(name, teacher_tokenizer), prompts))
         doubts.warn(doubts.of_rate(args, student, adapters=bool(run.lora_rank) or trains_own_adapter(run)))
         doubts.warn(data_doubts(run))
@@ -383,8 +383,7 @@ def training_prompts(
         )
         longest, options = run.max_prompt_length, template_options(args)
         prompts = check_lengths(prompts, tokenizer, longest, run.overlong_prompts, **options)
-    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    needed = batch // args.num_generations
+    needed = args.completions_per_step // args.num_generations
     if len(prompts) - run.held_out_prompts < needed:
         raise ConfigError(
             f"{run.train_data} has {len(prompts)} prompts, {run.held_out_prompts} of them held out: fewer than the "

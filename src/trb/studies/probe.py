@@ -19,7 +19,7 @@ from trb.models.sharing import is_shared
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.safety.files import finite, json_types
-from trb.sampling.uniforms import SEEDS
+from trb.sampling.uniforms import SEED_BOUNDS, SEEDS
 from trb.studies import provenance
 from trb.studies.advice import advise, outlook
 from trb.studies.claims import left_as_found
@@ -241,7 +241,7 @@ class _Settings:
             template_options=template_options(args),
             teacher_system_prompt=args.teacher_system_prompt,
             teacher_prompt_template=args.teacher_prompt_template,
-            dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+            dtype=args.autocast_dtype,
             device=str(args.device),
             **given,
         )
@@ -254,7 +254,7 @@ class _Settings:
             if getattr(self, name) < 1:
                 raise InputError(f"{named(name)} must be at least 1, got {getattr(self, name)}")
         if not (isinstance(self.seed, int) and self.seed in SEEDS):  # of floats Python tries one by one
-            raise InputError(f"{named('seed')} must lie in [0, 2**32), got {self.seed}")
+            raise InputError(f"{named('seed')} must lie in {SEED_BOUNDS}, got {self.seed}")
         check_truncations(self.truncations, self.max_new_tokens)
         for budget in (*self.budgets, self.kl_budget):
             TrustRegionPolicy(budget)

@@ -182,7 +182,7 @@ def make_recipe(
             )
     try:
         run = RunConfig(**{key: value for key, value in checked.items() if key in run_keys})
-    except ConfigError as error:
+    except InputError as error:
         raise ConfigError(f"{source}: {error}") from error
     recipe = Recipe(run, {key: value for key, value in checked.items() if key not in run_keys}, source)
     if any(key in CHOICES for key in overrides or {}):

@@ -393,8 +393,8 @@ def _read_scores(path: Path) -> list[dict[str, Any]] | None:
 
 def precision(args: TRBConfig) -> AbstractContextManager[Any]:
     """The autocast context that training runs in."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype=dtype)
+    dtype = args.autocast_dtype
+    return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype=getattr(torch, dtype))
 
 
 def rows_in_flight(model: PreTrainedModel, tokens: int, device: torch.device) -> int:

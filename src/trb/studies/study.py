@@ -31,7 +31,7 @@ from pydantic import (
 
 from trb.errors import InputError, did_you_mean
 from trb.records import REFERENCE, role_name
-from trb.sampling.uniforms import SEEDS
+from trb.sampling.uniforms import SEED_BOUNDS, SEEDS
 from trb.studies.keys import TOOL_KEYS, run_fields
 from trb.studies.places import Places
 from trb.studies.recipe import Recipe, make_recipe
@@ -90,7 +90,7 @@ def _few(count: int) -> int:
 
 def _seed(value: int) -> int:
     if value not in SEEDS:
-        raise InputError(f"a seed is {value}; it must lie in [0, 2**32)")
+        raise InputError(f"a seed is {value}; it must lie in {SEED_BOUNDS}")
     return value
 
 
@@ -256,7 +256,7 @@ class Study(_Part):
         if isinstance(seeds, range):
             _few(len(seeds))
             if seeds[-1] not in SEEDS:
-                raise InputError(f"seeds ends with {seeds[-1]}; a seed must lie in [0, 2**32)")
+                raise InputError(f"seeds ends with {seeds[-1]}; a seed must lie in {SEED_BOUNDS}")
         test = list(seeds) if isinstance(seeds, range) else own[:seeds]
         self.seeds.check_fresh(test)
         return self.model_copy(

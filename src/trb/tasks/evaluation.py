@@ -11,7 +11,6 @@ serving engines; sampling goes through whatever `sampler` is given.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from trb.measures import OUTCOMES, PER_TOKEN, pass_at_1_interval
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
 from trb.policies import StudentPolicy
+from trb.safety.files import stable_json
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.tasks.conversations import conversation_of
 from trb.tasks.grading import Verifier, can_be_scored
@@ -165,21 +165,37 @@ def evaluate(
 ) -> EvalResult:
     """Sample `n` completions of every problem, score them and return pass@1 with its 95% interval.
 
-    `problems` are rows of `trb.tasks.prompts.load_prompts`, each with something to score against; or none of them, and
-    a `judge`, whose teacher reads the completions: the score is then the reverse KL to it. `max_rows` bounds the
-    completions in flight. With `results_path`, finished problems are appended there in order (one JSON object
-    per line under a header of settings), and a later call with the same settings continues the file. Of the models
-    they have what `about` says: without it, use one file per model and step. `save_completions` keeps that many
-    completions per problem in the file as text, and the question, of the first 2,000 problems. `sampler` has the
-    signature of `trb.sampling.sample`; its `settings`, if it has any, join those of the file. With `ranks`, every
-    process of a launch calls this with the same arguments and a whole model: they share the problems, the first one
-    keeps the file, and all return the result. `vocabulary` is that of the model's pair, whose stop ids then end a
-    completion as they do in training; by default the model's own do. Either way all rows of its head take part, as in
-    any engine that loads it, unless there is a judge to read them.
+    Args:
+        model: a causal LM.
+        tokenizer: the model's, with its chat template.
+        problems: rows of `trb.tasks.prompts.load_prompts`, each with something to score against; or none of them, and a
+            `judge` reads their completions.
+        n: completions of each problem.
+        max_new_tokens: the longest completion, stop token included.
+        temperature: divides the logits.
+        seed: of the draws, which are functions of (seed, name, prompt, rollout index, position).
+        max_rows: bounds the completions in flight.
+        results_path: finished problems are appended there in order (one JSON object per line under a header of
+            settings), and a later call with the same settings continues the file. Of the models they have what `about`
+            says: without it, use one file per model and step.
+        verifier: scores completions; by default one of this call's own.
+        name: of the set of problems: in the result, in errors, and in the random streams.
+        progress: whether a bar is shown on the terminal's error output.
+        save_completions: so many completions per problem are kept in the file as text, and the question, of the first
+            2,000 problems.
+        sampler: with the signature of `trb.sampling.sample`; its `settings`, if it has any, join those of the file.
+        ranks: with them, every process of a launch calls this with the same arguments and a whole model: they share the
+            problems, the first one keeps the file, and all return the result.
+        vocabulary: that of the model's pair, whose stop ids then end a completion as they do in training; by default
+            the model's own do. Either way all rows of its head take part, as in any engine that loads it, unless there
+            is a judge to read them.
+        judge: of problems that nothing can be scored against: the score is then the reverse KL to its teacher.
+        about: settings of the file beside this call's own, as JSON types: which model it is.
 
-    Raises ValueError for a problem without an answer among others that have one, or without a judge, for one that is
-    too long for the model, and for a results file of other settings or content; NonFiniteLogitsError, naming the
-    problem, where the model's logits are NaN or infinite.
+    Raises:
+        ValueError: a problem without an answer among others that have one, or without a judge; one that is too long for
+            the model; a results file of other settings or content.
+        NonFiniteLogitsError: the model's logits are NaN or infinite; names the problem.
     """
     # Another sampler may have other limits than the model's own.
     limited = model if sampler is sample else None
@@ -295,8 +311,8 @@ def _fingerprint(prompts: list[list[int]], rows: list[dict[str, Any]]) -> str:
     """A hash of everything about the problems that a score depends on."""
     digest = hashlib.sha256()
     for prompt, row in zip(prompts, rows, strict=True):
-        scoring = [row["answer"], row.get("verifier"), row.get("metadata")]
-        digest.update(json.dumps([prompt, *scoring]).encode())
+        scoring = [row.get("answer"), row.get("verifier"), row.get("metadata")]
+        digest.update(stable_json([prompt, *scoring]).encode())
     return digest.hexdigest()[:16]
 
 

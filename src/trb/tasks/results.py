@@ -76,9 +76,9 @@ def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path
     if not isinstance(written, dict):
         raise InputError(f"{path} is not a results file of an evaluation; use {_elsewhere()}")
     differences = [
-        f"{named(key)} is {written.get(key)!r} there and {value!r} here"
-        for key, value in settings.items()
-        if written.get(key) != value
+        f"{named(key)} is {written.get(key)!r} there and {settings.get(key)!r} here"
+        for key in {**settings, **written}
+        if written.get(key) != settings.get(key)
     ]
     if differences:
         raise InputError(

@@ -294,8 +294,7 @@ def teacher_routes(
 
 def _check_not_in_vllm(args: TRBConfig, why: str) -> None:
     """Refuse rollouts that would be blended by an engine."""
-    blends = args.use_vllm and args.vllm_mode == "colocate" and args.vllm_blended
-    if blends and needs_teacher(behavior_of(args), 0):
+    if args.blends_in_vllm and needs_teacher(behavior_of(args), 0):
         raise InputError(
             f"{why}: set vllm_blended=False, which blends in this process and leaves plain rollouts to vLLM"
         )

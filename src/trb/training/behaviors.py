@@ -17,16 +17,25 @@ from trb.training.halves import Behavior, BudgetSchedule, Half, Scheduled
 if TYPE_CHECKING:
     from trb.policies import BehaviorPolicy
 
-__all__ = ["BEHAVIORS", "BLEND_WARMUP_STEPS", "BUDGET_SCHEDULES", "budget_schedule_of", "sequence_budget_of"]
+__all__ = [
+    "BEHAVIORS",
+    "BLEND_WARMUP_STEPS",
+    "BUDGET_SCHEDULES",
+    "DEFAULT_BUDGET",
+    "FALLING",
+    "HELD",
+    "budget_schedule_of",
+    "sequence_budget_of",
+]
 
-_DEFAULT_BUDGET = 0.01  # the paper's choice, nats per token
+DEFAULT_BUDGET = 0.01  # the paper's choice, nats per token
 BLEND_WARMUP_STEPS = 25  # and its K
 _UNKNOWN = 1 << 40  # steps, of a training that has not begun
 
 # Nats of a completion: of what holds them to the end, and of what falls, which begins nearly at the teacher and is over
 # after the first of so many equal parts of the training. Chosen on seeds that no result is reported of
 # (docs/experiments.md, 29 November 2026).
-_HELD, _FALLING, _FALLING_PARTS = 1.0, 16.0, 5
+HELD, FALLING, _FALLING_PARTS = 1.0, 16.0, 5
 
 Length: TypeAlias = Callable[[], int]
 
@@ -36,7 +45,7 @@ def _falling(kind: str) -> Callable[[Any, Length], Schedule]:
 
 
 def _initial_budget(args: Any) -> float:
-    return _DEFAULT_BUDGET if args.initial_kl_budget is None else float(args.initial_kl_budget)
+    return DEFAULT_BUDGET if args.initial_kl_budget is None else float(args.initial_kl_budget)
 
 
 def budget_schedule_of(args: Any) -> str:
@@ -46,7 +55,7 @@ def budget_schedule_of(args: Any) -> str:
     return "sequence-linear" if args.initial_kl_budget is None and args.blend_warmup_steps is None else "linear"
 
 
-def sequence_budget_of(args: Any, default: float = _HELD) -> float:
+def sequence_budget_of(args: Any, default: float = HELD) -> float:
     """B of a configuration, nats per completion."""
     return default if args.sequence_kl_budget is None else float(args.sequence_kl_budget)
 
@@ -62,7 +71,7 @@ def _falling_sequence(args: Any, length: Length) -> Schedule:
         # Before training begins its length is not known; the first step has all of the budget whatever it is.
         return math.ceil((length() or _UNKNOWN) / _FALLING_PARTS)
 
-    held = _sequence(args, length, sequence_budget_of(args, _FALLING))
+    held = _sequence(args, length, sequence_budget_of(args, FALLING))
     return replace(held, left=Ramp(1.0, 0.0, None, steps))
 
 

@@ -15,13 +15,14 @@ from transformers.utils import logging
 from trl import DistillationConfig
 
 from trb.errors import InputError, did_you_mean
+from trb.losses.terms import TOP_K
 from trb.records import ROLLOUTS
 from trb.safety.untrusted import check_text
 from trb.sampling import SAMPLERS
-from trb.sampling.uniforms import SEEDS
+from trb.sampling.vllm.served import REQUEST_SECONDS
 from trb.tools import TOOLS
 from trb.training import privileged
-from trb.training.behaviors import BLEND_WARMUP_STEPS, budget_schedule_of
+from trb.training.behaviors import BLEND_WARMUP_STEPS, DEFAULT_BUDGET, FALLING, HELD, budget_schedule_of
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, check_choice, check_choices, halves
 from trb.training.numbers import check_numbers
 
@@ -72,6 +73,9 @@ class _Preferred(int):
     """A number that nobody chose, and that may give way."""
 
 
+_ROLLOUTS = _Preferred(4)
+
+
 @dataclass
 class TRBConfig(DistillationConfig):
     """Every knob of `TRBTrainer`, on top of TRL's `DistillationConfig`.
@@ -105,30 +109,32 @@ class TRBConfig(DistillationConfig):
         },
     )
     num_generations: int = field(
-        default=_Preferred(4),
+        default=_ROLLOUTS,
         metadata={
-            "help": "Rollouts per prompt in an optimizer step. Left out, the largest number up to 4 that divides its "
-            "completions."
+            "help": "Rollouts per prompt in an optimizer step. Left out, the largest number up to "
+            f"{_ROLLOUTS} that divides its completions."
         },
     )
     initial_kl_budget: float | None = field(
         default=None,
         metadata={
-            "help": "ε0 of trb and fixed: KL(behavior || student) per token, in nats. None is 0.01 where one is read; "
-            "with budget_schedule=gap, what spends sequence_kl_budget."
+            "help": "ε0 of trb, fixed and share: KL(behavior || student) per token, in nats. None is "
+            f"{DEFAULT_BUDGET:g} where one is read; with budget_schedule=gap, what spends sequence_kl_budget."
         },
     )
     sequence_kl_budget: float | None = field(
         default=None,
         metadata={
             "help": "B of budget_schedule=sequence, sequence-linear and gap, and of geometric: KL(behavior || student) "
-            "of a whole completion, in nats, on average. None is 1; with budget_schedule=sequence-linear, 16."
+            f"of a whole completion, in nats, on average. None is {HELD:g}; with budget_schedule=sequence-linear, "
+            f"{FALLING:g}."
         },
     )
     blend_warmup_steps: int | None = field(
         default=None,
         metadata={
-            "help": "K of trb: optimizer steps until the budget is 0 and the teacher stops sampling. None is 25."
+            "help": "K of trb and share: optimizer steps until the budget, or the share, is 0 and the teacher stops "
+            f"sampling. None is {BLEND_WARMUP_STEPS}."
         },
     )
     budget_schedule: str | None = field(
@@ -143,7 +149,7 @@ class TRBConfig(DistillationConfig):
         default=None,
         metadata={
             "help": "Share of each prompt's rollouts that are drawn from the behavior; the others are the student's "
-            "own. None is 1; with budget_schedule=gap, which compares the two, 0.75."
+            f"own. None is 1; with budget_schedule=gap, which compares the two, {BUDGET_SCHEDULES['gap'].share:g}."
         },
     )
     teacher_weight: float | None = field(
@@ -186,7 +192,7 @@ class TRBConfig(DistillationConfig):
         default=0.8, metadata={"help": "eopd: nats of the teacher's entropy above which the forward KL is added."}
     )
     forward_top_k: int = field(
-        default=16,
+        default=TOP_K,
         metadata={
             "help": "eopd and tropd: support of the forward KL, the teacher's k likeliest tokens; 0 for the vocabulary."
         },
@@ -198,7 +204,7 @@ class TRBConfig(DistillationConfig):
         default=0.5, metadata={"help": "iw: the first token of a completion weighs 1 + gamma, the last one about 1."}
     )
     loss_top_k: int = field(
-        default=16,
+        default=TOP_K,
         metadata={"help": "Support of the loss: the student's k likeliest tokens; 0 for the vocabulary."},
     )
     loss_chunk_tokens: int | None = field(
@@ -267,7 +273,7 @@ class TRBConfig(DistillationConfig):
         },
     )
     vllm_request_timeout: float = field(
-        default=600.0,
+        default=REQUEST_SECONDS,
         metadata={
             "help": "With vllm_mode=server: seconds that one request to the server may take, to the last byte of its "
             "answer; then the run ends with an error."
@@ -345,8 +351,6 @@ class TRBConfig(DistillationConfig):
         for name in self.report_to:
             check_choice("report_to", name, INTEGRATION_TO_CALLBACK)
         self._check_scheduler()
-        if int(self.seed) not in SEEDS:  # of other kinds of integers Python would try them one by one
-            raise InputError(f"seed is {self.seed}; it must lie in [0, 2**32)")
         if "chat_template" in (self.chat_template_kwargs or {}):
             raise InputError(
                 "chat_template_kwargs sets chat_template; set the tokenizer's chat_template instead (in recipes, "
@@ -425,6 +429,16 @@ class TRBConfig(DistillationConfig):
     def completions_per_step(self) -> int:
         """Of one optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    @property
+    def autocast_dtype(self) -> str | None:
+        """What a step computes in; None where that is the weights' own dtype."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
+
+    @property
+    def blends_in_vllm(self) -> bool:
+        """Whether rollouts that need the teacher come from vLLM, should there be any."""
+        return self.use_vllm and self.vllm_mode == "colocate" and self.vllm_blended
 
     def _fitting_generations(self, preferred: int) -> int:
         batch = self.completions_per_step

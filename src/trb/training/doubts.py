@@ -26,6 +26,7 @@ __all__ = [
     "STUDENT_TEMPLATE",
     "TEACHER_TEMPLATE",
     "Doubt",
+    "longest_completion",
     "of_chats",
     "of_lengths",
     "of_pair",
@@ -90,8 +91,8 @@ def steps_of(args: TRBConfig, prompts: int) -> int:
     """Optimizer steps of a run with so many prompts."""
     if args.max_steps > 0:
         return int(args.max_steps)
-    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return math.ceil(max(1, prompts // max(1, batch // args.num_generations)) * args.num_train_epochs)
+    prompts_per_step = max(1, args.completions_per_step // args.num_generations)
+    return math.ceil(max(1, prompts // prompts_per_step) * args.num_train_epochs)
 
 
 def of_settings(args: TRBConfig, steps: int | None) -> Iterator[Doubt]:
@@ -156,19 +157,33 @@ def of_pair(
         yield Doubt("weights", f"student and {whose} are the same model, so the loss is 0", _ANOTHER)
 
 
+def longest_completion(args: TRBConfig, eval_max_new_tokens: int | None) -> int:
+    """Of training and evaluation, which may have a length of its own."""
+    return max(int(args.max_completion_length or 0), eval_max_new_tokens or 0)
+
+
 def of_lengths(
-    args: TRBConfig, max_prompt_length: int, student: "PreTrainedModel", teacher: "PreTrainedModel"
+    args: TRBConfig,
+    student: "PreTrainedModel",
+    teacher: "PreTrainedModel",
+    max_prompt_length: int,
+    eval_max_new_tokens: int | None,
+    taught: int | None = None,
 ) -> Iterator[Doubt]:
-    """Of the longest prompts that are let through, whatever the data has."""
-    longest = max_prompt_length + int(args.max_completion_length or 0)
-    for role, model in (("student", student), ("teacher", teacher)):
+    """Of the longest prompts that are let through, whatever the data has; `taught` is the length of the teacher's own
+    longest one, where that is another and known."""
+    completion = longest_completion(args, eval_max_new_tokens)
+    for role, model, prompt in (
+        ("student", student, max_prompt_length),
+        ("teacher", teacher, taught or max_prompt_length),
+    ):
         limit = position_limit(model)
-        if limit is not None and longest > limit:
+        if limit is not None and prompt + completion > limit:
             yield Doubt(
                 "lengths",
-                f"prompts of up to {max_prompt_length} tokens and completions of up to "
-                f"{args.max_completion_length} do not fit the {limit} positions of the {role}",
-                "Lower max_prompt_length or max_completion_length",
+                f"prompts of up to {prompt} tokens and completions of up to {completion} do not fit the {limit} "
+                f"positions of the {role}",
+                "Lower max_prompt_length, max_completion_length or eval_max_new_tokens",
             )
             return
 

@@ -6,7 +6,7 @@ Left out: which there are (`trb.training.behaviors`, `trb.training.targets`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -38,6 +38,10 @@ class Scheduled(Generic[T]):
     def at(self, step: int) -> T:
         return self.make(self.schedule.value(step))
 
+    def schedules(self) -> Iterator[Schedule]:
+        """All of them."""
+        return (value for value in vars(self).values() if isinstance(value, Schedule))
+
 
 Behavior: TypeAlias = "Scheduled[BehaviorPolicy]"
 Target: TypeAlias = "Scheduled[Loss]"
@@ -68,7 +72,8 @@ class Half(Generic[T]):
     Attributes:
         text: what it does, in a few words, for `--help`.
         build: from a `TRBConfig`, and a function that gives the number of training steps once training has begun.
-        knobs: fields of the configuration that `build` reads, and nothing else does.
+        knobs: fields of the configuration that do something only where such a half is chosen. `build` may also read
+            what every run has (`max_completion_length`).
         choice: one more, whose value decides which others are read; None for none.
         kinds: what that one may be.
     """

@@ -136,10 +136,11 @@ class MeasuredTrainer(CallingTrainer):
             # The student is then its own behavior policy. Of another law without a teacher, nothing is known.
             self._add(mode, "kl_teacher", metrics.reverse_kl.sum().item(), tokens)
         if tokens and metrics.support_mass.mean() < _THIN_SUPPORT:
+            # What is measured must stay out of the text: only the same one is said once.
             logger.warning_once(
-                f"the student's top {self.args.loss_top_k} tokens hold only {metrics.support_mass.mean():.0%} of its "
-                "probability: the truncated loss can then drive probability into the tail. Set loss_top_k=0 (the full "
-                "vocabulary), or a larger one, until the student is sharper"
+                f"the student's top {self.args.loss_top_k} tokens hold less than {_THIN_SUPPORT:.0%} of its "
+                "probability (trb/support_mass): the truncated loss can then drive probability into the tail. Set "
+                "loss_top_k=0 (the full vocabulary), or a larger one, until the student is sharper"
             )
 
     def _add_teachers_metrics(self, name: str | None, metrics: TokenMetrics) -> None:

@@ -82,19 +82,13 @@ METHODS: dict[str, Method] = {
         *("teacher_first", "supervised_first", "SFT warm-up"),
         "the first updates are supervised on teacher completions of the same prompts",
     ),
-    "veto": Method(
-        *("student", "veto", "Veto"),
-        "the loss matches softmax(log teacher + strength * log student), strength falling to 0",
-    ),
+    "veto": Method("student", "veto", "Veto", TARGETS["veto"].text),
     "eopd": Method(
         *("student", "eopd", "EOPD"), "reverse KL, plus forward KL at tokens where the teacher's entropy is high"
     ),
     "tip": Method(*("student", "tip", "TIP"), "reverse KL at the share of tokens that matter most"),
-    "tropd": Method(
-        *("student", "tropd", "TrOPD"),
-        "reverse KL as far as the teacher would keep the token, forward KL as far as not",
-    ),
-    "iw": Method(*("student", "iw", "IW-OPD"), "reverse KL that counts less the more the completion has gone astray"),
+    "tropd": Method("student", "tropd", "TrOPD", TARGETS["tropd"].text),
+    "iw": Method("student", "iw", "IW-OPD", TARGETS["iw"].text),
     "share": Method(
         *("annealed_share", "reverse_kl", "Annealed share"),
         "a share of the rollouts is blended with initial_kl_budget, falling from 1 to 0",
@@ -189,13 +183,11 @@ def every_knob() -> set[str]:
 
 def owners_of(knob: str) -> list[str]:
     """Whose knob it is, in words; nobody's if it is no knob."""
-    kinds: tuple[tuple[str, Mapping[str, Half]], ...] = (("behavior", BEHAVIORS), ("loss", TARGETS))
-    halves_of = {
-        name for table in (BEHAVIORS, TARGETS) for name, half in table.items() if knob in (*half.knobs, half.choice)
-    }
-    methods = [name for name, method in METHODS.items() if {method.behavior, method.loss} & halves_of]
+    tables: tuple[Mapping[str, Half[Any]], ...] = (BEHAVIORS, TARGETS)
+    behaviors, losses = (
+        [name for name, half in table.items() if knob in (*half.knobs, half.choice)] for table in tables
+    )
+    methods = [name for name, method in METHODS.items() if method.behavior in behaviors or method.loss in losses]
     owners = [f"method: {', '.join(methods)}"] if methods else []
-    owners += [
-        f"{kind}: {name}" for kind, table in kinds for name, half in table.items() if knob in (*half.knobs, half.choice)
-    ]
+    owners += [*(f"behavior: {name}" for name in behaviors), *(f"loss: {name}" for name in losses)]
     return owners + [f"budget_schedule: {name}" for name, kind in BUDGET_SCHEDULES.items() if knob in kind.knobs]

@@ -6,14 +6,15 @@ leave the rest for whatever meets them first. Left out: numbers of which only on
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from trb.errors import InputError, real, shown
+from trb.sampling.uniforms import SEED_BOUNDS, SEEDS
 from trb.vocab import TEMPERATURES
 
-__all__ = ["check_numbers", "checked_numbers"]
+__all__ = ["check_numbers"]
 
 
 class _Kind(NamedTuple):
@@ -60,7 +61,8 @@ _KINDS = (
     ),
     _Kind("at least 0, where 0 keeps all", lambda value: value >= -1, "save_total_limit", True),  # -1 as 0, to them
     _Kind("at least 1, or -1 for num_train_epochs", lambda value: value >= 1 or value == -1, "max_steps", True),
-    _Kind("in [0, 2**32)", lambda value: True, "seed", whole=True),  # the bounds are the configuration's to check
+    # Python looks for integers of other kinds by trying one after the other.
+    _Kind(f"in {SEED_BOUNDS}", lambda value: int(value) in SEEDS, "seed", whole=True),
     _Kind("a port, from 1 to 65535", lambda value: 1 <= value <= 65535, "vllm_server_port vllm_group_port", True),
     _Kind("a non-negative number of nats", lambda value: value >= 0, "initial_kl_budget eopd_entropy"),
     _Kind("at least 0", lambda value: value >= 0, "veto_strength iw_gamma max_grad_norm eval_delay"),
@@ -94,12 +96,6 @@ _KINDS = (
     _Kind("in [0, 1]", lambda value: 0 <= value <= 1, "behavior_share initial_prefix_share teacher_weight"),
     _Kind("above 0 and at most 1", lambda value: 0 < value <= 1, "tip_share vllm_gpu_memory_utilization"),
 )
-
-
-def checked_numbers() -> Iterator[str]:
-    """The options that `check_numbers` looks at."""
-    for kind in _KINDS:
-        yield from kind.names.split()
 
 
 def _may_be_none(kind: type) -> set[str]:

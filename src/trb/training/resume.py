@@ -29,14 +29,13 @@ from transformers import PreTrainedTokenizerBase
 from trb.errors import InputError
 from trb.models.modeling import without_adapters
 from trb.records import RUN
-from trb.safety.files import json_types
+from trb.safety.files import json_types, stable_json
 from trb.training.methods import behavior_of, every_knob, knobs_of, target_of
 from trb.training.privileged import CONTEXT, WHOLE
 from trb.training.routes import Routes
 from trb.vocab import SharedVocabulary
 
 __all__ = [
-    "COMPARED",
     "FREE",
     "LAYOUT",
     "LENGTH",
@@ -71,9 +70,8 @@ _FREE_BECAUSE = {
         sampler block_size rollout_batch_size""",
     "lays out the same sums, so that only rounding differs": """
         loss_chunk_tokens gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
-        activation_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode use_cache
-        torch_empty_cache_steps pad_to_multiple_of full_determinism use_cpu teacher_sharded
-        teacher_offload ds3_gather_for_generation""",
+        activation_checkpointing_kwargs use_cache torch_empty_cache_steps pad_to_multiple_of full_determinism use_cpu
+        teacher_sharded teacher_offload ds3_gather_for_generation""",
     "says how processes and workers talk": """
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
         dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_static_graph ddp_backend
@@ -87,32 +85,13 @@ FREE = {name: reason for reason, names in _FREE_BECAUSE.items() for name in name
 # Compared where the learning rate, or another schedule, depends on how long training is.
 LENGTH = ("max_steps", "num_train_epochs")
 
-# Compared if the number of completions in an optimizer step differs, or if each process averages for itself.
+# Compared if the number of completions in an optimizer step differs.
 LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 
-# Compared as they stand. An option that is in no list is compared as well: this one says that it was thought of.
-_COMPARED = """
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
-    adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor average_tokens_across_devices
-    neftune_noise_alpha auto_find_batch_size bf16 fp16 bf16_full_eval fp16_full_eval tf32 use_liger_kernel
-    liger_kernel_config eval_strategy eval_steps eval_delay load_best_model_at_end metric_for_best_model
-    greater_is_better ignore_data_skip restore_callback_states_from_checkpoint seed data_seed accelerator_config
-    parallelism_config dataloader_drop_last dataloader_in_order remove_unused_columns ddp_broadcast_buffers fsdp
-    fsdp_config deepspeed model_init_kwargs trust_remote_code teacher_model_revision teacher_model_init_kwargs
-    disable_dropout max_completion_length shuffle_dataset temperature top_p top_k min_p generation_kwargs
-    chat_template_kwargs repetition_penalty cache_implementation use_vllm vllm_mode vllm_model_impl
-    vllm_structured_outputs_regex vllm_max_model_length vllm_tensor_parallel_size vllm_blended beta method
-    behavior loss num_generations initial_kl_budget blend_warmup_steps budget_schedule skd_teacher_top_k
-    sequence_kl_budget behavior_share teacher_weight initial_horizon horizon_steps
-    initial_prefix_share prefix_steps
-    skd_teacher_temperature initial_temperature temperature_warmup_steps sft_warmup_steps veto_strength veto_steps
-    eopd_entropy forward_top_k tip_share iw_gamma loss_top_k replica_dtype per_device_train_batch_size
-    gradient_accumulation_steps teacher_system_prompt teacher_prompt_template max_tool_calling_iterations
-    tool_max_characters tools teacher_column"""
-COMPARED = tuple(_COMPARED.split())
-
-# Schedules of transformers that are functions of the step alone; warmup_steps below 1 is a share of the length.
+# Schedules of transformers that are functions of the step alone, and those that read warmup_steps, which is a
+# share of the length below 1.
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+_WARMED_UP = ("constant_with_warmup", "inverse_sqrt")
 # A resumed optimizer takes these from the checkpoint, whatever the configuration says.
 _KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
@@ -209,12 +188,12 @@ def _dataset(dataset: Any, routes: Routes | None) -> dict[str, Any]:
         return {}
     rows = len(dataset)
     indices = spread(rows, SAMPLED_ROWS)
-    sampled = {key: _digest(map(json.dumps, _column(dataset, name, indices))) for key, name in _COLUMNS.items()}
+    sampled = {key: _digest(map(stable_json, _column(dataset, name, indices))) for key, name in _COLUMNS.items()}
     for key, name in _TEACHERS_COLUMNS.items():
         values = list(_column(dataset, name, indices))
-        sampled[key] = _digest(map(json.dumps, values if any(value is not None for value in values) else ()))
+        sampled[key] = _digest(map(stable_json, values if any(value is not None for value in values) else ()))
     if routes is not None:
-        sampled["teachers"] = _digest(map(json.dumps, _column(dataset, routes.column, indices)))
+        sampled["teachers"] = _digest(map(stable_json, _column(dataset, routes.column, indices)))
     return {"rows": rows, **sampled}
 
 
@@ -310,10 +289,10 @@ def read(checkpoint: Path) -> dict[str, Any] | None:
 def length_matters(args: Any) -> bool:
     """Whether a step's results depend on how many steps are to come."""
     schedule = plain(args.lr_scheduler_type)
-    warmup_is_share = schedule in _ENDLESS[1:3] and 0 < args.warmup_steps < 1
+    warmup_is_share = schedule in _WARMED_UP and 0 < args.warmup_steps < 1
     behavior, target = behavior_of(args), target_of(args)
-    scheduled = (each.follows_length for each in (behavior.schedule, behavior.share, target.schedule))
-    return schedule not in _ENDLESS or warmup_is_share or any(scheduled)
+    schedules = (*behavior.schedules(), *target.schedules())
+    return schedule not in _ENDLESS or warmup_is_share or any(each.follows_length for each in schedules)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, length: bool) -> list[Difference]:
@@ -330,7 +309,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], *, length: boo
     ignored = {*FREE, *(() if length else LENGTH)}
     if length and now["max_steps"] > 0:
         ignored.add("num_train_epochs")  # max_steps wins
-    if _completions(saved) == _completions(now) and now.get("average_tokens_across_devices"):
+    if _completions(saved) == _completions(now):
         ignored.update(LAYOUT)
     shared = [key for key in now if key in saved and key not in ignored]
     return [Difference(key, saved[key], now[key]) for key in shared if saved[key] != now[key]]

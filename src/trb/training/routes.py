@@ -49,7 +49,7 @@ class Routes:
     Attributes:
         column: of the data; it holds a name in every row.
         names: of the teachers.
-        required: whether data may be without the column.
+        required: whether data without the column is refused; if not, nobody's rows are there.
     """
 
     column: str

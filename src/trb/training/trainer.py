@@ -81,6 +81,7 @@ from trb.training.metrics import Observers, Sums
 from trb.training.pair import check_router_loss, check_trained, checked_student, loaded_teachers, teacher_tokenizers
 from trb.training.ranks import Ranks
 from trb.training.recording import RunRecorder, survive_failures
+from trb.training.routes import Named
 from trb.training.saving import ResumableTrainer
 from trb.training.sharding import (
     ExpireOnUpdate,
@@ -150,7 +151,6 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
     args: TRBConfig
     model: Any  # transformers declares it optional; it never is after construction
 
-    # long because TRL's constructor takes every argument by name, and the parts are set up in an order that matters
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -198,6 +198,15 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
+        self._set_up_models(teacher_model, tokenizers)
+        self.reward_fn = reward_fn
+        self._set_up_records()
+
+    # ---- set-up ----
+
+    def _set_up_models(self, teacher_model: TeacherArgument, tokenizers: Named) -> None:
+        """The teachers, and what both models are sampled and scored with; the order of the steps matters."""
+        args = self.args
         models = loaded_teachers(teacher_model, args, self.model, self.accelerator)
         if shards_parameters(self.accelerator):
             check_sharding(self.accelerator, self.model, *models.values())
@@ -210,17 +219,20 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         self._student_replica = self._replica()
         self._teacher_is_sharded = False
         self._warmup_engine: WarmupEngine | None = None
-        if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_blended:
+        if args.blends_in_vllm:
             # Of several teachers none is ever asked for there (`trb.training.arguments`).
             self._warmup_engine = WarmupEngine(self.vllm_generation, self.model, next(iter(models.values())), args)
             self.add_callback(ReleaseEngine(self._warmup_engine))
         self.teachers = [self._prepared_teacher(name, model, heads[name], tokenizers) for name, model in models.items()]
         self.teacher_model = self.teachers[0].model if self._routes is None else None
-        self.reward_fn = reward_fn
-        self.recorder = RunRecorder(str(args.output_dir))
+
+    def _set_up_records(self) -> None:
+        """What is remembered of steps and rollouts, and who is told of them."""
+        directory = str(self.args.output_dir)
+        self.recorder = RunRecorder(directory)
         self.add_callback(self.recorder)
         survive_failures(self.callback_handler.callbacks)
-        self._guard = StepGuard(Path(str(args.output_dir)) / SKIPPED)
+        self._guard = StepGuard(Path(directory) / SKIPPED)
         self._loss_before = torch.zeros(())
         self._sums = {"train": Sums(), "eval": Sums()}
         self._observers = Observers({"behavior": self.behavior.schedule, "loss": self.target.schedule})
@@ -229,8 +241,6 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         self._policy: BehaviorPolicy = StudentPolicy()
         self._all_own, self._of_both_kinds, self._blended = True, False, list[bool]()
         self._taught_by, self._scored = list[int](), cast(list[Tensor] | None, None)
-
-    # ---- set-up ----
 
     def _replica(self) -> Replica | None:
         """The student's whole copy to sample from, where training will shard the student."""
@@ -243,8 +253,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
                 f"teacher_sharded=True saves nothing with behavior {pair_of(self.args)[0]}, whose sampler needs the "
                 "whole teacher at every step; leave it at False"
             )
-        mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        dtype = REPLICA_DTYPES[self.args.replica_dtype] or mixed
+        dtype = REPLICA_DTYPES[self.args.replica_dtype] or REPLICA_DTYPES[self.args.autocast_dtype or "auto"]
         replica = Replica(self.model, device=self.accelerator.device, dtype=dtype)
         self.add_callback(ExpireOnUpdate(replica))
         return replica

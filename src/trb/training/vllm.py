@@ -36,7 +36,7 @@ from trb.models.modeling import has_adapters, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling import Engine, EngineOptions, Rollout
 from trb.sampling.vllm import BlendEngine, drafting_room, generators_kept, repack_heads, require_supported_version
-from trb.sampling.vllm.served import Answer, ask, check_completion
+from trb.sampling.vllm.served import REQUEST_SECONDS, Answer, ask, check_completion
 from trb.training.ranks import Ranks
 
 __all__ = [
@@ -137,9 +137,7 @@ class SharedEngine:
 
 def _dtype(args: Any, student: Any) -> str:
     """What the models compute in: autocast's dtype, or the student's own."""
-    if args.bf16 or args.fp16:
-        return "bfloat16" if args.bf16 else "float16"
-    return str(student.dtype).removeprefix("torch.")
+    return args.autocast_dtype or str(student.dtype).removeprefix("torch.")
 
 
 @contextmanager
@@ -198,7 +196,7 @@ class DeferredGeneration(VLLMGeneration):
 
     _started = False
 
-    def __init__(self, *args: Any, request_timeout: float = 600.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, request_timeout: float = REQUEST_SECONDS, **kwargs: Any) -> None:
         self.request_timeout = request_timeout
         super().__init__(*args, **kwargs)
 

@@ -39,7 +39,7 @@ from trb.sampling.vllm.plugin import (
     repack_heads,
     require_supported_version,
 )
-from trb.sampling.vllm.served import ask, check_completion, check_numbers
+from trb.sampling.vllm.served import REQUEST_SECONDS, ask, check_completion, check_numbers
 from trb.sampling.vllm.verification import BlendRequest
 from trb.vocab import SharedVocabulary
 
@@ -237,7 +237,7 @@ class ServedEngine:
         timeout_s: seconds one request may take, from its beginning to the last byte of its answer.
     """
 
-    def __init__(self, url: str, model: str, *, connections: int = 64, timeout_s: float = 600.0) -> None:
+    def __init__(self, url: str, model: str, *, connections: int = 64, timeout_s: float = REQUEST_SECONDS) -> None:
         self._url, self._model, self._connections, self._timeout = url.rstrip("/"), model, connections, timeout_s
 
     def sample(

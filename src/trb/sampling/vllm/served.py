@@ -17,7 +17,10 @@ from urllib.parse import urlsplit
 
 from trb.errors import InputError, OperationError, ServerError, ServerTimeoutError
 
-__all__ = ["Answer", "ask", "check_completion", "check_numbers"]
+__all__ = ["REQUEST_SECONDS", "Answer", "ask", "check_completion", "check_numbers"]
+
+REQUEST_SECONDS = 600.0
+"""What one request may take if nobody says otherwise."""
 
 # A token id, its text and its log-probability take some hundred bytes; a step of 64 rows of 32k tokens fits.
 MAX_BYTES = 1 << 30
