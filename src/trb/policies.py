@@ -171,9 +171,9 @@ class GeometricPolicy:
 class SKDPolicy:
     """Interleaved teacher injection (paper, section 6: SKD).
 
-    A student token outside the teacher's `teacher_top_k`, or impossible for the teacher, is replaced by a teacher sample
-    at `teacher_temperature`. Both act on shared events: stopping counts once among the top k, and is tempered as one
-    event (see `TemperaturePolicy`).
+    A student token outside the teacher's `teacher_top_k`, or impossible for it, is replaced by a teacher sample at
+    `teacher_temperature`. Both act on shared events: stopping counts once among the top k, and is tempered as one event
+    (see `TemperaturePolicy`).
     """
 
     teacher_top_k: int

@@ -44,8 +44,7 @@ def test_where_nothing_bounds_the_cost_the_worst_is_assumed_and_said(
     method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = planned(capsys, method)
-    expected = "blended, no bound is known: blocks of 1, drafts kept at 0.000 (the worst; see --acceptance), 1.00 tokens"
-    assert expected in text
+    assert "blended, no bound is known: blocks of 1, drafts kept at 0.000 (the worst; see --acceptance), 1.00" in text
     measured = planned(capsys, method, "--acceptance", 0.9)
     assert "blended: blocks of" in measured and "drafts kept at 0.900, " in measured and "worst" not in measured
 

@@ -39,7 +39,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-teacher", action="store_true", help="ranks share the loss's teacher instead of each holding it")
     add("--eager-sampling", action="store_true", help="sampling launches kernel by kernel, not by CUDA graphs")
     add("--mean-completion", type=float, metavar="N", help="mean tokens of a completion (default: the longest)")
-    add("--acceptance", type=float, metavar="A", help="rate at which drafts are kept (default: the budget's bound, or 0)")
+    add(
+        "--acceptance",
+        type=float,
+        metavar="A",
+        help="rate at which drafts are kept (default: the budget's bound)",
+    )
     add("--json", action="store_true", help="print the plan as JSON")
 
 
