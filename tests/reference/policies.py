@@ -49,7 +49,7 @@ def geometric(weight: float) -> Law:
 
 
 def skd(top_k: int, teacher_temperature: float) -> Law:
-    """Sum over the student's draft: in the teacher's top-k, and possible for it, it stays; any other the teacher replaces."""
+    """Sum over the student's draft: one in the teacher's top-k, and possible, stays; any other the teacher replaces."""
 
     def law(p_student: Array, p_teacher: Array) -> Array:
         kept = set(np.argsort(-p_teacher, kind="stable")[:top_k].tolist())

@@ -27,7 +27,7 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     add("--setting", metavar="NAME", help="the setting of a study, probed on its development problems")
     add("--output-dir", metavar="DIR", help="default: runs/probe- and the name of the file or setting")
     add("--model", metavar="SPEC", help="another student than the recipe's: a run directory, or a model")
-    add("--problems", type=int, default=128, metavar="N", help="problems of each set, at most eval_limit (default: 128)")
+    add("--problems", type=int, default=128, metavar="N", help="problems of each set (default: 128)")
     add("--samples", type=int, default=4, metavar="N", help="rollouts per problem and policy (default: 4)")
     add("--budgets", type=float, nargs="*", metavar="E", help="KL budgets per token, inf for the teacher itself")
     add("--truncations", type=int, nargs="*", metavar="T", help="prefix lengths that are continued, in tokens")

@@ -87,9 +87,8 @@ def advise(found: Mapping[str, Any], table: Mapping[str, Any] | None = None) -> 
     if found["transfer"]["agreement"] is None:
         return Advice(False, 0.0, 100 * table["line"]["error"], _NOTHING_TO_LEARN)
     error, cosine = 100 * table["line"]["error"], found["transfer"]["policies"]["student"]["cosine"]
-    gain, foretold = math.nan, []
-    if cosine is not None and found["transfer"]["agreement"] >= _NOISY:
-        gain, foretold = _foretold(cosine, table, found, error)
+    told = cosine is not None and found["transfer"]["agreement"] >= _NOISY
+    gain, foretold = _foretold(cosine, table, found, error) if told else (math.nan, [])
     sentences = [*_transfer_sentences(found), *foretold, *_cost_sentences(found), _verdict(gain, error)]
     return Advice(gain > error, gain, error, tuple(sentences))
 
