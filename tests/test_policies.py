@@ -225,6 +225,20 @@ def test_skd_with_impossible_tokens(temperature: float) -> None:
     assert not target.kl_student.isnan().any()
 
 
+@pytest.mark.parametrize("top_k", [2, 3, 5])
+def test_skd_keeps_nothing_that_the_teacher_forbids(top_k: int) -> None:
+    """Also where fewer than K tokens are possible for the teacher, and K are its likeliest all the same."""
+    student = torch.full((1, 5), 0.2, dtype=torch.float64).log()
+    teacher = torch.tensor([[0.0, -math.inf, -math.inf, 0.0, -math.inf]], dtype=torch.float64).log_softmax(-1)
+    target = SKDPolicy(top_k, 1.0).target(student, teacher)
+    assert target.log_probs.exp()[0].tolist() == pytest.approx([0.5, 0.0, 0.0, 0.5, 0.0])
+    assert target.overlap is not None and target.overlap[0].tolist() == pytest.approx([0.2, 0.0, 0.0, 0.2, 0.0])
+    assert target.teacher_weight.item() == pytest.approx(0.6)
+    assert target.kl_teacher is not None and target.kl_teacher.item() == pytest.approx(0.0, abs=1e-12)
+    expected = expected_law(laws.skd(top_k, 1.0), student, teacher)
+    assert target.log_probs.exp().numpy() == pytest.approx(expected)
+
+
 def test_policies_are_values() -> None:
     assert TrustRegionPolicy(0.02) == TrustRegionPolicy(0.02) != TrustRegionPolicy(0.03)
     assert SKDPolicy(teacher_top_k=25, teacher_temperature=0.6) == SKDPolicy(25, 0.6)

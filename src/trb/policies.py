@@ -171,8 +171,9 @@ class GeometricPolicy:
 class SKDPolicy:
     """Interleaved teacher injection (paper, section 6: SKD).
 
-    A student token outside the teacher's `teacher_top_k` is replaced by a teacher sample at `teacher_temperature`. Both
-    act on shared events: stopping counts once among the top k, and is tempered as one event (see `TemperaturePolicy`).
+    A student token outside the teacher's `teacher_top_k`, or impossible for it, is replaced by a teacher sample at
+    `teacher_temperature`. Both act on shared events: stopping counts once among the top k, and is tempered as one event
+    (see `TemperaturePolicy`).
     """
 
     teacher_top_k: int
@@ -190,6 +191,7 @@ class SKDPolicy:
         trusted_NV = torch.zeros_like(teacher_NV, dtype=torch.bool)
         top = teacher_NV.topk(min(self.teacher_top_k, teacher_NV.shape[-1]), dim=-1).indices
         trusted_NV.scatter_(-1, top, True)
+        trusted_NV &= teacher_NV > -math.inf  # of a teacher for which fewer are possible
         student_NV = student_log_probs.exp()
         kept_NV = student_NV.masked_fill(~trusted_NV, 0.0)
         replaced_N = student_NV.masked_fill(trusted_NV, 0.0).sum(-1)

@@ -49,7 +49,7 @@ def geometric(weight: float) -> Law:
 
 
 def skd(top_k: int, teacher_temperature: float) -> Law:
-    """Sum over the student's draft: one in the teacher's top-k stays, any other the teacher replaces."""
+    """Sum over the student's draft: one in the teacher's top-k, and possible, stays; any other the teacher replaces."""
 
     def law(p_student: Array, p_teacher: Array) -> Array:
         kept = set(np.argsort(-p_teacher, kind="stable")[:top_k].tolist())
@@ -57,7 +57,7 @@ def skd(top_k: int, teacher_temperature: float) -> Law:
         replacement = powered / powered.sum()
         total = np.zeros_like(p_student)
         for draft, probability in enumerate(p_student):
-            if draft in kept:
+            if draft in kept and p_teacher[draft] > 0:
                 total[draft] += probability
             else:
                 total += probability * replacement

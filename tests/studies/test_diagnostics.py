@@ -717,20 +717,30 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("training", "budget"),
+    ("training", "budget", "nats"),
     [
-        ({"method": "opd"}, 16 / 12),  # what trb begins with by itself: 16 nats a completion, 12 tokens at most
-        ({"method": "skd", "skd_teacher_top_k": 3}, 16 / 12),
-        ({"method": "fixed", "initial_kl_budget": 0.3}, 0.3),
-        ({"methods": {"opd": {}, "sft": {}}}, 16 / 12),
+        ({"method": "opd"}, 16 / 12, 16),  # what trb begins with by itself: 16 nats a completion, 12 tokens at most
+        ({"method": "skd", "skd_teacher_top_k": 3}, 16 / 12, 16),
+        ({"methods": {"opd": {}, "sft": {}}}, 16 / 12, 16),
+        ({"method": "trb", "sequence_kl_budget": 6}, 6 / 12, 6),
+        ({"method": "trb", "budget_schedule": "sequence"}, 1 / 12, 1),
+        ({"method": "trb", "budget_schedule": "gap", "sequence_kl_budget": 3}, 3 / 12, 3),
+        ({"methods": {"opd": {}, "mine": {"method": "trb", "sequence_kl_budget": 4}}}, 4 / 12, 4),
+        # Where every token has its own budget, a completion is given one nat.
+        ({"method": "trb", "budget_schedule": "gap", "initial_kl_budget": 0.2}, 0.2, 1),
+        ({"method": "fixed", "initial_kl_budget": 0.3}, 0.3, 1),
+        ({"method": "trb", "initial_kl_budget": 0.3, "blend_warmup_steps": 1}, 0.3, 1),
     ],
 )
-def test_a_recipe_without_a_budget_is_probed_at_the_first_of_trb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: dict[str, Any], budget: float
+def test_a_probe_looks_at_the_budget_with_which_trb_would_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: dict[str, Any], budget: float, nats: float
 ) -> None:
-    monkeypatch.setattr(probe_module, "_measure", lambda settings, *rest: {"kl_budget": settings.kl_budget})
+    """The continuations at its first ε, the advice at the nats of a completion, both of the same schedule."""
+    names = ("kl_budget", "sequence_kl_budget")
+    monkeypatch.setattr(probe_module, "_measure", lambda settings, *rest: {x: getattr(settings, x) for x in names})
     recipe = make_recipe({**{key: value for key, value in SMALL.items() if key != "methods"}, **training})
-    assert probe(recipe, tmp_path, **OPTIONS)["kl_budget"] == pytest.approx(budget)
+    found = probe(recipe, tmp_path, **OPTIONS)
+    assert (found["kl_budget"], found["sequence_kl_budget"]) == (pytest.approx(budget), nats)
 
 
 def test_another_model_at_the_same_path_is_another_probe(tmp_path: Path) -> None:

@@ -77,6 +77,27 @@ def test_interval_covers_the_true_difference_as_often_as_it_says(seeds, problems
     assert_share(found, trials, 0.035, 0.065)
 
 
+@pytest.mark.parametrize("problems", [2, 3])
+def test_intervals_of_few_problems_cover_no_less_than_they_say(problems: int) -> None:
+    """At least 94%, of other problems and other seeds alike; false-alarm rate 1e-4."""
+    trials, covered = 2000, 0
+    rng = np.random.default_rng(2)
+    for trial in range(trials):
+        scores = rng.normal(size=problems) + rng.normal(size=(20, problems))
+        low, high = paired_difference(scores, np.zeros_like(scores), resamples=300, seed=trial).interval
+        covered += low <= 0 <= high
+    assert covered >= stats.binom.ppf(1e-4, trials, 0.94)
+
+
+def test_effects_of_few_problems_are_not_shrunk() -> None:
+    """The estimate that they would be shrunk by is cut at zero, and where problems are few it often is."""
+    scores = np.random.default_rng(3).normal(size=(20, 10))
+    for problems, unshrunk in ((9, True), (10, False)):
+        table = scores[:, :problems]
+        whole = math.hypot(stats.sem(table.mean(axis=1)), stats.sem(table.mean(axis=0)))
+        assert (mean_estimate(table).standard_error == pytest.approx(whole)) == unshrunk
+
+
 def test_level_of_the_interval() -> None:
     """Nominal 80%, accepted between 78% and 82%; false-alarm rate 1e-4."""
     trials, covered = 600, 0

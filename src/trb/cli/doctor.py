@@ -413,13 +413,13 @@ def largest_phase(
 
     from trb.cli.plan import pair_of_all, step_of
     from trb.planning import MACHINES, Figure, Layout, make_plan
-    from trb.training.methods import behavior_of
+    from trb.training.methods import behavior_of, needs_teacher
 
     # Of the rates, only the choice of a block depends on them.
     like = MACHINES["h100" if args.device.type == "cuda" else "cpu"]
     here = replace(like, memory=Figure(available, "measured", "free now"), reserved=Figure(0, "measured", "not free"))
     # A teacher that samples first is whole until it has left the sampler.
-    divided = args.teacher_sharded and not behavior_of(args).at(0).needs_teacher
+    divided = args.teacher_sharded and not needs_teacher(behavior_of(args), 0)
     layout = Layout(launch.processes, launch.strategy, teacher_sharded=divided)
     pair, work = pair_of_all(run, args, pairs), step_of(run, args, launch.processes, taught)
     memory = make_plan(pair, work, layout, here).memory

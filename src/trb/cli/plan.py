@@ -39,7 +39,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-teacher", action="store_true", help="ranks share the loss's teacher instead of each holding it")
     add("--eager-sampling", action="store_true", help="sampling launches kernel by kernel, not by CUDA graphs")
     add("--mean-completion", type=float, metavar="N", help="mean tokens of a completion (default: the longest)")
-    add("--acceptance", type=float, metavar="A", help="rate at which drafts are kept (default: the budget's bound)")
+    add(
+        "--acceptance",
+        type=float,
+        metavar="A",
+        help="rate at which drafts are kept (default: the budget's bound)",
+    )
     add("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -142,24 +147,25 @@ def step_of(
     acceptance: float | None = None,
 ) -> "Work":
     """`work_of` without a look into the data: `taught` is what `longest_teacher_prompt` finds there."""
-    from trb.planning import Work
-    from trb.training.methods import behavior_of, kl_budget_of
+    from trb.planning import Work, step_budget
+    from trb.training.methods import behavior_of
 
     batch = args.per_device_train_batch_size
     if run.prompts_per_step is None:
         rollouts = batch * args.gradient_accumulation_steps * ranks
     else:
         rollouts = run.prompts_per_step * args.num_generations
+    completion = int(args.max_completion_length or 0)
     return Work(
         rollouts=rollouts,
         generations=args.num_generations,
         prompt=run.max_prompt_length,
         teacher_prompt=taught,
-        completion=int(args.max_completion_length or 0),
+        completion=completion,
         mean_completion=mean_completion,
         micro_batch=batch,
         rows=args.rollout_batch_size,
-        kl_budget=kl_budget_of(behavior_of(args).at(0)),  # bounds what sampling costs
+        kl_budget=step_budget(behavior_of(args), 0, completion if mean_completion is None else mean_completion),
         acceptance=acceptance,
         block_size=args.block_size,
         checkpointing=bool(args.gradient_checkpointing),
@@ -173,8 +179,8 @@ def _whole_run(
     """Steps and hours of the run; None where the recipe does not say how many steps it has."""
     from dataclasses import replace
 
-    from trb.planning import make_plan, run_seconds
-    from trb.training.methods import behavior_of, kl_budget_of
+    from trb.planning import make_plan, run_seconds, step_budget
+    from trb.training.methods import behavior_of
 
     prompts = work.rollouts // work.generations
     if args.max_steps > 0:
@@ -184,7 +190,7 @@ def _whole_run(
     else:
         return None
     behavior = behavior_of(args, lambda: steps)
-    budgets = [kl_budget_of(behavior.at(step)) for step in range(steps)]
+    budgets = [step_budget(behavior, step, work.mean) for step in range(steps)]
     seconds = run_seconds(
         lambda budget: make_plan(pair, replace(work, kl_budget=budget), layout, machine),
         budgets,
@@ -205,13 +211,14 @@ def _report(
     from dataclasses import asdict
 
     from trb.planning import Shape
+    from trb.safety.files import finite
     from trb.studies.provenance import describe
 
     return {
         "provenance": describe(),
         "student": {"name": recipe.run.student, **asdict(Shape.of(pair.student))},
         "teacher": {"name": recipe.run.taught_by, **asdict(Shape.of(pair.teacher))},
-        "work": asdict(work),
+        "work": finite(asdict(work)),
         "layout": asdict(layout),
         "machine": {name: figure._asdict() for name, figure in machine.figures().items()},
         **plan.as_dict(),
@@ -253,9 +260,10 @@ def _print(
     console.print(_time_table(plan, work))
     numbers = plan.numbers
     if work.kl_budget > 0:
+        how, bound = _bounded_by(recipe.training_config("unused"), work)
         say(
-            f"blended at ε = {work.kl_budget:g}: blocks of {numbers['block_size']:.0f}, drafts kept at "
-            f"{numbers['continuation_rate']:.3f}{' (the bound)' if work.acceptance is None else ''}, "
+            f"blended{how}: blocks of {numbers['block_size']:.0f}, drafts kept at "
+            f"{numbers['continuation_rate']:.3f}{bound if work.acceptance is None else ''}, "
             f"{numbers['tokens_per_round']:.2f} tokens a round"
         )
     say(
@@ -273,6 +281,18 @@ def _print(
                 say(f"{verb}: {name} = {figure.value:.4g} ({figure.source})", "dim")
     for problem in plan.problems:
         say(f"fail  {problem}", "bold red")
+
+
+def _bounded_by(args: "TRBConfig", work: "Work") -> tuple[str, str]:
+    """What the first step's rollouts are held to, and what that makes of the rate at which drafts are kept."""
+    from trb.planning import completion_budget
+    from trb.training.methods import behavior_of
+
+    if math.isinf(work.kl_budget):
+        return "" if work.acceptance is not None else ", no bound is known", " (the worst; see --acceptance)"
+    held = completion_budget(behavior_of(args).schedule)
+    of_all = "" if held is None else f" {held.target:g} nats a completion, on the average"
+    return f" at{of_all} ε = {work.kl_budget:.3g}", " (the bound)"
 
 
 def _memory_table(plan: "Plan", machine: "Machine") -> Any:

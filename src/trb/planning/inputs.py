@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from trb.errors import InputError, did_you_mean, named
 from trb.models.memory import bytes_of, cache_entries, query_width
 from trb.models.quantization import QUANTIZATIONS
+from trb.schedule import GapBudget, Schedule, SequenceBudget
+from trb.training.methods import Behavior, needs_teacher
 
 __all__ = [
     "ENGINES",
@@ -19,9 +21,11 @@ __all__ = [
     "Shape",
     "Work",
     "columns_decided",
+    "completion_budget",
     "continuation_rate",
     "micro_batches",
     "rollouts_of_a_rank",
+    "step_budget",
     "tokens_per_round",
 ]
 
@@ -188,7 +192,8 @@ class Work:
         mean_completion: tokens of the mean one; None when all are as long as the longest.
         micro_batch: completions that a rank puts through one forward and backward pass.
         rows: completions that a rank samples at once, in process; None for all it has.
-        kl_budget: ε, nats per token.
+        kl_budget: ε, nats per token (of a budget for completions, their average); 0 for rollouts of the student alone,
+            infinite where the teacher takes part and nothing bounds what is drafted in vain.
         acceptance: rate at which a row goes on to its next draft; None for the bound that the budget gives.
         block_size: tokens drafted before the teacher reads them; None for the fastest.
         checkpointing: whether the backward pass computes activations again.
@@ -298,6 +303,26 @@ def rollouts_of_a_rank(work: Work, layout: Layout) -> int:
 
 def micro_batches(work: Work, layout: Layout) -> int:
     return math.ceil(rollouts_of_a_rank(work, layout) / work.micro_batch)
+
+
+def completion_budget(schedule: Schedule) -> SequenceBudget | None:
+    """The schedule that holds completions to a number of nats: this one, or the one beneath a `GapBudget`."""
+    inner = schedule._base if isinstance(schedule, GapBudget) else schedule
+    return inner if isinstance(inner, SequenceBudget) else None
+
+
+def step_budget(behavior: Behavior, step: int, mean: float) -> float:
+    """`Work.kl_budget` of a step whose completions have `mean` tokens.
+
+    Of a budget for completions it is what is left of it, over their tokens: a step may have several times the ε of the
+    one before, so the first one's bounds nothing; but what is spent on a token is this much on the average, and as the
+    root of `continuation_rate` is concave, drafts are on the average kept at least at its rate.
+    """
+    if not needs_teacher(behavior, step):
+        return 0.0
+    if (held := completion_budget(behavior.schedule)) is not None:
+        return held.target * held.left.value(step) / mean
+    return float(getattr(behavior.at(step), "kl_budget", math.inf))
 
 
 def continuation_rate(kl_budget: float) -> float:

@@ -4,7 +4,8 @@ The gain is foretold by the cosine of what the student learns on its own rollout
 (`trb.studies.transfer`), by a straight line through the pairs of a map of settings on which training was run
 (docs/experiments.md; benchmarks/map_advice.py, which chose that number among eleven, writes the table beside this
 module). Those settings were built for the purpose: a line through them says in which direction to look,
-and its error on pairs it has not seen is said with every advice.
+and its error on pairs it has not seen is said with every advice. It is not read beyond the pairs it goes through, nor
+believed where it says more than the teacher is better by, or a loss, of which the pairs had none.
 
 Left out: measuring anything after the first step.
 """
@@ -63,7 +64,7 @@ class Advice:
 
     Attributes:
         blend: whether a gain is foretold that is larger than the error of foretelling.
-        gain: foretold, in points of pass@1; NaN where noise is all there is.
+        gain: foretold, in points of pass@1, at least 0 and at most what can be gained; NaN where noise is all there is.
         error: mean absolute error of the line on pairs of the map that it had not seen, in the same points.
         sentences: the same in words, with the numbers behind it.
     """
@@ -85,15 +86,10 @@ def advise(found: Mapping[str, Any], table: Mapping[str, Any] | None = None) -> 
     table = json.loads(TABLE.read_text(encoding="utf-8")) if table is None else table
     if found["transfer"]["agreement"] is None:
         return Advice(False, 0.0, 100 * table["line"]["error"], _NOTHING_TO_LEARN)
-    line, cosine = table["line"], found["transfer"]["policies"]["student"]["cosine"]
-    error = 100 * line["error"]
-    gain = math.nan if cosine is None else 100 * (line["intercept"] + line["slope"] * cosine)
-    sentences = [
-        *_transfer_sentences(found),
-        *_foretold(cosine, table, gain, error),
-        *_cost_sentences(found),
-        _verdict(gain, error),
-    ]
+    error, cosine = 100 * table["line"]["error"], found["transfer"]["policies"]["student"]["cosine"]
+    told = cosine is not None and found["transfer"]["agreement"] >= _NOISY
+    gain, foretold = _foretold(cosine, table, found, error) if told else (math.nan, [])
+    sentences = [*_transfer_sentences(found), *foretold, *_cost_sentences(found), _verdict(gain, error)]
     return Advice(gain > error, gain, error, tuple(sentences))
 
 
@@ -107,7 +103,7 @@ def _transfer_sentences(found: Mapping[str, Any]) -> list[str]:
     if found["transfer"]["agreement"] < _NOISY:
         sentences.append(
             f"The teacher's gradients from two halves of the problems agree by {found['transfer']['agreement']:z.2f} "
-            "only: these numbers are mostly noise, probe more problems."
+            "only: these numbers are mostly noise."
         )
     return sentences
 
@@ -116,41 +112,79 @@ def _shown(cosine: float | None) -> str:
     return "not to be told from noise" if cosine is None else f"{cosine:z.2f}"
 
 
-def _foretold(cosine: float | None, table: Mapping[str, Any], gain: float, error: float) -> list[str]:
-    if cosine is None:
-        return []
-    known = [point["cosine"] for point in table["points"]]
+def _foretold(
+    cosine: float, table: Mapping[str, Any], found: Mapping[str, Any], error: float
+) -> tuple[float, list[str]]:
+    """The gain that the line foretells within what is possible, in points, and how it comes about in words."""
+    line, known = table["line"], [point["cosine"] for point in table["points"]]
+    lowest, highest = min(known), max(known)
+    at = min(max(cosine, lowest), highest)
+    said = 100 * (line["intercept"] + line["slope"] * at)
     sentences = [
-        f"On {len(known)} pairs of a setting built to study this, such a cosine went with {decimals(gain, 1, '+')} "
-        f"points of pass@1 for blending (off by {error:.1f} on a pair left out)."
+        f"A line through the map's {len(known)} pairs, of a setting built to study this, says {_points(said)} points "
+        f"of pass@1 for blending at a cosine of {at:z.2f} (off by {error:.1f} on a pair left out)."
     ]
-    if not min(known) <= cosine <= max(known):
-        sentences.append(f"Those pairs had cosines from {min(known):z.2f} to {max(known):z.2f}: this is outside.")
-    return sentences
+    if at != cosine:
+        sentences.append(
+            f"Those pairs had cosines from {lowest:z.2f} to {highest:z.2f}, and this is outside: the line is read at "
+            f"{at:z.2f}."
+        )
+    most, of = _possible(found)
+    if said > most:
+        sentences.append(f"At most {most:.1f} points can be gained here ({of}): {_points(most)} is taken.")
+    elif said < 0:
+        worst = 100 * max(0.0, -min(point["gain"] for point in table["points"]))
+        sentences.append(f"On none of those pairs blending lost more than {worst:.1f} points: 0.0 is taken.")
+    return min(max(said, 0.0), most), sentences
+
+
+def _points(value: float) -> str:
+    return decimals(value, 1, "+")
+
+
+def _possible(found: Mapping[str, Any]) -> tuple[float, str]:
+    """By how many points the teacher, or where nobody scored it a perfect student, is better; and of which scores."""
+    student, teacher = found["student"]["reward"]["value"], _teacher_score(found)
+    of = f"student {100 * student:.1f}%"
+    if teacher is None:
+        return 100 * (1 - student), of
+    return max(0.0, 100 * (teacher - student)), f"{of}, teacher {100 * teacher:.1f}%"
+
+
+def _teacher_score(found: Mapping[str, Any]) -> float | None:
+    score = found["teacher_reward"]
+    return None if score is None or math.isnan(score) else float(score)
 
 
 def _cost_sentences(found: Mapping[str, Any]) -> list[str]:
-    student, blend = found["student"], found["blend"]
+    student, blend, teacher = found["student"], found["blend"], _teacher_score(found)
     kept = blend["accept_rate"]["value"]
+    taught = "" if teacher is None else f" (teacher {100 * teacher:.1f}%)"
     return [
         f"At {found['sequence_kl_budget']:g} nats a completion ({found['kl_budget']:.2g} a token) "
         f"{100 * kept:.0f}% of the student's drafts are kept, so the teacher reads {_tokens_kept(kept)} at a time.",
         f"Blended rollouts there: teacher's log-probability {student['teacher_log_prob']['value']:z.2f} -> "
         f"{blend['teacher_log_prob']['value']:z.2f} nats a token, solved {100 * student['reward']['value']:.1f}% -> "
-        f"{100 * blend['reward']['value']:.1f}% (teacher {100 * found['teacher_reward']:.1f}%).",
+        f"{100 * blend['reward']['value']:.1f}%{taught}.",
     ]
 
 
 def _tokens_kept(accept_rate: float) -> str:
-    return "whole blocks" if accept_rate >= 1 else f"about {1 / (1 - accept_rate):.0f} tokens"
+    if accept_rate >= 1:
+        return "whole blocks"
+    tokens = round(1 / (1 - accept_rate))
+    return f"about {tokens} token{'s' if tokens > 1 else ''}"
 
 
 def _verdict(gain: float, error: float) -> str:
     if math.isnan(gain):
-        return "Advice: none can be given before more problems are probed."
+        return "Advice: none can be given from so few problems; more with --problems N."
     if gain > error:
         return (
             "Advice: try blending beside plain distillation (method: trb, which sets its budget itself unless one is "
             "given)."
         )
-    return "Advice: no gain from blending is foretold; plain distillation (method: opd) does as well for less."
+    return (
+        "Advice: no gain from blending is foretold that is larger than that error; plain distillation (method: opd) "
+        "costs less."
+    )

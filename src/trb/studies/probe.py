@@ -16,6 +16,7 @@ from trb.errors import InputError, named
 from trb.models.adapters import adapter_base
 from trb.models.identity import fingerprint
 from trb.models.sharing import is_shared
+from trb.planning import completion_budget
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.safety.files import finite, json_types
@@ -224,15 +225,16 @@ class _Settings:
                 "a recipe with one of them as teacher, and problems of its own"
             )
         trb, skd = (_variant(recipe, method).training_config(directory) for method in ("trb", "skd"))
+        blending = _blending(recipe, trb)
         longest = int(args.max_completion_length or 0) if max_new_tokens is None else max_new_tokens
         return cls(
             recipe=recipe,
             student=recipe.run.student if model is None else model_of_run(model),
             truncations=default_truncations(longest) if truncations is None else tuple(truncations),
-            kl_budget=_first_budget(recipe, trb) if kl_budget is None else kl_budget,
+            kl_budget=kl_budget_of(behavior_of(blending).at(0)) if kl_budget is None else kl_budget,
             skd_default_top_k=skd.skd_teacher_top_k,
             skd_temperature=skd.skd_teacher_temperature,
-            sequence_kl_budget=sequence_budget_of(args),
+            sequence_kl_budget=_completion_nats(blending),
             loss_top_k=args.loss_top_k,
             max_new_tokens=longest,
             max_rows=max_rows or recipe.run.eval_max_rows or ROWS,
@@ -316,15 +318,19 @@ def _variant(recipe: Recipe, method: str) -> Recipe:
     return recipe
 
 
-def _first_budget(recipe: Recipe, args: TRBConfig) -> float:
-    """ε of the first step of a configuration, or, where its rollouts have none, of the method trb in its place."""
-    policy = behavior_of(args).at(0)
-    if not hasattr(policy, "kl_budget"):
-        training = {key: value for key, value in recipe.training.items() if key not in CHOICES}
-        run = replace(recipe.run, methods={})
-        args = replace(recipe, run=run, training={**training, "method": "trb"}).training_config(str(args.output_dir))
-        policy = behavior_of(args).at(0)
-    return kl_budget_of(policy)
+def _blending(recipe: Recipe, args: TRBConfig) -> TRBConfig:
+    """A configuration, or, where its rollouts have no budget, that of the method trb in its place."""
+    if hasattr(behavior_of(args).at(0), "kl_budget"):
+        return args
+    training = {key: value for key, value in recipe.training.items() if key not in CHOICES}
+    run = replace(recipe.run, methods={})
+    return replace(recipe, run=run, training={**training, "method": "trb"}).training_config(str(args.output_dir))
+
+
+def _completion_nats(args: TRBConfig) -> float:
+    """Nats that a completion is given at first; where every token has a budget of its own, those of the knob."""
+    held = completion_budget(behavior_of(args).schedule)
+    return sequence_budget_of(args) if held is None else held.target
 
 
 def _measure(

@@ -36,6 +36,10 @@ MIN_RESAMPLES = 100
 # problems is far more.
 _ROUNDING = 1e-12
 
+# Below so many problems the estimate of their component is too rough to shrink by: cut at zero, it left intervals that
+# covered 88% (2 problems) to 93.5% (8) in simulation. Unshrunk ones are wider by 5% to 70%, and cover 95% and more.
+_SHRUNK_FROM = 10
+
 # Numbers held at once while resampling: 32 MB per array of int64 or float64.
 _CHUNK = 2**22
 
@@ -104,9 +108,10 @@ def _problem_effects(table: Floats) -> Floats:
     """[P] the problems' means, shrunk so that their variance estimates the problem component alone.
 
     With one seed the residual cannot be told apart, and belongs in the interval: there is no seeds' part to carry it.
+    Those of few problems stay as they are.
     """
     means_P = table.mean(axis=0)
-    if min(table.shape) == 1:
+    if table.shape[0] == 1 or table.shape[1] < _SHRUNK_FROM:
         return means_P
     variance = float(means_P.var(ddof=1))
     if variance == 0:
