@@ -18,6 +18,8 @@ from test_blend import FAMILIES, LOWEST, as_numpy, assert_log_probs_follow_the_w
 from torch import Tensor
 
 from trb import kernels
+from trb.blend import eager
+from trb.blend import triton as blend_triton
 from trb.blend.laws import FLAGGED, BlendResult
 from trb.blend.native import NativeResult, solve_rows
 
