@@ -27,6 +27,7 @@ __all__ = [
     "did_you_mean",
     "is_for_people",
     "named",
+    "nearest",
     "real",
     "shown",
     "whole",
@@ -134,6 +135,11 @@ def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
     """`"; did you mean 'x'?"` for the candidate most like `name`, or `""`; `cutoff` is difflib's, in [0, 1]."""
     close = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`did_you_mean` for names that are made of a few words, such as keys: half of one in common is worth a hint."""
+    return did_you_mean(name, candidates, cutoff=0.5)
 
 
 # What is called otherwise by whoever called: the innermost caller's names last.

@@ -114,7 +114,7 @@ AttentionMaskInterface.register(GROUPED, _grouped_mask)
 
 
 def slot_attentions(model: PreTrainedModel) -> list[str]:
-    """Ways of attending to try through slots, the likeliest first; None of them is taken on trust (`reading`).
+    """Ways of attending to try through slots, the likeliest first; `reading` tries each before it is used.
 
     Implementations that take no mask per row (Flash Attention, flex) are replaced: by ours, or by the model's own eager
     one, which alone knows about soft-capped scores and attention sinks.
