@@ -18,7 +18,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 __all__ = [
-    "at_own_positions",
     "attention_dtype",
     "attention_through_slots",
     "exact_masks",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["PURPOSES", "SEEDS", "philox4x32", "prompt_key", "stream_seed", "uniforms"]
+__all__ = ["MAX_ROLLOUTS", "PURPOSES", "SEEDS", "as_int64", "philox4x32", "prompt_key", "stream_seed", "uniforms"]
 
 # The three uniforms of a position, in the order of the last dimension of `uniforms`.
 PURPOSES = ("draft", "accept", "residual")

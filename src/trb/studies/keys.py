@@ -25,8 +25,8 @@ from trb.records import EVALS, EVALUATIONS
 from trb.sampling.uniforms import SEEDS
 from trb.studies.yaml_files import ConfigError, nearest_key, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
+from trb.training.config import TRBConfig
 from trb.training.routes import named_in_errors
-from trb.training.trainer import TRBConfig
 from trb.vocab import TEMPERATURES
 
 __all__ = [

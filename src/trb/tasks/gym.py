@@ -19,7 +19,6 @@ __all__ = [
     "full_marks",
     "import_reasoning_gym",
     "reasoning_gym_rows",
-    "split_of",
 ]
 
 SPLITS = ("train", "test")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MATH_SYSTEM_PROMPT", "check_lengths", "load_prompts", "render"]
+__all__ = ["MATH_SYSTEM_PROMPT", "OVERLONG", "check_lengths", "load_prompts", "render"]
 
 logger = logging.getLogger(__name__)
 
