@@ -44,6 +44,7 @@ from transformers import StaticCache
 
 from trb import blend
 from trb.blend import triton as blend_triton
+from trb.blend.laws import FLAGGED
 from trb.losses import chunked_reverse_kl
 from trb.models.modeling import OutputHead, completion_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
@@ -111,7 +112,7 @@ def check_rows(bench: Bench, name: str, student: Tensor, teacher: Tensor, budget
     interior = finite & (solved.teacher_weight > 0) & (solved.teacher_weight < 1)
     assert solved.log_probs is not None
     errors = {
-        "flagged": float((solved.passes == blend_triton.FLAGGED).sum()),
+        "flagged": float((solved.passes == FLAGGED).sum()),
         "excess": worst((kl - budget)[finite]),
         "unused": worst(((budget - kl) / budget)[interior]),
         # Their costs, because a plateau of the path leaves the weight undetermined.
@@ -144,7 +145,7 @@ def check_flags(bench: Bench) -> None:
     student[3, 9] += 200.0  # log-probabilities below what float32 exponentials reach
     budget[4] = 1e-4
     solved = blend_triton.solve_rows(student, teacher, budget)
-    flagged = (solved.passes == blend_triton.FLAGGED).tolist()
+    flagged = (solved.passes == FLAGGED).tolist()
     bench.log("flags", flagged=flagged)
     bench.expect(flagged == [False, True, True, True, True, False], f"flags are wrong: {flagged}")
     for row in (0, 5):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,10 +90,22 @@ def test_the_code_of_a_page_runs(
     monkeypatch.chdir(tmp_path)
     scope = run_page(page)
     if page.name == "extending.md":
-        schedule = scope["Closing"](0.4)
-        for value in (2.0, 1.0):
-            schedule.observe(0, {"reverse_kl": value})
-        assert schedule.value(1) == 0.2
+        check_schedule(scope)
+
+
+def check_schedule(scope: dict[str, Any]) -> None:
+    """The example of a schedule with a memory follows what it is shown, and stands a step that shows nothing."""
+    schedule = scope["Closing"](0.4)
+    for shown in ({}, {"reverse_kl": 2.0}, {"reverse_kl": 1.0}, {}):
+        schedule.observe(0, shown)
+    assert schedule.value(1) == 0.2
+    agreed = scope["Closing"](0.4)
+    agreed.observe(0, {"reverse_kl": 0.0})
+    assert agreed.value(1) == 0.0
+    budgets = {
+        given: scope["closing"](SimpleNamespace(initial_kl_budget=given), lambda: 0).value(0) for given in (None, 0.0)
+    }
+    assert budgets == {None: 0.01, 0.0: 0.0}
 
 
 # ---- what is only looked at ----

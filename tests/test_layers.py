@@ -1,6 +1,7 @@
 """The package's own rules about imports: one direction between layers, none of them slow or with side effects."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -156,6 +157,86 @@ def test_modules_are_small_and_few_are_at_the_root() -> None:
     long = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {name: lines for name, lines in long.items() if lines > 500} == {}
     assert len(list(PACKAGE.glob("*.py"))) <= 10
+
+
+# Whose `__all__` is for people, who may import what nothing here does.
+PUBLIC = {
+    *("trb", "trb.blend", "trb.losses", "trb.planning", "trb.policies", "trb.sampling", "trb.sampling.vllm"),
+    *("trb.schedule", "trb.vocab", "trb.zoo"),
+}
+
+
+def listed(package: Path) -> dict[str, set[str]]:
+    """`__all__` of every module that has one."""
+    found = {}
+    for path in package.rglob("*.py"):
+        parts = (package.name, *path.relative_to(package).with_suffix("").parts)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                found[".".join(parts).removesuffix(".__init__")] = set(ast.literal_eval(node.value))
+    return found
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of what a file imports by name, or reads as an attribute of a module that it imports."""
+    tree = ast.parse(path.read_text(), filename=str(path))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                yield node.module, alias.name
+                modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname: alias.name for alias in node.names if alias.asname}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield modules[node.value.id], node.attr
+
+
+def unlisted(package: Path) -> list[str]:
+    """What one module imports from another that does not list it."""
+    lists = listed(package)
+    return sorted(
+        f"{path.relative_to(package)}: {module}.{name}"
+        for path in package.rglob("*.py")
+        for module, name in set(imported_names(path))
+        if name not in lists.get(module, {name})
+        and not name.startswith("_")
+        and not is_module(package.parent, f"{module}.{name}".replace(".", "/"))
+    )
+
+
+def test_what_modules_import_of_each_other_is_listed() -> None:
+    assert unlisted(PACKAGE) == []
+
+
+def test_what_is_listed_is_used_elsewhere() -> None:
+    """Classes aside, of which others hold objects, and what the documents show."""
+    root = Path(__file__).parents[1]
+    files = [
+        path for folder in (PACKAGE, *map(root.joinpath, ("tests", "benchmarks"))) for path in folder.rglob("*.py")
+    ]
+    used = {found for path in files for found in imported_names(path)}
+    shown = set(re.findall(r"\w+", "".join(page.read_text() for page in (root / "docs").glob("*.md"))))
+    idle = [
+        f"{module}.{name}"
+        for module, names in listed(PACKAGE).items()
+        for name in names
+        if module not in PUBLIC
+        and (module, name) not in used
+        and name not in shown
+        and not isinstance(getattr(importlib.import_module(module), name), type)
+    ]
+    assert sorted(idle) == []
+
+
+def test_the_check_sees_what_is_not_listed(tmp_path: Path) -> None:
+    package = tmp_path / "pkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("__all__ = ['f']\nf = g = h = _i = 0\n")
+    (package / "b.py").write_text("from pkg import a\nfrom pkg.a import f, g, _i\nprint(a.h, a.f)\n")
+    assert unlisted(package) == ["b.py: pkg.a.g", "b.py: pkg.a.h"]
 
 
 def long_functions(source: str, most: int = 60) -> list[str]:

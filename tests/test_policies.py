@@ -269,6 +269,8 @@ def test_policies_are_values() -> None:
         (lambda: TrustRegionPolicy(10**400), r"kl_budget must .*an integer of 1,329 bits"),
         (lambda: TrustRegionPolicy("1"), r"kl_budget must .*'1'"),  # type: ignore[arg-type]
         (lambda: GeometricPolicy(-(10**400)), r"teacher_weight must .*an integer of 1,329 bits"),
+        (lambda: SKDPolicy(2.5, 1.0), r"teacher_top_k must be a whole number, got 2\.5"),  # type: ignore[arg-type]
+        (lambda: TrustRegionPolicy(None), "kl_budget must be a number, got None"),  # type: ignore[arg-type]
         (lambda: SKDPolicy(10**400, 1.0), r"teacher_top_k must .*an integer of 1,329 bits"),
         (lambda: SKDPolicy(5, 10**400), r"teacher_temperature must .*an integer of 1,329 bits"),
         (lambda: SKDPolicy(5, 10**300), r"teacher_temperature must .*1e\+300"),

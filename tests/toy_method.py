@@ -40,7 +40,9 @@ class Fading(Schedule):  # by as much as the student is still away from the teac
         return self.now
 
     def observe(self, step: int, statistics: Mapping[str, float]) -> None:
-        self.now *= statistics["reverse_kl"] / (1 + statistics["reverse_kl"])
+        gap = statistics.get("reverse_kl")  # left out where it was not finite
+        if gap is not None:
+            self.now *= gap / (1 + gap)
 
     def state_dict(self) -> dict[str, Any]:
         return {"now": self.now}

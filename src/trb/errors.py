@@ -7,6 +7,7 @@ also what Python calls such an error, so that `except ValueError` goes on workin
 
 import difflib
 import errno
+import operator
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ __all__ = [
     "did_you_mean",
     "is_for_people",
     "named",
+    "nearest",
     "real",
     "shown",
+    "whole",
 ]
 
 # What a machine refuses, whichever library asked it: the error of the system names the file, and no line of code.
@@ -98,12 +101,27 @@ def real(argument: str, value: Any) -> float:
         ValueError: names the argument; the value is no number, or an integer that no float holds, with which one
             function goes on (comparisons do) and the next one fails.
     """
+    bound = ""
     if not isinstance(value, str | bytes):
         try:
             return float(value)
-        except (TypeError, ValueError, OverflowError):
+        except OverflowError:
+            bound = " below 1e308"
+        except (TypeError, ValueError):
             pass
-    raise InputError(f"{named(argument)} must be a number below 1e308, got {shown(value)}")
+    raise InputError(f"{named(argument)} must be a number{bound}, got {shown(value)}")
+
+
+def whole(argument: str, value: Any) -> int:
+    """An argument's value as an int, of numpy's and torch's integers too.
+
+    Raises:
+        ValueError: names the argument; the value is no whole number, or a whole one of a type with a fraction.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{named(argument)} must be a whole number, got {shown(value)}") from error
 
 
 def shown(value: Any) -> str:
@@ -117,6 +135,11 @@ def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
     """`"; did you mean 'x'?"` for the candidate most like `name`, or `""`; `cutoff` is difflib's, in [0, 1]."""
     close = difflib.get_close_matches(name, sorted(candidates), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`did_you_mean` for names that are made of a few words, such as keys: half of one in common is worth a hint."""
+    return did_you_mean(name, candidates, cutoff=0.5)
 
 
 # What is called otherwise by whoever called: the innermost caller's names last.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from trb.blend import weigh
-from trb.blend.laws import DenseLaw, Law, log_softmax
-from trb.errors import InputError, named, real
+from trb.blend.laws import DenseLaw, Law, kl, log_softmax
+from trb.errors import InputError, named, real, whole
 from trb.vocab import checked_temperature
 
 __all__ = [
@@ -82,7 +82,7 @@ class StudentPolicy:
 
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None = None) -> Target:
         zero_N = student_log_probs.new_zeros(student_log_probs.shape[0])
-        kl_teacher_N = None if teacher_log_probs is None else _kl(student_log_probs, teacher_log_probs)
+        kl_teacher_N = None if teacher_log_probs is None else kl(student_log_probs, teacher_log_probs)
         return Target(DenseLaw(student_log_probs), None, zero_N, zero_N, kl_teacher_N)
 
 
@@ -104,9 +104,9 @@ class TemperaturePolicy:
         if self.temperature == 1:
             return StudentPolicy().target(student_log_probs, teacher_log_probs)
         law_NV = log_softmax(student_log_probs / self.temperature, student_log_probs.dtype)
-        kl_teacher_N = None if teacher_log_probs is None else _kl(law_NV, teacher_log_probs)
+        kl_teacher_N = None if teacher_log_probs is None else kl(law_NV, teacher_log_probs)
         weight_N = law_NV.new_zeros(law_NV.shape[0])
-        return Target(DenseLaw(law_NV), None, weight_N, _kl(law_NV, student_log_probs), kl_teacher_N)
+        return Target(DenseLaw(law_NV), None, weight_N, kl(law_NV, student_log_probs), kl_teacher_N)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class TrustRegionPolicy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kl_budget", real("kl_budget", self.kl_budget))
         if not self.kl_budget >= 0:
-            raise InputError(f"kl_budget must be a non-negative number of nats, got {self.kl_budget}")
+            raise InputError(f"{named('kl_budget')} must be a non-negative number of nats, got {self.kl_budget}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -146,7 +146,7 @@ class GeometricPolicy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher_weight", real("teacher_weight", self.teacher_weight))
         if not 0 <= self.teacher_weight <= 1:
-            raise InputError(f"teacher_weight must lie in [0, 1], got {self.teacher_weight}")
+            raise InputError(f"{named('teacher_weight')} must lie in [0, 1], got {self.teacher_weight}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -164,7 +164,13 @@ class GeometricPolicy:
         law_NV = log_softmax(mixed_NV, mixed_NV.dtype)
         law_NV[apart_N] = student_log_probs[apart_N]
         weight_N = torch.full_like(law_NV[:, 0], self.teacher_weight).masked_fill_(apart_N, 0.0)
-        return Target(DenseLaw(law_NV), None, weight_N, _kl(law_NV, student_log_probs), _kl(law_NV, teacher_NV))
+        return Target(
+            DenseLaw(law_NV),
+            None,
+            weight_N,
+            kl(law_NV, student_log_probs),
+            kl(law_NV, teacher_NV),
+        )
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,7 @@ class SKDPolicy:
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "teacher_top_k", whole("teacher_top_k", self.teacher_top_k))
         if not real("teacher_top_k", self.teacher_top_k) >= 1:
             raise InputError(f"{named('teacher_top_k')} must be at least 1, got {self.teacher_top_k}")
         tempered = checked_temperature(self.teacher_temperature, "teacher_temperature")
@@ -197,7 +204,13 @@ class SKDPolicy:
         replaced_N = student_NV.masked_fill(trusted_NV, 0.0).sum(-1)
         replacement_NV = log_softmax(teacher_NV / self.teacher_temperature, teacher_NV.dtype).exp()
         law_NV = (kept_NV + replaced_N[:, None] * replacement_NV).log()
-        return Target(DenseLaw(law_NV), kept_NV, replaced_N, _kl(law_NV, student_log_probs), _kl(law_NV, teacher_NV))
+        return Target(
+            DenseLaw(law_NV),
+            kept_NV,
+            replaced_N,
+            kl(law_NV, student_log_probs),
+            kl(law_NV, teacher_NV),
+        )
 
 
 @dataclass(frozen=True)
@@ -209,14 +222,7 @@ class TeacherPolicy:
     def target(self, student_log_probs: Tensor, teacher_log_probs: Tensor | None) -> Target:
         teacher_NV = _present(teacher_log_probs, self)
         one_N = teacher_NV.new_ones(teacher_NV.shape[0])
-        return Target(DenseLaw(teacher_NV), None, one_N, _kl(teacher_NV, student_log_probs), torch.zeros_like(one_N))
-
-
-def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p || q) per row, with 0 log 0 = 0, also where it is e^log p that underflows."""
-    p_NV = log_p_NV.exp()
-    terms_NV = p_NV * (log_p_NV - log_q_NV)
-    return terms_NV.masked_fill_(p_NV == 0, 0.0).sum(-1).clamp_min(0)
+        return Target(DenseLaw(teacher_NV), None, one_N, kl(teacher_NV, student_log_probs), torch.zeros_like(one_N))
 
 
 def _present(teacher_log_probs: Tensor | None, policy: object) -> Tensor:

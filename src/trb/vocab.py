@@ -31,6 +31,7 @@ __all__ = [
     "head_rows",
     "log_probs",
     "stop_token_ids",
+    "wide",
 ]
 
 
@@ -156,14 +157,15 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`[..., V]` log-probabilities at a temperature, in float64 for float64 logits and in float32 for all others."""
     if temperature != 1.0:
         logits = _tempered(logits, temperature)
-    return log_softmax(logits, _wide(logits))
+    return log_softmax(logits, wide(logits))
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    return logits.to(_wide(logits)) / float(temperature)  # torch takes no integer beyond 64 bits
+    return logits.to(wide(logits)) / float(temperature)  # torch takes no integer beyond 64 bits
 
 
-def _wide(logits: Tensor) -> torch.dtype:
+def wide(logits: Tensor) -> torch.dtype:
+    """The dtype that is computed in: float64 for float64, float32 for all others."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 

@@ -8,9 +8,11 @@ rounded normaliser shifts a KL by its own error; that error has a check of its o
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -438,6 +440,25 @@ def test_bad_budgets_are_named(budget: float | Tensor) -> None:
     name = "nan" if math.isnan(float(torch.as_tensor(budget).sum())) else "-0.25"
     with pytest.raises(ValueError, match=name):
         solve(logits, logits, budget)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 2), (1, 2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("find", [solve, weigh])
+def test_budgets_of_another_shape_are_refused(shape: tuple[int, ...], find: Any) -> None:
+    logits = torch.zeros(2, 3, 4) if find is solve else torch.zeros(6, 4)
+    message = (
+        rf"kl_budget of shape {re.escape(str(shape))} does not broadcast to {re.escape(str((*logits.shape[:-1],)))}"
+    )
+    with pytest.raises(ValueError, match=message):
+        find(logits, logits, torch.ones(shape))
+
+
+def test_budgets_that_broadcast_are_those_of_each_prefix() -> None:
+    student, teacher = torch.randn(2, 2, 3, 6).unbind()
+    for shape in ((), (1,), (3,), (2, 1), (1, 3), (2, 3)):
+        budget = torch.rand(shape)
+        whole = solve(student, teacher, budget.expand(2, 3).contiguous())
+        assert torch.equal(solve(student, teacher, budget).log_probs, whole.log_probs)
 
 
 def test_mismatched_vocabularies_are_refused() -> None:

@@ -5,7 +5,9 @@ Every row that is not flagged keeps its budget and uses it; a row is flagged whe
 
 import math
 import multiprocessing
+import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from test_blend import FAMILIES, LOWEST, as_numpy, assert_log_probs_follow_the_w
 from torch import Tensor
 
 from trb import kernels
-from trb.blend.laws import BlendResult
-from trb.blend.native import FLAGGED, NativeResult, solve_rows
+from trb.blend import eager
+from trb.blend import triton as blend_triton
+from trb.blend.laws import FLAGGED, BlendResult
+from trb.blend.native import NativeResult, solve_rows
 
 needs_library = pytest.mark.skipif(not kernels.available(), reason="no C compiler, or TRB_NATIVE=0")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -357,3 +361,10 @@ def test_threads_are_made_again_after_a_fork(monkeypatch: pytest.MonkeyPatch) ->
     child.join(20)
     assert child.exitcode == 0
     assert queue.get() == expected
+
+
+def test_the_kernel_holds_the_constants_of_the_other_solvers() -> None:
+    source = (Path(kernels.__file__).parent / "blend.c").read_text()
+    assert f"FLAGGED = {FLAGGED} }}" in source
+    for name, value in (("WINDOW", eager.WINDOW), ("MARGIN", blend_triton._MARGIN)):
+        assert list(map(float, re.findall(rf"static const double {name} = (.*);", source))) == [value], name

@@ -682,6 +682,8 @@ def test_probe_of_a_recipe_has_no_settings(recipe: Path, tmp_path: Path, capsys:
     assert "leave it out" in refused(capsys, "probe", "--config", recipe, "--setting", "chains")
     few = refused(capsys, "probe", "--config", recipe, "--skd-top-k", "0", "--output-dir", tmp_path / "none")
     assert "--skd-top-k must be at least 1, got 0" in few
+    spent = refused(capsys, "probe", "--config", recipe, "--kl-budget", "-1", "--output-dir", tmp_path / "none")
+    assert "--kl-budget must be a non-negative number of nats, got -1" in spent
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,6 +176,9 @@ def test_refusals() -> None:
     x, mask = torch.zeros(2, 3, 5), torch.ones(2, 3)
     with pytest.raises(ValueError, match="-1"):
         topk_reverse_kl(x, x, mask, k=-1)
+    for k in (2.5, None, "3"):
+        with pytest.raises(ValueError, match=f"^k must be a whole number, got {k!r}"):
+            topk_reverse_kl(x, x, mask, k=k)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"5.*6|align"):
         topk_reverse_kl(x, torch.zeros(2, 3, 6), mask)
     with pytest.raises(ValueError, match="mask"):

@@ -21,7 +21,17 @@ from reference import losses as reference
 from reference.distributions import entropy, kl, log_normalise
 from torch import Tensor, nn
 
-from trb.losses import EntropyAware, Loss, PrefixWeighted, ReliableRegion, ReverseKL, TokenBatch, TokenImportance
+from trb.losses import (
+    EntropyAware,
+    Loss,
+    PrefixWeighted,
+    ReliableRegion,
+    ReverseKL,
+    Supervised,
+    TokenBatch,
+    TokenImportance,
+    Veto,
+)
 from trb.losses.terms import Rows, TokenMetrics
 from trb.vocab import SharedVocabulary, align
 
@@ -114,7 +124,7 @@ def test_entropy_aware_is_the_definition(k: int, forward_k: int) -> None:
     expected, numeric = defined(parts, student.numpy())
     assert value == pytest.approx(expected, rel=1e-9)
     assert gradient == pytest.approx(numeric, abs=1e-9)
-    always, never = (found(EntropyAware(k, tau, forward_k), batch_of(student, teacher))[0] for tau in (-1.0, 9.0))
+    always, never = (found(EntropyAware(k, tau, forward_k), batch_of(student, teacher))[0] for tau in (0.0, 9.0))
     assert never < value < always
     assert never == found(ReverseKL(k), batch_of(student, teacher))[0]
 
@@ -493,8 +503,20 @@ def test_the_teacher_gets_no_gradient_and_none_is_sought_without_need(name: str)
 
 def test_refusals() -> None:
     for share in (0.0, 1.5, math.nan):
-        with pytest.raises(ValueError, match=f"tip_share.*{share}"):
+        with pytest.raises(ValueError, match=f"^share must be .*{share}"):
             TokenImportance(4, share)
+    for make in (ReverseKL, Veto, Supervised, *map(type, LOSSES.values())):
+        with pytest.raises(ValueError, match=r"^top_k must be at least 0 \(0 means the full vocabulary\), got -5"):
+            make(-5)
+        with pytest.raises(ValueError, match=r"^top_k must be a whole number, got 2\.5"):
+            make(2.5)
+    for make in (EntropyAware, ReliableRegion):
+        with pytest.raises(ValueError, match=r"^forward_top_k must be at least 0 .*, got -1"):
+            make(forward_top_k=-1)
+    for make, name in ((EntropyAware, "threshold"), (PrefixWeighted, "gamma"), (Veto, "strength")):
+        for value in (-3, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be at least 0, got {float(value)}"):
+                make(**{name: value})
     law = torch.zeros(1, V)
     with pytest.raises(ValueError, match="tokens of the completions"):
         ReliableRegion().terms(Rows.of(law, law))

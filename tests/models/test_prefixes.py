@@ -165,9 +165,15 @@ def test_what_cannot_be_shared_is_read_whole(make: Any, shared: list[int]) -> No
     assert shared
 
 
-def test_compiled_layers_are_read_whole(shared: list[int]) -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_layers_are_read_whole(in_place: bool) -> None:
     model = build("llama")
-    model.base_model.layers[0].compile(backend="eager")
+    assert prefixes._may_share(model)
+    layers = model.base_model.layers
+    if in_place:
+        layers[0].compile(backend="eager")
+    else:
+        layers[0] = torch.compile(layers[0], backend="eager")
     assert not prefixes._may_share(model)
 
 

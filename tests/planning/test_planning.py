@@ -37,10 +37,11 @@ from trb.planning import (
     make_plan,
     run_seconds,
 )
-from trb.planning.inputs import columns_decided, continuation_rate, tokens_per_round
+from trb.planning.inputs import columns_decided, continuation_rate
 from trb.planning.machines import KINDS
 from trb.planning.plan import pass_seconds
 from trb.planning.traffic import Transfer, sampling_transfers, transfer_seconds, update_transfers
+from trb.sampling.blocks import tokens_per_round
 
 ROOT = Path(__file__).parents[2]
 H100 = MACHINES["h100"]
@@ -727,7 +728,7 @@ def test_a_machine_from_a_file(tmp_path: Path) -> None:
     [
         ("{", "is not valid JSON"),
         ("[]", "must hold a JSON object"),
-        ('{"like": "h200"}', "like is 'h200'"),
+        ('{"like": "h200"}', "like is 'h200'; choose one of .*; did you mean 'h100'"),
         ('{"like": "h100", "memori": {}}', "unknown field 'memori'; did you mean 'memory'"),
         ('{"memory": {"value": 1, "kind": "assumed", "source": "x"}}', "leaves per_node, .* open"),
         ('{"like": "h100", "memory": 80}', "memory must be an object"),

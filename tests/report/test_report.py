@@ -188,8 +188,8 @@ def test_configuration_puts_what_differs_first_and_hides_secrets(comparison_page
     keys = [cells[0] for cells in comparison_page.rows]
     assert keys.index("method") < keys.index("schedule.initial_kl_budget") < keys.index("student")
     assert comparison_page.row("trainer.max_steps") == ["trainer.max_steps", "100"]
-    assert comparison_page.row("trainer.hub_token") == ["trainer.hub_token", "(hidden)"]
-    assert comparison_page.row("command")[1] == "trb compare quickstart --hub_token (hidden)"
+    assert comparison_page.row("trainer.hub_token") == ["trainer.hub_token", "[redacted]"]
+    assert comparison_page.row("command")[1] == "trb compare quickstart --hub_token [redacted]"
     assert comparison_page.row("commit")[1] == PROVENANCE["commit"]
     assert "hf_do_not_show" not in "".join(comparison_page.text_of["html"])
 
@@ -199,7 +199,7 @@ def test_options_that_only_sound_secret_are_shown() -> None:
     assert dict(summary.flatten(options)) == {
         "max_new_tokens": "64",
         "eos_token": "<|end|>",
-        "nested.api_key": "(hidden)",
+        "nested.api_key": "[redacted]",
         "nested.password": "null",
     }
 

@@ -311,6 +311,7 @@ def test_hooked_sharded_and_compiled_models_are_left_alone() -> None:
         "hooks": lambda model: model.model.register_forward_hook(lambda *_: None),
         "hook": lambda model: model.lm_head.register_forward_pre_hook(lambda *_: None),
         "compiled": lambda model: model.model.compile(backend="eager"),
+        "is compiled": lambda model: setattr(model, "model", torch.compile(model.model, backend="eager")),
         "offloaded": lambda model: setattr(model.model.layers[0], "_hf_hook", object()),
         "sharded": lambda model: setattr(model.lm_head.weight, "ds_id", 3),
         "several devices": lambda model: setattr(model, "lm_head", model.lm_head.to("meta")),

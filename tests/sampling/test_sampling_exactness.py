@@ -516,6 +516,26 @@ def test_sampling_from_the_first_head_rows_only(tiny_pair: TinyPair, method: str
         ({"max_rows": -1}, r"max_rows.*-1"),
         ({"eos_token_id": 9}, r"\b9\b"),
         ({"teacher_eos_token_id": 7}, r"\b7\b"),
+        ({"policy": StudentPolicy}, r"policy must be an object of trb\.policies.*got <class .*StudentPolicy"),
+        ({"policy": [StudentPolicy]}, r"policy must be an object of trb\.policies.*got <class .*StudentPolicy"),
+        ({"policy": None}, r"policy must be an object of trb\.policies.*got None"),
+        ({"policy": "student"}, r"policy must be an object of trb\.policies.*got 'student'"),
+        ({"prompts": [3, 4]}, r"prompts must be lists of token ids, one for each row, got \[3, 4\]"),
+        ({"prompts": [[1.5]]}, r"prompts must be lists of token ids.*1\.5"),
+        ({"prompts": None}, "prompts must be lists of token ids.*None"),
+        ({"teacher_prompts": [3]}, r"teacher_prompts must be lists of token ids.*\[3\]"),
+        ({"begun": [3]}, r"begun must be lists of token ids.*\[3\]"),
+        ({"block_size": 2.5}, r"block_size must be a whole number, got 2\.5"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"block_size": "plannd"}, "block_size must be a number or one of .*'plannd'; did you mean 'planned'"),
+        ({"prompt_keys": ["a"]}, r"prompt_keys must hold whole numbers, got \['a'\]"),
+        ({"prompt_keys": 5}, "prompt_keys must hold whole numbers, got 5"),
+        ({"rollout_index": [0.5]}, r"rollout_index must hold whole numbers, got \[0\.5\]"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number, got None"),
+        ({"max_rows": 1.5}, r"max_rows must be a whole number, got 1\.5"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"vocab_size": 4.5}, r"vocab_size must be a whole number, got 4\.5"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -531,6 +551,35 @@ def test_refusals(tiny_pair: TinyPair, changed: dict[str, Any], named: str) -> N
     }
     with pytest.raises(ValueError, match=named):
         sample(**{**arguments, **changed})
+
+
+def test_integers_of_numpy_and_torch_are_numbers(tiny_pair: TinyPair) -> None:
+    def drawn(kind: Callable[[list[int]], Any]) -> list[list[int]]:
+        one = kind([3])[0]
+        return sample(
+            tiny_pair.student,
+            tiny_pair.teacher,
+            kind([[1, 2], [2, 1]]),
+            TrustRegionPolicy(0.3),
+            max_new_tokens=one,
+            eos_token_id=0,
+            teacher_eos_token_id=4,
+            seed=one,
+            block_size=one,
+            max_rows=one,
+            prompt_keys=kind([5, 2**62 + 1]),
+            rollout_index=kind([0, 7]),
+        ).completions
+
+    plain = drawn(list)
+    for kind in (torch.tensor, np.array, lambda values: np.array(values, dtype=np.uint64)):
+        assert drawn(kind) == plain
+
+
+def test_a_block_size_of_none_is_planned(tiny_pair: TinyPair) -> None:
+    draws = [mixed_rows(tiny_pair, ROWS, TrustRegionPolicy(0.3), block_size=size) for size in (None, "planned")]
+    assert draws[0].completions == draws[1].completions
+    assert draws[0].teacher_calls == draws[1].teacher_calls
 
 
 def test_states_that_are_taken_back_leave_the_exact_law() -> None:

@@ -508,7 +508,7 @@ def test_rollouts_are_drawn_once_and_shared(tiny_pair: TinyPair, monkeypatch: py
 
 def test_excerpts_are_matched_and_carry_every_number(tiny_pair: TinyPair, subject: Subject) -> None:
     policies = {"student": StudentPolicy(), "zero": TrustRegionPolicy(0.0), "trb": TrustRegionPolicy(BUDGET)}
-    records = matched_excerpts(subject, policies=policies, prompts=2, top=2, step=7)
+    records = matched_excerpts(subject, policies=policies, prompts=2, top=2)
     assert [record["policy"] for record in records] == ["student", "zero", "trb"] * 2
     for first in (0, 3):
         group = records[first : first + 3]
@@ -516,7 +516,7 @@ def test_excerpts_are_matched_and_carry_every_number(tiny_pair: TinyPair, subjec
         assert group[0]["tokens"] == group[1]["tokens"]  # the same noise, and the same law
     trb = records[5]
     assert trb["prompt"] == PROBLEMS[1]
-    assert trb["step"] == 7 and trb["rollout_index"] == 0
+    assert trb["step"] == 0 and trb["rollout_index"] == 0
     completion = [LETTERS.index(letter) for letter in trb["tokens"]]
     assert completion == subject.rollouts(TrustRegionPolicy(BUDGET)).completions[SAMPLES]
     assert trb["completion"] == "".join(letter for letter in trb["tokens"] if letter != "a")

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import trb
+from trb.safety.secrets import redact
 from trb.studies import provenance
 
 GIT_IDENTITY = {f"GIT_{role}_{part}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
@@ -138,7 +139,7 @@ def test_a_git_that_hangs_is_given_up(checkout: Path, tmp_path: Path, monkeypatc
     ],
 )
 def test_secrets_are_redacted(arguments: list[str], secret: str) -> None:
-    shown = provenance.redact(["trb", *arguments])
+    shown = redact(["trb", *arguments])
     assert secret not in shown
     assert "[redacted]" in shown
 
@@ -155,7 +156,7 @@ def test_secrets_are_redacted(arguments: list[str], secret: str) -> None:
     ],
 )
 def test_ordinary_arguments_stay_as_they_are(arguments: list[str]) -> None:
-    assert shlex.split(provenance.redact(arguments)) == arguments
+    assert shlex.split(redact(arguments)) == arguments
 
 
 def test_the_program_is_named_without_the_place_it_is_installed_in(monkeypatch: pytest.MonkeyPatch) -> None:

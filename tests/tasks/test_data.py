@@ -219,7 +219,7 @@ def test_zoo_chains() -> None:
         assert row["verifier"] == "exact"
     assert rows.to_list() == load_prompts("zoo:chains", limit=5, seed=3).to_list()
     assert rows.to_list() != load_prompts("zoo:chains", limit=5, seed=3, split="test").to_list()
-    with pytest.raises(ValueError, match="unknown task 'zoo:chain'; the zoo has zoo:chains"):
+    with pytest.raises(ValueError, match=r"unknown task 'zoo:chain'; the zoo has zoo:chains.*; did you mean 'chains'"):
         load_prompts("zoo:chain")
 
 

@@ -28,6 +28,8 @@ from trb.models.loading import load_model
 from trb.studies.recipe import make_recipe
 from trb.tasks.prompts import load_prompts
 from trb.training import arguments, pair
+from trb.training.card import _budget
+from trb.training.methods import BUDGET_SCHEDULES, METHODS, behavior_of
 
 ROWS = zoo.problems(8, seed=0, split="train")
 PROMPTS = Dataset.from_list(ROWS)
@@ -382,6 +384,41 @@ def test_the_model_card_says_what_was_trained_from_what_and_how(tmp_path: Path) 
     assert all(f"{name} " in found["versions"] for name in ("trb", "torch", "transformers", "trl", "Python"))
     assert "# my-run\n" in found[""]
     assert str(tmp_path) not in found[""]
+
+
+BUDGETS = {
+    "linear": "0.01 nats per token at first, 0 at last",
+    "cosine": "0.01 nats per token at first, 0 at last",
+    "constant": "0.01 nats per token throughout",
+    "sequence": "1 nats per completion throughout",
+    "sequence-linear": "16 nats per completion at first, 0 at last",
+    "gap": "0.125 nats per token at first, then by what the steps show",
+    "fixed": "0.01 nats per token throughout",
+    "share": "0.01 nats per token at first, 0 at last",
+    "geometric": "1 nats per completion throughout",
+}
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS, *BUDGET_SCHEDULES} - {"trb"}))
+def test_the_model_card_states_the_budget_that_is_kept(tmp_path: Path, name: str) -> None:
+    """A budget per token that moves with what steps show is none that holds throughout."""
+    which = {"method": name} if name in METHODS else {"method": "trb", "budget_schedule": name}
+    args = config(tmp_path, max_completion_length=8, initial_kl_budget=None, blend_warmup_steps=None, **which)
+    stated = _budget(args)
+    assert stated == BUDGETS.get(name, "no budget: the method has none")
+    behavior = behavior_of(args, lambda: 50)
+    policies = []
+    for step in range(40):
+        policies.append(behavior.at(step))
+        behavior.schedule.observe(step, {"sequence_kl": 0.1, "reverse_kl": 1 / (1 + step)})
+    assert len(set(policies)) == 1 or not stated.endswith("nats per token throughout")
+    assert behavior.schedule.remembers <= (not stated.startswith("no budget"))
+
+
+def test_the_model_card_states_a_budget_of_nothing_and_a_weight_that_is_none(tmp_path: Path) -> None:
+    assert _budget(config(tmp_path, method="fixed", initial_kl_budget=0.0)) == "0 nats per token throughout"
+    geometric = config(tmp_path, method="geometric", teacher_weight=0.5, initial_kl_budget=None)
+    assert _budget(geometric) == "no budget: the method has none"
 
 
 def test_a_model_card_of_models_from_the_hub_links_them(tmp_path: Path) -> None:

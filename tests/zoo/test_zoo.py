@@ -397,3 +397,8 @@ def test_task_sizes_are_part_of_a_data_spec():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             load_prompts(spec)
+
+
+def test_an_unknown_model_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown zoo model 'studnet'; choose one of .*; did you mean 'student'\?"):
+        zoo.path("studnet")

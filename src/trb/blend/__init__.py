@@ -20,7 +20,6 @@ Shape suffixes: N rows (flattened prefixes), V vocabulary.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +27,28 @@ from torch import Tensor
 from trb import kernels
 from trb.blend import native as blend_native
 from trb.blend import triton as blend_triton
-from trb.blend.eager import LARGEST_SHIFT, POSSIBLE_MASK, solve_log_probs
-from trb.blend.laws import BLOCK_ELEMENTS_CPU, BlendResult, DenseLaw, GeometricLaw, Law, WeightResult, flat, log_softmax
+from trb.blend.eager import (
+    FLOAT32_BUDGET_FLOOR,
+    FLOAT32_LOG_PROB_FLOOR,
+    LARGEST_SHIFT,
+    POSSIBLE_MASK,
+    solve_log_probs,
+)
+from trb.blend.laws import (
+    BLOCK_ELEMENTS_CPU,
+    FLAGGED,
+    BlendResult,
+    DenseLaw,
+    GeometricLaw,
+    Law,
+    WeightResult,
+    flat,
+    log_softmax,
+)
+from trb.blend.native import NativeResult
+from trb.blend.triton import SolvedRows
 
 __all__ = ["BlendResult", "DenseLaw", "GeometricLaw", "Law", "WeightResult", "log_softmax", "solve", "weigh"]
-
-# Above this, every student probability and every e^{βr} is a normal float32 number (r ≤ -log student ≤ 85).
-_FLOAT32_LOG_PROB_FLOOR = -85.0
-
-# Below this budget, rounding of float32 log-probabilities reaches a thousandth of the divergence.
-_FLOAT32_BUDGET_FLOOR = 5e-4
 
 _BLOCK_ELEMENTS = 1 << 26
 
@@ -62,12 +73,11 @@ def solve(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Ten
     student_NV, teacher_NV, budget_N = flat(student_logits, teacher_logits, kl_budget)
     dtype = torch.float64 if torch.float64 in (student_NV.dtype, teacher_NV.dtype) else torch.float32
     leading = student_logits.shape[:-1]
-    found = _solve_natively(student_NV, teacher_NV, budget_N, write=True)
-    if found is None:
+    result = _solve_natively(student_NV, teacher_NV, budget_N)
+    if result is None:
         result = _solve_in_blocks(student_NV, teacher_NV, budget_N, dtype)
     else:
-        result = BlendResult(found.log_probs, found.teacher_weight, found.kl_student, found.kl_teacher, found.passes)
-        left = (found.passes < 0).nonzero().squeeze(-1)
+        left = (result.passes == FLAGGED).nonzero().squeeze(-1)
         if left.numel():
             _store(result, left, _solve_in_blocks(student_NV[left], teacher_NV[left], budget_N[left], dtype))
     return BlendResult(
@@ -87,12 +97,12 @@ def weigh(student_logits_NV: Tensor, teacher_logits_NV: Tensor, kl_budget: float
         ValueError: as `solve`.
     """
     student_NV, teacher_NV, budget_N = flat(student_logits_NV, teacher_logits_NV, kl_budget)
-    found = None if student_NV.device.type != "cpu" else _solve_natively(student_NV, teacher_NV, budget_N, write=False)
-    if found is None:
+    if not _is_for_c(student_NV, teacher_NV):
         whole = solve(student_NV, teacher_NV, budget_N)
         law = DenseLaw(whole.log_probs)
         return WeightResult(law, whole.teacher_weight, whole.kl_student, whole.kl_teacher, whole.passes)
-    left = ((found.passes < 0) | (found.log_norm.abs() > LARGEST_SHIFT)).nonzero().squeeze(-1)
+    found = blend_native.solve_rows(student_NV, teacher_NV, budget_N, write=False)
+    left = ((found.passes == FLAGGED) | (found.log_norm.abs() > LARGEST_SHIFT)).nonzero().squeeze(-1)
     dense_N = torch.full_like(found.passes, -1)
     part = _solve_in_blocks(student_NV[left], teacher_NV[left], budget_N[left], torch.float32)
     if left.numel():
@@ -105,15 +115,26 @@ def weigh(student_logits_NV: Tensor, teacher_logits_NV: Tensor, kl_budget: float
     return WeightResult(geometric, found.teacher_weight, found.kl_student, found.kl_teacher, found.passes)
 
 
-def _solve_natively(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, *, write: bool) -> Any:
-    """The result of a compiled kernel, rows it leaves to us marked by negative `passes`; None where there is none."""
-    if torch.float64 in (student_NV.dtype, teacher_NV.dtype) or not student_NV.numel():
-        return None
-    if blend_triton.available(student_NV):
-        return blend_triton.solve_rows(student_NV, teacher_NV, budget_N)
-    if student_NV.device.type == "cpu" and kernels.available():
-        return blend_native.solve_rows(student_NV, teacher_NV, budget_N, write=write)
+def _solve_natively(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor) -> BlendResult | None:
+    """The result of a compiled kernel, where rows it leaves to us have FLAGGED `passes`; None where there is none."""
+    if _is_plain(student_NV, teacher_NV) and blend_triton.available(student_NV):
+        return _written(blend_triton.solve_rows(student_NV, teacher_NV, budget_N))
+    if _is_for_c(student_NV, teacher_NV):
+        return _written(blend_native.solve_rows(student_NV, teacher_NV, budget_N))
     return None
+
+
+def _is_for_c(student_NV: Tensor, teacher_NV: Tensor) -> bool:
+    return _is_plain(student_NV, teacher_NV) and student_NV.device.type == "cpu" and kernels.available()
+
+
+def _is_plain(student_NV: Tensor, teacher_NV: Tensor) -> bool:
+    return torch.float64 not in (student_NV.dtype, teacher_NV.dtype) and student_NV.numel() > 0
+
+
+def _written(found: NativeResult | SolvedRows) -> BlendResult:
+    assert found.log_probs is not None  # it is written unless somebody says otherwise
+    return BlendResult(found.log_probs, found.teacher_weight, found.kl_student, found.kl_teacher, found.passes)
 
 
 def _solve_in_blocks(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, dtype: torch.dtype) -> BlendResult:
@@ -148,8 +169,8 @@ def _solve_rows(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, dtype:
     """Solve in `dtype`, sending rows that float32 cannot represent well through float64."""
     log_student_NV, lowest_student_N = _log_softmax(student_NV, dtype)
     log_teacher_NV, lowest_teacher_N = _log_softmax(teacher_NV, dtype)
-    hard_N = torch.minimum(lowest_student_N, lowest_teacher_N) < _FLOAT32_LOG_PROB_FLOOR
-    hard_N |= (budget_N > 0) & (budget_N < _FLOAT32_BUDGET_FLOOR)
+    hard_N = torch.minimum(lowest_student_N, lowest_teacher_N) < FLOAT32_LOG_PROB_FLOOR
+    hard_N |= (budget_N > 0) & (budget_N < FLOAT32_BUDGET_FLOOR)
     if dtype == torch.float64 or not hard_N.any():
         return solve_log_probs(log_student_NV, log_teacher_NV, budget_N)
     result = _empty_result(student_NV, dtype)

@@ -13,18 +13,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trb.blend.laws import BlendResult
+from trb.blend.laws import BlendResult, kl
 
-__all__ = ["LARGEST_SHIFT", "POSSIBLE_MASK", "solve_log_probs"]
+__all__ = [
+    "FLOAT32_BUDGET_FLOOR",
+    "FLOAT32_LOG_PROB_FLOOR",
+    "LARGEST_SHIFT",
+    "MAX_EVALUATIONS",
+    "NEWTON_EVALUATIONS",
+    "POSSIBLE_MASK",
+    "WINDOW",
+    "solve_log_probs",
+]
+
+# Above this, every student probability and every e^{βr} is a normal float32 number (r ≤ -log student ≤ 85).
+FLOAT32_LOG_PROB_FLOOR = -85.0
+
+# Below this budget, rounding of float32 log-probabilities reaches a thousandth of the divergence.
+FLOAT32_BUDGET_FLOOR = 5e-4
 
 # Accepted shortfall below the budget, relative to it. Newton aims at the middle of this window, so that landing
 # a little to either side still ends the search without ever exceeding the budget.
-_WINDOW = 8e-4
+WINDOW = 8e-4
 
-_MAX_EVALUATIONS = 90
+MAX_EVALUATIONS = 90
 
 # Newton has converged by then on ordinary rows; bisection afterwards guarantees the end on the others.
-_NEWTON_EVALUATIONS = 8
+NEWTON_EVALUATIONS = 8
 
 # Below this, a log-probability may stem from a mask written as the dtype's minimum (-65504 in float16).
 POSSIBLE_MASK = -1e4
@@ -49,7 +64,7 @@ def solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: Te
 
     point = _Point.at_student(path)
     if searched_N.any():
-        slack_N = _WINDOW * budget_N[searched_N]
+        slack_N = WINDOW * budget_N[searched_N]
         point.put(searched_N, _search(path.rows(searched_N), room_N[searched_N], slack_N))
     if reaches_N.any():
         point.put(reaches_N, _Point.at_teacher(path.rows(reaches_N)))
@@ -58,7 +73,7 @@ def solve_log_probs(log_student_NV: Tensor, log_teacher_NV: Tensor, budget_N: Te
     kl_teacher_N = (point.weight_N - 1) * point.mean_N - point.log_norm_N - kept_teacher_N
     log_probs_NV = path.log_probs(point)
     if log_probs_NV.dtype == torch.float64 and (far_N := point.is_far).any():
-        kl_teacher_N[far_N] = _kl(log_probs_NV[far_N], shared.log_teacher_NV[far_N]).double() - kept_teacher_N[far_N]
+        kl_teacher_N[far_N] = kl(log_probs_NV[far_N], shared.log_teacher_NV[far_N]).double() - kept_teacher_N[far_N]
     kl_teacher_N = kl_teacher_N.clamp_min(0).masked_fill(stays_N & (kept_student_N < 0), math.inf)
     if reaches_N.any():
         log_probs_NV[reaches_N] = shared.log_teacher_NV[reaches_N]
@@ -182,7 +197,7 @@ class _Path(NamedTuple):
     def _evaluate_log_space(self, weight_N: Tensor, log_blend_NV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_norm_N = log_blend_NV.logsumexp(-1)
         far_N = log_norm_N.abs() > _FAR
-        far_kl_N = _kl(_normalised(log_blend_NV[far_N]), self.log_student_NV[far_N])
+        far_kl_N = kl(_normalised(log_blend_NV[far_N]), self.log_student_NV[far_N])
         # At |A| = 2e4 the normaliser is off by 4e-12, which |r| = 4e4 would magnify: divide by the sum as well.
         blend_NV = log_blend_NV.sub_(log_norm_N[:, None]).exp_()
         total_N = blend_NV.sum(-1)
@@ -198,12 +213,6 @@ def _normalised(scores_NV: Tensor) -> Tensor:
     """Log-probabilities, however large the scores: what the first normaliser leaves over is small, and so exact."""
     rest_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
     return rest_NV - rest_NV.logsumexp(-1, keepdim=True)
-
-
-def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p || q) of each row from the definition."""
-    p_NV = log_p_NV.exp()
-    return (p_NV * (log_p_NV - log_q_NV)).masked_fill_(p_NV == 0, 0.0).sum(-1).clamp_min(0)
 
 
 @dataclass
@@ -246,7 +255,7 @@ def _search(path: _Path, room_N: Tensor, slack_N: Tensor) -> _Point:
     low_N, high_N = torch.zeros_like(room_N), torch.ones_like(room_N)
     weight_N = _first_guess(path, aim_N)
     rows_N = torch.arange(room_N.numel(), device=room_N.device)
-    for evaluation in range(_MAX_EVALUATIONS):
+    for evaluation in range(MAX_EVALUATIONS):
         kl_N, variance_N, log_norm_N, mean_N = path.evaluate(weight_N)
         best.evaluations_N[rows_N] += 1
         feasible_N = kl_N <= room_N
@@ -256,7 +265,7 @@ def _search(path: _Path, room_N: Tensor, slack_N: Tensor) -> _Point:
 
         middle_N = _representable((low_N + high_N) / 2, path)
         newton_N = _representable(_newton(weight_N, kl_N, variance_N, aim_N), path)
-        usable_N = (newton_N > low_N) & (newton_N < high_N) & (evaluation < _NEWTON_EVALUATIONS)
+        usable_N = (newton_N > low_N) & (newton_N < high_N) & (evaluation < NEWTON_EVALUATIONS)
         next_N = torch.where(usable_N, newton_N, middle_N)
         met_N = feasible_N & (kl_N >= room_N - slack_N)
         exhausted_N = (next_N <= low_N) | (next_N >= high_N)

@@ -13,22 +13,28 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trb.errors import InputError, real
+from trb.errors import InputError, named, real
 
 __all__ = [
     "BLOCK_ELEMENTS_CPU",
+    "FLAGGED",
     "BlendResult",
     "DenseLaw",
     "GeometricLaw",
     "Law",
     "WeightResult",
+    "check_aligned",
     "flat",
+    "kl",
     "log_softmax",
 ]
 
 # Rows are solved in blocks of about this many elements. On a CPU, temporaries of a megabyte stay in cache; an
 # accelerator wants few large kernels, and the block only bounds memory.
 BLOCK_ELEMENTS_CPU = 1 << 18
+
+# `passes` of a row that a compiled kernel leaves unsolved.
+FLAGGED = -1
 
 # Up to so many tokens, torch's float32 normaliser is as good as the rounding of the log-probabilities themselves.
 _FEW_TOKENS = 256
@@ -151,13 +157,24 @@ def _log_total(scores: Tensor) -> Tensor:
     return torch.cat(totals).log().reshape(*scores.shape[:-1], 1)
 
 
-def flat(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both models as `[N, V]` and the budget as `[N]` float64, checked."""
+def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """`[N]` KL(p || q) from the definition, with 0 log 0 = 0, also where it is e^log p that underflows."""
+    p_NV = log_p_NV.exp()
+    return (p_NV * (log_p_NV - log_q_NV)).masked_fill_(p_NV == 0, 0.0).sum(-1).clamp_min(0)
+
+
+def check_aligned(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raises ValueError unless both models have logits of the same events."""
     if student_logits.shape != teacher_logits.shape:
         raise InputError(
             f"student and teacher logits differ in shape, {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}: align them first with trb.vocab.align"
         )
+
+
+def flat(student_logits: Tensor, teacher_logits: Tensor, kl_budget: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both models as `[N, V]` and the budget as `[N]` float64, checked."""
+    check_aligned(student_logits, teacher_logits)
     leading, vocabulary = student_logits.shape[:-1], student_logits.shape[-1]
     budget_N = _checked_budget(kl_budget, leading, student_logits.device).reshape(-1)
     return student_logits.reshape(-1, vocabulary), teacher_logits.reshape(-1, vocabulary), budget_N
@@ -172,5 +189,11 @@ def _checked_budget(kl_budget: float | Tensor, leading: torch.Size, device: torc
     invalid = ~(budget >= 0)
     if invalid.any():
         value = budget[invalid].reshape(-1)[0].item()
-        raise InputError(f"kl_budget must be a non-negative number of nats, got {value}")
+        raise InputError(f"{named('kl_budget')} must be a non-negative number of nats, got {value}")
+    pairs = zip(reversed(budget.shape), reversed(leading), strict=False)
+    if budget.dim() > len(leading) or any(own not in (1, other) for own, other in pairs):
+        raise InputError(
+            f"{named('kl_budget')} of shape {tuple(budget.shape)} does not broadcast to {tuple(leading)}, the shape of "
+            "the logits without the vocabulary"
+        )
     return budget.expand(leading)

@@ -17,9 +17,7 @@ from torch import Tensor
 from trb import kernels
 from trb.errors import InputError
 
-__all__ = ["FLAGGED", "NativeResult", "solve_rows"]
-
-FLAGGED = -1
+__all__ = ["NativeResult", "solve_rows"]
 
 
 class NativeResult(NamedTuple):

@@ -23,6 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trb.blend.eager import (
+    FLOAT32_BUDGET_FLOOR,
+    FLOAT32_LOG_PROB_FLOOR,
+    MAX_EVALUATIONS,
+    NEWTON_EVALUATIONS,
+    WINDOW,
+)
+from trb.blend.laws import FLAGGED
 from trb.errors import InputError, OperationError
 
 try:
@@ -31,16 +39,8 @@ try:
 except ImportError:
     triton = None
 
-__all__ = ["FLAGGED", "SolvedRows", "available", "solve_rows"]
+__all__ = ["SolvedRows", "available", "solve_rows"]
 
-FLAGGED = -1
-
-# As in `trb.blend`: accepted shortfall below the budget, evaluations, and what float32 can represent.
-_WINDOW = 8e-4
-_MAX_EVALUATIONS = 90
-_NEWTON_EVALUATIONS = 8
-_FLOAT32_LOG_PROB_FLOOR = -85.0
-_FLOAT32_BUDGET_FLOOR = 5e-4
 # Kept below the budget: far more than float32 sums are off by, far less than the window.
 _MARGIN = 2e-5
 # With the student's mean log-ratio above this, e^{βr} of the centred ratio, times r², stays a float32 number.
@@ -152,13 +152,14 @@ def _empty(like_NV: Tensor, with_log_probs: bool) -> SolvedRows:
 
 
 _CONSTANTS = {
-    "WINDOW": _WINDOW,
+    "WINDOW": WINDOW,
     "MARGIN": _MARGIN,
-    "LOG_PROB_FLOOR": _FLOAT32_LOG_PROB_FLOOR,
-    "BUDGET_FLOOR": _FLOAT32_BUDGET_FLOOR,
+    "LOG_PROB_FLOOR": FLOAT32_LOG_PROB_FLOOR,
+    "BUDGET_FLOOR": FLOAT32_BUDGET_FLOOR,
     "MEAN_RATIO_FLOOR": _MEAN_RATIO_FLOOR,
-    "MAX_EVALUATIONS": _MAX_EVALUATIONS,
-    "NEWTON_EVALUATIONS": _NEWTON_EVALUATIONS,
+    "MAX_EVALUATIONS": MAX_EVALUATIONS,
+    "NEWTON_EVALUATIONS": NEWTON_EVALUATIONS,
+    "FLAGGED": FLAGGED,
 }
 
 
@@ -189,6 +190,7 @@ def _solve_kernel(
     MEAN_RATIO_FLOOR: tl.constexpr,
     MAX_EVALUATIONS: tl.constexpr,
     NEWTON_EVALUATIONS: tl.constexpr,
+    FLAGGED: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
@@ -244,7 +246,7 @@ def _solve_kernel(
     tl.store(teacher_weight + row, tl.where(solvable, best_weight, unsolved))
     tl.store(kl_student + row, tl.where(solvable, best_kl, unsolved))
     tl.store(kl_teacher + row, tl.where(solvable, tl.maximum(to_teacher, none), unsolved))
-    tl.store(passes + row, tl.where(solvable, evaluations + (2 + WRITE), -1))
+    tl.store(passes + row, tl.where(solvable, evaluations + (2 + WRITE), FLAGGED))
     if WRITE:
         log_norm += (1 - best_weight) * norm_s_64 + best_weight * norm_t_64
         log_norm = tl.where(solvable, log_norm, unsolved)

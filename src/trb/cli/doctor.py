@@ -395,7 +395,7 @@ def _check_memory(
         return Check("fail", "memory estimate", text, remedy)
     return (
         Check("warn", "memory estimate", text, remedy)
-        if needed > 0.8 * available
+        if not fits(needed, available)
         else Check("ok", "memory estimate", text)
     )
 
@@ -424,6 +424,11 @@ def largest_phase(
     pair, work = pair_of_all(run, args, pairs), step_of(run, args, launch.processes, taught)
     memory = make_plan(pair, work, layout, here).memory
     return max(memory.items(), key=lambda phase: sum(phase[1].values()))
+
+
+def fits(needed: float, available: float) -> bool:
+    """Whether an estimate of memory leaves room for what it is off by."""
+    return needed <= 0.8 * available
 
 
 def device_bytes(device: str) -> int:

@@ -178,18 +178,21 @@ def _prompts_per_step(rows: "Dataset") -> int:
 
 def _fitted(paragraphs: list[list[Line]], pair: _Pair) -> list[list[Line]]:
     """The paragraphs with the largest batch that fits; with adapters where no batch does."""
+    from trb.training.doubts import safe_rate
+
     values = {line.key: line.value for paragraph in paragraphs for line in paragraph}
     adapters, batch, why = _batch(values, pair)
     found = {"per_device_train_batch_size": Line("per_device_train_batch_size", batch, why)}
     if adapters:
-        found["learning_rate"] = Line("learning_rate", 1e-4, "adapters learn at a higher rate than the paper's 1e-5")
+        rate = safe_rate(pair.student_size, adapters=True)
+        found["learning_rate"] = Line("learning_rate", rate, "adapters learn at a higher rate than the paper's 1e-5")
         paragraphs[0].append(Line("lora_rank", LORA_RANK, "training every weight does not fit into the memory here"))
     return [[found.get(line.key, line) for line in paragraph] for paragraph in paragraphs]
 
 
 def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
     """(adapters, rollouts at once, why): the first of the candidates that the doctor's estimate lets in."""
-    from trb.cli.doctor import Launch, device_bytes, largest_phase
+    from trb.cli.doctor import Launch, device_bytes, fits, largest_phase
     from trb.studies.material import longest_teacher_prompt
     from trb.studies.recipe import make_recipe
 
@@ -208,7 +211,7 @@ def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
             except ValueError:  # models whose layers cannot be told apart
                 return False, min(8, rollouts), "a guess: memory cannot be estimated for this model"
             needed = sum(parts.values())
-            if needed <= 0.8 * available:
+            if fits(needed, available):
                 room = f"about {needed / 1e9:.1f} GB of the {available / 1e9:.1f} GB that are free here"
                 return rank > 0, batch, f"rollouts at once: {room}"
     return True, 1, "too much even so for the memory that is free here: see trb doctor"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["OPTIONS", "add_probe", "run_probe"]
 
 # What the arguments of `trb.studies.probe` are called here, where messages name them.
-_SAME = ("problems", "samples", "excerpts", "alternatives", "max_new_tokens", "max_rows", "seed")
+_SAME = ("problems", "samples", "excerpts", "alternatives", "kl_budget", "max_new_tokens", "max_rows", "seed")
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME} | {"teacher_top_k": "--skd-top-k"}
 
 

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trb.blend.laws import check_aligned
 from trb.errors import InputError
 from trb.losses.chunked import Head, RowLoss, TokenBatch, chunked_cross_entropy, default_chunk_tokens
 from trb.losses.relatives import EntropyAware, PrefixWeighted, ReliableRegion, TokenImportance
 from trb.losses.reverse import ReverseKL, Veto, veto_target
-from trb.losses.terms import TOP_K, Rows, TokenMetrics
+from trb.losses.terms import TOP_K, Rows, TokenMetrics, checked_support
 from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = [
@@ -71,7 +72,7 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor
         ValueError: k < 0, or shapes that differ.
     """
     _check_shapes(student_logits, teacher_logits, mask)
-    _check_k(k)
+    k = checked_support("k", k)
     chosen = mask.reshape(-1) != 0
     student_NV = student_logits.reshape(-1, student_logits.shape[-1])[chosen]
     teacher_NV = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])[chosen]
@@ -95,6 +96,9 @@ class Supervised:
     """
 
     top_k: int = TOP_K
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
         with torch.no_grad():
@@ -146,7 +150,7 @@ def chunked_reverse_kl(
     Returns:
         The scalar loss and the metrics at the unmasked tokens.
     """
-    _check_k(k)
+    k = checked_support("k", k)
     chosen = (mask.reshape(-1) != 0).nonzero().squeeze(-1)
     batch = TokenBatch(
         student_hidden.reshape(-1, student_hidden.shape[-1])[chosen],
@@ -177,16 +181,7 @@ class _WithGradient(torch.autograd.Function):
         return gradient_NV * scale_N[:, None].to(gradient_NV.dtype), None, None
 
 
-def _check_k(k: int) -> None:
-    if k < 0:
-        raise InputError(f"k must be at least 0 (0 means the full vocabulary), got {k}")
-
-
 def _check_shapes(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> None:
-    if student_logits.shape != teacher_logits.shape:
-        raise InputError(
-            f"student and teacher logits differ in shape, {tuple(student_logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}: align them first with trb.vocab.align"
-        )
+    check_aligned(student_logits, teacher_logits)
     if mask.shape != student_logits.shape[:-1]:
         raise InputError(f"mask has shape {tuple(mask.shape)}, expected {tuple(student_logits.shape[:-1])}")

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from trb.losses import native as losses_native
 from trb.losses import triton as losses_triton
-from trb.losses.terms import Chunk, Rows, TokenMetrics, token_metrics, wide
-from trb.vocab import SharedVocabulary, log_probs
+from trb.losses.terms import Chunk, Rows, TokenMetrics, token_metrics
+from trb.vocab import SharedVocabulary, log_probs, wide
 
 __all__ = ["Head", "RowLoss", "TokenBatch", "chunked_cross_entropy", "default_chunk_tokens"]
 

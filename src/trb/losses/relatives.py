@@ -16,10 +16,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trb.errors import InputError
+from trb.errors import InputError, named, real
 from trb.losses.chunked import RowLoss, TokenBatch
 from trb.losses.reverse import ReverseKL
-from trb.losses.terms import TOP_K, Rows, TokenMetrics, entropy, forward_kl_terms
+from trb.losses.terms import (
+    TOP_K,
+    Rows,
+    TokenMetrics,
+    checked_amount,
+    checked_support,
+    entropy,
+    forward_kl_terms,
+)
 
 __all__ = ["EntropyAware", "PrefixWeighted", "ReliableRegion", "TokenImportance"]
 
@@ -34,6 +42,11 @@ class EntropyAware(RowLoss):
     top_k: int = TOP_K
     threshold: float = 0.8
     forward_top_k: int = TOP_K
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "forward_top_k"):
+            object.__setattr__(self, name, checked_support(name, getattr(self, name)))
+        object.__setattr__(self, "threshold", checked_amount("threshold", self.threshold))
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         unsure_R = entropy(rows.teacher, rows.log_teacher) > self.threshold
@@ -55,6 +68,10 @@ class ReliableRegion(RowLoss):
 
     top_k: int = TOP_K
     forward_top_k: int = TOP_K
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "forward_top_k"):
+            object.__setattr__(self, name, checked_support(name, getattr(self, name)))
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         reliable_R = self._reliability(rows)
@@ -97,8 +114,10 @@ class TokenImportance:
     share: float = 0.5
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
+        object.__setattr__(self, "share", real("share", self.share))
         if not 0 < self.share <= 1:
-            raise InputError(f"tip_share must be above 0 and at most 1, got {self.share}")
+            raise InputError(f"{named('share')} must be above 0 and at most 1, got {self.share}")
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
         metrics = _seen(batch, self.top_k)
@@ -143,6 +162,10 @@ class PrefixWeighted:
 
     top_k: int = TOP_K
     gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
+        object.__setattr__(self, "gamma", checked_amount("gamma", self.gamma))
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
         return ReverseKL(self.top_k)(replace(batch, weights=self.weights(batch, _seen(batch, self.top_k))))

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trb.errors import InputError
 from trb.losses.chunked import RowLoss
-from trb.losses.terms import TOP_K, Rows, reverse_kl_terms
+from trb.losses.terms import TOP_K, Rows, checked_amount, checked_support, reverse_kl_terms
 from trb.vocab import log_probs
 
 __all__ = ["ReverseKL", "Veto", "veto_target"]
@@ -22,6 +21,9 @@ class ReverseKL(RowLoss):
     """Reverse KL to the teacher on the student's `top_k` tokens; 0 for the full vocabulary (paper, section 5)."""
 
     top_k: int = TOP_K
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         return reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, self.top_k)
@@ -36,6 +38,10 @@ class Veto(RowLoss):
 
     top_k: int = TOP_K
     strength: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
+        object.__setattr__(self, "strength", checked_amount("Veto strength", self.strength))
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         if not self.strength:
@@ -58,8 +64,7 @@ def veto_target(student_logits: Tensor, teacher_logits: Tensor, strength: float)
     Raises:
         ValueError: a negative or NaN strength.
     """
-    if not strength >= 0:
-        raise InputError(f"Veto strength must be at least 0, got {strength}")
+    strength = checked_amount("Veto strength", strength)
     log_teacher = log_probs(teacher_logits.detach())
     if strength == 0:
         return log_teacher

@@ -13,16 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trb.errors import InputError, named, real, shown, whole
+
 __all__ = [
     "TOP_K",
     "Chunk",
     "Rows",
     "TokenMetrics",
+    "checked_amount",
+    "checked_support",
     "entropy",
     "forward_kl_terms",
     "reverse_kl_terms",
     "token_metrics",
-    "wide",
 ]
 
 TOP_K = 16
@@ -30,6 +33,22 @@ TOP_K = 16
 
 # Below any log-probability that matters, above minus infinity.
 _LOWEST_LOG_PROB = -1e30
+
+
+def checked_support(argument: str, k: int) -> int:
+    """The size of a support; 0 means the full vocabulary. Raises ValueError naming the argument for anything else."""
+    size = whole(argument, k)
+    if size < 0:
+        raise InputError(f"{named(argument)} must be at least 0 (0 means the full vocabulary), got {shown(size)}")
+    return size
+
+
+def checked_amount(argument: str, value: float) -> float:
+    """A number of at least 0, as a float. Raises ValueError naming the argument for anything else."""
+    found = real(argument, value)
+    if not found >= 0:
+        raise InputError(f"{named(argument)} must be at least 0, got {found}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -93,10 +112,6 @@ class Chunk(NamedTuple):
         """Some of its rows: views of a slice, copies of rows by number."""
         weight, gradient = (None if x is None else x[which] for x in (self.weight, self.gradient))
         return Chunk(self.student[which], self.teacher[which], self.token[which], weight, gradient)
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def reverse_kl_terms(

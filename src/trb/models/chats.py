@@ -16,7 +16,7 @@ from trb.models.tokens import token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ROLES", "Difference", "Messages", "fault_of", "first_difference", "rendered_ids", "rendered_text"]
+__all__ = ["Difference", "Messages", "fault_of", "first_difference", "rendered_ids", "rendered_text"]
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from trb import zoo
 from trb.errors import FileError, InputError, MissingFileError, PackageError, did_you_mean
 from trb.models.packaged import SMOLLM2, smollm2_directory
+from trb.records import CHECKPOINT_PREFIX
 from trb.safety.untrusted import check_weight_index, foreign_directory, printable
 
 __all__ = [
@@ -67,12 +68,12 @@ def check_directory(path: Path) -> None:
     whose links or indices lead elsewhere. The hub's cache links its files, and may."""
     foreign_directory(path, also=Path(HF_HUB_CACHE))
     if not (path / "config.json").is_file() and not is_adapter(path):
-        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name))
+        checkpoints = sorted(path.glob(f"{CHECKPOINT_PREFIX}*"), key=lambda p: (len(p.name), p.name))
         if checkpoints:
             raise MissingFileError(f"{path} holds checkpoints, not a model: name one, such as {checkpoints[-1]}")
         files = (file for deep in ("*", "*/*") for file in path.glob(f"{deep}/*config.json"))
         there = {str(file.parent) for file in files if file.name in ("config.json", "adapter_config.json")}
-        models = sorted(place for place in there if "checkpoint-" not in place)
+        models = sorted(place for place in there if CHECKPOINT_PREFIX not in place)
         if models:  # a run has its model in a folder, and a comparison has several runs
             raise MissingFileError(f"{path} holds no model itself: name one in it, {', '.join(models[:4])}")
         raise MissingFileError(f"{path} holds no model: it has neither config.json nor adapter_config.json")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trb.errors import InputError
+from trb.errors import InputError, did_you_mean
 from trb.models.modeling import without_adapters
 
 __all__ = ["DTYPES", "activation_entries", "bytes_of", "cache_entries", "check_dtype", "query_width"]
@@ -18,7 +18,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise InputError(
+            f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}{did_you_mean(str(dtype), DTYPES)}"
+        )
 
 
 def bytes_of(dtype: str, model: PreTrainedModel) -> int:

@@ -37,6 +37,7 @@ __all__ = [
     "decoder",
     "evaluation_mode",
     "has_adapters",
+    "is_compiled",
     "length_groups",
     "plain_logits",
     "position_limit",
@@ -123,6 +124,13 @@ def check_adapter(config: Any) -> None:
 def has_adapters(model: nn.Module) -> bool:
     """Whether layers of the model are replaced by an adapter's, inside a PEFT wrapper or without one."""
     return hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` made the model or a part of it from another module, or compiled one of them in place."""
+    return any(
+        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()
+    )
 
 
 def accepts(model: PreTrainedModel, name: str) -> bool:

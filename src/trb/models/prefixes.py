@@ -34,6 +34,7 @@ from trb.models.modeling import (
     completion_hidden_states,
     decoder,
     evaluation_mode,
+    is_compiled,
     length_groups,
     probe_rows,
     rope_switch,
@@ -200,7 +201,7 @@ def _may_share(model: PreTrainedModel) -> bool:
         return False
     if keeps_states(model) or rope_switch(model) is not None:
         return False
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+    if is_compiled(model):
         return False
     return not model.training or not (_checkpoints(base) or _draws(model))
 
@@ -209,8 +210,8 @@ def _checkpoints(base: PreTrainedModel) -> bool:
     if any(type(module).__name__ == "CheckpointWrapper" for module in base.modules()):
         return True
     # transformers 5.24 renamed it.
-    name = "is_activation_checkpointing" if hasattr(type(base), "is_activation_checkpointing") else None
-    return bool(getattr(base, name or "is_gradient_checkpointing"))
+    new, old = "is_activation_checkpointing", "is_gradient_checkpointing"
+    return bool(getattr(base, new if hasattr(type(base), new) else old))
 
 
 def _draws(model: PreTrainedModel) -> bool:

@@ -18,6 +18,8 @@ from trb.models.modeling import evaluation_mode, plain_logits, probe_rows
 
 __all__ = ["kept_layers", "prune_depth"]
 
+_INSTEAD = "use a smaller student instead of keep_layers"
+
 
 def prune_depth(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     """A new model with `keep` of the layers (see `kept_layers`); the given model is left as it was.
@@ -79,12 +81,9 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, Any]:
     if len(outermost) != 1:
         raise InputError(
             f"cannot prune {type(model).__name__}: expected one list of {depth} decoder layers, found "
-            f"{', '.join(outermost) or 'none'}; use a smaller student instead of keep_layers"
+            f"{', '.join(outermost) or 'none'}; {_INSTEAD}"
         )
     return outermost[0], stacks[outermost[0]]
-
-
-_INSTEAD = "use a smaller student instead of keep_layers"
 
 
 def _check_rebuildable(pruned: PreTrainedModel) -> None:

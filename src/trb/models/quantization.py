@@ -13,7 +13,7 @@ import torch
 
 from trb.errors import InputError, PackageError, did_you_mean
 
-__all__ = ["QUANTIZATIONS", "Quantization", "check_quantization", "mixes_rows", "quantization_config"]
+__all__ = ["QUANTIZATIONS", "Quantization", "mixes_rows", "quantization_config"]
 
 
 class Quantization(NamedTuple):

@@ -11,7 +11,7 @@ from trb.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["token_ids"]
+__all__ = ["check_room", "token_ids"]
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

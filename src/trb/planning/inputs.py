@@ -26,7 +26,6 @@ __all__ = [
     "micro_batches",
     "rollouts_of_a_rank",
     "step_budget",
-    "tokens_per_round",
 ]
 
 STRATEGIES = ("ddp", "fsdp", "zero3")
@@ -328,11 +327,6 @@ def step_budget(behavior: Behavior, step: int, mean: float) -> float:
 def continuation_rate(kl_budget: float) -> float:
     """The least rate at which drafts are kept at that budget: 1 - sqrt(ε/2), by Pinsker's inequality (0 at least)."""
     return max(0.0, 1 - math.sqrt(kl_budget / 2))
-
-
-def tokens_per_round(block: int, rate: float) -> float:
-    """y: tokens of a row that a round of `block` drafts yields."""
-    return sum(rate**drafted for drafted in range(block))
 
 
 def columns_decided(block: int, rate: float, rows: float) -> float:

@@ -218,7 +218,8 @@ def _described(described: dict[str, Any], source: str) -> Machine:
     names = [item.name for item in fields(Machine) if item.name not in _WORDS]
     like = described.get("like")
     if like is not None and like not in MACHINES:
-        raise InputError(f"{source}: like is {like!r}; choose one of {', '.join(MACHINES)}")
+        hint = did_you_mean(str(like), MACHINES)
+        raise InputError(f"{source}: like is {like!r}; choose one of {', '.join(MACHINES)}{hint}")
     unknown = sorted(set(described) - {*names, *_WORDS, "like"})
     if unknown:
         raise InputError(f"{source}: unknown field {unknown[0]!r}{did_you_mean(unknown[0], tuple(names))}")

@@ -17,11 +17,10 @@ from trb.planning.inputs import (
     columns_decided,
     micro_batches,
     rollouts_of_a_rank,
-    tokens_per_round,
 )
 from trb.planning.machines import Machine
 from trb.planning.traffic import Transfer, sampling_transfers, transfer_seconds, update_transfers
-from trb.sampling.blocks import CANDIDATES
+from trb.sampling.blocks import CANDIDATES, tokens_per_round
 
 __all__ = ["Plan", "make_plan", "pass_seconds", "run_seconds"]
 

@@ -23,7 +23,7 @@ MAX_PAGE_TOKENS = 80_000
 MAX_ALTERNATIVES = 24_000
 MAX_TEXT_CHARACTERS = 2000
 MAX_TOKEN_CHARACTERS = 60
-PER_TOKEN = ("teacher_weight", "kl_student", "kl_teacher", "accepted", "student_log_prob", "teacher_log_prob")
+COLUMNS = ("teacher_weight", "kl_student", "kl_teacher", "accepted", "student_log_prob", "teacher_log_prob")
 # The order of the laws in a row's alternatives on the page.
 LAWS = ("student", "teacher", "behavior")
 
@@ -130,7 +130,7 @@ def _row(method: str, rollout: Rollout, texts: dict[str, int]) -> dict[str, Any]
     }
     row |= {"teacher_prompt": rollout.teacher_prompt[:MAX_TEXT_CHARACTERS]} if rollout.teacher_prompt else {}
     row |= {} if rollout.rollout_index is None else {"rollout_index": int(rollout.rollout_index)}
-    row |= {key: _per_token(values) for key in PER_TOKEN if (values := getattr(rollout, key))}
+    row |= {key: _per_token(values) for key in COLUMNS if (values := getattr(rollout, key))}
     # Per token and law of LAWS: the same few texts occur again and again.
     alternatives = [
         None if laws is None else [_flat(laws.get(law) or (), texts) for law in LAWS]
@@ -159,7 +159,7 @@ def _cut(rows: list[dict[str, Any]], notes: list[str]) -> None:
         limit = max(len(row["tokens"][:most]) for row in cut)
         notes.append(f"Rollouts: {len(cut)} completions are longer than {limit} tokens and cut there.")
     for row in rows:
-        row |= {key: row[key][:most] for key in ("tokens", *PER_TOKEN, "alternatives") if key in row}
+        row |= {key: row[key][:most] for key in ("tokens", *COLUMNS, "alternatives") if key in row}
     with_alternatives = [row for row in rows if "alternatives" in row]
     most = fitting([len(row["alternatives"]) for row in with_alternatives], MAX_ALTERNATIVES)
     if any(len(row["alternatives"]) > most for row in with_alternatives):

@@ -8,7 +8,6 @@ do not touch: a rule that resolves less.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,14 +17,11 @@ from trb.measures import PASS_AT_1
 from trb.report.outcomes import FEWEST_CHANGES, Comparisons, Paired, by_score
 from trb.report.reading import REFERENCES, Run, Score, Source
 from trb.report.style import MINUS, label, show, show_range, style_indices
+from trb.safety.secrets import HIDDEN, hide_options, names_secret
 from trb.training.methods import BUDGET_SCHEDULES, CHOICES, every_knob, knobs_of
 
 Verdict = Literal["above", "below", "unresolved", "unknown"]
 
-_SECRET = r"(?:api_key|hub_token|access_token|auth_token|hf_token|password|secret)"
-_SECRET_KEY = re.compile(rf"(?:^|[._-]){_SECRET}$", re.IGNORECASE)
-_SECRET_FLAG = re.compile(rf"(--?[\w.-]*{_SECRET}[= ]+)(\S+)", re.IGNORECASE)
-_HIDDEN = "(hidden)"
 _UNSET, _UNREAD = "not set", "–"
 
 
@@ -177,13 +173,13 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
         if isinstance(item, Mapping) and item:
             found += flatten(item, f"{path}.")
         else:
-            found.append((path, _HIDDEN if item and _SECRET_KEY.search(path) else _text(item)))
+            found.append((path, HIDDEN if item and names_secret(path) else _text(item)))
     return found
 
 
 def provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of everything recorded about where the results come from, secrets hidden."""
-    return [(key, _SECRET_FLAG.sub(rf"\1{_HIDDEN}", text)) for key, text in flatten(record)]
+    return [(key, hide_options(text)) for key, text in flatten(record)]
 
 
 def _progress(source: Source) -> str:

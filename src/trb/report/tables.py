@@ -2,8 +2,7 @@
 
 Markdown and LaTeX show rounded numbers with their intervals, the best of a column in bold; CSV has one column per
 number, in full precision. "Best" is the highest mean, of a reverse KL the lowest, and claims nothing: the differences
-have their own table. Every
-caption says what the intervals are and over how many seeds.
+have their own table. Every caption says what the intervals are and over how many seeds.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ from typing import Any
 from trb.errors import InputError
 
 __all__ = [
+    "STARTUP_LIMIT_S",
     "arithmetic",
+    "boot",
     "forbid_side_effects",
     "lifted",
     "limit_resources",
@@ -197,6 +199,18 @@ _ENVIRONMENT = re.compile(
     "|PYTHON(PATH|HOME|PLATLIBDIR|USERBASE|NOUSERSITE|SAFEPATH|HASHSEED|DONTWRITEBYTECODE|PYCACHEPREFIX)"
     "|(DY)?LD_([A-Z_]+_PATH|PRELOAD|INSERT_LIBRARIES)"
 )
+
+
+STARTUP_LIMIT_S = 120.0  # until a confined process says that it is ready: importing sympy on a busy machine
+
+
+def boot(module: str, function: str) -> str:
+    """What `python -c` runs in a process of its own: a function of this package, found on the caller's path.
+
+    The process gets one argument, a JSON list of that path and of what the function is called with.
+    """
+    start = "import json, sys; path, *given = json.loads(sys.argv[1]); sys.path[:] = path"
+    return f"{start}; from {module} import {function}; {function}(*given)"
 
 
 def permitted_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -35,7 +35,7 @@ CONVERSATIONS = (
     [{"role": "system", "content": "Answer briefly."}, _QUESTION],
     [_QUESTION, _REPLY, _QUESTION],
 )
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from trb.safety.templates import _try; _try()"
+_BOOT = confinement.boot("trb.safety.templates", "_try")
 
 
 def check_chat_template(template: str | dict[str, str] | None, source: str) -> None:
@@ -55,7 +55,7 @@ def _problem(template: str) -> str:
     """What is wrong with a template, or nothing."""
     try:
         child = subprocess.run(
-            [sys.executable, "-P", "-c", _BOOT, json.dumps([str(entry) for entry in sys.path])],
+            [sys.executable, "-P", "-c", _BOOT, json.dumps([[str(entry) for entry in sys.path]])],
             input=json.dumps(template),
             capture_output=True,
             encoding="utf-8",

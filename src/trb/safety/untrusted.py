@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import yaml
 
 __all__ = [
-    "MAX_YAML_NODES",
     "check_checkpoint",
     "check_text",
     "check_weight_index",

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from operator import index
 from typing import Any, Protocol, TypeAlias, Unpack, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trb.errors import InputError, did_you_mean
+from trb.errors import InputError, did_you_mean, shown, whole
 from trb.models.modeling import position_limit, rope_switch, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling.lockstep import sample_lockstep
@@ -85,7 +86,7 @@ def sample(
     temperature: float = 1.0,
     seed: int = 0,
     method: str = "speculative",
-    block_size: int | str = "measured",
+    block_size: int | str | None = "measured",
     teacher_prompts: Sequence[Sequence[int]] | None = None,
     prompt_keys: Sequence[int] | None = None,
     rollout_index: Sequence[int] | None = None,
@@ -116,7 +117,8 @@ def sample(
             way of reading it is compared with its own plain passes (`trb.sampling.reading`): one that is not exact
             for it, such as blocks for states of its own, is replaced by the next slower one, with a warning.
         block_size: speculative only: tokens drafted before the teacher reads them. `"measured"` adapts it to acceptance
-            and to the clock, `"planned"` to acceptance and the models' shapes, which repeats from run to run.
+            and to the clock, `"planned"` (or None) to acceptance and the models' shapes, which repeats from run to
+            run.
         teacher_prompts: token ids of each row that the teacher reads in place of the student's prompt, before the
             completion that they share; None for the same prompts.
         prompt_keys: unsigned 64-bit key of each row's prompt; by default the row's index.
@@ -137,47 +139,42 @@ def sample(
 
     Raises:
         ValueError: names the offending argument: an empty prompt, an id outside the heads, a missing teacher, keys
-            of another length than the prompts, prompts too long for the model, an unknown method.
+            of another length than the prompts, prompts too long for the model, an unknown method, a value of
+            another kind.
         UnsupportedModelError: a model that cannot be sampled exactly; names the model type and the reason.
         NonFiniteLogitsError: a model's logits at a prefix make no law; names the model, the row and the position.
     """
-    rows = _token_ids(prompts)
-    there = _begun(begun, len(rows), max_new_tokens, engine)
-    keys = list(range(len(rows))) if prompt_keys is None else list(prompt_keys)
-    index = [0] * len(rows) if rollout_index is None else list(rollout_index)
-    student = without_adapters(student)
-    teacher = None if teacher is None else without_adapters(teacher)
-    models = [student] if teacher is None else [student, teacher]
-    sizes = [head_rows(model) for model in models] + ([] if vocab_size is None else [vocab_size])
-    vocabulary = SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id)
+    models = [without_adapters(model) for model in ([student] if teacher is None else [student, teacher])]
+    sizes = [head_rows(model) for model in models] + ([] if vocab_size is None else [whole("vocab_size", vocab_size)])
+    rows = _token_ids("prompts", prompts)
+    shared: EngineOptions = {
+        "vocabulary": SharedVocabulary.of(sizes, eos_token_id, teacher_eos_token_id),
+        "max_new_tokens": _positive("max_new_tokens", max_new_tokens),
+        "temperature": checked_temperature(temperature),
+        "seed": whole("seed", seed),
+        "prompt_keys": _column("prompt_keys", prompt_keys, range(len(rows)), 1 << 64),
+        "rollout_index": _column("rollout_index", rollout_index, [0] * len(rows), MAX_ROLLOUTS),
+    }
     policies = _policies_of(policy, len(rows), len(models))
-    _check_options(max_new_tokens, temperature, method, max_rows, block_size)
-    _check_columns(len(rows), keys, index)
+    sampler = _sampler_of(method)
+    slot_options = {"block_size": _block_size(block_size), "keep_teacher_hidden": keep_teacher_hidden}
+    max_rows = None if max_rows is None else _positive("max_rows", max_rows)
+    there = _begun(begun, len(rows), shared["max_new_tokens"], engine)
     both = _prompts_of(rows, teacher_prompts, teacher, engine)
-    both = _checked_rows(models, both, there, max_new_tokens, vocabulary.size)
+    both = _checked_rows(models, both, there, shared["max_new_tokens"], shared["vocabulary"].size)
 
     if not rows:
         return Rollout()
-    shared: EngineOptions = {
-        "vocabulary": vocabulary,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "prompt_keys": keys,
-        "rollout_index": index,
-    }
     if engine is not None:
         return engine.sample(both[0], policies, **shared)
-    read = models if any(policy.needs_teacher for policy in policies) else [student]
+    read = models if any(policy.needs_teacher for policy in policies) else models[:1]
     with torch.no_grad(), sampling_mode(*models):
-        ways = _ways(read, slots=SAMPLERS[method].in_slots)
-        options: dict[str, Any] = {**shared, "policies": policies, "row_numbers": list(range(len(rows)))}
-        options |= {"max_rows": max_rows, "allow_non_finite": allow_non_finite}
-        if ways[0].in_slots:
-            options |= {"block_size": block_size, "keep_teacher_hidden": keep_teacher_hidden}
-        run = SAMPLERS[method if ways[0].in_slots == SAMPLERS[method].in_slots else "lockstep"].run
-        sampling = _Sampling(student, teacher, run, ways, [*map(len, there)], options)
-        return _in_stretches(sampling, read, [both[0], both[-1]][: len(read)], max_new_tokens)
+        ways = _ways(read, slots=sampler.in_slots)
+        run = (sampler if ways[0].in_slots == sampler.in_slots else SAMPLERS["lockstep"]).run
+        options = {**shared, "policies": policies, "row_numbers": [*range(len(rows))], "max_rows": max_rows}
+        options["allow_non_finite"] = allow_non_finite
+        sampling = _Sampling(models, run, ways, [*map(len, there)], options, slot_options)
+        return _in_stretches(sampling, read, [both[0], both[-1]][: len(read)], shared["max_new_tokens"])
 
 
 def _ways(models: list[PreTrainedModel], slots: bool) -> list[Way]:
@@ -196,24 +193,25 @@ _Rows: TypeAlias = Sequence[Sequence[list[int]]]
 class _Sampling:
     """One call of `sample`, less the rows of each model; of each completion, `begun` tokens are given."""
 
-    student: PreTrainedModel
-    teacher: PreTrainedModel | None
+    models: Sequence[PreTrainedModel]
     run: Callable[..., Rollout]
     ways: Sequence[Way]
     begun: list[int]
     options: dict[str, Any]
+    slot_options: dict[str, Any]
 
     def __call__(
         self, rows: _Rows, ends: Sequence[int | None], beyond_switch: Sequence[bool], **columns: Any
     ) -> Rollout:
         if self.ways[0].in_slots:
             attentions = [way.attention for way in self.ways]
-            how: dict[str, Any] = {"attentions": attentions, "ends": ends, "beyond_switch": beyond_switch}
+            how = {"attentions": attentions, "ends": ends, "beyond_switch": beyond_switch, **self.slot_options}
         else:
             read = [partial(cast(Any, way.reader), end=end) for way, end in zip(self.ways, ends, strict=True)]
             how = {"readers": read}
+        student, teacher = self.models[0], self.models[1] if len(self.models) > 1 else None
         options = {**self.options, **columns, **how}
-        return self.run(self.student, self.teacher, rows[0], teacher_prompts=rows[-1], **options)
+        return self.run(student, teacher, rows[0], teacher_prompts=rows[-1], **options)
 
 
 def _in_stretches(
@@ -278,10 +276,13 @@ def _across(switches: Sequence[int | None], sampling: _Sampling, prompts: _Rows,
     return whole
 
 
-def _token_ids(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    if any(isinstance(prompt, str) for prompt in prompts):
-        raise InputError("prompts are text, and sampling reads token ids: give each as a tokenizer encodes it")
-    return [list(map(int, prompt)) for prompt in prompts]
+def _token_ids(name: str, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    try:
+        if any(isinstance(row, str) for row in rows):
+            raise InputError(f"{name} are text, and sampling reads token ids: give each as a tokenizer encodes it")
+        return [list(map(index, row)) for row in rows]
+    except TypeError as error:
+        raise InputError(f"{name} must be lists of token ids, one for each row, got {shown(rows)}") from error
 
 
 def _prompts_of(
@@ -299,9 +300,10 @@ def _prompts_of(
         )
     if teacher is None:
         raise InputError("teacher_prompts are given and no teacher reads them, got teacher=None")
-    if len(teacher_prompts) != len(prompts):
-        raise InputError(f"teacher_prompts has {len(teacher_prompts)} entries for {len(prompts)} prompts")
-    return [prompts, _token_ids(teacher_prompts)]
+    taught = _token_ids("teacher_prompts", teacher_prompts)
+    if len(taught) != len(prompts):
+        raise InputError(f"teacher_prompts has {len(taught)} entries for {len(prompts)} prompts")
+    return [prompts, taught]
 
 
 def _begun(
@@ -311,53 +313,69 @@ def _begun(
         return [[] for _ in range(rows)]
     if engine is not None:
         raise InputError("begun: an engine draws whole completions; sample in this process (engine=None)")
-    if len(begun) != rows:
-        raise InputError(f"begun has {len(begun)} entries for {rows} prompts")
-    for row, ids in enumerate(begun):
+    given = _token_ids("begun", begun)
+    if len(given) != rows:
+        raise InputError(f"begun has {len(given)} entries for {rows} prompts")
+    for row, ids in enumerate(given):
         if len(ids) >= max_new_tokens:
             raise InputError(f"begun: row {row} has {len(ids)} tokens, and max_new_tokens={max_new_tokens} leaves none")
-    return [list(map(int, ids)) for ids in begun]
+    return given
 
 
 def _policies_of(policy: BehaviorPolicy | Sequence[BehaviorPolicy], rows: int, models: int) -> Sequence[BehaviorPolicy]:
-    policies = policy if isinstance(policy, Sequence) else [policy] * rows
+    of_each = isinstance(policy, Sequence) and not isinstance(policy, str)
+    policies = cast(Sequence[BehaviorPolicy], policy if of_each else [policy] * rows)
     if len(policies) != rows:
         raise InputError(f"policy has {len(policies)} entries for {rows} prompts")
-    for each in policies if isinstance(policy, Sequence) else [policy]:
+    for each in policies if of_each else [cast(BehaviorPolicy, policy)]:
+        if isinstance(each, type) or not hasattr(each, "needs_teacher"):
+            raise InputError(
+                "policy must be an object of trb.policies, such as TrustRegionPolicy(0.01), or one for each prompt, "
+                f"got {shown(each)}"
+            )
         if each.needs_teacher and models < 2:
             raise InputError(f"{each!r} needs a teacher, got teacher=None")
     return policies
 
 
-def _check_options(
-    max_new_tokens: int, temperature: float, method: str, max_rows: int | None, block_size: int | str
-) -> None:
+def _sampler_of(method: str) -> Sampler:
     if method not in SAMPLERS:
         hint = did_you_mean(str(method), [*SAMPLERS])
         raise InputError(f"unknown sampling method {method!r}; choose one of {', '.join(SAMPLERS)}{hint}")
-    for name, value in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
-        if value is not None and not hasattr(value, "__index__"):
-            raise InputError(f"{name} must be a whole number, got {value!r}")
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    checked_temperature(temperature)
-    if isinstance(block_size, str):
-        if block_size not in BLOCK_SIZES:
-            hint = did_you_mean(block_size, BLOCK_SIZES)
-            raise InputError(
-                f"block_size must be a number or one of {', '.join(BLOCK_SIZES)}, got {block_size!r}{hint}"
-            )
-    elif block_size < 1:
-        raise InputError(f"block_size must be at least 1, got {block_size}")
+    return SAMPLERS[method]
 
 
-def _check_columns(rows: int, keys: list[int], index: list[int]) -> None:
-    for name, values, end in (("prompt_keys", keys, 1 << 64), ("rollout_index", index, MAX_ROLLOUTS)):
-        if len(values) != rows:
-            raise InputError(f"{name} has {len(values)} entries for {rows} prompts")
-        outside = [value for value in values if not 0 <= value < end]
-        if outside:
-            raise InputError(f"{name} must lie in [0, {end}), got {outside[0]}")
+def _positive(name: str, value: int) -> int:
+    found = whole(name, value)
+    if found < 1:
+        raise InputError(f"{name} must be at least 1, got {shown(found)}")
+    return found
+
+
+def _block_size(value: int | str | None) -> int | str:
+    if value is None:
+        return "planned"
+    if not isinstance(value, str):
+        return _positive("block_size", value)
+    if value not in BLOCK_SIZES:
+        hint = did_you_mean(value, BLOCK_SIZES)
+        raise InputError(f"block_size must be a number or one of {', '.join(BLOCK_SIZES)}, got {value!r}{hint}")
+    return value
+
+
+def _column(name: str, values: Sequence[int] | None, default: Sequence[int], end: int) -> list[int]:
+    if values is None:
+        return list(default)
+    try:
+        found = list(map(index, values))
+    except TypeError as error:
+        raise InputError(f"{name} must hold whole numbers, got {shown(values)}") from error
+    if len(found) != len(default):
+        raise InputError(f"{name} has {len(found)} entries for {len(default)} prompts")
+    outside = [value for value in found if not 0 <= value < end]
+    if outside:
+        raise InputError(f"{name} must lie in [0, {end}), got {outside[0]}")
+    return found
 
 
 def _checked_rows(

@@ -18,7 +18,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 __all__ = [
-    "at_own_positions",
     "attention_dtype",
     "attention_through_slots",
     "exact_masks",
@@ -114,7 +113,7 @@ AttentionMaskInterface.register(GROUPED, _grouped_mask)
 
 
 def slot_attentions(model: PreTrainedModel) -> list[str]:
-    """Ways of attending to try through slots, the likeliest first; None of them is taken on trust (`reading`).
+    """Ways of attending to try through slots, the likeliest first; `reading` tries each before it is used.
 
     Implementations that take no mask per row (Flash Attention, flex) are replaced: by ours, or by the model's own eager
     one, which alone knows about soft-capped scores and attention sinks.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["CANDIDATES", "BlockChooser", "Costs", "MeasuredCosts", "PlannedCosts"]
+__all__ = ["CANDIDATES", "BlockChooser", "Costs", "MeasuredCosts", "PlannedCosts", "synchronize", "tokens_per_round"]
 
 CANDIDATES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 # Continuation rate assumed before anything was measured, and how many positions that assumption counts for.
@@ -28,6 +28,11 @@ _VERIFY_PER_ENTRY = 500.0
 _MEMORY = 0.9
 # A timing counts as at most this many times the one expected.
 _LONGEST = 1.5
+
+
+def tokens_per_round(block: int, rate: float) -> float:
+    """Tokens of a row that a round of `block` drafts yields."""
+    return sum(rate**drafted for drafted in range(block))
 
 
 class Costs(Protocol):
@@ -79,17 +84,14 @@ class BlockChooser:
         if self._fixed is not None:
             return min(self._fixed, longest_remaining)
         feasible = [size for size in CANDIDATES if size <= min(longest_remaining, self.largest)]
-        speed = {size: self._tokens_per_row(size) / self._cost(size, rows) for size in feasible}
+        speed = {size: tokens_per_round(size, self.rate) / self._cost(size, rows) for size in feasible}
         best = max(feasible, key=speed.__getitem__)
         if self._last not in speed or speed[best] > (1 + self._tolerance) * speed[self._last]:
             self._last = best
         return self._last
 
-    def _tokens_per_row(self, size: int) -> float:
-        return sum(self.rate**drafted for drafted in range(size))
-
     def _cost(self, size: int, rows: int) -> float:
-        verified = max(1, round(rows * self._tokens_per_row(size)))
+        verified = max(1, round(rows * tokens_per_round(size, self.rate)))
         return size * self.costs.student(rows) + self.costs.teacher(rows * size) + self.costs.verify(verified)
 
 

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from trb.models.modeling import is_compiled
 from trb.safety.untrusted import printable
 
-__all__ = ["Replays", "attended", "bucket", "is_compiled", "leave", "new_replays", "obstacle", "take", "wanted"]
+__all__ = ["Replays", "attended", "bucket", "leave", "new_replays", "obstacle", "take", "wanted"]
 
 logger = logging.get_logger(__name__)
 
@@ -77,21 +78,16 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return "its weights lie on several devices"
     if any(hasattr(tensor, "ds_id") or hasattr(tensor, "device_mesh") for tensor in tensors):
         return "its weights are sharded"
+    if is_compiled(model):
+        return "it is compiled"
     for module in model.modules():
         if hasattr(module, "_hf_hook"):
             return "its weights are offloaded"
-        if is_compiled(module):
-            return "it is compiled"
         if type(module).__name__ == "FullyShardedDataParallel":
             return "its weights are sharded"
         if not all(map(_idle, [*module._forward_hooks.values(), *module._forward_pre_hooks.values()])):
             return "it has forward hooks"
     return None
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile` made of another, or was compiled in place. Of it, not its parts."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _idle(hook: Callable[..., Any]) -> bool:

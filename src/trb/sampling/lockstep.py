@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from trb.policies import BehaviorPolicy
 from trb.sampling.draw import Decision, decide, distinct, inverse_cdf
-from trb.sampling.readers import PaddedReader, Reader
+from trb.sampling.readers import Reader
 from trb.sampling.rollout import NonFiniteLogitsError, Rollout, RolloutStats, without_law
 from trb.sampling.uniforms import as_int64, uniforms
 from trb.vocab import SharedVocabulary
@@ -40,7 +40,7 @@ def sample_lockstep(
     prompt_keys: Sequence[int],
     rollout_index: Sequence[int],
     row_numbers: Sequence[int],
-    readers: Sequence[Callable[[PreTrainedModel], Reader]] = (PaddedReader, PaddedReader),
+    readers: Sequence[Callable[[PreTrainedModel], Reader]],
     **options: Any,
 ) -> Rollout:
     """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for these.

@@ -33,6 +33,7 @@ from trb.models.modeling import (
     UnsupportedModelError,
     check_causal,
     evaluation_mode,
+    is_compiled,
     plain_logits,
     position_limit,
     probe_rows,
@@ -40,7 +41,6 @@ from trb.models.modeling import (
 )
 from trb.sampling.attention import attention_through_slots, exact_masks, masks_by, slot_attentions
 from trb.sampling.cache import SlotReader, supports_slots
-from trb.sampling.graphs import is_compiled
 from trb.sampling.readers import GroupedReader, PaddedReader, Reader, WholeReader
 
 __all__ = ["Way", "sampling_mode", "way_of"]
@@ -302,6 +302,6 @@ def sampling_mode(*models: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(exact_masks())
         stack.enter_context(evaluation_mode(*models))
-        if any(is_compiled(part) for model in models for part in model.modules()):
+        if any(map(is_compiled, models)):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

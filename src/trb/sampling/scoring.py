@@ -22,7 +22,7 @@ from trb.models.rows import padded
 from trb.policies import BehaviorPolicy, Target
 from trb.vocab import SharedVocabulary, checked_temperature, head_rows
 
-__all__ = ["Alternatives", "TokenScores", "score_completions"]
+__all__ = ["TokenScores", "score_completions"]
 
 Alternatives = dict[str, list[tuple[int, float]]]
 """The likeliest tokens at one prefix as (id, probability), under "student", "teacher" and "behavior"."""

@@ -83,13 +83,13 @@ def sample_speculative(
     prompt_keys: Sequence[int],
     rollout_index: Sequence[int],
     row_numbers: Sequence[int],
-    max_rows: int | None = None,
-    block_size: int | str = "measured",
-    keep_teacher_hidden: bool = False,
-    allow_non_finite: bool = False,
-    attentions: Sequence[str | None] = (None, None),
-    ends: Sequence[int | None] = (None, None),
-    beyond_switch: Sequence[bool] = (False, False),
+    max_rows: int | None,
+    block_size: int | str,
+    keep_teacher_hidden: bool,
+    allow_non_finite: bool,
+    attentions: Sequence[str | None],
+    ends: Sequence[int | None],
+    beyond_switch: Sequence[bool],
 ) -> Rollout:
     """Sample one completion per prompt; arguments as in `trb.sampling.sample`, already validated, but for these.
 

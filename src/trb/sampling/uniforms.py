@@ -13,7 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["PURPOSES", "SEEDS", "SEED_BOUNDS", "philox4x32", "prompt_key", "stream_seed", "uniforms"]
+__all__ = [
+    "MAX_ROLLOUTS",
+    "PURPOSES",
+    "SEEDS",
+    "SEED_BOUNDS",
+    "as_int64",
+    "philox4x32",
+    "prompt_key",
+    "stream_seed",
+    "uniforms",
+]
 
 # The three uniforms of a position, in the order of the last dimension of `uniforms`.
 PURPOSES = ("draft", "accept", "residual")

@@ -292,7 +292,7 @@ def replacement_curve(
 
 
 def matched_excerpts(
-    subject: Subject, *, policies: Mapping[str, BehaviorPolicy], prompts: int = 4, top: int = 3, step: int = 0
+    subject: Subject, *, policies: Mapping[str, BehaviorPolicy], prompts: int = 4, top: int = 3
 ) -> list[dict[str, Any]]:
     """The same problems under several policies, token by token (paper, section 6, diagnostic 6).
 
@@ -301,7 +301,6 @@ def matched_excerpts(
         policies: name -> policy.
         prompts: how many problems, from the first; one rollout of each.
         top: likeliest tokens per law and position; 0 for none.
-        step: recorded as the optimizer step.
 
     Returns:
         Records in the format of rollouts.jsonl, problem by problem, each with its `policy`'s name.
@@ -314,14 +313,12 @@ def matched_excerpts(
         rollouts = subject.rollouts(policy)
         completions = [rollouts.completions[row] for row in rows]
         scores = subject.score(policy, rows, completions, top)
-        by_policy.append(
-            [_excerpt(subject, name, row, rollouts, scores, place, step) for place, row in enumerate(rows)]
-        )
+        by_policy.append([_excerpt(subject, name, row, rollouts, scores, place) for place, row in enumerate(rows)])
     return [record for records in zip(*by_policy, strict=True) for record in records]
 
 
 def _excerpt(
-    subject: Subject, name: str, row: int, rollouts: Sampled, scores: TokenScores, place: int, step: int
+    subject: Subject, name: str, row: int, rollouts: Sampled, scores: TokenScores, place: int
 ) -> dict[str, Any]:
     completion = rollouts.completions[row]
     problem = subject.problem_of_row[row]
@@ -335,7 +332,7 @@ def _excerpt(
 
     return {
         "policy": name,
-        "step": step,
+        "step": 0,
         "prompt": text(prompt),
         **({} if taught == prompt else {"teacher_prompt": text(taught)}),
         "prompt_key": f"{prompt_key(prompt):016x}",

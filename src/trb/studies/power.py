@@ -29,6 +29,10 @@ def power(difference: float, spread: float, seeds: int, level: float = 0.95) -> 
     Raises:
         ValueError: an argument out of range.
     """
+    return _power(difference, spread, seeds, level)
+
+
+def _power(difference: float, spread: float, seeds: int, level: float) -> float:
     if not math.isfinite(difference):
         raise InputError(f"difference must be finite, got {difference}")
     if not 0 < spread < math.inf:
@@ -63,7 +67,3 @@ def seeds_needed(difference: float, spread: float, power: float = 0.8, level: fl
         else:
             high = middle
     return high
-
-
-# `seeds_needed` has an argument of the same name.
-_power = power

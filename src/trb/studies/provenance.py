@@ -5,8 +5,6 @@ Left out on purpose: the configuration, which has its own file, and anything tha
 
 import os
 import platform
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,24 +19,12 @@ import torch
 
 import trb
 from trb.records import PROVENANCE
+from trb.safety.secrets import redact
 
 __all__ = ["describe", "write"]
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 GIT_TIMEOUT_S = 10
-_HIDDEN = "[redacted]"
-# The option's last word decides: --hub-token is a secret, --max-new-tokens and eos_token_id are not.
-_SECRET_NAME = re.compile(r"(?i)((^|[-_.])(token|secret|passw(or)?d|credentials?)|key)$")
-# The forms of well-known services: Hugging Face, GitHub, GitLab, API keys, Slack, AWS, JSON web tokens.
-_SECRET_VALUE = re.compile(
-    r"\b(hf_\w{16,}|(gh[pousr]|github_pat)_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|xox[abps]-[\w-]{8,}"
-    r"|AKIA[A-Z0-9]{12,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
-)
-# A long unbroken mix of letters and digits is an API key, unless its option says that it is a commit.
-_OPAQUE = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[A-Za-z0-9+]{32,}={0,2}")
-_COMMIT_NAME = re.compile(r"(?i)(revision|commit|sha)$")
-_ASSIGNMENT = re.compile(r"-{0,2}[A-Za-z][\w.-]*=")
-_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def describe() -> dict[str, Any]:
@@ -75,30 +61,6 @@ def _program(path: str) -> str:
     """How a reader would start the program: where it is installed on this machine says nothing."""
     program = Path(path)
     return f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
-
-
-def redact(arguments: list[str]) -> str:
-    """A command line as one shell-quoted string, without what looks like a token, a key or a password."""
-    shown = []
-    option = ""
-    for argument in arguments:
-        if _ASSIGNMENT.match(argument):
-            name, _, value = argument.partition("=")
-            shown.append(f"{name}={_redact_value(name, value)}")
-            option = ""
-        elif argument.startswith("-"):
-            shown.append(argument)
-            option = argument
-        else:
-            shown.append(_redact_value(option, argument))
-            option = ""
-    return shlex.join(shown)
-
-
-def _redact_value(name: str, value: str) -> str:
-    if _SECRET_NAME.search(name) or (_OPAQUE.fullmatch(value) and not _COMMIT_NAME.search(name)):
-        return _HIDDEN
-    return _URL_LOGIN.sub(f"{_HIDDEN}@", _SECRET_VALUE.sub(_HIDDEN, value))
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 import trb
 from trb.errors import did_you_mean
 
-__all__ = ["LAUNCHES", "RECIPES", "recipe_file", "recipe_names"]
+__all__ = ["RECIPES", "recipe_file", "recipe_names"]
 
 RECIPES = Path(trb.__file__).parent / "recipes"
 LAUNCHES = "accelerate"  # what `accelerate launch` reads: no recipes, though they lie beside them

@@ -40,7 +40,19 @@ from trb.studies.yaml_files import ConfigError, Dumper, read_yaml
 from trb.training.methods import METHODS
 from trb.training.resume import plain
 
-__all__ = ["BASELINE", "ROLES", "Phase", "ProblemSets", "Reference", "Setting", "Study", "Unit", "load_study"]
+__all__ = [
+    "AS_WRITTEN",
+    "BASELINE",
+    "IN_VAIN",
+    "ROLES",
+    "Phase",
+    "ProblemSets",
+    "Reference",
+    "Setting",
+    "Study",
+    "Unit",
+    "load_study",
+]
 
 BASELINE = "opd"  # what every method is compared with
 ROLES = ("student", "teacher")

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from trb.losses import chunked_reverse_kl
-from trb.losses.terms import wide
 from trb.models.modeling import OutputHead, completion_hidden_states, evaluation_mode
 from trb.models.rows import padded
 from trb.policies import BehaviorPolicy, TeacherPolicy
 from trb.studies.subject import Subject
+from trb.vocab import wide
 
 __all__ = ["gradient_transfer"]
 

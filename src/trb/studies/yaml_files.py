@@ -5,19 +5,16 @@ Left out: which keys there may be (`trb.studies.keys`), and bounds on size (`trb
 
 import os
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trb.errors import InputError, did_you_mean
+from trb.errors import InputError
+from trb.errors import nearest as nearest_key
 from trb.safety.untrusted import parse_yaml
 
 __all__ = ["ConfigError", "Dumper", "nearest_key", "read_value", "read_yaml"]
-
-# Keys are made of a few words; half of one in common is worth a hint.
-nearest_key = partial(did_you_mean, cutoff=0.5)
 
 
 class ConfigError(InputError):

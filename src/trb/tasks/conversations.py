@@ -16,7 +16,6 @@ from trb.models.chats import fault_of
 from trb.tasks.sources import kind
 
 __all__ = [
-    "ASSISTANT_TURNS",
     "Message",
     "Turn",
     "check_choice",

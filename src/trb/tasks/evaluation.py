@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from trb.errors import InputError, named
+from trb.errors import InputError, did_you_mean, named
 from trb.measures import OUTCOMES, PER_TOKEN, pass_at_1_interval
 from trb.models.modeling import position_limit
 from trb.models.tokens import check_room
@@ -130,7 +130,8 @@ def load_benchmark(name: str, path: str | Path | None = None) -> "Dataset":
     same split). Raises ValueError for an unknown name; what loading raises is that of `trb.tasks.prompts.load_prompts`.
     """
     if name not in BENCHMARKS:
-        raise InputError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
+        hint = did_you_mean(name, BENCHMARKS)
+        raise InputError(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}{hint}")
     benchmark = BENCHMARKS[name]
     return load_prompts(
         benchmark.hub_name if path is None else Path(path).absolute(),

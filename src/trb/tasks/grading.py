@@ -45,7 +45,6 @@ __all__ = ["VERIFIERS", "Verifier", "can_be_scored", "check_verifier"]
 
 logger = logging.getLogger(__name__)
 
-STARTUP_LIMIT_S = 120.0  # importing sympy on a busy machine, once per worker
 BATCH = 256  # answers sent to the worker at once
 MAX_MATH_CHARS = 2_000  # of an answer
 MAX_TASK_CHARS = 20_000  # of an answer to a reasoning-gym task (grids are long)
@@ -292,8 +291,7 @@ def _last_run(text: str, boxes: list[Box]) -> str:
 
 # --- the worker, seen from the caller ---------------------------------------------------------------------
 
-_BOOT = "import json, sys; path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; \
-from trb.tasks.grading import _serve; _serve(*limits)"
+_BOOT = confinement.boot("trb.tasks.grading", "_serve")
 
 
 class _Worker:
@@ -320,7 +318,7 @@ class _Worker:
         self._pump = threading.Thread(target=_pump, args=(self._stdout, self._replies), daemon=True)
         self._pump.start()
         try:
-            ready = self._message(STARTUP_LIMIT_S)
+            ready = self._message(confinement.STARTUP_LIMIT_S)
         except BaseException as error:
             self._process.kill()
             self._process.wait()

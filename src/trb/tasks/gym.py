@@ -9,9 +9,9 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
-from trb.errors import InputError, PackageError
+from trb.errors import InputError, PackageError, nearest
 from trb.tasks.answers import Row, encode_metadata
-from trb.tasks.sources import REASONING_GYM, nearest, task_settings
+from trb.tasks.sources import REASONING_GYM, task_settings
 
 __all__ = [
     "WorthlessScorerError",
@@ -19,7 +19,6 @@ __all__ = [
     "full_marks",
     "import_reasoning_gym",
     "reasoning_gym_rows",
-    "split_of",
 ]
 
 SPLITS = ("train", "test")

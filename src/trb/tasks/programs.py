@@ -21,14 +21,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trb.errors import InputError, OperationError
-from trb.safety.confinement import permitted_environment
+from trb.safety.confinement import STARTUP_LIMIT_S, boot, permitted_environment
 from trb.safety.system_calls import why_not_confined
 from trb.tasks.program_host import EXTRA_S
 from trb.tasks.values import MAX_MESSAGE
 
 __all__ = ["Programs", "require_confinement"]
 
-STARTUP_LIMIT_S = 120.0
 PATIENCE_S = 30.0  # beyond what the kernel grants a program, before the server is given up
 MOST_AT_ONCE = 8
 MEMORY_MB = 512  # of a program, and of its tests; less where the caller allows less
@@ -36,8 +35,7 @@ MAX_SAID = 2**16  # bytes of a judge, whose tests may write to its socket, too
 
 _TOO_LONG = b""  # instead of a program that does not fit beside its tests
 
-_BOOT = "import json, sys; path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; \
-from trb.tasks.program_host import serve; serve(*limits)"
+_BOOT = boot("trb.tasks.program_host", "serve")
 
 
 def require_confinement() -> None:

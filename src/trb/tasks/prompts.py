@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trb.errors import InputError, named
+from trb.errors import InputError, named, nearest
 from trb.models.chats import rendered_ids
 from trb.models.tokens import token_ids
 from trb.safety.templates import check_chat_template
@@ -27,7 +27,7 @@ from trb.tasks.coding import PYTHON, program_row, test_columns
 from trb.tasks.conversations import Message, check_choice, read_messages, turns_of, with_system
 from trb.tasks.grading import check_verifier
 from trb.tasks.gym import reasoning_gym_rows
-from trb.tasks.sources import GENERATED_ROWS, GENERATORS, kind, nearest, open_table, refuse, zoo_rows
+from trb.tasks.sources import GENERATED_ROWS, GENERATORS, kind, open_table, refuse, zoo_rows
 from trb.training.privileged import CONTEXT as PRIVILEGED_CONTEXT
 from trb.training.privileged import WHOLE as TEACHER_PROMPT
 from trb.training.routes import Routes
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MATH_SYSTEM_PROMPT", "check_lengths", "load_prompts", "render"]
+__all__ = ["MATH_SYSTEM_PROMPT", "OVERLONG", "check_lengths", "load_prompts", "render"]
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from trb.vocab import SharedVocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Judge", "check_units", "is_reward_free", "token_mean", "token_totals"]
+__all__ = ["TOTALS", "Judge", "check_units", "is_reward_free", "token_mean", "token_totals"]
 
 TOTALS = (REVERSE_KL.key, *PER_TOKEN)
 _COLUMNS = dict(zip(TOTALS, ("kl_teacher", *PER_TOKEN), strict=True))  # of TokenScores under the student's own law

@@ -10,13 +10,12 @@ import reprlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from trb.errors import InputError, MissingFileError, did_you_mean, named
+from trb.errors import InputError, MissingFileError, did_you_mean, named, nearest
 from trb.safety.untrusted import foreign_directory, parse_json, parse_yaml, printable, read_object, require_inside
 from trb.tasks.answers import Row
 
@@ -28,15 +27,11 @@ __all__ = [
     "GENERATORS",
     "REASONING_GYM",
     "kind",
-    "nearest",
     "open_table",
     "refuse",
     "task_settings",
     "zoo_rows",
 ]
-
-# Names are made of a few words; half of one in common is worth a hint.
-nearest = partial(did_you_mean, cutoff=0.5)
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -51,7 +46,8 @@ def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
 
     name, _, query = spec.removeprefix("zoo:").partition("?")
     if name not in TASKS:
-        raise InputError(f"unknown task {spec!r}; the zoo has {', '.join(f'zoo:{task}' for task in TASKS)}")
+        tasks = ", ".join(f"zoo:{task}" for task in TASKS)
+        raise InputError(f"unknown task {spec!r}; the zoo has {tasks}{did_you_mean(name, TASKS)}")
     task = TASKS[name]
     settings = task_settings(spec, query, {task.unit, *task.settings})
     size = settings.pop(task.unit, None)

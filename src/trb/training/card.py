@@ -24,6 +24,7 @@ from trb import zoo
 from trb.models.modeling import has_adapters, without_adapters
 from trb.models.sharing import shares_weights
 from trb.records import CARD
+from trb.schedule import SequenceBudget
 from trb.training.config import TRBConfig
 from trb.training.methods import BEHAVIORS, METHODS, TARGETS, behavior_of, kl_budget_of, knobs_of, name_of, pair_of
 from trb.training.teachers import Teacher
@@ -130,11 +131,16 @@ def _how(args: TRBConfig) -> dict[str, str]:
 def _budget(args: TRBConfig) -> str:
     """Of KL(behavior || student)."""
     behavior = behavior_of(args)
-    first, last = (
-        kl_budget_of(behavior.make(value)) for value in (behavior.schedule.value(0), behavior.schedule.last())
-    )
-    if not first:
+    schedule = behavior.schedule
+    if isinstance(schedule, SequenceBudget):  # whatever its policy takes: what is held is what a completion spends
+        falls = schedule.left.last() < schedule.left.value(0)
+        return f"{schedule.target:g} nats per completion {'at first, 0 at last' if falls else 'throughout'}"
+    start, end = (behavior.make(value) for value in (schedule.value(0), schedule.last()))
+    first, last = kl_budget_of(start), kl_budget_of(end)
+    if not hasattr(start, "kl_budget"):
         return "no budget: the method has none"
+    if schedule.remembers:
+        return f"{first:g} nats per token at first, then by what the steps show"
     if first == last:
         return f"{first:g} nats per token throughout"
     return f"{first:g} nats per token at first, {last:g} at last"

@@ -193,7 +193,7 @@ def of_rate(args: TRBConfig, student: "PreTrainedModel", *, adapters: bool) -> I
     size = _size(student)
     if "adam" not in args.optim or not size:
         return
-    rate = safe_rate(size) * (_LORA_TIMES if adapters else 1.0)
+    rate = safe_rate(size, adapters=adapters)
     if args.learning_rate > _TOO_MANY_TIMES * rate * (1 + 1e-9):
         yield Doubt(
             "learning_rate",
@@ -203,9 +203,9 @@ def of_rate(args: TRBConfig, student: "PreTrainedModel", *, adapters: bool) -> I
         )
 
 
-def safe_rate(size: int) -> float:
-    """The learning rate of the recipes for a student of about so many parameters, all of which are trained."""
-    return next(rate for most, rate in _RATES if size < most)
+def safe_rate(size: int, *, adapters: bool = False) -> float:
+    """The learning rate of the recipes for a student of about so many parameters, all of them trained or adapters."""
+    return next(rate for most, rate in _RATES if size < most) * (_LORA_TIMES if adapters else 1.0)
 
 
 def unknown_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, TrainerState
 from transformers.utils import logging
 
 from trb.models.modeling import without_adapters
-from trb.records import PROGRESS, TRAINER_STATE, progress_name
+from trb.records import CHECKPOINT_PREFIX, PROGRESS, TRAINER_STATE, progress_name
 from trb.safety.untrusted import check_checkpoint
 from trb.training import checkpoints, resume
 from trb.training.config import TRBConfig
@@ -191,7 +191,7 @@ class ResumableTrainer(PromptsInOrder):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write it beside, seal it, and rename it into place; then remove those that `save_total_limit` leaves over."""
         directory = Path(self._get_output_dir(trial))
-        step, name = self.state.global_step, f"checkpoint-{self.state.global_step}"
+        step, name = self.state.global_step, f"{CHECKPOINT_PREFIX}{self.state.global_step}"
         if self.accelerator.is_local_main_process:
             checkpoints.clear_partial(directory)
         self.accelerator.wait_for_everyone()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.errors import InputError
+from trb.errors import InputError, did_you_mean
 from trb.zoo.chains import Chains
 from trb.zoo.clock import Clock
 from trb.zoo.dialogue import Dialogue
@@ -34,7 +34,9 @@ _WEIGHTS = Path(__file__).parent / "weights"
 def path(name: str) -> Path:
     """Directory of a shipped model and its tokenizer. Raises ValueError for a name that is not in MODELS."""
     if name not in MODELS:
-        raise InputError(f"unknown zoo model {name!r}; choose one of {', '.join(MODELS)}")
+        raise InputError(
+            f"unknown zoo model {name!r}; choose one of {', '.join(MODELS)}{did_you_mean(str(name), MODELS)}"
+        )
     return _WEIGHTS / name
 
 

@@ -47,7 +47,6 @@ from trb.sampling.vllm.verification import BlendRequest, BlendRow, BlendState, P
 __all__ = [
     "EXTENSION",
     "REQUEST_KEY",
-    "SUPPORTED_VERSIONS",
     "drafting_room",
     "process_group_kept",
     "register",
