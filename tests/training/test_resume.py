@@ -22,6 +22,7 @@ from trb import TRBConfig, zoo
 from trb.records import RUN
 from trb.training import checkpoints, resume
 from trb.training.methods import every_knob, knobs_of
+from trb.training.ranks import Ranks
 from trb.training.resume import ChangedRunError, spread
 from trb.training.trainer import TRBTrainer
 
@@ -471,8 +472,9 @@ def test_a_checkpoint_without_sums_counts_from_where_it_is(tmp_path: Path) -> No
 
 def test_the_loss_of_a_whole_training_is_that_of_all_its_steps(tmp_path: Path) -> None:
     """Also of one that was resumed, for which transformers divides by the steps since: to the last bit."""
-    options = SAVED | {"max_steps": 6, "logging_steps": 1, "method": "tropd", "lr_scheduler_type": "linear"}
+    options = SAVED | {"max_steps": 6, "method": "tropd", "lr_scheduler_type": "linear", "weight_decay": 0.1}
     options |= {"initial_kl_budget": None, "blend_warmup_steps": None, "max_completion_length": 6}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     straight = build(tmp_path / "straight", **options)
     found = straight.train()
     cut = build(tmp_path / "cut", callbacks=[Kill(3)], **options)
@@ -522,6 +524,40 @@ def test_another_patience_is_taken_only_without_the_old_state(tmp_path: Path, ca
     anew = stopping(tmp_path, patience=2, restore_callback_states_from_checkpoint=False)
     anew.train(resume_from_checkpoint=True)
     assert anew.state.global_step == 6
+
+
+def test_each_of_several_callbacks_of_a_class_has_its_own_state_back(tmp_path: Path) -> None:
+    """transformers read those of the first save."""
+    longer = [EarlyStoppingCallback(5, early_stopping_threshold=1.0) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        stopping(tmp_path, longer[0], Kill(3)).train()
+    rest = stopping(tmp_path, longer[1])
+    rest.train(resume_from_checkpoint=True)
+    found = [each for each in rest.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+    assert [(each.early_stopping_patience, each.early_stopping_patience_counter) for each in found] == [(3, 3), (5, 3)]
+    assert rest.state.global_step == 4
+
+
+def test_a_process_that_was_not_there_counts_skipped_steps_as_the_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would not stop with them where `max_skipped_steps` are reached."""
+    with monkeypatch.context() as patch:
+        patch.setattr("trb.training.guard.StepGuard.state", lambda self: dict.fromkeys(counts, 2))
+        counts = ("skipped", "in_a_row", "taken", "left_out")
+        build(tmp_path, **SAVED, max_steps=1).train()
+    trainer = build(tmp_path, **TINY, max_steps=2)
+    monkeypatch.setattr(trainer, "_progress_file", lambda checkpoint: Path(checkpoint) / "trb_state_1.json")
+    first = json.loads((tmp_path / "checkpoint-1" / "trb_state_0.json").read_text())
+
+    class Second(Ranks):
+        def from_first(self, make: Callable[[], Any]) -> Any:
+            found = make()
+            return [first[name] for name in ("schedules", "memories", "guard")] if found == [{}, {}, {}] else found
+
+    monkeypatch.setattr(trainer, "_ranks", Second())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer._guard.skipped == 2 and logged(trainer, "skipped_steps")[-1] == 2
 
 
 def test_a_callback_with_a_state_may_be_added_on_resume(tmp_path: Path) -> None:
