@@ -26,6 +26,7 @@ from trb import TRBConfig, TRBTrainer, zoo
 from trb.errors import InputError
 from trb.models.loading import load_model
 from trb.studies.recipe import make_recipe
+from trb.tasks.grading import Verifier
 from trb.tasks.prompts import load_prompts
 from trb.training import arguments, pair
 
@@ -455,6 +456,14 @@ def test_a_column_that_was_taken_out_of_the_rows_is_named_with_the_option(tmp_pa
     with pytest.raises(KeyError, match="solution"):
         build(tmp_path, **options | {"reward_fn": lambda texts, rows: [rows[0]["solution"]]}).train()
     build(tmp_path, **options).train()
+
+
+def test_rewards_that_no_row_has_any_more_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for dropped in (False, True):
+        options: dict[str, Any] = {"max_steps": 1, "max_completion_length": 4, "remove_unused_columns": dropped}
+        with Verifier() as verifier:
+            build(tmp_path, reward_fn=verifier.score, **options).train()
+        assert ("remove_unused_columns=True takes columns such as answer out" in caplog.text) == dropped
 
 
 def test_the_first_step_is_logged_where_it_is_asked_for_and_the_last_always(tmp_path: Path) -> None:

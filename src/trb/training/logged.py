@@ -259,6 +259,11 @@ class MeasuredTrainer(CallingTrainer):
             logger.warning(f"step {self.state.global_step}: no rewards, as their function failed: {said}")
             return [math.nan] * len(texts)
         self._rewards_work = True
+        if self.args.remove_unused_columns and rewards and all(map(math.isnan, rewards)):
+            logger.warning_once(
+                "no completion has a reward: remove_unused_columns=True takes columns such as answer out of the rows "
+                "that reward_fn gets; leave it at False"
+            )
         return rewards
 
     def _check_column(self, error: Exception, rows: Sequence[Mapping[str, Any]]) -> None:
