@@ -107,6 +107,8 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
 def build(directory: Path, count: int, *, privileged: bool = False, **changes: Any) -> TRBTrainer:
     """A trainer whose global batch is the same for any number of processes, in float64; its teacher may be told."""
     with_prompts = told if privileged else dict
+    held_out = zoo.problems(5, seed=1, split="test")
+    held_out[3] = held_out[4] = held_out[0]  # a prompt's repetitions are counted over batches and processes
     rows = GLOBAL_BATCH // count // SETTINGS["gradient_accumulation_steps"]
     args = TRBConfig(str(directory), **{**SETTINGS, "per_device_train_batch_size": rows, **changes})
     with loaded_whole(args):
@@ -117,7 +119,7 @@ def build(directory: Path, count: int, *, privileged: bool = False, **changes: A
         teacher.double(),
         args,
         train_dataset=Dataset.from_list([*map(with_prompts, zoo.problems(64, seed=0, split="train"))]),
-        eval_dataset=Dataset.from_list([*map(with_prompts, zoo.problems(5, seed=1, split="test"))]),
+        eval_dataset=Dataset.from_list([*map(with_prompts, held_out)]),
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
         reward_fn=ExactAnswers().score,

@@ -105,7 +105,8 @@ def test_rows_that_fill_up_an_evaluation_are_not_counted(name: str, pair: Any, o
     expected = {
         key: value
         for key, value in one["held_out"].items()
-        if key == "eval_loss" or (key.startswith("eval_trb/") and key.removeprefix("eval_trb/") not in PER_PROCESS)
+        if key in ("eval_loss", "eval_entropy")
+        or (key.startswith("eval_trb/") and key.removeprefix("eval_trb/") not in PER_PROCESS)
     }
     assert len(expected) > 5
     for process in pair[name]:

@@ -26,6 +26,7 @@ from trb import TRBConfig, TRBTrainer, zoo
 from trb.errors import InputError
 from trb.models.loading import load_model
 from trb.studies.recipe import make_recipe
+from trb.tasks.grading import Verifier
 from trb.tasks.prompts import load_prompts
 from trb.training import arguments, pair
 from trb.training.card import _budget
@@ -453,12 +454,16 @@ def test_a_model_card_names_prompts_that_were_loaded_by_name(tmp_path: Path) -> 
     assert card(trainer)["data"] == "8 prompts of zoo:chains"
 
 
+POLYNOMIAL = {"lr_scheduler_type": "polynomial"}
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"report_to": ["tensorbord"]}, r"report_to='tensorbord' is unknown"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, r"lr_scheduler_type='cosine_with_min_lr' .*min_lr_rate"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, r"lr_scheduler_type='warmup_stable_decay' .*num_decay_steps"),
+        (POLYNOMIAL | {"learning_rate": 1e-5, "lr_scheduler_kwargs": {"lr_end": 1e-4}}, r"'polynomial' .*lr_end"),
     ],
 )
 def test_values_that_transformers_would_refuse_when_everything_is_loaded(
@@ -466,6 +471,36 @@ def test_values_that_transformers_would_refuse_when_everything_is_loaded(
 ) -> None:
     with pytest.raises(InputError, match=text):
         config(tmp_path, **options)
+
+
+def test_the_end_of_a_schedule_is_compared_with_the_learning_rate(tmp_path: Path) -> None:
+    """And not with that of an optimizer that stands in."""
+    config(tmp_path, **POLYNOMIAL, learning_rate=5e-3, lr_scheduler_kwargs={"lr_end": 2e-3})
+
+
+def test_a_search_that_builds_models_anew_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"hyperparameter_search .*a TRBTrainer for each setting"):
+        plain_trainer(tmp_path).hyperparameter_search(n_trials=1)
+
+
+def test_a_column_that_was_taken_out_of_the_rows_is_named_with_the_option(tmp_path: Path) -> None:
+    def reward(texts: list[str], rows: Any) -> list[float]:
+        return [float(row["answer"] in text) for text, row in zip(texts, rows, strict=True)]
+
+    options: dict[str, Any] = {"reward_fn": reward, "max_steps": 1, "max_completion_length": 4}
+    with pytest.raises(InputError, match="reward_fn reads the column 'answer', which remove_unused_columns=True"):
+        build(tmp_path, **options, remove_unused_columns=True).train()
+    with pytest.raises(KeyError, match="solution"):
+        build(tmp_path, **options | {"reward_fn": lambda texts, rows: [rows[0]["solution"]]}).train()
+    build(tmp_path, **options).train()
+
+
+def test_rewards_that_no_row_has_any_more_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for dropped in (False, True):
+        options: dict[str, Any] = {"max_steps": 1, "max_completion_length": 4, "remove_unused_columns": dropped}
+        with Verifier() as verifier:
+            build(tmp_path, reward_fn=verifier.score, **options).train()
+        assert ("remove_unused_columns=True takes columns such as answer out" in caplog.text) == dropped
 
 
 def test_the_first_step_is_logged_where_it_is_asked_for_and_the_last_always(tmp_path: Path) -> None:

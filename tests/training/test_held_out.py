@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from tiny_runs import build, logged
+from tiny_runs import build, config, logged
 from transformers import TrainerCallback
 
 from trb import TRBTrainer, zoo
@@ -73,6 +74,67 @@ def test_numbers_have_the_prefix_of_their_evaluation(tmp_path: Path) -> None:
     assert measured(named, "test") == measured(trainer.evaluate(), "eval")
     assert not any(name.startswith("eval_") for name in named)
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["other prompts", "prompts that occur twice"])
+def test_an_evaluation_does_not_depend_on_its_batches(tmp_path: Path, repeated: bool) -> None:
+    """The loss and the entropy are means over tokens, and a prompt's repetitions are counted over all batches."""
+    rows = zoo.problems(5, seed=1, split="test")
+    rows = [rows[0], rows[1], rows[0], rows[1], rows[0]] if repeated else rows
+    found = []
+    for size in (1, 2, 5):
+        options = SETTINGS | {"per_device_eval_batch_size": size, "max_completion_length": 24}
+        trainer = build(tmp_path / str(size), eval_dataset=Dataset.from_list(rows), loss_top_k=0, **options)
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(metrics["eval_trb/reverse_kl"], rel=1e-4)
+        (recorded,) = map(json.loads, (tmp_path / str(size) / "held_out.jsonl").read_text().splitlines())
+        assert (recorded["loss"], recorded["entropy"]) == (metrics["eval_loss"], metrics["eval_entropy"])
+        again = measured(trainer.evaluate(), "eval")
+        assert again == measured(metrics, "eval")
+        ours = {name: value for name, value in again.items() if name.startswith("trb/") and "calls" not in name}
+        found.append(ours | {name: again[name] for name in ("loss", "entropy")})
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] == pytest.approx(found[2], rel=1e-4)
+
+
+class Evaluate(TrainerCallback):
+    """Evaluates between the micro-batches of a step."""
+
+    trainer: TRBTrainer
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.evaluate()
+
+
+@pytest.mark.parametrize("changes", [{"method": "opd"}, {"behavior_share": 0.5}, {"teacher_offload": True}], ids=str)
+def test_an_evaluation_amid_a_step_leaves_its_rollouts(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Of several teachers, the rest of the step was scored against those of the evaluation's rows."""
+    rows = [
+        {**row, "teacher_id": "ab"[number % 2]} for number, row in enumerate(zoo.problems(32, seed=0, split="train"))
+    ]
+    held_out = Dataset.from_list([{**row, "teacher_id": "a"} for row in zoo.problems(4, seed=1, split="test")])
+    options: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
+    options |= SETTINGS | {"initial_kl_budget": None, "blend_warmup_steps": None, "num_generations": 2} | changes
+    logs = []
+    for callback in (None, Evaluate()):
+        (student, tokenizer), (teacher, _), (other, _) = zoo.load("student"), zoo.load("teacher"), zoo.load("student")
+        with torch.no_grad():
+            other.lm_head.weight.mul_(0.5)
+        trainer = TRBTrainer(
+            student,
+            {"a": teacher, "b": other},
+            config(tmp_path, **options),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[] if callback is None else [callback],
+        )
+        if callback is not None:
+            callback.trainer = trainer
+        trainer.train()
+        steps = [row for row in trainer.state.log_history if "loss" in row]
+        logs.append([{name: row[name] for name in row if name == "loss" or "trb/" in name} for row in steps])
+    assert len(logs[0]) == 2 and logs[0][0] == logs[1][0]
+    assert logs[0][1] == pytest.approx(logs[1][1], rel=1e-4)  # the evaluation's batches draw from torch's own stream
 
 
 def test_the_best_model_may_be_that_of_one_of_several_sets(tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_runs import NEWER_OPTIONS, Kill, build, config, logged, losses, weights
-from transformers import get_scheduler
+from transformers import EarlyStoppingCallback, TrainerCallback, get_scheduler
 
 from trb import TRBConfig, zoo
 from trb.records import RUN
 from trb.schedule import Ramp
 from trb.training import checkpoints, methods, resume
 from trb.training.methods import every_knob, knobs_of
+from trb.training.ranks import Ranks
 from trb.training.resume import ChangedRunError, spread
 from trb.training.trainer import TRBTrainer
 
@@ -56,7 +57,7 @@ _COMPARED = """
     adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor average_tokens_across_devices
     neftune_noise_alpha auto_find_batch_size bf16 fp16 bf16_full_eval fp16_full_eval tf32 use_liger_kernel
     liger_kernel_config eval_strategy eval_steps eval_delay load_best_model_at_end metric_for_best_model
-    greater_is_better ignore_data_skip restore_callback_states_from_checkpoint seed data_seed accelerator_config
+    greater_is_better ignore_data_skip seed data_seed accelerator_config
     parallelism_config dataloader_drop_last dataloader_in_order remove_unused_columns ddp_broadcast_buffers fsdp
     fsdp_config deepspeed model_init_kwargs trust_remote_code teacher_model_revision teacher_model_init_kwargs
     disable_dropout max_completion_length shuffle_dataset temperature top_p top_k min_p generation_kwargs
@@ -407,6 +408,44 @@ def test_a_checkpoint_of_weights_alone_says_what_it_is_of(tmp_path: Path) -> Non
         resumed(tmp_path / "checkpoint-1", tmp_path, method="opd")
 
 
+def test_a_checkpoint_of_weights_alone_is_gone_on_from_only_if_that_is_accepted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a new optimizer and the learning rate's first steps, without a word."""
+    options = TINY | {"lr_scheduler_type": "linear", "max_steps": 2}
+    build(tmp_path, **options, save_strategy="steps", save_steps=1, save_only_model=True).train()
+    saved = tmp_path / "checkpoint-1"
+    message = "holds no optimizer, no scheduler, no sums since the last log.*save_only_model.*accept_changes=True"
+    with pytest.raises(ChangedRunError, match=message):
+        build(tmp_path, **options).train(resume_from_checkpoint=str(saved))
+    trainer = build(tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(saved), accept_changes=True)
+    assert trainer.state.global_step == 2
+    assert re.search("holds no optimizer, no scheduler, no sums since the last log.*begin anew", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("files", "deepspeed", "missing"),
+    [
+        (["optimizer.pt", "scheduler.pt", "trb_state_0.json"], False, []),
+        (["optimizer.bin", "scheduler.pt", "trb_state_0.json"], False, []),
+        (["optimizer_0/", "scheduler.pt", "trb_state_0.json"], False, []),
+        (["global_step3/", "latest", "trb_state_0.json"], True, []),
+        (["global_step3/", "latest", "trb_state_0.json"], False, ["optimizer", "scheduler"]),
+        (["optimizer.pt", "scheduler.pt", "trb_state_0.json"], True, ["optimizer", "scheduler"]),
+        (["optimizer.pt", "trb_state_0.json"], False, ["scheduler"]),
+        (["scheduler.pt", "trb_state_1.json"], False, ["optimizer", "sums since the last log"]),
+    ],
+)
+def test_what_a_checkpoint_holds_is_known_by_the_names_of_each_launch(
+    files: list[str], deepspeed: bool, missing: list[str], tmp_path: Path
+) -> None:
+    """One process, FSDP with whole and with sharded states, and DeepSpeed, which keeps both in one folder."""
+    for name in files:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    assert resume.missing_state(tmp_path, deepspeed=deepspeed) == missing
+
+
 # ---- prompts that cannot be trained on ----
 
 
@@ -505,20 +544,152 @@ def test_a_checkpoint_without_sums_counts_from_where_it_is(tmp_path: Path) -> No
         path.unlink()
     resumed = build(tmp_path, **options)
     checkpoint = str(tmp_path / "checkpoint-2")
-    found = resumed.train(resume_from_checkpoint=checkpoint, verify=False).training_loss
+    found = resumed.train(resume_from_checkpoint=checkpoint, verify=False, accept_changes=True).training_loss
     assert found == pytest.approx(sum(losses(resumed)[-2:]) / 2, rel=1e-6)
 
 
 def test_the_loss_of_a_whole_training_is_that_of_all_its_steps(tmp_path: Path) -> None:
-    """Also of one that was resumed, for which transformers divides by the steps since."""
-    options = SAVED | {"max_steps": 4, "logging_steps": 3}
+    """Also of one that was resumed, for which transformers divides by the steps since: to the last bit."""
+    options = SAVED | {"max_steps": 6, "method": "tropd", "lr_scheduler_type": "linear", "weight_decay": 0.1}
+    options |= {"initial_kl_budget": None, "blend_warmup_steps": None, "max_completion_length": 6}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     straight = build(tmp_path / "straight", **options)
     found = straight.train()
     cut = build(tmp_path / "cut", callbacks=[Kill(3)], **options)
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     resumed = build(tmp_path / "cut", **options)
-    assert resumed.train(resume_from_checkpoint=True).training_loss == pytest.approx(found.training_loss, rel=1e-12)
+    output = resumed.train(resume_from_checkpoint=True)
+    assert output.training_loss == output.metrics["train_loss"] == found.training_loss
+    assert resumed.state.log_history[-1]["train_loss"] == straight.state.log_history[-1]["train_loss"]
+
+
+# ---- what callbacks decide ----
+
+
+STOPPING: dict[str, Any] = SAVED | {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+STOPPING |= {"metric_for_best_model": "loss", "learning_rate": 1e-9, "max_steps": 8}
+
+
+def stopping(directory: Path, *more: TrainerCallback, patience: int = 3, **changes: Any) -> TRBTrainer:
+    stop = EarlyStoppingCallback(patience, early_stopping_threshold=1.0)
+    held_out = Dataset.from_list(zoo.problems(2, seed=1, split="test"))
+    return build(directory, eval_dataset=held_out, callbacks=[stop, *more], **STOPPING | changes)
+
+
+@pytest.mark.parametrize("killed_after", [3, 4])
+def test_patience_goes_on_where_it_was(killed_after: int, tmp_path: Path) -> None:
+    """And a run that had lost it takes no further step."""
+    straight = stopping(tmp_path / "straight")
+    straight.train()
+    assert straight.state.global_step == 4
+    if killed_after == 3:
+        with pytest.raises(KeyboardInterrupt):
+            stopping(tmp_path / "cut", Kill(3)).train()
+    else:
+        stopping(tmp_path / "cut").train()
+    rest = stopping(tmp_path / "cut")
+    rest.train(resume_from_checkpoint=True)
+    assert rest.state.global_step == 4
+
+
+def test_another_patience_is_taken_only_without_the_old_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stopping(tmp_path).train()
+    again = stopping(tmp_path, patience=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert "EarlyStoppingCallback goes on as the checkpoint has it" in caplog.text
+    anew = stopping(tmp_path, patience=2, restore_callback_states_from_checkpoint=False)
+    anew.train(resume_from_checkpoint=True)
+    assert anew.state.global_step == 6
+
+
+def test_each_of_several_callbacks_of_a_class_has_its_own_state_back(tmp_path: Path) -> None:
+    """transformers read those of the first save."""
+    longer = [EarlyStoppingCallback(5, early_stopping_threshold=1.0) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        stopping(tmp_path, longer[0], Kill(3)).train()
+    rest = stopping(tmp_path, longer[1])
+    rest.train(resume_from_checkpoint=True)
+    found = [each for each in rest.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+    assert [(each.early_stopping_patience, each.early_stopping_patience_counter) for each in found] == [(3, 3), (5, 3)]
+    assert rest.state.global_step == 4
+
+
+def test_a_process_that_was_not_there_counts_skipped_steps_as_the_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would not stop with them where `max_skipped_steps` are reached."""
+    with monkeypatch.context() as patch:
+        patch.setattr("trb.training.guard.StepGuard.state", lambda self: dict.fromkeys(counts, 2))
+        counts = ("skipped", "in_a_row", "taken", "left_out")
+        build(tmp_path, **SAVED, max_steps=1).train()
+    trainer = build(tmp_path, **TINY, max_steps=2)
+    monkeypatch.setattr(trainer, "_progress_file", lambda checkpoint: Path(checkpoint) / "trb_state_1.json")
+    first = json.loads((tmp_path / "checkpoint-1" / "trb_state_0.json").read_text())
+
+    class Second(Ranks):
+        def from_first(self, make: Callable[[], Any]) -> Any:
+            found = make()
+            return [first[name] for name in ("schedules", "memories", "guard")] if found == [{}, {}, {}] else found
+
+    monkeypatch.setattr(trainer, "_ranks", Second())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer._guard.skipped == 2 and logged(trainer, "skipped_steps")[-1] == 2
+
+
+def test_a_callback_with_a_state_may_be_added_on_resume(tmp_path: Path) -> None:
+    """transformers looked for its state among those of the checkpoint, at the first save."""
+    held_out = Dataset.from_list(zoo.problems(2, seed=1, split="test"))
+    build(tmp_path, eval_dataset=held_out, **STOPPING | {"max_steps": 1}).train()
+    later = stopping(tmp_path, patience=8, max_steps=2)
+    later.train(resume_from_checkpoint=True)
+    assert later.state.global_step == 2
+
+
+class StopEpoch(TrainerCallback):
+    """Ends each epoch after some of its micro-batches."""
+
+    def __init__(self, *, amid: bool) -> None:
+        self.amid, self.begun = amid, 0
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun = 0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_epoch_stop = not self.amid
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_epoch_stop = self.amid and self.begun == 2
+
+
+@pytest.mark.parametrize("amid", [False, True], ids=["after a step", "amid the second"])
+def test_an_epoch_after_one_that_was_cut_short_has_its_own_prompts(amid: bool, tmp_path: Path) -> None:
+    """Those that it has where nothing is cut short; what was begun of a step is given up."""
+    options = TINY | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_rows": ROWS[:8]}
+    options |= {"max_steps": -1, "num_train_epochs": 3, "method": "opd", "learning_rate": 0.0}
+    options |= {"initial_kl_budget": None, "blend_warmup_steps": None}
+    drawn: list[list[list[list[int]]]] = []
+    trainers = []
+    for callbacks in ([], [StopEpoch(amid=amid)]):
+        trainer = build(tmp_path, callbacks=callbacks, **options)
+        trainers.append(trainer)
+        prompts: list[list[list[int]]] = []
+        drawn.append(prompts)
+        generate = trainer._generate_single_turn
+        trainer._generate_single_turn = lambda ids, *rest, generate=generate, prompts=prompts: (  # type: ignore
+            prompts.append([list(row) for row in ids]),
+            generate(ids, *rest),
+        )[1]
+        trainer.train()
+    whole, cut = drawn
+    assert len(whole) == 12
+    wanted = [whole[step] for epoch in range(3) for step in range(4 * epoch, 4 * epoch + 1 + amid)]
+    assert cut == wanted
+    assert trainers[1].state.global_step == 3
 
 
 UNSET: dict[str, Any] = {"initial_kl_budget": None, "blend_warmup_steps": None}

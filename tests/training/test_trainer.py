@@ -81,6 +81,9 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
         "_load_callback_state": ["self"],
         "autocast_smart_context_manager": ["self", "cache_enabled"],
         "_send_telemetry": ["self"],
+        "hyperparameter_search": [
+            *("self", "hp_space", "compute_objective", "n_trials", "direction", "backend", "hp_name", "kwargs")
+        ],
         "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     }
     for name, parameters in expected.items():
@@ -818,6 +821,7 @@ REFUSED = {
     "data_seed": 3,
     "dataloader_in_order": False,
     "ds3_gather_for_generation": False,
+    "enable_jit_checkpoint": True,
     "eval_accumulation_steps": 2,
     "eval_do_concat_batches": False,
     "eval_use_gather_object": True,
@@ -856,7 +860,7 @@ HARMLESS = """
     accelerator_config dataloader_drop_last dataloader_multiprocessing_context dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
     ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
-    do_predict do_train enable_jit_checkpoint eval_delay eval_on_start eval_steps eval_strategy fsdp fsdp_config
+    do_predict do_train eval_delay eval_on_start eval_steps eval_strategy fsdp fsdp_config
     gradient_checkpointing gradient_checkpointing_kwargs greater_is_better hub_always_push hub_model_id
     hub_private_repo hub_revision hub_strategy hub_token include_num_input_tokens_seen load_best_model_at_end
     local_rank log_completions log_level log_level_replica log_on_each_node log_unique_prompts logging_first_step

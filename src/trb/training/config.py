@@ -51,6 +51,10 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "data_seed": (None, "the order of prompts follows seed"),
     "dataloader_in_order": (True, "rollouts are reused over accumulation steps, which takes batches in their order"),
     "torch_compile": (False, "models are read inside the wrapper that compiles, which would do nothing"),
+    "enable_jit_checkpoint": (
+        False,
+        "it saves amid a step, whose numbers a resumed run would count twice; see save_steps",
+    ),
     "ds3_gather_for_generation": (True, "under ZeRO-3 a whole copy is sampled from; see replica_dtype"),
     "include_for_metrics": ([], "an evaluation keeps no predictions; pass reward_fn to measure completions"),
     "batch_eval_metrics": (False, "an evaluation keeps no predictions; pass reward_fn to measure completions"),
@@ -321,6 +325,13 @@ class TRBConfig(DistillationConfig):
             "are skipped, and saved in skipped/."
         },
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True,
+        metadata={
+            "help": "A resumed run takes the state of its callbacks from the checkpoint, such as what is left of an "
+            "early stop's patience, and how they were built. false begins them anew, as they are now."
+        },
+    )
     checkpoint_checksums: bool = field(
         default=True,
         metadata={"help": "Checksums of checkpoints' contents, about 2 GB/s; false records and compares sizes only."},
@@ -419,7 +430,7 @@ class TRBConfig(DistillationConfig):
         """Make the schedule once: transformers would when everything is loaded."""
         name: str = SchedulerType(self.lr_scheduler_type).value
         options: Any = self.lr_scheduler_kwargs or {}
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
         try:
             get_scheduler(name, optimizer, 0, 1, scheduler_specific_kwargs=options)
         except (TypeError, ValueError) as error:

@@ -3,7 +3,8 @@
 Seams of TRL and transformers:
 - `log` averages `_metrics` of the mode that the model is in, and puts eval_ before those of an evaluation, whatever its
   prefix; with `log_completions` it prints and stores the texts in `_logs`;
-- `evaluation_loop` returns the metrics of one evaluation: `evaluate` logs them, and `predict` does not;
+- `evaluation_loop` returns the metrics of one evaluation: `evaluate` logs them, and `predict` does not; its loss is a
+  mean over batches, and so is TRL's entropy;
 - Accelerate fills the last batch of an evaluation up and says so in `gradient_state`.
 
 Left out: sums over micro-batches and processes (`trb.training.metrics`), files (`trb.training.recording`), and logging
@@ -11,7 +12,9 @@ services.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import compress
 from typing import Any, cast
@@ -28,6 +31,7 @@ from trb.safety.untrusted import printable
 from trb.sampling import Rollout, prompt_key
 from trb.sampling.scoring import TokenScores, score_completions
 from trb.schedule import Constant
+from trb.training.arguments import named_datasets
 from trb.training.calling import CallingTrainer
 from trb.training.config import TRBConfig
 from trb.training.guard import StepGuard
@@ -47,6 +51,12 @@ RewardFunction = Callable[[list[str], Sequence[Mapping[str, Any]]], Sequence[flo
 
 # Of the rollouts of a step, by whether they are drawn from its policy.
 _KINDS = (("blended", True), ("student", False))
+
+# What is known of the rollouts of a step, until the next are drawn.
+_OF_ROLLOUTS = (
+    *("_rollout", "_policy", "_all_own", "_of_both_kinds", "_blended", "_taught_by", "_scored", "_teacher_prompts"),
+    *("_turns", "_later_turns"),
+)
 
 # Below this share of the student's probability, a top-k loss was seen to make the student worse (docs/experiments.md).
 _THIN_SUPPORT = 0.5
@@ -78,6 +88,9 @@ class MeasuredTrainer(CallingTrainer):
     _teacher_is_sharded: bool
     reward_fn: RewardFunction | None
     _rewards_work: bool = False
+    _mean_loss: float | None
+    _loss_before: Tensor
+    _seen: Counter[int] | None = None  # prompts of an evaluation's batches so far
 
     def sampling_student(self) -> PreTrainedModel:
         """The student to sample from."""
@@ -91,17 +104,35 @@ class MeasuredTrainer(CallingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As in transformers; what was measured meanwhile is of this evaluation alone, and has its prefix."""
+        """As in transformers; what was measured meanwhile is of this evaluation alone, and has its prefix. Loss and
+        entropy are means over all tokens, however they were laid out in batches."""
         self._metrics["eval"].clear()
-        self._sums["eval"] = Sums()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._sums["eval"], self._seen = Sums(), Counter()
+        with self._rollouts_kept():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         self._average("eval")
-        metrics = cast(dict[str, float | None], output.metrics)
+        metrics, measured = cast(dict[str, float | None], output.metrics), self._metrics["eval"]
+        measured["entropy"] = measured.pop("trb/entropy", [])
+        loss = f"{metric_key_prefix}_loss"
+        if means := measured.pop("trb/loss", None):
+            # One that is not finite is transformers' to show, or to leave out (`logging_nan_inf_filter`).
+            metrics[loss] = means[0] if math.isfinite(metrics.get(loss) or 0.0) else metrics[loss]
         for name, values in self._metrics["eval"].items():
             known = [value for value in values if not math.isnan(value)]
             metrics[f"{metric_key_prefix}_{name}"] = sum(known) / len(known) if known else None
         self._metrics["eval"].clear()  # or `log` would add them again, as eval_
         return output
+
+    @contextmanager
+    def _rollouts_kept(self) -> Iterator[None]:
+        """An evaluation between the micro-batches of a step, by a callback, leaves the rest its rollouts."""
+        kept = {name: getattr(self, name) for name in _OF_ROLLOUTS} if self._guard.began else {}
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
 
     def _average(self, mode: str) -> None:
         """Our numbers to those that `log` averages; collective."""
@@ -116,6 +147,9 @@ class MeasuredTrainer(CallingTrainer):
         if "loss" in logs:
             self._metrics[mode]["trb/skipped_steps"] = [self._guard.skipped]
             logs["loss"] = self._guard.mean_loss(logs["loss"])
+            self._loss_before.zero_()  # what was added up is logged, also where a step was begun and is given up
+        if "train_loss" in logs and self._mean_loss is not None:
+            logs["train_loss"] = self._mean_loss
         for texts in self._logs.values():  # which `log_completions` prints as they are
             plain = [printable(text) for text in texts]
             texts.clear()
@@ -222,12 +256,31 @@ class MeasuredTrainer(CallingTrainer):
             rewards = _numbers(self.reward_fn(texts, rows), len(texts))
         except Exception as error:
             if not self._rewards_work:
+                self._check_column(error, rows)
                 raise
             said = printable(f"{error!r:.300}", lines=False)  # it may quote a completion
             logger.warning(f"step {self.state.global_step}: no rewards, as their function failed: {said}")
             return [math.nan] * len(texts)
         self._rewards_work = True
+        if self.args.remove_unused_columns and rewards and all(map(math.isnan, rewards)):
+            logger.warning_once(
+                "no completion has a reward: remove_unused_columns=True takes columns such as answer out of the rows "
+                "that reward_fn gets; leave it at False"
+            )
         return rewards
+
+    def _check_column(self, error: Exception, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Name the option that has taken a column out of the rows, if that is what a reward function fails of."""
+        if not (isinstance(error, KeyError) and error.args and rows and self.args.remove_unused_columns):
+            return
+        column = error.args[0]
+        data = [each for _, each in named_datasets(self.train_dataset, self.eval_dataset)]
+        columns = [getattr(each, "column_names", None) or next(iter(each), ()) for each in data]
+        if column not in rows[0] and any(column in names for names in columns):
+            raise InputError(
+                f"reward_fn reads the column {column!r}, which remove_unused_columns=True takes out of the rows; "
+                "leave it at False"
+            ) from error
 
     def _own_rows(self, rows: int) -> int:
         """How many of an evaluation batch's rows are new; the last batches are filled up with rows seen before, so that

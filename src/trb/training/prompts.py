@@ -53,10 +53,11 @@ class PromptsInOrder(DistillationTrainer):
     _teacher_prompts: list[list[int]] | None = None  # of the rows that are being drawn, where the teacher has its own
     doubts_said: bool = False  # set by whoever has said before what `trb.training.doubts` would
     _prompts_checked: bool = False
+    _epoch: int = 0  # as transformers counts them: also after one that a callback has cut short
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return _EpochSampler(
-            epoch=lambda: int(self.state.epoch or 0),
+            epoch=lambda: self._epoch,
             data_source=cast(Sized, self.train_dataset if dataset is None else dataset),
             mini_repeat_count=self.args.num_generations,
             batch_size=self.args.completions_per_step // self.args.num_generations,

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trb.errors import InputError
 from trb.models.modeling import without_adapters
-from trb.records import RUN
+from trb.records import RUN, progress_name
 from trb.safety.files import json_types, stable_json
 from trb.training.methods import behavior_of, every_knob, knobs_of, target_of
 from trb.training.privileged import CONTEXT, WHOLE
@@ -44,7 +44,9 @@ __all__ = [
     "describe",
     "differences",
     "explain",
+    "explain_missing",
     "length_matters",
+    "missing_state",
     "plain",
     "read",
     "write",
@@ -61,7 +63,8 @@ _FREE_BECAUSE = {
         save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
         checkpoint_checksums push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
         hub_revision""",
-    "says which step to begin with, or to give up at": "resume_from_checkpoint max_skipped_steps tool_timeout",
+    "says which step to begin with, or to give up at": """
+        resume_from_checkpoint restore_callback_states_from_checkpoint max_skipped_steps tool_timeout""",
     "names a model, whose weights are compared": "teacher_model_name_or_path",
     "lays out the same evaluation (its draws are functions of prompt and seed)": """
         eval_on_start per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
@@ -283,6 +286,22 @@ def read(checkpoint: Path) -> dict[str, Any] | None:
     return RUN.read(path) if path.exists() else None
 
 
+def missing_state(checkpoint: Path, *, deepspeed: bool) -> list[str]:
+    """What a checkpoint lacks of a run beside its weights: what transformers does not find begins anew without a word.
+
+    DeepSpeed keeps optimizer and scheduler in a folder of its own, and FSDP the optimizer under another name.
+    """
+    files = {path.name: path.is_dir() for path in checkpoint.iterdir()}
+    if deepspeed:
+        optimizer = scheduler = any(name.startswith("global_step") for name in files)
+    else:
+        known = ("optimizer.pt", "optimizer.bin")
+        optimizer = any(name in known or (folder and "optimizer" in name) for name, folder in files.items())
+        scheduler = "scheduler.pt" in files
+    held = {"optimizer": optimizer, "scheduler": scheduler, "sums since the last log": progress_name(0) in files}
+    return [name for name, found in held.items() if not found]
+
+
 # ---- comparing ----
 
 
@@ -333,3 +352,14 @@ def explain(checkpoint: Path, found: Sequence[Difference], *, accepted: bool) ->
     kept = [difference.key for difference in found if difference.key in _KEPT_BY_OPTIMIZER]
     without_effect = f". The optimizer's saved state keeps its own {', '.join(kept)}" if kept else ""
     return f"going on from {checkpoint} with changes (saved -> now): {listed}{without_effect}"
+
+
+def explain_missing(checkpoint: Path, missing: Sequence[str], *, accepted: bool) -> str:
+    """The same of a checkpoint that does not hold the whole state of a run."""
+    text = f"{checkpoint} holds no {', no '.join(missing)} (save_only_model keeps none), so that they begin anew"
+    if accepted:
+        return f"{text} after step {checkpoint.name.rpartition('-')[2]}"
+    return (
+        f"{text}. Resume from a whole checkpoint, start over in another output_dir, or go on all the same with "
+        "accept_changes=True (trb train --accept-changes)"
+    )

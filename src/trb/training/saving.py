@@ -4,23 +4,26 @@ Seams of transformers and TRL:
 - `_save_checkpoint` writes into `_get_output_dir()`/checkpoint-N and rotates there; `_push_from_checkpoint` uploads it;
 - `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
   latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
-- `_run_epoch` takes a step before it asks whether any is left, and `_finalize_training` divides by the steps since;
+- `_run_epoch` is told the number of the epoch, and takes a step before it asks whether any is left;
+- `_finalize_training` divides the sum of losses by the steps since a resume, and logs it as `train_loss`;
 - `_step` counts micro-batches and `_buffered_inputs` holds those of a step; a new call of `train` keeps both;
 - `train` reads weights with `_load_from_checkpoint`, calls `_load_callback_state` once the trainer's state was read,
-  and `_load_best_model` at the end;
+  which builds callbacks anew from the checkpoint, and `_load_best_model` at the end;
 - `save_model` gathers sharded weights and calls `_save` where it should.
 
 Left out: what a checkpoint is, and when it is whole (`trb.training.checkpoints`), and what makes two runs the same
 (`trb.training.resume`).
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import GenerationConfig, TrainerState
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, GenerationConfig, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from trb.models.modeling import without_adapters
@@ -55,6 +58,9 @@ class ResumableTrainer(PromptsInOrder):
     _description: dict[str, Any] | None = None
     _accept_changes: bool = False
     _goes_on: bool = False
+    _lost_patience: bool = False
+    _mean_loss: float | None = None
+    _loss_before: Tensor
 
     def train(
         self,
@@ -90,7 +96,7 @@ class ResumableTrainer(PromptsInOrder):
         elif resume_from_checkpoint:
             self._ranks.from_first(partial(checkpoints.check_named, Path(resume_from_checkpoint), whole=verify))
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._accept_changes, self._goes_on = accept_changes, False
+        self._accept_changes, self._goes_on, self._lost_patience, self._mean_loss = accept_changes, False, False, None
         if resume_from_checkpoint:
             saved = Path(resume_from_checkpoint)
             check_checkpoint(saved)  # here too: DeepSpeed's files are not read as others are
@@ -141,19 +147,22 @@ class ResumableTrainer(PromptsInOrder):
         """Compare this run with a checkpoint's; collective. `train` does so before it resumes.
 
         Raises:
-            ChangedRunError: lists everything that differs, unless `accept_changes` turns that into a warning.
+            ChangedRunError: lists everything that differs, and what the checkpoint does not hold of its run, unless
+                `accept_changes` turns that into warnings.
         """
         saved = self._ranks.from_first(lambda: resume.read(checkpoint))
         if saved is None:
             logger.warning(f"{checkpoint} does not say which run it is of: its settings and data are not compared")
             return
         found = resume.differences(saved, self._describe_run(), length=resume.length_matters(self.args))
-        if not found:
-            return
-        text = resume.explain(checkpoint, found, accepted=accept_changes)
-        if not accept_changes:
-            raise resume.ChangedRunError(text)
-        logger.warning(text)
+        held = partial(resume.missing_state, checkpoint, deepspeed=self.is_deepspeed_enabled)
+        missing = self._ranks.from_first(held)
+        texts = [resume.explain(checkpoint, found, accepted=accept_changes)] if found else []
+        texts += [resume.explain_missing(checkpoint, missing, accepted=accept_changes)] if missing else []
+        if texts and not accept_changes:
+            raise resume.ChangedRunError(". ".join(texts))
+        for text in texts:
+            logger.warning(text)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(Path(resume_from_checkpoint))
@@ -161,29 +170,63 @@ class ResumableTrainer(PromptsInOrder):
 
     def _load_callback_state(self) -> None:
         """Called when the state has been read, and a best checkpoint forgotten that is not where it was."""
+        before = self._callback_arguments()
         super()._load_callback_state()
+        for name, arguments in self._callback_arguments().items():
+            if arguments != before.get(name):
+                logger.warning(
+                    f"{name} goes on as the checkpoint has it, with {arguments} and not with {before.get(name)}; "
+                    "restore_callback_states_from_checkpoint=False begins it anew"
+                )
+        self._lost_patience = self.args.restore_callback_states_from_checkpoint and any(
+            isinstance(each, EarlyStoppingCallback)
+            and each.early_stopping_patience_counter >= each.early_stopping_patience
+            for each in self.callback_handler.callbacks
+        )
         if self._resumed_from is not None:
             saved = TrainerState.load_from_json(str(self._resumed_from / TRAINER_STATE))
             self.state.best_model_checkpoint = checkpoints.best_beside(self._resumed_from, saved.best_model_checkpoint)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _callback_arguments(self) -> dict[str, Any]:
+        """How the callbacks that have a state were built, by class."""
+        stateful = (each for each in self.callback_handler.callbacks if isinstance(each, ExportableState))
+        return {type(each).__name__: each.state().get("args") for each in stateful}
+
+    def _clear_callback_states(self) -> None:
+        """Make room for the states of callbacks. Of several of a class transformers appends to those of earlier saves,
+        of which it later reads the first, and of one that the resumed run did not have it finds no place."""
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        counts = Counter(type(each).__name__ for each in callbacks if isinstance(each, ExportableState))
+        states: Any = self.state.stateful_callbacks
+        states.update({name: [] if count > 1 else {} for name, count in counts.items()})
+
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
         """Called also for what is left of the last epoch when all steps are taken; takes one before it looks."""
-        if self.state.global_step >= self.state.max_steps:
+        if self._lost_patience:
+            logger.warning(
+                f"the run of {self._resumed_from} had been stopped early, and takes no further step; "
+                "restore_callback_states_from_checkpoint=False has it go on"
+            )
+        if self._lost_patience or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        if self._step % self.args.gradient_accumulation_steps:  # a callback has ended the epoch before amid a step
+            model.zero_grad()
+            self._tr_loss.copy_(self._loss_before)
+            self._guard.reset()
+            self._step, self._buffered_inputs = 0, None
+        self._epoch = epoch
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The mean loss is of all steps. transformers divides the sum by those of this call, or by a thousandth where
-        there was none; before 5.24 by all."""
+        """The mean loss is of all steps; transformers has that of this call's, or a sum where there was none."""
         path = None if self._resumed_from is None else self._progress_file(str(self._resumed_from))
         if path is not None and path.exists() and not self._goes_on:  # no step has asked for it
             self._go_on_from(PROGRESS.read(path))
-        if self._goes_on and hasattr(self, "_initial_global_step"):
-            steps = self.state.global_step
-            share = max(steps - self._initial_global_step, 0.001) / steps
-            self._total_loss_scalar, self._tr_loss = share * self._total_loss_scalar, share * self._tr_loss
-        return super()._finalize_training(*args, **kwargs)
+        if self._goes_on:
+            self._mean_loss = (self._total_loss_scalar + self._tr_loss.item()) / self.state.global_step
+        output = super()._finalize_training(*args, **kwargs)
+        return output if self._mean_loss is None else output._replace(training_loss=self._mean_loss)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
@@ -196,6 +239,7 @@ class ResumableTrainer(PromptsInOrder):
             checkpoints.clear_partial(directory)
         self.accelerator.wait_for_everyone()
         description = self._describe_run()
+        self._clear_callback_states()
         self._unfinished = directory / checkpoints.PARTIAL
         try:
             super()._save_checkpoint(model, trial)
@@ -243,9 +287,11 @@ class ResumableTrainer(PromptsInOrder):
             progress = PROGRESS.read(path)
             self._go_on_from(progress)
         # The same on every process, of which there may be more now.
-        states, memories = self._ranks.from_first(
-            lambda: [(progress or {}).get(name) or {} for name in ("schedules", "memories")]
+        states, memories, guard = self._ranks.from_first(
+            lambda: [(progress or {}).get(name) or {} for name in ("schedules", "memories", "guard")]
         )
+        if guard:
+            self._guard.load(guard)
         self._observers.load_state_dict(states, memories, accept_changes=self._accept_changes)
 
     def _progress_file(self, checkpoint: str) -> Path:

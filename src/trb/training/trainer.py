@@ -21,7 +21,8 @@ Seams of TRL overridden here, checked by a contract test against the installed v
   inside the student's wrapper;
 - `autocast_smart_context_manager()` is what `compute_loss_context_manager` enters around a step's computing;
   transformers leave it to the forward that Accelerate wraps, and neither loss nor sampler goes through that;
-- `_send_telemetry` is silenced; `_tag_names`, `_name` and `_paper` are what the model card and its tags say.
+- `hyperparameter_search` is refused, as it builds models anew; `_send_telemetry` is silenced;
+- `_tag_names`, `_name` and `_paper` are what the model card and its tags say.
 
 And used as they are: `eos_token_ids` are the stop ids of TRL's own generation and of its metrics;
 `vllm_generation.generation_kwargs` go into every request of its vLLM, in this process or served; `_tokenizer` is what
@@ -271,6 +272,12 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine unless a hub name was given."""
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            "hyperparameter_search builds the model anew for each trial, from a model_init that is not taken here; "
+            "build a TRBTrainer for each setting"
+        )
+
     # ---- schedules ----
 
     def _training_steps(self) -> int:
@@ -390,9 +397,13 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         return None
 
     def _rollout_index(self, keys: list[int]) -> list[int]:
-        """How often each row's prompt has occurred before it in the global batch, over all processes in order."""
+        """How often each row's prompt has occurred before it in the global batch, over all processes in order; of an
+        evaluation, in all of its batches so far."""
         everywhere = self._ranks.gather(keys)
-        seen = Counter(chain.from_iterable(everywhere[: self._ranks.index]))
+        earlier = None if self.model.training else self._seen
+        seen = Counter(chain(*everywhere[: self._ranks.index])) + (earlier or Counter())
+        if earlier is not None:
+            earlier.update(chain.from_iterable(everywhere))
         index = []
         for key in keys:
             index.append(seen[key])
@@ -455,4 +466,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
             self._compare_tokens(metrics, inputs["rollout_row"], completion_BL)
         if self.model.training:
             self._guard.watch(inputs, metrics.reverse_kl)
+        else:
+            tokens = metrics.reverse_kl.numel()
+            self._add("eval", "loss", loss.item() * tokens, tokens)
+            self._add("eval", "entropy", metrics.student_entropy.sum(), tokens)
         return loss, metrics.student_entropy.sum(), completion_BL.sum()
