@@ -260,7 +260,7 @@ class GapBudget(Schedule):
     _COMPARED = ("teacher_log_prob", "reward")
 
     def __init__(self, base: Schedule) -> None:
-        self._base = base
+        self.base = base
         self._first: float | None = None
         self._gap = 0.0
         self._ended = False
@@ -274,7 +274,7 @@ class GapBudget(Schedule):
         return min(1.0, self._gap / self._first) if self._first > 0 else 0.0
 
     def value(self, step: int) -> float:
-        return 0.0 if self._ended else self._base.value(step) * self._left
+        return 0.0 if self._ended else self.base.value(step) * self._left
 
     def last(self) -> float:
         return 0.0
@@ -287,7 +287,7 @@ class GapBudget(Schedule):
             return
         spent = statistics.get("sequence_kl")
         shown = statistics if spent is None else {**statistics, "sequence_kl": spent / self._left}
-        self._base.observe(step, shown)
+        self.base.observe(step, shown)
         gap = statistics["reverse_kl"]
         if self._first is None:
             self._first = self._gap = gap
@@ -304,18 +304,18 @@ class GapBudget(Schedule):
 
     @property
     def memory(self) -> str:
-        return f"{super().memory} over {self._base.memory}"
+        return f"{super().memory} over {self.base.memory}"
 
     def state_dict(self) -> dict[str, Any]:
         advantages = {name: dict(vars(advantage)) for name, advantage in self._advantages.items()}
         own = {"first": self._first, "gap": self._gap, "ended": self._ended, "advantages": advantages}
-        return {**own, "base": self._base.state_dict()}
+        return {**own, "base": self.base.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._first, self._gap, self._ended = state["first"], state["gap"], state["ended"]
         for name, values in state["advantages"].items():
             vars(self._advantages[name]).update(values)
-        self._base.load_state_dict(state["base"])
+        self.base.load_state_dict(state["base"])
 
 
 def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind: str = "linear") -> float:

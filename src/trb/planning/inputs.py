@@ -306,7 +306,7 @@ def micro_batches(work: Work, layout: Layout) -> int:
 
 def completion_budget(schedule: Schedule) -> SequenceBudget | None:
     """The schedule that holds completions to a number of nats: this one, or the one beneath a `GapBudget`."""
-    inner = schedule._base if isinstance(schedule, GapBudget) else schedule
+    inner = schedule.base if isinstance(schedule, GapBudget) else schedule
     return inner if isinstance(inner, SequenceBudget) else None
 
 
