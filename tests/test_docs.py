@@ -628,6 +628,7 @@ class Part(NamedTuple):
 PARTS = [
     Part("study2-others", "study2", 20, "self-setting warm-ups, twenty seeds of three more methods", 4),
     Part("study2-rivals", "study2", 20, "self-setting warm-ups, twenty seeds of its last four methods", 8),
+    Part("study2-teacher", "study2-fresh", 8, "the arm that was missing: the teacher's completions for as long", 3),
     Part("study2-fresh", "study2-fresh", 20, "the default with Veto's target in the study, on twenty fresh seeds", 3),
 ]
 
@@ -671,6 +672,20 @@ def test_methods_of_two_parts_of_the_study_are_compared_on_the_same_problems(par
         mean, error = across.average(found)
         cells = [f"{100 * x.value:+.2f} ({100 * x.interval[0]:.2f} to {100 * x.interval[1]:.2f})" for x in found]
         assert shown == [*cells, f"{100 * mean:+.2f}, standard error {100 * error:.2f}"]
+
+
+def test_the_correction_of_the_missing_arm_is_that_of_its_files() -> None:
+    parts = result("study2-teacher"), result("study2-fresh")
+    log = " ".join(text(ROOT / "docs" / "experiments.md").split())
+    found = []
+    for other in ("sequence-linear", "trb"):
+        chances = {
+            name: across.difference(*parts, name, "teacher-first", other).p_value for name in parts[0]["settings"]
+        }
+        found += [chances["long-chains"], holm(chances)["long-chains"]]
+    first, corrected, swept, swept_corrected = (f"{chance:.2f}" for chance in found)
+    said = f"against the default p = {first}, and {corrected} with Holm's correction over the three settings"
+    assert f"{said}; against the swept budget {swept} and {swept_corrected})" in log
 
 
 def test_a_part_is_compared_with_itself_as_its_own_study_did() -> None:
