@@ -19,7 +19,7 @@ from trl import DistillationConfig
 
 import trb
 import trb.training
-from trb import blend
+from trb.blend import eager
 from trb.studies.statistics import holm
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS
 
@@ -84,8 +84,8 @@ def test_the_floors_of_the_method_page_are_those_of_the_solvers() -> None:
     of_c = re.search(r"in C keeps budgets down to (\S+) and log-ratios up to (\S+) above", page)
     assert of_torch and of_c
     assert [float(number) for number in of_torch.groups()] == [
-        blend._FLOAT32_LOG_PROB_FLOOR,
-        blend._FLOAT32_BUDGET_FLOOR,
+        eager.FLOAT32_LOG_PROB_FLOOR,
+        eager.FLOAT32_BUDGET_FLOOR,
     ]
     source = text(ROOT / "src" / "trb" / "kernels" / "blend.c")
     floors = [re.search(rf" {name} = ([\d.e-]+)", source) for name in ("BUDGET_FLOOR", "LARGEST_RATIO")]
@@ -188,7 +188,7 @@ def test_the_private_names_that_are_used_are_listed() -> None:
                 names = {node for node in ast.walk(method) if isinstance(node, ast.Attribute)}
                 own = {node for node in names if ast.unparse(node.value) == "self"}
                 used |= {node.attr for node in own if node.attr.startswith("_")}
-                if method.name == "__init__":
+                if method.name == "__init__" or method.name.startswith("_set_up_"):
                     ours |= {node.attr for node in own if isinstance(node.ctx, ast.Store)}
     assert used - ours <= listed, used - ours - listed
     assert {name for name in listed if name.startswith("_")} - {"_iter_named_params"} <= used
@@ -451,18 +451,13 @@ def test_what_a_high_rate_does_is_what_was_found() -> None:
 def test_a_run_in_the_middle_has_lost_one_lookup_and_the_table_of_tropd_is_that_of_its_file() -> None:
     record, again = result("map"), result("lost-lookups")
     places = {name for panel in "abe" for name in record["panels"][panel]["points"]}
-    known = {
-        (run["point"], run["method"], run["seed"]): run
-        for run in record["runs"]
-        # Of the later ones see the entries after.
-        if run["point"] in places and run["seed"] < (2 if run["method"] in ("veto", "temperature") else 4)
-    }
+    runs = {(run["point"], run["method"], run["seed"]): run for run in again["runs"] if run["method"] != "tropd"}
+    found = ((run["point"], run["method"], run["seed"], run) for run in record["runs"] if run["point"] in places)
+    known = {key: run for *names, run in found if (key := tuple(names)) in runs}  # the later ones have entries after
     middle = {key for key, run in known.items() if 0.3 <= run["final"] <= 0.75}
-    assert len(middle) == 21
+    assert len(runs) == 22 and len(middle) == 21
     for key in middle:
         assert sum(right < 0.95 for right in known[key]["stage_rates"]["right"]) == 1
-    runs = {(run["point"], run["method"], run["seed"]): run for run in again["runs"] if run["method"] != "tropd"}
-    assert middle < runs.keys() and len(runs) == 22
     for key, run in runs.items():
         assert len(run["lost"]) == (key in middle), key
         for lookup in run["lost"]:
@@ -686,6 +681,18 @@ def test_the_correction_of_the_missing_arm_is_that_of_its_files() -> None:
     first, corrected, swept, swept_corrected = (f"{chance:.2f}" for chance in found)
     said = f"against the default p = {first}, and {corrected} with Holm's correction over the three settings"
     assert f"{said}; against the swept budget {swept} and {swept_corrected})" in log
+
+
+def test_readme_says_of_the_missing_arm_what_was_found() -> None:
+    parts = result("study2-teacher"), result("study2-fresh")
+    (row,) = re.findall(r"\| a budget, or just the teacher\? \|[^\n]*", text(ROOT / "README.md"))
+    settings = ("clock", "staged", "long-chains")
+    found = [across.difference(*parts, name, "teacher-first", "sequence-linear") for name in settings]
+    for each in found:
+        low, high = (100 * end for end in each.interval)
+        assert f"{100 * each.value:+.2f}{' points' * (each is found[0])} ({low:.2f} to {high:.2f}" in row
+    corrected = holm({name: each.p_value for name, each in zip(settings, found, strict=True)})
+    assert f"p = {corrected['long-chains']:.2f} after Holm's correction" in row
 
 
 def test_a_part_is_compared_with_itself_as_its_own_study_did() -> None:
