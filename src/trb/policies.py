@@ -146,7 +146,7 @@ class GeometricPolicy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher_weight", real("teacher_weight", self.teacher_weight))
         if not 0 <= self.teacher_weight <= 1:
-            raise InputError(f"{named('teacher_weight')} must lie in [0, 1], got {self.teacher_weight}")
+            raise InputError(f"teacher_weight must lie in [0, 1], got {self.teacher_weight}")
 
     @property
     def needs_teacher(self) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trb.errors import InputError, named, real
+from trb.errors import InputError, real
 from trb.losses.chunked import RowLoss, TokenBatch
 from trb.losses.reverse import ReverseKL
 from trb.losses.terms import (
@@ -117,7 +117,7 @@ class TokenImportance:
         object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
         object.__setattr__(self, "share", real("share", self.share))
         if not 0 < self.share <= 1:
-            raise InputError(f"{named('share')} must be above 0 and at most 1, got {self.share}")
+            raise InputError(f"share must be above 0 and at most 1, got {self.share}")
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
         metrics = _seen(batch, self.top_k)

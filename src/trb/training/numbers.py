@@ -65,11 +65,11 @@ _KINDS = (
     _Kind(f"in {SEED_BOUNDS}", lambda value: int(value) in SEEDS, "seed", whole=True),
     _Kind("a port, from 1 to 65535", lambda value: 1 <= value <= 65535, "vllm_server_port vllm_group_port", True),
     _Kind("a non-negative number of nats", lambda value: value >= 0, "initial_kl_budget eopd_entropy"),
-    _Kind("at least 0", lambda value: value >= 0, "veto_strength iw_gamma max_grad_norm eval_delay"),
+    _Kind("at least 0", lambda value: value >= 0, "iw_gamma max_grad_norm eval_delay"),
     _Kind(
         "at least 0 and finite",
         lambda value: 0 <= value < math.inf,
-        "learning_rate weight_decay adam_epsilon warmup_steps",
+        "learning_rate weight_decay adam_epsilon warmup_steps veto_strength",
     ),
     _Kind("at least 0 and below 1", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2"),
     _Kind(
