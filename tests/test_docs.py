@@ -404,7 +404,6 @@ def test_the_panels_of_one_property_are_what_was_found() -> None:
 def test_what_the_panels_are_said_to_show_is_what_was_found() -> None:
     record, log = result("map"), text(ROOT / "docs" / "experiments.md").partition("panels c, d and f\n\n")[2]
     log = " ".join(log.split())
-    assert f"new runs of {len(record['runs'])} in" in log
 
     def mean(changed: str, method: str) -> float:
         return on_the_map(record, MIDDLE.format(changed), method)
@@ -446,6 +445,48 @@ def test_what_a_high_rate_does_is_what_was_found() -> None:
         "plain OPD, Veto, `gap` and one nat to the end failed in each of sixteen runs, the default, TRB (2, 50) and "
         "SKD in three, SFT in none"
     ) in page
+
+
+BESIDE = {name: IN_WORDS[name] for name in ("SFT", "SKD", "fixed 0.5", "TRB (0.5, 25)", "`sequence`", "Veto")}
+
+
+def test_what_is_said_of_the_maps_other_methods_is_what_was_found() -> None:
+    """The table of eight seeds, and what is said of each method beside TRB (2, 50), the default and plain OPD."""
+    record = result("map")
+    log = text(ROOT / "docs" / "experiments.md").partition(
+        "## 2026-11-30: the other methods at the pairs of panels a, b and e\n"
+    )[2]
+    names = list(dict.fromkeys(name for panel in "abe" for name in record["panels"][panel]["points"]))
+    order = [name for name in names if "unaware" not in name] + [name for name in names if "unaware" in name]
+    means = {
+        method: {name: on_the_map(record, name, method) for name in names}
+        for method in set(IN_WORDS.values()) - {"temperature"}
+    }
+    for name, (_, *shown) in zip(order, table_rows(log, f"| pair | {' | '.join(BESIDE)} |"), strict=True):
+        assert shown == [f"{means[method][name]:.1f}" for method in BESIDE.values()]
+    log = " ".join(log.split())
+    assert f"new runs of {len(record['runs'])} in" in log
+
+    def beside(method: str, other: str, *but: str) -> list[float]:
+        found = {name: means[method][name] - means[other][name] for name in names}
+        return sorted(found[name] for name in names if not name.startswith(but))
+
+    hard = ("8-stages-0.3-start-0-shared-gives-up", "12-stages-0.3-")
+    sft, skd = beside("sft", "trb-wide", hard[1]), beside("skd", "trb-wide", hard[1])
+    assert f"SFT lies between {sft[0]:+.1f} and {sft[-1]:+.1f} points" in log and round(skd[0], 1) == 0.0
+    assert f"SKD between 0.0 and {skd[-1]:+.1f}" in log
+    both = beside("fixed", "trb-wide", *hard) + beside("trb", "trb-wide", *hard)
+    assert f"({min(both):+.1f} to {max(both):+.1f})" in log
+    assert all(each > -1 for each in beside("trb-sequence", "trb-sequence-linear", *hard))
+    unaware = [name for name in names if "unaware" in name]
+    without = [method for method in means if "veto" not in method]
+    gains = [means["veto"][name] - max(means[method][name] for method in without) for name in unaware]
+    assert f"it is {min(gains):.1f} to {max(gains):.1f} points above everything" in log
+    assert all(means["skd"][name] == max(means[method][name] for method in without) for name in unaware)
+    gains = [means["skd"][name] - means["opd"][name] for name in unaware]
+    assert f"{min(gains):.1f} to {max(gains):.1f} above plain OPD" in log
+    page = text(ROOT / "docs" / "choosing.md")
+    assert "did as well there ({}% and {}%)".format(*(f"{means[of][names[3]]:.1f}" for of in ("sft", "skd"))) in page
 
 
 def test_a_run_in_the_middle_has_lost_one_lookup_and_the_table_of_tropd_is_that_of_its_file() -> None:
@@ -509,6 +550,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_files() -> None:
             for text in points(setting["methods"]["sequence-linear"]["difference_to_opd"])
         ],
         "and ends higher, with Veto's target": fresh_seeds(),
+        "a budget, or just the teacher?": of_the_missing_arm(),
         "dialogue, by closeness to the teacher: no": (
             f"TRB {dialogue['estimate']:+.4f} nats per token",
             f"({dialogue['interval'][0]:.4f} to {dialogue['interval'][1]:.4f})",
@@ -683,16 +725,17 @@ def test_the_correction_of_the_missing_arm_is_that_of_its_files() -> None:
     assert f"{said}; against the swept budget {swept} and {swept_corrected})" in log
 
 
-def test_readme_says_of_the_missing_arm_what_was_found() -> None:
+def of_the_missing_arm() -> list[str]:
+    """What README says of the teacher's completions beside the default's."""
     parts = result("study2-teacher"), result("study2-fresh")
-    (row,) = re.findall(r"\| a budget, or just the teacher\? \|[^\n]*", text(ROOT / "README.md"))
     settings = ("clock", "staged", "long-chains")
     found = [across.difference(*parts, name, "teacher-first", "sequence-linear") for name in settings]
+    phrases = []
     for each in found:
         low, high = (100 * end for end in each.interval)
-        assert f"{100 * each.value:+.2f}{' points' * (each is found[0])} ({low:.2f} to {high:.2f}" in row
+        phrases.append(f"{100 * each.value:+.2f}{' points' * (each is found[0])} ({low:.2f} to {high:.2f}")
     corrected = holm({name: each.p_value for name, each in zip(settings, found, strict=True)})
-    assert f"p = {corrected['long-chains']:.2f} after Holm's correction" in row
+    return [*phrases, f"p = {corrected['long-chains']:.2f} after Holm's correction"]
 
 
 def test_a_part_is_compared_with_itself_as_its_own_study_did() -> None:
