@@ -23,6 +23,7 @@ __all__ = [
     "Ramp",
     "Schedule",
     "SequenceBudget",
+    "completion_budget",
     "kl_budget",
     "ramp",
 ]
@@ -316,6 +317,12 @@ class GapBudget(Schedule):
         for name, values in state["advantages"].items():
             vars(self._advantages[name]).update(values)
         self.base.load_state_dict(state["base"])
+
+
+def completion_budget(schedule: Schedule) -> SequenceBudget | None:
+    """The schedule that holds completions to a number of nats: this one, or the one beneath a `GapBudget`."""
+    inner = schedule.base if isinstance(schedule, GapBudget) else schedule
+    return inner if isinstance(inner, SequenceBudget) else None
 
 
 def kl_budget(step: int, initial_kl_budget: float, blend_warmup_steps: int, kind: str = "linear") -> float:

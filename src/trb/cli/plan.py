@@ -39,12 +39,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-teacher", action="store_true", help="ranks share the loss's teacher instead of each holding it")
     add("--eager-sampling", action="store_true", help="sampling launches kernel by kernel, not by CUDA graphs")
     add("--mean-completion", type=float, metavar="N", help="mean tokens of a completion (default: the longest)")
-    add(
-        "--acceptance",
-        type=float,
-        metavar="A",
-        help="rate at which drafts are kept (default: the budget's bound)",
-    )
+    add("--acceptance", type=float, metavar="A", help="rate at which drafts are kept (default: the budget's bound)")
     add("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -285,7 +280,7 @@ def _print(
 
 def _bounded_by(args: "TRBConfig", work: "Work") -> tuple[str, str]:
     """What the first step's rollouts are held to, and what that makes of the rate at which drafts are kept."""
-    from trb.planning import completion_budget
+    from trb.schedule import completion_budget
     from trb.training.methods import behavior_of
 
     if math.isinf(work.kl_budget):

@@ -31,7 +31,7 @@ from trb.errors import InputError
 from trb.losses.chunked import Head, RowLoss, TokenBatch, chunked_cross_entropy, default_chunk_tokens
 from trb.losses.relatives import EntropyAware, PrefixWeighted, ReliableRegion, TokenImportance
 from trb.losses.reverse import ReverseKL, Veto, veto_target
-from trb.losses.terms import TOP_K, Rows, TokenMetrics, checked_support
+from trb.losses.terms import TOP_K, Rows, TokenMetrics, check_supports, checked_support
 from trb.vocab import SharedVocabulary, log_probs
 
 __all__ = [
@@ -98,7 +98,7 @@ class Supervised:
     top_k: int = TOP_K
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
+        check_supports(self, "top_k")
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:
         with torch.no_grad():

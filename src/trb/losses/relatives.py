@@ -23,8 +23,8 @@ from trb.losses.terms import (
     TOP_K,
     Rows,
     TokenMetrics,
+    check_supports,
     checked_amount,
-    checked_support,
     entropy,
     forward_kl_terms,
 )
@@ -44,8 +44,7 @@ class EntropyAware(RowLoss):
     forward_top_k: int = TOP_K
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "forward_top_k"):
-            object.__setattr__(self, name, checked_support(name, getattr(self, name)))
+        check_supports(self, "top_k", "forward_top_k")
         object.__setattr__(self, "threshold", checked_amount("threshold", self.threshold))
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,8 +69,7 @@ class ReliableRegion(RowLoss):
     forward_top_k: int = TOP_K
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "forward_top_k"):
-            object.__setattr__(self, name, checked_support(name, getattr(self, name)))
+        check_supports(self, "top_k", "forward_top_k")
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         reliable_R = self._reliability(rows)
@@ -114,7 +112,7 @@ class TokenImportance:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
+        check_supports(self, "top_k")
         object.__setattr__(self, "share", real("share", self.share))
         if not 0 < self.share <= 1:
             raise InputError(f"share must be above 0 and at most 1, got {self.share}")
@@ -164,7 +162,7 @@ class PrefixWeighted:
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
+        check_supports(self, "top_k")
         object.__setattr__(self, "gamma", checked_amount("gamma", self.gamma))
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, TokenMetrics]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trb.losses.chunked import RowLoss
-from trb.losses.terms import TOP_K, Rows, checked_amount, checked_support, reverse_kl_terms
+from trb.losses.terms import TOP_K, Rows, check_supports, checked_amount, reverse_kl_terms
 from trb.vocab import log_probs
 
 __all__ = ["ReverseKL", "Veto", "veto_target"]
@@ -23,7 +23,7 @@ class ReverseKL(RowLoss):
     top_k: int = TOP_K
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
+        check_supports(self, "top_k")
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         return reverse_kl_terms(rows.log_student, rows.log_teacher, rows.student, rows.teacher, self.top_k)
@@ -40,7 +40,7 @@ class Veto(RowLoss):
     strength: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", checked_support("top_k", self.top_k))
+        check_supports(self, "top_k")
         object.__setattr__(self, "strength", checked_amount("Veto strength", self.strength))
 
     def terms(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ __all__ = [
     "Chunk",
     "Rows",
     "TokenMetrics",
+    "check_supports",
     "checked_amount",
     "checked_support",
     "entropy",
@@ -41,6 +42,12 @@ def checked_support(argument: str, k: int) -> int:
     if size < 0:
         raise InputError(f"{named(argument)} must be at least 0 (0 means the full vocabulary), got {shown(size)}")
     return size
+
+
+def check_supports(loss: object, *names: str) -> None:
+    """Hold fields of a frozen loss to `checked_support`."""
+    for name in names:
+        object.__setattr__(loss, name, checked_support(name, getattr(loss, name)))
 
 
 def checked_amount(argument: str, value: float) -> float:

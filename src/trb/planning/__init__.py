@@ -12,7 +12,7 @@ A round drafts `k` tokens for each row, reads them in one teacher pass and yield
 it at a continuation rate `a`.
 """
 
-from trb.planning.inputs import ENGINES, STRATEGIES, Layout, Pair, Shape, Work, completion_budget, step_budget
+from trb.planning.inputs import ENGINES, STRATEGIES, Layout, Pair, Shape, Work, step_budget
 from trb.planning.machines import MACHINES, Figure, Machine, find_machine
 from trb.planning.plan import Plan, make_plan, run_seconds
 
@@ -27,7 +27,6 @@ __all__ = [
     "Plan",
     "Shape",
     "Work",
-    "completion_budget",
     "find_machine",
     "make_plan",
     "run_seconds",

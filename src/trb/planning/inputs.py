@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from trb.errors import InputError, did_you_mean, named
 from trb.models.memory import bytes_of, cache_entries, query_width
 from trb.models.quantization import QUANTIZATIONS
-from trb.schedule import GapBudget, Schedule, SequenceBudget
+from trb.schedule import completion_budget
 from trb.training.methods import Behavior, needs_teacher
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Shape",
     "Work",
     "columns_decided",
-    "completion_budget",
     "continuation_rate",
     "micro_batches",
     "rollouts_of_a_rank",
@@ -302,12 +301,6 @@ def rollouts_of_a_rank(work: Work, layout: Layout) -> int:
 
 def micro_batches(work: Work, layout: Layout) -> int:
     return math.ceil(rollouts_of_a_rank(work, layout) / work.micro_batch)
-
-
-def completion_budget(schedule: Schedule) -> SequenceBudget | None:
-    """The schedule that holds completions to a number of nats: this one, or the one beneath a `GapBudget`."""
-    inner = schedule.base if isinstance(schedule, GapBudget) else schedule
-    return inner if isinstance(inner, SequenceBudget) else None
 
 
 def step_budget(behavior: Behavior, step: int, mean: float) -> float:

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from trb.errors import did_you_mean, named, shown
+from trb.errors import did_you_mean, named, nearest, shown
 from trb.models.memory import DTYPES
 from trb.models.quantization import QUANTIZATIONS
 from trb.models.sharing import is_shared
 from trb.records import EVALS, EVALUATIONS
 from trb.sampling.uniforms import SEED_BOUNDS, SEEDS
-from trb.studies.yaml_files import ConfigError, nearest_key, read_value
+from trb.studies.yaml_files import ConfigError, read_value
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
 from trb.training.config import TRBConfig
 from trb.training.routes import named_in_errors
@@ -281,7 +281,7 @@ class RunConfig:
             for name in samples:
                 if name not in self.eval_data:
                     raise ConfigError(
-                        f"eval_samples has {name!r}, which is not in eval_data{nearest_key(name, self.eval_data)}"
+                        f"eval_samples has {name!r}, which is not in eval_data{nearest(name, self.eval_data)}"
                     )
         for name, n in samples.items():
             if n < 1:
@@ -417,7 +417,7 @@ def _require_known(key: Any, where: str) -> None:
         raise ConfigError(f"{where}: {key} is not a key of recipes: {REPLACED_KEYS[key]}")
     keys = valid_keys()
     if key not in keys:
-        raise ConfigError(f"{where}: unknown key {str(key)!r}{nearest_key(str(key), keys)}")
+        raise ConfigError(f"{where}: unknown key {str(key)!r}{nearest(str(key), keys)}")
 
 
 def checked_value(key: Any, value: Any, where: str) -> Any:

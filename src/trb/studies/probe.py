@@ -16,11 +16,11 @@ from trb.errors import InputError, named
 from trb.models.adapters import adapter_base
 from trb.models.identity import fingerprint
 from trb.models.sharing import is_shared
-from trb.planning import completion_budget
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
 from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
 from trb.safety.files import finite, json_types
 from trb.sampling.uniforms import SEED_BOUNDS, SEEDS
+from trb.schedule import completion_budget
 from trb.studies import provenance
 from trb.studies.advice import advise, outlook
 from trb.studies.claims import left_as_found

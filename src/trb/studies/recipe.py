@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from trb.errors import InputError
+from trb.errors import InputError, nearest
 from trb.records import AS_BY_DEFAULT
 from trb.studies.keys import (
     REPLACED_KEYS,
@@ -31,7 +31,7 @@ from trb.studies.keys import (
 )
 from trb.studies.places import Places
 from trb.studies.shipped import recipe_file
-from trb.studies.yaml_files import ConfigError, Dumper, nearest_key, read_yaml
+from trb.studies.yaml_files import ConfigError, Dumper, read_yaml
 from trb.training.behaviors import budget_schedule_of
 from trb.training.config import TRBConfig, largest_divisor
 from trb.training.methods import CHOICES, METHODS, check_choices, every_knob, knobs_of, owners_of, pair_of
@@ -244,6 +244,6 @@ def _method_entry(name: str, entry: Mapping[str, Any] | None, source: str) -> di
     checked = {key: checked_value(key, value, where) for key, value in (entry or {}).items()}
     if name not in METHODS and "method" not in checked:
         raise ConfigError(
-            f"{where}: say which method it is, method: one of {', '.join(METHODS)}{nearest_key(str(name), METHODS)}"
+            f"{where}: say which method it is, method: one of {', '.join(METHODS)}{nearest(str(name), METHODS)}"
         )
     return checked

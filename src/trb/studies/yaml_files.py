@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from trb.errors import InputError
-from trb.errors import nearest as nearest_key
+from trb.errors import InputError, nearest
 from trb.safety.untrusted import parse_yaml
 
-__all__ = ["ConfigError", "Dumper", "nearest_key", "read_value", "read_yaml"]
+__all__ = ["ConfigError", "Dumper", "read_value", "read_yaml"]
 
 
 class ConfigError(InputError):
@@ -63,7 +62,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        near = nearest_key(path.name, os.listdir(path.parent)) if path.parent.is_dir() and not path.exists() else ""
+        near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() and not path.exists() else ""
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}{near}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
