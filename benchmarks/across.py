@@ -1,9 +1,11 @@
 """Methods of two parts of one study against each other, on the seeds and problems that both have.
 
     python benchmarks/across.py study2-others study2    each method of the first minus each of the second
+    python benchmarks/across.py study2-default study2-fresh --other-commits    one method as it was and as it is
 
 The parts are files of benchmarks/results (`collect.py`) whose runs are of one commit, from the same weights: their
-rollouts share their noise, as those of one part do.
+rollouts share their noise, as those of one part do. Where the code changed between them, that plain OPD solved the same
+problems in every run, to the last one, is what shows that only the method did.
 
 Left out: studies without right and wrong answers, and learning curves, which such a file has as means only.
 """
@@ -20,16 +22,19 @@ from trb.studies.statistics import Estimate, paired_difference
 from trb.studies.study import BASELINE
 
 
-def check(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Raises ValueError unless what both ran is the same to the last problem."""
+def check(first: dict[str, Any], second: dict[str, Any], *, other_commits: bool = False) -> None:
+    """Raises ValueError unless what both ran is the same to the last problem; and the code, unless `other_commits`."""
     commits = {commit for study in (first, second) for commit in study["provenance"]["commits_of_the_runs"]}
-    if len(commits) != 1:
+    if len(commits) != 1 and not other_commits:
         raise ValueError(f"runs of several commits: {', '.join(sorted(commits))}")
     if first["models"] != second["models"]:
         raise ValueError("the weights are others")
     for setting in first["settings"]:
         one, other = (study["outcomes"][setting][BASELINE] for study in (first, second))
-        for seed in one.keys() & other.keys():
+        shared = one.keys() & other.keys()
+        if not shared:
+            raise ValueError(f"{setting}: no seed of {BASELINE} is in both")
+        for seed in sorted(shared):
             if one[seed] != other[seed]:
                 raise ValueError(f"{setting}, {seed}: {BASELINE} solved other problems")
 
@@ -60,11 +65,13 @@ def main() -> None:
         description=(__doc__ or "").splitlines()[0], epilog="example: python benchmarks/across.py study2-others study2"
     )
     parser.add_argument("parts", nargs=2, metavar="NAME", help="a file of benchmarks/results, without its ending")
-    names = parser.parse_args().parts
+    parser.add_argument("--other-commits", action="store_true", help="the runs may be of several commits")
+    options = parser.parse_args()
+    names = options.parts
     first, second = map(read, names)
     if first is None or second is None:
         parser.error(f"{names[first is not None]}: no such file in benchmarks/results")
-    check(first, second)
+    check(first, second, other_commits=options.other_commits)
     settings = list(first["settings"])
     for one in first["settings"][settings[0]]["methods"]:
         for other in second["settings"][settings[0]]["methods"]:

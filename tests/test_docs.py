@@ -753,8 +753,14 @@ def test_parts_that_cannot_be_compared_are_refused() -> None:
         across.check(study, other)
     with pytest.raises(ValueError, match="weights are others"):
         across.check(study, study | {"models": {}})
+    later = study | {"provenance": {"commits_of_the_runs": ["a"]}}
     with pytest.raises(ValueError, match="several commits"):
-        across.check(study, study | {"provenance": {"commits_of_the_runs": ["a"]}})
+        across.check(study, later)
+    across.check(study, later, other_commits=True)
+    with pytest.raises(ValueError, match="clock, seed-3: opd solved other problems"):
+        across.check(other, later, other_commits=True)
+    with pytest.raises(ValueError, match="long-chains: no seed of opd is in both"):
+        across.check(study, result("study2-fresh"), other_commits=True)
 
 
 def test_the_numbers_of_the_study_of_dialogue_are_those_of_its_file() -> None:
