@@ -142,7 +142,8 @@ class FirstSteps(Schedule):
 _FORGET, _REPAY_STEPS = 0.5, 5
 # A step's spending is at most expected to grow so much: the first estimates are made far from where they are used.
 _GROWTH = 8.0
-# From this mean teacher weight on, a budget per token binds nowhere worth counting.
+# From this mean teacher weight on, a budget per token binds hardly anywhere. Where few tokens hold most of all there is
+# it can bind there still, so that a line just below all there is may be undercut, by up to a fifth.
 _WHOLE = 0.999
 
 
@@ -194,8 +195,10 @@ class SequenceBudget(Schedule):
             return
         cost = spent / self._value**self.power
         self._owed += self.target * self.left.value(step) - spent
-        if self.power == 1 and statistics.get("teacher_weight", 0.0) >= _WHOLE:
-            # All there is was spent: no budget could have spent more, and a lower one may do it as well.
+        falls = target < self.target * self.left.value(step)
+        if falls and self.power == 1 and statistics.get("teacher_weight", 0.0) >= _WHOLE:
+            # All there is was spent: no budget could have spent more, and a lower one may do it as well. While the
+            # target stays there is time to pay what is owed with the tokens at which a budget binds still.
             self._owed, cost = min(self._owed, 0.0), max(cost, self._cost)
         self._cost = cost if math.isnan(self._cost) else self._cost + _FORGET * (cost - self._cost)
         aim = min(max(target + self._owed / _REPAY_STEPS, target / 2), 2 * target)

@@ -23,7 +23,7 @@ from trb.training.shares import blended_rows
 SCHEDULES = {
     "sequence": {"budget_schedule": "sequence", "sequence_kl_budget": 0.7},
     "sequence-linear": {"budget_schedule": "sequence-linear", "sequence_kl_budget": 0.7},
-    "gap": {"budget_schedule": "gap"},
+    "gap": {"budget_schedule": "gap", "initial_kl_budget": None},
     "gap from a budget": {"budget_schedule": "gap", "initial_kl_budget": 0.3, "behavior_share": 0.5},
     "geometric": {"method": "geometric", "sequence_kl_budget": 0.7},
 }
@@ -141,13 +141,13 @@ class Pair(NamedTuple):
     gaps: list[float]
 
     @staticmethod
-    def of(total: float, tokens: int) -> "Pair":
-        drawn = np.random.default_rng(0).gamma(0.3, size=tokens)
+    def of(total: float, tokens: int, shape: float = 0.3) -> "Pair":
+        drawn = np.random.default_rng(0).gamma(shape, size=tokens)
         return Pair((drawn * total / drawn.sum()).tolist())
 
     def statistics(self, budget: float) -> dict[str, float]:
         """A token within its budget is the teacher's; of another the weight is the root of its share, about."""
-        weights = [min(1.0, math.sqrt(budget / gap)) for gap in self.gaps]
+        weights = [min(1.0, math.sqrt(budget / gap)) if gap else 1.0 for gap in self.gaps]
         return {
             "sequence_kl": sum(min(budget, gap) for gap in self.gaps),
             "teacher_weight": sum(weights) / len(weights),
@@ -167,6 +167,20 @@ def test_a_line_below_all_there_is_is_followed(total: float, tokens: int, steps:
     line = [min(total, 16 * (1 - step / steps)) for step in range(steps)]
     assert sum(spent[steps // 2 :]) < lag * sum(line[steps // 2 :])
     assert sum(spent) > 0.9 * sum(line)
+
+
+@pytest.mark.parametrize("shape", [0.3, 0.05, 0.01])
+@pytest.mark.parametrize("total", [1.1, 1.2, 1.35, 2.0])
+@pytest.mark.parametrize("tokens", [20, 400, 7000])
+def test_a_target_just_below_all_there_is_is_met(tokens: int, total: float, shape: float) -> None:
+    """Few tokens hold nearly all of it: the mean weight is as good as 1 where the budget still binds at those."""
+    schedule, pair = SequenceBudget(1.0, 1 / tokens, highest=1.0), Pair.of(total, tokens, shape)
+    spent = []
+    for step in range(50):
+        found = pair.statistics(schedule.value(step))
+        schedule.observe(step, found)
+        spent.append(found["sequence_kl"])
+    assert sum(spent) / 50 == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_training_made_longer_goes_on_with_the_longer_line() -> None:
@@ -387,6 +401,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> Non
         **{"initial_kl_budget": None, "per_device_train_batch_size": 4, "max_completion_length": 8},
         **SCHEDULES[kind],
     }
+    if kind == "sequence-linear":  # over after a fifth of the training, which the kill must be amid
+        settings["max_steps"] = 16
     straight = build(tmp_path / "straight", **settings)
     straight.train()
     killed = build(tmp_path / "killed", callbacks=[Kill(3)], **settings)
@@ -395,6 +411,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> Non
     resumed = build(tmp_path / "killed", **settings)
     resumed.train(resume_from_checkpoint=True)
     rows = [[row for row in each.state.log_history if "loss" in row] for each in (resumed, straight)]
+    assert rows[1][2]["trb/kl_budget" if kind != "geometric" else "trb/teacher_weight"] > 0  # blended after the kill
     for name in ("trb/kl_budget", "trb/share", "trb/gap", "trb/sequence_kl"):
         assert [row.get(name) for row in rows[0]] == [row.get(name) for row in rows[1]]
     assert resumed.behavior.schedule.state_dict() == straight.behavior.schedule.state_dict()
