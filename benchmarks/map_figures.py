@@ -51,7 +51,10 @@ def draw(record: Mapping[str, Any], panel: Mapping[str, Any], runs: list[dict[st
         axis.set_ylabel(text, fontsize=8)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_ylim(-0.03, 1.03)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
+    shown = {text: line for axis in axes[0] for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    title = "hollow, without interval: one seed"
+    options = {"title": title, "title_fontsize": 6, "fontsize": 7, "frameon": False}
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", **options)
     return figure
 
 
@@ -67,6 +70,10 @@ def _draw_method(axes: Any, method: str, style: int, found: list[tuple[Any, dict
         values, list(map(fmean, scores)), yerr=list(map(half_width, scores)), capsize=2, label=name, **look
     )
     axes[1].plot(values, shares, **look)
+    hollow = look | {"linestyle": "", "markerfacecolor": "white"}
+    single = [(at, each[0]) for at, each in zip(values, scores, strict=True) if len(each) == 1]
+    if single:
+        axes[0].plot(*zip(*single, strict=True), zorder=3, **hollow)
 
 
 def half_width(scores: list[float]) -> float:
