@@ -16,6 +16,7 @@ from trb.errors import InputError, did_you_mean, real
 
 __all__ = [
     "KINDS",
+    "WHOLE",
     "Budget",
     "Constant",
     "FirstSteps",
@@ -143,7 +144,7 @@ _FORGET, _REPAY_STEPS = 0.5, 5
 # A step's spending is at most expected to grow so much: the first estimates are made far from where they are used.
 _GROWTH = 8.0
 # From this mean teacher weight on, a budget per token binds nowhere worth counting.
-_WHOLE = 0.999
+WHOLE = 0.999
 
 
 @dataclass
@@ -194,7 +195,7 @@ class SequenceBudget(Schedule):
             return
         cost = spent / self._value**self.power
         self._owed += self.target * self.left.value(step) - spent
-        if self.power == 1 and statistics.get("teacher_weight", 0.0) >= _WHOLE:
+        if self.power == 1 and statistics.get("teacher_weight", 0.0) >= WHOLE:
             # All there is was spent: no budget could have spent more, and a lower one may do it as well.
             self._owed, cost = min(self._owed, 0.0), max(cost, self._cost)
         self._cost = cost if math.isnan(self._cost) else self._cost + _FORGET * (cost - self._cost)
