@@ -16,6 +16,7 @@ from trb.errors import InputError, did_you_mean, real
 
 __all__ = [
     "KINDS",
+    "WHOLE_WEIGHT",
     "Budget",
     "Constant",
     "FirstSteps",
@@ -144,7 +145,7 @@ _FORGET, _REPAY_STEPS = 0.5, 5
 _GROWTH = 8.0
 # From this mean teacher weight on, a budget per token binds hardly anywhere. Where few tokens hold most of all there is
 # it can bind there still, so that a line just below all there is may be undercut, by up to a fifth.
-_WHOLE = 0.999
+WHOLE_WEIGHT = 0.999
 
 
 @dataclass
@@ -196,7 +197,7 @@ class SequenceBudget(Schedule):
         cost = spent / self._value**self.power
         self._owed += self.target * self.left.value(step) - spent
         falls = target < self.target * self.left.value(step)
-        if falls and self.power == 1 and statistics.get("teacher_weight", 0.0) >= _WHOLE:
+        if falls and self.power == 1 and statistics.get("teacher_weight", 0.0) >= WHOLE_WEIGHT:
             # All there is was spent: no budget could have spent more, and a lower one may do it as well. While the
             # target stays there is time to pay what is owed with the tokens at which a budget binds still.
             self._owed, cost = min(self._owed, 0.0), max(cost, self._cost)

@@ -31,6 +31,7 @@ from report_helpers import (
     write_jsonl,
     write_run,
 )
+from tiny_runs import build
 
 from trb.report import ReportError, figures, panels, rollouts, style, summary, svg, write_report
 from trb.report import page as page_module
@@ -160,6 +161,20 @@ def test_curve_data_equal_the_files(comparison_page: Page, comparison: Path) -> 
         json.loads((comparison / "trb" / "metrics.jsonl").read_text().splitlines()[0])["trb/sequence_kl_bound"],
         rel=1e-5,
     )
+
+
+def test_what_a_gap_run_logs_of_its_share_and_gap_is_drawn(tmp_path: Path) -> None:
+    """Of a run as the trainer leaves it, so that the names are those it logs."""
+    settings: dict[str, Any] = {"budget_schedule": "gap", "blend_warmup_steps": None, "learning_rate": 1e-3}
+    settings |= {"max_steps": 3, "per_device_train_batch_size": 4, "max_completion_length": 8}
+    build(tmp_path / "run", **settings).train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    charts = {chart["id"]: chart for chart in page_of(tmp_path / "run").data["charts"]}
+    for name in ("share", "gap"):
+        (series,) = charts[name]["series"]
+        assert series["x"] == [1, 2, 3]
+        assert series["y"] == pytest.approx([row[f"trb/{name}"] for row in rows], rel=1e-5)
+    assert charts["share"]["series"][0]["y"] == [0.75] * 3 and charts["gap"]["series"][0]["y"][0] == 1
 
 
 def test_drawn_line_reads_back_through_the_axis_labels() -> None:

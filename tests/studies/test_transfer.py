@@ -91,6 +91,22 @@ def test_copies_of_a_problem_are_never_taken_for_another_problem(tiny_pair, subj
         assert other["policies"][name] == pytest.approx(numbers, rel=1e-9)
 
 
+def test_one_skill_for_every_prefix_transfers_whole(tiny_pair, subject):
+    """To models that see one token in all others every prefix is the same, and so is what their heads learn from it."""
+    subject = replace(subject, teacher=copy.deepcopy(subject.teacher))
+    with torch.no_grad():
+        for model in (subject.student, subject.teacher):
+            embeddings = model.get_input_embeddings().weight
+            embeddings.copy_(embeddings[1].expand_as(embeddings))
+    subject.student.requires_grad_(False).get_output_embeddings().weight.requires_grad_(True)
+    found = gradient_transfer(subject, policies=POLICIES)
+    assert len({*subject.rollouts(StudentPolicy()).lengths}) > 1
+    assert found["policies"]["student"]["loss"] > 0.1
+    for numbers in (found["policies"]["student"], found["policies"]["blend"]):
+        assert numbers["transfer"] == pytest.approx(1, rel=1e-9)
+        assert numbers["cosine"] == pytest.approx(1, rel=1e-9)
+
+
 def test_transfer_foretells_a_small_step(tiny_pair, subject):
     """A step on the student's rollouts lowers the loss on the teacher's by `transfer` of what a step on those does."""
     found = gradient_transfer(subject, policies={"student": StudentPolicy()})

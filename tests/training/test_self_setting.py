@@ -169,6 +169,20 @@ def test_a_line_below_all_there_is_is_followed(total: float, tokens: int, steps:
     assert sum(spent) > 0.9 * sum(line)
 
 
+@pytest.mark.parametrize("tokens", [400, 7000])
+@pytest.mark.parametrize("total", [12, 14, 17])
+def test_a_line_that_few_tokens_hold_is_undercut_by_a_fifth_at_most(total: float, tokens: int) -> None:
+    """The weight's mean says too early that all there is was spent."""
+    schedule, pair = SequenceBudget(16.0, 16 / tokens, 16.0, left=Ramp(1.0, 0.0, 30)), Pair.of(total, tokens, 0.01)
+    spent = []
+    for step in range(30):
+        found = pair.statistics(schedule.value(step))
+        schedule.observe(step, found)
+        spent.append(found["sequence_kl"])
+    line = [min(total, 16 * (1 - step / 30)) for step in range(30)]
+    assert 0.8 < sum(spent) / sum(line) < 1.0
+
+
 @pytest.mark.parametrize("shape", [0.3, 0.05, 0.01])
 @pytest.mark.parametrize("total", [1.1, 1.2, 1.35, 2.0])
 @pytest.mark.parametrize("tokens", [20, 400, 7000])

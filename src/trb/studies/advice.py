@@ -19,6 +19,7 @@ from typing import Any
 
 from trb.measures import decimals
 from trb.policies import BehaviorPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
+from trb.schedule import WHOLE_WEIGHT
 from trb.studies.diagnostics import budget_curve
 from trb.studies.subject import Subject
 from trb.studies.transfer import gradient_transfer
@@ -160,9 +161,13 @@ def _cost_sentences(found: Mapping[str, Any]) -> list[str]:
     student, blend, teacher = found["student"], found["blend"], _teacher_score(found)
     kept = blend["accept_rate"]["value"]
     taught = "" if teacher is None else f" (teacher {100 * teacher:.1f}%)"
+    whole = blend["teacher_weight"]["value"] >= WHOLE_WEIGHT
+    binds = ": the budget does not bind, and blended rollouts are the teacher's own" if whole else ""
     return [
-        f"At {found['sequence_kl_budget']:g} nats a completion ({found['kl_budget']:.2g} a token) "
-        f"{100 * kept:.0f}% of the student's drafts are kept, so the teacher reads {_tokens_kept(kept)} at a time.",
+        f"At {found['sequence_kl_budget']:g} nats a completion ({found['kl_budget']:.2g} a token) a blended one spends "
+        f"{blend['sequence_kl']['value']:.2f} on average{binds}.",
+        f"There {100 * kept:.0f}% of the student's drafts are kept, so the teacher reads {_tokens_kept(kept)} at a "
+        f"time; trb doctor --plan --acceptance {kept:.2f} predicts what a step costs.",
         f"Blended rollouts there: teacher's log-probability {student['teacher_log_prob']['value']:z.2f} -> "
         f"{blend['teacher_log_prob']['value']:z.2f} nats a token, solved {100 * student['reward']['value']:.1f}% -> "
         f"{100 * blend['reward']['value']:.1f}%{taught}.",
