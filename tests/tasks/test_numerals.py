@@ -134,3 +134,19 @@ def test_a_long_decimal_stands_for_what_it_is_rounded_or_cut_from() -> None:
                 continue
             rounded = cut + (value * 10**places - cut >= Fraction(1, 2))
             assert same_value(exact, decimal) == (places >= 6 and shown in (cut, rounded)), (text, value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        ("-2 < x < 3", "3 > x > -2", True),
+        ("3>x>-2", "-2 < x < 3", True),
+        ("-2 \\le x < 3", "3 > x \\ge -2", True),
+        ("-2 \\le x < 3", "3 \\geq x > -2", False),
+        ("-2 < x < 3", "3 > x > -1", False),
+        ("(-2, 3)", "3 > x > -2", True),
+        ("x > 2", "2 < x", True),
+    ],
+)
+def test_a_chain_of_inequalities_may_be_written_from_either_end(gold: str, answer: str, verdict: bool) -> None:
+    assert math_equal(gold, answer) is verdict

@@ -307,6 +307,9 @@ def test_where_a_program_stands_in_a_completion() -> None:
     assert program_texts("x = '''\n`` no fence\n'''") == ["x = '''\n`` no fence\n'''"]
     assert program_texts("````\n```\nx\n```\n````") == ["```\nx\n```\n"]
     assert program_texts("```\nx = 1\n```\n```\ny") == []
+    listed = "1. So:\n\n   ```python\n   def f():\n       return 1\n\n  # less\n   ```\n2. Done."
+    assert program_texts(listed) == ["def f():\n    return 1\n\n# less\n"]
+    assert program_texts("```\n    return 1\n```", "def f():") == ["def f():\n    return 1\n"]
     assert program_texts("x" * 200_000) == []
     assert program_texts("", "def f(): ")[0] == "def f(): "
 

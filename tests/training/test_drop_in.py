@@ -89,6 +89,11 @@ def test_a_number_that_was_chosen_is_checked(tmp_path: Path, nothing_loads: None
         plain_trainer(tmp_path, args=args)
 
 
+def test_sharding_among_processes_needs_several(tmp_path: Path, nothing_loads: None) -> None:
+    with pytest.raises(ValueError, match=r"fsdp=.* shards a model among the processes of a launch, and this is none"):
+        plain_trainer(tmp_path, args=config(tmp_path, fsdp="full_shard"))
+
+
 def test_a_recipe_trains_with_the_number_that_it_records(tmp_path: Path) -> None:
     values = {"student": "zoo:student", "teacher": "zoo:teacher", "train_data": "zoo:chains"}
     recipe = make_recipe({**values, "per_device_train_batch_size": 6})

@@ -27,7 +27,7 @@ MAX_PROGRAM_CHARS = 100_000
 _MBPP = ("test_list", "test_setup_code", "test_imports", "code")
 _HUMAN_EVAL = ("test", "entry_point", "canonical_solution")
 
-_FENCE = re.compile(r"^[ \t]*(```+|~~~+)(.*)$", re.MULTILINE)
+_FENCE = re.compile(r"^([ \t]*)(```+|~~~+)(.*)$", re.MULTILINE)
 # Where a model that only goes on writing has left the function: the stops of HumanEval's own protocol.
 _BEYOND = re.compile(r"\n(?=class\b|def\b|#|if\b|print\b)")
 
@@ -116,9 +116,17 @@ def _last_block(text: str) -> tuple[str | None, bool]:
     for fence in _FENCE.finditer(text):
         if opening is None:
             opening = fence
-        elif fence[1].startswith(opening[1]) and not fence[2].strip():
-            block, opening = text[opening.end() + 1 : fence.start()], None
+        elif fence[2].startswith(opening[2]) and not fence[3].strip():
+            block, opening = _outdented(text[opening.end() + 1 : fence.start()], len(opening[1])), None
     return block, opening is not None
+
+
+def _outdented(block: str, width: int) -> str:
+    """A block without the indentation of its opening fence, as far as each line has it: one under an item of a list.
+
+    What lines are indented by beyond the fence is the program's: the body of a function that a prompt has begun.
+    """
+    return re.sub(rf"^[ \t]{{1,{width}}}", "", block, flags=re.MULTILINE) if width else block
 
 
 _DEFAULTS: dict[str, Any] = {"prefix": "", "setup": "", "tests": [], "entry_points": [], "reference": ""}

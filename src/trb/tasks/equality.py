@@ -255,7 +255,20 @@ def _tidy(text: str) -> str:
     text = _braced(_braced(repeating_decimals(mixed_numbers(text)), "sqrt(", r"\sqrt{"), "^(", "^{")
     words = unwrapped(text)
     number = numeral(words) if re.search("[A-Za-z]", words) and "\\" not in words else None
-    return str(number.value) if number else text  # "5 million", "three", "1e3"
+    return str(number.value) if number else _upwards(text)  # "5 million", "three", "1e3"
+
+
+_GREATER = re.compile(r"\s*(>=|>|≥|\\g(?:eq?(?:slant)?|t)(?![a-zA-Z]))\s*")
+
+
+def _upwards(text: str) -> str:
+    """`3 > x > -2` as `-2 < x < 3`: chains are compared side by side, in the order in which they are written."""
+    parts = _GREATER.split(text)
+    if len(parts) != 5 or re.search(r"<|≤|\\l(?:e|t)", text):
+        return text
+    upper, first, middle, second, lower = parts
+    less, least = ("<" if sign in (">", "\\gt") else "\\le " for sign in (first, second))
+    return f"{lower} {least} {middle} {less} {upper}"
 
 
 def _braced(text: str, call: str, opening: str) -> str:

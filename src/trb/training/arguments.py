@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 
 from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.training_args import ParallelMode
 from transformers.utils import get_json_schema
 from trl.trainer.utils import get_config_model_id
 
@@ -160,6 +161,11 @@ def check_arguments(
             _check_loading("teacher_model", teacher, {name: getattr(args, name) for name in names})
             _check_shared(args, model, teacher, adapters=others.get("peft_config") is not None)
     _check_batch(args)
+    if args.fsdp and args.parallel_mode is not ParallelMode.DISTRIBUTED:
+        raise InputError(
+            f"fsdp={args.fsdp!r} shards a model among the processes of a launch, and this is none: leave it out, or "
+            "launch several (docs/distributed.md)"
+        )
     for data, rows in datasets:
         _check_columns(data, rows)
 
