@@ -103,3 +103,15 @@ def _one_by_one(directory: str, keep_models: bool, missing: list[Any]) -> Iterat
             workers._explain(job, arrived)
             raise arrived from error
         yield job, seconds
+
+
+def watched(made: Any, seen: set[str]) -> Any:
+    """The same object, which notes what is read of it."""
+    kind = type(made)
+
+    def read(self: Any, name: str) -> Any:
+        seen.add(name)
+        return kind.__getattribute__(self, name)
+
+    made.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read})
+    return made

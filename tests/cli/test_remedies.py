@@ -27,7 +27,9 @@ OTHERS = {
         is_trainable requires_grad torch_dtype save_pretrained
         merge_and_unload unmerge_adapter peft_config p_values variance_components teacher_model
         teacher_model_name_or_path update_student train_dataset processing_class reward_fn teacher_prompts
-        environment_factory teacher_processing_class hyperparameter_search model_init""",
+        environment_factory teacher_processing_class hyperparameter_search model_init
+        teacher_tokens resize_token_embeddings""",
+    "an argument of chat templates": "enable_thinking",
     "options of vLLM's own engine": """async_scheduling draft_model max_model_len max_tokens num_speculative_tokens
         speculative_config tensor_parallel_size""",
     "what the trainer is told, which a recipe's check comes before": "timeout_s prompt_ids",

@@ -26,7 +26,7 @@ from trb.policies import (
     TeacherPolicy,
     TrustRegionPolicy,
 )
-from trb.sampling import sample
+from trb.sampling import sample, scoring
 from trb.sampling.scoring import TokenScores, score_completions
 from trb.vocab import SharedVocabulary, head_rows, stop_token_ids
 
@@ -103,6 +103,38 @@ def test_each_model_reads_its_own_prompt(tiny_pair: TinyPair, max_rows: int | No
             score_completions(
                 tiny_pair.student, tiny_pair.teacher, PROMPTS, COMPLETIONS, **{**options, "teacher_prompts": wrong}
             )
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+@pytest.mark.parametrize("max_rows", [None, 1])
+def test_tokens_that_the_teacher_wrote_have_its_law(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, max_rows: int | None, chunk: int
+) -> None:
+    """The student goes on from them; chunks may hold tokens of both."""
+    monkeypatch.setattr(scoring, "default_chunk_tokens", lambda *_: chunk)
+    theirs = [2, 1, 0, 0]
+    policy, law = POLICIES["weight 0.3"]
+    scores = score_completions(
+        tiny_pair.student,
+        tiny_pair.teacher,
+        PROMPTS,
+        COMPLETIONS,
+        policy=policy,
+        teacher_tokens=theirs,
+        vocabulary=shared(tiny_pair),
+        max_rows=max_rows,
+        top=1,
+    )
+    before = expected_numbers(tiny_pair, lambda student, teacher: teacher, 1.0)
+    after = expected_numbers(tiny_pair, law, 1.0)
+    for column, rows in after.items():
+        for row, count in enumerate(theirs):
+            rows[row][:count] = before[column][row][:count]
+        assert_close(getattr(scores, column), rows, 1e-9)
+    assert scores.teacher_weight == [[1.0, 1.0, 0.3, 0.3, 0.3], [1.0], [], [0.3] * 3]
+    assert scores.alternatives is not None
+    assert all(found["behavior"] == found["teacher"] for found in scores.alternatives[0][:2])
+    assert all(found["behavior"] != found["teacher"] for found in scores.alternatives[0][2:])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -329,6 +361,9 @@ def test_adapters_take_part(tiny_pair: TinyPair) -> None:
         ({"prompts": [[-1], [2]]}, "row 0 contains token id -1"),
         ({"temperature": 0.0}, "temperature must be positive and finite .*, got 0.0"),
         ({"top": -1}, "top must be at least 0, got -1"),
+        ({"teacher_tokens": [1]}, "teacher_tokens has 1 entries for 2 completions"),
+        ({"teacher_tokens": [1, 2]}, "teacher_tokens is 2 for row 1, whose completion has 1 tokens"),
+        ({"teacher_tokens": [-1, 0]}, "teacher_tokens is -1 for row 0"),
         ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
         ({"vocabulary": SharedVocabulary(7, 0, (4,))}, "the student's head has 6 rows, fewer than the 7"),
     ],

@@ -4,6 +4,8 @@ A failure here says which internal has changed, before a sampler goes wrong in s
 """
 
 import inspect
+import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import vllm_helpers  # noqa: F401 (imports vLLM with its warnings silenced)
+from vllm import SamplingParams
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -33,7 +36,9 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 
+from trb.sampling.vllm import MOST_BIASES, shared_rows_parameters
 from trb.sampling.vllm import plugin as vllm_plugin
+from trb.vocab import SharedVocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from vllm_stock import expanded
@@ -167,3 +172,17 @@ def test_what_the_benchmark_watches_and_mends_of_vllm_s_own_speculation() -> Non
     ]
     assert "output_token_ids = rejection_sample(" in source(rejection_sampler.RejectionSampler.forward)
     assert "expand_batch_to_tokens(" in source(rejection_sampler.apply_sampling_constraints)
+
+
+def test_rows_that_are_left_out_are_so_in_this_process_and_on_a_server() -> None:
+    """A server clamps biases to 100 and has them under text, as JSON does; its second runner takes so many and ends."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    pair = SharedVocabulary(4, 0, ())
+    here = SamplingParams(**shared_rows_parameters(pair, 6, served=False))
+    assert here.logit_bias == {4: -math.inf, 5: -math.inf}
+    body = {"model": "student", "prompt": [1], **shared_rows_parameters(pair, 6, served=True)}
+    asked = CompletionRequest.model_validate(json.loads(json.dumps(body, allow_nan=False)))
+    assert asked.to_sampling_params(8).logit_bias == {4: -100.0, 5: -100.0}
+    runner = Path(inspect.getfile(GPUModelRunner)).parent / "gpu" / "sample" / "logit_bias.py"
+    assert f"MAX_NUM_LOGIT_BIAS_TOKENS = {MOST_BIASES}\n" in runner.read_text()

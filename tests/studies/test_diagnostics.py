@@ -21,6 +21,7 @@ from conftest import TinyPair
 from reference import policies as laws
 from reference.distributions import Array, entropy, kl, shared_events
 from reference.policies import Law
+from small_recipes import watched
 
 from trb import zoo
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
@@ -35,8 +36,9 @@ from trb.studies.diagnostics import (
     matched_excerpts,
     replacement_curve,
 )
+from trb.studies.keys import run_fields
 from trb.studies.listener import Listener
-from trb.studies.material import RunDirectoryError
+from trb.studies.material import RunDirectoryError, load_tokenizers, problem_sets
 from trb.studies.probe import probe
 from trb.studies.recipe import Recipe, make_recipe
 from trb.studies.subject import Subject
@@ -101,6 +103,28 @@ def subject_of(pair: TinyPair, **changes: Any) -> Subject:
         "teacher_tokenizer": LetterTokenizer(pair.teacher_eos),
     }
     return Subject(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("whose", ["", "the teacher's prompt of "])
+def test_a_problem_of_no_token_is_named(tiny_pair: TinyPair, whose: str) -> None:
+    rows = [{"prompt": [{"role": "user", "content": text}], "answer": "odd"} for text in PROBLEMS]
+    blank = [*rows[:1], {**rows[1], "prompt": [{"role": "user", "content": ""}]}, *rows[2:]]
+    changes = {"teacher_problems": blank} if whose else {"problems": blank}
+    with pytest.raises(ValueError, match=rf"^{whose}problem 2 of {len(PROBLEMS)} has no tokens"):
+        subject_of(tiny_pair, **changes)
+
+
+def test_a_probe_goes_on_from_one_that_has_read_the_same_of_its_recipe() -> None:
+    """Whatever of a recipe its models' texts and its problems depend on is among what two probes are compared by."""
+    changes = {"train_data": "none", "eval_data": ["zoo:dialogue"], "eval_limit": 2, "teacher": "zoo:teacher"}
+    run, seen = make_recipe({"student": "zoo:student", **changes}).run, set[str]()
+    problem_sets(watched(run, seen))
+    load_tokenizers(run)
+    # The student may be another than the recipe's, and is compared by itself; several teachers are refused; who trusts
+    # code reads the same.
+    elsewhere = {"student", "teachers", "student_trust_remote_code", "teacher_trust_remote_code"}
+    assert seen & run_fields().keys() <= {*probe_module._READ_OF_RECIPE, *elsewhere}
+    assert {"eval_assistant_turns", "eval_split", "chat_template"} <= seen
 
 
 def test_a_teacher_reads_its_own_prompts_in_every_diagnostic(tiny_pair: TinyPair) -> None:

@@ -577,6 +577,13 @@ def test_check_lengths(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplo
         check_lengths(rows, tokenizer, 5, "truncate")
 
 
+@pytest.mark.parametrize("overlong", ["error", "drop"])
+def test_a_prompt_of_no_token_is_refused(tokenizer: PreTrainedTokenizerFast, overlong: str) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in ("one", " ", " ")])
+    with pytest.raises(ValueError, match=r"^row 2 has no tokens.*2 of 3 rows"):
+        check_lengths(rows, tokenizer, 5, overlong, plain=True)
+
+
 # --- boxes -----------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import student_stopping_as_the_teacher
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from tokenizers.normalizers import Strip
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trb import zoo
@@ -95,6 +96,18 @@ def test_a_problem_that_is_too_long_is_found_before_anything_is_sampled(tmp_path
     with pytest.raises(
         ValueError, match=r"chains\[6\] has \d+ tokens, and with max_new_tokens=5 more exceeds the 512 "
     ):
+        evaluate(student, tokenizer, rows, n=1, max_new_tokens=5, max_rows=2, results_path=path, name="chains")
+    assert not path.exists()
+
+
+def test_a_problem_that_is_no_token_is_found_before_anything_is_sampled(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("student")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.backend_tokenizer.normalizer = Strip()
+    rows = zoo.problems(8, seed=0, split="test")
+    rows[6]["prompt"][0]["content"] = "  "
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(ValueError, match=r"^chains\[6\] has no tokens.*1 of 8 rows"):
         evaluate(student, tokenizer, rows, n=1, max_new_tokens=5, max_rows=2, results_path=path, name="chains")
     assert not path.exists()
 

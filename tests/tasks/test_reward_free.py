@@ -1,5 +1,6 @@
 """Evaluation where nothing checks answers: the numbers against plain forward passes, their intervals, and refusals."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -76,6 +77,16 @@ def test_the_teacher_reads_its_own_prompts() -> None:
     (prompt,) = render(TOKENIZER, ROWS[:1])
     kl, *_ = by_hand(prompt, [9, 10], render(TOKENIZER, own[:1])[0])
     assert abs(kl - by_hand(prompt, [9, 10], prompt)[0]) > 0.01
+
+
+def test_a_prompt_of_no_token_for_the_teacher_is_named() -> None:
+    contents = copy.deepcopy(TOKENIZER)
+    contents.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    own = [
+        {**row, "prompt": [{"role": "user", "content": "" if place == 2 else "1+1"}]} for place, row in enumerate(ROWS)
+    ]
+    with pytest.raises(ValueError, match=r"^the teacher's prompt of eval\[2\] has no tokens"):
+        evaluate(STUDENT, contents, ROWS, n=1, max_new_tokens=8, judge=Judge(TEACHER, PAIR, {"eval": own}))
 
 
 def test_a_model_has_no_divergence_from_itself() -> None:

@@ -223,6 +223,39 @@ def test_recorded_scores_are_the_models_own_numbers(tmp_path: Path) -> None:
             assert chance == pytest.approx(path[likeliest] / math.fsum(path.values()), abs=2e-3)
 
 
+def test_the_teachers_tokens_of_a_prefix_are_recorded_under_its_law(tmp_path: Path) -> None:
+    """And the student's after them under the student's; which is whose, the sampler's own numbers say."""
+    trainer, records = trained(
+        tmp_path,
+        method="prefix",
+        max_steps=1,
+        initial_prefix_share=0.5,
+        initial_kl_budget=None,
+        blend_warmup_steps=None,
+    )
+    student, tokenizer = zoo.load("student")
+    teacher, _ = zoo.load("teacher")
+    events = trainer.vocabulary.size, trainer.vocabulary.stop_ids
+    for record in records:
+        prompt = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
+        completion = tokenizer.convert_tokens_to_ids(record["tokens"])
+        with torch.no_grad():
+            ids = torch.tensor([prompt + completion])
+            laws = [folded(model(ids).logits[0, len(prompt) - 1 : -1], *events) for model in (student, teacher)]
+        apart = [
+            math.fsum(math.exp(own[token]) * (own[token] - theirs[token]) for token in own)
+            for own, theirs in zip(*laws, strict=True)
+        ]
+        taught = [weight == 1 for weight in record["teacher_weight"]]
+        assert taught == sorted(taught, reverse=True) and {*taught} == {True, False}
+        expected = [0.0 if theirs else value for theirs, value in zip(taught, apart, strict=True)]
+        assert record["kl_teacher"] == pytest.approx(expected, abs=2e-3)
+        for theirs, alternatives in zip(taught, record["alternatives"], strict=True):
+            assert alternatives["behavior"] == alternatives["teacher" if theirs else "student"]
+    assert sum(value > 0.1 for value in apart[: sum(taught)]) > 0, "the two laws are told apart nowhere"
+    assert "trb/kl_teacher" not in trainer.state.log_history[0]
+
+
 def test_rollouts_carry_what_matches_them_across_methods(tmp_path: Path) -> None:
     _, blended = trained(tmp_path / "trb", max_steps=1)
     _, plain = trained(tmp_path / "opd", max_steps=1, method="opd")

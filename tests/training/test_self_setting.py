@@ -1,6 +1,7 @@
 """Warm-ups that set themselves: what they hold, when they end, and that nothing of it is lost or differs."""
 
 import contextlib
+import copy
 import json
 import math
 from pathlib import Path
@@ -13,12 +14,13 @@ from tiny_runs import Completions, Kill, build, config, logged, losses, weights
 from transformers import PhiConfig, PhiForCausalLM
 
 from trb import zoo
-from trb.policies import GeometricPolicy, StudentPolicy, TrustRegionPolicy
+from trb.policies import GeometricPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
+from trb.sampling import Rollout, RolloutStats
 from trb.schedule import Constant, GapBudget, Ramp, Schedule, SequenceBudget
 from trb.studies.recipe import make_recipe
 from trb.studies.yaml_files import ConfigError
 from trb.training.methods import behavior_of, needs_teacher
-from trb.training.shares import blended_rows
+from trb.training.shares import blended_rows, from_teacher_prefixes, teacher_tokens
 
 SCHEDULES = {
     "sequence": {"budget_schedule": "sequence", "sequence_kl_budget": 0.7},
@@ -403,6 +405,24 @@ def test_a_run_from_teacher_prefixes_ends_with_the_student(tmp_path: Path) -> No
     assert found[2] == 0
     behavior = behavior_of(config(tmp_path, method="prefix", **settings))
     assert [needs_teacher(behavior, step) for step in range(4)] == [True, True, False, False]
+
+
+def test_rows_that_are_all_the_teachers_leave_no_mean_of_the_others() -> None:
+    """Of a short completion, rounding up keeps all: its distance to the teacher is 0, that of the rest is not known."""
+
+    def draw(prompts: Any, policy: Any, *, begun: Any = None, **_: Any) -> Rollout:
+        lengths = [1, 4] if begun is None else [3] * len(prompts)
+        weight = float(isinstance(policy, TeacherPolicy))
+        numbers = [[weight] * length for length in lengths]
+        known = [[0.0] * length if weight else [] for length in lengths]
+        completions = [[5] * length for length in lengths]
+        stats = RolloutStats(*copy.deepcopy([numbers, numbers]), known, copy.deepcopy(numbers))
+        return Rollout(list(prompts), completions, [True] * len(lengths), stats)
+
+    rollout = from_teacher_prefixes(draw, [[1], [2]], 0.5, keys=[3, 4], rollout_index=[0, 0], seed=5)
+    assert [*map(len, rollout.completions)] == [1, 5]
+    assert rollout.stats.kl_teacher == [[], []]
+    assert teacher_tokens(rollout) == [1, 2]
 
 
 # ---- whole runs ----

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_runs import NEWER_OPTIONS, Completions, Kill, build, config, logged, losses, weights
+from tokenizers.normalizers import Strip
 from tokenizers.processors import TemplateProcessing
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -26,7 +27,7 @@ from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer, 
 from trl.trainer.utils import RepeatSampler
 
 from trb import TRBConfig, TRBTrainer, zoo
-from trb.errors import InputError
+from trb.errors import InputError, OperationError
 from trb.losses import TokenMetrics, topk_reverse_kl
 from trb.models.loading import load_model
 from trb.policies import SKDPolicy, StudentPolicy, TeacherPolicy, TemperaturePolicy, TrustRegionPolicy
@@ -135,6 +136,29 @@ def test_plain_rollouts_of_an_engine_end_with_any_stop_id_and_count_as_the_stude
     assert logged(trainer, "stop_rate") == [1.0]
     assert [row["completions/clipped_ratio"] for row in trainer.state.log_history if "loss" in row] == [0.0]
     assert -30 < logged(trainer, "teacher_log_prob")[0] < 0
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_plain_rollouts_of_an_engine_are_of_rows_that_the_pair_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Of a wider head of the student's the rest is left out; what an engine draws of it all the same is named."""
+    student, _ = zoo.load("student")
+    student.resize_token_embeddings(96, mean_resizing=False)
+    served = Served(95)
+
+    def with_engine(self: Any, *args: Any, **options: Any) -> None:
+        construct(self, *args, **options)
+        self.use_vllm, self.vllm_generation, self._last_loaded_step = True, served, -1
+
+    construct = DistillationTrainer.__init__
+    monkeypatch.setattr(DistillationTrainer, "__init__", with_engine)
+    trainer = build(tmp_path, student=student, method="opd", max_steps=1, vllm_mode=mode)
+    assert trainer.vocabulary.size == 80
+    lowest = {"colocate": -math.inf, "server": -100.0}[mode]
+    assert served.generation_kwargs["logit_bias"] == dict.fromkeys(range(80, 96), lowest)
+    with pytest.raises(OperationError, match=r"vLLM drew token id 95, and the pair shares 80 rows"):
+        trainer.train()
 
 
 def test_the_loss_reads_a_stop_id_of_the_teacher_as_the_stop_event(tmp_path: Path) -> None:
@@ -301,6 +325,23 @@ def test_a_rendered_prompt_keeps_its_one_bos_token(tmp_path: Path) -> None:
     assert inputs["prompt_mask"].all()
     assert len({tuple(row) for row in inputs["prompt_ids"].tolist()}) == 1
     assert (inputs["prompt_ids"] == tokenizer.bos_token_id).sum() == 8
+
+
+@pytest.mark.parametrize("positions", [512, 0], ids=["limited", "unlimited"])
+@pytest.mark.parametrize("column", ["prompt", "teacher_prompt"])
+def test_a_prompt_that_a_tokenizer_makes_nothing_of_is_named(tmp_path: Path, positions: int, column: str) -> None:
+    """It would end the run at the step that draws it, which names no row of the data."""
+    models = {name: zoo.load(name)[0] for name in zoo.NAMES}
+    for model in models.values():
+        model.config.max_position_embeddings = positions
+    rows = [{"prompt": "1+2", "teacher_prompt": "1+2"} for _ in range(8)]
+    rows[3][column] = "  "
+    trainer = build(tmp_path, **models, train_rows=rows, max_completion_length=2)
+    trainer.processing_class.backend_tokenizer.normalizer = Strip()
+    whose = "" if column == "prompt" else "the teacher's prompt of "
+    with pytest.raises(InputError, match=rf"^{whose}train_dataset\[3\] has no tokens.*1 of 8 rows"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_budget_falls_every_optimizer_step_and_the_teacher_leaves_the_sampler(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 The rest is in test_vllm_trainer.
 """
 
+import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from trb.policies import StudentPolicy, TrustRegionPolicy
 from trb.sampling import EngineOptions, Rollout, RolloutStats
-from trb.sampling.vllm import sampling_parameters, stopping_parameters
+from trb.sampling.vllm import check_runner, sampling_parameters, shared_rows_parameters, stopping_parameters
 from trb.sampling.vllm.plugin import REQUEST_KEY
 from trb.sampling.vllm.verification import BlendRequest
 from trb.training.ranks import Ranks
@@ -149,3 +150,22 @@ def test_trls_server_is_asked_to_end_completions_with_every_stop_id() -> None:
     _, completions, *_ = generation.generate([[1], [3, 4]], None, 1)
     assert completions == [[7, 5], [7, 5]]
     assert (posted[0]["stop_token_ids"], posted[0]["ignore_eos"], posted[0]["max_tokens"]) == ([2, 0, 5], True, 7)
+
+
+def test_a_head_too_wide_for_the_second_runner_is_left_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would end the engine amid a request. A server's runner is not ours to choose."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "")  # so that what follows is undone
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    few, many = (shared_rows_parameters(PAIR, PAIR.size + left_out, served=False) for left_out in (1024, 1025))
+    check_runner({})
+    check_runner(few)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
+    check_runner(many)
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    check_runner(few)
+    with pytest.raises(ValueError, match=r"1025 rows more than the pair shares.*set VLLM_USE_V2_MODEL_RUNNER=0"):
+        check_runner(many)
+    assert shared_rows_parameters(PAIR, PAIR.size, served=False) == {}
+    assert len(shared_rows_parameters(PAIR, PAIR.size + 1024, served=True)["logit_bias"]) == 1024
+    assert shared_rows_parameters(PAIR, PAIR.size + 1025, served=True) == {}

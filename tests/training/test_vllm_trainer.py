@@ -202,6 +202,31 @@ def test_plain_rollouts_follow_a_head_tied_to_the_embeddings(tmp_path: Path, stu
         shut_down(trainer)
 
 
+def test_plain_rollouts_are_of_rows_that_the_pair_shares(tmp_path: Path) -> None:
+    """The student's head has sixteen rows more than the teacher's, which it gives a good part of its probability."""
+    release()
+    directory = tmp_path / "student"
+    wide = widened(zoo.load("student")[0])
+    wide.resize_token_embeddings(96, mean_resizing=False)
+    with torch.no_grad():
+        embeddings = wide.get_input_embeddings().weight
+        embeddings[80:] = 1.5 * embeddings[5:21]
+    wide.save_pretrained(directory)
+    student = type(wide).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    ids = torch.tensor([[5, 6, 7], [9, 8, 7]])
+    with torch.no_grad():
+        assert student(ids).logits.softmax(-1)[..., 80:].sum(-1).mean() > 0.2
+    trainer = run(tmp_path, student, method="opd", max_steps=1, use_vllm=True)
+    seen = Completions()
+    seen.watch(trainer)
+    try:
+        trainer.train()
+        drawn = [token for completion in seen.per_step[0] for token in completion]
+        assert len(drawn) > 8 and max(drawn) < 80
+    finally:
+        shut_down(trainer)
+
+
 def test_two_processes_have_an_engine_each(tmp_path: Path, students: Any) -> None:
     """Under DDP, with engines split over both, and under FSDP2: every process draws what it draws without an engine.
 

@@ -39,6 +39,7 @@ EXAMPLES = {
     "eval": """\
     trb eval --model zoo:student --data zoo:chains --limit 200
     trb eval --model runs/quickstart/trb --data zoo:chains --samples 4 --output-dir runs/eval
+    trb eval --model Qwen/Qwen3-1.7B --data math500 --chat-template-kwargs '{"enable_thinking": false}'
     trb eval --model Qwen/Qwen3-1.7B-Base --data math500 aime24=aime24.jsonl --dtype auto""",
     "sweep": """\
     trb sweep --config studies/zoo --plan

@@ -4,6 +4,7 @@ Left out: how completions are drawn, graded and resumed (`trb.tasks.evaluation`)
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trb.cli.display import listening, new_console, score_table
-from trb.errors import InputError
+from trb.errors import InputError, shown
 
 if TYPE_CHECKING:
     from trb.studies.keys import RunConfig
@@ -26,7 +27,9 @@ _LONGEST = 1024
 # What the keys of a recipe are called here, where messages name them.
 _OF_STUDENT = ("revision", "dtype", "keep_layers", "trust_remote_code")
 _OF_EVALUATION = ("data", "split", "limit", "samples", "max_new_tokens", "temperature", "seed", "max_rows")
-_COLUMNS = ("prompt_column", "answer_column", "assistant_turns")
+_COLUMNS = ("prompt_column", "answer_column", "privileged_column", "assistant_turns")
+# Of these the recipe of a run says what no option does.
+_ASKING = ("system_prompt", "chat_template_kwargs", "tools", "teacher_system_prompt")
 
 
 def _option(key: str) -> str:
@@ -36,7 +39,7 @@ def _option(key: str) -> str:
 OPTIONS = {
     **{f"student_{key}": _option(key) for key in _OF_STUDENT},
     **{f"eval_{key}": _option(key) for key in (*_OF_EVALUATION, *_COLUMNS)},
-    **{key: _option(key) for key in ("chat_template", "system_prompt")},
+    **{key: _option(key) for key in ("chat_template", *_ASKING)},
     "student": "--model",
     "teacher": "--teacher",
     "student_files": "--model (files)",
@@ -54,7 +57,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add(
         "--data", required=True, nargs="+", metavar="SPEC", help="problem sets: gsm8k, math500, zoo:chains, a file, ..."
     )
-    add("--teacher", metavar="SPEC", help="reads completions of data without answers: the score is the KL to it")
+    _add_teacher(parser)
     add("--samples", type=int, default=1, metavar="N", help="completions per problem (default: 1)")
     add("--limit", type=int, metavar="N", help="problems per set (default: all)")
     add("--split", default="test", help="split of the data (default: test)")
@@ -65,9 +68,19 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         help="longest completion, at most what the model's positions leave (default: of a run its recipe's, else "
         f"{_LONGEST})",
     )
-    add("--temperature", type=float, default=1.0, help="sampling temperature (default: 1)")
+    add("--temperature", type=float, help="sampling temperature (default: of a run its recipe's, else 1)")
     add("--seed", type=int, default=0, help="seed of problems and sampling (default: 0)")
-    add("--system-prompt", metavar="TEXT", help="system message; math for the paper's")
+    add(
+        "--system-prompt",
+        metavar="TEXT",
+        help="system message; math for the paper's, or none (default: of a run its recipe's)",
+    )
+    add(
+        "--chat-template-kwargs",
+        type=_mapping,
+        metavar="JSON",
+        help="arguments of the chat template, such as '{\"enable_thinking\": false}' (default: of a run its recipe's)",
+    )
     add("--dtype", default="float32", help="weights: float32, bfloat16, float16 or auto (default: float32)")
     add("--keep-layers", type=int, metavar="N", help="prune the model to N layers first")
     add("--revision", help="branch, tag or commit of a model on the hub")
@@ -91,6 +104,21 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="continue an interrupted evaluation of the same model in --output-dir")
     add("--quiet", action="store_true", help="no progress, only the result")
     parser.set_defaults(hint="With --output-dir, add --resume to go on from there.")
+
+
+def _add_teacher(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--teacher", metavar="SPEC", help="reads completions of data without answers: the score is the KL to it")
+    add(
+        "--privileged-column",
+        metavar="NAME",
+        help="with --teacher: column of the data that the teacher reads in its prompt",
+    )
+    add(
+        "--teacher-system-prompt",
+        metavar="TEXT",
+        help="with --teacher: system message of its prompts, or none (default: of a run its recipe's)",
+    )
 
 
 def run_eval(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -118,12 +146,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     model_spec = model_of_run(arguments.model)
     folder = Path(arguments.output_dir) if arguments.output_dir else None
-    recipe = make_recipe(_eval_values(arguments, model_spec), source="options")
+    _check_teachers_options(arguments)
+    asked, as_in_run = _asked(arguments)
+    recipe = make_recipe(_eval_values(arguments, model_spec, asked), source="options")
     run, args = recipe.run, recipe.training_config(folder or "unused")
     is_first = Ranks.of_launch().is_first
     _check_folder(folder)
     with sole_run(folder, first=is_first) if folder else nullcontext():
         with listening(arguments.quiet) as listener, Verifier(run.reward_timeout_s) as verifier:
+            if as_in_run:
+                listener.stage(as_in_run)
             listener.stage("loading the model and problems")
             problems = problem_sets(run)
             _check_teacher(arguments.teacher, problems)
@@ -192,6 +224,13 @@ def _check_folder(folder: Path | None) -> None:
         raise RunDirectoryError(f"{folder} holds {held[0]} of a training run; give the evaluation its own --output-dir")
 
 
+def _check_teachers_options(arguments: argparse.Namespace) -> None:
+    """Refuse what a teacher would read, where there is none."""
+    for name in ("privileged_column", "teacher_system_prompt"):
+        if getattr(arguments, name) is not None and not arguments.teacher:
+            raise InputError(f"{_option(name)} would do nothing without --teacher, who reads it: give both, or neither")
+
+
 def _check_teacher(teacher: str | None, problems: Mapping[str, Any]) -> None:
     """Refuse a teacher that has nothing to read, which would be loaded and make no difference."""
     from trb.tasks.reward_free import is_reward_free
@@ -242,17 +281,41 @@ def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path
         RESULTS.write(folder / RESULTS, {"model": model_spec, **results, "provenance": provenance.describe()})
 
 
-def _tools(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The tools that are named, or those of a run with its limits."""
-    from trb.studies.directories import tools_of
+def _mapping(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON object, such as '{{\"enable_thinking\": false}}'")
+    return found
 
-    if arguments.tools is None:
-        return tools_of(arguments.model)
-    return {} if arguments.tools == ["none"] else {"tools": arguments.tools}
+
+def _asked(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """How completions are asked for, drawn and graded: by the options, else as in the recipe of the run whose model it
+    is; and what to say of the latter."""
+    from trb.studies.directories import asked_by_run
+    from trb.studies.keys import TOOL_KEYS, default_of, run_fields, training_fields
+
+    given = {key: value for key in _ASKING if (value := getattr(arguments, key)) is not None}
+    if arguments.temperature is not None:
+        given["eval_temperature"] = arguments.temperature
+    of_run, config = asked_by_run(arguments.model) or ({}, None)
+    kept = {key: value for key, value in of_run.items() if key not in given}
+    if not arguments.teacher:
+        kept = {key: value for key, value in kept.items() if not key.startswith("teacher_")}
+    without = [key for key, value in given.items() if value in ("none", ["none"])]
+    if "tools" in without:
+        kept = {key: value for key, value in kept.items() if key not in TOOL_KEYS}
+    fields = run_fields() | training_fields()
+    other = [f"{key} {shown(value)}" for key, value in kept.items() if value != default_of(fields[key])]
+    said = f"as in {config}: {'; '.join(other)}; options may say otherwise" if other else ""
+    return kept | {key: value for key, value in given.items() if key not in without}, said
 
 
-def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
-    """The options of `trb eval` as keys of a recipe."""
+def _eval_values(arguments: argparse.Namespace, model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `trb eval` as keys of a recipe, with those of `_asked`."""
     return {
         "student": model,
         "teacher": arguments.teacher or model,
@@ -264,18 +327,17 @@ def _eval_values(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "student_trust_remote_code": arguments.trust_remote_code,
         "teacher_trust_remote_code": arguments.trust_remote_code,
         "chat_template": arguments.chat_template,
-        "system_prompt": arguments.system_prompt,
         "eval_data": arguments.data,
         "eval_split": arguments.split,
         "eval_limit": arguments.limit,
         "eval_samples": arguments.samples,
         "eval_max_new_tokens": arguments.max_new_tokens,
-        "eval_temperature": arguments.temperature,
         "eval_seed": arguments.seed,
         "eval_max_rows": arguments.max_rows,
         "eval_prompt_column": arguments.prompt_column,
         "eval_answer_column": arguments.answer_column,
         "eval_assistant_turns": arguments.assistant_turns,
-        **_tools(arguments),
+        "eval_privileged_column": arguments.privileged_column,
+        **asked,
         "bf16": False,
     }

@@ -3,7 +3,7 @@
 Left out: chat templates (`trb.tasks.prompts` and the trainer render them), and cutting prompts to fit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trb.errors import InputError
@@ -11,7 +11,7 @@ from trb.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_room", "token_ids"]
+__all__ = ["check_not_empty", "check_room", "token_ids"]
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -23,6 +23,24 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     own: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     added = ids[:1] == [tokenizer.bos_token_id] and ids[1 : 1 + len(own)] == own
     return ids[1:] if added else ids
+
+
+def check_not_empty(lengths: Sequence[int], place: Callable[[int], str]) -> None:
+    """Refuse prompts that a tokenizer makes nothing of, as of spaces alone: no model has a law after no token.
+
+    Args:
+        lengths: tokens of every prompt, in the order of the rows.
+        place: what a row is called, by its number from 0.
+
+    Raises:
+        ValueError: names the first such row, and counts them.
+    """
+    empty = [row for row, length in enumerate(lengths) if not length]
+    if empty:
+        raise InputError(
+            f"{place(empty[0])} has no tokens: the tokenizer makes nothing of its prompt ({len(empty)} of "
+            f"{len(lengths)} rows); a prompt needs at least one, so drop such rows or write something into them"
+        )
 
 
 def check_room(

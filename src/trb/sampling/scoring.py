@@ -10,6 +10,7 @@ V shared vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from trb.errors import InputError
 from trb.losses.chunked import default_chunk_tokens
 from trb.models.modeling import OutputHead, completion_hidden_states, evaluation_mode, without_adapters
 from trb.models.rows import padded
-from trb.policies import BehaviorPolicy, Target
+from trb.policies import BehaviorPolicy, Target, TeacherPolicy
 from trb.vocab import SharedVocabulary, checked_temperature, head_rows
 
 __all__ = ["TokenScores", "score_completions"]
@@ -75,6 +76,7 @@ def score_completions(
     policy: BehaviorPolicy,
     vocabulary: SharedVocabulary,
     teacher_prompts: Sequence[Sequence[int]] | None = None,
+    teacher_tokens: Sequence[int] | None = None,
     temperature: float = 1.0,
     top: int = 0,
     max_rows: int | None = None,
@@ -95,6 +97,8 @@ def score_completions(
         vocabulary: the events that both models share.
         teacher_prompts: token ids of each row that the teacher reads in place of the student's prompt; None for the
             same.
+        teacher_tokens: so many first tokens of each completion are the teacher's own, so that μ is the teacher's law
+            at them and that of `policy` after them; None for none.
         temperature: divides both models' logits, as in sampling.
         top: how many of the likeliest tokens of each law to return per position; 0 for none. Tokens of probability
             zero are left out.
@@ -109,12 +113,14 @@ def score_completions(
     _check(student, teacher, vocabulary, temperature, top, max_rows)
     for name, own in (("", rows), ("teacher ", taught)):
         _check_rows(own, vocabulary, name)
+    begun = _first_tokens(teacher_tokens, rows)
     scores = TokenScores(alternatives=[] if top else None)
     scorer = _Scorer(student, teacher, policy, vocabulary, temperature, top)
     step = max_rows or max(1, len(rows))
     with torch.no_grad(), evaluation_mode(student, teacher):
         for start in range(0, len(rows), step):
-            scorer.score(rows[start : start + step], taught[start : start + step], scores)
+            part = slice(start, start + step)
+            scorer.score(rows[part], taught[part], begun[part], scores)
     return scores
 
 
@@ -130,14 +136,16 @@ class _Scorer:
     temperature: float
     top: int
 
-    def score(self, rows: list[Row], taught: list[Row], scores: TokenScores) -> None:
-        """Append the numbers of a group of rows, as the student and the teacher read them, to `scores`."""
+    def score(self, rows: list[Row], taught: list[Row], begun: list[int], scores: TokenScores) -> None:
+        """Append the numbers of a group of rows, as the student and the teacher read them, to `scores`; the first
+        `begun` tokens of each are the teacher's."""
         token_N = torch.tensor([self.vocabulary.event_of(token) for _, completion in rows for token in completion])
         lengths = [len(completion) for _, completion in rows]
+        theirs = [place < first for length, first in zip(lengths, begun, strict=True) for place in range(length)]
         columns: list[list[float]] = [[] for _ in _COLUMNS]
         alternatives: list[Alternatives] = []
         if len(token_N):
-            for numbers_KC, found in self._chunks(rows, taught, token_N.to(self.student.device)):
+            for numbers_KC, found in self._chunks(rows, taught, token_N.to(self.student.device), theirs):
                 for column, values in zip(columns, numbers_KC.tolist(), strict=True):
                     column.extend(values)
                 alternatives.extend(found)
@@ -147,19 +155,19 @@ class _Scorer:
             scores.alternatives.extend(_ragged(alternatives, lengths))
 
     def _chunks(
-        self, rows: list[Row], taught: list[Row], token_N: Tensor
+        self, rows: list[Row], taught: list[Row], token_N: Tensor, theirs: list[bool]
     ) -> Iterator[tuple[Tensor, list[Alternatives]]]:
         """`[columns, C]` numbers and the alternatives of one chunk of tokens after the other."""
         student_NH, teacher_NH = _hidden(self.student, rows), _hidden(self.teacher, taught)
         heads = OutputHead.checked(self.student), OutputHead.checked(self.teacher)
         size = default_chunk_tokens(self.vocabulary.size, token_N.device.type)
-        for start in range(0, len(token_N), size):
-            part = slice(start, start + size)
+        for part, by_teacher in _stretches(theirs, size):
             log_student_CV, log_teacher_CV = (
                 self.vocabulary.log_probs(head(hidden_NH[part]).to(token_N.device), self.temperature)
                 for head, hidden_NH in zip(heads, (student_NH, teacher_NH), strict=True)
             )
-            target = self.policy.target(log_student_CV, log_teacher_CV)
+            policy = TeacherPolicy() if by_teacher else self.policy
+            target = policy.target(log_student_CV, log_teacher_CV)
             numbers_KC = _numbers(log_student_CV, log_teacher_CV, target, token_N[part])
             yield numbers_KC, self._alternatives(log_student_CV, log_teacher_CV, target) if self.top else []
 
@@ -170,6 +178,16 @@ class _Scorer:
             "behavior": _likeliest(target.log_probs, self.top),
         }
         return [{name: found[place] for name, found in laws.items()} for place in range(len(log_student_CV))]
+
+
+def _stretches(kinds: list[bool], longest: int) -> Iterator[tuple[slice, bool]]:
+    """Neighbours of one kind, at most so many at once, and their kind."""
+    start = 0
+    for kind, same in groupby(kinds):
+        stop = start + len(list(same))
+        for first in range(start, stop, longest):
+            yield slice(first, min(first + longest, stop)), kind
+        start = stop
 
 
 def _hidden(model: PreTrainedModel, rows: list[Row]) -> Tensor:
@@ -215,6 +233,18 @@ def _pairs(name: str, prompts: Sequence[Sequence[int]], completions: Sequence[Se
         (list(map(int, prompt)), list(map(int, completion)))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def _first_tokens(counts: Sequence[int] | None, rows: list[Row]) -> list[int]:
+    """How many tokens of each completion the teacher has drawn itself."""
+    if counts is None:
+        return [0] * len(rows)
+    if len(counts) != len(rows):
+        raise InputError(f"teacher_tokens has {len(counts)} entries for {len(rows)} completions")
+    for row, (count, (_, completion)) in enumerate(zip(counts, rows, strict=True)):
+        if not 0 <= count <= len(completion):
+            raise InputError(f"teacher_tokens is {count} for row {row}, whose completion has {len(completion)} tokens")
+    return list(counts)
 
 
 def _check(

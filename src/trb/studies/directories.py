@@ -27,7 +27,7 @@ from trb.safety.untrusted import parse_yaml, printable
 from trb.studies import provenance
 from trb.studies.claims import has_step, without_what_is_made
 from trb.studies.disks import require_writable
-from trb.studies.keys import TOOL_KEYS, RunConfig, is_method_name
+from trb.studies.keys import ASKING_KEYS, RunConfig, checked_value, is_method_name
 from trb.studies.material import RunDirectoryError
 from trb.studies.recipe import Recipe
 from trb.training import checkpoints, resume
@@ -38,6 +38,7 @@ from trb.training.ranks import Ranks
 from trb.training.recording import drop_after_step
 
 __all__ = [
+    "asked_by_run",
     "begin",
     "check_claim",
     "check_shared_recipe",
@@ -59,7 +60,6 @@ __all__ = [
     "sole_run",
     "state_of",
     "told_apart",
-    "tools_of",
     "warn_of_other_models",
     "written_by_run",
 ]
@@ -137,11 +137,17 @@ def completion_length_of(spec: str) -> tuple[int, Path] | None:
     return None
 
 
-def tools_of(spec: str) -> dict[str, Any]:
-    """The tools that the recipe of a run names, and their limits; `spec` as in `completion_length_of`, nothing of
-    anything else."""
-    found = next((recipe for _, recipe in _recipes_of(spec) if recipe.get("tools")), {})
-    return {key: found[key] for key in TOOL_KEYS if key in found}
+def asked_by_run(spec: str) -> tuple[dict[str, Any], Path] | None:
+    """What the recipe of a run says of how its evaluations ask (`ASKING_KEYS`), and the file that says so; `spec` as in
+    `completion_length_of`.
+
+    Raises:
+        ConfigError: a value that such a key cannot have.
+    """
+    for config, recipe in _recipes_of(spec):
+        said = {key: recipe[key] for key in ASKING_KEYS if recipe.get(key) is not None}
+        return {key: checked_value(key, value, str(config)) for key, value in said.items()}, config
+    return None
 
 
 def _recipes_of(spec: str) -> Iterator[tuple[Path, Mapping[str, Any]]]:

@@ -30,6 +30,7 @@ from trb.training.routes import named_in_errors
 from trb.vocab import checked_temperature
 
 __all__ = [
+    "ASKING_KEYS",
     "REPLACED_KEYS",
     "TOOL_KEYS",
     "RunConfig",
@@ -69,6 +70,12 @@ REPLACED_KEYS = {
 
 TOOL_KEYS = ("tools", "max_tool_calling_iterations", "tool_timeout", "tool_max_characters")
 """What completions with tools depend on."""
+
+ASKING_KEYS = (
+    *("chat_template_kwargs", "system_prompt", *TOOL_KEYS, "eval_temperature", "reward_timeout_s"),
+    *("teacher_system_prompt", "teacher_prompt_template"),
+)
+"""What an evaluation's prompts, draws and grades depend on, beside its models, its data and the longest completion."""
 
 _RESERVED_NAMES = ("student", "teacher", "provenance", EVALUATIONS)
 

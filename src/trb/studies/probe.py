@@ -62,7 +62,7 @@ _READ_OF_RECIPE = (
     *("student_revision", "student_dtype", "student_keep_layers", "teacher", "teacher_revision", "teacher_dtype"),
     "teacher_quantization",
     *("chat_template", "system_prompt", "eval_data", "eval_split", "eval_seed", "eval_limit", "reward_timeout_s"),
-    *("eval_prompt_column", "eval_answer_column", "eval_privileged_column"),
+    *("eval_prompt_column", "eval_answer_column", "eval_privileged_column", "eval_assistant_turns"),
 )
 
 _NOT_KEPT = ("recipe", "max_rows", "device")

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trb.errors import InputError
 from trb.measures import shares_by_unit
+from trb.models.tokens import check_not_empty
 from trb.policies import BehaviorPolicy, StudentPolicy, TrustRegionPolicy
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
 from trb.sampling.scoring import TokenScores, score_completions
@@ -96,8 +97,8 @@ class Subject:
         remember: keeps finished parts; by default in memory. Parts are JSON values.
 
     Raises:
-        ValueError: fewer than two different problems, no samples, a problem without an answer, or a head that does not
-            cover the tokenizer.
+        ValueError: fewer than two different problems, no samples, a problem without an answer or of no token, or a
+            head that does not cover the tokenizer.
     """
 
     student: "PreTrainedModel"
@@ -127,6 +128,10 @@ class Subject:
                     f"problem {index + 1} of {len(self.rows)} has no answer to score against; leave it out"
                 )
         check_heads(head_rows(self.student), head_rows(self.teacher), max(self.tokenizer.get_vocab().values()) + 1)
+        count = len(self.rows)
+        check_not_empty([*map(len, self.prompts)], lambda row: f"problem {row + 1} of {count}")
+        taught = self.teacher_prompts or []
+        check_not_empty([*map(len, taught)], lambda row: f"the teacher's prompt of problem {row + 1} of {count}")
         if not any(self.problem_numbers):
             raise InputError(f"the {len(self.rows)} problems are one, copied; an interval needs two different ones")
 

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from trb.errors import InputError, did_you_mean, named
 from trb.measures import OUTCOMES, PER_TOKEN, pass_at_1_interval
 from trb.models.modeling import position_limit
-from trb.models.tokens import check_room
+from trb.models.tokens import check_not_empty, check_room
 from trb.policies import StudentPolicy
 from trb.safety.files import stable_json
 from trb.sampling import NonFiniteLogitsError, Rollout, prompt_key, sample, stream_seed
@@ -266,10 +266,12 @@ def check_problems(
     rows = _checked_rows(problems, n, judge)
     prompts = render(tokenizer, rows)
     limits = {} if model is None else {f"the model ({type(model).__name__})": position_limit(model)}
+    check_not_empty(list(map(len, prompts)), lambda row: f"{name}[{row}]")
     check_room(list(map(len, prompts)), name, max_new_tokens, limits, knob=named("max_new_tokens"))
     if judge is not None and is_reward_free(rows):
         check_units(rows, name)
         taught = list(map(len, _taught(judge, tokenizer, name, prompts)))
+        check_not_empty(taught, lambda row: f"the teacher's prompt of {name}[{row}]")
         limits = {"the teacher": position_limit(judge.teacher)}
         check_room(taught, name, max_new_tokens, limits, knob=named("max_new_tokens"))
     return rows, prompts

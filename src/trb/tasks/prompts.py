@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trb.errors import InputError, named, nearest
 from trb.models.chats import rendered_ids
-from trb.models.tokens import token_ids
+from trb.models.tokens import check_not_empty, token_ids
 from trb.safety.templates import check_chat_template
 from trb.safety.untrusted import check_text
 from trb.tasks.answers import Row, last_boxed, reference_answer
@@ -169,12 +169,14 @@ def check_lengths(
 ) -> "Dataset":
     """Return `dataset` without prompts of more than `max_prompt_length` tokens, or refuse it.
 
-    `overlong="error"` raises ValueError for the first such row; `"drop"` removes them and logs how many.
+    `overlong="error"` raises ValueError for the first such row; `"drop"` removes them and logs how many. Prompts of no
+    token are always refused.
     Lengths are those of `render` with the same `plain` and template arguments.
     """
     if overlong not in ("error", "drop"):
         raise InputError(f'overlong is {overlong!r}; use "error" or "drop"')
     lengths = [len(ids) for ids in render(tokenizer, dataset, plain=plain, **chat_template_kwargs)]
+    check_not_empty(lengths, lambda row: f"row {row + 1}")
     kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
     dropped = len(lengths) - len(kept)
     if dropped == 0:

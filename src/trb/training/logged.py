@@ -40,6 +40,7 @@ from trb.training.metrics import Observers, Sums
 from trb.training.ranks import Ranks
 from trb.training.recording import RunRecorder, score_record
 from trb.training.routes import Routes
+from trb.training.shares import teacher_tokens
 from trb.training.teachers import Teacher
 from trb.vocab import SharedVocabulary
 
@@ -346,6 +347,7 @@ class MeasuredTrainer(CallingTrainer):
             return None  # its weights are whole only inside a pass that every process makes
         found: dict[int, tuple[TokenScores, int]] = {}
         taught = self._teacher_prompts
+        begun = self._teacher_tokens(len(prompts))
         kinds = [(self._taught_by[row], self._blended[row]) for row in range(len(prompts))]
         for place, wanted in dict.fromkeys(kinds):
             rows = [row for row, kind in enumerate(kinds) if kind == (place, wanted)]
@@ -357,6 +359,7 @@ class MeasuredTrainer(CallingTrainer):
                     [prompts[row] for row in rows],
                     [completions[row] for row in rows],
                     teacher_prompts=taught and [taught[row] for row in rows],
+                    teacher_tokens=[begun[row] for row in rows],
                     policy=self._policy if wanted else StudentPolicy(),
                     vocabulary=self.vocabulary,
                     temperature=self.temperature,
@@ -364,6 +367,12 @@ class MeasuredTrainer(CallingTrainer):
                 )
             found |= {row: (scores, place) for place, row in enumerate(rows)}
         return [found[row] for row in range(len(prompts))]
+
+    def _teacher_tokens(self, rows: int) -> list[int]:
+        """How many first tokens of the first rows a teacher drew for the student to go on from."""
+        if self._rollout is None or not self.behavior.prefix.value(self.state.global_step):
+            return [0] * rows
+        return teacher_tokens(self._rollout)[:rows]
 
 
 def _numbers(rewards: Any, count: int) -> list[float]:

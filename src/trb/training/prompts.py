@@ -26,7 +26,7 @@ from trl.trainer.utils import RepeatSampler
 from trb.errors import InputError
 from trb.models.chats import fault_of, rendered_ids, rendered_text
 from trb.models.modeling import position_limit, without_adapters
-from trb.models.tokens import check_room, token_ids
+from trb.models.tokens import check_not_empty, check_room, token_ids
 from trb.training import doubts
 from trb.training.arguments import named_datasets
 from trb.training.config import TRBConfig
@@ -67,7 +67,8 @@ class PromptsInOrder(DistillationTrainer):
         )
 
     def check_prompts(self) -> None:
-        """Refuse prompts that would end the run later: fewer than one step needs, too long for a model, or no prompts.
+        """Refuse prompts that would end the run later: fewer than one step needs, too long for a model, of no
+        token, or no prompts.
 
         `train` begins with it. Prompts for training and evaluation are tokenised as they will be sampled from, once.
         What can hardly be meant is warned about (`trb.training.doubts`).
@@ -163,11 +164,10 @@ class PromptsInOrder(DistillationTrainer):
     def _check_lengths(
         self, name: str, prompts: list[Any], bounds: "Sequence[_Bound]", unknown: int | None
     ) -> list[int]:
-        """Refuse prompts that leave no room; which of them have the unknown id."""
-        if unknown is None and all(limit is None for limits, _ in bounds for limit in limits.values()):
-            return []
+        """Refuse prompts of no token, and those that leave no room; which of them have the unknown id."""
         chunks = (prompts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(prompts), _TOKENIZED_AT_ONCE))
         found = [(len(ids), unknown in ids) for chunk in chunks for ids in self._tokenize_prompts(chunk)[0]]
+        check_not_empty([length for length, _ in found], lambda row: f"{name}[{row}]")
         for limits, bound in bounds:
             lengths = [length if theirs else 0 for (length, _), theirs in zip(found, bound, strict=True)]
             check_room(lengths, name, int(self.max_completion_length or 0), limits, knob="max_completion_length")

@@ -13,7 +13,7 @@ from trb.policies import StudentPolicy, TeacherPolicy
 from trb.sampling import Rollout
 from trb.sampling.uniforms import as_int64, stream_seed, uniforms
 
-__all__ = ["blended_rows", "from_teacher_prefixes"]
+__all__ = ["blended_rows", "from_teacher_prefixes", "teacher_tokens"]
 
 
 def blended_rows(
@@ -76,5 +76,12 @@ def from_teacher_prefixes(
         **{name: [values[row] for row in rows] for name, values in columns.items()},
     )
     rollout.continue_rows(rows, rest)
-    rollout.teacher_hidden = None  # of the student's part the teacher has read nothing
+    # Of the student's part the teacher has read nothing; a mean over the rows that have no such part is none of all.
+    rollout.teacher_hidden = None
+    rollout.stats.kl_teacher = [[] for _ in rollout.completions]
     return rollout
+
+
+def teacher_tokens(rollout: Rollout) -> list[int]:
+    """How many tokens of each completion of `from_teacher_prefixes` are the teacher's: it has all the weight there."""
+    return [sum(weight == 1 for weight in row) for row in rollout.stats.teacher_weight]

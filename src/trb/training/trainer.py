@@ -48,14 +48,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from trb.errors import InputError
+from trb.errors import InputError, OperationError
 from trb.losses import ReverseKL
 from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.models.prefixes import shared_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
 from trb.records import SKIPPED
 from trb.sampling import Engine, Rollout, prompt_key, sample, stream_seed
-from trb.sampling.vllm import stopping_parameters
+from trb.sampling.vllm import shared_rows_parameters, stopping_parameters
 from trb.tools.chats import check_template
 from trb.tools.turns import LaterTurns
 from trb.training.arguments import (
@@ -264,7 +264,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         self.eos_token_ids = vocabulary.stop_ids
         without_adapters(self.model).generation_config.eos_token_id = vocabulary.stop_ids
         if self.use_vllm:
-            self.vllm_generation.generation_kwargs |= stopping_parameters(vocabulary)
+            rows = without_adapters(self.model).config.get_text_config().vocab_size  # as vLLM counts them
+            told = shared_rows_parameters(vocabulary, rows, served=self.args.vllm_mode == "server")
+            self.vllm_generation.generation_kwargs |= stopping_parameters(vocabulary) | told
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
         return self.accelerator.autocast()
@@ -302,7 +304,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         if self.use_vllm and engine is None and self._all_own and horizon == self.max_completion_length:
             self._rollout = None
             completions = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
-            return [[self.vocabulary.event_of(token) for token in ids] for ids in completions]
+            return [[self._drawn_event(token) for token in ids] for ids in completions]
         keys = [prompt_key(ids) for ids in prompt_ids]
         index = self._rollout_index(keys)
         share = 1.0 if self._all_own else self.behavior.share.value(step)
@@ -327,6 +329,15 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
             self._later_turns = LaterTurns(draw, columns, horizon) if self.tools and not prefix else None
             self._rollout = draw(**columns)
         return [list(ids) for ids in self._rollout.completions]  # where there are tools, the rollout is continued
+
+    def _drawn_event(self, token: int) -> int:
+        """The event that TRL's vLLM has drawn; a server that cannot be told which rows are shared may draw others."""
+        if token >= self.vocabulary.size:
+            raise OperationError(
+                f"vLLM drew token id {token}, and the pair shares {self.vocabulary.size} rows of the student's head: "
+                "save the student with a head of as many (resize_token_embeddings), and train from there"
+            )
+        return self.vocabulary.event_of(token)
 
     def _drawn(
         self,

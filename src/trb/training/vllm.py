@@ -35,7 +35,14 @@ from trb.errors import InputError, OperationError, ServerError
 from trb.models.modeling import has_adapters, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling import Engine, EngineOptions, Rollout
-from trb.sampling.vllm import BlendEngine, drafting_room, generators_kept, repack_heads, require_supported_version
+from trb.sampling.vllm import (
+    BlendEngine,
+    check_runner,
+    drafting_room,
+    generators_kept,
+    repack_heads,
+    require_supported_version,
+)
 from trb.sampling.vllm.served import REQUEST_SECONDS, Answer, ask, check_completion
 from trb.training.ranks import Ranks
 
@@ -209,6 +216,8 @@ class DeferredGeneration(VLLMGeneration):
 
     def _start(self) -> None:
         if not self._started:
+            if self.mode == "colocate":
+                check_runner(self.generation_kwargs)
             rows = without_adapters(self.model).config.get_text_config().vocab_size
             client = partial(BoundedClient, rows=rows, request_timeout=self.request_timeout)
             with generators_kept(), _replaced(vllm_generation, "VLLMClient", client):

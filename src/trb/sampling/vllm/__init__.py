@@ -10,6 +10,7 @@ Left out on purpose: plain student sampling after the warm-up, which is TRL's ow
 
 import gc
 import json
+import math
 import os
 import random
 import shutil
@@ -47,6 +48,7 @@ __all__ = [
     "SERVER_ENVIRONMENT",
     "BlendEngine",
     "ServedEngine",
+    "check_runner",
     "drafting_room",
     "engine_options",
     "generators_kept",
@@ -55,6 +57,7 @@ __all__ = [
     "rollout_of",
     "sampling_parameters",
     "serve_command",
+    "shared_rows_parameters",
     "stopping_parameters",
 ]
 
@@ -63,6 +66,8 @@ _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 # What a server needs: the first model runner, and the routes over which records are taken and weights are loaded. Those
 # let anyone who reaches the port call methods of the workers: keep it inside a trusted network.
 SERVER_ENVIRONMENT = {_RUNNER: "0", "VLLM_SERVER_DEV_MODE": "1"}
+# What vLLM's second model runner takes of one request, and refuses amid the work (MAX_NUM_LOGIT_BIAS_TOKENS).
+MOST_BIASES = 1024
 # How long a separate process may take to end before it is killed.
 _SHUTDOWN_SECONDS = 30.0
 _SEPARATE = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -327,6 +332,36 @@ def stopping_parameters(vocabulary: SharedVocabulary) -> dict[str, Any]:
     Left to itself, an engine goes by the generation config of the checkpoint that it was started from.
     """
     return {"ignore_eos": True, "stop_token_ids": vocabulary.stop_ids}
+
+
+def shared_rows_parameters(vocabulary: SharedVocabulary, rows: int, *, served: bool) -> dict[str, Any]:
+    """vLLM's parameters for a model with a head of `rows`, so that only rows which the pair shares are drawn.
+
+    What is left out is listed and not what is allowed: padding is short, and the list travels with every request. A
+    server takes no infinity, and only -100 at the least, which is no probability in float32; of more than `MOST_BIASES`
+    it may not survive one request, and is told none.
+    """
+    left_out = range(vocabulary.size, rows)
+    if not left_out or (served and len(left_out) > MOST_BIASES):
+        return {}
+    return {"logit_bias": dict.fromkeys(left_out, -100.0 if served else -math.inf)}
+
+
+def check_runner(parameters: Mapping[str, Any]) -> None:
+    """Have an engine that is to be started read all of `shared_rows_parameters`; vLLM's second model runner takes
+    `MOST_BIASES`, so that more are left to the first.
+
+    Raises:
+        ValueError: they are more, and the environment asks for the second.
+    """
+    biases = len(parameters.get("logit_bias") or ())
+    if biases <= MOST_BIASES:
+        return
+    if os.environ.setdefault(_RUNNER, "0") != "0":
+        raise InputError(
+            f"the student's head has {biases} rows more than the pair shares, and vLLM's second model runner leaves at "
+            f"most {MOST_BIASES} out: set {_RUNNER}=0, or give the student a smaller head (resize_token_embeddings)"
+        )
 
 
 def requests_of(names: Iterator[str], policies: Sequence[BehaviorPolicy], options: EngineOptions) -> list[BlendRequest]:
