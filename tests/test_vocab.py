@@ -245,6 +245,18 @@ def test_a_pair_stops_with_every_id_of_either_model_or_tokenizer(tiny_pair: Tiny
         SharedVocabulary.of_pair(student, tiny_pair.teacher, student_tokenizer)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization", "ignore:torch.quantize_per_tensor")
+def test_head_rows_of_a_model_that_torch_has_quantised() -> None:
+    """The weight of its layers is a method. The head is padded beyond what the configuration says."""
+    model = tiny_llama(8, seed=1).float()
+    model.config.vocab_size = 6
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert not isinstance(quantised.get_output_embeddings().weight, Tensor)
+    assert head_rows(quantised) == 8
+    quantised.set_output_embeddings(torch.nn.Identity())
+    assert head_rows(quantised) == 6
+
+
 def test_head_rows_and_stop_ids_of_a_model(tiny_pair: TinyPair) -> None:
     model = tiny_pair.teacher
     assert head_rows(model) == 8

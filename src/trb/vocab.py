@@ -241,7 +241,12 @@ def check_heads(student_rows: int, teacher_rows: int, used_ids: int) -> None:
 def head_rows(model: "PreTrainedModel") -> int:
     """Rows of the model's output head (its logits' last dimension)."""
     head = model.get_output_embeddings()
-    return model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.shape[0]
+    # A method in layers that torch quantises; they say themselves how many rows they have.
+    rows = getattr(head, "out_features", None)
+    return rows if isinstance(rows, int) else model.config.get_text_config().vocab_size
 
 
 def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> list[int]:

@@ -631,6 +631,59 @@ def test_dropout_is_off_while_training(tmp_path: Path) -> None:
     assert TRBConfig(str(tmp_path), bf16=False).disable_dropout
 
 
+def dropping_student() -> Any:
+    """The embedded student, with dropout on its attention as its family draws it."""
+    student, _ = zoo.load("student")
+    student.config.attention_dropout = 0.5
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    return student
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_is_that_of_a_student_without_dropout(tmp_path: Path, checkpointing: bool) -> None:
+    """Also where the backward pass computes layers again. What is saved has the student's own number."""
+    plain, _ = zoo.load("student")
+    options: dict[str, Any] = {"max_steps": 1, "gradient_checkpointing": checkpointing, "method": "opd"}
+    options |= {"optim": "sgd", "learning_rate": 1.0}  # weights then move as far as their gradients reach
+    expected, found = (
+        build(tmp_path / name, student=student, **options)
+        for name, student in (("plain", plain), ("dropping", dropping_student()))
+    )
+    expected.train()
+    found.train()
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
+    for name, weight in weights(found).items():  # by rounding alone: attention without a half of its keys is far off
+        torch.testing.assert_close(weight, weights(expected)[name], rtol=0, atol=1e-4)
+    found.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["attention_dropout"] == 0.5
+    assert found.model.model.layers[0].self_attn.attention_dropout == 0.5
+
+
+def test_dropout_is_drawn_where_it_is_asked_for(tmp_path: Path) -> None:
+    trainer = build(tmp_path / "drawn", student=dropping_student(), disable_dropout=False, max_steps=1)
+    off = build(tmp_path / "off", student=dropping_student(), max_steps=1)
+    trainer.train()
+    off.train()
+    assert losses(trainer) != losses(off)
+
+
+class Hidden(torch.nn.Module):
+    """Draws by a number that nobody can find."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(states, 0.3, self.training)
+
+
+def test_a_student_that_goes_on_drawing_is_refused_by_name(tmp_path: Path) -> None:
+    student, _ = zoo.load("student")
+    layer = student.model.layers[0]
+    layer.mlp = torch.nn.Sequential(layer.mlp, Hidden())
+    with pytest.raises(InputError, match=r"qwen3 .*training mode .*disable_dropout=False"):
+        build(tmp_path, student=student)
+    build(tmp_path, student=student, disable_dropout=False)
+
+
 def test_the_teacher_is_evaluated_without_its_dropout(tmp_path: Path) -> None:
     """It comes as its owner left it, here as it was trained."""
     teacher, _ = zoo.load("teacher")

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from trb.errors import InputError
 from trb.models.comparison import Trial, trials_of
+from trb.models.in_place import hold_weights
 from trb.models.quantization import mixes_rows
 
 __all__ = [
@@ -155,7 +156,11 @@ def switched_off(model: nn.Module, *names: str) -> dict[str, bool]:
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Dropout off (and gradient checkpointing, which would drop a cache) within the block; restored after, each part as
-    it was: some may be kept in evaluation mode while the rest is trained."""
+    it was: some may be kept in evaluation mode while the rest is trained. Models that would not keep their weights
+    (`trb.models.in_place`) are made to, or refused."""
+    for model in models:
+        if reason := hold_weights(model):
+            raise UnsupportedModelError(model, reason)
     before = [(part, part.training) for model in models for part in model.modules()]
     for model in models:
         model.eval()

@@ -16,7 +16,7 @@ completion tokens, H hidden size.
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -28,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from trb.models.comparison import Trial, trials_of
+from trb.models.draws import draws
 from trb.models.modeling import (
     accepts,
     cache_name,
@@ -203,7 +204,7 @@ def _may_share(model: PreTrainedModel) -> bool:
         return False
     if is_compiled(model):
         return False
-    return not model.training or not (_checkpoints(base) or _draws(model))
+    return not model.training or not (_checkpoints(base) or draws(model))
 
 
 def _checkpoints(base: PreTrainedModel) -> bool:
@@ -212,25 +213,6 @@ def _checkpoints(base: PreTrainedModel) -> bool:
     # transformers 5.24 renamed it.
     new, old = "is_activation_checkpointing", "is_gradient_checkpointing"
     return bool(getattr(base, new if hasattr(type(base), new) else old))
-
-
-def _draws(model: PreTrainedModel) -> bool:
-    """Whether a pass in training mode draws at random: by the model's options, its layers or an adapter's."""
-    options = vars(model.config.get_text_config()).items()
-    if any(_positive(value) for name, value in options if any(word in name for word in ("drop", "jitter", "noise"))):
-        return True
-    names = ("p", "rank_dropout", "module_dropout")  # dropout layers, and what PEFT keeps for each adapter
-    return any(
-        _positive(value) for module in model.modules() for name in names for value in _values(getattr(module, name, 0))
-    )
-
-
-def _values(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else [value]
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 _AGREES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from trb.errors import InputError, MissingFileError
 from trb.models.adapters import adapter_config, attach_adapter
 from trb.models.directories import check_directory, is_adapter
-from trb.models.modeling import has_adapters, without_adapters
+from trb.models.in_place import hold_weights
+from trb.models.modeling import UnsupportedModelError, has_adapters, without_adapters
 
 __all__ = [
     "ADAPTER",
@@ -73,7 +74,8 @@ def shared_teacher(student: nn.Module, spec: str = BASE) -> PreTrainedModel:
         spec: `"base"`, or `"adapter:DIR"` with the directory of a LoRA adapter that stands on the same base.
 
     Raises:
-        ValueError: an adapter of either that changes the weights under it, or one that does not fit them.
+        ValueError: an adapter of either that changes the weights under it, or one that does not fit them, or a model
+            that changes its own (`trb.models.in_place`).
         OSError: an adapter that is missing or damaged.
     """
     directory = adapter_directory(spec)
@@ -81,6 +83,8 @@ def shared_teacher(student: nn.Module, spec: str = BASE) -> PreTrainedModel:
         raise InputError(f"{spec!r} names no teacher on the student's weights: {BASE!r}, or {ADAPTER + 'DIR'!r}")
     check_base_kept(student)
     inner = without_adapters(student)
+    if reason := hold_weights(inner):  # two trees would each change the same weights
+        raise UnsupportedModelError(inner, reason)
     teacher = _second_tree(inner)
     if directory is not None:
         options = adapter_config(directory)

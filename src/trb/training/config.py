@@ -92,7 +92,9 @@ class TRBConfig(DistillationConfig):
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Dropout off in training: the loss's support is chosen from the same model."},
+        metadata={
+            "help": "Dropout, skipped layers and jitter off in training: what learns is the student that was sampled."
+        },
     )
     method: str = field(
         default="trb",

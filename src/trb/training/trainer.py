@@ -19,6 +19,8 @@ Seams of TRL overridden here, checked by a contract test against the installed v
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
   inside the student's wrapper;
+- `training_step(model, inputs, num_items_in_batch)` is one micro-batch, forward and backward: all that is ever computed
+  in training mode, where `disable_dropout` has more to switch off than TRL's `nn.Dropout` (`trb.models.draws`);
 - `autocast_smart_context_manager()` is what `compute_loss_context_manager` enters around a step's computing;
   transformers leave it to the forward that Accelerate wraps, and neither loss nor sampler goes through that;
 - `hyperparameter_search` is refused, as it builds models anew; `_send_telemetry` is silenced;
@@ -50,6 +52,7 @@ from transformers.utils import logging
 
 from trb.errors import InputError, OperationError
 from trb.losses import ReverseKL
+from trb.models.draws import check_draws_off, draws_off
 from trb.models.modeling import OutputHead, completion_hidden_states, without_adapters
 from trb.models.prefixes import shared_hidden_states
 from trb.policies import BehaviorPolicy, StudentPolicy, samples_student
@@ -217,6 +220,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         # Before Accelerate wraps the forward in autocast: the check compares in the model's own precision.
         self._student_head = OutputHead.check(self.model)
         heads = {name: OutputHead.check(model) for name, model in models.items()}
+        if args.disable_dropout:
+            check_draws_off(self.model)
         self._student_replica = self._replica()
         self._teacher_is_sharded = False
         self._warmup_engine: WarmupEngine | None = None
@@ -284,6 +289,12 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
 
     def _training_steps(self) -> int:
         return self.state.max_steps
+
+    # ---- what a step computes is what was sampled ----
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        with draws_off(self.model) if self.args.disable_dropout else nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
 
     # ---- replaced: how completions are sampled ----
 

@@ -1,0 +1,160 @@
+"""What a pass in training mode draws at random, found, and switched off while a step is computed.
+
+Setting every `nn.Dropout` to 0, as TRL does, leaves what families draw by a number of their own: dropout as a function,
+of attention or between layers, layers that are skipped, jitter on what a router reads, and what PEFT keeps for each
+adapter. Such a number is set to 0 where it stands, in modules and in configurations, since some families read it
+there at every pass. It is for the time of a step alone: what is saved, and what a caller gets back, has the numbers
+that it came with. Jitter is left as it is, and its module in evaluation mode: to PhiMoE it also says, in evaluation,
+which experts come into question.
+
+Left out: numbers by another name. `check_draws_off` meets them, once before training.
+
+Shape suffixes: N completion tokens, H hidden size.
+"""
+
+import random
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from trb.models.comparison import Trial, trials_of
+from trb.models.modeling import (
+    UnsupportedModelError,
+    completion_hidden_states,
+    evaluation_mode,
+    probe_rows,
+    without_adapters,
+)
+from trb.models.rows import padded
+
+__all__ = ["check_draws_off", "draws", "draws_off"]
+
+_JITTER = ("jitter", "noise")
+_TOKENS = 32  # of the row that `check_draws_off` reads: with as many keys, no dropout leaves all of them
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether a pass in training mode draws at random: by the model's options, its layers or an adapter's."""
+    return any(True for _ in _dropouts(model)) or any(True for _ in _jittered(model))
+
+
+@contextmanager
+def draws_off(model: nn.Module) -> Iterator[None]:
+    """Within the block passes in training mode compute what those in evaluation mode do, and can be trained through."""
+    before = [(place, name, place[name]) for place, name in _dropouts(model)]
+    jittered = list(_jittered(model))
+    hooks = [module.register_forward_pre_hook(_evaluate) for module in jittered]
+    for place, name, _ in before:
+        place[name] = 0.0
+    try:
+        yield
+    finally:
+        for place, name, value in before:
+            place[name] = value
+        for hook in hooks:
+            hook.remove()
+        for module in jittered:
+            module.training = model.training
+
+
+def check_draws_off(model: nn.Module) -> None:
+    """Refuse a model that `draws_off` does not make the one that is sampled. Random states are left as they were.
+
+    Raises:
+        UnsupportedModelError: hidden states in training mode, so switched off, are others than in evaluation mode.
+    """
+    inner = without_adapters(model)
+    own_NH, trained_NH = _both(inner)
+    if torch.equal(own_NH, trained_NH):
+        return
+    gap = Trial(inner).gap([trained_NH], [own_NH])
+    if gap is None:
+        with trials_of(inner) as trials:
+            copies = [trial for trial in trials if trial.model is not inner]
+            for trial in copies:
+                with trial.precision():
+                    own_NH, trained_NH = _both(trial.model)
+                gap = trial.gap([trained_NH], [own_NH])
+    if gap is not None:
+        raise UnsupportedModelError(
+            model,
+            f"with disable_dropout=True its training mode still gives other hidden states than it is sampled from (off "
+            f"by {gap:.2g} of their spread); disable_dropout=False trains it as it is",
+        )
+
+
+def _both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """`[N, H]` states of a row in evaluation mode, and in training mode with what it draws off."""
+    row = probe_rows(model, 6)[0][:_TOKENS]
+    batch = padded([row[:1]], [row[1:]], model.device)
+    with torch.no_grad(), _random_states_kept(model.device), evaluation_mode(model), draws_off(model):
+        own_NH = completion_hidden_states(model, *batch)
+        model.train()
+        return own_NH, completion_hidden_states(model, *batch)
+
+
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    """Those of torch, numpy and Python: families draw from any of them."""
+    here, everywhere = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        try:
+            yield
+        finally:
+            random.setstate(here)
+            numpy.random.set_state(everywhere)
+
+
+# ---- where the numbers stand ----
+
+_Place = tuple[MutableMapping[str, Any], str]
+
+
+def _dropouts(model: nn.Module) -> Iterator[_Place]:
+    """The mappings and names under which positive numbers say what is dropped."""
+    configs: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        options = vars(module)
+        yield from _numbers(options, "drop")
+        if "drop" in type(module).__name__.lower() and _positive(options.get("p")):
+            yield options, "p"
+        for config in _configs(options.get("config")):
+            configs[id(config)] = config
+    for config in configs.values():
+        yield from _numbers(vars(config), "drop")
+
+
+def _numbers(options: MutableMapping[str, Any], word: str) -> Iterator[_Place]:
+    for name, value in list(options.items()):
+        if word in name:
+            if _positive(value):
+                yield options, name
+            elif isinstance(value, dict):  # one for each of PEFT's adapters
+                yield from ((value, each) for each in list(value) if _positive(value[each]))
+
+
+def _configs(config: Any) -> Iterator[PretrainedConfig]:
+    if isinstance(config, PretrainedConfig):
+        yield config
+        for part in vars(config).values():
+            yield from _configs(part)
+
+
+def _jittered(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules with noise of their own on what they read; only the model's layers know of it."""
+    for module in model.modules():
+        if any(_positive(value) and any(word in name for word in _JITTER) for name, value in vars(module).items()):
+            yield module
+
+
+def _evaluate(module: nn.Module, _arguments: Any) -> None:
+    module.training = False
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
