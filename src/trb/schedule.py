@@ -16,7 +16,6 @@ from trb.errors import InputError, did_you_mean, real
 
 __all__ = [
     "KINDS",
-    "WHOLE_WEIGHT",
     "Budget",
     "Constant",
     "FirstSteps",
@@ -143,9 +142,6 @@ class FirstSteps(Schedule):
 _FORGET, _REPAY_STEPS = 0.5, 5
 # A step's spending is at most expected to grow so much: the first estimates are made far from where they are used.
 _GROWTH = 8.0
-# From this mean teacher weight on, a budget per token binds hardly anywhere. Where few tokens hold most of all there is
-# it can bind there still, so that a line just below all there is may be undercut, by up to a fifth.
-WHOLE_WEIGHT = 0.999
 
 
 @dataclass
@@ -154,10 +150,11 @@ class SequenceBudget(Schedule):
 
     What a completion costs at a value v is taken to be c · v^power, c a running mean of what was seen; what was spent
     too much or too little before is made good over the next steps. This is the dual ascent of docs/theory.md in the
-    variable that the sampler reads. Observes of blended completions `sequence_kl`, nats, and `teacher_weight`.
+    variable that the sampler reads. Observes `sequence_kl`: of blended completions, nats.
 
-    A target that falls is followed with a lag, since what a completion costs is taken from the steps before: over ten
-    steps the second half can spend 1.8 times what it should, over thirty a seventh more.
+    A target that falls is followed with a lag, as what a completion costs is taken from the steps before; and where a
+    pair has less between its models than the target asks for, what could not be spent is owed, and spent later on, up
+    to twice the target at a step. That this be forgotten was tried and taken back (docs/experiments.md).
 
     Attributes:
         target: B, nats per completion, > 0 and finite.
@@ -196,11 +193,6 @@ class SequenceBudget(Schedule):
             return
         cost = spent / self._value**self.power
         self._owed += self.target * self.left.value(step) - spent
-        falls = target < self.target * self.left.value(step)
-        if falls and self.power == 1 and statistics.get("teacher_weight", 0.0) >= WHOLE_WEIGHT:
-            # All there is was spent: no budget could have spent more, and a lower one may do it as well. While the
-            # target stays there is time to pay what is owed with the tokens at which a budget binds still.
-            self._owed, cost = min(self._owed, 0.0), max(cost, self._cost)
         self._cost = cost if math.isnan(self._cost) else self._cost + _FORGET * (cost - self._cost)
         aim = min(max(target + self._owed / _REPAY_STEPS, target / 2), 2 * target)
         largest = min(self.highest, self._value * _GROWTH ** (1 / self.power))

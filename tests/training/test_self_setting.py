@@ -147,55 +147,32 @@ class Pair(NamedTuple):
         drawn = np.random.default_rng(0).gamma(shape, size=tokens)
         return Pair((drawn * total / drawn.sum()).tolist())
 
-    def statistics(self, budget: float) -> dict[str, float]:
-        """A token within its budget is the teacher's; of another the weight is the root of its share, about."""
-        weights = [min(1.0, math.sqrt(budget / gap)) if gap else 1.0 for gap in self.gaps]
-        return {
-            "sequence_kl": sum(min(budget, gap) for gap in self.gaps),
-            "teacher_weight": sum(weights) / len(weights),
-        }
+    def spent(self, budget: float) -> float:
+        """Of a token its budget, or all that there is."""
+        return sum(min(budget, gap) for gap in self.gaps)
 
 
-@pytest.mark.parametrize(("steps", "lag"), [(10, 1.8), (30, 1.15), (200, 1.01)])
-@pytest.mark.parametrize(("total", "tokens"), [(3, 25), (8, 25), (14, 50), (30, 50), (100, 400)])
-def test_a_line_below_all_there_is_is_followed(total: float, tokens: int, steps: int, lag: float) -> None:
+@pytest.mark.parametrize(("steps", "lag"), [(10, 1.9), (30, 1.7), (200, 1.1)])
+@pytest.mark.parametrize("shape", [0.3, 0.05, 0.01])
+@pytest.mark.parametrize(("total", "tokens"), [(3, 25), (8, 25), (14, 50), (30, 50), (100, 400), (12, 7000)])
+def test_a_line_is_kept_on_the_whole_and_passed_at_its_end(
+    total: float, tokens: int, shape: float, steps: int, lag: float
+) -> None:
     """16 nats of a completion at first: most pairs have less between them, and come under the line on its way down."""
-    schedule, pair = SequenceBudget(16.0, 8 / tokens, 16.0, left=Ramp(1.0, 0.0, steps)), Pair.of(total, tokens)
-    spent = []
-    for step in range(steps):
-        found = pair.statistics(schedule.value(step))
-        schedule.observe(step, found)
-        spent.append(found["sequence_kl"])
+    schedule, pair = SequenceBudget(16.0, 16 / tokens, 16.0, left=Ramp(1.0, 0.0, steps)), Pair.of(total, tokens, shape)
+    spent = held(schedule, lambda budget, step: pair.spent(budget), steps)
     line = [min(total, 16 * (1 - step / steps)) for step in range(steps)]
     assert sum(spent[steps // 2 :]) < lag * sum(line[steps // 2 :])
-    assert sum(spent) > 0.9 * sum(line)
-
-
-@pytest.mark.parametrize("tokens", [400, 7000])
-@pytest.mark.parametrize("total", [12, 14, 17])
-def test_a_line_that_few_tokens_hold_is_undercut_by_a_fifth_at_most(total: float, tokens: int) -> None:
-    """The weight's mean says too early that all there is was spent."""
-    schedule, pair = SequenceBudget(16.0, 16 / tokens, 16.0, left=Ramp(1.0, 0.0, 30)), Pair.of(total, tokens, 0.01)
-    spent = []
-    for step in range(30):
-        found = pair.statistics(schedule.value(step))
-        schedule.observe(step, found)
-        spent.append(found["sequence_kl"])
-    line = [min(total, 16 * (1 - step / 30)) for step in range(30)]
-    assert 0.8 < sum(spent) / sum(line) < 1.0
+    assert 0.85 < sum(spent) / sum(line) < 1.25
 
 
 @pytest.mark.parametrize("shape", [0.3, 0.05, 0.01])
 @pytest.mark.parametrize("total", [1.1, 1.2, 1.35, 2.0])
 @pytest.mark.parametrize("tokens", [20, 400, 7000])
 def test_a_target_just_below_all_there_is_is_met(tokens: int, total: float, shape: float) -> None:
-    """Few tokens hold nearly all of it: the mean weight is as good as 1 where the budget still binds at those."""
+    """Few tokens hold nearly all of it, so that a budget far above the mean gap binds at those still."""
     schedule, pair = SequenceBudget(1.0, 1 / tokens, highest=1.0), Pair.of(total, tokens, shape)
-    spent = []
-    for step in range(50):
-        found = pair.statistics(schedule.value(step))
-        schedule.observe(step, found)
-        spent.append(found["sequence_kl"])
+    spent = held(schedule, lambda budget, step: pair.spent(budget), 50)
     assert sum(spent) / 50 == pytest.approx(1.0, abs=0.05)
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from trb.measures import decimals
 from trb.policies import BehaviorPolicy, StudentPolicy, TeacherPolicy, TrustRegionPolicy
-from trb.schedule import WHOLE_WEIGHT
 from trb.studies.diagnostics import budget_curve
 from trb.studies.subject import Subject
 from trb.studies.transfer import gradient_transfer
@@ -28,6 +27,7 @@ __all__ = ["TABLE", "Advice", "advise", "outlook"]
 
 TABLE = Path(__file__).with_name("advice.json")
 
+_WHOLE = 0.999  # mean teacher weight from which on a budget per token binds hardly anywhere
 _NOISY = 0.3  # agreement of the teacher's two gradients below which the transfer says little
 
 
@@ -161,8 +161,8 @@ def _cost_sentences(found: Mapping[str, Any]) -> list[str]:
     student, blend, teacher = found["student"], found["blend"], _teacher_score(found)
     kept = blend["accept_rate"]["value"]
     taught = "" if teacher is None else f" (teacher {100 * teacher:.1f}%)"
-    whole = blend["teacher_weight"]["value"] >= WHOLE_WEIGHT
-    binds = ": the budget does not bind, and blended rollouts are the teacher's own" if whole else ""
+    whole = blend["teacher_weight"]["value"] >= _WHOLE
+    binds = ": the budget hardly binds, and blended rollouts are as good as the teacher's own" if whole else ""
     return [
         f"At {found['sequence_kl_budget']:g} nats a completion ({found['kl_budget']:.2g} a token) a blended one spends "
         f"{blend['sequence_kl']['value']:.2f} on average{binds}.",
