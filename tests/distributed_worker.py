@@ -257,6 +257,13 @@ SELF_SETTING: dict[str, dict[str, Any]] = {
         **{"behavior_share": 0.5, "num_generations": 8},
     },
     "geometric": {"method": "geometric", "sequence_kl_budget": 0.5},
+    "sequence": {"budget_schedule": "sequence", "sequence_kl_budget": 0.5, "initial_kl_budget": None},
+    # The default, with a length that is read from the data: a prompt a step, 11 of the 64, and a fifth of it, which is
+    # 3 steps, is blended.
+    "sequence-linear": {
+        **{"sequence_kl_budget": 0.5, "initial_kl_budget": None, "blend_warmup_steps": None},
+        **{"max_steps": -1, "num_train_epochs": 11 / 64, "gradient_accumulation_steps": 1},
+    },
 }
 
 

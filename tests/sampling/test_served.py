@@ -19,7 +19,7 @@ from conftest import tiny_llama
 from trl.generation import vllm_client, vllm_generation
 from trl.trainer import distillation_trainer
 
-from trb.policies import StudentPolicy
+from trb.policies import BehaviorPolicy, StudentPolicy, TemperaturePolicy, TrustRegionPolicy
 from trb.sampling.vllm import ServedEngine, serve_command, served, stopping_parameters
 from trb.sampling.vllm.verification import BlendRequest
 from trb.training.vllm import BoundedClient, deferred_generation
@@ -27,6 +27,7 @@ from trb.vocab import SharedVocabulary
 
 PAIR = SharedVocabulary(9, 2, (5,))
 PROMPTS = [[1, 3], [4]]
+STUDENT = StudentPolicy()
 COLUMNS = ("teacher_weight", "kl_student", "kl_teacher", "accepted")
 Answering = Callable[[BaseHTTPRequestHandler, Any], Any]
 
@@ -253,7 +254,7 @@ def test_a_trainer_s_generation_talks_to_its_server_through_the_bounded_client(
 # ---- the blended engine behind a server ----
 
 
-def blended(fake: Fake, *, seconds: float = 20.0, **record: Any) -> Any:
+def blended(fake: Fake, *, seconds: float = 20.0, policy: BehaviorPolicy = STUDENT, **record: Any) -> Any:
     """Two rows sampled by a server whose completions are [7, 2] and whose records are as given."""
     numbers = {name: [0.5, 0.5] for name in COLUMNS}
 
@@ -264,13 +265,29 @@ def blended(fake: Fake, *, seconds: float = 20.0, **record: Any) -> Any:
     fake.answers.setdefault("/collective_rpc", records)
     engine = ServedEngine(fake.url, "teacher", timeout_s=seconds)
     return engine.sample(
-        PROMPTS, [StudentPolicy()] * 2, vocabulary=PAIR, max_new_tokens=4, temperature=1.0, seed=0, prompt_keys=[1, 2],
+        PROMPTS, [policy] * 2, vocabulary=PAIR, max_new_tokens=4, temperature=1.0, seed=0, prompt_keys=[1, 2],
         rollout_index=[0, 0],
     )  # fmt: skip
 
 
 def test_honest_records_pass(fake: Fake) -> None:
     assert blended(fake).completions == [[7, 2], [7, 2]]
+
+
+@pytest.mark.parametrize("policy", [STUDENT, TemperaturePolicy(0.8)], ids=str)
+def test_a_row_without_a_teacher_has_no_divergence_from_it(fake: Fake, policy: BehaviorPolicy) -> None:
+    """As an engine's own records: nobody asked the teacher."""
+    found = blended(fake, policy=policy, kl_teacher=[])
+    assert found.stats.kl_teacher == [[], []]
+    assert found.stats.kl_student == [[0.5, 0.5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "column"), [(TrustRegionPolicy(0.3), column) for column in COLUMNS] + [(STUDENT, "accepted")], ids=str
+)
+def test_other_numbers_cannot_be_left_out(fake: Fake, policy: BehaviorPolicy, column: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"{column} is \[\], expected 2 numbers"):
+        blended(fake, policy=policy, **{column: []})
 
 
 @pytest.mark.parametrize("value", [[0.5], ["x", 1], [True, True], [0.5, float("nan")], {}, "ab", None, 0.5])

@@ -202,6 +202,12 @@ def test_a_warm_up_that_sets_itself_is_the_same_everywhere(name: str, pair: Any,
     assert {"trb/sequence_kl", "trb/teacher_weight"} <= alone["logs"][0].keys()
     if name == "gap":
         assert {"trb/gap", "trb/share", "trb/teacher_log_prob_student", "trb/reward_blended"} <= alone["logs"][0].keys()
+    budgets = [row["trb/kl_budget"] for row in alone["logs"]]
+    if name == "sequence":
+        assert len({*budgets}) == 3, "nothing was learned from what was spent"
+    if name == "sequence-linear":
+        assert len({*budgets[:3]}) == 3 and 0.0 not in budgets[:3]
+        assert budgets[3:] == [0.0] * 8
     for ours, theirs in zip(first["logs"], alone["logs"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9)
     flat = [

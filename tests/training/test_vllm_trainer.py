@@ -111,9 +111,19 @@ def test_a_run_inside_vllm_is_the_run_in_process(
         shut_down(inside)
 
 
-def test_a_budget_that_sets_itself_is_the_same_inside(tmp_path: Path, students: Any) -> None:
-    """The budget of a step comes from what the completions of the steps before have spent."""
-    own = {"max_steps": WARMUP, "initial_kl_budget": None, "blend_warmup_steps": None, "budget_schedule": "sequence"}
+def recorded(directory: Path, name: str) -> list[Any]:
+    """A field of every rollout of every step."""
+    return [json.loads(line)[name] for line in (directory / "rollouts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("schedule", ["sequence", "gap"])
+def test_a_budget_that_sets_itself_is_the_same_inside(tmp_path: Path, students: Any, schedule: str) -> None:
+    """The budget of a step comes from what the completions of the steps before have spent.
+
+    With `gap` every fourth rollout of a prompt is the student's own, in the same batch of the same engine.
+    """
+    own = {"max_steps": WARMUP, "initial_kl_budget": None, "blend_warmup_steps": None, "budget_schedule": schedule}
+    own["recorded_rollouts"] = 8  # all of a step
     beside = run(tmp_path / "a", students(), **own)
     beside.train()
     inside = run(tmp_path / "b", students(), **own, **INSIDE)
@@ -123,6 +133,16 @@ def test_a_budget_that_sets_itself_is_the_same_inside(tmp_path: Path, students: 
     assert budgets[2] > 1.5 * budgets[0], "nothing was learned from what was spent"
     assert warm_up(inside, "kl_budget") == pytest.approx(budgets, rel=1e-3)
     assert warm_up(inside, "sequence_kl") == pytest.approx(warm_up(beside, "sequence_kl"), rel=1e-3)
+    for name in ("tokens", "blended"):
+        assert recorded(tmp_path / "b", name) == recorded(tmp_path / "a", name)
+    blended = recorded(tmp_path / "b", "blended")
+    assert blended == [True, True, True, schedule != "gap"] * 2 * WARMUP
+    if schedule == "gap":
+        assert warm_up(inside, "share") == [0.75] * WARMUP
+        for name in ("teacher_log_prob_blended", "teacher_log_prob_student"):
+            assert warm_up(inside, name) == pytest.approx(warm_up(beside, name), rel=1e-3)
+    for whether, weights in zip(blended, recorded(tmp_path / "b", "teacher_weight"), strict=True):
+        assert (max(weights) > 0) == whether
 
 
 def test_evaluation_during_the_warm_up_uses_the_engine_that_is_there(tmp_path: Path, students: Any) -> None:
