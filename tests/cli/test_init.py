@@ -1,6 +1,7 @@
 """`trb init`: the recipe it writes runs as it is, and nothing is ever overwritten."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from trb import zoo
 from trb.cli import doctor, draft, main
 from trb.studies.recipe import Recipe, load_recipe
+from trb.tasks import prompts
 from trb.tasks.prompts import load_prompts, render
 
 PAIR = ("--student", "zoo:student", "--teacher", "zoo:teacher")
@@ -61,6 +63,33 @@ def test_every_line_says_why_or_speaks_for_itself() -> None:
     bare = {line.partition(":")[0] for line in lines if "#" not in line}
     assert bare <= {"num_generations", "logging_steps", "save_total_limit", "eval_limit", "eval_every"}
     assert all(len(line) <= 150 for line in lines)
+
+
+def zoo_specs() -> Iterator[str]:
+    """Every task of the zoo, as it is, in a larger size and with each of its settings."""
+    for name, task in zoo.TASKS.items():
+        yield f"zoo:{name}"
+        yield f"zoo:{name}?{task.unit}={task.default + 1}"
+        yield from (f"zoo:{name}?{setting}=0.5" for setting in task.settings)
+
+
+@pytest.mark.parametrize("spec", list(zoo_specs()))
+def test_a_right_answer_fits_into_a_completion(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle solves each problem that the prompts show, or reads what the clerk of the conversation says."""
+    monkeypatch.setattr(prompts, "GENERATED_ROWS", 100)
+    name, _, setting = spec.removeprefix("zoo:").partition("?")
+    key, _, value = setting.partition("=")
+    task = zoo.TASKS[name].with_settings(**({key: float(value)} if key in zoo.TASKS[name].settings else {}))
+    if name == "dialogue":
+        turns = int(value) if value else task.default
+        right = [row["messages"][-1]["content"] for row in task.problems(100, seed=0, size=turns)]
+    else:
+        right = [task.solution(row["prompt"][0]["content"].split("\n")[0]) for row in load_prompts(spec)]
+    tokenizer = zoo.load("student")[1]
+    needed = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in right)
+    longest = initial(*PAIR, "--data", spec).training["max_completion_length"]
+    assert needed < longest < 1.5 * needed + 16  # a token to stop with; half as much again, in sixteens
+    assert f"the longest worked solution has {needed} tokens" in Path("distil.yaml").read_text()
 
 
 def test_data_of_ones_own_with_the_recipe_in_another_folder() -> None:

@@ -232,6 +232,17 @@ def test_prompt_column_is_guessed(tmp_path: Path, column: str) -> None:
     assert load_prompts(path)[0] == {"prompt": user("one"), "answer": "2", "verifier": "math", "metadata": "{}"}
 
 
+def test_a_row_that_names_no_verifier_is_mathematics(tmp_path: Path) -> None:
+    """Whatever the others of its file say, and however it says nothing."""
+    rows = [{"prompt": "x", "answer": "1"} | said for said in ({"verifier": "exact"}, {}, {"verifier": None})]
+    found = load_prompts(write_jsonl(tmp_path / "x.jsonl", [*rows, {"prompt": "x", "answer": "1", "verifier": ""}]))
+    assert found["verifier"] == ["exact", "math", "math", "math"]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert load_prompts(tmp_path / "x.parquet")["verifier"] == ["exact", "math", "math"]
+    only = load_prompts(write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x", "verifier": None, "metadata": {"a": None}}]))
+    assert (only["verifier"], json.loads(only["metadata"][0])) == (["math"], {"a": None})
+
+
 def test_named_columns_win(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "no", "answer": "no", "a": "yes", "b": "right"}])
     row = load_prompts(path, prompt_column="a", answer_column="b")[0]
@@ -348,7 +359,9 @@ GOOD = {"question": "one", "answer": "1"}
         ([json.dumps({"messages": [{"role": "user", "content": [1]}]})], "message 1 in .*a list for its content"),
         ([json.dumps({"messages": [{"role": "user", "content": 1}]})], "message 1 in .*wrong type"),
         ([json.dumps({"prompt": "x", "verifier": "guess"})], "'verifier' of row 1 of .*'guess'"),
-        ([json.dumps({"prompt": "x", "verifier": "exact", "metadata": {"a": 1}})], "'metadata' of row 1"),
+        ([json.dumps({"prompt": "x", "verifier": "exact", "metadata": [1]})], "'metadata' of row 1"),
+        ([json.dumps({"prompt": "x", "verifier": 0})], "'verifier' of row 1 of .*0; use one of"),
+        ([json.dumps({"prompt": "x", "verifier": "exact", "metadata": {"a": "\ud800"}})], "row 1 of .*surrogate"),
     ],
 )
 def test_bad_jsonl(tmp_path: Path, lines: list[str], message: str) -> None:

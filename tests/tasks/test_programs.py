@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_recipes import SMALL
 
@@ -151,7 +153,72 @@ def test_rows_that_were_saved_are_read_back(tmp_path: Path) -> None:
     assert list(stated) == list(rows)
 
 
+MATHEMATICS = {"question": "1 + 1 = ?", "answer": "2"}
+MIXED = {
+    "math and MBPP": ([MATHEMATICS, MBPP], ["math", "python"]),
+    "MBPP and math": ([MBPP, MATHEMATICS], ["python", "math"]),
+    "both kinds of programs": ([HUMAN_EVAL, MBPP, SANITIZED], ["python"] * 3),
+    "everything": ([MBPP, MATHEMATICS, HUMAN_EVAL, SANITIZED], ["python", "math", "python", "python"]),
+    "a verifier for programs alone": ([MATHEMATICS, {**MBPP, "verifier": "python"}], ["math", "python"]),
+    "a verifier for math alone": (
+        [MBPP, {**MATHEMATICS, "verifier": "math"}, HUMAN_EVAL],
+        ["python", "math", "python"],
+    ),
+    "another verifier": ([{**MATHEMATICS, "verifier": "exact"}, {**MBPP, "verifier": ""}], ["exact", "python"]),
+    "text for both": ([{"text": "1 + 1 = ?", "answer": "2"}, MBPP, HUMAN_EVAL], ["math", "python", "python"]),
+    "tests that are not meant": (
+        [{**MBPP, "text": "1 + 1 = ?", "answer": "2", "verifier": "math"}, MBPP],
+        ["math", "python"],
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("rows", "verifiers"), MIXED.values(), ids=MIXED)
+def test_one_file_may_mix_mathematics_and_programs(
+    rows: list[dict[str, Any]], verifiers: list[str], suffix: str, tmp_path: Path, verifier: Verifier
+) -> None:
+    """Each row is read by what it has itself, and what is right for one of its kind alone is right for it here."""
+    path = tmp_path / f"mixed.{suffix}"
+    if suffix == "jsonl":
+        write(path, *rows)
+    else:  # where every row has every column, most of them null
+        names = sorted({name for row in rows for name in row} - {"task_id"})  # a number or a text
+        pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), path)
+    found = load_prompts(path)
+    assert found["verifier"] == verifiers
+    for own, row in zip(found, rows, strict=True):
+        asked = row.get("question") or row.get("prompt") or row["text"]
+        assert own["prompt"][0]["content"].startswith(asked)
+    right = ["\\boxed{2}" if name != "python" else row["answer"] for name, row in zip(verifiers, found, strict=True)]
+    assert verifier.score(right, found) == [1.0] * len(rows)
+    assert verifier.score(["\\boxed{3}"] * len(rows), found) == [0.0] * len(rows)
+
+
+def test_the_last_turn_is_checked_by_its_own_row_in_a_mixed_file(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": "said"} for role in ("user", "assistant") * 2]
+    rows = [{"messages": talk, "answer": "2"}, {"prompt": talk, "test_list": ["assert f() == 1"]}]
+    found = load_prompts(write(tmp_path / "talks.jsonl", *rows), assistant_turns="all")
+    assert found["verifier"] == ["math", "math", "math", "python"]
+    assert found["answer"] == ["", "2", "", ""]
+
+
+def test_metadata_may_be_an_object(tmp_path: Path, verifier: Verifier) -> None:
+    stated = [
+        {"tests": ["assert f() == 1"], "entry_points": ["f"]},
+        {"tests": ["assert g() == 1"], "setup": "g = f", "reference": "def f(): return 0"},
+    ]
+    rows = [{"prompt": "Write f.", "verifier": "python", "metadata": metadata} for metadata in stated]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")  # what one row leaves out is null there
+    for path in (write(tmp_path / "rows.jsonl", *rows), tmp_path / "rows.parquet"):
+        found = load_prompts(path)
+        assert verifier.score(["f = lambda: 1"] * 2, found) == [1.0] * 2
+        assert verifier.score(["f = lambda: 2"] * 2, found) == [0.0] * 2
+
+
 BAD_ROWS = {
+    "half a problem": ({**HUMAN_EVAL, "test": None}, "'test' of row 2 .*missing"),
+    "another half": ({**HUMAN_EVAL, "entry_point": None}, "'entry_point' of row 2"),
     "no tests": ({**MBPP, "test_list": []}, "'test_list' of row 2 .* at least"),
     "a number": ({**MBPP, "test_list": [1]}, "'test_list' of row 2"),
     "no text": ({**MBPP, "code": 5}, "'code' of row 2 .*must be text"),
@@ -162,7 +229,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_prompts(write(tmp_path / "rows.jsonl", MBPP, row))
+        load_prompts(write(tmp_path / "rows.jsonl", MBPP if "test_list" in row else HUMAN_EVAL, row))
 
 
 def test_an_entry_point_that_is_no_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Line", "draft"]
 
 STEPS = 100
+ZOO = "zoo:"
 ROLLOUTS = 4  # of each prompt; the paper's
 READ = 2000  # prompts whose lengths are measured, of a source that has more
 LONGEST_COMPLETION = 512
@@ -68,7 +69,11 @@ def draft(student: str, teacher: str, data: str) -> list[list[Line]]:
         run.chat_template = "plain"
     tokenizer, _ = load_tokenizers(run)
     pair = _Pair(*outlined_pair(run))
-    rows = load_prompts(data, limit=None if data.startswith(GENERATORS) else READ)
+    rows = load_prompts(
+        data,
+        limit=None if data.startswith(GENERATORS) else READ,
+        privileged_column="solution" if data.startswith(ZOO) else None,  # to be measured; the recipe has no such key
+    )
     models = [
         Line("student", student, f"{_in_millions(pair.student_size)} parameters"),
         Line("teacher", teacher, f"{_in_millions(pair.teacher.num_parameters())} parameters"),
@@ -123,14 +128,13 @@ def _data(data: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", pair
 
 
 def _completion_length(data: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, str]:
-    """How many tokens a completion may have, and why: known where solutions can be made, a guess elsewhere."""
+    """How many tokens a completion may have, and why: known where rows have solutions, a guess elsewhere."""
     from trb.models.tokens import token_ids
-    from trb.zoo import TASKS
+    from trb.training.privileged import CONTEXT
 
-    task = TASKS.get(data.removeprefix("zoo:").partition("?")[0]) if data.startswith("zoo:") else None
-    if task is None:
+    if not data.startswith(ZOO):
         return LONGEST_COMPLETION, "raise it if few completions stop by themselves (stop % in the results)"
-    longest = max(len(token_ids(tokenizer, task.solution(row["prompt"][-1]["content"]))) for row in rows)
+    longest = max(len(token_ids(tokenizer, solution)) for solution in rows[CONTEXT])
     return _rounded_up(longest * 3 // 2), f"the longest worked solution has {longest} tokens"
 
 

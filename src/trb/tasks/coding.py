@@ -18,7 +18,7 @@ from trb.safety.untrusted import parse_json
 from trb.tasks.answers import Row, after_thinking
 from trb.tasks.sources import kind
 
-__all__ = ["PYTHON", "program_job", "program_row", "program_texts", "test_columns"]
+__all__ = ["PYTHON", "has_tests", "program_job", "program_row", "program_texts", "test_columns"]
 
 PYTHON = "python"
 
@@ -37,11 +37,15 @@ _BEYOND = re.compile(r"\n(?=class\b|def\b|#|if\b|print\b)")
 
 def test_columns(found: Collection[str]) -> tuple[str, ...]:
     """The columns with the tests of a source, and what belongs to them; empty where it has no tests."""
-    for wanted in (_MBPP, _HUMAN_EVAL):
-        needed = wanted[: 1 if wanted is _MBPP else 2]
-        if all(name in found for name in needed):
-            return tuple(name for name in wanted if name in found)
-    return ()
+    kinds = [
+        wanted for wanted, needed in ((_MBPP, 1), (_HUMAN_EVAL, 2)) if all(name in found for name in wanted[:needed])
+    ]
+    return tuple(name for wanted in kinds for name in wanted if name in found)
+
+
+def has_tests(raw: Row) -> bool:
+    """Whether a row of a source with tests has some itself; half of HumanEval's pair is enough to be refused."""
+    return raw.get("test_list") is not None or bool(raw.get("test") or raw.get("entry_point"))
 
 
 def program_row(prompt: list[dict[str, str]], raw: Row, place: str) -> Row:
@@ -61,6 +65,8 @@ def program_row(prompt: list[dict[str, str]], raw: Row, place: str) -> Row:
         entry, reference = _text(raw, "entry_point", place), _text(raw, "canonical_solution", place)
         if not entry.isidentifier():
             raise InputError(f"column 'entry_point' of {place} is {entry!r:.40}; it must name the function to call")
+        if not _text(raw, "test", place):
+            raise InputError(f"column 'test' of {place} is {kind(raw.get('test'))}; it must define check(candidate)")
         tests = [f"{_text(raw, 'test', place)}\n\ncheck({entry})\n"]
         scoring = {"prefix": text, "tests": tests, "entry_points": [entry]}
     return {"prompt": prompt, "answer": reference, "verifier": PYTHON, "metadata": json.dumps(scoring)}
@@ -138,7 +144,8 @@ def _scoring(row: Mapping[str, Any]) -> dict[str, Any]:
         said = parse_json(row.get("metadata") or "{}")
         if not isinstance(said, dict) or said.keys() - _DEFAULTS.keys():
             raise InputError(f"it must be an object with {', '.join(_DEFAULTS)}")
-        scoring = {**_DEFAULTS, **said}
+        # A table has null for what only other rows say.
+        scoring = {**_DEFAULTS, **{key: value for key, value in said.items() if value is not None}}
         for key, default in _DEFAULTS.items():
             parts = scoring[key] if isinstance(default, list) else [scoring[key]]
             if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):

@@ -10,6 +10,7 @@ whether an answer is right belongs to `trb.tasks.grading`. Nothing here touches 
 a hub name, and a folder is read without leaving it, whatever its card, its links or its columns say.
 """
 
+import json
 import logging
 import math
 import random
@@ -23,7 +24,7 @@ from trb.models.tokens import check_not_empty, token_ids
 from trb.safety.templates import check_chat_template
 from trb.safety.untrusted import check_text
 from trb.tasks.answers import Row, last_boxed, reference_answer
-from trb.tasks.coding import PYTHON, program_row, test_columns
+from trb.tasks.coding import PYTHON, has_tests, program_row, test_columns
 from trb.tasks.conversations import Message, check_choice, read_messages, turns_of, with_system
 from trb.tasks.grading import check_verifier
 from trb.tasks.gym import reasoning_gym_rows
@@ -46,6 +47,8 @@ PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "conversations", 
 PROGRAM_PROMPT_COLUMNS = ("prompt", "text")  # of problems with tests
 
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution")
+
+_NO_VERIFIER = (None, "")  # in a row that leaves it to the default, while others of its source name one
 
 OVERLONG = 'overlong="drop"'
 
@@ -83,8 +86,9 @@ def load_prompts(
     assistant's, or the `last`), each with its conversation in `metadata`; `limit` counts conversations then.
     An assistant turn at the end is not part of the prompt; where there is no answer column, the answer is the
     last \\boxed{} of that turn. Rows without an answer get `answer == ""`: good to train on, not to score.
-    A source with a `verifier` column (this function's own output, saved) keeps it and its `metadata`. Problems with
-    tests of their program, in the columns of MBPP or HumanEval, get the verifier "python" (`trb.tasks.coding`).
+    A row that names its `verifier` (as in this function's own output, saved) keeps it and its `metadata`. Of the
+    others, a problem with tests of its program, in the columns of MBPP or HumanEval, gets the verifier "python"
+    (`trb.tasks.coding`), and any other "math"; one source may have all kinds.
     `teacher_prompt` and `privileged_context` are kept for the teacher, and `privileged_column` names another column
     that becomes the latter (of `zoo:` sources `solution` or `answer`, of `reasoning-gym:` ones `answer`).
     `routes` keeps the column that names each row's teacher, of several, as it stands, and checks it.
@@ -113,7 +117,7 @@ def load_prompts(
         rows = [
             own
             for index, raw in zip(indices, table.take(indices, columns.used()), strict=True)
-            for own in _rows(raw, columns, assistant_turns, f"row {index + 1} of {name}")
+            for own in _rows(raw, columns.of(raw), assistant_turns, f"row {index + 1} of {name}")
         ]
     if system_prompt is not None:
         read = [name for name in ("prompt", TEACHER_PROMPT) if rows and name in rows[0]]
@@ -206,6 +210,9 @@ class _Columns(NamedTuple):
     answer: str | None
     verified: bool  # the source says itself how its rows are scored
     tests: tuple[str, ...]  # of programs, and what belongs to them
+    # Where some rows have tests, what may hold the prompt of one that has them, and of one that has none.
+    programs: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     taught: str | None = None
     context: str | None = None
     routes: Routes | None = None
@@ -213,8 +220,17 @@ class _Columns(NamedTuple):
     def used(self) -> list[str]:
         scoring = (*(("verifier", "metadata") if self.verified else ()), *self.tests)
         route = None if self.routes is None else self.routes.column
-        names = (self.prompt, self.answer, self.taught, self.context, route, *scoring)
+        names = (self.prompt, *self.programs, *self.others, self.answer, self.taught, self.context, route, *scoring)
         return list(dict.fromkeys(name for name in names if name is not None))
+
+    def of(self, raw: Row) -> "_Columns":
+        """Those of one row: a source may mix problems with tests and others, in columns of their own."""
+        if not self.tests:
+            return self
+        tested = has_tests(raw)
+        names = self.programs if tested else self.others
+        prompt = next((name for name in names if raw.get(name) is not None), names[0])
+        return self._replace(prompt=prompt, tests=self.tests if tested else ())
 
 
 def _choose_columns(
@@ -232,16 +248,22 @@ def _choose_columns(
     by_lower_name = {name.lower(): name for name in reversed(found)}
     tests = test_columns(found)
     known = PROGRAM_PROMPT_COLUMNS if tests else PROMPT_COLUMNS
-    guesses = [by_lower_name[name] for name in known if name in by_lower_name]
-    if prompt is None and not guesses:
+    guesses = _guesses(known, by_lower_name, prompt)
+    if not guesses:
         raise InputError(
             f"{source} has none of the prompt columns {list(known)}; it has {found}: "
             f"name the right one with {named('prompt_column')}"
         )
-    answers = [by_lower_name[name] for name in ANSWER_COLUMNS if name in by_lower_name]
+    answers = _guesses(ANSWER_COLUMNS, by_lower_name, answer)
     taught, told = (name if name in found else None for name in (TEACHER_PROMPT, PRIVILEGED_CONTEXT))
-    chosen = (prompt or guesses[0], answer or next(iter(answers), None))
-    return _Columns(*chosen, "verifier" in found, tests, taught, context or told, routes)
+    chosen = (guesses[0], next(iter(answers), None))
+    both = (guesses, _guesses((*PROMPT_COLUMNS, *PROGRAM_PROMPT_COLUMNS), by_lower_name, prompt)) if tests else ((), ())
+    return _Columns(*chosen, "verifier" in found, tests, *both, taught, context or told, routes)
+
+
+def _guesses(known: Iterable[str], by_lower_name: Mapping[str, str], chosen: str | None) -> tuple[str, ...]:
+    """The columns of a source that have a known name, or the one that was chosen."""
+    return tuple(by_lower_name[name] for name in known if name in by_lower_name) if chosen is None else (chosen,)
 
 
 def _generated(row: Row, context: str | None, which: str | None, routes: Routes | None, source: str) -> list[Row]:
@@ -302,7 +324,8 @@ def _convert(raw: Row, columns: _Columns, place: str) -> Row:
     taught = _taught(raw, columns, place)
     if columns.routes is not None:
         taught[columns.routes.column] = columns.routes.name_in(raw, place)
-    if columns.tests and (not columns.verified or scoring == {"verifier": PYTHON, "metadata": "{}"}):
+    says_nothing = not columns.verified or raw.get("verifier") in _NO_VERIFIER
+    if columns.tests and (says_nothing or scoring == {"verifier": PYTHON, "metadata": "{}"}):
         return _as_text(program_row(messages, raw, place) | taught, place)
     if columns.answer is None:
         answer = "" if reply is None else (last_boxed(reply) or "")
@@ -333,9 +356,15 @@ def _as_text(row: Row, place: str) -> Row:
 def _scoring(raw: Row, place: str) -> dict[str, str]:
     """The `verifier` and `metadata` that a source states for a row itself."""
     verifier, metadata = raw.get("verifier"), raw.get("metadata") or "{}"
+    verifier = "math" if verifier in _NO_VERIFIER else verifier
     check_verifier(verifier, f"column 'verifier' of {place} is")
+    if isinstance(metadata, dict):
+        try:
+            metadata = json.dumps(metadata, ensure_ascii=False)  # so that what is no text is found
+        except (TypeError, ValueError, RecursionError) as error:  # a table may hold dates, or bytes
+            raise InputError(f"column 'metadata' of {place} cannot be written as JSON: {error}") from error
     if not isinstance(metadata, str):
-        raise InputError(f"column 'metadata' of {place} is {kind(metadata)}; it must be JSON as text")
+        raise InputError(f"column 'metadata' of {place} is {kind(metadata)}; it must be an object, or JSON as text")
     return {"verifier": str(verifier), "metadata": metadata}
 
 
