@@ -16,7 +16,7 @@ from performance_files import read
 from trb.report.style import COLOURS
 from trb.studies.study import BASELINE
 
-PARTS = ("study2", "study2-others", "study2-rivals", "study2-fresh")
+PARTS = ("study2", "study2-others", "study2-rivals", "study2-fresh", "study2-default")
 
 
 def draw(parts: dict[str, dict[str, Any]]) -> Figure:
