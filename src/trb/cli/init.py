@@ -66,7 +66,7 @@ def run_init(arguments: argparse.Namespace, rest: list[str]) -> int:
     spec = given or EMBEDDED
     with calls(OPTIONS):
         run = RunConfig(
-            *(spec[name] for name in EMBEDDED),
+            *(spec["student"], spec["teacher"], spec["data"]),
             train_prompt_column=arguments.prompt_column,
             train_answer_column=arguments.answer_column,
             lora_rank=arguments.lora_rank,
