@@ -102,6 +102,31 @@ def test_data_of_ones_own_with_the_recipe_in_another_folder() -> None:
     runs_a_step("recipes/mine.yaml")
 
 
+def test_columns_of_other_names_are_named_by_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """The refusal names an option; with it the recipe is written, and has the key that the run needs."""
+    rows = [{"frage": f"{number}+2+3=", "loesung": str(number + 5)} for number in range(9)]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = (*PAIR, "--data", "own.jsonl")
+    assert "name the right one with --prompt-column" in refused(capsys, *data)
+    assert "no column 'lösung'; did you mean 'loesung'" in refused(
+        capsys, *data, "--prompt-column", "frage", "--answer-column", "lösung"
+    )
+    run = initial(*data, "--prompt-column", "frage", "--answer-column", "loesung").run
+    assert (run.train_prompt_column, run.train_answer_column) == ("frage", "loesung")
+    runs_a_step("distil.yaml")
+    assert "--answer-column='a' means nothing for 'zoo:chains'" in refused(capsys, "a.yaml", "--answer-column", "a")
+
+
+def test_a_teacher_on_the_students_own_weights_needs_a_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--student", "zoo:student", "--teacher", "base", "--data", "zoo:chains?told=0.5")
+    assert "--lora-rank is 0, which trains these: set --lora-rank" in refused(capsys, *data)
+    recipe = initial(*data, "--lora-rank", "4")
+    assert (recipe.run.teacher, recipe.run.lora_rank) == ("base", 4)
+    assert recipe.training["learning_rate"] > initial("whole.yaml").training["learning_rate"]  # as adapters want
+    assert Path("distil.yaml").read_text().count("lora_rank") == 1
+    assert main(["doctor", "--config", "distil.yaml"]) == 0
+
+
 def test_few_prompts_still_make_a_step() -> None:
     recipe = initial(*PAIR, "--data", questions("data.jsonl", 3))
     assert (recipe.run.prompts_per_step, recipe.run.held_out_prompts) == (2, 0)

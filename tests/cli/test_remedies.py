@@ -10,7 +10,7 @@ import pytest
 
 import trb
 from trb import cli
-from trb.cli import evaluate, main, plan, probe
+from trb.cli import evaluate, init, main, plan, probe
 from trb.errors import calls, named
 from trb.studies import material
 from trb.studies.keys import valid_keys
@@ -107,6 +107,7 @@ TABLES = {
     "trb eval": evaluate.OPTIONS,
     "trb doctor --plan": plan.OPTIONS,
     "trb probe": probe.OPTIONS,
+    "trb init": init.OPTIONS,
 }
 
 

@@ -28,6 +28,7 @@ EXAMPLES = {
     "init": """\
     trb init
     trb init long.yaml --student zoo:student --teacher zoo:teacher --data zoo:chains?operands=8
+    trb init told.yaml --student zoo:student --teacher base --data zoo:chains?told=0.5 --lora-rank 8
     trb init qwen3.yaml --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B --data openai/gsm8k:main""",
     "train": """\
     trb train --config baselines/trb

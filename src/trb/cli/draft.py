@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from trb.studies.keys import RunConfig
+
 __all__ = ["Line", "draft"]
 
 STEPS = 100
 ZOO = "zoo:"
 ROLLOUTS = 4  # of each prompt; the paper's
+COLUMNS = ("train_prompt_column", "train_answer_column")
 READ = 2000  # prompts whose lengths are measured, of a source that has more
 LONGEST_COMPLETION = 512
 LORA_RANK = 16
@@ -57,32 +60,47 @@ class _Pair:
         return self.student.num_parameters()
 
 
-def draft(student: str, teacher: str, data: str) -> list[list[Line]]:
-    """The lines of a recipe, in paragraphs. Raises what loading the tokenizers, the prompts and the models raises."""
-    from trb.cli.outline import outlined_pair
-    from trb.studies.keys import RunConfig
-    from trb.studies.material import load_tokenizers
-    from trb.tasks.prompts import load_prompts
+def draft(run: "RunConfig") -> list[list[Line]]:
+    """The lines of a recipe, in paragraphs, for a pair, data, their columns and maybe a rank of adapters.
 
-    run = RunConfig(student, teacher, data)
+    Raises what loading the tokenizers, the prompts and the models raises.
+    """
+    from trb.cli.outline import outlined_pair
+    from trb.studies.material import load_tokenizers
+
     if not load_tokenizers(run)[0].chat_template:
         run.chat_template = "plain"
     tokenizer, _ = load_tokenizers(run)
     pair = _Pair(*outlined_pair(run))
-    rows = load_prompts(
-        data,
-        limit=None if data.startswith(GENERATORS) else READ,
-        privileged_column="solution" if data.startswith(ZOO) else None,  # to be measured; the recipe has no such key
-    )
+    data, rows = run.train_data, _rows(run)
     models = [
-        Line("student", student, f"{_in_millions(pair.student_size)} parameters"),
-        Line("teacher", teacher, f"{_in_millions(pair.teacher.num_parameters())} parameters"),
+        Line("student", run.student, f"{_in_millions(pair.student_size)} parameters"),
+        Line("teacher", run.teacher, f"{_in_millions(pair.teacher.num_parameters())} parameters"),
         *_precision(),
     ]
     if run.chat_template:
         models.append(Line("chat_template", run.chat_template, "the student's tokenizer has none"))
-    paragraphs = [models, _data(data, rows, tokenizer, pair), *_training(rows, pair), _evaluation(data, rows)]
+    if run.lora_rank:
+        models.append(Line("lora_rank", run.lora_rank, "adapters on the student, in place of all its weights"))
+    paragraphs = [models, _data(run, rows, tokenizer, pair), *_training(rows, pair), _evaluation(data, rows)]
     return _fitted(paragraphs, pair)
+
+
+def _rows(run: "RunConfig") -> "Dataset":
+    """The prompts, as many as are read here."""
+    from trb.errors import calls
+    from trb.studies.material import TRAINING_NAMES
+    from trb.tasks.prompts import load_prompts
+
+    with calls(TRAINING_NAMES):
+        return load_prompts(
+            run.train_data,
+            limit=None if run.train_data.startswith(GENERATORS) else READ,
+            prompt_column=run.train_prompt_column,
+            answer_column=run.train_answer_column,
+            # To be measured; the recipe has no such key.
+            privileged_column="solution" if run.train_data.startswith(ZOO) else None,
+        )
 
 
 def _in_millions(count: int) -> str:
@@ -104,10 +122,11 @@ def _precision() -> list[Line]:
 # ---- lengths ----
 
 
-def _data(data: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", pair: _Pair) -> list[Line]:
+def _data(run: "RunConfig", rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", pair: _Pair) -> list[Line]:
     """The prompts and how long they and their completions may be, within the positions of both models."""
     from trb.tasks.prompts import render
 
+    data = run.train_data
     lengths = [len(ids) for ids in render(tokenizer, rows)]
     wanted, why = _completion_length(data, rows, tokenizer)
     positions = pair.positions or math.inf
@@ -117,6 +136,7 @@ def _data(data: str, rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", pair
         why = f"what {positions} positions leave"
     every = len(rows) < READ
     lines = [Line("train_data", data, f"{len(rows):,} prompts" if every else f"{READ:,} prompts or more")]
+    lines += [Line(key, name) for key in COLUMNS if (name := getattr(run, key))]
     if not every:
         lines.append(Line("train_limit", STEPS * _prompts_per_step(rows), f"what {STEPS} steps use"))
     seen = "them" if every else f"{READ:,} of them"
@@ -190,7 +210,9 @@ def _fitted(paragraphs: list[list[Line]], pair: _Pair) -> list[list[Line]]:
     if adapters:
         rate = safe_rate(pair.student_size, adapters=True)
         found["learning_rate"] = Line("learning_rate", rate, "adapters learn at a higher rate than the paper's 1e-5")
-        paragraphs[0].append(Line("lora_rank", LORA_RANK, "training every weight does not fit into the memory here"))
+        if "lora_rank" not in values:
+            why = "training every weight does not fit into the memory here"
+            paragraphs[0].append(Line("lora_rank", LORA_RANK, why))
     return [[found.get(line.key, line) for line in paragraph] for paragraph in paragraphs]
 
 
@@ -205,7 +227,8 @@ def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
     first = make_recipe({**values, "per_device_train_batch_size": batches[0]})
     taught = longest_teacher_prompt(first.run, first.training_config("unused"))  # the data are read once for all
     both: dict[str | None, Any] = {None: (pair.student, pair.teacher)}
-    for rank in (0, LORA_RANK):
+    asked = values.get("lora_rank", 0)
+    for rank in (asked,) if asked else (0, LORA_RANK):
         for batch in batches:
             recipe = make_recipe({**values, "per_device_train_batch_size": batch, "lora_rank": rank})
             args = recipe.training_config("unused")
@@ -213,7 +236,7 @@ def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
             try:
                 _, parts = largest_phase(recipe.run, args, Launch(), both, available, taught)
             except ValueError:  # models whose layers cannot be told apart
-                return False, min(8, rollouts), "a guess: memory cannot be estimated for this model"
+                return asked > 0, min(8, rollouts), "a guess: memory cannot be estimated for this model"
             needed = sum(parts.values())
             if fits(needed, available):
                 room = f"about {needed / 1e9:.1f} GB of the {available / 1e9:.1f} GB that are free here"

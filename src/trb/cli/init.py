@@ -17,9 +17,16 @@ from trb.safety.untrusted import printable
 if TYPE_CHECKING:
     from trb.cli.draft import Line
 
-__all__ = ["add_init", "run_init"]
+__all__ = ["OPTIONS", "add_init", "run_init"]
 
 EMBEDDED = {"student": "zoo:student", "teacher": "zoo:teacher", "data": "zoo:chains"}
+
+# What a recipe's keys are called here, where messages name them.
+OPTIONS = {
+    "train_prompt_column": "--prompt-column",
+    "train_answer_column": "--answer-column",
+    "lora_rank": "--lora-rank",
+}
 
 
 def add_init(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +36,15 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     add("--student", metavar="SPEC", help="model to train: zoo:student, smollm2-135m, a directory or a hub id")
     add("--teacher", metavar="SPEC", help="model to learn from, with the same tokenizer")
     add("--data", metavar="SPEC", help="prompts: zoo:chains, reasoning-gym:TASK, a .jsonl or .parquet file, a hub name")
+    add("--prompt-column", metavar="NAME", help="column of the data with the prompt, if not guessed right")
+    add("--answer-column", metavar="NAME", help="column of the data with the answer, if not guessed right")
+    add(
+        "--lora-rank",
+        type=int,
+        default=0,
+        metavar="R",
+        help="train adapters of this rank, as a teacher on the student's own weights needs (--teacher base)",
+    )
 
 
 def run_init(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -42,11 +58,20 @@ def run_init(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise InputError(f"{' and '.join(missing)} missing: name the pair and the data, or none of the three")
 
     from trb.cli.draft import draft
+    from trb.errors import calls
     from trb.models.packaged import quiet_libraries
+    from trb.studies.keys import RunConfig
 
     quiet_libraries()
     spec = given or EMBEDDED
-    paragraphs = draft(spec["student"], spec["teacher"], spec["data"])
+    with calls(OPTIONS):
+        run = RunConfig(
+            *(spec["student"], spec["teacher"], spec["data"]),
+            train_prompt_column=arguments.prompt_column,
+            train_answer_column=arguments.answer_column,
+            lora_rank=arguments.lora_rank,
+        )
+        paragraphs = draft(run)
     text = _text(path, [[_seen_from(path.parent, line) for line in lines] for lines in paragraphs if lines])
     make_folder(path.parent, "choose another FILE")
     try:

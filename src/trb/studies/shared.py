@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trb.errors import named
 from trb.models.adapters import adapter_base, adapter_config
 from trb.models.loading import resolve
 from trb.models.sharing import adapter_directory, is_shared
@@ -33,16 +34,17 @@ def check_shared(run: "RunConfig") -> None:
     if not is_shared(run.teacher):
         return
     adapter_directory(run.teacher)
+    rank = named("lora_rank")
     if trains_own_adapter(run):
         if run.lora_rank:
             raise ConfigError(
-                f"lora_rank is {run.lora_rank}, and the student is an adapter already, which teacher: {run.teacher} "
-                "has trained as it is: leave lora_rank out"
+                f"{rank} is {run.lora_rank}, and the student is an adapter already, which teacher: {run.teacher} has "
+                f"trained as it is: leave {rank} out"
             )
     elif not run.lora_rank:
         raise ConfigError(
-            f"teacher is {run.teacher}, on the student's own weights, and lora_rank is 0, which trains these: set "
-            "lora_rank, or name a model of its own as the teacher"
+            f"teacher is {run.teacher}, on the student's own weights, and {rank} is 0, which trains these: set {rank}, "
+            "or name a model of its own as the teacher"
         )
 
 
@@ -51,13 +53,13 @@ def doubts_of_base(run: "RunConfig") -> Iterator[Doubt]:
     directory = adapter_directory(run.teacher) if is_shared(run.teacher) else None
     if directory is None:
         return
-    named = adapter_config(directory)["base_model_name_or_path"]
+    base = adapter_config(directory)["base_model_name_or_path"]
     own = adapter_base(run.student)
     ours = run.student if own is None else own[0]
-    if _place(named) != _place(ours):
+    if _place(base) != _place(ours):
         yield Doubt(
             "teacher",
-            f"the adapter in {directory} was made for {named}, and the student is {ours}",
+            f"the adapter in {directory} was made for {base}, and the student is {ours}",
             "Check that these are the same weights",
         )
 
