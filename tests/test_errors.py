@@ -26,6 +26,7 @@ PACKAGE = Path(trb.__file__).parent
 OTHERS = {
     ("trb", "AttributeError"): "what Python asks of a module's __getattr__",
     ("trb.sampling.vllm.plugin", "AttributeError"): "the same",
+    ("trb.cli.evaluate", "argparse.ArgumentTypeError"): "argparse's way; becomes what it says of the option",
     ("trb.cli", "KeyboardInterrupt"): "Ctrl-C, which the command line answers by itself",
     ("trb.cli.display", "BrokenPipeError"): "nobody reads on, which the command line answers by itself",
     ("trb.records", "PydanticCustomError"): "pydantic's way to refuse a value; becomes a RecordError",

@@ -15,6 +15,7 @@ Shape suffixes: N completion tokens, H hidden size.
 import random
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy
@@ -39,8 +40,9 @@ _TOKENS = 32  # of the row that `check_draws_off` reads: with as many keys, no d
 
 
 def draws(model: nn.Module) -> bool:
-    """Whether a pass in training mode draws at random: by the model's options, its layers or an adapter's."""
-    return any(True for _ in _dropouts(model)) or any(True for _ in _jittered(model))
+    """Whether a pass in training mode may draw at random: by the model's options, its layers or an adapter's."""
+    jitter = (place for config in _configs_of(model) for word in _JITTER for place in _numbers(vars(config), word))
+    return any(True for _ in chain(_dropouts(model), _jittered(model), jitter))
 
 
 @contextmanager
@@ -117,16 +119,19 @@ _Place = tuple[MutableMapping[str, Any], str]
 
 def _dropouts(model: nn.Module) -> Iterator[_Place]:
     """The mappings and names under which positive numbers say what is dropped."""
-    configs: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         options = vars(module)
         yield from _numbers(options, "drop")
         if "drop" in type(module).__name__.lower() and _positive(options.get("p")):
             yield options, "p"
-        for config in _configs(options.get("config")):
-            configs[id(config)] = config
-    for config in configs.values():
+    for config in _configs_of(model):
         yield from _numbers(vars(config), "drop")
+
+
+def _configs_of(model: nn.Module) -> list[PretrainedConfig]:
+    """Each once that a module of the model reads."""
+    found = (config for module in model.modules() for config in _configs(vars(module).get("config")))
+    return list({id(config): config for config in found}.values())
 
 
 def _numbers(options: MutableMapping[str, Any], word: str) -> Iterator[_Place]:
