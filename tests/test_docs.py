@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import math
 import pkgutil
 import re
 import sys
@@ -333,6 +334,29 @@ def test_the_default_on_the_map_is_what_was_found() -> None:
     assert f"missed by {100 * line['error']:.1f} points on the average" in page
     said = f"error on a pair left out {100 * line['error']:.1f} points, {100 * line['explained']:.0f}% of the squares"
     assert f"{said} explained, rank correlation {line['rank_correlation']:.2f}" in log
+
+
+def test_the_teachers_completions_on_the_map_are_what_was_found() -> None:
+    shipped, record = result("map"), result("map-default")
+    log = text(ROOT / "docs" / "experiments.md").partition("the teacher's completions on the map, eight seeds")[2]
+    rows = table_rows(log, "| pair | `sequence-linear` | the same, mended | `teacher-first` |")
+    points = [name for name in record["panels"]["a"]["points"] if name in record["points"]]
+    assert len(rows) == len(points) == 6
+    columns = [(shipped, "trb-sequence-linear"), (record, "trb-sequence-linear"), (record, "teacher-first")]
+    for name, (pair, *shown) in zip(points, rows, strict=True):
+        knobs = record["points"][name]["knobs"]
+        assert pair == f"{knobs['stages']} stages, start {knobs['start']:g}"
+        assert shown == [f"{on_the_map(source, name, method):.1f}" for source, method in columns]
+    lost = [(run["method"], run["seed"], points.index(run["point"])) for run in record["runs"] if run["lost"]]
+    assert lost == [("teacher-first", 0, 3), ("teacher-first", 1, 3)]
+    kept = [
+        100 * run["final"]
+        for run in record["runs"]
+        if run["point"] == points[3] and run["method"] == "teacher-first" and not run["lost"]
+    ]
+    assert f"the other six are at {min(kept):.1f} to {max(kept):.1f}%" in log and len(kept) == 6
+    chance = math.comb(8, 2) / math.comb(24, 2)  # both of the two that are lost among the eight
+    assert f"Fisher's exact p = {chance:.2f}" in log
 
 
 def test_what_the_maps_last_four_seeds_say_of_runs() -> None:
