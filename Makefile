@@ -87,7 +87,7 @@ test-newest: ## the suite with the newest, in .venv-newest (half an hour; where 
 
 # torch chooses its kernels by the processor, and each adds in another order: the tests whose bounds that could reach run
 # as on processors without AVX-512 and without AVX2, with the compiled solver and without.
-NUMERIC_TESTS := $(wildcard $(foreach name,blend policies losses vocab blend_native losses_native prefixes packing scoring modeling verification uniforms comparison,\
+NUMERIC_TESTS := $(wildcard $(foreach name,blend policies losses vocab blend_native losses_native prefixes packing scoring modeling verification uniforms comparison draws in_place theory,\
   tests/test_$(name).py tests/*/test_$(name).py))
 test-processors: $(VENV)/dev.stamp ## the numeric tests with the kernels of other processors (three minutes)
 	for capability in avx2 default; do \
