@@ -6,6 +6,7 @@ definitions (`reference`).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,11 @@ def assert_close(ours: list[list[float]], expected: list[list[float]], tolerance
         assert row == pytest.approx(other, abs=tolerance)
 
 
+def scores_of(pair: TinyPair, **options: Any) -> TokenScores:
+    """Of the completions that most tests score."""
+    return score_completions(pair.student, pair.teacher, PROMPTS, COMPLETIONS, vocabulary=shared(pair), **options)
+
+
 @pytest.mark.parametrize("max_rows", [None, 1])
 def test_each_model_reads_its_own_prompt(tiny_pair: TinyPair, max_rows: int | None) -> None:
     taught = [[5, 2, 3, 3], [1], [2, 5], [3, 1, 1, 2, 5, 1]]
@@ -114,17 +120,7 @@ def test_tokens_that_the_teacher_wrote_have_its_law(
     monkeypatch.setattr(scoring, "default_chunk_tokens", lambda *_: chunk)
     theirs = [2, 1, 0, 0]
     policy, law = POLICIES["weight 0.3"]
-    scores = score_completions(
-        tiny_pair.student,
-        tiny_pair.teacher,
-        PROMPTS,
-        COMPLETIONS,
-        policy=policy,
-        teacher_tokens=theirs,
-        vocabulary=shared(tiny_pair),
-        max_rows=max_rows,
-        top=1,
-    )
+    scores = scores_of(tiny_pair, policy=policy, teacher_tokens=theirs, max_rows=max_rows, top=1)
     before = expected_numbers(tiny_pair, lambda student, teacher: teacher, 1.0)
     after = expected_numbers(tiny_pair, law, 1.0)
     for column, rows in after.items():
@@ -144,15 +140,7 @@ def test_numbers_are_those_of_the_definition_prefix_by_prefix(
 ) -> None:
     """Stop ids differ, heads are padded to different sizes, prompts are ragged, one completion is empty."""
     policy, law = POLICIES[name]
-    scores = score_completions(
-        tiny_pair.student,
-        tiny_pair.teacher,
-        PROMPTS,
-        COMPLETIONS,
-        policy=policy,
-        vocabulary=shared(tiny_pair),
-        temperature=temperature,
-    )
+    scores = scores_of(tiny_pair, policy=policy, temperature=temperature)
     # The solver may stop up to a thousandth short of a binding budget; everything else is exact.
     binding = name.startswith("budget 0.")
     for column, expected in expected_numbers(tiny_pair, law, temperature).items():
@@ -217,15 +205,7 @@ def test_the_embedded_pair_repeats_its_samplers_numbers_in_float32() -> None:
 
 
 def test_alternatives_are_the_likeliest_tokens_of_each_law(tiny_pair: TinyPair) -> None:
-    scores = score_completions(
-        tiny_pair.student,
-        tiny_pair.teacher,
-        PROMPTS,
-        COMPLETIONS,
-        policy=TrustRegionPolicy(0.02),
-        vocabulary=shared(tiny_pair),
-        top=3,
-    )
+    scores = scores_of(tiny_pair, policy=TrustRegionPolicy(0.02), top=3)
     assert scores.alternatives is not None
     assert [len(row) for row in scores.alternatives] == [5, 1, 0, 3]
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
@@ -281,16 +261,7 @@ def test_every_stop_id_counts_as_the_stop_event(tiny_pair: TinyPair) -> None:
 
 def test_rows_and_chunks_do_not_change_the_numbers(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     def scored(max_rows: int | None) -> TokenScores:
-        return score_completions(
-            tiny_pair.student,
-            tiny_pair.teacher,
-            PROMPTS,
-            COMPLETIONS,
-            policy=TrustRegionPolicy(0.02),
-            vocabulary=shared(tiny_pair),
-            top=2,
-            max_rows=max_rows,
-        )
+        return scores_of(tiny_pair, policy=TrustRegionPolicy(0.02), top=2, max_rows=max_rows)
 
     whole = scored(None)
     monkeypatch.setattr("trb.sampling.scoring.default_chunk_tokens", lambda size, device: 2)

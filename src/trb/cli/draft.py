@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trb.tasks.sources import GENERATORS, REASONING_GYM
+from trb.tasks.sources import GENERATORS, REASONING_GYM, ZOO
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Line", "draft"]
 
 STEPS = 100
-ZOO = "zoo:"
 ROLLOUTS = 4  # of each prompt; the paper's
 COLUMNS = ("train_prompt_column", "train_answer_column")
 READ = 2000  # prompts whose lengths are measured, of a source that has more

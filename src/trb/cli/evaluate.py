@@ -4,7 +4,6 @@ Left out: how completions are drawn, graded and resumed (`trb.tasks.evaluation`)
 """
 
 import argparse
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trb.cli.display import listening, new_console, score_table
 from trb.errors import InputError, shown
+from trb.safety.untrusted import parse_json
 
 if TYPE_CHECKING:
     from trb.studies.keys import RunConfig
@@ -284,8 +284,8 @@ def _keep_evaluation(scores: list[dict[str, Any]], model_spec: str, folder: Path
 def _mapping(text: str) -> dict[str, Any]:
     """A JSON object."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON object, such as '{{\"enable_thinking\": false}}'")

@@ -28,7 +28,7 @@ from trb.tasks.coding import PYTHON, has_tests, program_row, test_columns
 from trb.tasks.conversations import Message, check_choice, read_messages, turns_of, with_system
 from trb.tasks.grading import check_verifier
 from trb.tasks.gym import reasoning_gym_rows
-from trb.tasks.sources import GENERATED_ROWS, GENERATORS, kind, open_table, refuse, zoo_rows
+from trb.tasks.sources import GENERATED_ROWS, GENERATORS, ZOO, kind, open_table, refuse, zoo_rows
 from trb.training.privileged import CONTEXT as PRIVILEGED_CONTEXT
 from trb.training.privileged import WHOLE as TEACHER_PROMPT
 from trb.training.routes import Routes
@@ -105,7 +105,7 @@ def load_prompts(
     name = str(spec)
     if name.startswith(GENERATORS):
         refuse(name, revision=revision, prompt_column=prompt_column, answer_column=answer_column)
-        generate = zoo_rows if name.startswith("zoo:") else reasoning_gym_rows
+        generate = zoo_rows if name.startswith(ZOO) else reasoning_gym_rows
         found = generate(name, split, limit or GENERATED_ROWS, seed)
         rows = [own for row in found for own in _generated(row, privileged_column, assistant_turns, routes, name)]
     else:

@@ -26,6 +26,7 @@ __all__ = [
     "GENERATED_ROWS",
     "GENERATORS",
     "REASONING_GYM",
+    "ZOO",
     "kind",
     "open_table",
     "refuse",
@@ -37,14 +38,14 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 GENERATED_ROWS = 1000  # rows of a generated source (zoo, reasoning-gym) when no limit is given
 
-REASONING_GYM = "reasoning-gym:"
-GENERATORS = ("zoo:", REASONING_GYM)  # what a generated source begins with
+ZOO, REASONING_GYM = "zoo:", "reasoning-gym:"
+GENERATORS = (ZOO, REASONING_GYM)  # what a generated source begins with
 
 
 def zoo_rows(spec: str, split: str, n: int, seed: int) -> list[Row]:
     from trb.zoo import TASKS
 
-    name, _, query = spec.removeprefix("zoo:").partition("?")
+    name, _, query = spec.removeprefix(ZOO).partition("?")
     if name not in TASKS:
         tasks = ", ".join(f"zoo:{task}" for task in TASKS)
         raise InputError(f"unknown task {spec!r}; the zoo has {tasks}{did_you_mean(name, TASKS)}")
