@@ -7,6 +7,7 @@ Without, the law is the same, but for what float16 cannot hold.
 Left out: the refusal itself, and whatever else is refused of a model (`trb.models.modeling`).
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ __all__ = ["hold_weights"]
 def hold_weights(model: nn.Module) -> str | None:
     """Have a model leave its weights as they are, for good; why it cannot, or None.
 
-    Its configuration then says `rescale_every=0`, and is saved so. What an earlier pass has divided is multiplied
-    again, by powers of two.
+    The layers then read `rescale_every=0` in a configuration of their own; what is saved keeps the model's. What an
+    earlier pass has divided is multiplied again, by powers of two.
     """
     part: Any
     for part in model.modules():
@@ -30,6 +31,7 @@ def hold_weights(model: nn.Module) -> str | None:
                 mode, part.training = part.training, True
                 part._rescale_layers()
                 part.training = mode
+            part.config = copy(part.config)
             part.config.rescale_every = 0
     return None
 
