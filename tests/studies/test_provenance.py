@@ -55,6 +55,14 @@ def test_versions_machine_and_time_are_those_of_this_process() -> None:
     assert timedelta(seconds=-1) < age < timedelta(minutes=1)
 
 
+def test_the_vector_instructions_are_those_that_torch_uses() -> None:
+    """Not those that the processor has: runs of one processor with others do not end at the same numbers."""
+    code = "from trb.studies.provenance import describe; print(describe()['machine']['cpu_capability'])"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "DEFAULT"
+
+
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "_PACKAGES", ("no-such-package-anywhere",))
     assert provenance.describe()["versions"] == {"trb": trb.__version__, "no-such-package-anywhere": None}

@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
 
     Keys: command (secrets redacted); commit and dirty, as they were when this process first asked, which is the code
     that it runs (both None unless that lies in its git checkout; dirty means that the package's files differ from the
-    commit); versions; python; machine (platform, cpu, cores, memory_gb, gpus); time (ISO 8601, UTC).
+    commit); versions; python; machine (platform, cpu, cpu_capability, cores, memory_gb, gpus); time (ISO 8601, UTC).
     """
     commit, dirty = _git_state(Path(trb.__file__).parent)
     return {
@@ -102,6 +102,8 @@ def _machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "cpu": _cpu_model(),
+        # Which vector instructions torch uses: with others sums round differently, and a long training ends elsewhere.
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
