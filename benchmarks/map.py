@@ -2,15 +2,16 @@
 
     python benchmarks/map.py run --panel all --seeds 8 --workers 2
     python benchmarks/map.py run --panel b --list              # what is missing, and how long it should take
-    python benchmarks/map.py collect                           # benchmarks/results/map.json and docs/figures/map-*.png
+    python benchmarks/map.py collect                           # benchmarks/results/map.json
     python benchmarks/map.py run --panel a --seeds 8 --onto benchmarks/results/map.json     # what is not in it
     python benchmarks/map.py collect --onto benchmarks/results/map.json     # where earlier runs are only there
+    python benchmarks/map_figures.py                           # docs/figures/map-*.png
 
 The setting is `zoo:staged`, with pairs by their knobs (benchmarks/map_pairs.py). Every run is one training by the
 package's own trainer and samplers, scored on problems that no run trains on. A finished run is a file in runs/map/runs
 and is not made again while its settings are the same; kill at any time. After a change in how pairs are taught, remove
-runs/map. Seeds are paired: a seed decides prompts, their order and all noise. What was expected is in
-docs/experiments.md.
+runs/map. Seeds are paired: a seed decides prompts, their order and all noise. Other vector instructions of a processor
+teach another pair, whose runs join no record but their own. What was expected is in docs/experiments.md.
 """
 
 import argparse
@@ -33,7 +34,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # also where a spawned worker imports this file by its path
 
 import torch
-from map_figures import write_figures
 from map_pairs import Knobs, Pair, lost_lookups, ready, stage_rates
 from map_record import as_text, joined, keys, pair_name
 from map_step0 import InBox, measure_pair
@@ -485,9 +485,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     runner.add_argument("--workers", type=int, default=1, metavar="N", help="runs at once (default 1)")
     runner.add_argument("--onto", type=Path, metavar="FILE", help="a record whose runs need not be made again")
     runner.add_argument("--list", action="store_true", help="say what would be run, and stop")
-    collector = commands.add_parser("collect", help="write what there is as one JSON file and figures")
+    collector = commands.add_parser("collect", help="write what there is as one JSON file")
     collector.add_argument("--out", type=Path, default=Path("benchmarks/results/map.json"), metavar="FILE")
-    collector.add_argument("--figures", type=Path, default=Path("docs/figures"), metavar="DIR")
     collector.add_argument(
         "--onto", type=Path, metavar="FILE", help="a record whose runs stay; what was made again must be the same"
     )
@@ -501,8 +500,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.onto:
             record = joined(record, json.loads(options.onto.read_text()))
         write_text(options.out, as_text(record))
-        for path in write_figures(record, options.figures):
-            print(f"wrote {path}")
         return
     panels = list(PANELS.values()) if options.panel == "all" else [PANELS[options.panel]]
     if options.values:

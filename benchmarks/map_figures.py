@@ -1,18 +1,29 @@
-"""The figures of benchmarks/map.py: final scores along each panel, method by method, with the collapsed runs.
+"""Draw the map: final scores along each panel, method by method, with the collapsed runs.
 
-Left out: the runs and their record (benchmarks/map.py).
+    python benchmarks/map_figures.py                # docs/figures/map-*.png, of the committed records
+    python benchmarks/map_figures.py runs/map.json  # of another one
+
+A second record fills in: the runs of a method at a point are those of the record that has more of them there. Its pairs
+may be others, so that what stands side by side in a figure need not be paired.
+
+Left out: the runs and their records (benchmarks/map.py).
 """
 
+import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from map_record import filled_in
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from trb.report.style import COLOURS, label
 
+RESULTS = Path(__file__).parent / "results"
+RECORDS = (RESULTS / "map.json", RESULTS / "map-rest.json")
 LINES = ("-", "--", ":", "-.")
 MARKS = ("o", "s", "^", "D", "x", "+", "v", "|")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, by degrees of freedom from 1
@@ -86,3 +97,19 @@ def half_width(scores: list[float]) -> float:
 
 def _value(point: Mapping[str, Any], name: str | None) -> Any:
     return None if name is None else point["knobs"].get(name, point.get(name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("records", nargs="*", type=Path, default=RECORDS, metavar="FILE", help="records of map.py")
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"), metavar="DIR", help="default: docs/figures")
+    options = parser.parse_args()
+    first, *others = (json.loads(path.read_text()) for path in options.records)
+    for other in others:
+        first = filled_in(first, other)
+    for path in write_figures(first, options.out):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ Left out: how runs are made and read (`map.py`), figures (`map_figures.py`).
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,15 @@ def joined(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, A
         **{part: {**record[part], **earlier[part]} for part in ("points", "step0", "pairs")},
         "runs": [runs[key] for key in sorted(runs)],
     }
+
+
+def filled_in(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A record in which the runs of a method at a point are another's, where that has more of them."""
+    own, others = (Counter(_key(run)[:2] for run in one["runs"]) for one in (record, other))
+    fuller = {key for key in others if others[key] > own[key]}
+    runs = [run for run in record["runs"] if _key(run)[:2] not in fuller]
+    runs += [run for run in other["runs"] if _key(run)[:2] in fuller]
+    return {**record, "points": {**other["points"], **record["points"]}, "runs": runs}
 
 
 def keys(record: Mapping[str, Any]) -> set[tuple[str, str, int]]:
