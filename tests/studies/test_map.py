@@ -23,6 +23,16 @@ def driver() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def figures(driver: ModuleType) -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import map_figures as module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
 @pytest.fixture
 def small(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """One point of three stages, two methods, two steps, and pairs that were taught next to nothing."""
@@ -41,7 +51,7 @@ def command(driver: ModuleType, root: Path, *more: str) -> None:
     driver.main(["run", "--panel", "b", "--values", "0.0", "--seeds", "1", "--root", str(root), *more])
 
 
-def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, capsys, monkeypatch):
+def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, figures, tmp_path, capsys, monkeypatch):
     command(small, tmp_path, "--list")
     assert "2 of 2 runs are missing" in capsys.readouterr().out
     command(small, tmp_path)
@@ -79,9 +89,11 @@ def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, c
     ).teacher.exists()
 
     record = tmp_path / "map.json"
-    small.main(["collect", "--root", str(tmp_path), "--out", str(record), "--figures", str(tmp_path / "figures")])
+    small.main(["collect", "--root", str(tmp_path), "--out", str(record)])
     kept = json.loads(record.read_text())
     assert {run["method"] for run in kept["runs"]} == {"opd", "?"}  # what a method no longer is has no name
+    monkeypatch.setattr(sys, "argv", ["map_figures.py", str(record), "--out", str(tmp_path / "figures")])
+    figures.main()
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["map-b.png"]
     numbers = next(iter(kept["step0"].values()))["rollouts"]
     assert numbers["student"]["accept_rate"] == 1 > numbers["blend"]["accept_rate"]
@@ -101,7 +113,7 @@ def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, c
     # Runs whose files are gone stay in the record that has them, and what was made again must be what it was.
     files["trb-seed-0.json"].unlink()
     command(small, tmp_path)
-    onto = ["collect", "--root", str(tmp_path), "--figures", str(tmp_path / "figures"), "--onto", str(record)]
+    onto = ["collect", "--root", str(tmp_path), "--onto", str(record)]
     small.main([*onto, "--out", str(tmp_path / "joined.json")])
     both = json.loads((tmp_path / "joined.json").read_text())
     assert [run["method"] for run in both["runs"]] == ["?", "opd", "trb"]
@@ -116,6 +128,29 @@ def test_a_panel_is_run_once_and_goes_on_where_it_was_stopped(small, tmp_path, c
     record.write_text(json.dumps(kept))
     with pytest.raises(ValueError, match=f"{model} is not the model of the earlier runs"):
         small.main([*onto, "--out", str(tmp_path / "never.json")])
+
+
+def test_figures_take_a_methods_runs_from_the_record_that_has_more_of_them(figures, tmp_path, monkeypatch):
+    """Two runs of `opd` come from the second record, and the one of the first is not among them; `trb` stays."""
+
+    def of(*runs: tuple[str, str, int], final: float) -> dict[str, Any]:
+        points = {point: {"rollouts": 16} for point, _, _ in runs}
+        made = [dict(zip(("point", "method", "seed"), run, strict=True), final=final) for run in runs]
+        return {"points": points, "runs": made, "panels": {"d": {}}}
+
+    first = of(("p", "opd", 0), ("p", "trb", 0), ("q", "opd", 0), final=0.1)
+    second = of(("p", "opd", 0), ("p", "opd", 1), ("p", "trb", 0), ("r", "sft", 0), final=0.2)
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    for file, record in zip(files, (first, second), strict=True):
+        file.write_text(json.dumps(record))
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr(figures, "write_figures", lambda record, folder: drawn.append(record) or [])
+    monkeypatch.setattr(sys, "argv", ["map_figures.py", *map(str, files)])
+    figures.main()
+    scores = {(run["point"], run["method"], run["seed"]): run["final"] for run in drawn[0]["runs"]}
+    second_has_more = {("p", "opd", 0): 0.2, ("p", "opd", 1): 0.2, ("r", "sft", 0): 0.2}
+    assert scores == {("p", "trb", 0): 0.1, ("q", "opd", 0): 0.1} | second_has_more
+    assert len(drawn[0]["runs"]) == len(scores) and set(drawn[0]["points"]) == {"p", "q", "r"}
 
 
 def test_a_run_that_lost_what_it_had_collapsed(driver):
