@@ -39,7 +39,7 @@ from trb.errors import InputError
 from trb.models import loading, packaged
 from trb.models.loading import load_model, load_tokenizer
 from trb.models.memory import DTYPES, activation_entries, bytes_of, cache_entries
-from trb.models.modeling import cache_name
+from trb.models.passes import cache_name
 from trb.models.pruning import kept_layers, prune_depth
 
 LAYERS = 5

@@ -22,7 +22,8 @@ from transformers import (
     XLMWithLMHeadModel,
 )
 
-from trb.models.modeling import OutputHead, cache_name, completion_hidden_states, length_groups
+from trb.models.modeling import OutputHead, completion_hidden_states, length_groups
+from trb.models.passes import cache_name
 
 SIZES = {
     "vocab_size": 19,

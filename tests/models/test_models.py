@@ -5,7 +5,8 @@ writes the table of docs/models.md.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import model_oracle
@@ -15,6 +16,7 @@ import torch
 import transformers
 from model_oracle import examine, find_case, names_type
 from tiny_models import MODEL_TYPES, VARIANTS, NotRunnableError, build, is_causal, plain_logits, tiny_config
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trb.models.modeling import OutputHead, UnsupportedModelError, position_limit
@@ -27,6 +29,9 @@ QUICK = (
     *("llama", "mistral", "mixtral", "gemma2", "gemma3_text", "phi", "phi3-longrope", "gpt2", "gpt_neo", "gpt_oss"),
     *("bloom", "falcon", "opt", "cohere2", "mamba2", "lfm2", "qwen3_5", "jamba", "deepseek_v3", "bert"),
 )
+
+# What counts places, or leaves out states, by an id of the row; and two for which an id is a token.
+IDS_QUICK = ("llama", "gemma3_text", "opt", "biogpt", "trocr-sinusoidal", "xlm")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,47 @@ def test_a_type_is_exact_or_refused_by_name(model_type: str) -> None:
     if record["provenance"]["versions"]["transformers"] == transformers.__version__:
         recorded = next(row for row in record["types"] if row["model_type"] == model_type)
         assert (finding.outcome, finding.way) == (recorded["outcome"], recorded["way"]), "`make models` records it anew"
+
+
+@pytest.fixture
+def ids_that_mean_something(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Configurations whose padding, first and last ids stand in the prompts of every case."""
+    ids = {"pad_token_id": 6, "eos_token_id": 11, "bos_token_id": 3}
+    assert set(ids.values()) <= set(chain(*model_oracle.PROMPTS))
+    for values in (tiny_models.TINY, *(exception.values for exception in tiny_models._EXCEPTIONS.values())):
+        for name, value in ids.items():
+            if name in values:
+                monkeypatch.setitem(values, name, value)
+    sinusoidal = ("trocr", {"use_learned_position_embeddings": False})
+    monkeypatch.setitem(VARIANTS, "trocr-sinusoidal", sinusoidal)
+    model_oracle.find_case.cache_clear()
+    yield
+    model_oracle.find_case.cache_clear()
+
+
+def law_without_padding(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
+    """The oracle's plain pass, told that no token is padding: XLM would take one of a prompt for it."""
+    ids = torch.tensor([list(tokens)])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *IDS_QUICK,
+        *(pytest.param(name, marks=pytest.mark.models) for name in MODEL_TYPES if name not in IDS_QUICK),
+    ],
+)
+@pytest.mark.usefixtures("ids_that_mean_something")
+@pytest.mark.filterwarnings("ignore:::transformers")
+def test_ids_that_pad_begin_and_end_are_tokens_of_a_prompt(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if model_type == "xlm":
+        monkeypatch.setattr(model_oracle, "plain_logits", law_without_padding)
+    finding = examine(model_type)
+    assert finding.outcome in ("exact", "refused", "library"), finding.reason
+    if model_type in IDS_QUICK:
+        assert finding.outcome == "exact", finding.reason
 
 
 def test_the_table_names_every_type_and_none_is_wrong() -> None:

@@ -10,7 +10,6 @@ Shape suffixes: B sequences, R rows of one group, L padded length, T kept positi
 size, V head rows.
 """
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,13 +24,12 @@ from transformers import PreTrainedModel
 from trb.errors import InputError
 from trb.models.comparison import Trial, trials_of
 from trb.models.in_place import hold_weights
+from trb.models.passes import plain_logits, switched_off
 from trb.models.quantization import mixes_rows
 
 __all__ = [
     "OutputHead",
     "UnsupportedModelError",
-    "accepts",
-    "cache_name",
     "check_adapter",
     "check_causal",
     "completion_hidden_states",
@@ -40,12 +38,10 @@ __all__ = [
     "has_adapters",
     "is_compiled",
     "length_groups",
-    "plain_logits",
     "position_limit",
     "probe_rows",
     "rope_switch",
     "row_order",
-    "switched_off",
     "windows",
     "without_adapters",
 ]
@@ -70,6 +66,7 @@ _LONGEST_PROBE = 1100
 _CAUSAL_PROBE = 32
 
 
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # the last two of MPT, of Whisper
 
 
@@ -134,25 +131,6 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-def accepts(model: PreTrainedModel, name: str) -> bool:
-    """Whether the forward pass of a model takes an argument of that name; asked of the class, which nothing wraps."""
-    return name in inspect.signature(type(model).forward).parameters
-
-
-def cache_name(model: PreTrainedModel) -> str | None:
-    """What the forward pass of a model calls its keys and values; None where it takes none."""
-    # transformers 5.24 renamed `past_key_values`. XLM's `cache` is a dictionary of its own, and was one before.
-    arguments = inspect.signature(type(model).forward).parameters
-    if "cache" in arguments and "dict" not in str(arguments["cache"].annotation):
-        return "cache"
-    return "past_key_values" if "past_key_values" in arguments else None
-
-
-def switched_off(model: nn.Module, *names: str) -> dict[str, bool]:
-    """The options of those names, off, as far as the forward pass of a model takes them."""
-    return {name: False for name in names if accepts(cast(PreTrainedModel, model), name)}
-
-
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Dropout off (and gradient checkpointing, which would drop a cache) within the block; restored after, each part as
@@ -178,32 +156,6 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return cast(nn.Module, model.model) if base is model else base
 
 
-def plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
-    """`[T, V]` logits of one row in one pass of the model's own, without cache, padding or any help of ours.
-
-    In the dtype that its head computed them in: some families widen them afterwards, and so does Accelerate around a
-    model that it trains in mixed precision. They would pass for more exact than they are.
-    """
-    options: dict[str, Any] = switched_off(model, "use_cache", "output_router_logits")
-    with _output_dtypes(model.get_output_embeddings()) as dtypes:
-        logits = model(input_ids=torch.tensor([list(tokens)], device=model.device), **options).logits[0]
-    return logits.to(max([logits.dtype, *dtypes], key=lambda dtype: torch.finfo(dtype).eps))
-
-
-@contextmanager
-def _output_dtypes(head: nn.Module | None) -> Iterator[list[torch.dtype]]:
-    """Receives the dtype of what the head returns inside the block."""
-    seen: list[torch.dtype] = []
-    if head is None:
-        yield seen
-        return
-    handle = head.register_forward_hook(lambda _module, _arguments, output: seen.append(output.dtype))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def position_limit(model: nn.Module) -> int | None:
     """How many positions the model has, or None: families without a limit name none, or one below 1."""
     config = without_adapters(model).config.get_text_config()
@@ -225,7 +177,8 @@ def rope_switch(model: PreTrainedModel) -> int | None:
 
 def probe_rows(model: PreTrainedModel, tokens_after: int) -> list[list[int]]:
     """Four rows to compare ways of reading on, each over `tokens_after` long: the first past every window that a
-    pass of affordable length reaches, the last two equally long."""
+    pass of affordable length reaches, the last two equally long and full of what families may take for something else
+    than text: padding, and where a sequence begins and ends."""
     config = model.config.get_text_config()
     limits = [limit for limit in (position_limit(model), rope_switch(model)) if limit]
     most = min([_LONGEST_PROBE, *limits])
@@ -233,11 +186,14 @@ def probe_rows(model: PreTrainedModel, tokens_after: int) -> list[list[int]]:
         raise UnsupportedModelError(model, f"it has {most} positions, and {tokens_after + 1} are needed to try it")
     window = max([size for size in windows(model) if size + tokens_after + 3 <= most], default=4)
     lengths = [min(most, first + tokens_after) for first in (window + 3, 1, 4, 4)]
-    reserved = {token for name in ("pad_token_id", "bos_token_id", "eos_token_id") for token in _ids(config, name)}
-    ordinary = [token for token in range(min(config.vocab_size, 997)) if token not in reserved] or [0]
+    named = [token for name in _SPECIAL for token in _ids(config, name) if 0 <= token < config.vocab_size]
+    ordinary = [token for token in range(min(config.vocab_size, 997)) if token not in named] or [0]
     # Multiples of a prime visit all residues: neighbours differ, and nothing repeats within a window.
     step = next(p for p in (7919, 104729) if len(ordinary) == 1 or p % len(ordinary))
-    return [[ordinary[(row * 31 + i * step) % len(ordinary)] for i in range(n)] for row, n in enumerate(lengths)]
+    rows = [[ordinary[(row * 31 + i * step) % len(ordinary)] for i in range(n)] for row, n in enumerate(lengths)]
+    for place, row in enumerate(rows[2:] if named else []):
+        row[1::2] = [named[(place + i) % len(named)] for i in range(len(row) // 2)]
+    return rows
 
 
 def _ids(config: Any, name: str) -> list[int]:

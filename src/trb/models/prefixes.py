@@ -30,8 +30,6 @@ from transformers.cache_utils import DynamicLayer
 from trb.models.comparison import Trial, trials_of
 from trb.models.draws import draws
 from trb.models.modeling import (
-    accepts,
-    cache_name,
     completion_hidden_states,
     decoder,
     evaluation_mode,
@@ -42,6 +40,7 @@ from trb.models.modeling import (
     row_order,
     without_adapters,
 )
+from trb.models.passes import accepts, cache_name
 from trb.models.rows import padded
 
 __all__ = ["keeps_states", "shared_hidden_states"]

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trb.errors import InputError
-from trb.models.modeling import evaluation_mode, plain_logits, probe_rows
+from trb.models.modeling import evaluation_mode, probe_rows
+from trb.models.passes import plain_logits
 
 __all__ = ["kept_layers", "prune_depth"]
 

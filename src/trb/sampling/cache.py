@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from trb.models.modeling import accepts, cache_name, decoder, position_limit, rope_switch, switched_off
+from trb.models.modeling import decoder, position_limit, rope_switch
+from trb.models.passes import accepts, cache_name, switched_off
 from trb.models.prefixes import keeps_states
 from trb.sampling import graphs
 from trb.sampling.layers import Plan, SlotCache, SlotLayer, prompt_cache, slot_layer

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from trb.models.modeling import accepts, cache_name, switched_off
+from trb.models.passes import accepts, cache_name, whole_pass
 
 __all__ = ["GroupedReader", "PaddedReader", "Reader", "WholeReader"]
 
@@ -180,7 +180,6 @@ class WholeReader:
     def __init__(self, model: PreTrainedModel, end: int | None = None) -> None:
         self.model = model
         self.calls = 0
-        self._options = switched_off(model, "use_cache", "output_router_logits")
         self._rows: list[list[int]] = []
 
     def read_prompts(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -200,8 +199,7 @@ class WholeReader:
         found, order = [], []
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().squeeze(-1)
-            ids_RL = torch.tensor([self._rows[row] for row in rows.tolist()], device=self.model.device)
-            found.append(self.model(input_ids=ids_RL, **self._options).logits[:, -1])
+            found.append(whole_pass(self.model, [self._rows[row] for row in rows.tolist()])[:, -1])
             order.append(rows)
             self.calls += 1
         return torch.cat(found)[torch.cat(order).argsort().to(self.model.device)]

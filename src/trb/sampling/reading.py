@@ -34,11 +34,11 @@ from trb.models.modeling import (
     check_causal,
     evaluation_mode,
     is_compiled,
-    plain_logits,
     position_limit,
     probe_rows,
     windows,
 )
+from trb.models.passes import plain_logits
 from trb.sampling.attention import attention_through_slots, exact_masks, masks_by, slot_attentions
 from trb.sampling.cache import SlotReader, supports_slots
 from trb.sampling.readers import GroupedReader, PaddedReader, Reader, WholeReader
