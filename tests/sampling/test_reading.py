@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from conftest import NO_SPECIAL_IDS, random_model, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
@@ -37,7 +38,8 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 import trb.sampling.attention
 import trb.sampling.cache
 from trb import zoo
-from trb.models.comparison import disagreement, tolerance
+from trb.models import passes
+from trb.models.comparison import disagreement, tolerance, trials_of
 from trb.models.modeling import (
     OutputHead,
     UnsupportedModelError,
@@ -438,6 +440,25 @@ def test_mixed_precision_inside_a_wrapper_is_no_fault(name: str, warnings_seen: 
     assert plain_logits(model, [1, 2, 3]).dtype == torch.float32
     assert way(model) == "slots"
     assert OutputHead.check(model) and not warnings_seen
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_what_accelerate_prepared_is_sampled_through_slots_in_mixed_precision(
+    name: str, warnings_seen: list[str]
+) -> None:
+    """Its wrapper enters autocast again inside whatever the check has switched off around it."""
+    model, _ = zoo.load(name)  # type: ignore[arg-type]
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    wrapped = model.forward
+    with accelerator.autocast(), trials_of(model) as trials:
+        for trial, dtype in zip(trials, (torch.bfloat16, torch.float32), strict=True):
+            with trial.precision():
+                assert passes.plain_logits(model, [1, 2, 3]).dtype == dtype
+    with accelerator.autocast():
+        assert way(model) == "slots"
+        assert OutputHead.check(model) and not warnings_seen
+    assert model.forward == wrapped
 
 
 def test_logits_that_a_family_widens_are_held_to_the_precision_they_have() -> None:

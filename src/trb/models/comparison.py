@@ -49,12 +49,26 @@ class Trial:
 
     def precision(self) -> AbstractContextManager[Any]:
         """What to read it in."""
-        return torch.autocast(self.model.device.type, enabled=False) if self.plain else nullcontext()
+        return _autocast_off(self.model) if self.plain else nullcontext()
 
     def gap(self, ours: Sequence[Tensor], own: Sequence[Tensor]) -> float | None:
         """`disagreement`, where it is more than rounding explains; None where it is not."""
         gap = disagreement(ours, own, self.share)
         return None if gap <= (tolerance(own[0]) if self.allowed is None else self.allowed) else gap
+
+
+@contextmanager
+def _autocast_off(model: PreTrainedModel) -> Iterator[None]:
+    """Around the model, and in the wrapper of Accelerate's that would enter it again."""
+    wrapped = vars(model).get("forward")
+    if wrapped is not None and hasattr(model, "_original_forward"):
+        model.forward = model._original_forward
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 @contextmanager
