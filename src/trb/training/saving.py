@@ -5,7 +5,8 @@ Seams of transformers and TRL:
 - `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
   latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
 - `_run_epoch` is told the number of the epoch, and takes a step before it asks whether any is left;
-- `_finalize_training` divides the sum of losses by the steps since a resume, and logs it as `train_loss`;
+- `_finalize_training` divides the sum of losses by the steps since a resume, skipped ones among them, and logs it as
+  `train_loss`;
 - `_step` counts micro-batches and `_buffered_inputs` holds those of a step; a new call of `train` keeps both;
 - `train` reads weights with `_load_from_checkpoint`, calls `_load_callback_state` once the trainer's state was read,
   which builds callbacks anew from the checkpoint, and `_load_best_model` at the end;
@@ -15,6 +16,7 @@ Left out: what a checkpoint is, and when it is whole (`trb.training.checkpoints`
 (`trb.training.resume`).
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -60,6 +62,7 @@ class ResumableTrainer(PromptsInOrder):
     _goes_on: bool = False
     _lost_patience: bool = False
     _mean_loss: float | None = None
+    _skipped_before: int = 0  # steps that were skipped before the first that `train_loss` is of
     _loss_before: Tensor
 
     def train(
@@ -97,6 +100,7 @@ class ResumableTrainer(PromptsInOrder):
             self._ranks.from_first(partial(checkpoints.check_named, Path(resume_from_checkpoint), whole=verify))
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._accept_changes, self._goes_on, self._lost_patience, self._mean_loss = accept_changes, False, False, None
+        self._skipped_before = 0
         if resume_from_checkpoint:
             saved = Path(resume_from_checkpoint)
             check_checkpoint(saved)  # here too: DeepSpeed's files are not read as others are
@@ -110,7 +114,7 @@ class ResumableTrainer(PromptsInOrder):
 
     def _forget_earlier_call(self) -> None:
         """`train` may be called again, also after an interrupt amid a step: what that left belongs to no later one."""
-        self._guard.reset()
+        self._guard = StepGuard(self._guard.directory)
         self._step, self._buffered_inputs = 0, None
         self._metrics["train"].clear()
         self._sums["train"] = Sums()
@@ -219,12 +223,16 @@ class ResumableTrainer(PromptsInOrder):
         super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The mean loss is of all steps; transformers has that of this call's, or a sum where there was none."""
+        """The mean loss is of all steps that were taken; transformers has that of this call's, skipped ones among them,
+        or a sum where there was none."""
         path = None if self._resumed_from is None else self._progress_file(str(self._resumed_from))
         if path is not None and path.exists() and not self._goes_on:  # no step has asked for it
             self._go_on_from(PROGRESS.read(path))
-        if self._goes_on:
-            self._mean_loss = (self._total_loss_scalar + self._tr_loss.item()) / self.state.global_step
+        steps = self.state.global_step - (0 if self._goes_on else self._initial_global_step)
+        if steps:
+            taken = steps - (self._guard.skipped - self._skipped_before)
+            total = self._total_loss_scalar + self._tr_loss.item()
+            self._mean_loss = total / taken if taken else math.nan
         output = super()._finalize_training(*args, **kwargs)
         return output if self._mean_loss is None else output._replace(training_loss=self._mean_loss)
 
@@ -292,6 +300,7 @@ class ResumableTrainer(PromptsInOrder):
         )
         if guard:
             self._guard.load(guard)
+            self._skipped_before = 0 if self._goes_on else self._guard.skipped
         self._observers.load_state_dict(states, memories, accept_changes=self._accept_changes)
 
     def _progress_file(self, checkpoint: str) -> Path:
