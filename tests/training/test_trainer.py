@@ -879,7 +879,7 @@ def test_a_number_that_a_library_would_refuse_late_or_namelessly_is_refused_by_n
     ("changes", "kept"),
     [
         ({"save_steps": 0.5, "logging_steps": 0.1, "eval_steps": 2.0, "warmup_steps": 0.1}, {}),
-        ({"max_grad_norm": None, "save_total_limit": -1, "max_steps": -1, "save_steps": 0}, {}),
+        ({"save_total_limit": -1, "max_steps": -1, "save_steps": 0}, {}),
         ({"pad_to_multiple_of": "8"}, {"pad_to_multiple_of": 8}),
         ({"pad_to_multiple_of": "none"}, {"pad_to_multiple_of": None}),
         ({"learning_rate": np.float32(1e-3), "seed": np.int64(3), "max_steps": np.int64(4)}, {}),
@@ -892,6 +892,28 @@ def test_numbers_that_the_libraries_take_are_taken(
     """And kept as they are, unless a library reads them out of text."""
     args = config(tmp_path, **changes)
     assert {name: getattr(args, name) for name in changes} == changes | kept
+
+
+def test_an_option_that_may_be_none_trains_as_none(tmp_path: Path) -> None:
+    """Whatever the annotations say: a run of one step with all of them, and gradients that nothing clips."""
+    defaults = config(tmp_path)
+    off: dict[str, Any] = {}
+    for name in numeric():
+        try:
+            config(tmp_path, **{name: None})
+        except InputError:
+            continue
+        if getattr(defaults, name) is not None:
+            off[name] = None
+    assert "max_grad_norm" in off
+    clipped = {"max_steps": 1, "per_device_train_batch_size": 2, "num_generations": 1, "max_completion_length": 4}
+    trainers = []
+    for options in (off, off | {"max_grad_norm": math.inf}):
+        trainers.append(build(tmp_path, **clipped, **options))
+        trainers[-1].train()
+    assert losses(trainers[0]) == losses(trainers[1])
+    both = zip(weights(trainers[0]).values(), weights(trainers[1]).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in both)
 
 
 def test_a_thin_support_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
