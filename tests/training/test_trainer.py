@@ -952,6 +952,8 @@ REFUSED = {
     "top_k": 50,
     "top_p": 0.9,
     "torch_compile": True,
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
     "train_sampling_strategy": "group_by_length",
     "vllm_structured_outputs_regex": "[0-9]+",
 }
@@ -969,8 +971,7 @@ OPTIMISER = """
     adam_beta1 adam_beta2 adam_epsilon learning_rate lr_scheduler_kwargs lr_scheduler_type max_grad_norm optim
     optim_args optim_target_modules warmup_steps weight_decay
 """
-# Where and how it is computed, logged and saved; or read by scripts, and by nothing here. A backend or mode of
-# torch_compile turns that on, which is refused.
+# Where and how it is computed, logged and saved; or read by scripts, and by nothing here.
 HARMLESS = """
     activation_checkpointing activation_checkpointing_kwargs
     accelerator_config dataloader_drop_last dataloader_multiprocessing_context dataloader_num_workers
@@ -983,7 +984,7 @@ HARMLESS = """
     logging_nan_inf_filter logging_steps logging_strategy metric_for_best_model num_completions_to_print output_dir
     pad_to_multiple_of parallelism_config prediction_loss_only project push_to_hub remove_unused_columns report_to
     restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node save_only_model
-    save_steps save_strategy save_total_limit skip_memory_metrics torch_compile_backend torch_compile_mode
+    save_steps save_strategy save_total_limit skip_memory_metrics
     torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_cpu use_vllm
     vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_mode vllm_model_impl
     vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_tensor_parallel_size
