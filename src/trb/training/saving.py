@@ -110,6 +110,7 @@ class ResumableTrainer(PromptsInOrder):
                 and self.accelerator.is_main_process
             ):
                 checkpoints.check_reach(saved)
+        self._set_aside_others()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _forget_earlier_call(self) -> None:
@@ -119,6 +120,21 @@ class ResumableTrainer(PromptsInOrder):
         self._metrics["train"].clear()
         self._sums["train"] = Sums()
         self._observers.reset()
+
+    def _set_aside_others(self) -> None:
+        """Whoever resumes this run takes the latest checkpoint that is there, which must be its own."""
+        directory, step = Path(str(self.args.output_dir)), -1
+        protected: list[Path | str | None] = [self._resumed_from]
+        if self._resumed_from is not None:
+            state = TrainerState.load_from_json(str(self._resumed_from / TRAINER_STATE))
+            protected.append(checkpoints.best_beside(self._resumed_from, state.best_model_checkpoint))
+            if self._resumed_from.parent.absolute() == directory.absolute():
+                step = state.global_step
+        for moves in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+            self.accelerator.wait_for_everyone()
+            if moves:
+                checkpoints.set_aside_later(directory, step, protected)
+        self.accelerator.wait_for_everyone()
 
     def _latest_checkpoint(self) -> Path:
         directory = Path(str(self.args.output_dir))
