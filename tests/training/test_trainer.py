@@ -64,6 +64,11 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
             *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
             "steps_trained_in_current_epoch",
         ],
+        "_maybe_log_save_evaluate": [
+            *("self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+            "learning_rate",
+        ],
+        "_evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
         "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
         "_get_output_dir": ["self", "trial"],
         "_save_checkpoint": ["self", "model", "trial"],

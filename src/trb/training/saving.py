@@ -5,6 +5,8 @@ Seams of transformers and TRL:
 - `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
   latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
 - `_run_epoch` is told the number of the epoch, and takes a step before it asks whether any is left;
+- `training_step` comes for each micro-batch, and `_maybe_log_save_evaluate` at the end of each step and epoch;
+- `_evaluate` is told by `skip_scheduler` that it is called at the start;
 - `_finalize_training` divides the sum of losses by the steps since a resume, skipped ones among them, and logs it as
   `train_loss`;
 - `_step` counts micro-batches and `_buffered_inputs` holds those of a step; a new call of `train` keeps both;
@@ -18,11 +20,13 @@ Left out: what a checkpoint is, and when it is whole (`trb.training.checkpoints`
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, GenerationConfig, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -31,12 +35,14 @@ from transformers.utils import logging
 from trb.models.modeling import without_adapters
 from trb.records import CHECKPOINT_PREFIX, PROGRESS, TRAINER_STATE, progress_name
 from trb.safety.untrusted import check_checkpoint
+from trb.sampling.vllm import generators_now
 from trb.training import checkpoints, resume
 from trb.training.config import TRBConfig
 from trb.training.guard import StepGuard
 from trb.training.metrics import Observers, Sums
 from trb.training.prompts import PromptsInOrder
 from trb.training.ranks import Ranks
+from trb.training.recording import RunRecorder
 from trb.vocab import SharedVocabulary
 
 __all__ = ["ResumableTrainer"]
@@ -63,7 +69,10 @@ class ResumableTrainer(PromptsInOrder):
     _lost_patience: bool = False
     _mean_loss: float | None = None
     _skipped_before: int = 0  # steps that were skipped before the first that `train_loss` is of
-    _loss_before: Tensor
+    _before_step: dict[str, Any]  # `_progress` where the present step began
+    _seen_before: tuple[Any, float]
+    _put_back: Callable[[], None]  # the global generators, to where the last step or epoch left them
+    recorder: RunRecorder
 
     def train(
         self,
@@ -220,7 +229,7 @@ class ResumableTrainer(PromptsInOrder):
         states: Any = self.state.stateful_callbacks
         states.update({name: [] if count > 1 else {} for name, count in counts.items()})
 
-    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         """Called also for what is left of the last epoch when all steps are taken; takes one before it looks."""
         if self._lost_patience:
             logger.warning(
@@ -230,13 +239,46 @@ class ResumableTrainer(PromptsInOrder):
         if self._lost_patience or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self._step % self.args.gradient_accumulation_steps:  # a callback has ended the epoch before amid a step
-            model.zero_grad()
-            self._tr_loss.copy_(self._loss_before)
-            self._guard.reset()
-            self._step, self._buffered_inputs = 0, None
-        self._epoch = epoch
-        super()._run_epoch(model, epoch, *args, **kwargs)
+        if getattr(train_dataloader, "persistent_workers", False) and train_dataloader._iterator is not None:
+            # As an iterator that is new draws, which a resumed run has: rows are shuffled with what comes after it.
+            torch.empty((), dtype=torch.int64).random_()
+        self._epoch, self._put_back = epoch, generators_now()
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if not self._guard.began:
+            self._before_step = deepcopy(self._progress())
+            self._seen_before = self.state.num_input_tokens_seen, self.current_flos
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *args: Any, **options: Any
+    ) -> None:
+        """Called at the end of a step, and of an epoch, which a callback may have brought about amid a step."""
+        if self._guard.began:
+            self._give_up_step(model)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **options)
+        self._put_back = generators_now()
+
+    def _give_up_step(self, model: nn.Module) -> None:
+        """Go back to the end of the last step: what was begun since is no part of what is logged, saved and resumed."""
+        model.zero_grad()
+        self._guard.reset()
+        self._step, self._buffered_inputs = 0, None
+        self._metrics["train"].clear()
+        self._take_back(self._before_step)
+        self._observers.forget_step()
+        self.state.num_input_tokens_seen, self.current_flos = self._seen_before
+        self._put_back()
+        if self.is_world_process_zero():
+            self.recorder.drop_rollouts(self.state.global_step)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        """Not at the start (`eval_on_start`, of which `skip_scheduler` tells) of a run that had started before: it
+        would be on record, and count for callbacks, once more than where nothing was resumed."""
+        if skip_scheduler and self._resumed_from is not None:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """The mean loss is of all steps that were taken; transformers has that of this call's, skipped ones among them,
@@ -304,6 +346,7 @@ class ResumableTrainer(PromptsInOrder):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
+        self._put_back = generators_now()
         if checkpoint is None:
             return
         path, progress = self._progress_file(checkpoint), None
@@ -337,6 +380,9 @@ class ResumableTrainer(PromptsInOrder):
 
     def _go_on_from(self, progress: Mapping[str, Any]) -> None:
         self._goes_on = True
+        self._take_back(progress)
+
+    def _take_back(self, progress: Mapping[str, Any]) -> None:
         self._tr_loss.fill_(progress["loss"])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]
