@@ -407,6 +407,7 @@ PART = JsonFile("PART.json", (f"{PARTS}/*.json",), compact=True)
 
 # Of a checkpoint, beside what transformers saves there.
 CHECKPOINT_PREFIX, CHECKPOINT_PARTIAL = "checkpoint-", "checkpoint.partial"  # folders
+CHECKPOINTS_ASIDE = "_earlier"  # a folder; transformers uploads nothing that begins so
 TRAINER_STATE = RunFile("trainer_state.json")
 RUN = JsonFile("trb_run.json", schema=dict[str, Any])
 REACH = JsonFile("trb_records.json", schema=dict[str, Reached])

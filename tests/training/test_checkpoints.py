@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tiny_runs import build, config
+from tiny_runs import Kill, build, config
 from trl import DistillationTrainer
 
 from trb import zoo
@@ -329,6 +329,57 @@ def test_the_configuration_may_name_the_checkpoint(tmp_path: Path) -> None:
     anew = trained(tmp_path / "anew", max_steps=2, **named)
     anew.train(resume_from_checkpoint=False)
     assert len((tmp_path / "anew" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def earlier(directory: Path) -> list[str]:
+    """The checkpoints that were set aside, as far as they are whole."""
+    found = sorted(directory.glob("_earlier/*/checkpoint-*"))
+    for path in found:
+        checkpoints.verify(path)
+    return [str(path.relative_to(directory / "_earlier")) for path in found]
+
+
+def test_a_resume_goes_on_from_no_checkpoint_of_an_earlier_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose steps are higher; and none of them is lost."""
+    trainer = trained(tmp_path, max_steps=4, save_steps=2, learning_rate=1e-2)
+    trainer.train()
+    first = weights_of(tmp_path / "checkpoint-4")
+    kill = Kill(3)
+    trainer.add_callback(kill)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(kill)
+    assert checkpoints.numbered(tmp_path).keys() == {2}
+    assert earlier(tmp_path) == ["1/checkpoint-2", "1/checkpoint-4"]
+    assert f"checkpoint-2, checkpoint-4 moved to {tmp_path}/_earlier/1" in caplog.text
+    trainer.train(resume_from_checkpoint=True)
+    second = weights_of(tmp_path / "checkpoint-4")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    trainer.add_callback(Kill(1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert earlier(tmp_path)[2:] == ["2/checkpoint-2", "2/checkpoint-4"]
+    with pytest.raises(CheckpointError, match="no whole checkpoint to resume from"):
+        trained(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+def test_a_resume_from_an_earlier_step_leaves_no_later_checkpoint_of_its_name(tmp_path: Path, elsewhere: bool) -> None:
+    """Of a run that goes on from `checkpoint-1`, here, those before are its own; of one that comes from elsewhere,
+    none; what is damaged no resume takes, and another trainer's neither."""
+    trained(tmp_path / "run", max_steps=4).train()
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    of_another_trainer(tmp_path / "run" / "checkpoint-3")
+    named = tmp_path / "run" / "checkpoint-1"
+    if elsewhere:
+        named = shutil.copytree(named, tmp_path / "copy" / "checkpoint-1")
+    cut = trained(tmp_path / "run", max_steps=4, save_steps=3, callbacks=[Kill(2)])
+    with pytest.raises(KeyboardInterrupt):
+        cut.train(resume_from_checkpoint=str(named))
+    assert earlier(tmp_path / "run") == ["1/checkpoint-1"] * elsewhere + ["1/checkpoint-2"]
+    assert checkpoints.numbered(tmp_path / "run").keys() == {3, 4} | ({1} if not elsewhere else set())
 
 
 def test_the_best_checkpoint_is_verified_before_it_is_loaded(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_in_two_processes
-from tiny_runs import TINY, Snapshots, build, logged, weights
+from tiny_runs import TINY, Kill, Snapshots, build, logged, losses, weights
 
 from trb import zoo
 from trb.losses import ReverseKL
@@ -171,6 +171,49 @@ def test_the_count_survives_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
         resumed = build(tmp_path, **settings)
         with pytest.raises(NonFiniteError, match="max_skipped_steps=3 steps in a row"):
             resumed.train(resume_from_checkpoint=True)
+
+
+def test_the_loss_of_a_training_is_that_of_the_steps_that_were_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one that is resumed after a step was skipped, and before another is; of none it is unknown."""
+    settings = {**TINY, "learning_rate": 0.0, "save_strategy": "steps", "save_steps": 2}
+    plain = build(tmp_path / "plain", **settings)
+    plain.train()
+    expected = (losses(plain)[0] + losses(plain)[2]) / 2
+    with monkeypatch.context() as patch:
+        poison(patch, "nan", {2, 4})
+        found = build(tmp_path / "whole", **settings).train()
+    assert found.training_loss == found.metrics["train_loss"] == pytest.approx(expected, rel=1e-5)
+    with monkeypatch.context() as patch:
+        poison(patch, "nan", {2})
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "cut", callbacks=[Kill(2, amid_next=True)], **settings).train()
+    with monkeypatch.context() as patch:
+        poison(patch, "nan", {2})  # the fourth of the run
+        rest = build(tmp_path / "cut", **settings).train(resume_from_checkpoint=True)
+    assert rest.training_loss == found.training_loss
+    with monkeypatch.context() as patch:
+        poison(patch, "nan", {1, 2, 3, 4})
+        assert math.isnan(build(tmp_path / "none", **settings).train().training_loss)
+
+
+def test_a_second_training_counts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**TINY, "learning_rate": 0.0, "logging_steps": 4, "max_skipped_steps": 2}
+    plain = build(tmp_path / "plain", **settings)
+    expected = plain.train().training_loss
+    trainer = build(tmp_path / "again", **settings)
+    with monkeypatch.context() as patch:
+        poison(patch, "nan", {1, 2})
+        with pytest.raises(NonFiniteError):
+            trainer.train()
+    with monkeypatch.context() as patch:
+        poison(patch, "nan", {1})  # the first in a row, and not the second
+        trainer.train()
+    assert logged(trainer, "skipped_steps")[-1] == 1
+    found = trainer.train().training_loss
+    assert found == losses(trainer)[-1] == pytest.approx(expected, rel=1e-6)
+    assert logged(trainer, "skipped_steps")[-1] == 0
 
 
 class TwoProcesses:

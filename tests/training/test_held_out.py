@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny_runs import build, config, logged
+from tiny_runs import Kill, build, config, logged
 from transformers import TrainerCallback
 
 from trb import TRBTrainer, zoo
@@ -147,3 +147,29 @@ def test_the_best_model_may_be_that_of_one_of_several_sets(tmp_path: Path) -> No
     assert trainer.state.best_metric == pytest.approx(min(of["a"]))
     assert of["a"] != of["b"]
     assert not any("a_" in name for row in rows for name in row)
+
+
+def steps_on_record(directory: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (directory / "held_out.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("on_start", [False, True])
+def test_each_evaluation_of_a_training_is_on_record_once(tmp_path: Path, on_start: bool) -> None:
+    """Of a fresh one, nothing of the run before; of a resumed one, what one that was not resumed has."""
+    options: dict[str, Any] = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": on_start}
+    options |= {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, **SETTINGS}
+    (tmp_path / "held_out.jsonl").write_text('{"step": 0, "loss": 7.0}\n{"step": 2, "loss": 7.0}\n')  # another run's
+    trainer = build(tmp_path, eval_dataset=problems(1), callbacks=[Kill(3, amid_next=False)], **options)
+    first = trainer.evaluate()["eval_loss"]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert steps_on_record(tmp_path) == [0, 2]
+    build(tmp_path, eval_dataset=problems(1), **options | {"save_steps": 1}).train()
+    assert steps_on_record(tmp_path) == [0] * on_start + [2, 4]
+    resumed = build(tmp_path, eval_dataset=problems(1), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert steps_on_record(tmp_path) == [0] * on_start + [2, 4]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert steps_on_record(tmp_path) == [0] * on_start + [2, 4]
+    if on_start:
+        assert json.loads((tmp_path / "held_out.jsonl").read_text().splitlines()[0])["loss"] == first

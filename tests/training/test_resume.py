@@ -692,6 +692,93 @@ def test_an_epoch_after_one_that_was_cut_short_has_its_own_prompts(amid: bool, t
     assert trainers[1].state.global_step == 3
 
 
+class StopAmid(TrainerCallback):
+    """Ends the training, or the epoch, amid the step after `step`."""
+
+    def __init__(self, step: int, what: str) -> None:
+        self.step, self.what = step, what
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.step = -1  # the next epoch begins with the same number
+            setattr(control, f"should_{self.what}_stop", True)
+
+
+GIVEN_UP: dict[str, Any] = TINY | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+GIVEN_UP |= {"max_steps": -1, "num_train_epochs": 2, "initial_kl_budget": None, "blend_warmup_steps": None}
+GIVEN_UP |= {"train_rows": ROWS[:8], "logging_steps": 3, "max_completion_length": 6}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file of records, without times."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: row[key] for key in row if "time" not in key and "per_second" not in key} for row in rows]
+
+
+@pytest.mark.parametrize("stopped_after", [2, 4, 5], ids=["in an epoch", "where an epoch begins", "in a later epoch"])
+def test_a_run_stopped_amid_a_step_resumes_as_one_that_was_not(stopped_after: int, tmp_path: Path) -> None:
+    """What was begun is neither in the sums that are saved nor in the records."""
+    options = GIVEN_UP | {"save_strategy": "epoch", "include_num_input_tokens_seen": True, "disable_dropout": False}
+    whole = build(tmp_path / "whole", student=dropping(), **options)
+    whole.train()
+    stop = StopAmid(stopped_after, "training")
+    build(tmp_path / "cut", student=dropping(), callbacks=[stop], **options).train()
+    assert max(row["step"] for row in lines(tmp_path / "cut" / "rollouts.jsonl")) < stopped_after
+    rest = build(tmp_path / "cut", student=dropping(), **options)
+    rest.train(resume_from_checkpoint=True)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert lines(tmp_path / "cut" / name) == lines(tmp_path / "whole" / name)
+    both = zip(weights(rest).values(), weights(whole).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in both)
+
+
+def dropping() -> Any:
+    """A student whose training draws from the global generator."""
+    student, _ = zoo.load("student")
+    student.config.attention_dropout = 0.1
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    return student
+
+
+@pytest.mark.parametrize("what", ["epoch", "training"])
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_a_step_that_is_given_up_is_in_no_mean(what: str, strategy: str, tmp_path: Path) -> None:
+    """With a rate of 0 the steps' losses are those of a run that logs each of them."""
+    options = GIVEN_UP | {"learning_rate": 0.0, "method": "opd"}
+    single = build(tmp_path / "single", callbacks=[StopAmid(2, what)], **options | {"logging_steps": 1})
+    single.train()
+    expected = losses(single)
+    assert len(expected) == {"epoch": 6, "training": 2}[what]
+    one_by_one = build(tmp_path / "whole", **options | {"logging_steps": 1})
+    one_by_one.train()
+    whole = losses(one_by_one)
+    assert expected == pytest.approx(whole[:2] + (whole[4:] if what == "epoch" else []), rel=1e-5)
+    trainer = build(tmp_path / "cut", callbacks=[StopAmid(2, what)], **options | {"logging_strategy": strategy})
+    found = trainer.train().training_loss
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    if strategy == "epoch":
+        assert losses(trainer)[0] == pytest.approx(sum(expected[:2]) / 2, rel=1e-5)
+        assert logged(trainer, "reverse_kl")[0] == pytest.approx(sum(logged(single, "reverse_kl")[:2]) / 2, rel=0.05)
+    keys = [(row["step"], row["prompt_key"], row["rollout_index"]) for row in lines(tmp_path / "cut/rollouts.jsonl")]
+    assert len(keys) == len(set(keys))
+
+
+def test_workers_that_persist_resume_to_the_same_bits(tmp_path: Path) -> None:
+    """From amid an epoch, where others read what is left of it, and in the epochs after."""
+    options = GIVEN_UP | {"num_train_epochs": 3, "train_rows": ROWS[:4], "save_strategy": "steps", "save_steps": 1}
+    options |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    whole = build(tmp_path / "whole", **options)
+    whole.train()
+    for killed_after in (1, 2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "cut", callbacks=[Kill(killed_after, amid_next=True)], **options).train()
+        rest = build(tmp_path / "cut", **options)
+        rest.train(resume_from_checkpoint=True)
+        both = zip(weights(rest).values(), weights(whole).values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in both), killed_after
+
+
 UNSET: dict[str, Any] = {"initial_kl_budget": None, "blend_warmup_steps": None}
 MEMORIES: dict[str, dict[str, Any]] = {
     "sequence": UNSET | {"budget_schedule": "sequence"},

@@ -64,6 +64,11 @@ def test_trl_still_has_the_seams_that_are_overridden() -> None:
             *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
             "steps_trained_in_current_epoch",
         ],
+        "_maybe_log_save_evaluate": [
+            *("self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+            "learning_rate",
+        ],
+        "_evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
         "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
         "_get_output_dir": ["self", "trial"],
         "_save_checkpoint": ["self", "model", "trial"],
@@ -879,7 +884,7 @@ def test_a_number_that_a_library_would_refuse_late_or_namelessly_is_refused_by_n
     ("changes", "kept"),
     [
         ({"save_steps": 0.5, "logging_steps": 0.1, "eval_steps": 2.0, "warmup_steps": 0.1}, {}),
-        ({"max_grad_norm": None, "save_total_limit": -1, "max_steps": -1, "save_steps": 0}, {}),
+        ({"save_total_limit": -1, "max_steps": -1, "save_steps": 0}, {}),
         ({"pad_to_multiple_of": "8"}, {"pad_to_multiple_of": 8}),
         ({"pad_to_multiple_of": "none"}, {"pad_to_multiple_of": None}),
         ({"learning_rate": np.float32(1e-3), "seed": np.int64(3), "max_steps": np.int64(4)}, {}),
@@ -892,6 +897,28 @@ def test_numbers_that_the_libraries_take_are_taken(
     """And kept as they are, unless a library reads them out of text."""
     args = config(tmp_path, **changes)
     assert {name: getattr(args, name) for name in changes} == changes | kept
+
+
+def test_an_option_that_may_be_none_trains_as_none(tmp_path: Path) -> None:
+    """Whatever the annotations say: a run of one step with all of them, and gradients that nothing clips."""
+    defaults = config(tmp_path)
+    off: dict[str, Any] = {}
+    for name in numeric():
+        try:
+            config(tmp_path, **{name: None})
+        except InputError:
+            continue
+        if getattr(defaults, name) is not None:
+            off[name] = None
+    assert "max_grad_norm" in off
+    clipped = {"max_steps": 1, "per_device_train_batch_size": 2, "num_generations": 1, "max_completion_length": 4}
+    trainers = []
+    for options in (off, off | {"max_grad_norm": math.inf}):
+        trainers.append(build(tmp_path, **clipped, **options))
+        trainers[-1].train()
+    assert losses(trainers[0]) == losses(trainers[1])
+    both = zip(weights(trainers[0]).values(), weights(trainers[1]).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in both)
 
 
 def test_a_thin_support_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -930,6 +957,8 @@ REFUSED = {
     "top_k": 50,
     "top_p": 0.9,
     "torch_compile": True,
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
     "train_sampling_strategy": "group_by_length",
     "vllm_structured_outputs_regex": "[0-9]+",
 }
@@ -947,8 +976,7 @@ OPTIMISER = """
     adam_beta1 adam_beta2 adam_epsilon learning_rate lr_scheduler_kwargs lr_scheduler_type max_grad_norm optim
     optim_args optim_target_modules warmup_steps weight_decay
 """
-# Where and how it is computed, logged and saved; or read by scripts, and by nothing here. A backend or mode of
-# torch_compile turns that on, which is refused.
+# Where and how it is computed, logged and saved; or read by scripts, and by nothing here.
 HARMLESS = """
     activation_checkpointing activation_checkpointing_kwargs
     accelerator_config dataloader_drop_last dataloader_multiprocessing_context dataloader_num_workers
@@ -961,7 +989,7 @@ HARMLESS = """
     logging_nan_inf_filter logging_steps logging_strategy metric_for_best_model num_completions_to_print output_dir
     pad_to_multiple_of parallelism_config prediction_loss_only project push_to_hub remove_unused_columns report_to
     restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node save_only_model
-    save_steps save_strategy save_total_limit skip_memory_metrics torch_compile_backend torch_compile_mode
+    save_steps save_strategy save_total_limit skip_memory_metrics
     torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_cpu use_vllm
     vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_mode vllm_model_impl
     vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_tensor_parallel_size

@@ -330,7 +330,8 @@ def size_of_run(directory: Path) -> int:
 
 
 def _of_a_run(directory: Path) -> list[Path]:
-    return [*directory.glob(f"{records.CHECKPOINT_PREFIX}*"), *written_by_run(directory)]
+    saved = [*directory.glob(f"{records.CHECKPOINT_PREFIX}*"), directory / records.CHECKPOINTS_ASIDE]
+    return [*saved, *written_by_run(directory)]
 
 
 def written_by_run(directory: Path) -> list[Path]:

@@ -4,7 +4,8 @@ A run writes checkpoint N into checkpoint.partial/checkpoint-N. When every proce
 there (the size and the SHA-256 of every file), everything is flushed to the disk, and the folder is renamed to
 checkpoint-N. Killed at any moment, the run keeps its earlier checkpoints, and at most a checkpoint.partial that the
 next save removes. On resume every file is compared with its checksum; a checkpoint that differs is passed over for the
-one before it, with a warning that names the file.
+one before it, with a warning that names the file. Those of an earlier training, which whoever begins anew finds in the
+directory, are moved to _earlier.
 
 Hashing reads each file once after writing and once before resuming: about 2 GB/s where the processor has instructions
 for SHA-256, 0.4 GB/s elsewhere. `checksums=False` keeps sizes only.
@@ -19,12 +20,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
 
 from trb.errors import InputError
-from trb.records import CHECKPOINT_PARTIAL, CHECKPOINT_PREFIX, CHECKSUMS, REACH, RUN, TRAINER_STATE
+from trb.records import CHECKPOINT_PARTIAL, CHECKPOINT_PREFIX, CHECKPOINTS_ASIDE, CHECKSUMS, REACH, RUN, TRAINER_STATE
 from trb.safety.files import flush, remove
 from trb.safety.untrusted import printable
 
@@ -42,6 +44,7 @@ __all__ = [
     "prune",
     "publish",
     "seal",
+    "set_aside_later",
     "short_of_reach",
     "unseal",
     "verify",
@@ -122,6 +125,24 @@ def prune(directory: Path, newest: int, limit: int | None, protected: Iterable[s
         shutil.rmtree(found[step], ignore_errors=True)
 
 
+def set_aside_later(directory: Path, step: int, protected: Iterable[str | os.PathLike[str] | None] = ()) -> None:
+    """Move whole checkpoints of later steps than `step` to where `latest` does not look.
+
+    The run that now begins after `step` has not come by them, and once killed would go on from them all the same.
+    """
+    kept = {Path(path).absolute() for path in protected if path is not None}
+    found = [path for number, path in sorted(numbered(directory).items()) if number > step]
+    found = [path for path in found if path.absolute() not in kept and _is_whole(path)]
+    if found:
+        aside = directory / CHECKPOINTS_ASIDE
+        place = aside / str(next(number for number in count(1) if not (aside / str(number)).exists()))
+        place.mkdir(parents=True)
+        for path in found:
+            path.rename(place / path.name)
+        names = ", ".join(path.name for path in found)
+        logger.warning(printable(f"{names} moved to {place}: of an earlier training, and this one goes on from none"))
+
+
 # ---- reading ----
 
 
@@ -157,6 +178,14 @@ def latest(
         else:
             return found[step]
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 _ANOTHERS = "of another trainer, whose weights alone can be used, as the model"

@@ -30,6 +30,8 @@ __all__ = ["REPLICA_DTYPES", "TRBConfig", "largest_divisor"]
 
 logger = logging.get_logger(__name__)
 
+_COMPILES = "models are read inside the wrapper that compiles, which would do nothing"
+
 # Options of TRL and transformers that would change the sampled law, the prompts of a step or the loss, or that would do
 # nothing here, with the only value this trainer supports. A test classifies every option of the installed versions.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -50,7 +52,9 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "length_column_name": ("length", "prompts are not grouped by length"),
     "data_seed": (None, "the order of prompts follows seed"),
     "dataloader_in_order": (True, "rollouts are reused over accumulation steps, which takes batches in their order"),
-    "torch_compile": (False, "models are read inside the wrapper that compiles, which would do nothing"),
+    "torch_compile": (False, _COMPILES),
+    "torch_compile_backend": (None, _COMPILES),
+    "torch_compile_mode": (None, _COMPILES),
     "enable_jit_checkpoint": (
         False,
         "it saves amid a step, whose numbers a resumed run would count twice; see save_steps",
@@ -352,6 +356,7 @@ class TRBConfig(DistillationConfig):
         if getattr(self, "activation_checkpointing_kwargs", False) is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         check_numbers(self)
+        self._refuse_unsupported()  # before transformers turns one on for another
         super().__post_init__()
         self._rename_dtype()
         check_choices(self)
@@ -360,7 +365,7 @@ class TRBConfig(DistillationConfig):
             self.blend_warmup_steps = BLEND_WARMUP_STEPS
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("replica_dtype", self.replica_dtype, REPLICA_DTYPES)
-        self._refuse_unsupported()
+        self._refuse_unsupported_in_accelerate()
         for name in self.report_to:
             check_choice("report_to", name, INTEGRATION_TO_CALLBACK)
         self._check_scheduler()
@@ -397,6 +402,8 @@ class TRBConfig(DistillationConfig):
         for name, (supported, why) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise InputError(f"{name}={getattr(self, name)!r} is not supported ({why}); leave it at {supported!r}")
+
+    def _refuse_unsupported_in_accelerate(self) -> None:
         for name, (allowed, why) in _UNSUPPORTED_IN_ACCELERATE.items():
             value = getattr(self.accelerator_config, name)
             if value not in allowed:

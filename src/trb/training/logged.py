@@ -90,7 +90,6 @@ class MeasuredTrainer(CallingTrainer):
     reward_fn: RewardFunction | None
     _rewards_work: bool = False
     _mean_loss: float | None
-    _loss_before: Tensor
     _seen: Counter[int] | None = None  # prompts of an evaluation's batches so far
 
     def sampling_student(self) -> PreTrainedModel:
@@ -148,7 +147,6 @@ class MeasuredTrainer(CallingTrainer):
         if "loss" in logs:
             self._metrics[mode]["trb/skipped_steps"] = [self._guard.skipped]
             logs["loss"] = self._guard.mean_loss(logs["loss"])
-            self._loss_before.zero_()  # what was added up is logged, also where a step was begun and is given up
         if "train_loss" in logs and self._mean_loss is not None:
             logs["train_loss"] = self._mean_loss
         for texts in self._logs.values():  # which `log_completions` prints as they are

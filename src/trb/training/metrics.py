@@ -55,9 +55,13 @@ class Observers:
         self._schedules = {name: schedule for name, schedule in schedules.items() if schedule.remembers}
         self._sums, self._first = Sums(), self.state_dict()
 
+    def forget_step(self) -> None:
+        """What was added since the last step, which is no part of one."""
+        self._sums = Sums()
+
     def reset(self) -> None:
         """To before the first step."""
-        self._sums = Sums()
+        self.forget_step()
         self.load_state_dict(self._first)
 
     def add(self, name: str, total: float | Tensor, count: int) -> None:

@@ -33,8 +33,8 @@ def _is_interval(value: float) -> bool:
 
 _LARGEST = 2**63  # from where torch takes no integer
 
-# What None switches off in transformers, whose annotation does not say so.
-_OFF = {"max_grad_norm"}
+# What None switched off in transformers 4, whose annotation did not say so, and the number that still does.
+_OFF = {"max_grad_norm": 0.0}
 
 # What TRL reads of a number that is text.
 _TEXTS = {"pad_to_multiple_of": ("auto", "none", "null")}
@@ -107,15 +107,18 @@ def _may_be_none(kind: type) -> set[str]:
 
 
 def check_numbers(args: Any) -> None:
-    """Refuse what is no number, or none that its option can have.
+    """Refuse what is no number, or none that its option can have; None becomes the number that it stands for.
 
     Raises:
         InputError: names the option, what it must be, and what it is.
     """
-    optional = _may_be_none(type(args)) | _OFF
+    optional = _may_be_none(type(args))
     for kind in _KINDS:
         for name in kind.names.split():
             value: Any = getattr(args, name, None)
+            if value is None and name in _OFF:
+                setattr(args, name, _OFF[name])
+                continue
             if value is None and (name in optional or not hasattr(args, name)):
                 continue
             if isinstance(value, str) and name in _TEXTS:

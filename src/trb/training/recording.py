@@ -48,19 +48,27 @@ class RunRecorder(TrainerCallback):
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
         self.directory = Path(output_dir)
+        self._untrained: list[dict[str, Any]] | None = []  # evaluations before the first training
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for file in (METRICS, HELD_OUT):
-                drop_after_step(self.directory / file, state.global_step)
-            # Rollouts are drawn before their step's update, so a resumed run draws those of `global_step` again.
-            drop_after_step(self.directory / ROLLOUTS, state.global_step - 1)
+            drop_after_step(self.directory / METRICS, state.global_step)
+            # Of step 0 as well, where nothing is gone on with: it is of another student.
+            drop_after_step(self.directory / HELD_OUT, state.global_step or -1)
+            if not state.global_step and not args.eval_on_start and self._untrained:
+                HELD_OUT.append(self.directory / HELD_OUT, self._untrained)
+            self.drop_rollouts(state.global_step)
             for path in (self.directory / SKIPPED).glob("*"):
                 if (named_step(path) or 0) > state.global_step:
                     path.unlink()
+        self._untrained = None
+
+    def drop_rollouts(self, step: int) -> None:
+        """Of the step after `step` and later ones: they are drawn before their step's update, and will be again."""
+        drop_after_step(self.directory / ROLLOUTS, step - 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.logging_strategy != "no" and state.global_step >= state.max_steps:
@@ -79,7 +87,10 @@ class RunRecorder(TrainerCallback):
         if "loss" in logs:
             METRICS.append(self.directory / METRICS, [{"step": state.global_step, **logs}])
         if (evaluated := _evaluated(logs)) is not None:
-            HELD_OUT.append(self.directory / HELD_OUT, [{"step": state.global_step, **evaluated}])
+            record = {"step": state.global_step, **evaluated}
+            HELD_OUT.append(self.directory / HELD_OUT, [record])
+            if self._untrained is not None:
+                self._untrained.append(record)
 
     def write_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rollout records; call on the main process only."""

@@ -5,7 +5,10 @@ Seams of transformers and TRL:
 - `_save_rng_state` and `_load_rng_state` are called on every process when a checkpoint is saved and resumed from, the
   latter after `_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` were set to zero;
 - `_run_epoch` is told the number of the epoch, and takes a step before it asks whether any is left;
-- `_finalize_training` divides the sum of losses by the steps since a resume, and logs it as `train_loss`;
+- `training_step` comes for each micro-batch, and `_maybe_log_save_evaluate` at the end of each step and epoch;
+- `_evaluate` is told by `skip_scheduler` that it is called at the start;
+- `_finalize_training` divides the sum of losses by the steps since a resume, skipped ones among them, and logs it as
+  `train_loss`;
 - `_step` counts micro-batches and `_buffered_inputs` holds those of a step; a new call of `train` keeps both;
 - `train` reads weights with `_load_from_checkpoint`, calls `_load_callback_state` once the trainer's state was read,
   which builds callbacks anew from the checkpoint, and `_load_best_model` at the end;
@@ -15,12 +18,15 @@ Left out: what a checkpoint is, and when it is whole (`trb.training.checkpoints`
 (`trb.training.resume`).
 """
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, GenerationConfig, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -29,12 +35,14 @@ from transformers.utils import logging
 from trb.models.modeling import without_adapters
 from trb.records import CHECKPOINT_PREFIX, PROGRESS, TRAINER_STATE, progress_name
 from trb.safety.untrusted import check_checkpoint
+from trb.sampling.vllm import generators_now
 from trb.training import checkpoints, resume
 from trb.training.config import TRBConfig
 from trb.training.guard import StepGuard
 from trb.training.metrics import Observers, Sums
 from trb.training.prompts import PromptsInOrder
 from trb.training.ranks import Ranks
+from trb.training.recording import RunRecorder
 from trb.vocab import SharedVocabulary
 
 __all__ = ["ResumableTrainer"]
@@ -60,7 +68,11 @@ class ResumableTrainer(PromptsInOrder):
     _goes_on: bool = False
     _lost_patience: bool = False
     _mean_loss: float | None = None
-    _loss_before: Tensor
+    _skipped_before: int = 0  # steps that were skipped before the first that `train_loss` is of
+    _before_step: dict[str, Any]  # `_progress` where the present step began
+    _seen_before: tuple[Any, float]
+    _put_back: Callable[[], None]  # the global generators, to where the last step or epoch left them
+    recorder: RunRecorder
 
     def train(
         self,
@@ -97,6 +109,7 @@ class ResumableTrainer(PromptsInOrder):
             self._ranks.from_first(partial(checkpoints.check_named, Path(resume_from_checkpoint), whole=verify))
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._accept_changes, self._goes_on, self._lost_patience, self._mean_loss = accept_changes, False, False, None
+        self._skipped_before = 0
         if resume_from_checkpoint:
             saved = Path(resume_from_checkpoint)
             check_checkpoint(saved)  # here too: DeepSpeed's files are not read as others are
@@ -106,15 +119,31 @@ class ResumableTrainer(PromptsInOrder):
                 and self.accelerator.is_main_process
             ):
                 checkpoints.check_reach(saved)
+        self._set_aside_others()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _forget_earlier_call(self) -> None:
         """`train` may be called again, also after an interrupt amid a step: what that left belongs to no later one."""
-        self._guard.reset()
+        self._guard = StepGuard(self._guard.directory)
         self._step, self._buffered_inputs = 0, None
         self._metrics["train"].clear()
         self._sums["train"] = Sums()
         self._observers.reset()
+
+    def _set_aside_others(self) -> None:
+        """Whoever resumes this run takes the latest checkpoint that is there, which must be its own."""
+        directory, step = Path(str(self.args.output_dir)), -1
+        protected: list[Path | str | None] = [self._resumed_from]
+        if self._resumed_from is not None:
+            state = TrainerState.load_from_json(str(self._resumed_from / TRAINER_STATE))
+            protected.append(checkpoints.best_beside(self._resumed_from, state.best_model_checkpoint))
+            if self._resumed_from.parent.absolute() == directory.absolute():
+                step = state.global_step
+        for moves in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+            self.accelerator.wait_for_everyone()
+            if moves:
+                checkpoints.set_aside_later(directory, step, protected)
+        self.accelerator.wait_for_everyone()
 
     def _latest_checkpoint(self) -> Path:
         directory = Path(str(self.args.output_dir))
@@ -200,7 +229,7 @@ class ResumableTrainer(PromptsInOrder):
         states: Any = self.state.stateful_callbacks
         states.update({name: [] if count > 1 else {} for name, count in counts.items()})
 
-    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         """Called also for what is left of the last epoch when all steps are taken; takes one before it looks."""
         if self._lost_patience:
             logger.warning(
@@ -210,21 +239,58 @@ class ResumableTrainer(PromptsInOrder):
         if self._lost_patience or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self._step % self.args.gradient_accumulation_steps:  # a callback has ended the epoch before amid a step
-            model.zero_grad()
-            self._tr_loss.copy_(self._loss_before)
-            self._guard.reset()
-            self._step, self._buffered_inputs = 0, None
-        self._epoch = epoch
-        super()._run_epoch(model, epoch, *args, **kwargs)
+        if getattr(train_dataloader, "persistent_workers", False) and train_dataloader._iterator is not None:
+            # As an iterator that is new draws, which a resumed run has: rows are shuffled with what comes after it.
+            torch.empty((), dtype=torch.int64).random_()
+        self._epoch, self._put_back = epoch, generators_now()
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if not self._guard.began:
+            self._before_step = deepcopy(self._progress())
+            self._seen_before = self.state.num_input_tokens_seen, self.current_flos
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *args: Any, **options: Any
+    ) -> None:
+        """Called at the end of a step, and of an epoch, which a callback may have brought about amid a step."""
+        if self._guard.began:
+            self._give_up_step(model)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **options)
+        self._put_back = generators_now()
+
+    def _give_up_step(self, model: nn.Module) -> None:
+        """Go back to the end of the last step: what was begun since is no part of what is logged, saved and resumed."""
+        model.zero_grad()
+        self._guard.reset()
+        self._step, self._buffered_inputs = 0, None
+        self._metrics["train"].clear()
+        self._take_back(self._before_step)
+        self._observers.forget_step()
+        self.state.num_input_tokens_seen, self.current_flos = self._seen_before
+        self._put_back()
+        if self.is_world_process_zero():
+            self.recorder.drop_rollouts(self.state.global_step)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        """Not at the start (`eval_on_start`, of which `skip_scheduler` tells) of a run that had started before: it
+        would be on record, and count for callbacks, once more than where nothing was resumed."""
+        if skip_scheduler and self._resumed_from is not None:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The mean loss is of all steps; transformers has that of this call's, or a sum where there was none."""
+        """The mean loss is of all steps that were taken; transformers has that of this call's, skipped ones among them,
+        or a sum where there was none."""
         path = None if self._resumed_from is None else self._progress_file(str(self._resumed_from))
         if path is not None and path.exists() and not self._goes_on:  # no step has asked for it
             self._go_on_from(PROGRESS.read(path))
-        if self._goes_on:
-            self._mean_loss = (self._total_loss_scalar + self._tr_loss.item()) / self.state.global_step
+        steps = self.state.global_step - (0 if self._goes_on else self._initial_global_step)
+        if steps:
+            taken = steps - (self._guard.skipped - self._skipped_before)
+            total = self._total_loss_scalar + self._tr_loss.item()
+            self._mean_loss = total / taken if taken else math.nan
         output = super()._finalize_training(*args, **kwargs)
         return output if self._mean_loss is None else output._replace(training_loss=self._mean_loss)
 
@@ -280,6 +346,7 @@ class ResumableTrainer(PromptsInOrder):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
+        self._put_back = generators_now()
         if checkpoint is None:
             return
         path, progress = self._progress_file(checkpoint), None
@@ -292,6 +359,7 @@ class ResumableTrainer(PromptsInOrder):
         )
         if guard:
             self._guard.load(guard)
+            self._skipped_before = 0 if self._goes_on else self._guard.skipped
         self._observers.load_state_dict(states, memories, accept_changes=self._accept_changes)
 
     def _progress_file(self, checkpoint: str) -> Path:
@@ -312,6 +380,9 @@ class ResumableTrainer(PromptsInOrder):
 
     def _go_on_from(self, progress: Mapping[str, Any]) -> None:
         self._goes_on = True
+        self._take_back(progress)
+
+    def _take_back(self, progress: Mapping[str, Any]) -> None:
         self._tr_loss.fill_(progress["loss"])
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged"]

@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -52,6 +52,7 @@ __all__ = [
     "drafting_room",
     "engine_options",
     "generators_kept",
+    "generators_now",
     "repack_heads",
     "require_supported_version",
     "rollout_of",
@@ -411,19 +412,29 @@ def rollout_of(
     )
 
 
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Start an engine in this process, which seeds the global generators, without changing the caller's."""
+def generators_now() -> Callable[[], None]:
+    """What puts the global generators back to where they are now."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         if devices:
             torch.cuda.set_rng_state_all(devices)
+
+    return put_back
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Start an engine in this process, which seeds the global generators, without changing the caller's."""
+    put_back = generators_now()
+    try:
+        yield
+    finally:
+        put_back()
 
 
 @contextmanager
