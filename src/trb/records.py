@@ -10,6 +10,8 @@ what transformers writes into checkpoints and models, and what the numbers mean 
 """
 
 import hashlib
+import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
@@ -374,6 +376,7 @@ class Progress(Schema):
 CONFIG = RunFile("config.yaml")
 RECIPE = RunFile("recipe.yaml")
 AS_BY_DEFAULT = "# As by default:\n"  # a line of both: what was chosen comes before it
+_PATHS_BEGIN = "# Relative paths begin in "  # and where that is, seen from the file's folder, as JSON
 REPORT = RunFile("report.html")
 PROVENANCE = JsonFile("provenance.json", schema=dict[str, Any])
 RESULTS = JsonFile("results.json", schema=Results)
@@ -473,3 +476,19 @@ def aside(path: Path) -> Path:
 def owner(path: PurePath) -> RunFile | None:
     """What a file inside an output directory is, by its name and those of its folders; None if it is none of these."""
     return next((file for file in (*OWN, SAVED) if file.claims(path)), None)
+
+
+def with_paths_begin(path: Path, text: str) -> str:
+    """A configuration that is written to `path`, with a last line that says where its relative paths begin: here."""
+    here = os.path.relpath(os.path.realpath(os.curdir), os.path.realpath(path.parent))
+    return f"{text}{_PATHS_BEGIN}{json.dumps(here)}\n"
+
+
+def paths_begin(text: str) -> str | None:
+    """Where the relative paths of a configuration begin, seen from its folder; None where it does not say."""
+    _, found, place = text.rpartition(f"\n{_PATHS_BEGIN}")
+    try:
+        place = json.loads(place) if found else None
+    except ValueError:
+        return None
+    return place if isinstance(place, str) else None

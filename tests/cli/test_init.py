@@ -1,6 +1,8 @@
 """`trb init`: the recipe it writes runs as it is, and nothing is ever overwritten."""
 
 import json
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from transformers import AutoTokenizer
 from trb import zoo
 from trb.cli import doctor, draft, main
 from trb.studies.recipe import Recipe, load_recipe
+from trb.studies.yaml_files import ConfigError
 from trb.tasks import prompts
 from trb.tasks.prompts import load_prompts, render
 
@@ -54,6 +57,26 @@ def test_without_arguments_it_is_the_embedded_pair(capsys: pytest.CaptureFixture
     assert training["per_device_train_batch_size"] == 64  # a whole step: the pair is tiny
     assert "0.2 M parameters" in Path("distil.yaml").read_text()
     assert runs_a_step("distil.yaml")["trb"]["pass_at_1"] is not None
+
+
+@pytest.mark.parametrize("name", ["my recipes/a first.yaml", "it's.yaml", "plain.yaml", "$HOME;x.yaml"])
+def test_what_it_says_to_type_is_read_by_a_shell_as_the_file(
+    project: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """In the terminal, and in the head of the file."""
+    initial(name)
+    for text in (capsys.readouterr().out, Path(name).read_text().partition("# Every other key")[0]):
+        commands = re.findall(r"^#? *(trb (?:doctor|train) --config .*?)(?: {2,}.*)?$", text, re.MULTILINE)
+        assert len(commands) == 2
+        for command in commands:
+            typed = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True)
+            assert typed.stdout.splitlines()[-1] == name, command
+
+
+def test_the_command_for_a_study_is_read_by_a_shell_too() -> None:
+    Path("my study.yaml").write_text("settings: {}\n")
+    with pytest.raises(ConfigError, match=r"run it with `trb sweep --config 'my study\.yaml'`"):
+        load_recipe("my study.yaml")
 
 
 def test_every_line_says_why_or_speaks_for_itself() -> None:

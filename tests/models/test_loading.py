@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from transformers import (
 from trb import zoo
 from trb.errors import InputError
 from trb.models import loading, packaged
+from trb.models.adapters import adapter_base
+from trb.models.bases import name_base
 from trb.models.loading import load_model, load_tokenizer
 from trb.models.memory import DTYPES, activation_entries, bytes_of, cache_entries
 from trb.models.passes import cache_name
@@ -269,8 +272,9 @@ def save_adapter(base: PreTrainedModel, base_name: str, directory: Path) -> torc
         torch.manual_seed(3)
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         adapted = get_peft_model(base, config).eval()
-    adapted.peft_config["default"].base_model_name_or_path = base_name
-    adapted.save_pretrained(directory)
+    adapted.save_pretrained(directory, save_embedding_layers=False)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_name}))
     return logits(adapted)
 
 
@@ -300,8 +304,81 @@ def test_an_adapter_directory_loads_as_the_merged_model(saved: Path, tmp_path: P
 def test_an_adapter_of_a_pruned_model_needs_the_same_pruning(saved: Path, tmp_path: Path) -> None:
     expected = save_adapter(load_model(str(saved), keep_layers=3), str(saved), tmp_path / "adapter")
     torch.testing.assert_close(logits(load_model(str(tmp_path / "adapter"), keep_layers=3)), expected)
-    with pytest.raises(ValueError, match=r"trained on 3 layers and its base has 5: pass keep_layers=3"):
+    with pytest.raises(ValueError, match=r"trained on 3 layers and its base, .*small-model, has 5: .* keep_layers=3"):
         load_model(str(tmp_path / "adapter"))
+
+
+def base_named(directory: Path) -> str:
+    return json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def another_model(directory: Path) -> None:
+    """One of the same shapes that says something else."""
+    model = build("llama")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["models/student", "./models/student", "runs/../models/student", "{full}"])
+def test_an_adapter_is_read_on_the_base_beside_it_from_every_folder(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    project, other = tmp_path / "project", tmp_path / "other"
+    base = Path(shutil.copytree(saved, project / "models" / "student"))
+    another_model(other / "models" / "student")
+    adapter = project / "runs" / "lora" / "model"
+    expected = save_adapter(load_model(str(base)), name.format(full=base), adapter)
+    for folder in (project, other, tmp_path, adapter):
+        monkeypatch.chdir(folder)
+        torch.testing.assert_close(logits(load_model(str(adapter))), expected, rtol=0, atol=0)
+        assert load_tokenizer(str(adapter)).eos_token == "<eos>"
+        found = adapter_base(str(adapter))
+        assert found is not None and Path(found[0]).samefile(base)
+
+
+def test_where_nothing_lies_beside_an_adapter_the_current_directory_is_searched(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = save_adapter(load_model(str(saved)), "runs/small-model", tmp_path / "far" / "adapter")
+    saved.parent.rename(tmp_path / "far" / "elsewhere")
+    (tmp_path / "far" / "here" / "runs").mkdir(parents=True)
+    shutil.copytree(tmp_path / "far" / "elsewhere" / "small-model", tmp_path / "far" / "here" / "runs" / "small-model")
+    monkeypatch.chdir(tmp_path / "far" / "here")
+    torch.testing.assert_close(logits(load_model("../adapter")), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["models/student", "{full}/gone"])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_base_that_is_nowhere_is_told_with_whose_it_is(
+    saved: Path, tmp_path: Path, name: str, load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("trb.models.directories.is_offline_mode", lambda: True)
+    save_adapter(load_model(str(saved)), name.format(full=tmp_path), tmp_path / "adapter")
+    with pytest.raises(OSError) as caught:
+        load(str(tmp_path / "adapter"))
+    assert f"the base of the adapter in {tmp_path / 'adapter'}" in "".join(caught.value.__notes__)
+
+
+def test_a_base_of_a_revision_is_the_hubs(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(load_model(str(saved)), "runs/small-model", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "main"}))
+    assert adapter_base(str(tmp_path / "adapter")) == ("runs/small-model", "main")
+
+
+def test_an_adapter_trained_on_a_merged_one_names_it(saved: Path, tmp_path: Path) -> None:
+    save_adapter(load_model(str(saved)), str(saved), tmp_path / "first")
+    second = get_peft_model(
+        load_model(str(tmp_path / "first"), merge_adapter=True),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    ).eval()
+    second.save_pretrained(tmp_path / "second", save_embedding_layers=False)
+    name_base(tmp_path / "second", second)
+    assert base_named(tmp_path / "second") == str(tmp_path / "first")
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "second"))), logits(second))
 
 
 # SmolLM2: conversion and cache, on a GGUF file of the same kind in miniature

@@ -1,7 +1,10 @@
 """Recipes and overrides: what is read, what is refused, and what the refusal says."""
 
 import dataclasses
+import enum
 import math
+import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,22 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trb.errors import InputError
 from trb.records import AS_BY_DEFAULT
 from trb.studies.key_list import FIRST, describe_keys
-from trb.studies.keys import RunConfig, default_of, parse_overrides, run_fields, training_fields, valid_keys
+from trb.studies.keys import (
+    REPLACED_KEYS,
+    RunConfig,
+    default_of,
+    parse_overrides,
+    run_fields,
+    training_fields,
+    valid_keys,
+)
 from trb.studies.recipe import Recipe, load_recipe, make_recipe
 from trb.studies.yaml_files import ConfigError
 from trb.tasks.prompts import MATH_SYSTEM_PROMPT
+from trb.training.config import TRBConfig
 from trb.training.methods import CHOICES, pair_of
 from trb.training.resume import plain
 
@@ -448,3 +461,57 @@ def test_short_names() -> None:
     assert make_recipe({**PAIR, "eval_data": "a"}).run.eval_data == ["a"]
     run = make_recipe({**PAIR, "eval_data": ["a", "b"], "eval_samples": {"a": 2, "b": 3}}).run
     assert [run.samples_of(name) for name in run.eval_data] == [2, 3]
+
+
+# ---- words and mappings of TRL and transformers ----
+
+
+def kinds_of(name: str) -> list[Any]:
+    hint = typing.get_type_hints(TRBConfig)[name]
+    return [typing.get_origin(kind) or kind for kind in typing.get_args(hint) or (hint,)]
+
+
+OPTIONS = [option.name for option in dataclasses.fields(TRBConfig)]
+ENUMS = {name: kind for name in OPTIONS for kind in kinds_of(name) if isinstance(kind, enum.EnumType)}
+MAPPINGS = [name for name in OPTIONS if {dict, str} <= set(kinds_of(name)) and name != "deepspeed"]
+
+
+def test_the_options_of_words_and_mappings_are_found() -> None:
+    assert {"optim", "lr_scheduler_type", "save_strategy", "eval_strategy", "hub_strategy"} <= ENUMS.keys()
+    assert {"fsdp_config", "lr_scheduler_kwargs", "accelerator_config", "chat_template_kwargs"} <= set(MAPPINGS)
+
+
+@pytest.mark.parametrize("name", [*ENUMS, "log_level", "ddp_backend"])
+def test_a_word_that_an_option_does_not_have_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}='nothng'.* one of "):
+        TRBConfig(str(tmp_path), **{name: "nothng"})
+    for word in list(ENUMS.get(name, ()))[:1]:
+        near = f"{word.value}x"
+        with pytest.raises(InputError, match=f"{name}='{near}'.*did you mean '{word.value}'"):
+            TRBConfig(str(tmp_path), **{name: near})
+    if name not in REPLACED_KEYS:
+        said = refusal(tmp_path, "", f"--{name.replace('_', '-')}", "nothng")
+        assert name in said and "'nothng'" in said
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", "3", "none of these", '{"a": 1'])
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_text_that_is_no_mapping_is_refused_by_its_options_name(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"{name} is {text!r}, which is no JSON object")):
+        TRBConfig(str(tmp_path), **{name: text})
+    if name not in REPLACED_KEYS:
+        said = refusal(tmp_path, "", f"--{name.replace('_', '-')}", text)
+        assert (f"{name} is " in said and "JSON object" in said) or "expected a mapping" in said
+
+
+def test_words_and_mappings_that_there_are_pass(tmp_path: Path) -> None:
+    for name, kind in ENUMS.items():
+        for word in list(kind)[:1] if name not in ("eval_strategy", "optim") else ():
+            TRBConfig(str(tmp_path), **{name: word.value})
+            TRBConfig(str(tmp_path), **{name: word})
+    (tmp_path / "some.json").write_text("{}")
+    TRBConfig(str(tmp_path), accelerator_config=str(tmp_path / "some.json"))
+    (tmp_path / "some.json").write_text("[")
+    with pytest.raises(InputError, match=r"accelerator_config is '.*some.json', .* nor a file that holds one \("):
+        TRBConfig(str(tmp_path), accelerator_config=str(tmp_path / "some.json"))
+    TRBConfig(str(tmp_path), lr_scheduler_kwargs='{"num_cycles": 2}', lr_scheduler_type="cosine")

@@ -438,10 +438,47 @@ def test_a_prompt_without_room_is_found_before_anything_is_measured(
     assert not (tmp_path / "config.yaml").exists()
 
 
+def rows(path: Path, *lengths: int) -> str:
+    """Prompts of so many digits."""
+    prompts = [f"{'1' * length} + {number} = ?" for number, length in enumerate(lengths)]
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": "1"}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "causes"),
+    [
+        ([1], {}, {"add prompts"}),
+        ([1, 1, 1], {"train_limit": 1}, {"train_limit"}),
+        ([1], {"train_limit": 9}, {"add prompts"}),
+        ([1, 1, 1], {"held_out_prompts": 2}, {"add prompts", "held_out_prompts"}),
+        ([1, 300, 300], {"overlong_prompts": "drop"}, {"add prompts", "max_prompt_length"}),
+        (
+            [1, 1, 300, 1],
+            {"overlong_prompts": "drop", "train_limit": 4, "held_out_prompts": 2},
+            {"train_limit", "max_prompt_length", "held_out_prompts"},
+        ),
+    ],
+)
+def test_too_few_prompts_name_what_leaves_so_few_and_nothing_else(
+    tmp_path: Path, lengths: list[int], changes: dict[str, Any], causes: set[str]
+) -> None:
+    data = rows(tmp_path / "data.jsonl", *lengths)
+    recipe = small(**{"train_data": data, "train_limit": None, **changes})
+    with pytest.raises(ConfigError) as caught:
+        material.training_prompts(recipe.run, recipe.training_config(tmp_path), load_tokenizer("zoo:student"))
+    text = str(caught.value)
+    assert "fewer than the 2 of one optimizer step are left" in text and "prompts_per_step" in text
+    named = {"add prompts", "train_limit", "held_out_prompts", "max_prompt_length"}
+    assert {cause for cause in named if cause in text} == causes
+    assert ("drop leaves out" in text) == ("overlong_prompts" in changes)
+    assert (f"leaves out {lengths.count(300)} of more than 32 tokens" in text) == ("overlong_prompts" in changes)
+
+
 def test_a_run_that_cannot_load_does_not_claim_its_directory(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         train(small(teacher=str(tmp_path / "nowhere")), tmp_path / "run")
-    with pytest.raises(ConfigError, match="has 3 prompts, 2 of them held out: fewer than the 2"):
+    with pytest.raises(ConfigError, match="2 are held out: fewer than the 2"):
         train(small(train_limit=3, held_out_prompts=2), tmp_path / "run")
     with pytest.raises(
         ConfigError, match=r"chat_template is 'no\.jinja', none of student, teacher and plain, and no readable file"

@@ -153,5 +153,5 @@ def test_what_can_be_scored_is_and_mixtures_are_refused() -> None:
     options = {"n": 1, "max_new_tokens": 8, "progress": False}
     with pytest.raises(ValueError, match=r"problem 1 of 12 has no answer to score against; give answers, or a judge"):
         evaluate(STUDENT, TOKENIZER, ROWS, **options)
-    with pytest.raises(ValueError, match=r"problem 3 of 14 has no answer to score against; 2 others have one"):
-        evaluate(STUDENT, TOKENIZER, [*scored, *ROWS], **options, judge=Judge(TEACHER, PAIR))
+    with pytest.raises(ValueError, match=r"d\.jsonl: problem 3 of 14 has no answer to score against; 2 others"):
+        evaluate(STUDENT, TOKENIZER, [*scored, *ROWS], **options, name="d.jsonl", judge=Judge(TEACHER, PAIR))

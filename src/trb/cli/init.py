@@ -6,6 +6,7 @@ Left out: what the values are (`trb.cli.draft`), and overwriting anything.
 import argparse
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,9 +80,14 @@ def run_init(arguments: argparse.Namespace, rest: list[str]) -> int:
             file.write(text)
     except FileExistsError:
         _refuse_to_overwrite(path)
-    shown = printable(str(path), lines=False)
-    print(f"{shown} is written. Next:\n  trb doctor --config {shown}\n  trb train --config {shown}")
+    shown, typed = printable(str(path), lines=False), _typed(path)
+    print(f"{shown} is written. Next:\n  trb doctor --config {typed}\n  trb train --config {typed}")
     return 0
+
+
+def _typed(path: Path) -> str:
+    """A path as a shell reads it."""
+    return shlex.quote(printable(str(path), lines=False))
 
 
 def _refuse_to_overwrite(path: Path) -> None:
@@ -99,7 +105,7 @@ def _seen_from(folder: Path, line: "Line") -> "Line":
 
 def _text(path: Path, paragraphs: Sequence[Sequence["Line"]]) -> str:
     """The file: what it is for, how it is used, and its keys with the reasons beside them."""
-    name = printable(str(path), lines=False)
+    name = _typed(path)
     head = (
         "# A first recipe, written by `trb init` from the pair and the data; change whatever you like.\n"
         f"#\n#   trb doctor --config {name}    checks the pair, the lengths and the memory\n"

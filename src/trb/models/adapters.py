@@ -14,7 +14,8 @@ from typing import Any
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
-from trb.errors import InputError
+from trb.errors import InputError, named
+from trb.models.bases import base_of, remember_merged
 from trb.models.directories import check_directory, explained, is_adapter, token_ids_only
 from trb.models.modeling import check_adapter
 from trb.safety.untrusted import lora_options, read_object
@@ -62,7 +63,7 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
         check_adapter(config)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    return lora_options(path)
+    return lora_options(path) | {"base_model_name_or_path": base_of(path.parent, base, config.get("revision"))}
 
 
 def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = False) -> PreTrainedModel:
@@ -75,7 +76,7 @@ def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = Fals
 
     options = adapter_config(directory)
     if "layers_to_transform" not in options:
-        _check_adapter_depth(directory, base.config.get_text_config().num_hidden_layers)
+        _check_adapter_depth(directory, base)
     with explained(directory, "adapter"), _fitting(directory, base), warnings.catch_warnings():
         _check_places(directory, base)
         # Left alone, missing weights are drawn at random or are zero, and the adapter does less than it should.
@@ -87,19 +88,25 @@ def attach_adapter(base: PreTrainedModel, directory: Path, *, merge: bool = Fals
         if (directory / "generation_config.json").is_file():  # what ends a completion may be the adapter's own
             base.generation_config = GenerationConfig.from_pretrained(directory)
             base.generation_config = token_ids_only(base)
+    if not merge:
+        return adapted.eval()
+    remember_merged(base, directory)
     # PEFT froze what a merged model may want to train.
-    return adapted.merge_and_unload().requires_grad_(True).eval() if merge else adapted.eval()
+    return adapted.merge_and_unload().requires_grad_(True).eval()
 
 
-def _check_adapter_depth(directory: Path, depth: int) -> None:
+def _check_adapter_depth(directory: Path, base: PreTrainedModel) -> None:
     """Refuse an adapter of a pruned model on its unpruned base: the names match, the layers do not."""
+    depth = base.config.get_text_config().num_hidden_layers
     with safe_open(directory / "adapter_model.safetensors", "pt") as weights:
         found = [re.search(r"\.(?:layers|h)\.(\d+)\.", key) for key in weights.keys()]  # noqa: SIM118
     trained = max((int(match[1]) + 1 for match in found if match), default=depth)
     if trained != depth:
+        keep, name = named("keep_layers"), base.name_or_path or "in memory"
         raise InputError(
-            f"the adapter in {directory} was trained on {trained} layers and its base has {depth}: "
-            f"pass keep_layers={trained} (or drop keep_layers) so that they agree, or name an adapter of this model"
+            f"the adapter in {directory} was trained on {trained} layers and its base, {name}, has "
+            f"{depth}: if that is another model, name the right one as base_model_name_or_path in "
+            f"adapter_config.json; if it was pruned, pass {keep}={trained} (or drop {keep}) so that they agree"
         )
 
 
@@ -129,6 +136,6 @@ def _fitting(directory: Path, base: PreTrainedModel) -> Iterator[None]:
 
 def _misfit(directory: Path, base: PreTrainedModel) -> str:
     """What `explained` says of an adapter goes before it."""
-    named = _read_adapter_config(directory / "adapter_config.json")["base_model_name_or_path"]
+    own = _read_adapter_config(directory / "adapter_config.json")["base_model_name_or_path"]
     model = base.name_or_path or f"a {type(base).__name__} in memory"
-    return f"made for {named}, it does not fit {model}"
+    return f"made for {own}, it does not fit {model}"

@@ -3,7 +3,6 @@
 Left out: models in memory, whose weights a checkpoint compares (`trb.training.resume`).
 """
 
-import hashlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -13,14 +12,11 @@ from huggingface_hub.errors import HFValidationError
 
 from trb import zoo
 from trb.models.adapters import adapter_base
-from trb.models.directories import TOKENIZER_FILES
+from trb.models.bases import digest_of
 from trb.models.packaged import SMOLLM2
 from trb.models.sharing import adapter_directory, is_shared
 
 __all__ = ["fingerprint", "fingerprints"]
-
-_READ = (*TOKENIZER_FILES, "*.safetensors", "*.json", "*.jinja")
-_BLOCK, _BLOCKS = 1 << 12, 1 << 8  # bytes, and how many of them are read of a large file
 
 
 def fingerprint(spec: str, revision: str | None = None) -> str | None:
@@ -36,12 +32,9 @@ def fingerprint(spec: str, revision: str | None = None) -> str | None:
     path = zoo.path(spec.removeprefix("zoo:")) if spec.startswith("zoo:") else Path(spec).expanduser()
     if spec == SMOLLM2 or not path.is_dir():
         return _commit(spec, revision)
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in _READ for file in path.glob(pattern) if file.is_file()}):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        _add(digest, file)
+    own = digest_of(path)
     base = adapter_base(spec)
-    return digest.hexdigest()[:16] if base is None else f"{digest.hexdigest()[:16]} on {fingerprint(*base)}"
+    return own if base is None else f"{own} on {fingerprint(*base)}"
 
 
 def fingerprints(models: Iterable[tuple[str, str | None]]) -> dict[str, str]:
@@ -52,15 +45,6 @@ def fingerprints(models: Iterable[tuple[str, str | None]]) -> dict[str, str]:
             if (own := fingerprint(spec, revision)) is not None:
                 found[spec] = own
     return found
-
-
-def _add(digest: "hashlib._Hash", path: Path) -> None:
-    size = path.stat().st_size
-    step = max(_BLOCK, (size - _BLOCK) // (_BLOCKS - 1))  # so that the last block is read
-    with path.open("rb") as file:
-        for start in range(0, size, step):
-            file.seek(start)
-            digest.update(file.read(_BLOCK))
 
 
 def _commit(spec: str, revision: str | None) -> str | None:

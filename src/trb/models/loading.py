@@ -10,6 +10,8 @@ Left out on purpose: device placement and sharding (Accelerate's work), what mak
 a model (`trb.models.directories`), and whether two tokenizers agree (`trb.vocab`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trb import zoo
 from trb.errors import FileError, InputError, MissingFileError
 from trb.models.adapters import adapter_config, attach_adapter
+from trb.models.bases import warn_of_other_base
 from trb.models.directories import TOKENIZER_FILES, check_config, explained, is_adapter, local_directory, token_ids_only
 from trb.models.memory import DTYPES, check_dtype
 from trb.models.pruning import prune_depth
@@ -55,15 +58,17 @@ def load_model(
     source = resolve(spec, revision)
     if isinstance(source, Path) and is_adapter(source):
         adapter = adapter_config(source)
-        base = load_model(
-            adapter["base_model_name_or_path"],
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            revision=adapter.get("revision"),
-            keep_layers=keep_layers,
-            merge_adapter=True,
-            quantization=quantization,
-        )
+        warn_of_other_base(source, adapter["base_model_name_or_path"])
+        with _as_base_of(source):
+            base = load_model(
+                adapter["base_model_name_or_path"],
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                revision=adapter.get("revision"),
+                keep_layers=keep_layers,
+                merge_adapter=True,
+                quantization=quantization,
+            )
         return attach_adapter(base, source, merge=merge_adapter)
     model = _load_weights(source, dtype, trust_remote_code, revision, quantization)
     if keep_layers is not None:
@@ -84,15 +89,29 @@ def load_tokenizer(
                 "model it was trained from"
             )
         adapter = adapter_config(source)
-        return load_tokenizer(
-            adapter["base_model_name_or_path"],
-            trust_remote_code=trust_remote_code,
-            revision=adapter.get("revision"),
-        )
+        with _as_base_of(source):
+            return load_tokenizer(
+                adapter["base_model_name_or_path"],
+                trust_remote_code=trust_remote_code,
+                revision=adapter.get("revision"),
+            )
     with explained(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
     take_template(tokenizer, spec)
     return tokenizer
+
+
+@contextmanager
+def _as_base_of(adapter: Path) -> Iterator[None]:
+    """Errors say whose base cannot be read: nobody has named it here."""
+    try:
+        yield
+    except FileError as error:
+        error.add_note(
+            f"(it is the base of the adapter in {adapter}: put it there, or name where it is as "
+            "base_model_name_or_path in adapter_config.json)"
+        )
+        raise
 
 
 def take_template(tokenizer: PreTrainedTokenizerBase, source: str, text: str | None = None) -> None:

@@ -13,13 +13,20 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
+<<<<<<< HEAD
 from trb.errors import InputError
 from trb.models.modeling import evaluation_mode, probe_rows
 from trb.models.passes import plain_logits
+=======
+from trb.errors import InputError, named
+from trb.models.modeling import evaluation_mode, plain_logits, probe_rows
+>>>>>>> w-paths
 
 __all__ = ["kept_layers", "prune_depth"]
 
-_INSTEAD = "use a smaller student instead of keep_layers"
+
+def _instead() -> str:
+    return f"use a smaller student instead of {named('keep_layers')}"
 
 
 def prune_depth(model: PreTrainedModel, keep: int) -> PreTrainedModel:
@@ -61,7 +68,8 @@ def kept_layers(total: int, keep: int) -> list[int]:
     Raises ValueError unless 2 <= keep <= total.
     """
     if not 2 <= keep <= total:
-        raise InputError(f"keep_layers={keep} is out of range: the model has {total} layers, so use 2 to {total}")
+        name = named("keep_layers")
+        raise InputError(f"{name}={keep} is out of range: the model has {total} layers, so use 2 to {total}")
     front = min(keep - 1, round(0.6 * keep))
     return [*range(front), *range(total - keep + front, total)]
 
@@ -82,7 +90,7 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, Any]:
     if len(outermost) != 1:
         raise InputError(
             f"cannot prune {type(model).__name__}: expected one list of {depth} decoder layers, found "
-            f"{', '.join(outermost) or 'none'}; {_INSTEAD}"
+            f"{', '.join(outermost) or 'none'}; {_instead()}"
         )
     return outermost[0], stacks[outermost[0]]
 
@@ -95,13 +103,13 @@ def _check_rebuildable(pruned: PreTrainedModel) -> None:
         type(pruned.config).from_dict(pruned.config.to_dict())
     except (ValueError, StrictDataclassError) as error:
         why = " ".join(str(error).split())
-        raise InputError(f"cannot prune {kind}: what stays is no model of its kind ({why}); {_INSTEAD}") from error
+        raise InputError(f"cannot prune {kind}: what stays is no model of its kind ({why}); {_instead()}") from error
     with init_empty_weights(include_buffers=False):
         rebuilt = type(pruned)(copy.deepcopy(pruned.config))
     weights, theirs = pruned.state_dict(), rebuilt.state_dict()
     if {name: weight.shape for name, weight in weights.items()} != {n: weight.shape for n, weight in theirs.items()}:
         raise InputError(
-            f"cannot prune {kind}: its layers differ by position, so they are not interchangeable; {_INSTEAD}"
+            f"cannot prune {kind}: its layers differ by position, so they are not interchangeable; {_instead()}"
         )
     rebuilt.load_state_dict(weights, assign=True)  # no second copy of them
     nn.Module.to(rebuilt, pruned.device)  # buffers
@@ -110,12 +118,12 @@ def _check_rebuildable(pruned: PreTrainedModel) -> None:
             tokens = probe_rows(pruned, 3)[0]  # past a window
             own, other = (plain_logits(model, tokens).double() for model in (pruned, rebuilt))
     except Exception as error:  # whatever a family says where a layer is missed that it counts on
-        raise InputError(f"cannot prune {kind}: what stays cannot be read ({error}); {_INSTEAD}") from error
+        raise InputError(f"cannot prune {kind}: what stays cannot be read ({error}); {_instead()}") from error
     finite = own.isfinite()
     if not (own - other)[finite].abs().max() <= _SAME * own[finite].std():
         raise InputError(
             f"cannot prune {kind}: its layers differ by position, so they are not interchangeable (saved and loaded "
-            f"again, the same weights would be another model); {_INSTEAD}"
+            f"again, the same weights would be another model); {_instead()}"
         )
 
 

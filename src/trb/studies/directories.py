@@ -29,6 +29,7 @@ from trb.studies.claims import has_step, without_what_is_made
 from trb.studies.disks import require_writable
 from trb.studies.keys import ASKING_KEYS, RunConfig, checked_value, is_method_name
 from trb.studies.material import RunDirectoryError
+from trb.studies.places import Places, seen_from
 from trb.studies.recipe import Recipe
 from trb.training import checkpoints, resume
 from trb.training.checkpoints import CheckpointError
@@ -54,6 +55,7 @@ __all__ = [
     "make_again",
     "models_of",
     "named_checkpoint",
+    "paths_begin_in",
     "seal_run",
     "set_aside",
     "size_of_run",
@@ -104,11 +106,22 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
         )
     # As it would be read back: through YAML, so that tuples and numbers compare alike.
     here = _keys_in(recipe.to_yaml()) or {}
+    if (begin := paths_begin_in(path)) is not None:  # older versions did not say
+        there, here = seen_from(begin, there, here)
     # An option that the version which wrote it did not have yet, and that changes no result, is no difference. Nor is a
     # knob that only methods read which one of the two does not have: which methods those are is compared itself.
     new = {key for key in here if key not in there and key in _MAY_CHANGE}
     others = every_knob() & (there.keys() ^ here.keys())
     return {key: text for key, text in told_apart(there, here).items() if key not in ignore | new | others}
+
+
+def paths_begin_in(path: Path) -> Path | None:
+    """Where the relative paths of a written configuration begin; None where it does not say."""
+    try:
+        begin = records.paths_begin(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return None if begin is None else path.resolve().parent / begin
 
 
 def _written_recipe(path: Path) -> Mapping[str, Any] | None:
@@ -218,7 +231,10 @@ def check_shared_recipe(directory: Path, recipe: Recipe) -> bool:
 
 
 def _refuse(path: Path, differences: list[str], *, can_accept: bool) -> None:
-    remedy = "Use another output directory, or --overwrite to remove what is there"
+    begin = paths_begin_in(path)
+    elsewhere = begin is not None and begin.is_dir() and not begin.samefile(Path.cwd())
+    before = f"Start it in {begin.resolve()} as before, use" if begin is not None and elsewhere else "Use"
+    remedy = f"{before} another output directory, or --overwrite to remove what is there"
     there = f"{path.parent}{' is finished and' if (path.parent / RESULTS).exists() else ''} holds another configuration"
     if can_accept:
         remedy += ", or --accept-changes to go on from its last checkpoint all the same"
@@ -270,8 +286,10 @@ def warn_of_other_models(directory: Path, now: Mapping[str, str]) -> None:
         there = records.PROVENANCE.read(directory / records.PROVENANCE).get("models")
     except (OSError, ValueError):
         return
-    known = there if isinstance(there, dict) else {}
-    for spec in [spec for spec, found in now.items() if known.get(spec, found) != found]:
+    begin = next(filter(None, (paths_begin_in(directory / name) for name in (CONFIG, records.STUDY_PLAN))), Path())
+    then, today = Places(begin, in_full=True), Places(in_full=True)
+    known = {then.model(spec): found for spec, found in (there if isinstance(there, dict) else {}).items()}
+    for spec in [spec for spec, found in now.items() if known.get(today.model(spec), found) != found]:
         logger.warning(
             "%s is of another model %s: its files have changed since. What is finished stays as it was; for the model "
             "that is there now, use another output directory",
@@ -358,7 +376,7 @@ def begin(directory: Path, recipe: Recipe, *, afresh: bool, overwrite: bool) -> 
     for file in records.MEASUREMENTS:
         drop_after_step(directory / file, sys.maxsize)  # a kill may have cut the last line off
     described = provenance.write(directory, models_of(recipe.run))  # first: it shows whose the configuration is
-    write_text(directory / CONFIG, recipe.to_yaml())
+    write_text(directory / CONFIG, records.with_paths_begin(directory / CONFIG, recipe.to_yaml()))
     checkpoints.seal(directory, files_of=[directory / CONFIG, described])
 
 

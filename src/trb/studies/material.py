@@ -24,10 +24,10 @@ from trb.models.modeling import has_adapters
 from trb.models.sharing import adapter_directory, is_shared, shared_teacher
 from trb.records import CONFIG, MODEL, TRAINER_STATE
 from trb.safety.templates import CONVERSATIONS, PLAIN_TEMPLATE
+from trb.studies.held_out import set_aside, too_few
 from trb.studies.keys import RunConfig
 from trb.studies.shared import check_shared, doubts_of_base, trains_own_adapter
 from trb.studies.yaml_files import ConfigError
-from trb.tasks.conversations import conversation_of
 from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import GENERATORS, open_table
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EVALUATION_NAMES",
+    "STUDENT_NAMES",
     "TRAINING_NAMES",
     "Material",
     "RunDirectoryError",
@@ -78,6 +79,7 @@ _TEMPLATES = {
     doubts.TEACHER_TEMPLATE: "chat_template: teacher",
     doubts.STUDENT_TEMPLATE: "chat_template: student",
 }
+STUDENT_NAMES = {"keep_layers": "student_keep_layers"}
 _COLUMNS = ("prompt_column", "answer_column", "privileged_column", "assistant_turns")
 TRAINING_NAMES = {
     **_TEMPLATE,
@@ -217,14 +219,15 @@ def check_seal(spec: str) -> None:
 def load_student(run: RunConfig, *, for_training: bool = False) -> PreTrainedModel:
     """The student, pruned where the recipe says so. An adapter stays apart from its base, but for training; then too
     where the teacher stands on that base, and it is the adapter that is trained."""
-    student = load_model(
-        run.student,
-        dtype=run.student_dtype,
-        trust_remote_code=run.student_trust_remote_code,
-        revision=run.student_revision,
-        keep_layers=run.student_keep_layers,
-        merge_adapter=for_training and not any(is_shared(pair.teacher) for pair in run.pairs().values()),
-    )
+    with calls(STUDENT_NAMES):
+        student = load_model(
+            run.student,
+            dtype=run.student_dtype,
+            trust_remote_code=run.student_trust_remote_code,
+            revision=run.student_revision,
+            keep_layers=run.student_keep_layers,
+            merge_adapter=for_training and not any(is_shared(pair.teacher) for pair in run.pairs().values()),
+        )
     if for_training and has_adapters(student):
         peft: Any = student
         peft.set_adapter(peft.active_adapter)  # which loading has frozen
@@ -381,43 +384,22 @@ def training_prompts(
             routes=routes_of(run, args),
             revision=run.train_revision,
         )
-        longest, options = run.max_prompt_length, template_options(args)
+        longest, options, read = run.max_prompt_length, template_options(args), len(prompts)
         prompts = check_lengths(prompts, tokenizer, longest, run.overlong_prompts, **options)
     needed = args.completions_per_step // args.num_generations
+    more = "raise train_limit" if read == run.train_limit else "add prompts"
     if len(prompts) - run.held_out_prompts < needed:
-        raise ConfigError(
-            f"{run.train_data} has {len(prompts)} prompts, {run.held_out_prompts} of them held out: fewer than the "
-            f"{needed} of one optimizer step are left; add prompts, or lower prompts_per_step or held_out_prompts"
-        )
+        raise ConfigError(too_few(run, read, len(prompts), needed, more))
     if not run.held_out_prompts:
         return prompts, None
-    kept, held_out = _set_aside(prompts, run)
+    kept, held_out = set_aside(prompts, run, more)
     if len(kept) < needed:
         raise ConfigError(
             f"{run.held_out_prompts} prompts are held out of {run.train_data}, with their copies and with all turns of "
-            f"their conversations: {len(kept)} prompts are left for the {needed} of one optimizer step; add some, or "
+            f"their conversations: {len(kept)} prompts are left for the {needed} of one optimizer step; {more}, or "
             "lower held_out_prompts"
         )
     return prompts.select(kept), prompts.select(held_out)
-
-
-def _set_aside(prompts: "Dataset", run: RunConfig) -> tuple[list[int], list[int]]:
-    """The rows to train on, and those of `held_out_prompts` different prompts that none of the former shares."""
-    texts = [tuple((message["role"], message["content"]) for message in prompt) for prompt in prompts["prompt"]]
-    # Without copies these are all rows, of which those are drawn that always were.
-    different = sorted({text: index for index, text in reversed([*enumerate(texts)])}.values())
-    if run.held_out_prompts > len(different):
-        raise ConfigError(
-            f"{run.train_data} has {len(different)} different prompts, and held_out_prompts is {run.held_out_prompts}; "
-            "add prompts, or lower it"
-        )
-    held_out = sorted(random.Random(run.train_seed).sample(different, run.held_out_prompts))
-    # Turns of one conversation share most of their text: what is held out of one is not trained on in another.
-    conversations = [conversation_of(row) for row in prompts]
-    seen = {conversations[index] for index in held_out} - {""}
-    known = {texts[index] for index in held_out}
-    kept = [index for index, text in enumerate(texts) if text not in known and conversations[index] not in seen]
-    return kept, held_out
 
 
 def problem_sets(run: RunConfig, args: Any = None) -> dict[str, "Dataset"]:

@@ -19,7 +19,7 @@ from trb.studies.shipped import RECIPES
 from trb.tasks.evaluation import BENCHMARKS
 from trb.tasks.sources import GENERATORS
 
-__all__ = ["Places"]
+__all__ = ["Places", "seen_from"]
 
 # The last three are files of TRL and transformers; a mapping in their place is no path.
 _PATHS = ("student", "teacher", "train_data", "chat_template", "deepspeed", "fsdp_config", "accelerator_config")
@@ -35,6 +35,8 @@ class Places:
     # Neither is part of what a recipe says: two that are read from different folders may be equal.
     folder: Path = field(default=Path(), compare=False)
     nowhere: set[str] = field(default_factory=set, compare=False)
+    # Whether paths are given as where they lie, links followed; problem sets and what is nowhere stay as written.
+    in_full: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, file: Path) -> "Places":
@@ -48,6 +50,10 @@ class Places:
         if isinstance(teachers := values.get("teachers"), Mapping):
             found["teachers"] = {name: self._place(spec) for name, spec in teachers.items()}
         return found | {key: self._place(values[key]) for key in _PATHS if key in values and key not in named}
+
+    def model(self, spec: str) -> str:
+        """A model's spec, as `recipe` gives it."""
+        return str(self._place(spec))
 
     def study(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a study: of its recipe, and of the recipe and the problem sets of every setting."""
@@ -83,6 +89,8 @@ class Places:
     def _problems(self, values: Mapping[str, Any], data: str, samples: str) -> dict[str, Any]:
         """The values with the paths of problem sets, by which the numbers of their samples go."""
         found = dict(values)
+        if self.in_full:  # their names seed what is drawn
+            return found
         if isinstance(named := values.get(data), str | list):
             found[data] = self._suite(named) if isinstance(named, str) else [self._suite(name) for name in named]
         if isinstance(counts := values.get(samples), Mapping):
@@ -100,6 +108,8 @@ class Places:
             return ADAPTER + self._place(value.removeprefix(ADAPTER))
         if not isinstance(value, str) or not value or value in _NAMES or value.startswith(GENERATORS):
             return value
+        if self.in_full:
+            return self._where(value)
         if os.path.isabs(os.path.expanduser(value)):
             return value
         beside = os.path.join(self.folder, value)
@@ -109,5 +119,24 @@ class Places:
             self.nowhere.add(value)
         return value
 
+    def _where(self, value: str) -> str:
+        place = os.path.join(self.folder, os.path.expanduser(value))
+        if value in self.nowhere or not os.path.exists(place):
+            self.nowhere.add(value)
+            return value
+        return os.path.realpath(place)
+
     def _here(self) -> bool:
         return os.path.samefile(self.folder, os.curdir)
+
+
+def seen_from(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two configurations, of recipes or of studies, with their paths in full, so that one file has one name.
+
+    `folder` is where the relative paths of `there` begin. What does not lie there any more is left as it is written, in
+    both: it may have been copied here, with the folder of its run.
+    """
+    first = Places(folder, in_full=True)
+    found = first.study(there) if "settings" in there else first.recipe(there)
+    second = Places(nowhere=set(first.nowhere), in_full=True)
+    return found, second.study(here) if "settings" in here else second.recipe(here)

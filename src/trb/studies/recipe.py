@@ -11,6 +11,7 @@ Left out on purpose: several files that include each other, and variables. A rec
 import dataclasses
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -155,7 +156,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     source = f"{path}, with options" if overrides else str(path)
     values = read_yaml(file)
     if "settings" in values and "student" not in values:
-        raise ConfigError(f"{path} is a study, and no recipe: run it with `trb sweep --config {path}`")
+        raise ConfigError(
+            f"{path} is a study, and no recipe: run it with `trb sweep --config {shlex.quote(str(path))}`"
+        )
     return dataclasses.replace(make_recipe(places.recipe(values), overrides, source=source), places=places)
 
 

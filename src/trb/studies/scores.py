@@ -325,8 +325,14 @@ def scores_before(
     if missing:
         _score_pair(recipe, args, directory, listener, paths, clear)
     elif args.process_index == 0:
-        write_text(directory / RECIPE, recipe.to_yaml())  # methods may have joined
+        write_text(
+            directory / RECIPE, records.with_paths_begin(directory / RECIPE, recipe.to_yaml())
+        )  # methods may have joined
     return {name: SCORES.read(path) for name, path in paths.items()}
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    write_text(path, records.with_paths_begin(path, recipe.to_yaml()))
 
 
 def _score_pair(
@@ -350,7 +356,7 @@ def _score_pair(
         if clear is not None:
             clear()
         (directory / EVALUATIONS).mkdir(exist_ok=True)  # first: it shows whose the recipe is
-        write_text(directory / RECIPE, recipe.to_yaml())
+        _write_recipe(directory / RECIPE, recipe)
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         for name, path in paths.items():
             scores = evaluate_teachers(

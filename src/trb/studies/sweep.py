@@ -30,9 +30,10 @@ from trb.safety.files import LOCK, remove, write_text
 from trb.safety.untrusted import parse_yaml
 from trb.studies import findings, provenance
 from trb.studies.claims import has_step, left_as_found
-from trb.studies.directories import models_of, sole_run, warn_of_other_models
+from trb.studies.directories import models_of, paths_begin_in, sole_run, warn_of_other_models
 from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
 from trb.studies.material import RunDirectoryError, problem_sets, routes_of, unrouted
+from trb.studies.places import seen_from
 from trb.studies.study import AS_WRITTEN, IN_VAIN, ROLES, Phase, Reference, Study
 from trb.studies.workers import Pool, open_pool
 from trb.tasks.conversations import conversation_of
@@ -192,7 +193,7 @@ def _begin(directory: Path, study: Study, goes_on: bool) -> None:
         warn_of_other_models(directory, models)
     else:
         provenance.write(directory, models)
-    write_text(path, study.to_yaml())
+    write_text(path, records.with_paths_begin(path, study.to_yaml()))
 
 
 def _written_settings(path: Path) -> set[str]:
@@ -223,6 +224,8 @@ def _check_same(path: Path, study: Study) -> None:
     except (ValueError, yaml.YAMLError) as error:
         raise RunDirectoryError(f"{path} is damaged ({error!s:.200}); use another output directory") from error
     here = study.model_dump()
+    if (begin := paths_begin_in(path)) is not None:
+        there, here = seen_from(begin, there, here)
     kept = set(there["seeds"]["test"]) <= set(here["seeds"]["test"])
     there["seeds"]["test"] = here["seeds"]["test"] if kept else there["seeds"]["test"]
     here["methods"] = _those_in(there["methods"], here["methods"])

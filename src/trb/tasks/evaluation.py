@@ -263,7 +263,7 @@ def check_problems(
 
     `model` says how many positions there are; None for no limit.
     """
-    rows = _checked_rows(problems, n, judge)
+    rows = _checked_rows(problems, n, judge, name)
     prompts = render(tokenizer, rows)
     limits = {} if model is None else {f"the model ({type(model).__name__})": position_limit(model)}
     check_not_empty(list(map(len, prompts)), lambda row: f"{name}[{row}]")
@@ -283,11 +283,11 @@ def longest_prompt(tokenizer: "PreTrainedTokenizerBase", problems: Iterable[Mapp
 
 
 def _checked_rows(
-    problems: "Dataset | Sequence[Mapping[str, Any]]", n: int, judge: Judge | None
+    problems: "Dataset | Sequence[Mapping[str, Any]]", n: int, judge: Judge | None, name: str
 ) -> list[dict[str, Any]]:
     """The problems as plain rows: some, and each with something to score against, or none and somebody to read them."""
     if n < 1 or not len(problems):
-        raise InputError(f"evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
+        raise InputError(f"{name}: evaluation needs at least one problem and one sample, got {len(problems)} and n={n}")
     rows = [dict(row) for row in problems]
     missing = [index for index, row in enumerate(rows) if not can_be_scored(row)]
     if not missing or (judge is not None and len(missing) == len(rows)):
@@ -296,7 +296,7 @@ def _checked_rows(
     if others := len(rows) - len(missing):
         turns = f", or {named('assistant_turns')} 'last'" if any(map(conversation_of, rows)) else ""
         remedy = f"{others} others have one: keep those without an answer apart, or give it one{turns}"
-    raise InputError(f"problem {missing[0] + 1} of {len(rows)} has no answer to score against; {remedy}")
+    raise InputError(f"{name}: problem {missing[0] + 1} of {len(rows)} has no answer to score against; {remedy}")
 
 
 def _taught(judge: Judge | None, tokenizer: Any, name: str, prompts: list[list[int]]) -> list[list[int]]:

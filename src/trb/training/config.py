@@ -25,6 +25,7 @@ from trb.training import privileged
 from trb.training.behaviors import BLEND_WARMUP_STEPS, DEFAULT_BUDGET, FALLING, HELD, budget_schedule_of
 from trb.training.methods import BEHAVIORS, BUDGET_SCHEDULES, METHODS, TARGETS, check_choice, check_choices, halves
 from trb.training.numbers import check_numbers
+from trb.training.words import check_words
 
 __all__ = ["REPLICA_DTYPES", "TRBConfig", "largest_divisor"]
 
@@ -344,6 +345,7 @@ class TRBConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not torch.accelerator.is_available():
             # On a machine with only a CPU the defaults of TRL (bf16, pinned memory) fail or warn at every run.
             self.use_cpu = True

@@ -32,6 +32,7 @@ from transformers import EarlyStoppingCallback, GenerationConfig, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from trb.models.bases import name_base
 from trb.models.modeling import without_adapters
 from trb.records import CHECKPOINT_PREFIX, PROGRESS, TRAINER_STATE, progress_name
 from trb.safety.untrusted import check_checkpoint
@@ -405,8 +406,10 @@ class ResumableTrainer(PromptsInOrder):
             self._save(output_dir, state_dict=weights)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """An adapter too is saved with the ids that end its completions, which its base may not know."""
+        """An adapter too is saved with the ids that end its completions, which its base may not know; and with a name
+        of its base that is found from other folders."""
         super()._save(output_dir, state_dict)
         if without_adapters(self.model) is not self.model:
-            directory = self.args.output_dir if output_dir is None else output_dir
-            GenerationConfig(eos_token_id=self.vocabulary.stop_ids).save_pretrained(str(directory))
+            directory = str(self.args.output_dir if output_dir is None else output_dir)
+            GenerationConfig(eos_token_id=self.vocabulary.stop_ids).save_pretrained(directory)
+            name_base(Path(directory), self.model)

@@ -32,6 +32,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import distillation_trainer
 
 from trb.errors import InputError, OperationError, ServerError
+from trb.models.bases import is_merged
 from trb.models.modeling import has_adapters, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling import Engine, EngineOptions, Rollout
@@ -157,12 +158,12 @@ def _configuration(student: Any) -> Iterator[str]:
 
 @contextmanager
 def _teacher_checkpoint(teacher: PreTrainedModel, several: bool) -> Iterator[str]:
-    adapted = has_adapters(teacher)  # its name is that of the base, without them
-    if teacher.name_or_path and not adapted:
+    adapted = has_adapters(teacher)  # its name is that of the base, without them; so it is once they are merged
+    if teacher.name_or_path and not adapted and not is_merged(teacher):
         yield teacher.name_or_path
         return
     if several:  # transformers writes on the first process alone, and nodes need not share a disk
-        what = "has adapters" if adapted else "was not loaded from a directory or the hub"
+        what = "has adapters" if adapted or is_merged(teacher) else "was not loaded from a directory or the hub"
         raise InputError(
             f"the teacher {what}, so several processes cannot give it to their engines: save it as a whole model "
             "(merge_and_unload, save_pretrained) and load it from there, or set vllm_blended=False"
