@@ -13,14 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
-<<<<<<< HEAD
-from trb.errors import InputError
+from trb.errors import InputError, named
 from trb.models.modeling import evaluation_mode, probe_rows
 from trb.models.passes import plain_logits
-=======
-from trb.errors import InputError, named
-from trb.models.modeling import evaluation_mode, plain_logits, probe_rows
->>>>>>> w-paths
 
 __all__ = ["kept_layers", "prune_depth"]
 
