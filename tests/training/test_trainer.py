@@ -607,8 +607,9 @@ def test_transformers_own_parser_takes_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("method", ["opd", "trb"])
-def test_mixed_precision_is_that_of_every_pass(tmp_path: Path, method: str) -> None:
+def test_mixed_precision_is_that_of_every_pass(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither loss nor sampler goes through the forward that Accelerate wraps; and they must agree."""
+    monkeypatch.setenv("TRB_CHECK_READING", "0")  # whose passes are in float32, too
     trainer = build(tmp_path, bf16=True, method=method, max_steps=1)
     seen: dict[str, set[tuple[torch.dtype, bool]]] = {"student": set(), "teacher": set()}
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
