@@ -486,9 +486,9 @@ def with_paths_begin(path: Path, text: str) -> str:
 
 def paths_begin(text: str) -> str | None:
     """Where the relative paths of a configuration begin, seen from its folder; None where it does not say."""
-    _, found, place = text.rpartition(f"\n{_PATHS_BEGIN}")
+    _, found, last = text.rpartition(f"\n{_PATHS_BEGIN}")
     try:
-        place = json.loads(place) if found else None
+        place = json.loads(last) if found else None
     except ValueError:
         return None
     return place if isinstance(place, str) else None

@@ -60,9 +60,9 @@ class Trial:
 @contextmanager
 def _autocast_off(model: PreTrainedModel) -> Iterator[None]:
     """Around the model, and in the wrapper of Accelerate's that would enter it again."""
-    wrapped = vars(model).get("forward")
-    if wrapped is not None and hasattr(model, "_original_forward"):
-        model.forward = model._original_forward
+    wrapped, original = (vars(model).get(name) for name in ("forward", "_original_forward"))
+    if wrapped is not None and original is not None:
+        model.forward = original
     try:
         with torch.autocast(model.device.type, enabled=False):
             yield

@@ -71,7 +71,7 @@ class ResumableTrainer(PromptsInOrder):
     _mean_loss: float | None = None
     _skipped_before: int = 0  # steps that were skipped before the first that `train_loss` is of
     _before_step: dict[str, Any]  # `_progress` where the present step began
-    _seen_before: tuple[Any, float]
+    _seen_before: tuple[Any, Any]
     _put_back: Callable[[], None]  # the global generators, to where the last step or epoch left them
     recorder: RunRecorder
 
