@@ -7,6 +7,7 @@ import json
 import math
 import pkgutil
 import re
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -425,6 +426,33 @@ def test_the_panels_of_one_property_are_what_was_found() -> None:
             failed = sum(final < 20 for final in finals)
             shown = f"{sum(finals) / len(finals):.1f}" + (f", {failed} fail" if failed else "")
             assert cell == shown + (f" ({len(finals)})" if len(finals) != 8 else "")
+
+
+REST = ("0.001-rate-0-top-256-rollouts-60", "0.001-rate-0-top-64-rollouts-60", CHANGED[3], CHANGED[2])
+
+
+def test_the_maps_last_points_are_what_was_found() -> None:
+    record, log = result("map-rest"), text(ROOT / "docs" / "experiments.md").partition("the map's last points\n\n")[2]
+    rows = table_rows(log, "| method | 256 rollouts | 64 rollouts | 16 rollouts | top 16 |")
+    assert len(rows) == 10
+    for name, *cells in rows:
+        for changed, cell in zip(REST, cells, strict=True):
+            runs = runs_of(record, changed, IN_WORDS[name])
+            lost = sum(bool(run["lost"]) for run in runs)
+            assert len(runs) == (8 if cell else 0)
+            if cell:
+                assert cell == f"{on_the_map(record, MIDDLE.format(changed), IN_WORDS[name]):.1f}" + (
+                    f", {lost} lost" if lost else ""
+                )
+    high = [run for run in record["runs"] if "-0.008-rate-" in run["point"]]
+    assert len(high) == 10 and {run["seed"] for run in high} == {0} and not any(run["final"] for run in high)
+    ends = {method: [run["final"] for run in runs_of(record, REST[0], method)] for method in ("opd", "veto")}
+    assert [sum(final > 0.9 for final in finals) for finals in ends.values()] == [1, 3]
+    low = [100 * final for finals in ends.values() for final in finals if final < 0.9]
+    assert f"the others end at {min(low):.0f} to {max(low):.0f}%" in " ".join(log.split())
+    gap = [100 * (veto - opd) for opd, veto in zip(*ends.values(), strict=True)]
+    error = statistics.stdev(gap) / math.sqrt(len(gap))
+    assert f"{statistics.fmean(gap):.1f} points above plain OPD" in log and f"standard error {error:.1f}" in log
 
 
 def test_what_the_panels_are_said_to_show_is_what_was_found() -> None:
