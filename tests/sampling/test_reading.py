@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32
 from conftest import NO_SPECIAL_IDS, random_model, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
@@ -444,11 +445,12 @@ def test_mixed_precision_inside_a_wrapper_is_no_fault(name: str, warnings_seen: 
 
 @pytest.mark.parametrize("name", ["student", "teacher"])
 def test_what_accelerate_prepared_is_sampled_through_slots_in_mixed_precision(
-    name: str, warnings_seen: list[str]
+    name: str, warnings_seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its wrapper enters autocast again inside whatever the check has switched off around it."""
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one of this process's trainers may have set another
     model, _ = zoo.load(name)  # type: ignore[arg-type]
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = Accelerator(mixed_precision="bf16")
     model = accelerator.prepare_model(model, evaluation_mode=True)
     wrapped = model.forward
     with accelerator.autocast(), trials_of(model) as trials:
