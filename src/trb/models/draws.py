@@ -12,18 +12,17 @@ Left out: numbers by another name. `check_draws_off` meets them, once before tra
 Shape suffixes: N completion tokens, H hidden size.
 """
 
-import random
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trb.models.comparison import Trial, trials_of
+from trb.models.generators import generators_kept
 from trb.models.modeling import (
     UnsupportedModelError,
     completion_hidden_states,
@@ -94,22 +93,10 @@ def _both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """`[N, H]` states of a row in evaluation mode, and in training mode with what it draws off."""
     row = probe_rows(model, 6)[0][:_TOKENS]
     batch = padded([row[:1]], [row[1:]], model.device)
-    with torch.no_grad(), _random_states_kept(model.device), evaluation_mode(model), draws_off(model):
+    with torch.no_grad(), generators_kept(), evaluation_mode(model), draws_off(model):
         own_NH = completion_hidden_states(model, *batch)
         model.train()
         return own_NH, completion_hidden_states(model, *batch)
-
-
-@contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
-    """Those of torch, numpy and Python: families draw from any of them."""
-    here, everywhere = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        try:
-            yield
-        finally:
-            random.setstate(here)
-            numpy.random.set_state(everywhere)
 
 
 # ---- where the numbers stand ----

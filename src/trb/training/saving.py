@@ -33,10 +33,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from trb.models.bases import name_base
+from trb.models.generators import generators_now
 from trb.models.modeling import without_adapters
 from trb.records import CHECKPOINT_PREFIX, PROGRESS, TRAINER_STATE, progress_name
 from trb.safety.untrusted import check_checkpoint
-from trb.sampling.vllm import generators_now
 from trb.training import checkpoints, resume
 from trb.training.config import TRBConfig
 from trb.training.guard import StepGuard

@@ -33,6 +33,7 @@ from trl.trainer import distillation_trainer
 
 from trb.errors import InputError, OperationError, ServerError
 from trb.models.bases import is_merged
+from trb.models.generators import generators_kept
 from trb.models.modeling import has_adapters, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling import Engine, EngineOptions, Rollout
@@ -40,7 +41,6 @@ from trb.sampling.vllm import (
     BlendEngine,
     check_runner,
     drafting_room,
-    generators_kept,
     repack_heads,
     require_supported_version,
 )

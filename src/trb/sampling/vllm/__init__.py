@@ -12,23 +12,22 @@ import gc
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trb.errors import InputError, OperationError
+from trb.models.generators import generators_kept
 from trb.policies import BehaviorPolicy
 from trb.sampling.rollout import EngineOptions, Rollout, RolloutStats
 from trb.sampling.vllm.plugin import (
@@ -51,8 +50,6 @@ __all__ = [
     "check_runner",
     "drafting_room",
     "engine_options",
-    "generators_kept",
-    "generators_now",
     "repack_heads",
     "require_supported_version",
     "rollout_of",
@@ -410,31 +407,6 @@ def rollout_of(
         ],
         stats=RolloutStats(**{name: [list(record[name]) for record in rows] for name in _COLUMNS}),
     )
-
-
-def generators_now() -> Callable[[], None]:
-    """What puts the global generators back to where they are now."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def put_back() -> None:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-
-    return put_back
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Start an engine in this process, which seeds the global generators, without changing the caller's."""
-    put_back = generators_now()
-    try:
-        yield
-    finally:
-        put_back()
 
 
 @contextmanager
