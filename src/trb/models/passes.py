@@ -7,8 +7,9 @@ Shape suffixes: R rows, T tokens, V head rows.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -20,16 +21,22 @@ __all__ = ["accepts", "cache_name", "plain_logits", "switched_off", "whole_pass"
 
 def accepts(model: PreTrainedModel, name: str) -> bool:
     """Whether the forward pass of a model takes an argument of that name; asked of the class, which nothing wraps."""
-    return name in inspect.signature(type(model).forward).parameters
+    return name in _arguments(type(model).forward)
 
 
 def cache_name(model: PreTrainedModel) -> str | None:
     """What the forward pass of a model calls its keys and values; None where it takes none."""
     # transformers 5.24 renamed `past_key_values`. XLM's `cache` is a dictionary of its own, and was one before.
-    arguments = inspect.signature(type(model).forward).parameters
+    arguments = _arguments(type(model).forward)
     if "cache" in arguments and "dict" not in str(arguments["cache"].annotation):
         return "cache"
     return "past_key_values" if "past_key_values" in arguments else None
+
+
+@cache
+def _arguments(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Of a forward pass: asked at every token, where a model is read by whole passes."""
+    return inspect.signature(forward).parameters
 
 
 def switched_off(model: nn.Module, *names: str) -> dict[str, bool]:
