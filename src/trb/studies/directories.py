@@ -63,6 +63,7 @@ __all__ = [
     "state_of",
     "told_apart",
     "warn_of_other_models",
+    "write_configuration",
     "written_by_run",
 ]
 
@@ -113,6 +114,11 @@ def _differences(path: Path, recipe: Recipe, ignore: frozenset[str] = frozenset(
     new = {key for key in here if key not in there and key in _MAY_CHANGE}
     others = every_knob() & (there.keys() ^ here.keys())
     return {key: text for key, text in told_apart(there, here).items() if key not in ignore | new | others}
+
+
+def write_configuration(path: Path, text: str) -> None:
+    """Write the text of a recipe or a study, and where its relative paths begin: in the current directory."""
+    write_text(path, records.with_paths_begin(path, text))
 
 
 def paths_begin_in(path: Path) -> Path | None:
@@ -376,7 +382,7 @@ def begin(directory: Path, recipe: Recipe, *, afresh: bool, overwrite: bool) -> 
     for file in records.MEASUREMENTS:
         drop_after_step(directory / file, sys.maxsize)  # a kill may have cut the last line off
     described = provenance.write(directory, models_of(recipe.run))  # first: it shows whose the configuration is
-    write_text(directory / CONFIG, records.with_paths_begin(directory / CONFIG, recipe.to_yaml()))
+    write_configuration(directory / CONFIG, recipe.to_yaml())
     checkpoints.seal(directory, files_of=[directory / CONFIG, described])
 
 

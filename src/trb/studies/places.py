@@ -55,6 +55,10 @@ class Places:
         """A model's spec, as `recipe` gives it."""
         return str(self._place(spec))
 
+    def configuration(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a study or of a recipe, whichever they are."""
+        return self.study(values) if "settings" in values else self.recipe(values)
+
     def study(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a study: of its recipe, and of the recipe and the problem sets of every setting."""
         found = dict(values)
@@ -137,6 +141,5 @@ def seen_from(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
     both: it may have been copied here, with the folder of its run.
     """
     first = Places(folder, in_full=True)
-    found = first.study(there) if "settings" in there else first.recipe(there)
-    second = Places(nowhere=set(first.nowhere), in_full=True)
-    return found, second.study(here) if "settings" in here else second.recipe(here)
+    found = first.configuration(there)
+    return found, Places(nowhere=set(first.nowhere), in_full=True).configuration(here)

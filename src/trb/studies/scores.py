@@ -21,9 +21,8 @@ from trb.measures import PER_TOKEN, measure_of, pass_at_1_interval
 from trb.models.memory import bytes_of, cache_entries
 from trb.models.residence import present
 from trb.records import EVALUATIONS, RECIPE, SCORES
-from trb.safety.files import write_text
 from trb.sampling import sample
-from trb.studies.directories import set_aside
+from trb.studies.directories import set_aside, write_configuration
 from trb.studies.keys import RunConfig
 from trb.studies.listener import Listener
 from trb.studies.material import (
@@ -325,14 +324,8 @@ def scores_before(
     if missing:
         _score_pair(recipe, args, directory, listener, paths, clear)
     elif args.process_index == 0:
-        write_text(
-            directory / RECIPE, records.with_paths_begin(directory / RECIPE, recipe.to_yaml())
-        )  # methods may have joined
+        write_configuration(directory / RECIPE, recipe.to_yaml())  # methods may have joined
     return {name: SCORES.read(path) for name, path in paths.items()}
-
-
-def _write_recipe(path: Path, recipe: Recipe) -> None:
-    write_text(path, records.with_paths_begin(path, recipe.to_yaml()))
 
 
 def _score_pair(
@@ -356,7 +349,7 @@ def _score_pair(
         if clear is not None:
             clear()
         (directory / EVALUATIONS).mkdir(exist_ok=True)  # first: it shows whose the recipe is
-        _write_recipe(directory / RECIPE, recipe)
+        write_configuration(directory / RECIPE, recipe.to_yaml())
     with Verifier(recipe.run.reward_timeout_s) as verifier:
         for name, path in paths.items():
             scores = evaluate_teachers(

@@ -26,11 +26,11 @@ import yaml
 from trb import records
 from trb.errors import InputError
 from trb.records import CONFIG, MODEL, SELECTION, STUDY, STUDY_PLAN
-from trb.safety.files import LOCK, remove, write_text
+from trb.safety.files import LOCK, remove
 from trb.safety.untrusted import parse_yaml
 from trb.studies import findings, provenance
 from trb.studies.claims import has_step, left_as_found
-from trb.studies.directories import models_of, paths_begin_in, sole_run, warn_of_other_models
+from trb.studies.directories import models_of, paths_begin_in, sole_run, warn_of_other_models, write_configuration
 from trb.studies.jobs import JUDGEMENT, Job, is_done, is_whole
 from trb.studies.material import RunDirectoryError, problem_sets, routes_of, unrouted
 from trb.studies.places import seen_from
@@ -193,7 +193,7 @@ def _begin(directory: Path, study: Study, goes_on: bool) -> None:
         warn_of_other_models(directory, models)
     else:
         provenance.write(directory, models)
-    write_text(path, records.with_paths_begin(path, study.to_yaml()))
+    write_configuration(path, study.to_yaml())
 
 
 def _written_settings(path: Path) -> set[str]:
