@@ -55,6 +55,15 @@ def build(directory: Path, *, student: Any = None, teacher: Any = None, **change
     return trainer
 
 
+def dropping_student(rate: float = 0.5) -> Any:
+    """The embedded student, with dropout on its attention as its family draws it."""
+    student, _ = zoo.load("student")
+    student.config.attention_dropout = rate
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = rate
+    return student
+
+
 def losses(trainer: TRBTrainer) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 

@@ -1,5 +1,6 @@
 """The driver of the map, on a pair of a few lessons: runs are made once, resumed and collected."""
 
+import importlib
 import json
 import math
 import sys
@@ -13,24 +14,23 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+def script(name: str) -> ModuleType:
+    """A module of benchmarks, which finds those beside it as a script does."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
 @pytest.fixture(scope="module")
 def driver() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import map as module  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+    return script("map")
 
 
 @pytest.fixture(scope="module")
-def figures(driver: ModuleType) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import map_figures as module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+def figures() -> ModuleType:
+    return script("map_figures")
 
 
 @pytest.fixture

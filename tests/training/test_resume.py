@@ -18,7 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny_runs import NEWER_OPTIONS, Kill, build, config, logged, losses, weights
+from tiny_runs import NEWER_OPTIONS, Kill, build, config, dropping_student, logged, losses, weights
 from transformers import EarlyStoppingCallback, TrainerCallback, get_scheduler
 
 from trb import TRBConfig, zoo
@@ -719,26 +719,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_run_stopped_amid_a_step_resumes_as_one_that_was_not(stopped_after: int, tmp_path: Path) -> None:
     """What was begun is neither in the sums that are saved nor in the records."""
     options = GIVEN_UP | {"save_strategy": "epoch", "include_num_input_tokens_seen": True, "disable_dropout": False}
-    whole = build(tmp_path / "whole", student=dropping(), **options)
+    whole = build(tmp_path / "whole", student=dropping_student(0.1), **options)
     whole.train()
     stop = StopAmid(stopped_after, "training")
-    build(tmp_path / "cut", student=dropping(), callbacks=[stop], **options).train()
+    build(tmp_path / "cut", student=dropping_student(0.1), callbacks=[stop], **options).train()
     assert max(row["step"] for row in lines(tmp_path / "cut" / "rollouts.jsonl")) < stopped_after
-    rest = build(tmp_path / "cut", student=dropping(), **options)
+    rest = build(tmp_path / "cut", student=dropping_student(0.1), **options)
     rest.train(resume_from_checkpoint=True)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert lines(tmp_path / "cut" / name) == lines(tmp_path / "whole" / name)
     both = zip(weights(rest).values(), weights(whole).values(), strict=True)
     assert all(torch.equal(one, other) for one, other in both)
-
-
-def dropping() -> Any:
-    """A student whose training draws from the global generator."""
-    student, _ = zoo.load("student")
-    student.config.attention_dropout = 0.1
-    for layer in student.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    return student
 
 
 @pytest.mark.parametrize("what", ["epoch", "training"])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_runs import NEWER_OPTIONS, Completions, Kill, build, config, logged, losses, weights
+from tiny_runs import NEWER_OPTIONS, Completions, Kill, build, config, dropping_student, logged, losses, weights
 from tokenizers.normalizers import Strip
 from tokenizers.processors import TemplateProcessing
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
@@ -625,25 +625,13 @@ def test_mixed_precision_is_that_of_every_pass(tmp_path: Path, method: str, monk
 
 
 def test_dropout_is_off_while_training(tmp_path: Path) -> None:
-    student, _ = zoo.load("student")
-    student.config.attention_dropout = 0.5
-    for layer in student.model.layers:
-        layer.self_attn.attention_dropout = 0.5
+    student = dropping_student()
     noisy = torch.nn.Dropout(0.9)
     layer = student.model.layers[0]
     layer.mlp = torch.nn.Sequential(layer.mlp, noisy)
     build(tmp_path, student=student)
     assert noisy.p == 0
     assert TRBConfig(str(tmp_path), bf16=False).disable_dropout
-
-
-def dropping_student() -> Any:
-    """The embedded student, with dropout on its attention as its family draws it."""
-    student, _ = zoo.load("student")
-    student.config.attention_dropout = 0.5
-    for layer in student.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    return student
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
