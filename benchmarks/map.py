@@ -168,6 +168,13 @@ PANELS = {
         _points(steps=(60, 180)),
         ("opd", "trb-wide", "trb-gap", "veto", "temperature"),
     ),
+    "g": Panel(
+        "a budget, or just the teacher",
+        "stages",
+        None,
+        _points(start=(0.3,), stages=(12, 16, 24)),
+        ("trb-sequence-linear", "teacher-first"),
+    ),
 }
 
 
