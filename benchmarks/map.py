@@ -93,6 +93,9 @@ RIVALS = {
     "tropd": {"method": "tropd"},
     # As long as the default's warm-up, all of it from the teacher: what is left of a gain is not a budget's.
     "teacher-first": {"method": "opd", "behavior": "teacher_first", "sft_warmup_steps": 12},
+    "eopd": {"method": "eopd", "forward_top_k": 0},
+    **{name: {"method": name} for name in ("tip", "iw", "prefix")},
+    "horizon": {"method": "horizon", "initial_horizon": 6},  # the default is longer than a solution
 }
 """Only in panels that name them."""
 
@@ -174,6 +177,13 @@ PANELS = {
         None,
         _points(start=(0.3,), stages=(12, 16, 24)),
         ("trb-sequence-linear", "teacher-first"),
+    ),
+    "h": Panel(
+        "the relatives",
+        "start",
+        None,
+        _points(start=(0.3, 0.45)),
+        ("opd", "veto", "trb-sequence-linear", "eopd", "tip", "iw", "prefix", "horizon"),
     ),
 }
 
