@@ -103,6 +103,7 @@ def test_no_exception_is_kept_for_nothing() -> None:
 
 TABLES = {
     "student": material.STUDENT_NAMES,
+    "adapter": material.LORA_NAMES,
     "training data": material.TRAINING_NAMES,
     "evaluation": material.EVALUATION_NAMES,
     "trb eval": evaluate.OPTIONS,

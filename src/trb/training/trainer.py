@@ -37,6 +37,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -140,8 +141,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
 
     Raises:
         ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
-            a student with a router loss or with nothing to train, a teacher on weights that are trained, a batch that
-            `num_generations` does not divide, prompts without the column, or an argument that would be ignored.
+            one for modules that are not there, a student with a router loss or with nothing to train, a teacher on
+            weights that are trained, a batch that `num_generations` does not divide, prompts without the column, or an
+            argument that would be ignored.
             Arguments, prompts and tokenizers are checked before a model is loaded.
     """
 
@@ -187,6 +189,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         if kwargs["tools"]:
             check_template(processing_class)
         tokenizers = teacher_tokenizers(teacher_model, teacher_processing_class, args, processing_class)
+        adapter = copy(kwargs.get("peft_config"))  # PEFT writes into its own
         with deferred_generation(args.vllm_request_timeout):
             super().__init__(
                 model=model,
@@ -198,7 +201,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
                 **kwargs,
             )
         check_router_loss(self.model)
-        check_trained(self.model)
+        check_trained(self.model, adapter)
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
