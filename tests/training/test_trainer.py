@@ -654,6 +654,27 @@ def test_a_step_is_that_of_a_student_without_dropout(tmp_path: Path, checkpointi
     assert found.model.model.layers[0].self_attn.attention_dropout == 0.5
 
 
+def loss_of_its_own(trainer: TRBTrainer) -> float:
+    """What a subclass with a step of its own asks for: `compute_loss` in training mode, outside `training_step`."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(batch)
+    torch.manual_seed(0)
+    return trainer.compute_loss(trainer.model, inputs).item()
+
+
+def test_a_loss_outside_a_step_is_that_of_a_student_without_dropout(tmp_path: Path) -> None:
+    plain, dropping, drawn = (
+        loss_of_its_own(build(tmp_path / name, student=student, method="opd", **options))
+        for name, student, options in (
+            ("plain", None, {}),
+            ("dropping", dropping_student(), {}),
+            ("drawn", dropping_student(), {"disable_dropout": False}),
+        )
+    )
+    assert dropping == pytest.approx(plain, rel=1e-4) != pytest.approx(drawn, rel=1e-4)
+
+
 def test_dropout_is_drawn_where_it_is_asked_for(tmp_path: Path) -> None:
     trainer = build(tmp_path / "drawn", student=dropping_student(), disable_dropout=False, max_steps=1)
     off = build(tmp_path / "off", student=dropping_student(), max_steps=1)

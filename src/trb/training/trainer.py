@@ -19,8 +19,8 @@ Seams of TRL overridden here, checked by a contract test against the installed v
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
   inside the student's wrapper;
-- `training_step(model, inputs, num_items_in_batch)` is one micro-batch, forward and backward: all that is ever computed
-  in training mode, where `disable_dropout` has more to switch off than TRL's `nn.Dropout` (`trb.models.draws`);
+- `training_step(model, inputs, num_items_in_batch)` is one micro-batch, forward and backward, which may compute layers
+  again: what `disable_dropout` switches off beyond TRL's `nn.Dropout` (`trb.models.draws`) is off until it ends;
 - `autocast_smart_context_manager()` is what `compute_loss_context_manager` enters around a step's computing;
   transformers leave it to the forward that Accelerate wraps, and neither loss nor sampler goes through that;
 - `hyperparameter_search` is refused, as it builds models anew; `_send_telemetry` is silenced;
@@ -478,7 +478,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
     ) -> tuple[Tensor, Tensor, Tensor]:
         ids_BL, mask_BL, completion_BL = with_completions(inputs, "prompt")
         read = completion_hidden_states if self._student_replica is not None else shared_hidden_states
-        student_NH = read(unwrapped_student, ids_BL, mask_BL, completion_BL)
+        with draws_off(self.model) if self.args.disable_dropout and self.model.training else nullcontext():
+            student_NH = read(unwrapped_student, ids_BL, mask_BL, completion_BL)
         step = self.state.global_step
         if num_items_in_batch is not None and "num_items_in_batch" in inputs:
             # FSDP2 rounds floating-point arguments to the compute dtype on their way here; the count is an integer.
