@@ -10,6 +10,7 @@ import re
 import runpy
 import typing
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,9 @@ def test_plain_rollouts_of_an_engine_are_of_rows_that_the_pair_shares(
     assert served.generation_kwargs["logit_bias"] == dict.fromkeys(range(80, 96), lowest)
     with pytest.raises(OperationError, match=r"vLLM drew token id 95, and the pair shares 80 rows"):
         trainer.train()
+    student.resize_token_embeddings(80 + 1025, mean_resizing=False)
+    with pytest.raises(InputError, match="1025 rows more than") if mode == "server" else nullcontext():
+        build(tmp_path, student=student, method="opd", max_steps=1, vllm_mode=mode)
 
 
 def test_the_loss_reads_a_stop_id_of_the_teacher_as_the_stop_event(tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         return [list(ids) for ids in self._rollout.completions]  # where there are tools, the rollout is continued
 
     def _drawn_event(self, token: int) -> int:
-        """The event that TRL's vLLM has drawn; a server that cannot be told which rows are shared may draw others."""
+        """The event that TRL's vLLM has drawn; a server may draw rows that it was told to leave out."""
         if token >= self.vocabulary.size:
             raise OperationError(
                 f"vLLM drew token id {token}, and the pair shares {self.vocabulary.size} rows of the student's head: "
