@@ -1041,6 +1041,8 @@ def test_a_module_that_adapters_cannot_stand_on_is_refused_with_those_there_are(
     out = ["--output-dir", tmp_path / "out", "--quiet", "--lora-rank", "2"]
     said = refused(capsys, "train", "--config", recipe, *out, "--lora-target-modules", "[q_proj, v_prj]")
     assert "lora_target_modules has 'v_prj', and the student has no such module; did you mean 'v_proj'" in said
+    said = refused(capsys, "train", "--config", recipe, *out, "--lora-target-modules", "[q_proj, lm_head]")
+    assert "lora_target_modules has 'lm_head', and no adapter is trained on the head, lm_head: leave it out" in said
 
 
 def test_refusals_name_what_was_meant(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

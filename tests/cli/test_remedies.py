@@ -22,7 +22,7 @@ OTHERS = {
     "options of pip, hf and accelerate": "--no-deps --local-dir fsdp_version fsdp_cpu_ram_efficient_loading",
     "placeholders": "--key key",
     "files, and what is in them": """adapter_config adapter_model generation_config base_model_name_or_path eos_token_id
-        output_router_logits router_aux_loss_coef entry_point""",
+        return_dict output_router_logits router_aux_loss_coef entry_point""",
     "of Python, in messages that only its callers can meet": """for_method head_rows merge_adapter
         is_trainable requires_grad torch_dtype save_pretrained
         merge_and_unload unmerge_adapter peft_config p_values variance_components teacher_model
@@ -103,6 +103,7 @@ def test_no_exception_is_kept_for_nothing() -> None:
 
 TABLES = {
     "student": material.STUDENT_NAMES,
+    "adapter": material.LORA_NAMES,
     "training data": material.TRAINING_NAMES,
     "evaluation": material.EVALUATION_NAMES,
     "trb eval": evaluate.OPTIONS,

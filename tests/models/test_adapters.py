@@ -298,14 +298,23 @@ def test_a_run_trains_from_an_adapter_that_teaches_and_a_merged_one_that_learns(
     assert main(["doctor", "--student", student, "--teacher", spec]) == 0
 
 
-def test_vllm_gets_the_merged_teacher_and_not_its_base(tmp_path: Path) -> None:
-    model = zoo_teacher("tiny_llama")
-    assert model.name_or_path  # of the base, without the adapter
+@pytest.mark.parametrize("how", ["beside its base", "in its weights", "on another adapter"])
+def test_vllm_gets_the_merged_teacher_and_not_its_base(tmp_path: Path, how: str) -> None:
+    adapter = zoo_teacher("tiny_llama")
+    spec = save(adapter, "zoo:teacher", tmp_path / "adapter")
+    if how == "on another adapter":
+        second = adapted(load_model(spec, merge_adapter=True), lora("tiny_llama"), spread=0.3)
+        spec = save(second, spec, tmp_path / "second")
+    model = load_model(spec, merge_adapter=how == "in its weights")
+    kept = {name for name in model.state_dict() if "lora_" in name}
+    assert isinstance(model, PeftModel) == bool(kept) == (how != "in its weights")
+    base = load_model(model.name_or_path)  # as an engine would be started from it
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad(), _teacher_checkpoint(model, several=False) as directory:
-        given = load_model(directory)
-        assert torch.allclose(given(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
-        assert isinstance(model, PeftModel) and any("lora_" in name for name in model.state_dict())
+        given = load_model(directory)(input_ids=ids).logits
+        assert torch.allclose(given, model(input_ids=ids).logits, atol=1e-4)
+        assert not torch.allclose(given, base(input_ids=ids).logits, atol=0.1)
+        assert kept == {name for name in model.state_dict() if "lora_" in name}
     with (
         pytest.raises(ValueError, match="teacher has adapters, so several processes"),
         _teacher_checkpoint(model, several=True),

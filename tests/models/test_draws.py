@@ -143,6 +143,15 @@ def test_gradients_are_those_of_the_law_that_is_sampled(
     assert float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
+def test_a_step_walks_over_the_modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, walks = build("llama"), list[nn.Module]()
+    walk = nn.Module.modules
+    monkeypatch.setattr(nn.Module, "modules", lambda self: (walks.append(self), walk(self))[1])
+    with draws_off(model):
+        pass
+    assert walks == [model]
+
+
 class Hidden(nn.Module):
     """Draws by a number that nobody can find."""
 

@@ -1,6 +1,7 @@
 """Hidden states and output heads, against each model's own logits computed one unpadded row at a time."""
 
 import pytest
+import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -22,8 +23,12 @@ from transformers import (
     XLMWithLMHeadModel,
 )
 
-from trb.models.modeling import OutputHead, completion_hidden_states, length_groups
+from trb.models.modeling import OutputHead, UnsupportedModelError, completion_hidden_states, length_groups
 from trb.models.passes import cache_name
+from trb.policies import StudentPolicy, TeacherPolicy
+from trb.sampling import sample
+from trb.sampling.scoring import score_completions
+from trb.vocab import SharedVocabulary
 
 SIZES = {
     "vocab_size": 19,
@@ -106,6 +111,32 @@ def test_a_head_that_differs_from_the_model_is_refused_by_name() -> None:
             OutputHead.check(model)
     finally:
         OutputHead.__call__ = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("value", [False, None])
+@pytest.mark.parametrize("model_type", ["qwen3", "mamba"])  # the library cannot call the first, and can the second
+def test_a_model_that_answers_in_tuples_is_refused_with_what_to_set(model_type: str, value: bool | None) -> None:
+    model, other = (tiny_models.build(model_type, seed) for seed in (0, 1))
+    model.config.return_dict = value
+    message = rf"^{model_type} \(.*return_dict={value}: .*model\.config\.return_dict=True"
+    options = {"max_new_tokens": 2, "eos_token_id": 0}
+    with pytest.raises(UnsupportedModelError, match=message):
+        sample(model, None, [[1, 2]], StudentPolicy(), **options)
+    with pytest.raises(UnsupportedModelError, match=message):
+        sample(other, model, [[1, 2]], TeacherPolicy(), **options)
+    with pytest.raises(UnsupportedModelError, match=message):
+        OutputHead.check(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        score_completions(
+            other,
+            model,
+            [[1, 2]],
+            [[3, 0]],
+            policy=TeacherPolicy(),
+            vocabulary=SharedVocabulary.of([tiny_models.VOCABULARY], 0),
+        )
+    model.config.return_dict = True
+    assert sample(model, None, [[1, 2]], StudentPolicy(), **options).completions
 
 
 def test_checking_leaves_training_mode_as_it_was() -> None:

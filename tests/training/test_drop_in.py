@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ SHOWN = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"typ
         ({"processing_class": "zoo:student"}, "^processing_class is a str and no tokenizer$"),
         ({"tools": [print]}, "the tool print cannot be described to a model"),
         ({"peft_config": PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING are not supported"),
+        ({"peft_config": {"r": 2, "peft_type": "LORA"}}, "peft_config is a dict: pass a configuration of PEFT's"),
         ({"train_dataset": IterableDataset.from_generator(lambda: iter(ROWS))}, "needs a map-style dataset"),
         ({"train_dataset": DatasetDict({"train": PROMPTS, "test": PROMPTS})}, "has the splits train, test: pass one"),
         (
@@ -324,6 +326,66 @@ def test_each_remedy_for_a_frozen_student_trains(
     tmp_path: Path, adapter: str, load: Callable[[str], Any], options: dict[str, Any]
 ) -> None:
     build(tmp_path, student=load(adapter), max_completion_length=4, **options)
+
+
+# Each option of PEFT's that says where an adapter acts, with a place that the student does not have.
+NO_SUCH_PLACE: dict[str, tuple[Any, str]] = {
+    "target_modules": (["q_proj", "v_prj"], r"'v_prj', and the student has no such module; did you mean 'v_proj'\?"),
+    "exclude_modules": (["layers.0.self_atn.q_proj"], "'layers.0.self_atn.q_proj', and the student has no such module"),
+    "modules_to_save": (["lm_hed"], r"'lm_hed', and the student has no such module; did you mean 'lm_head'\?"),
+    "target_parameters": (["up_proj.weight", "experts.up"], "'experts.up', and the student has no such parameter"),
+    "layers_to_transform": ([0, 7], "7, and the student has layers 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("option", NO_SUCH_PLACE)
+def test_an_adapter_for_places_that_the_student_does_not_have_is_refused(
+    tmp_path: Path, option: str, loaded: bool
+) -> None:
+    value, message = NO_SUCH_PLACE[option]
+    student = zoo.load("student")[0] if loaded else "zoo:student"
+    adapter = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", option: value})
+    with warnings.catch_warnings(), pytest.raises(InputError, match=rf"^peft_config\.{option} has {message}"):
+        warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+        plain_trainer(tmp_path, model=student, peft_config=adapter)
+    if loaded:
+        assert not any("lora_" in name for name, _ in student.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (".*head", "'.*head', and no adapter is trained on the head"),
+        ("v_prj", "'v_prj', and the student has no"),
+        ("(", r"'\(', which is no regular expression"),
+    ],
+)
+def test_a_pattern_that_fits_no_module_or_the_head_is_refused(tmp_path: Path, targets: str, message: str) -> None:
+    adapter = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match=rf"^peft_config\.target_modules has {message}"):
+        plain_trainer(tmp_path, model=zoo.load("student")[0], peft_config=adapter)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": ["v_proj"], "layers_to_transform": 1},
+        {"target_modules": ["self_attn.q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["v_proj"], "target_parameters": ["up_proj.weight"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "layers_to_transform": [0]},
+    ],
+)
+@pytest.mark.parametrize("loaded", [True, False])
+def test_an_adapter_for_places_that_the_student_has_is_taken(
+    tmp_path: Path, options: dict[str, Any], loaded: bool
+) -> None:
+    student = zoo.load("student")[0] if loaded else "zoo:student"
+    trainer = plain_trainer(tmp_path, model=student, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    assert any("lora_" in name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
 
 
 def test_a_student_that_is_the_path_of_an_adapter_is_refused_with_both_ways_to_go_on(

@@ -11,15 +11,18 @@ from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_runs import NEWER_OPTIONS, Kill, build, config, dropping_student, logged, losses, weights
 from transformers import EarlyStoppingCallback, TrainerCallback, get_scheduler
+from trl.trainer import distillation_trainer
 
 from trb import TRBConfig, zoo
 from trb.records import RUN
@@ -753,6 +756,29 @@ def test_a_step_that_is_given_up_is_in_no_mean(what: str, strategy: str, tmp_pat
         assert logged(trainer, "reverse_kl")[0] == pytest.approx(sum(logged(single, "reverse_kl")[:2]) / 2, rel=0.05)
     keys = [(row["step"], row["prompt_key"], row["rollout_index"]) for row in lines(tmp_path / "cut/rollouts.jsonl")]
     assert len(keys) == len(set(keys))
+
+
+def test_a_step_that_is_given_up_leaves_no_time_and_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one amid which a training was interrupted, of which the next begins anew. The clock goes on by one each
+    time it is read, so that steps of equally many micro-batches take equally long."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(distillation_trainer, "time", clock)
+    options = GIVEN_UP | {"learning_rate": 0.0, "method": "opd", "log_completions": True, "logging_steps": 1}
+    whole = build(tmp_path / "whole", **options)
+    whole.train()
+    cut = build(tmp_path / "cut", callbacks=[StopAmid(2, "epoch")], **options | {"logging_strategy": "epoch"})
+    cut.train()
+    killed = build(tmp_path / "killed", callbacks=[Kill(1, amid_next=True)], **options)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            killed.train()
+    (took,) = {row["step_time"] for row in whole.state.log_history if "loss" in row}
+    for trainer in (cut, killed):
+        assert {row["step_time"] for row in trainer.state.log_history if "loss" in row} == {took}
+    texts = [
+        pandas.read_parquet(tmp_path / name / "completions/completions_00002.parquet") for name in ("whole", "cut")
+    ]
+    pandas.testing.assert_frame_equal(*texts)
 
 
 def test_workers_that_persist_resume_to_the_same_bits(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import runpy
 import typing
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,9 @@ def test_plain_rollouts_of_an_engine_are_of_rows_that_the_pair_shares(
     assert served.generation_kwargs["logit_bias"] == dict.fromkeys(range(80, 96), lowest)
     with pytest.raises(OperationError, match=r"vLLM drew token id 95, and the pair shares 80 rows"):
         trainer.train()
+    student.resize_token_embeddings(80 + 1025, mean_resizing=False)
+    with pytest.raises(InputError, match="1025 rows more than") if mode == "server" else nullcontext():
+        build(tmp_path, student=student, method="opd", max_steps=1, vllm_mode=mode)
 
 
 def test_the_loss_reads_a_stop_id_of_the_teacher_as_the_stop_event(tmp_path: Path) -> None:
@@ -652,6 +656,27 @@ def test_a_step_is_that_of_a_student_without_dropout(tmp_path: Path, checkpointi
     found.save_model(str(tmp_path / "saved"))
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["attention_dropout"] == 0.5
     assert found.model.model.layers[0].self_attn.attention_dropout == 0.5
+
+
+def loss_of_its_own(trainer: TRBTrainer) -> float:
+    """What a subclass with a step of its own asks for: `compute_loss` in training mode, outside `training_step`."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(batch)
+    torch.manual_seed(0)
+    return trainer.compute_loss(trainer.model, inputs).item()
+
+
+def test_a_loss_outside_a_step_is_that_of_a_student_without_dropout(tmp_path: Path) -> None:
+    plain, dropping, drawn = (
+        loss_of_its_own(build(tmp_path / name, student=student, method="opd", **options))
+        for name, student, options in (
+            ("plain", None, {}),
+            ("dropping", dropping_student(), {}),
+            ("drawn", dropping_student(), {"disable_dropout": False}),
+        )
+    )
+    assert dropping == pytest.approx(plain, rel=1e-4) != pytest.approx(drawn, rel=1e-4)
 
 
 def test_dropout_is_drawn_where_it_is_asked_for(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
+from trb.errors import InputError
 from trb.policies import StudentPolicy, TrustRegionPolicy
 from trb.sampling import EngineOptions, Rollout, RolloutStats
 from trb.sampling.vllm import check_runner, sampling_parameters, shared_rows_parameters, stopping_parameters
@@ -168,4 +169,6 @@ def test_a_head_too_wide_for_the_second_runner_is_left_to_the_first(monkeypatch:
         check_runner(many)
     assert shared_rows_parameters(PAIR, PAIR.size, served=False) == {}
     assert len(shared_rows_parameters(PAIR, PAIR.size + 1024, served=True)["logit_bias"]) == 1024
-    assert shared_rows_parameters(PAIR, PAIR.size + 1025, served=True) == {}
+    remedies = r'1025 rows more .*at most 1024 out.*resize_token_embeddings.*vllm_mode="colocate"'
+    with pytest.raises(InputError, match=remedies):
+        shared_rows_parameters(PAIR, PAIR.size + 1025, served=True)

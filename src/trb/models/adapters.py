@@ -1,26 +1,28 @@
 """LoRA adapters in directories: which model each stands on, and what of its configuration is read.
 
-Only known options of LoRA are passed on, and weights only from safetensors. Left out: making adapters for training
-(PEFT's work, asked for by `trb.studies.material`), and kinds other than LoRA, which are refused.
+Only known options of LoRA are passed on, and weights only from safetensors. Of adapters that are made for training,
+which is PEFT's work, it is checked that the model has the places they name. Left out: kinds other than LoRA in
+directories, which are refused.
 """
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from trb.errors import InputError, named
+from trb.errors import InputError, did_you_mean, named
 from trb.models.bases import base_of, remember_merged
 from trb.models.directories import check_directory, explained, is_adapter, token_ids_only
-from trb.models.modeling import check_adapter
+from trb.models.modeling import check_adapter, without_adapters
 from trb.safety.untrusted import lora_options, read_object
 
-__all__ = ["adapter_base", "adapter_config", "attach_adapter"]
+__all__ = ["adapter_base", "adapter_config", "attach_adapter", "check_targets"]
 
 _PREFIX = "base_model.model."  # of the names of weights in an adapter's file
 _INNER = ".base_layer"  # where a parameter, and no module, has the adapter
@@ -139,3 +141,67 @@ def _misfit(directory: Path, base: PreTrainedModel) -> str:
     own = _read_adapter_config(directory / "adapter_config.json")["base_model_name_or_path"]
     model = base.name_or_path or f"a {type(base).__name__} in memory"
     return f"made for {own}, it does not fit {model}"
+
+
+# ---- adapters that are yet to be put on a model ----
+
+
+def check_targets(options: Mapping[str, Any], student: nn.Module) -> None:
+    """Refuse an adapter for places that the student does not have: PEFT would leave them out, where it finds others.
+
+    Args:
+        options: of PEFT, by name; those that say where the adapter acts are read.
+        student: with that adapter, or before it gets it.
+
+    Raises:
+        ValueError: names the option and the place.
+    """
+    inner = without_adapters(student)
+    modules = [name.replace(_INNER, "") for name, _ in inner.named_modules(remove_duplicate=False)]
+    weights = [name.replace(_INNER, "") for name, _ in inner.named_parameters(remove_duplicate=False)]
+    for option in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        kind, there = ("parameter", weights) if option == "target_parameters" else ("module", modules)
+        places, where = options.get(option) or (), f"peft_config.{option}"
+        for place in [places] if isinstance(places, str) else sorted(places):
+            if place == "all-linear" or any(_is_at(place, name, where, pattern=place is places) for name in there):
+                continue
+            named_so = there if kind == "parameter" else [name.rpartition(".")[0] for name in weights]
+            ends = {name.rpartition(".")[2] for name in named_so}
+            every = " (all-linear is every linear one)" if option == "target_modules" else ""
+            raise InputError(
+                f"{named(where)} has {place!r}, and the student has no such {kind}{did_you_mean(place, ends)}; it has "
+                f"{', '.join(sorted(ends))}{every}"
+            )
+    _check_head_kept(options.get("target_modules"), inner, options)
+    depth, layers = inner.config.get_text_config().num_hidden_layers, options.get("layers_to_transform")
+    for layer in [layers] if isinstance(layers, int) else layers or ():
+        if layer not in range(depth):
+            raise InputError(
+                f"peft_config.layers_to_transform has {layer}, and the student has layers 0 to {depth - 1}"
+            )
+
+
+def _check_head_kept(places: Any, inner: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Refuse an adapter on the head, which TRL's trainer takes none on; with exclusions it sees what they leave."""
+    where = "peft_config.target_modules"
+    name = next((name for name, module in inner.named_modules() if module is inner.get_output_embeddings()), None)
+    if name is None or not places or places == "all-linear" or options.get("exclude_modules"):
+        return
+    pattern = isinstance(places, str)
+    for place in [places] if pattern else places:
+        if _is_at(place, name, where, pattern=pattern):
+            raise InputError(
+                f"{named(where)} has {place!r}, and no adapter is trained on the head, {name}: leave it out"
+            )
+
+
+def _is_at(place: str, name: str, where: str, *, pattern: bool) -> bool:
+    """Whether PEFT takes a place for that name: a pattern for all of it, or an end of it."""
+    if not pattern:
+        return name.endswith(place) if where.endswith("modules_to_save") else f".{name}".endswith(f".{place}")
+    try:
+        return re.fullmatch(place, name) is not None
+    except re.error as error:
+        raise InputError(
+            f"{named(where)} has {place!r}, which is no regular expression ({error}): name modules"
+        ) from error

@@ -14,8 +14,7 @@ Shape suffixes: N completion tokens, H hidden size.
 
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +39,17 @@ _TOKENS = 32  # of the row that `check_draws_off` reads: with as many keys, no d
 
 def draws(model: nn.Module) -> bool:
     """Whether a pass in training mode may draw at random: by the model's options, its layers or an adapter's."""
-    jitter = (place for config in _configs_of(model) for word in _JITTER for place in _numbers(vars(config), word))
-    return any(True for _ in chain(_dropouts(model), _jittered(model), jitter))
+    found = _found(model)
+    options = (item for config in found.configs for item in vars(config).items())
+    return bool(found.dropped or found.jittered) or any(_jitters(name) and _positive(value) for name, value in options)
 
 
 @contextmanager
 def draws_off(model: nn.Module) -> Iterator[None]:
     """Within the block passes in training mode compute what those in evaluation mode do, and can be trained through."""
-    before = [(place, name, place[name]) for place, name in _dropouts(model)]
-    jittered = list(_jittered(model))
-    hooks = [module.register_forward_pre_hook(_evaluate) for module in jittered]
+    found = _found(model)
+    before = [(place, name, place[name]) for place, name in found.dropped]
+    hooks = [module.register_forward_pre_hook(_evaluate) for module in found.jittered]
     for place, name, _ in before:
         place[name] = 0.0
     try:
@@ -59,7 +59,7 @@ def draws_off(model: nn.Module) -> Iterator[None]:
             place[name] = value
         for hook in hooks:
             hook.remove()
-        for module in jittered:
+        for module in found.jittered:
             module.training = model.training
 
 
@@ -104,21 +104,28 @@ def _both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 _Place = tuple[MutableMapping[str, Any], str]
 
 
-def _dropouts(model: nn.Module) -> Iterator[_Place]:
-    """The mappings and names under which positive numbers say what is dropped."""
+class _Found(NamedTuple):
+    dropped: list[_Place]  # the mappings and names under which positive numbers say what is dropped
+    jittered: list[nn.Module]  # with noise of their own on what they read; only the model's layers know of it
+    configs: list[PretrainedConfig]  # each once that a module of the model reads
+
+
+def _found(model: nn.Module) -> _Found:
+    """In one walk over the modules: a step asks anew, as numbers may be set between two."""
+    dropped, jittered, configs = list[_Place](), list[nn.Module](), dict[int, PretrainedConfig]()
     for module in model.modules():
         options = vars(module)
-        yield from _numbers(options, "drop")
         if "drop" in type(module).__name__.lower() and _positive(options.get("p")):
-            yield options, "p"
-    for config in _configs_of(model):
-        yield from _numbers(vars(config), "drop")
-
-
-def _configs_of(model: nn.Module) -> list[PretrainedConfig]:
-    """Each once that a module of the model reads."""
-    found = (config for module in model.modules() for config in _configs(vars(module).get("config")))
-    return list({id(config): config for config in found}.values())
+            dropped.append((options, "p"))
+        if "config" in options:
+            configs |= {id(config): config for config in _configs(options["config"])}
+        names = " ".join(options)  # most modules have none of the words, and are asked no further
+        if "drop" in names:
+            dropped += _numbers(options, "drop")
+        if _jitters(names) and any(_jitters(name) and _positive(value) for name, value in options.items()):
+            jittered.append(module)
+    dropped += (place for config in configs.values() for place in _numbers(vars(config), "drop"))
+    return _Found(dropped, jittered, list(configs.values()))
 
 
 def _numbers(options: MutableMapping[str, Any], word: str) -> Iterator[_Place]:
@@ -137,11 +144,8 @@ def _configs(config: Any) -> Iterator[PretrainedConfig]:
             yield from _configs(part)
 
 
-def _jittered(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules with noise of their own on what they read; only the model's layers know of it."""
-    for module in model.modules():
-        if any(_positive(value) and any(word in name for word in _JITTER) for name, value in vars(module).items()):
-            yield module
+def _jitters(name: str) -> bool:
+    return any(word in name for word in _JITTER)
 
 
 def _evaluate(module: nn.Module, _arguments: Any) -> None:

@@ -401,7 +401,8 @@ def check_causal(model: nn.Module) -> None:
     """Refuse a model whose logits at a token are not a function of the tokens up to it; once per model and process.
 
     Raises:
-        UnsupportedModelError: an encoder-decoder, a model that reads ahead, or one whose own logits are not finite.
+        UnsupportedModelError: an encoder-decoder, a model that reads ahead, one whose own logits are not finite, or one
+            that answers in tuples, which the library itself cannot read for most families.
         ValueError: they are not finite because its weights are not.
     """
     inner = without_adapters(model)
@@ -409,6 +410,13 @@ def check_causal(model: nn.Module) -> None:
         return
     if reason := mixes_rows(inner.config):
         raise UnsupportedModelError(model, reason)
+    named_results = [getattr(each, "return_dict", True) for each in (inner.config, inner.config.get_text_config())]
+    if not all(named_results):
+        raise UnsupportedModelError(
+            model,
+            f"its configuration has return_dict={next(value for value in named_results if not value)}: set return_dict "
+            "to true in its config.json, or model.config.return_dict=True",
+        )
     if getattr(inner.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(model, "it is an encoder-decoder; student and teacher must be decoder-only")
     with _probing(model, "a plain pass over token ids fails"), trials_of(inner) as trials:

@@ -158,8 +158,8 @@ class _Scorer:
         self, rows: list[Row], taught: list[Row], token_N: Tensor, theirs: list[bool]
     ) -> Iterator[tuple[Tensor, list[Alternatives]]]:
         """`[columns, C]` numbers and the alternatives of one chunk of tokens after the other."""
-        student_NH, teacher_NH = _hidden(self.student, rows), _hidden(self.teacher, taught)
         heads = OutputHead.checked(self.student), OutputHead.checked(self.teacher)
+        student_NH, teacher_NH = _hidden(self.student, rows), _hidden(self.teacher, taught)
         size = default_chunk_tokens(self.vocabulary.size, token_N.device.type)
         for part, by_teacher in _stretches(theirs, size):
             log_student_CV, log_teacher_CV = (

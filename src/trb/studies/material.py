@@ -7,7 +7,6 @@ training.
 import gc
 import json
 import random
-import re
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trb.errors import InputError, calls, did_you_mean
+from trb.errors import InputError, calls
+from trb.models.adapters import check_targets
 from trb.models.loading import load_model, load_tokenizer, take_template
 from trb.models.modeling import has_adapters
 from trb.models.sharing import adapter_directory, is_shared, shared_teacher
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EVALUATION_NAMES",
+    "LORA_NAMES",
     "STUDENT_NAMES",
     "TRAINING_NAMES",
     "Material",
@@ -79,6 +80,7 @@ _TEMPLATES = {
     doubts.TEACHER_TEMPLATE: "chat_template: teacher",
     doubts.STUDENT_TEMPLATE: "chat_template: student",
 }
+LORA_NAMES = {"peft_config.target_modules": "lora_target_modules"}
 STUDENT_NAMES = {"keep_layers": "student_keep_layers"}
 _COLUMNS = ("prompt_column", "answer_column", "privileged_column", "assistant_turns")
 TRAINING_NAMES = {
@@ -98,12 +100,13 @@ class RunDirectoryError(InputError):
 
 
 def lora(run: RunConfig, student: PreTrainedModel) -> Any:
-    """The adapter to train on a student, or None. Raises ConfigError for modules that the student does not have."""
+    """The adapter to train on a student, or None. Raises ValueError for modules that the student does not have."""
     if not run.lora_rank:
         return None
     from peft import LoraConfig
 
-    _check_targets(run.lora_target_modules, student)
+    with calls(LORA_NAMES):
+        check_targets({"target_modules": run.lora_target_modules}, student)
     return LoraConfig(
         r=run.lora_rank,
         lora_alpha=run.lora_alpha,
@@ -111,23 +114,6 @@ def lora(run: RunConfig, student: PreTrainedModel) -> Any:
         target_modules=run.lora_target_modules,
         task_type="CAUSAL_LM",
     )
-
-
-def _check_targets(targets: str | list[str], student: PreTrainedModel) -> None:
-    """PEFT takes a list of the ends of names, of which it leaves out what there is not, or a pattern for whole ones."""
-    if targets == "all-linear":
-        return
-    there = [name for name, _ in student.named_modules()]
-    for target in [targets] if isinstance(targets, str) else targets:
-        found = (
-            re.fullmatch(target, name) if targets is target else f".{name}".endswith(f".{target}") for name in there
-        )
-        if not any(found):
-            names = {name.rpartition(".")[2] for name, module in student.named_modules() if hasattr(module, "weight")}
-            raise ConfigError(
-                f"lora_target_modules has {target!r}, and the student has no such module{did_you_mean(target, names)}; "
-                f"it has {', '.join(sorted(names))} (all-linear is every linear one)"
-            )
 
 
 def free_memory() -> None:

@@ -18,6 +18,7 @@ from transformers.utils import get_json_schema
 from trl.trainer.utils import get_config_model_id
 
 from trb.errors import InputError, did_you_mean
+from trb.models.adapters import check_targets
 from trb.models.modeling import check_adapter, has_adapters
 from trb.models.sharing import is_shared, shares_weights
 from trb.schedule import Constant
@@ -152,7 +153,7 @@ def check_arguments(
     if chosen_tools(others.get("tools"), args):
         _check_tools(args, train_dataset, eval_dataset)
     if others.get("peft_config") is not None:
-        check_adapter(others["peft_config"])
+        _check_adapter(others["peft_config"], model)
     loading = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": others.get("quantization_config")}
     _check_loading("model", model, loading)
     names = ("teacher_model_init_kwargs", "teacher_model_revision")
@@ -186,6 +187,15 @@ def _check_passed_on(others: Mapping[str, Any]) -> None:
             f"optimizers is a {type(optimizers).__name__} ({reprlib.repr(optimizers)}): pass an optimizer and its "
             "schedule, optimizers=(optimizer, schedule), with None for a schedule that the options are to make"
         )
+
+
+def _check_adapter(adapter: Any, model: str | PreTrainedModel) -> None:
+    """Refuse what PEFT makes no adapter of that is trained as it says; of a model by name once that is loaded."""
+    if not hasattr(adapter, "peft_type"):
+        raise InputError(f"peft_config is a {type(adapter).__name__}: pass a configuration of PEFT's, as LoraConfig is")
+    check_adapter(adapter)
+    if not isinstance(model, str):
+        check_targets(vars(adapter), model)
 
 
 def _check_directory(args: TRBConfig) -> None:

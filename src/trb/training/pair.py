@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
 from trb.errors import InputError, did_you_mean
-from trb.models.adapters import adapter_base, attach_adapter
+from trb.models.adapters import adapter_base, attach_adapter, check_targets
 from trb.models.directories import TOKENIZER_FILES
 from trb.models.loading import check_model, load_tokenizer, resolve
 from trb.models.modeling import has_adapters, without_adapters
@@ -176,8 +176,11 @@ def check_router_loss(student: nn.Module) -> None:
         )
 
 
-def check_trained(student: nn.Module) -> None:
-    """Refuse a student of which no weight is trained: every step would be taken, and would change nothing."""
+def check_trained(student: nn.Module, adapter: Any = None) -> None:
+    """Refuse a student of which no weight is trained: every step would be taken, and would change nothing; or not those
+    that the configuration of its adapter names."""
+    if adapter is not None:
+        check_targets(vars(adapter), student)
     weights = list(student.parameters())
     if any(weight.requires_grad for weight in weights):
         return

@@ -9,7 +9,8 @@ Seams of transformers and TRL:
 - `_evaluate` is told by `skip_scheduler` that it is called at the start;
 - `_finalize_training` divides the sum of losses by the steps since a resume, skipped ones among them, and logs it as
   `train_loss`;
-- `_step` counts micro-batches and `_buffered_inputs` holds those of a step; a new call of `train` keeps both;
+- `_step` counts micro-batches, `_buffered_inputs` holds those of a step and `_current_train_step_time` their seconds;
+  a new call of `train` keeps them, and the texts in `_logs`;
 - `train` reads weights with `_load_from_checkpoint`, calls `_load_callback_state` once the trainer's state was read,
   which builds callbacks anew from the checkpoint, and `_load_best_model` at the end;
 - `save_model` gathers sharded weights and calls `_save` where it should.
@@ -72,6 +73,7 @@ class ResumableTrainer(PromptsInOrder):
     _skipped_before: int = 0  # steps that were skipped before the first that `train_loss` is of
     _before_step: dict[str, Any]  # `_progress` where the present step began
     _seen_before: tuple[Any, Any]
+    _logs_before: dict[str, Any]
     _put_back: Callable[[], None]  # the global generators, to where the last step or epoch left them
     recorder: RunRecorder
 
@@ -126,7 +128,9 @@ class ResumableTrainer(PromptsInOrder):
     def _forget_earlier_call(self) -> None:
         """`train` may be called again, also after an interrupt amid a step: what that left belongs to no later one."""
         self._guard = StepGuard(self._guard.directory)
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
+        for texts in self._logs.values():
+            texts.clear()
         self._metrics["train"].clear()
         self._sums["train"] = Sums()
         self._observers.reset()
@@ -250,6 +254,7 @@ class ResumableTrainer(PromptsInOrder):
         if not self._guard.began:
             self._before_step = deepcopy(self._progress())
             self._seen_before = self.state.num_input_tokens_seen, self.current_flos
+            self._logs_before = deepcopy(self._logs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _maybe_log_save_evaluate(
@@ -265,7 +270,8 @@ class ResumableTrainer(PromptsInOrder):
         """Go back to the end of the last step: what was begun since is no part of what is logged, saved and resumed."""
         model.zero_grad()
         self._guard.reset()
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
+        self._logs = self._logs_before
         self._metrics["train"].clear()
         self._take_back(self._before_step)
         self._observers.forget_step()

@@ -19,8 +19,8 @@ Seams of TRL overridden here, checked by a contract test against the installed v
   included; `_generate_and_score_completions(inputs)` calls it once per generation batch;
 - `_compute_loss(unwrapped_student, inputs, num_items_in_batch)` returns (loss, summed entropy, token count) and runs
   inside the student's wrapper;
-- `training_step(model, inputs, num_items_in_batch)` is one micro-batch, forward and backward: all that is ever computed
-  in training mode, where `disable_dropout` has more to switch off than TRL's `nn.Dropout` (`trb.models.draws`);
+- `training_step(model, inputs, num_items_in_batch)` is one micro-batch, forward and backward, which may compute layers
+  again: what `disable_dropout` switches off beyond TRL's `nn.Dropout` (`trb.models.draws`) is off until it ends;
 - `autocast_smart_context_manager()` is what `compute_loss_context_manager` enters around a step's computing;
   transformers leave it to the forward that Accelerate wraps, and neither loss nor sampler goes through that;
 - `hyperparameter_search` is refused, as it builds models anew; `_send_telemetry` is silenced;
@@ -37,6 +37,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -140,8 +141,9 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
 
     Raises:
         ValueError: different tokenizers, a head without rows for ids in use, an unsupported option or kind of adapter,
-            a student with a router loss or with nothing to train, a teacher on weights that are trained, a batch that
-            `num_generations` does not divide, prompts without the column, or an argument that would be ignored.
+            one for modules that are not there, a student with a router loss or with nothing to train, a teacher on
+            weights that are trained, a batch that `num_generations` does not divide, prompts without the column, or an
+            argument that would be ignored.
             Arguments, prompts and tokenizers are checked before a model is loaded.
     """
 
@@ -187,6 +189,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         if kwargs["tools"]:
             check_template(processing_class)
         tokenizers = teacher_tokenizers(teacher_model, teacher_processing_class, args, processing_class)
+        adapter = copy(kwargs.get("peft_config"))  # PEFT writes into its own
         with deferred_generation(args.vllm_request_timeout):
             super().__init__(
                 model=model,
@@ -198,7 +201,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
                 **kwargs,
             )
         check_router_loss(self.model)
-        check_trained(self.model)
+        check_trained(self.model, adapter)
         self._ranks = Ranks.of_launch()
         self.behavior = behavior_of(args, self._training_steps)
         self.target = target_of(args, self._training_steps)
@@ -342,7 +345,7 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
         return [list(ids) for ids in self._rollout.completions]  # where there are tools, the rollout is continued
 
     def _drawn_event(self, token: int) -> int:
-        """The event that TRL's vLLM has drawn; a server that cannot be told which rows are shared may draw others."""
+        """The event that TRL's vLLM has drawn; a server may draw rows that it was told to leave out."""
         if token >= self.vocabulary.size:
             raise OperationError(
                 f"vLLM drew token id {token}, and the pair shares {self.vocabulary.size} rows of the student's head: "
@@ -475,7 +478,8 @@ class TRBTrainer(ResumableTrainer, GuardedTrainer, MeasuredTrainer, TaughtTraine
     ) -> tuple[Tensor, Tensor, Tensor]:
         ids_BL, mask_BL, completion_BL = with_completions(inputs, "prompt")
         read = completion_hidden_states if self._student_replica is not None else shared_hidden_states
-        student_NH = read(unwrapped_student, ids_BL, mask_BL, completion_BL)
+        with draws_off(self.model) if self.args.disable_dropout and self.model.training else nullcontext():
+            student_NH = read(unwrapped_student, ids_BL, mask_BL, completion_BL)
         step = self.state.global_step
         if num_items_in_batch is not None and "num_items_in_batch" in inputs:
             # FSDP2 rounds floating-point arguments to the compute dtype on their way here; the count is an integer.

@@ -340,12 +340,20 @@ def shared_rows_parameters(vocabulary: SharedVocabulary, rows: int, *, served: b
     """vLLM's parameters for a model with a head of `rows`, so that only rows which the pair shares are drawn.
 
     What is left out is listed and not what is allowed: padding is short, and the list travels with every request. A
-    server takes no infinity, and only -100 at the least, which is no probability in float32; of more than `MOST_BIASES`
-    it may not survive one request, and is told none.
+    server takes no infinity, and only -100 at the least, which is no probability in float32.
+
+    Raises:
+        ValueError: a server would have to be told more than `MOST_BIASES`, of which it may not survive one request.
     """
     left_out = range(vocabulary.size, rows)
-    if not left_out or (served and len(left_out) > MOST_BIASES):
+    if not left_out:
         return {}
+    if served and len(left_out) > MOST_BIASES:
+        raise InputError(
+            f"the student's head has {len(left_out)} rows more than the pair shares, and a vLLM server leaves at most "
+            f"{MOST_BIASES} out: save the student with a smaller head (resize_token_embeddings) and serve that, or set "
+            'vllm_mode="colocate"'
+        )
     return {"logit_bias": dict.fromkeys(left_out, -100.0 if served else -math.inf)}
 
 
