@@ -322,6 +322,50 @@ def test_vllm_gets_the_merged_teacher_and_not_its_base(tmp_path: Path, how: str)
         pass
 
 
+@pytest.mark.parametrize("how", ["merged by PEFT", "trained"])
+def test_vllm_gets_weights_as_they_are_and_not_as_they_were_read(tmp_path: Path, how: str) -> None:
+    base = tiny_llama(TEACHER_ROWS, seed=1).float()
+    base.save_pretrained(tmp_path / "base")
+    loaded = load_model(str(tmp_path / "base"))
+    with _teacher_checkpoint(loaded, several=True) as directory:
+        assert directory == str(tmp_path / "base")
+    if how == "trained":
+        model = loaded
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+    else:
+        model = adapted(loaded, lora("tiny_llama"), spread=0.3).merge_and_unload()
+        assert model.name_or_path == str(tmp_path / "base")
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad(), _teacher_checkpoint(model, several=False) as directory:
+        given = load_model(directory)(input_ids=ids).logits
+        assert torch.allclose(given, model(input_ids=ids).logits, atol=1e-5)
+        assert not torch.allclose(given, base(input_ids=ids).logits, atol=0.1)
+    with (
+        pytest.raises(ValueError, match=f"teacher has other weights than {tmp_path / 'base'}, so several processes"),
+        _teacher_checkpoint(model, several=True),
+    ):
+        pass
+
+
+def test_vllm_gets_the_revision_of_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two commits in the cache of a hub, `main` is the second, and the teacher was read from the first."""
+    cache = tmp_path / "models--org--model"
+    commits = {"first": "1" * 40, "main": "2" * 40}
+    for seed, (name, commit) in enumerate(commits.items()):
+        tiny_llama(TEACHER_ROWS, seed=seed).save_pretrained(cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(commit)
+    for module in ("huggingface_hub.constants", "trb.models.identity"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))
+    for revision, commit in commits.items():
+        teacher = LlamaForCausalLM.from_pretrained(
+            "org/model", revision=revision, cache_dir=tmp_path, local_files_only=True
+        )
+        with _teacher_checkpoint(teacher, several=True) as directory:
+            assert directory == str(cache / "snapshots" / commit)
+
+
 # ---- refused ----
 
 

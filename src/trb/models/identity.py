@@ -1,6 +1,7 @@
 """What tells a model from another one that lies at the same place: a hash of its files, or its commit on the hub.
 
-Left out: models in memory, whose weights a checkpoint compares (`trb.training.resume`).
+Also where a model in memory can be read again, if it is still what was read there. Left out: whether a run goes on with
+the same weights (`trb.training.resume`).
 """
 
 from collections.abc import Iterable
@@ -8,7 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from trb import zoo
 from trb.models.adapters import adapter_base
@@ -16,7 +22,7 @@ from trb.models.bases import digest_of
 from trb.models.packaged import SMOLLM2
 from trb.models.sharing import adapter_directory, is_shared
 
-__all__ = ["fingerprint", "fingerprints"]
+__all__ = ["checkpoint_of", "fingerprint", "fingerprints"]
 
 
 def fingerprint(spec: str, revision: str | None = None) -> str | None:
@@ -31,7 +37,8 @@ def fingerprint(spec: str, revision: str | None = None) -> str | None:
         return None if directory is None else fingerprint(str(directory))
     path = zoo.path(spec.removeprefix("zoo:")) if spec.startswith("zoo:") else Path(spec).expanduser()
     if spec == SMOLLM2 or not path.is_dir():
-        return _commit(spec, revision)
+        snapshot = _snapshot(spec, revision)
+        return None if snapshot is None else snapshot.name
     own = digest_of(path)
     base = adapter_base(spec)
     return own if base is None else f"{own} on {fingerprint(*base)}"
@@ -47,10 +54,50 @@ def fingerprints(models: Iterable[tuple[str, str | None]]) -> dict[str, str]:
     return found
 
 
-def _commit(spec: str, revision: str | None) -> str | None:
-    """The commit of a hub id, as far as the cache has it."""
+def checkpoint_of(model: PreTrainedModel) -> str | None:
+    """What another process may load to have the same model: the directory it was read from, or its name where that is
+    not known here; None where it has no name, or its weights are others by now (merged, pruned, trained).
+
+    A model does not know its revision, which is found by its weights. The first rows of the tensors are compared that a
+    checkpoint has as they are in memory; what transformers lays out anew, or is quantised, is not.
+    """
+    name = model.name_or_path
+    if not name:
+        return None
+    path, main = Path(name).expanduser(), _snapshot(name)
+    folders = [path] if path.is_dir() else _snapshots(name)
+    answers = {str(folder): _holds(folder, model) for folder in sorted(folders, key=lambda folder: folder != main)}
+    if all(answer is None for answer in answers.values()):
+        return str(path) if path.is_dir() else name
+    return next((folder for folder, answer in answers.items() if answer), None)
+
+
+def _holds(directory: Path, model: PreTrainedModel) -> bool | None:
+    """Whether a checkpoint has the weights of a model; None where it has none that could be compared."""
+    weights, compared = dict(model.named_parameters(remove_duplicate=False)), False
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as saved:
+            for key in weights.keys() & set(saved.keys()):
+                here, there = weights[key], saved.get_slice(key)
+                whole = type(here.data) is Tensor and not here.is_meta and here.is_floating_point()
+                if not whole or not 1 <= here.dim() <= 2 or list(here.shape) != there.get_shape():
+                    continue
+                row, compared = there[:1], True
+                if row.is_floating_point() and not row.to(here.dtype).equal(here[:1].detach().cpu()):
+                    return False
+    return compared or None
+
+
+def _snapshot(spec: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub id, named by its commit, as far as the cache has it."""
     try:
         found = try_to_load_from_cache(spec, "config.json", revision=revision)
     except HFValidationError:
         return None
-    return Path(found).parent.name if isinstance(found, str) else None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _snapshots(spec: str) -> list[Path]:
+    """The folders of a hub id's commits in the cache."""
+    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=spec, repo_type="model") / "snapshots"
+    return sorted(folder.iterdir()) if folder.is_dir() else []

@@ -34,6 +34,7 @@ from trl.trainer import distillation_trainer
 from trb.errors import InputError, OperationError, ServerError
 from trb.models.bases import is_merged
 from trb.models.generators import generators_kept
+from trb.models.identity import checkpoint_of
 from trb.models.modeling import has_adapters, without_adapters
 from trb.policies import BehaviorPolicy
 from trb.sampling import Engine, EngineOptions, Rollout
@@ -159,11 +160,13 @@ def _configuration(student: Any) -> Iterator[str]:
 @contextmanager
 def _teacher_checkpoint(teacher: PreTrainedModel, several: bool) -> Iterator[str]:
     adapted = has_adapters(teacher)  # its name is that of the base, without them; so it is once they are merged
-    if teacher.name_or_path and not adapted and not is_merged(teacher):
-        yield teacher.name_or_path
+    if not adapted and not is_merged(teacher) and (checkpoint := checkpoint_of(teacher)) is not None:
+        yield checkpoint
         return
     if several:  # transformers writes on the first process alone, and nodes need not share a disk
-        what = "has adapters" if adapted or is_merged(teacher) else "was not loaded from a directory or the hub"
+        name = teacher.name_or_path
+        what = f"has other weights than {name}" if name else "was not loaded from a directory or the hub"
+        what = "has adapters" if adapted or is_merged(teacher) else what
         raise InputError(
             f"the teacher {what}, so several processes cannot give it to their engines: save it as a whole model "
             "(merge_and_unload, save_pretrained) and load it from there, or set vllm_blended=False"
