@@ -480,8 +480,12 @@ def owner(path: PurePath) -> RunFile | None:
 
 def with_paths_begin(path: Path, text: str) -> str:
     """A configuration that is written to `path`, with a last line that says where its relative paths begin: here."""
-    here = os.path.relpath(os.path.realpath(os.curdir), os.path.realpath(path.parent))
-    return f"{text}{_PATHS_BEGIN}{json.dumps(here)}\n"
+    return f"{text}{_PATHS_BEGIN}{json.dumps(from_here(path))}\n"
+
+
+def from_here(path: Path) -> str:
+    """The current directory, seen from the folder of a file: where the relative paths in that file begin."""
+    return os.path.relpath(os.path.realpath(os.curdir), os.path.realpath(path.parent))
 
 
 def paths_begin(text: str) -> str | None:

@@ -487,6 +487,26 @@ def test_eval_goes_on_with_the_same_model_only(tmp_path: Path, capsys: pytest.Ca
     assert "--model (files) is" in changed and "--model is" not in changed
 
 
+def test_eval_goes_on_from_any_folder_with_the_same_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However their paths are written; and where all has been moved."""
+    for name in ("student", "teacher"):
+        for part in zoo.load(name):
+            part.save_pretrained(tmp_path / "here" / name)
+    (tmp_path / "here" / "inside").mkdir()
+    command = ["eval", "--data", "zoo:dialogue", "--assistant-turns=last", "--limit=2", "--max-new-tokens=8", "--quiet"]
+    places = [(tmp_path / "here", ""), (tmp_path / "here" / "inside", "../"), (tmp_path, f"{tmp_path}/here/")]
+    for folder, begin in [*places, (tmp_path / "moved", "")]:
+        if folder.name == "moved":
+            (tmp_path / "here").rename(folder)
+        monkeypatch.chdir(folder)
+        models = ["--model", f"{begin}student", "--teacher", f"{begin}teacher"]
+        assert main([*command, *models, "--output-dir", f"{begin}out", "--resume"]) == 0
+    said = refused(capsys, *command, "--model=teacher", "--teacher=teacher", "--output-dir=out", "--resume")
+    assert "--model is 'student' there and 'teacher' here; --model (files) is" in said
+
+
 def test_eval_refuses_options_that_would_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["eval", "--model", "zoo:student", "--data", "zoo:chains", "--limit=2", "--max-new-tokens=8", "--quiet"]
     assert "--resume goes on with what lies in --output-dir" in refused(capsys, *command, "--resume")

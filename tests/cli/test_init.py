@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trb import zoo
 from trb.cli import doctor, draft, main
 from trb.studies.recipe import Recipe, load_recipe
+from trb.studies.shared import check_shared
 from trb.studies.yaml_files import ConfigError
 from trb.tasks import prompts
 from trb.tasks.prompts import load_prompts, render
+from trb.training.doubts import safe_rate
 
 PAIR = ("--student", "zoo:student", "--teacher", "zoo:teacher")
 
@@ -148,6 +151,24 @@ def test_a_teacher_on_the_students_own_weights_needs_a_rank(capsys: pytest.Captu
     assert recipe.training["learning_rate"] > initial("whole.yaml").training["learning_rate"]  # as adapters want
     assert Path("distil.yaml").read_text().count("lora_rank") == 1
     assert main(["doctor", "--config", "distil.yaml"]) == 0
+
+
+@pytest.mark.parametrize("free", [2**40, 10**6], ids=["enough memory", "too little for any batch"])
+def test_an_adapter_that_is_trained_as_it_is_gets_no_other_and_its_own_rate(
+    free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, tokenizer = zoo.load("student")
+    student.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    tokenizer.save_pretrained("adapter")
+    options = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), options)
+    adapted.save_pretrained("adapter")
+    monkeypatch.setattr(doctor, "device_bytes", lambda *_: free)
+    recipe = initial("--student", "adapter", "--teacher", "base", "--data", "zoo:chains")
+    assert recipe.run.lora_rank == 0
+    assert recipe.training["learning_rate"] == safe_rate(10**6, adapters=True)
+    check_shared(recipe.run)
 
 
 def test_few_prompts_still_make_a_step() -> None:

@@ -767,6 +767,36 @@ def test_a_probe_looks_at_the_budget_with_which_trb_would_begin(
     assert (found["kl_budget"], found["sequence_kl_budget"]) == (pytest.approx(budget), nats)
 
 
+def test_a_probe_is_the_same_one_wherever_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the paths of its models, template and problems are written; and where all has been moved."""
+    here = tmp_path / "here"
+    for name in ("student", "teacher"):
+        for part in zoo.load(name):
+            part.save_pretrained(here / name)
+    (here / "inside").mkdir()
+    shutil.copyfile(here / "student" / "chat_template.jinja", here / "template.jinja")
+    (here / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in zoo.problems(3, seed=0, split="test")))
+    options = {**OPTIONS, "budgets": [0.0], "truncations": [], "skd_top_k": [], "excerpts": 0, "advice": False}
+    keys = {"student": "student", "teacher": "teacher", "chat_template": "template.jinja", "eval_data": "rows.jsonl"}
+
+    def probed_in(folder: Path, begin: str, **changes: str) -> dict[str, Any]:
+        monkeypatch.chdir(folder)
+        return probe(small(**{key: begin + path for key, path in (keys | changes).items()}), f"{begin}probe", **options)
+
+    first = probed_in(here, "")
+    assert probed_in(here / "inside", "../") == first
+    assert probed_in(tmp_path, f"{here}/") == first
+    monkeypatch.chdir(tmp_path)
+    here.rename(tmp_path / "moved")
+    here = tmp_path / "moved"
+    assert probed_in(here, "") == first
+    for key, path in keys.items():
+        other = f"inside/{path}"
+        (shutil.copytree if (here / path).is_dir() else shutil.copyfile)(here / path, here / other)
+        with pytest.raises(RunDirectoryError, match=f"{key} is .*{path}.* there and .*{other}.* here"):
+            probed_in(here, "", **{key: other})
+
+
 def test_another_model_at_the_same_path_is_another_probe(tmp_path: Path) -> None:
     student, tokenizer = zoo.load("student")
 

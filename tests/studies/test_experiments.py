@@ -18,6 +18,7 @@ from conftest import held_by_another, student_stopping_as_the_teacher
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_recipes import SMALL
+from tiny_runs import dropping_student
 from transformers import TrainerCallback
 
 from trb import zoo
@@ -967,6 +968,26 @@ def test_adapters_killed_and_resumed_end_like_those_that_were_not(
     assert one.read_bytes() == other.read_bytes()
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert repeatable(tmp_path / "straight" / name) == repeatable(tmp_path / "killed" / name), name
+
+
+def test_scores_amid_a_training_that_draw_change_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a student that drops, in steps that draw what they drop from the generators of the process."""
+    evaluate_suites = run_module.evaluate_suites
+
+    def drawing(*args: Any, **named: Any) -> Any:
+        torch.rand(3)
+        return evaluate_suites(*args, **named)
+
+    student = dropping_student()
+    student.save_pretrained(tmp_path / "student")
+    zoo.load("student")[1].save_pretrained(tmp_path / "student")
+    dropping = {"student": str(tmp_path / "student"), "disable_dropout": False, "max_steps": 3}
+    train(small(eval_data=[], **dropping), tmp_path / "unmeasured")
+    monkeypatch.setattr(run_module, "evaluate_suites", drawing)
+    train(small(eval_every=1, **dropping), tmp_path / "measured")
+    assert len(records(tmp_path / "measured" / "evals.jsonl")) == 4
+    ours, theirs = weights(tmp_path / "unmeasured"), weights(tmp_path / "measured")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

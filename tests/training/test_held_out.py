@@ -1,14 +1,16 @@
 """What an evaluation has measured is its own: under its name, and nothing of it is left for the next."""
 
 import json
+import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_runs import Kill, build, config, logged
-from transformers import TrainerCallback
+from tiny_runs import Kill, build, config, dropping_student, logged, weights
+from transformers import TrainerCallback, set_seed
 
 from trb import TRBTrainer, zoo
 
@@ -173,3 +175,46 @@ def test_each_evaluation_of_a_training_is_on_record_once(tmp_path: Path, on_star
     assert steps_on_record(tmp_path) == [0] * on_start + [2, 4]
     if on_start:
         assert json.loads((tmp_path / "held_out.jsonl").read_text().splitlines()[0])["loss"] == first
+
+
+class Look(TrainerCallback):
+    """Evaluates amid a step, and predicts at its end."""
+
+    trainer: TRBTrainer
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.evaluate()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.predict(problems(2))
+
+
+def drawing_reward(texts: list[str], rows: Any) -> list[float]:
+    """As graders of others do: from the generators that everything in a process draws from."""
+    return [random.random() + float(np.random.rand()) + torch.rand(()).item() for _ in texts]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_trained_does_not_depend_on_what_is_evaluated(tmp_path: Path, workers: int) -> None:
+    """With a student that drops, and a grader that draws."""
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 3}
+    options |= {"disable_dropout": False, "dataloader_num_workers": workers, "eval_dataset": problems(1), **SETTINGS}
+    options |= {"dataloader_persistent_workers": bool(workers), "reward_fn": drawing_reward}
+
+    def trained(name: str, callbacks: list[TrainerCallback], **changes: Any) -> dict[str, torch.Tensor]:
+        set_seed(5)
+        trainer = build(tmp_path / name, student=dropping_student(), callbacks=callbacks, **options | changes)
+        for each in callbacks:
+            cast(Look, each).trainer = trainer
+        trainer.train()
+        return weights(trainer)
+
+    steps = {"eval_strategy": "steps", "eval_on_start": True}
+    expected = trained("never", [])
+    others = {
+        "at each step": trained("each", [], eval_steps=1, **steps),
+        "two sets": trained("two", [], eval_steps=2, **steps | {"eval_dataset": {"a": problems(1), "b": problems(2)}}),
+        "by a callback": trained("callback", [Look()]),
+    }
+    for name, its in others.items():
+        assert all(torch.equal(its[weight], value) for weight, value in expected.items()), name

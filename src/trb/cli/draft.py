@@ -201,22 +201,26 @@ def _prompts_per_step(rows: "Dataset") -> int:
 
 def _fitted(paragraphs: list[list[Line]], pair: _Pair) -> list[list[Line]]:
     """The paragraphs with the largest batch that fits; with adapters where no batch does."""
+    from trb.studies.recipe import make_recipe
+    from trb.studies.shared import trains_own_adapter
     from trb.training.doubts import safe_rate
 
     values = {line.key: line.value for paragraph in paragraphs for line in paragraph}
-    adapters, batch, why = _batch(values, pair)
+    own = trains_own_adapter(make_recipe({**values, "per_device_train_batch_size": 1}).run)
+    adapters, batch, why = _batch(values, pair, own)
     found = {"per_device_train_batch_size": Line("per_device_train_batch_size", batch, why)}
     if adapters:
         rate = safe_rate(pair.student_size, adapters=True)
         found["learning_rate"] = Line("learning_rate", rate, "adapters learn at a higher rate than the paper's 1e-5")
-        if "lora_rank" not in values:
+        if "lora_rank" not in values and not own:
             why = "training every weight does not fit into the memory here"
             paragraphs[0].append(Line("lora_rank", LORA_RANK, why))
     return [[found.get(line.key, line) for line in paragraph] for paragraph in paragraphs]
 
 
-def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
-    """(adapters, rollouts at once, why): the first of the candidates that the doctor's estimate lets in."""
+def _batch(values: dict[str, Any], pair: _Pair, own: bool) -> tuple[bool, int, str]:
+    """(adapters, rollouts at once, why): the first of the candidates that the doctor's estimate lets in; `own` where
+    the student is an adapter that is trained as it is, and takes no other."""
     from trb.cli.doctor import Launch, device_bytes, fits, largest_phase
     from trb.studies.material import longest_teacher_prompt
     from trb.studies.recipe import make_recipe
@@ -227,7 +231,7 @@ def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
     taught = longest_teacher_prompt(first.run, first.training_config("unused"))  # the data are read once for all
     both: dict[str | None, Any] = {None: (pair.student, pair.teacher)}
     asked = values.get("lora_rank", 0)
-    for rank in (asked,) if asked else (0, LORA_RANK):
+    for rank in (asked,) if asked or own else (0, LORA_RANK):
         for batch in batches:
             recipe = make_recipe({**values, "per_device_train_batch_size": batch, "lora_rank": rank})
             args = recipe.training_config("unused")
@@ -235,11 +239,11 @@ def _batch(values: dict[str, Any], pair: _Pair) -> tuple[bool, int, str]:
             try:
                 _, parts = largest_phase(recipe.run, args, Launch(), both, available, taught)
             except ValueError:  # models whose layers cannot be told apart
-                return asked > 0, min(8, rollouts), "a guess: memory cannot be estimated for this model"
+                return own or asked > 0, min(8, rollouts), "a guess: memory cannot be estimated for this model"
             needed = sum(parts.values())
             if fits(needed, available):
                 room = f"about {needed / 1e9:.1f} GB of the {available / 1e9:.1f} GB that are free here"
-                return rank > 0, batch, f"rollouts at once: {room}"
+                return own or rank > 0, batch, f"rollouts at once: {room}"
     return True, 1, "too much even so for the memory that is free here: see trb doctor"
 
 

@@ -37,6 +37,8 @@ class Places:
     nowhere: set[str] = field(default_factory=set, compare=False)
     # Whether paths are given as where they lie, links followed; problem sets and what is nowhere stay as written.
     in_full: bool = field(default=False, compare=False)
+    # Or problem sets too, where their names seed nothing.
+    sets_in_full: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, file: Path) -> "Places":
@@ -93,7 +95,7 @@ class Places:
     def _problems(self, values: Mapping[str, Any], data: str, samples: str) -> dict[str, Any]:
         """The values with the paths of problem sets, by which the numbers of their samples go."""
         found = dict(values)
-        if self.in_full:  # their names seed what is drawn
+        if self.in_full and not self.sets_in_full:  # their names seed what is drawn
             return found
         if isinstance(named := values.get(data), str | list):
             found[data] = self._suite(named) if isinstance(named, str) else [self._suite(name) for name in named]
@@ -134,12 +136,15 @@ class Places:
         return os.path.samefile(self.folder, os.curdir)
 
 
-def seen_from(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def seen_from(
+    folder: Path, there: Mapping[str, Any], here: Mapping[str, Any], *, sets: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two configurations, of recipes or of studies, with their paths in full, so that one file has one name.
 
     `folder` is where the relative paths of `there` begin. What does not lie there any more is left as it is written, in
-    both: it may have been copied here, with the folder of its run.
+    both: it may have been copied here, with the folder of its run. `sets` has the paths of problem sets in full too.
     """
-    first = Places(folder, in_full=True)
+    first = Places(folder, in_full=True, sets_in_full=sets)
     found = first.configuration(there)
-    return found, Places(nowhere=set(first.nowhere), in_full=True).configuration(here)
+    second = Places(nowhere=set(first.nowhere), in_full=True, sets_in_full=sets)
+    return found, second.configuration(here)

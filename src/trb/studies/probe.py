@@ -17,7 +17,7 @@ from trb.models.adapters import adapter_base
 from trb.models.identity import fingerprint
 from trb.models.sharing import is_shared
 from trb.policies import BehaviorPolicy, SKDPolicy, StudentPolicy, TrustRegionPolicy
-from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, part_name
+from trb.records import PART, PARTS, PROBE, PROBE_SETTINGS, PROVENANCE, ROLLOUTS, RUN_MARKS, from_here, part_name
 from trb.safety.files import finite, json_types
 from trb.sampling.uniforms import SEED_BOUNDS, SEEDS
 from trb.schedule import completion_budget
@@ -46,6 +46,7 @@ from trb.studies.material import (
     problem_sets,
     template_options,
 )
+from trb.studies.places import seen_from
 from trb.studies.recipe import Recipe
 from trb.studies.scores import precision
 from trb.studies.subject import ROWS, Remember, Subject
@@ -67,6 +68,7 @@ _READ_OF_RECIPE = (
 
 _NOT_KEPT = ("recipe", "max_rows", "device")
 _FILES = ("student_files", "teacher_files")
+_PATHS_BEGIN = "relative_paths_begin_in"
 
 
 def probe(
@@ -406,9 +408,11 @@ class _Parts:
         if runs:
             raise RunDirectoryError(f"{directory} holds {runs[0]} of a training run; give the probe its own directory")
         if self.begun() and path.exists() and not overwrite:
-            there = PROBE_SETTINGS.read(path)
+            there, here = PROBE_SETTINGS.read(path), settings
             unknown = {key: settings[key] for key in _FILES if None in (there.get(key), settings[key])}
-            different = told_apart({**there, **unknown}, settings)
+            if isinstance(begin := there.pop(_PATHS_BEGIN, None), str):  # older versions did not say
+                there, here = seen_from(path.resolve().parent / begin, there, here, sets=True)
+            different = told_apart({**there, **unknown}, here)
             if different:
                 raise RunDirectoryError(
                     f"{directory} holds another probe: {'; '.join(different.values())}. Use another output directory, "
@@ -416,7 +420,8 @@ class _Parts:
                 )
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        PROBE_SETTINGS.write(self.folder / PROBE_SETTINGS, settings)
+        path = self.folder / PROBE_SETTINGS
+        PROBE_SETTINGS.write(path, {**settings, _PATHS_BEGIN: from_here(path)})
 
 
 def _clear(directory: Path) -> None:

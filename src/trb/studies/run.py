@@ -20,6 +20,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from trb import records
+from trb.models.generators import generators_kept
 from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RESULTS, SKIPPED
 from trb.safety.files import remove
 from trb.studies import provenance
@@ -321,12 +322,16 @@ class _Observer(TrainerCallback):
             self.listener.run(self.name, state.global_step, state.max_steps)
 
     def measure(self, step: int) -> None:
-        """Evaluate the student as it is now and record the scores under `step`."""
+        """Evaluate the student as it is now and record the scores under `step`; the steps that follow draw what they
+        would have drawn without it."""
         student = self.trainer.sampling_student()
         folder = self.directory / EVALUATIONS / records.step_name(step)
         shown = step in (0, self.trainer.state.max_steps)  # a report lays the first beside the last
         label = f"{self.name}: step {step}"
-        scores = self.score(student, folder=folder, label=label, listener=self.listener, save_completions=int(shown))
+        with generators_kept():
+            scores = self.score(
+                student, folder=folder, label=label, listener=self.listener, save_completions=int(shown)
+            )
         self.keep(step, scores)
 
     def keep(self, step: int, scores: list[dict[str, Any]]) -> None:

@@ -78,7 +78,7 @@ def _same(gold: str, answer: str) -> bool:
     if _incomparable(gold, answer):
         return False
     gold, answer = _as_point(gold, answer), _as_point(answer, gold)
-    return any(_verify(_parse(one), _parse(other)) for one, other in product(_logarithms(gold), _logarithms(answer)))
+    return any(_verify(_parse(one), _parse(other)) for one, other in product(_readings(gold), _readings(answer)))
 
 
 # ---- readings ----
@@ -239,7 +239,7 @@ _REWRITES = [
     (re.compile(rf"(?<![\\a-zA-Z])({_FUNCTIONS})(?![a-zA-Z])"), r"\\\1"),  # pi/2, exp(16)
     (re.compile(r"(\\(?:sin|cos|tan|cot))\s*[({]?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?[)}]?"), r"\1(\\frac{\2\\pi}{180})"),
     (re.compile(r"(?<![\\a-zA-Z])(?:oo|infinity)(?![a-zA-Z])"), r"\\infty"),
-    (re.compile(r"(?<=\d)(?:\\[,;:! ]|[~\s])+(?=\d{3}(?:\D|\Z))"), ""),  # 1\,000 and 1 000
+    (re.compile(r"(?<=\d)(?:\{,\}|(?:\\[,;:! ]|[~\s])+)(?=\d{3}(?:\D|\Z))"), ""),  # 1{,}000, 1\,000 and 1 000
     (re.compile(r"(?:\\\\|[.,;\s])+\Z"), ""),
 ]
 
@@ -297,9 +297,29 @@ def _as_point(text: str, other: str) -> str:
     return "(" + vector[1].replace("\\\\", ",") + ")" if vector else text
 
 
-def _logarithms(text: str) -> list[str]:
-    """`text`, and its reading as code writes the natural logarithm."""
-    return [text, text.replace("\\log(", "\\ln(")] if "\\log(" in text else [text]
+# What may hold a list, and a number in groups of three digits.
+_LIST_OR_GROUPS = re.compile(
+    r"(?P<opens>[(\[]|\\\{|\\begin(?![a-zA-Z]))|(?P<closes>[)\]]|\\\}|\\end(?![a-zA-Z]))"
+    r"|(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)"
+)
+
+
+def _readings(text: str) -> list[str]:
+    """`text`, and its readings with groups of digits as one number, and as code writes the natural logarithm."""
+    readings = dict.fromkeys([text, _without_separators(text)])
+    return [*readings, *(other.replace("\\log(", "\\ln(") for other in readings if "\\log(" in other)]
+
+
+def _without_separators(text: str) -> str:
+    """`text` with `1,000` as 1000, but for points, sets and arguments, where a comma stands between two numbers."""
+    depth = 0
+
+    def joined(match: re.Match[str]) -> str:
+        nonlocal depth
+        depth += (match["opens"] is not None) - (match["closes"] is not None)
+        return match[0] if depth or match["closes"] else match[0].replace(",", "")
+
+    return _LIST_OR_GROUPS.sub(joined, text)
 
 
 # ---- mathematics ----

@@ -75,10 +75,13 @@ def _check_settings(header: dict[str, Any], settings: dict[str, Any], path: Path
     written = header.get("settings")
     if not isinstance(written, dict):
         raise InputError(f"{path} is not a results file of an evaluation; use {_elsewhere()}")
+    # A model whose files are known is told by them, wherever it lies and however its path is written.
+    files = {key: value for key, value in settings.items() if key.endswith("_files") and value is not None}
+    same = {key.removesuffix("_files") for key, value in files.items() if written.get(key) == value}
     differences = [
         f"{named(key)} is {written.get(key)!r} there and {settings.get(key)!r} here"
         for key in {**settings, **written}
-        if written.get(key) != settings.get(key)
+        if written.get(key) != settings.get(key) and key not in same
     ]
     if differences:
         raise InputError(

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from trb.errors import InputError
 from trb.losses.terms import TokenMetrics
+from trb.models.generators import generators_kept
 from trb.policies import BehaviorPolicy, StudentPolicy
 from trb.safety.untrusted import printable
 from trb.sampling import Rollout, prompt_key
@@ -105,10 +106,11 @@ class MeasuredTrainer(CallingTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """As in transformers; what was measured meanwhile is of this evaluation alone, and has its prefix. Loss and
-        entropy are means over all tokens, however they were laid out in batches."""
+        entropy are means over all tokens, however they were laid out in batches. The steps that follow draw what they
+        would have drawn without it: loaders and graders draw too."""
         self._metrics["eval"].clear()
         self._sums["eval"], self._seen = Sums(), Counter()
-        with self._rollouts_kept():
+        with self._rollouts_kept(), generators_kept():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
