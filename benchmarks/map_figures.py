@@ -57,7 +57,9 @@ def draw(record: Mapping[str, Any], panel: Mapping[str, Any], runs: list[dict[st
         axes[0, place].set_title("" if column is None else f"{panel['by'].replace('_', ' ')}: {column}", fontsize=9)
         axes[1, place].set_xlabel(panel["along"].replace("_", " "), fontsize=8)
         if panel["along"] in ("learning_rate", "rollouts", "steps"):
+            measured = sorted({_value(point, panel["along"]) for point in points.values()})
             axes[1, place].set_xscale("log", base=2)
+            axes[1, place].set_xticks(measured, [f"{value:g}" for value in measured])
     for axis, text in zip(axes[:, 0], ("pass@1", "collapsed"), strict=True):
         axis.set_ylabel(text, fontsize=8)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
