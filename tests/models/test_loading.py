@@ -40,6 +40,7 @@ from trb.errors import InputError
 from trb.models import loading, packaged
 from trb.models.adapters import adapter_base
 from trb.models.bases import name_base
+from trb.models.identity import fingerprint
 from trb.models.loading import load_model, load_tokenizer
 from trb.models.memory import DTYPES, activation_entries, bytes_of, cache_entries
 from trb.models.passes import cache_name
@@ -347,6 +348,67 @@ def test_where_nothing_lies_beside_an_adapter_the_current_directory_is_searched(
     shutil.copytree(tmp_path / "far" / "elsewhere" / "small-model", tmp_path / "far" / "here" / "runs" / "small-model")
     monkeypatch.chdir(tmp_path / "far" / "here")
     torch.testing.assert_close(logits(load_model("../adapter")), expected, rtol=0, atol=0)
+
+
+def of_a_run(adapter: Path, begin: str, models: dict[str, str]) -> None:
+    """Leave beside an adapter what its run has: where the relative paths of its recipe begin, and its models."""
+    text = f"student: models/student\nlora_rank: 2\n# Relative paths begin in {json.dumps(begin)}\n"
+    (adapter.parent / "config.yaml").write_text(text)
+    (adapter.parent / "provenance.json").write_text(json.dumps({"models": models}))
+
+
+@pytest.mark.parametrize(
+    ("begin", "adapter", "base", "found"),
+    [
+        (None, "a/b/adapter", "models/student", True),
+        (None, "a/b/c/adapter", "models/student", False),
+        (None, "a/adapter", "a/adapter/models/student", True),
+        ("../../..", "runs/few/lora/model", "models/student", True),
+        ("../../..", "runs/few/lora/model", "runs/models/student", True),
+        ("..", "runs/lora/model", "runs/models/student", True),
+        ("..", "runs/lora/model", "models/student", False),
+        (".", "runs/lora/model", "runs/models/student", False),
+        ("../project", "elsewhere/model", "project/models/student", True),
+        ("../project", "elsewhere/model", "models/student", False),
+    ],
+)
+def test_the_folders_around_an_adapter_are_searched_as_far_as_its_recipe_reaches(
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begin: str | None,
+    adapter: str,
+    base: str,
+    found: bool,
+) -> None:
+    place, here = tmp_path / adapter, tmp_path / "here"
+    save_adapter(load_model(str(saved)), "models/student", place)
+    if begin is not None:
+        of_a_run(place, begin, {})
+    shutil.copytree(saved, tmp_path / base, dirs_exist_ok=True)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert adapter_base(str(place)) == (str(tmp_path / base) if found else "models/student", None)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("known", ["the same", "another", "nothing"])
+def test_a_base_that_the_hub_has_given_is_the_hubs_unless_it_is_known_to_lie_beside_the_adapter(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, known: str
+) -> None:
+    place, beside = tmp_path / "project" / "lora" / "model", tmp_path / "project" / "models" / "student"
+    save_adapter(load_model(str(saved)), "models/student", place)
+    shutil.copytree(saved, beside)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    if cached:
+        commit = tmp_path / "hub" / "models--models--student" / "snapshots" / ("1" * 40)
+        another_model(commit)
+        (commit.parents[1] / "refs").mkdir()
+        (commit.parents[1] / "refs" / "main").write_text(commit.name)
+    if known != "nothing":
+        of_a_run(place, "..", {"models/student": str(fingerprint(str(beside))) if known == "the same" else "1" * 40})
+    hubs = cached and known != "the same"
+    assert adapter_base(str(place)) == ("models/student" if hubs else str(beside), None)
 
 
 @pytest.mark.parametrize("name", ["models/student", "{full}/gone"])

@@ -301,6 +301,83 @@ def test_a_named_checkpoint_must_be_one(finished: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in records(tmp_path / "run" / "metrics.jsonl")] == [5, 6]
 
 
+def steps_taken(recipe: Recipe, directory: Path) -> list[int]:
+    steps: list[int] = []
+
+    class Watch(Listener):
+        def step(self, step: int, logs: Any) -> None:
+            steps.append(step)
+
+    train(recipe, directory, listener=Watch())
+    return steps
+
+
+def killed(recipe: Recipe, directory: Path, after: int) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_after(after, patch)
+        train(recipe, directory)
+
+
+@pytest.mark.parametrize("place", ["another run", "an earlier step", "a place that is written otherwise"])
+def test_a_named_checkpoint_is_where_a_run_begins_and_not_where_it_goes_on(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    run, saved = tmp_path / "run", {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    named = tmp_path / "other" / "checkpoint-2"
+    if place == "an earlier step":
+        killed(small(**saved), run, after=3)
+        named = tmp_path / "run" / ".." / "run" / "checkpoint-2"
+    else:
+        shutil.copytree(finished / "checkpoint-2", named)
+    monkeypatch.chdir(tmp_path)
+    killed(small(**saved, resume_from_checkpoint=str(named.relative_to(tmp_path))), run, after=4)
+    earlier = ["checkpoint-3"] if place == "an earlier step" else []
+    assert [path.name for path in run.glob("_earlier/*/*")] == earlier
+    again = str(named)
+    if place == "a place that is written otherwise":
+        monkeypatch.chdir(tmp_path / "other")
+        again = "checkpoint-2"
+    recipe = small(**saved, resume_from_checkpoint=again)
+    caplog.clear()
+    assert steps_taken(recipe, run) == [5, 6]
+    assert f"goes on from its own {run / 'checkpoint-4'}, and not from {again} once more" in caplog.text
+    assert [path.name for path in run.glob("_earlier/*/*")] == earlier
+    ours, theirs = weights(run), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_killed_before_its_first_step_begins_with_the_named_checkpoint_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is claimed by then, and its checkpoints are another run's."""
+    run, saved = tmp_path / "run", {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    killed(small(**saved), run, after=4)
+    recipe = small(**saved, resume_from_checkpoint=str(finished / "checkpoint-2"))
+
+    def stop(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_module._Observer, "scores_at", stop)
+        train(recipe, run)
+    assert yaml.safe_load((run / "config.yaml").read_text())["resume_from_checkpoint"] == str(finished / "checkpoint-2")
+    assert steps_taken(recipe, run) == [3, 4, 5, 6]
+    assert sorted(path.name for path in run.glob("_earlier/*/*")) == [f"checkpoint-{step}" for step in range(1, 5)]
+
+
+def test_a_checkpoint_that_was_not_named_before_is_taken(tmp_path: Path) -> None:
+    run, saved = tmp_path / "run", {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    killed(small(**saved), run, after=4)
+    for name in ("one", "two"):
+        shutil.copytree(run / "checkpoint-2", tmp_path / name / "checkpoint-2")
+    for name in ("one", "two"):
+        recipe = small(**saved, resume_from_checkpoint=str(tmp_path / name / "checkpoint-2"), max_steps=4)
+        killed(recipe, run, after=3)
+        assert checkpoints.numbered(run).keys() == {3}
+    shutil.rmtree(tmp_path / "two")
+    assert steps_taken(recipe, run) == [4], "which no longer needs it"
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_stops_and_keeps_what_it_has(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "results.json").unlink()

@@ -1,7 +1,7 @@
 """Where the model lies that an adapter stands on: found from any folder, and told from another one at that place.
 
 What is saved names a directory in full (`name_base`). Others name it as seen from where they were trained, and projects
-are moved, so that the folders around an adapter are searched before the current one is (`base_of`). Left out: loading
+are moved, so that a few folders around an adapter are searched before the current one is (`base_of`). Left out: loading
 it (`trb.models.loading`).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from trb.models.directories import BUILT_IN, TOKENIZER_FILES
+from trb.models.directories import BUILT_IN, TOKENIZER_FILES, snapshot_of
 from trb.models.modeling import without_adapters
 from trb.records import CONFIG, PROVENANCE, paths_begin
 from trb.safety.files import write_text
@@ -26,6 +26,7 @@ __all__ = ["base_of", "digest_of", "is_merged", "name_base", "remember_merged", 
 logger = logging.getLogger(__name__)
 
 _READ = (*TOKENIZER_FILES, "*.safetensors", "*.json", "*.jinja")
+_AROUND = 4  # of an adapter without a recipe beside it: its own folder and three more, as in project/runs/name/model
 _BLOCK, _BLOCKS = 1 << 12, 1 << 8  # bytes, and how many of them are read of a large file
 _MERGED = "_trb_merged_adapter"  # the name of such a model stays that of its base, from which engines are started
 
@@ -34,9 +35,10 @@ def base_of(adapter: Path, name: str, revision: str | None = None) -> str:
     """The base that the adapter in a directory names, as whoever reads it finds it; `name` itself where that is not
     known to be another place.
 
-    A relative path is looked for in the adapter's folder and those around it, the nearest first, and only then in the
-    current directory, where anything may lie. A directory that is not there any more is that of the run's recipe, if
-    the files are the same.
+    A relative path is looked for in the adapter's folder and those around it, the nearest first, as far as where the
+    relative paths of its run's recipe begin, or three folders; and only then in the current directory, where anything
+    may lie. What the hub's cache has under that name is the hub's, where no such directory is known to hold the base.
+    A directory that is not there any more is that of the run's recipe, if the files are the same.
     """
     path = os.path.expanduser(name)
     if name in BUILT_IN or revision is not None or (os.path.isdir(path) and os.path.isabs(path)):
@@ -45,11 +47,19 @@ def base_of(adapter: Path, name: str, revision: str | None = None) -> str:
     if os.path.isabs(path):
         student = _students_place(adapter)
         return student if student and _is_model(student) and digest_of(Path(student)) == expected else name
-    around = adapter.resolve()
-    there = [place for folder in (around, *around.parents) if _is_model(place := os.path.join(folder, path))]
+    there = [place for folder in _folders(adapter) if _is_model(place := os.path.join(folder, path))]
     there += [os.path.abspath(path)] if _is_model(path) else []
     known = (place for place in there if expected is not None and digest_of(Path(place)) == expected)
-    return next(known, there[0] if there else name)
+    return next(known, name if not there or snapshot_of(name) else there[0])
+
+
+def _folders(adapter: Path) -> list[Path]:
+    around = [adapter.resolve(), *adapter.resolve().parents]
+    begin = paths_begin(_recipe(adapter)[1])
+    if begin is None:
+        return around[:_AROUND]
+    first = (adapter.resolve().parent / begin).resolve()
+    return around[: around.index(first) + 1] if first in around else [*around[:2], first]
 
 
 def warn_of_other_base(adapter: Path, base: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import is_offline_mode
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
@@ -31,6 +31,7 @@ __all__ = [
     "explained",
     "is_adapter",
     "local_directory",
+    "snapshot_of",
     "token_ids_only",
 ]
 
@@ -61,6 +62,15 @@ def local_directory(spec: str) -> Path | None:
         choices = f"{', '.join(BUILT_IN)}, a directory, or a hub id (owner/name)"
         raise InputError(f"cannot read the model spec {spec!r}: use one of {choices}{hint}")
     return None
+
+
+def snapshot_of(spec: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub id, named by its commit, as far as the cache has it."""
+    try:
+        found = try_to_load_from_cache(spec, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def check_directory(path: Path) -> None:

@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import safe_open
 from torch import Tensor
@@ -19,6 +17,7 @@ from transformers import PreTrainedModel
 from trb import zoo
 from trb.models.adapters import adapter_base
 from trb.models.bases import digest_of
+from trb.models.directories import snapshot_of
 from trb.models.packaged import SMOLLM2
 from trb.models.sharing import adapter_directory, is_shared
 
@@ -37,7 +36,7 @@ def fingerprint(spec: str, revision: str | None = None) -> str | None:
         return None if directory is None else fingerprint(str(directory))
     path = zoo.path(spec.removeprefix("zoo:")) if spec.startswith("zoo:") else Path(spec).expanduser()
     if spec == SMOLLM2 or not path.is_dir():
-        snapshot = _snapshot(spec, revision)
+        snapshot = snapshot_of(spec, revision)
         return None if snapshot is None else snapshot.name
     own = digest_of(path)
     base = adapter_base(spec)
@@ -64,7 +63,7 @@ def checkpoint_of(model: PreTrainedModel) -> str | None:
     name = model.name_or_path
     if not name:
         return None
-    path, main = Path(name).expanduser(), _snapshot(name)
+    path, main = Path(name).expanduser(), snapshot_of(name)
     folders = [path] if path.is_dir() else _snapshots(name)
     answers = {str(folder): _holds(folder, model) for folder in sorted(folders, key=lambda folder: folder != main)}
     if all(answer is None for answer in answers.values()):
@@ -86,15 +85,6 @@ def _holds(directory: Path, model: PreTrainedModel) -> bool | None:
                 if row.is_floating_point() and not row.to(here.dtype).equal(here[:1].detach().cpu()):
                     return False
     return compared or None
-
-
-def _snapshot(spec: str, revision: str | None = None) -> Path | None:
-    """The folder of a hub id, named by its commit, as far as the cache has it."""
-    try:
-        found = try_to_load_from_cache(spec, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _snapshots(spec: str) -> list[Path]:

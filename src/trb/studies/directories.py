@@ -48,6 +48,7 @@ __all__ = [
     "finish_ending",
     "finish_pruning",
     "finished_results",
+    "has_begun_with",
     "holds_scores",
     "is_damaged",
     "is_last",
@@ -209,6 +210,14 @@ def check_claim(
     if refused and warn:
         logger.warning("%s goes on with changes: %s", directory, printable("; ".join(refused)))
     return checkpoint
+
+
+def has_begun_with(directory: Path, named: str) -> bool:
+    """Whether the run in a directory has begun with the checkpoint that is named here, as far as can be read."""
+    config = directory / CONFIG
+    there = (_written_recipe(config) or {}).get("resume_from_checkpoint")
+    begin = paths_begin_in(config) or Path()
+    return isinstance(there, str) and (begin / Path(there).expanduser()).resolve() == Path(named).expanduser().resolve()
 
 
 def _says_itself(checkpoint: Path | None) -> bool:

@@ -9,6 +9,7 @@ Left out on purpose: several methods (`trb.studies.comparison`), settings and se
 other than this one, and drawing (`trb.report`).
 """
 
+import logging
 import os
 import shutil
 import time
@@ -23,6 +24,7 @@ from trb import records
 from trb.models.generators import generators_kept
 from trb.records import CONFIG, EVALS, EVALUATIONS, MODEL, RESULTS, SKIPPED
 from trb.safety.files import remove
+from trb.safety.untrusted import check_checkpoint, printable
 from trb.studies import provenance
 from trb.studies.claims import left_as_found
 from trb.studies.directories import (
@@ -31,6 +33,7 @@ from trb.studies.directories import (
     finish_ending,
     finish_pruning,
     finished_results,
+    has_begun_with,
     is_damaged,
     is_last,
     models_of,
@@ -60,6 +63,8 @@ from trb.training.recording import drop_after_step, read_records
 from trb.training.trainer import TRBTrainer
 
 __all__ = ["train", "train_in"]
+
+logger = logging.getLogger(__name__)
 
 _KEPT_LOGS = 10
 
@@ -162,7 +167,7 @@ def _train_alone(
         _check(trainer, material, judge, recipe, directory, checkpoint, accept_changes)
         with left_as_found(_at_risk(directory, args, checkpoint), partial(_has_begun, trainer, directory, checkpoint)):
             # Not before: a run that cannot start must not claim the directory.
-            _claim(directory, recipe, args, checkpoint, overwrite)
+            _claim(trainer, directory, recipe, checkpoint, overwrite)
             if observer.scores_at(0) is None:
                 observer.measure(0) if before is None else observer.keep(0, before)
             start = time.monotonic()
@@ -190,8 +195,8 @@ def _train_alone(
 
 def _start(recipe: Recipe, args: TRBConfig, directory: Path, overwrite: bool, accept_changes: bool) -> Path | None:
     """The checkpoint that the run goes on from; None for a run that begins."""
-    named = named_checkpoint(args.resume_from_checkpoint)
     if overwrite:
+        named = named_checkpoint(args.resume_from_checkpoint)
         if named is not None and named.resolve().is_relative_to(directory.resolve()):
             raise RunDirectoryError(
                 f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, which --overwrite would remove; leave "
@@ -200,6 +205,13 @@ def _start(recipe: Recipe, args: TRBConfig, directory: Path, overwrite: bool, ac
         return named
     found = Ranks.of_launch().from_first(partial(checkpoints.latest, directory))
     own = check_claim(directory, recipe, found, accept_changes)
+    name = args.resume_from_checkpoint
+    if own is not None and name and Ranks.of_launch().from_first(partial(has_begun_with, directory, name)):
+        if args.process_index == 0:
+            logger.warning(printable(f"{directory} goes on from its own {own}, and not from {name} once more"))
+        return own
+    if (named := named_checkpoint(name)) is not None and args.process_index == 0:
+        logger.info(printable(f"{directory} begins with {named}"))
     checkpoint = named or own
     if checkpoint is None and checkpoints.numbered(directory):
         raise RunDirectoryError(
@@ -221,6 +233,8 @@ def _check(
     """Whatever can be refused before the directory is written to."""
     trainer.check_prompts()
     check_suites(material.student, material.tokenizer, material.problems, recipe.run, trainer.args, judge)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     config = directory / CONFIG
     unknown = Ranks.of_launch().from_first(lambda: is_damaged(config))
     if checkpoint is not None and not accept_changes and (unknown or not is_last(checkpoint, trainer.args)):
@@ -243,10 +257,14 @@ def _has_begun(trainer: TRBTrainer, directory: Path, checkpoint: Path | None) ->
     return trainer.state.global_step > done or any((directory / SKIPPED).glob("*"))
 
 
-def _claim(directory: Path, recipe: Recipe, args: TRBConfig, checkpoint: Path | None, overwrite: bool) -> None:
+def _claim(trainer: TRBTrainer, directory: Path, recipe: Recipe, checkpoint: Path | None, overwrite: bool) -> None:
+    args = trainer.args
+    if not overwrite:
+        # Before the directory says which checkpoint its run has begun with: those that it keeps are then its own.
+        trainer.set_aside_others(checkpoint)
     if args.process_index == 0:
         begin(directory, recipe, afresh=checkpoint is None, overwrite=overwrite)
-        if checkpoint is not None and args.resume_from_checkpoint is None:
+        if checkpoint is not None and checkpoint.parent.samefile(directory):
             finish_pruning(directory, checkpoint, args)
     args.distributed_state.wait_for_everyone()
 

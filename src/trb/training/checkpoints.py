@@ -117,10 +117,10 @@ def prune(directory: Path, newest: int, limit: int | None, protected: Iterable[s
     """
     if not limit or limit < 0:
         return
-    kept = {Path(path).absolute() for path in protected if path is not None}
+    kept = {Path(path).resolve() for path in protected if path is not None}
     found = numbered(directory)
     order = sorted(found, key=lambda step: (step <= newest, step))
-    spare = [step for step in order if step != newest and found[step].absolute() not in kept]
+    spare = [step for step in order if step != newest and found[step].resolve() not in kept]
     for step in spare[: max(0, len(found) - limit)]:
         shutil.rmtree(found[step], ignore_errors=True)
 
@@ -130,9 +130,9 @@ def set_aside_later(directory: Path, step: int, protected: Iterable[str | os.Pat
 
     The run that now begins after `step` has not come by them, and once killed would go on from them all the same.
     """
-    kept = {Path(path).absolute() for path in protected if path is not None}
+    kept = {Path(path).resolve() for path in protected if path is not None}
     found = [path for number, path in sorted(numbered(directory).items()) if number > step]
-    found = [path for path in found if path.absolute() not in kept and _is_whole(path)]
+    found = [path for path in found if path.resolve() not in kept and _is_whole(path)]
     if found:
         aside = directory / CHECKPOINTS_ASIDE
         place = aside / str(next(number for number in count(1) if not (aside / str(number)).exists()))

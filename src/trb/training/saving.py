@@ -117,12 +117,9 @@ class ResumableTrainer(PromptsInOrder):
             saved = Path(resume_from_checkpoint)
             check_checkpoint(saved)  # here too: DeepSpeed's files are not read as others are
             self.check_same_run(saved, accept_changes=accept_changes)
-            if (
-                saved.parent.absolute() == Path(str(self.args.output_dir)).absolute()
-                and self.accelerator.is_main_process
-            ):
+            if saved.parent.resolve() == Path(str(self.args.output_dir)).resolve() and self.accelerator.is_main_process:
                 checkpoints.check_reach(saved)
-        self._set_aside_others()
+        self.set_aside_others(self._resumed_from)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _forget_earlier_call(self) -> None:
@@ -135,14 +132,14 @@ class ResumableTrainer(PromptsInOrder):
         self._sums["train"] = Sums()
         self._observers.reset()
 
-    def _set_aside_others(self) -> None:
-        """Whoever resumes this run takes the latest checkpoint that is there, which must be its own."""
+    def set_aside_others(self, begins_with: Path | None) -> None:
+        """Whoever resumes this run takes the latest checkpoint that is there, which must be its own; collective."""
         directory, step = Path(str(self.args.output_dir)), -1
-        protected: list[Path | str | None] = [self._resumed_from]
-        if self._resumed_from is not None:
-            state = TrainerState.load_from_json(str(self._resumed_from / TRAINER_STATE))
-            protected.append(checkpoints.best_beside(self._resumed_from, state.best_model_checkpoint))
-            if self._resumed_from.parent.absolute() == directory.absolute():
+        protected: list[Path | str | None] = [begins_with]
+        if begins_with is not None:
+            state = TrainerState.load_from_json(str(begins_with / TRAINER_STATE))
+            protected.append(checkpoints.best_beside(begins_with, state.best_model_checkpoint))
+            if begins_with.parent.resolve() == directory.resolve():
                 step = state.global_step
         for moves in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
             self.accelerator.wait_for_everyone()
