@@ -108,6 +108,15 @@ def test_a_bad_conversation_is_refused_with_its_row(tmp_path: Path, talk: Any, c
         load_prompts(path, assistant_turns=which)
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+@pytest.mark.parametrize("which", ["all", None])
+def test_a_call_in_data_is_refused_and_not_lost(tmp_path: Path, key: str, which: str | None) -> None:
+    called = {"role": "assistant", "content": "let me see", key: [{"function": {"name": "calculator"}}]}
+    path = write(tmp_path / "talk.jsonl", [*say("u:1+1"), called, *say("u:and?", "a:2")])
+    with pytest.raises(ValueError, match=f"message 2 in .* has {key}, which are not read from data"):
+        load_prompts(path, **({} if which is None else {"assistant_turns": which}))
+
+
 def test_what_has_no_conversations_refuses_the_option(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"assistant_turns='all' means nothing for 'zoo:chains'"):
         load_prompts("zoo:chains", assistant_turns="all")

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from tiny_runs import Kill, config, losses, weights
 from trl import DistillationConfig, DistillationTrainer
 
 from trb import TRBTrainer, zoo
+from trb.cli import main
 from trb.errors import InputError
 from trb.losses import topk_reverse_kl
 from trb.models.modeling import OutputHead
+from trb.studies.material import template_options, with_template_options
+from trb.tasks.prompts import render
 from trb.tools import TOOLS
 from trb.training.resume import ChangedRunError
 from trb.training.teachers import Teacher
@@ -370,3 +374,41 @@ def test_options_of_tools_are_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=complaint):
             TRBTrainer(student, zoo.load("caller-teacher")[0], config(tmp_path, tools="calculator"), **given)
+
+
+# ---- prompts outside training ----
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])  # the second one is rendered by another template in training
+def test_an_evaluation_and_a_length_are_of_the_prompts_that_are_trained_on(tmp_path: Path, name: str) -> None:
+    talk = [
+        {"role": "user", "content": "2+3"},
+        {"role": "assistant", "content": "5"},
+        {"role": "user", "content": "5+4"},
+    ]
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    student, tokenizer = zoo.load("caller-student")
+    teacher, teacher_tokenizer = zoo.load("caller-teacher")
+    for each in (tokenizer, teacher_tokenizer):
+        each.chat_template, each.response_template = template, None
+    trainer = TRBTrainer(
+        student,
+        teacher,
+        config(tmp_path, **SHORT, tools="calculator"),
+        train_dataset=Dataset.from_list([{"prompt": talk}] * 8),
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+    )
+    options = template_options(trainer.args, tokenizer)
+    assert ("chat_template" in options) == (name == "qwen3")
+    trained: list[int] = trainer._tokenize_prompts([talk])[0][0]
+    assert render(with_template_options(tokenizer, options), [{"prompt": talk}]) == [trained]
+
+
+def test_an_evaluation_has_room_for_what_the_template_says_of_tools(tmp_path: Path) -> None:
+    student, tokenizer = zoo.load("caller-student")
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    student.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    evaluation = ["eval", "--model", str(tmp_path / "model"), "--data", "zoo:sums", "--limit", "1", "--quiet"]
+    assert main([*evaluation, "--tools", "calculator"]) == 0

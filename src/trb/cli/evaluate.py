@@ -132,7 +132,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trb.models.packaged import quiet_libraries
     from trb.records import EVALUATIONS
     from trb.studies.directories import sole_run
-    from trb.studies.material import load_student, load_teacher, load_tokenizers, model_of_run, problem_sets
+    from trb.studies.material import (
+        load_student,
+        load_teacher,
+        load_tokenizers,
+        model_of_run,
+        problem_sets,
+        template_options,
+        with_template_options,
+    )
     from trb.studies.recipe import make_recipe
     from trb.studies.scores import check_suites, evaluate_suites, judge_of
     from trb.tasks.grading import Verifier
@@ -166,7 +174,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 teacher = load_teacher(run, model)
                 pair = SharedVocabulary.of_pair(model, teacher, tokenizer, teacher_tokenizer)
                 judge = judge_of(teacher, pair, problems, args)
-            run = replace(run, eval_max_new_tokens=_completion_length(arguments, model, tokenizer, problems, listener))
+            reader = with_template_options(tokenizer, template_options(args, tokenizer))
+            run = replace(run, eval_max_new_tokens=_completion_length(arguments, model, reader, problems, listener))
             check_suites(model, tokenizer, problems, run, args, judge)
             # Not before: what is refused leaves earlier results alone.
             with _for_results(folder if is_first else None, goes_on=arguments.resume):

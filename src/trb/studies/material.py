@@ -32,7 +32,7 @@ from trb.tasks.evaluation import BENCHMARKS, load_benchmark
 from trb.tasks.prompts import OVERLONG, check_lengths, load_prompts, render
 from trb.tasks.sources import GENERATORS, open_table
 from trb.tools import TOOLS
-from trb.tools.chats import check_template
+from trb.tools.chats import check_template, training_template
 from trb.training import checkpoints, doubts
 from trb.training.config import TRBConfig
 from trb.training.privileged import COLUMNS, TeacherPrompts
@@ -316,7 +316,7 @@ def prompt_doubts(prompts: "Dataset", tokenizer: PreTrainedTokenizerBase, args: 
     yield from doubts.of_rendered([row["prompt"] for row in prompts], tokenizer)
     unknown = doubts.unknown_id(tokenizer)
     if unknown is not None:
-        read = render(tokenizer, prompts, **template_options(args))
+        read = render(tokenizer, prompts, **template_options(args, tokenizer))
         rows = [row for row, ids in enumerate(read) if unknown in ids]
         yield from doubts.of_unknown(rows, len(prompts), tokenizer)
 
@@ -370,7 +370,7 @@ def training_prompts(
             routes=routes_of(run, args),
             revision=run.train_revision,
         )
-        longest, options, read = run.max_prompt_length, template_options(args), len(prompts)
+        longest, options, read = run.max_prompt_length, template_options(args, tokenizer), len(prompts)
         prompts = check_lengths(prompts, tokenizer, longest, run.overlong_prompts, **options)
     needed = args.completions_per_step // args.num_generations
     more = "raise train_limit" if read == run.train_limit else "add prompts"
@@ -446,16 +446,22 @@ def longest_teacher_prompt(run: RunConfig, args: TRBConfig) -> int | None:
         tokenizer, _ = load_tokenizers(run)
         prompts, _ = training_prompts(run, args, tokenizer)
         (rows,) = as_teacher_reads({run.train_data: prompts}, args).values()
-        return None if rows is prompts else max(map(len, render(tokenizer, rows, **template_options(args))))
+        return None if rows is prompts else max(map(len, render(tokenizer, rows, **template_options(args, tokenizer))))
     except (ValueError, OSError, ImportError):
         return None  # whoever begins a run says why
 
 
-def template_options(args: TRBConfig) -> dict[str, Any]:
-    """Keyword arguments of the chat template, the tools that it describes among them."""
+def template_options(args: TRBConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """Keyword arguments of the chat template, the tools that it describes among them; of a tokenizer, also the template
+    that prompts are rendered with in training, where tools make that another one."""
     given = args.chat_template_kwargs or {}
     options = dict(given) if isinstance(given, dict) else json.loads(given)
-    return {**options, "tools": [TOOLS[name] for name in args.tools]} if args.tools else options
+    if not args.tools:
+        return options
+    template = None if tokenizer is None else training_template(tokenizer)
+    if template is not None:
+        options["chat_template"] = template
+    return {**options, "tools": [TOOLS[name] for name in args.tools]}
 
 
 def with_template_options(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -105,7 +105,7 @@ def evaluate_suites(
         with precision(args), calls(EVALUATION_NAMES), reads():
             result = evaluate(
                 model.to(args.device),  # type: ignore[arg-type]
-                with_template_options(tokenizer, template_options(args)),
+                with_template_options(tokenizer, template_options(args, tokenizer)),
                 rows,
                 n=run.samples_of(name),
                 max_new_tokens=longest,
@@ -265,7 +265,7 @@ def check_suites(
             f"no completion of {free[0]} can be scored, so that the teacher reads them, and teacher_sharded leaves no "
             "process a whole teacher; leave one of the two out"
         )
-    tokenizer = with_template_options(tokenizer, template_options(args))
+    tokenizer = with_template_options(tokenizer, template_options(args, tokenizer))
     longest = _longest_completion(run, args)
     with calls(EVALUATION_NAMES):
         for name, rows in problems.items():

@@ -144,4 +144,10 @@ def _message(item: Any, place: str) -> Message:
     message = {"role": _OTHER_NAMES.get(role, role) if isinstance(role, str) else role, "content": content}
     if (fault := fault_of(message)) is not None:
         raise InputError(f"{place} {fault}")
+    for key in ("tool_calls", "function_call"):
+        if item.get(key):
+            raise InputError(
+                f"{place} has {key}, which are not read from data: write the call into its content as the chat "
+                "template does, or leave conversations with calls out"
+            )
     return cast(Message, message)

@@ -21,7 +21,7 @@ from trb.tools.calls import Answer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ToolChat", "check_template", "unfailing_reader"]
+__all__ = ["ToolChat", "check_template", "training_template", "unfailing_reader"]
 
 # Stands in a conversation for a text, or a name, that no other way keeps from becoming special tokens.
 _UNREADABLE, _SOME_TOOL = "unreadable", "tool"
@@ -35,6 +35,14 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
             renders a conversation's beginning otherwise once a tool has answered and TRL knows no other for it.
     """
     _with_templates(tokenizer)
+
+
+def training_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The chat template that TRL's trainer renders with where there are tools; None for the tokenizer's own.
+
+    Raises ValueError as `check_template`.
+    """
+    return _with_templates(tokenizer)[1]
 
 
 def _with_templates(tokenizer: "PreTrainedTokenizerBase") -> tuple["PreTrainedTokenizerBase", str | None]:
