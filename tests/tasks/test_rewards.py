@@ -296,9 +296,7 @@ def test_memory_is_limited() -> None:
     pytest.importorskip("resource")
     with Verifier(timeout_s=30, memory_limit_mb=1024) as verifier:
         assert verifier.score([r"\boxed{allocate}", r"\boxed{x+1}"], math_rows("1", "1+x")) == [0.0, 1.0]
-    with Verifier(
-        timeout_s=300, memory_limit_mb=8192
-    ) as verifier:  # which has gigabytes to write
+    with Verifier(timeout_s=300, memory_limit_mb=8192) as verifier:  # which has gigabytes to write
         assert verifier.score([r"\boxed{allocate}"], math_rows("1")) == [1.0]
 
 
