@@ -471,6 +471,8 @@ def test_eight_times_the_rate_is_what_was_found() -> None:
     (one,), (other,) = (found.values() for found in held.values())
     assert (len(one), len(other)) == (6, 3)
     words = " ".join(log.split())
+    first = [run["final"] for changed in HIGH for run in runs_of(record, changed, "teacher-first")]
+    assert len(first) == 16 and not any(first) and "**It does: 0.0% in all sixteen.**" in words
     assert f"six of eight over the vocabulary, where four end at {one[2]:.1f} to {one[-1]:.1f}%" in words
     assert f"three of eight with the top 16, at {other[0]:.1f} to {other[-1]:.1f}%" in words
     target, plain, gap, before = (
