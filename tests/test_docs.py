@@ -484,6 +484,28 @@ def test_eight_times_the_rate_is_what_was_found() -> None:
     assert "at eight times SFT ends above 20% in six of eight seeds" in text(ROOT / "docs" / "choosing.md")
 
 
+def test_the_relatives_are_what_was_found() -> None:
+    record = result("map-relatives")
+    log = text(ROOT / "docs" / "experiments.md").rpartition("the relatives in `staged`\n\n`bench")[2]
+    rows, choosing = table_rows(log, "| method | start 0.45 | start 0.3 |"), text(ROOT / "docs" / "choosing.md")
+    assert (
+        len(rows) == 8 and log.startswith("marks/results/map-relatives.json`: 74 of 128") and len(record["runs"]) == 74
+    )
+    for name, *cells in rows:
+        method = IN_WORDS.get(name, name.strip("`"))
+        for start, seeds, cell in zip(("0.45", "0.3"), (4, 5), cells, strict=True):
+            of_all = [run for run in record["runs"] if f"-{start}-start-" in run["point"] and run["method"] == method]
+            runs = [run for run in of_all if run["seed"] < seeds]
+            finals = [100 * run["final"] for run in runs]
+            lost = sum(bool(run["lost"]) for run in runs)
+            ends = f"{statistics.fmean(finals):.1f} ({min(finals):.1f} to {max(finals):.1f})"
+            assert len(runs) == seeds and cell == ends + (f", {lost} lost" if lost else "")
+            if start == "0.45" and method not in ("veto", "trb-sequence-linear"):
+                assert f"{statistics.fmean(finals):.1f}" in choosing, method
+            for run in (run for run in of_all if run["seed"] >= seeds):
+                assert f"{100 * run['final']:.1f}" in log and method in ("opd", "veto")
+
+
 def test_what_the_panels_are_said_to_show_is_what_was_found() -> None:
     record, log = result("map"), text(ROOT / "docs" / "experiments.md").partition("panels c, d and f\n\n")[2]
     log = " ".join(log.split())
