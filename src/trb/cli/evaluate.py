@@ -18,6 +18,7 @@ from trb.safety.untrusted import parse_json
 if TYPE_CHECKING:
     from trb.studies.keys import RunConfig
     from trb.studies.listener import Listener
+    from trb.training.config import TRBConfig
 
 __all__ = ["add_eval", "run_eval"]
 
@@ -132,15 +133,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trb.models.packaged import quiet_libraries
     from trb.records import EVALUATIONS
     from trb.studies.directories import sole_run
-    from trb.studies.material import (
-        load_student,
-        load_teacher,
-        load_tokenizers,
-        model_of_run,
-        problem_sets,
-        template_options,
-        with_template_options,
-    )
+    from trb.studies.material import load_student, load_teacher, load_tokenizers, model_of_run, problem_sets
     from trb.studies.recipe import make_recipe
     from trb.studies.scores import check_suites, evaluate_suites, judge_of
     from trb.tasks.grading import Verifier
@@ -174,8 +167,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 teacher = load_teacher(run, model)
                 pair = SharedVocabulary.of_pair(model, teacher, tokenizer, teacher_tokenizer)
                 judge = judge_of(teacher, pair, problems, args)
-            reader = with_template_options(tokenizer, template_options(args, tokenizer))
-            run = replace(run, eval_max_new_tokens=_completion_length(arguments, model, reader, problems, listener))
+            length = _completion_length(arguments, args, model, tokenizer, problems, listener)
+            run = replace(run, eval_max_new_tokens=length)
             check_suites(model, tokenizer, problems, run, args, judge)
             # Not before: what is refused leaves earlier results alone.
             with _for_results(folder if is_first else None, goes_on=arguments.resume):
@@ -252,11 +245,17 @@ def _check_teacher(teacher: str | None, problems: Mapping[str, Any]) -> None:
 
 
 def _completion_length(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, problems: Mapping[str, Any], listener: "Listener"
+    arguments: argparse.Namespace,
+    args: "TRBConfig",
+    model: Any,
+    tokenizer: Any,
+    problems: Mapping[str, Any],
+    listener: "Listener",
 ) -> int:
     """What was asked for, or what a run's recipe says, as far as the model's positions go; says where it is less."""
     from trb.models.modeling import position_limit
     from trb.studies.directories import completion_length_of
+    from trb.studies.material import template_options, with_template_options
     from trb.tasks.evaluation import longest_prompt
 
     asked = arguments.max_new_tokens
@@ -267,7 +266,8 @@ def _completion_length(
     positions = position_limit(model)
     if positions is None:
         return asked
-    room = positions - max(longest_prompt(tokenizer, rows) for rows in problems.values())
+    reader = with_template_options(tokenizer, template_options(args, tokenizer))
+    room = positions - max(longest_prompt(reader, rows) for rows in problems.values())
     if not 0 < room < asked:
         return asked
     logger.warning(
