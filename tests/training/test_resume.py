@@ -809,7 +809,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
 ALIKE = {"sequence", "the default"}
 
 
-@pytest.mark.parametrize(("before", "now"), [*itertools.permutations(MEMORIES, 2)], ids=" to ".join)
+@pytest.mark.parametrize(("before", "now"), [*itertools.permutations(MEMORIES, 2)])
 def test_a_schedule_begins_anew_after_another_ones_checkpoint(
     before: str, now: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
