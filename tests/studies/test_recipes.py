@@ -243,6 +243,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
             state=SimpleNamespace(global_step=3, max_steps=3, is_world_process_zero=True),
             remove_callback=lambda callback: None,
             check_prompts=lambda: None,
+            set_aside_others=lambda checkpoint: None,
         )
         fake.train = lambda **options: [
             kwargs["callbacks"][0].on_step_end(
